@@ -1,0 +1,327 @@
+#!/usr/bin/env bash
+# Builds, checks, tests and shows edge-agent on a Debian or Ubuntu machine with Python 3.11 or newer.
+#
+# Everything goes into .venv and .tools beside this file; nothing is installed on the system, no service is
+# started and no privilege is needed. Packages are installed from .ci/locks with their hashes checked.
+
+set -euo pipefail
+umask 022
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+
+readonly ROOT=$PWD
+readonly VENV=$ROOT/.venv
+readonly TOOLS=$ROOT/.tools
+readonly LOCKS=$ROOT/.ci/locks
+readonly BUILD=('hatchling>=1.27' 'editables>=0.5') # pyproject.toml's; locked, so that no build fetches them
+readonly TORCH='torch==2.13.0'
+readonly TRAINING=(transformers==5.23.0 onnx onnx-ir onnxruntime-genai==0.18.0)
+
+usage() {
+    cat <<'TEXT'
+usage: ./build.sh COMMAND [ARGUMENT…]
+
+  demo [OPTION…]       set up what is needed, then a model from registry to answer on this machine
+  test [PYTEST ARG…]   set up what is needed, then all tests (or those that the pytest arguments select)
+  check                ruff, formatting and mypy --strict
+  package              wheel and sdist into dist/
+  sample-model         make the sample model and the tests' second model again (fetches torch)
+  lock                 make .ci/locks again from pyproject.toml
+  help                 this text
+TEXT
+}
+
+say() { printf 'build.sh: %s\n' "$*" >&2; }
+die() {
+    say "$*"
+    exit 1
+}
+
+main() {
+    local command=${1:-help}
+    shift || true
+    tidy_environment
+    case $command in
+        demo) demo "$@" ;;
+        test) run_tests "$@" ;;
+        check) check ;;
+        package) package ;;
+        sample-model) sample_model ;;
+        lock) lock ;;
+        help | -h | --help) usage ;;
+        *)
+            usage >&2
+            exit 2
+            ;;
+    esac
+}
+
+# --- Commands -------------------------------------------------------------------------------------------
+
+demo() {
+    set_up runtime
+    need_programs mosquitto mosquitto -- mosquitto mosquitto-clients
+    exec "$VENV/bin/python" -m edge_agent demo "$@"
+}
+
+run_tests() {
+    local started=$SECONDS tested status=0
+    set_up dev
+    need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
+    need_programs systemd systemd-analyze -- systemd
+    tested=$SECONDS
+    "$VENV/bin/python" -m pytest "$@" || status=$?
+    say "set-up $((tested - started)) s, tests $((SECONDS - tested)) s"
+    return "$status"
+}
+
+check() {
+    set_up dev
+    "$VENV/bin/python" -m ruff check edge_agent tests
+    "$VENV/bin/python" -m ruff format --check edge_agent tests
+    "$VENV/bin/python" -m mypy --strict
+}
+
+package() {
+    set_up dev
+    "$VENV/bin/python" -m build --no-isolation --outdir "$ROOT/dist" "$ROOT"
+}
+
+sample_model() {
+    local venv=$TOOLS/train-venv
+    if [[ $(stamp_of "$venv") != "train $(key train)" ]]; then
+        make_venv "$venv"
+        say "installing the training libraries"
+        "$venv/bin/python" -m pip install --quiet --require-hashes --no-deps -r "$LOCKS/train.txt"
+        # torch stays outside the lock: its builds differ from host to host, and so do their hashes.
+        "$venv/bin/python" -m pip install --quiet "$TORCH"
+        printf 'train %s\n' "$(key train)" >"$venv/.stamp"
+    fi
+    "$venv/bin/python" -m edge_agent.demo.make_sample_model --out edge_agent/demo/sample_model
+    "$venv/bin/python" -m edge_agent.demo.make_sample_model --out tests/models/swapped --swap Spain,Nepal
+}
+
+lock() {
+    uv=$(mktemp -d)
+    trap 'rm -rf -- "$uv"' EXIT
+    "$(find_python)" -m venv "$uv"
+    "$uv/bin/python" -m pip install --quiet uv
+    # dev is a superset of runtime with the same versions: .venv serves both, whichever came first.
+    compile dev --extra local-registry --extra signing --extra dev pyproject.toml - \
+        < <(printf '%s\n' "${BUILD[@]}")
+    compile runtime --extra local-registry --constraint "$LOCKS/dev.txt" pyproject.toml - \
+        < <(printf '%s\n' "${BUILD[@]}")
+    compile train --constraint "$LOCKS/dev.txt" - < <(printf '%s\n' "${TRAINING[@]}")
+    if grep -nEi '://|^(-i|--index|--extra-index|--find-links|torch==|nvidia-|triton==)' "$LOCKS"/*.txt; then
+        die "a lock names an address or torch: see above"
+    fi
+}
+
+# compile NAME INPUT…: writes the lock NAME. Versions already in it stay when they still fit.
+compile() {
+    local name=$1
+    shift
+    "$uv/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+        --no-emit-find-links --no-header --no-annotate --output-file "$LOCKS/$name.txt" "$@"
+    say "locked $name: $(grep -c '==' "$LOCKS/$name.txt") packages"
+}
+
+# --- The virtual environment ----------------------------------------------------------------------------
+
+# set_up runtime|dev: .venv with that lock and this project in it. Does nothing when it is so already.
+set_up() {
+    local profile=$1 stamp wanted started=$SECONDS
+    wanted=$(key runtime dev)
+    stamp=$(stamp_of "$VENV")
+    if [[ $stamp == "$profile $wanted" || $stamp == "dev $wanted" ]]; then
+        return
+    fi
+    [[ -f $ROOT/README.md ]] || die "README.md is missing: this is not the whole source tree"
+    make_venv "$VENV"
+    say "installing $(grep -c '==' "$LOCKS/$profile.txt") locked packages into .venv"
+    "$VENV/bin/python" -m pip install --quiet --require-hashes --no-deps --no-compile -r "$LOCKS/$profile.txt" ||
+        die "the packages could not be installed: is there a way to a Python package index?"
+    "$VENV/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable "$ROOT"
+    # pip would compile on one core; some packages hold templates that are no Python, hence `|| true`.
+    "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" edge_agent >/dev/null 2>&1 || true
+    printf '%s %s\n' "$profile" "$wanted" >"$VENV/.stamp"
+    say "installed in $((SECONDS - started)) s"
+}
+
+# key LOCK…: changes when what is to be installed changes. .venv cannot be moved, so the place is part of it.
+key() {
+    local name files=("$ROOT/pyproject.toml")
+    for name in "$@"; do files+=("$LOCKS/$name.txt"); done
+    { cat -- "${files[@]}" && printf '%s\n' "$ROOT"; } | sha256sum | cut -d ' ' -f 1
+}
+
+# stamp_of VENV: what was installed there last; nothing when its Python is gone.
+stamp_of() {
+    if [[ -f $1/.stamp ]] && "$1/bin/python" -c '' 2>/dev/null; then cat "$1/.stamp"; fi
+}
+
+make_venv() {
+    local venv=$1 python
+    rm -f -- "$venv/.stamp"
+    if usable_python "$venv/bin/python" && "$venv/bin/python" -c 'import pip' 2>/dev/null; then return; fi
+    python=$(find_python)
+    say "making ${venv#"$ROOT"/} with $("$python" --version)"
+    rm -rf -- "$venv"
+    if "$python" -c 'import ensurepip' 2>/dev/null; then
+        "$python" -m venv "$venv"
+    else
+        make_venv_without_ensurepip "$python" "$venv"
+    fi
+}
+
+# Debian keeps ensurepip in a package of its own; pip's wheel can be had without installing it.
+make_venv_without_ensurepip() {
+    local python=$1 venv=$2 wheel
+    fetch_packages pip-whl python3-pip-whl
+    wheel=$(find "$TOOLS/pip-whl" -name 'pip-*.whl' -print -quit)
+    [[ -n $wheel ]] || die "this Python has no ensurepip: install python3-venv"
+    "$python" -m venv --without-pip "$venv"
+    "$venv/bin/python" "$wheel/pip" install --quiet --no-index "$wheel"
+}
+
+find_python() {
+    local name path
+    for name in python3.11 python3.12 python3.13 python3.14 python3 python; do
+        path=$(command -v "$name" || true)
+        if [[ -n $path ]] && usable_python "$path"; then
+            printf '%s\n' "$path"
+            return
+        fi
+    done
+    die "Python 3.11, 3.12, 3.13 or 3.14 with its venv module is needed and was not found on PATH"
+}
+
+usable_python() {
+    "$1" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null
+}
+
+# --- Programs that are not Python -----------------------------------------------------------------------
+
+# need_programs GROUP PROGRAM… -- DEBIAN-PACKAGE…: the programs are on PATH afterwards. Missing ones come from
+# the system's own package archive into .tools: installing mosquitto the usual way would start a broker.
+need_programs() {
+    local group=$1 programs=() program started=$SECONDS
+    shift
+    while [[ $1 != -- ]]; do
+        programs+=("$1")
+        shift
+    done
+    shift
+    if have_all "${programs[@]}"; then return; fi
+    say "fetching ${programs[*]} into .tools"
+    fetch_packages "$group" "$@" || die "not found: ${programs[*]}; install the packages $* and start again"
+    for program in "${programs[@]}"; do write_wrapper "$group" "$program"; done
+    have_all "${programs[@]}" || die "the packages $* do not hold ${programs[*]}; install them and start again"
+    say "fetched in $((SECONDS - started)) s"
+}
+
+have_all() {
+    local program
+    for program in "$@"; do command -v "$program" >/dev/null || return 1; done
+}
+
+# fetch_packages GROUP PACKAGE…: unpacks them, and the libraries they need and the system lacks, into
+# .tools/GROUP.
+fetch_packages() {
+    local group=$1 folder=$TOOLS/$1 round wanted
+    shift
+    wanted=$(printf '%s\n' "$@")
+    have_all apt-get apt-cache dpkg || {
+        say "this is not a Debian or Ubuntu system: no apt-get, no dpkg"
+        return 1
+    }
+    rm -rf -- "$folder"
+    mkdir -p "$folder/root" "$folder/deb" "$TOOLS/bin"
+    apt_options=()
+    for round in 1 2 3 4; do
+        # shellcheck disable=SC2086  # a list of package names
+        download "$folder/deb" $wanted || return 1
+        find "$folder/deb" -name '*.deb' -exec dpkg -x {} "$folder/root" \;
+        if ! lacks_libraries "$folder/root"; then break; fi
+        # shellcheck disable=SC2086
+        wanted=$(missing_dependencies $wanted)
+        [[ -n $wanted && $round -lt 4 ]] || return 1
+    done
+    rm -rf -- "$folder/deb" "$folder/apt"
+}
+
+# The first try uses the system's package lists. They may be missing or old: then private ones are fetched.
+download() {
+    local folder=$1
+    shift
+    if (cd "$folder" && apt-get "${apt_options[@]}" -qq download "$@") >"$folder/log" 2>&1; then return; fi
+    if [[ ${#apt_options[@]} -eq 0 ]]; then
+        say "no current package lists here: fetching them into .tools"
+        mkdir -p "$folder/../apt/lists/partial" "$folder/../apt/cache/archives/partial"
+        apt_options=(-o "Dir::State::Lists=$folder/../apt/lists" -o "Dir::Cache=$folder/../apt/cache"
+            -o "APT::Sandbox::User=root")
+        if apt-get "${apt_options[@]}" -qq update >"$folder/log" 2>&1 &&
+            (cd "$folder" && apt-get "${apt_options[@]}" -qq download "$@") >>"$folder/log" 2>&1; then
+            return
+        fi
+    fi
+    say "apt-get could not download $*:"
+    tail -n 5 "$folder/log" >&2
+    return 1
+}
+
+# missing_dependencies PACKAGE…: libraries that these depend on and that are not installed.
+missing_dependencies() {
+    local name
+    # An alternative ("|Depends:") is followed by the one it may be replaced with: the first one is taken.
+    apt-cache "${apt_options[@]}" depends --important "$@" |
+        awk '/Depends:/ { if (!skip && $2 ~ /^lib/) print $2; skip = /\|/ }' | sort -u |
+        while read -r name; do
+            dpkg-query -W -f '${db:Status-Abbrev}' "$name" 2>/dev/null | grep -q '^ii' || printf '%s\n' "$name"
+        done
+}
+
+lacks_libraries() {
+    local root=$1 path program
+    path=$(library_path "$root")
+    while read -r program; do
+        [[ $(LD_LIBRARY_PATH=$path ldd "$program" 2>/dev/null || true) != *'not found'* ]] || return 0
+    done < <(find "$root" -type f -path '*bin/*' -perm -u+x)
+    return 1
+}
+
+library_path() {
+    find "$1" -path '*/lib/*' \( -name '*.so' -o -name '*.so.*' \) -printf '%h\n' | sort -u | paste -sd :
+}
+
+# write_wrapper GROUP PROGRAM: .tools/bin/PROGRAM runs the unpacked one with the unpacked libraries.
+write_wrapper() {
+    local root=$TOOLS/$1/root program libraries
+    program=$(find "$root" -path "*bin/$2" -print -quit)
+    [[ -n $program ]] || return 0
+    libraries=$(library_path "$root")
+    cat >"$TOOLS/bin/$2" <<TEXT
+#!/bin/sh
+tools=\$(cd -- "\${0%/*}/.." && pwd)
+export LD_LIBRARY_PATH="${libraries//"$TOOLS"/\$tools}"
+export SYSTEMD_UNIT_PATH="\$tools/$1/root/lib/systemd/system:\$tools/$1/root/usr/lib/systemd/system"
+exec "${program/#"$TOOLS"/\$tools}" "\$@"
+TEXT
+    chmod +x "$TOOLS/bin/$2"
+}
+
+# --- This process's surroundings ------------------------------------------------------------------------
+
+# A service manager or a bare container may give no HOME, no TMPDIR and no standard input.
+tidy_environment() {
+    { : <&0; } 2>/dev/null || exec </dev/null
+    if [[ -z ${HOME:-} || ! -d $HOME || ! -w $HOME ]]; then
+        mkdir -p "$TOOLS/home"
+        export HOME=$TOOLS/home
+    fi
+    if [[ -n ${TMPDIR:-} && ! -w $TMPDIR ]]; then unset TMPDIR; fi
+    unset PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV VIRTUAL_ENV
+    export PATH=$TOOLS/bin:$PATH:/usr/sbin:/sbin
+    export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
+}
+
+main "$@"

@@ -1,0 +1,1 @@
+"""The model cache: what is registered, what is here, what is active."""

@@ -1,0 +1,79 @@
+"""Names of models: what settings ask for (`ModelRef`) and what a registry resolves it to (`ModelVersion`).
+
+Pure. `models:/name@alias` and `models:/name/7` are MLflow's own forms; the moving `models:/name/latest` is
+refused, because a device could never say which version it was told to run.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from edge_agent.errors import SettingsError
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+"""A name in `[models.NAME]`: it becomes a folder and a topic's value."""
+
+_URI = re.compile(
+    r"models:/(?P<name>[^/@:]{1,250})(?:@(?P<alias>[A-Za-z0-9_-]{1,255})|/(?P<version>[1-9][0-9]{0,17}))"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRef:
+    """What is asked for: a registered name and either an alias or a version number."""
+
+    name: str
+    alias: str | None = None
+    version: int | None = None
+
+    def __str__(self) -> str:
+        return f"models:/{self.name}@{self.alias}" if self.alias else f"models:/{self.name}/{self.version}"
+
+    @classmethod
+    def parse(cls, uri: str) -> ModelRef:
+        """Reads `models:/name@alias` or `models:/name/7`.
+
+        Raises:
+            SettingsError: the text has neither form.
+        """
+        match = _URI.fullmatch(uri)
+        if match is None or any(ord(character) < 32 for character in uri):
+            raise SettingsError(
+                f"model uri {uri!r} is not understood",
+                remedy="write models:/NAME@ALIAS or models:/NAME/VERSION",
+            )
+        version = match["version"]
+        return cls(name=match["name"], alias=match["alias"], version=int(version) if version else None)
+
+    def at_version(self, version: int) -> ModelRef:
+        """The same registered model at a fixed version."""
+        return replace(self, alias=None, version=version)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVersion:
+    """What the registry says a reference means now.
+
+    Attributes:
+        name: registered name.
+        version: its number, from 1.
+        run_id: MLflow run that the version came from, empty when there is none.
+        source: where the registry says its artifacts are.
+        tags: the version's tags, `edge_agent.manifest_sha256` among them where we published it.
+    """
+
+    name: str
+    version: int
+    run_id: str
+    source: str
+    tags: dict[str, str]
+
+    @property
+    def manifest_sha256(self) -> str | None:
+        """Digest of `manifest.json` as the publisher recorded it, or None for a plain MLflow package."""
+        return self.tags.get(MANIFEST_TAG) or None
+
+
+MANIFEST_TAG = "edge_agent.manifest_sha256"
+ROLLOUT_TAG = "edge_agent.rollout"

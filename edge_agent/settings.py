@@ -1,0 +1,400 @@
+"""Settings: read once, checked whole, frozen.
+
+A TOML file, then `EDGE_AGENT_*` variables (`EDGE_AGENT_MQTT__HOST` is `mqtt.host`), then command-line options.
+Unknown keys are errors; every error names its key. Secrets are never settings: they are files, or systemd
+credentials, that are read when they are needed.
+
+This is the only module that reads the environment. Source: the table in docs/settings.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+import pydantic_settings
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from edge_agent.errors import SettingsError
+from edge_agent.models.reference import MODEL_NAME, ModelRef
+
+APPLICATION = "edge-agent"
+ENV_PREFIX = "EDGE_AGENT_"
+SYSTEM_CONFIG = Path("/etc/edge-agent/config.toml")
+SYSTEM_CONTROL_SOCKET = Path("/run/edge-agent/control.sock")
+
+_MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un has 108 with the final NUL
+_MAX_CONFIG_BYTES = 1 << 20
+
+Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
+Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86_400)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RegistrySettings(_Section):
+    """Where models are registered. An empty `uri` means none: the cache is all there is."""
+
+    uri: str = Field(default="", description="MLflow registry: http(s)://… or sqlite:///…; empty for none")
+    poll_interval_s: Seconds = Field(default=300, ge=1, description="seconds between two checks, jittered")
+    timeout_s: Seconds = Field(
+        default=30, description="seconds that one request, or one stalled read, may take"
+    )
+
+    @field_validator("uri")
+    @classmethod
+    def _without_credentials(cls, uri: str) -> str:
+        if re.match(r"[a-z+]+://[^/]*@", uri):
+            raise ValueError(
+                "has credentials in it; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return uri
+
+
+class ModelSettings(_Section):
+    """One model that this device serves."""
+
+    uri: str = Field(description="models:/NAME@ALIAS or models:/NAME/VERSION")
+    fallback: str = Field(default="", description="served when this model cannot run here")
+    context_tokens: int = Field(
+        default=2048, ge=16, le=1 << 20, description="tokens of prompt and answer together"
+    )
+    max_tokens: int = Field(
+        default=256, ge=1, le=1 << 20, description="of an answer, when a request names none"
+    )
+    system: str = Field(default="", max_length=32_768, description="system prompt for requests without one")
+    preload: bool = Field(default=True, description="load at start; READY waits for it")
+    idle_unload_s: float = Field(
+        default=0, ge=0, le=10 * 365 * 86_400, description="unload when idle; 0: never"
+    )
+
+    @field_validator("uri", "fallback")
+    @classmethod
+    def _reference(cls, uri: str) -> str:
+        if uri:
+            try:
+                ModelRef.parse(uri)
+            except SettingsError as error:
+                raise ValueError(str(error)) from error
+        return uri
+
+    @model_validator(mode="after")
+    def _has_uri(self) -> ModelSettings:
+        if not self.uri:
+            raise ValueError("uri is empty")
+        return self
+
+    @property
+    def ref(self) -> ModelRef:
+        return ModelRef.parse(self.uri)
+
+
+class CacheSettings(_Section):
+    """How much the cache may take."""
+
+    quota_bytes: Bytes = Field(default=20_000_000_000, ge=1, description="of all blobs together")
+    min_free_bytes: Bytes = Field(default=500_000_000, description="left free on the file system")
+    max_bytes_per_s: Bytes = Field(default=0, description="download cap; 0: none")
+    verify_on_load: bool = Field(default=True, description="check every digest before each load")
+
+
+class MqttSettings(_Section):
+    """The broker."""
+
+    host: str = Field(default="localhost", min_length=1, max_length=255)
+    port: int = Field(default=1883, ge=1, le=65_535)
+    username: str = Field(default="", max_length=1024)
+    password_file: str = Field(default="", description="or the systemd credential mqtt-password")
+    ca_file: str = Field(default="", description="PEM; set it to use TLS")
+    cert_file: str = Field(default="", description="PEM, this device's certificate")
+    key_file: str = Field(default="", description="PEM, its key")
+    prefix: str = Field(default="edge", description="first part of every topic")
+    protocol: Literal["auto", "5", "3.1.1"] = Field(default="auto", description="auto: 5, else 3.1.1")
+    session_expiry_s: int = Field(default=86_400, ge=0, le=0xFFFF_FFFE)
+    keepalive_s: int = Field(default=30, ge=5, le=3600)
+    reply_prefixes: tuple[str, ...] = Field(default=("replies/",), description="where answers may go")
+    answer_ttl_s: Seconds = Field(
+        default=86_400, description="an answer that cannot be delivered is kept this long"
+    )
+
+    @field_validator("prefix")
+    @classmethod
+    def _plain_prefix(cls, prefix: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}(/[A-Za-z0-9_.-]{1,64}){0,2}", prefix):
+            raise ValueError("must be one to three topic levels of letters, digits, '_', '.', '-'")
+        return prefix
+
+    @field_validator("reply_prefixes")
+    @classmethod
+    def _plain_reply_prefixes(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+        for prefix in prefixes:
+            if not prefix or prefix.startswith("$") or set(prefix) & set("+#\0") or len(prefix) > 200:
+                raise ValueError(f"{prefix!r} must be a topic's beginning, without wildcards and not '$…'")
+        return prefixes
+
+    @model_validator(mode="after")
+    def _pairs(self) -> MqttSettings:
+        if bool(self.cert_file) != bool(self.key_file):
+            raise ValueError("cert_file and key_file go together")
+        if self.cert_file and not self.ca_file:
+            raise ValueError("cert_file needs ca_file")
+        return self
+
+
+class LimitSettings(_Section):
+    """What clients may ask for."""
+
+    queue_depth: int = Field(default=32, ge=1, le=100_000, description="prompts waiting and running")
+    payload_bytes: int = Field(default=102_400, ge=256, le=1 << 24, description="of one request")
+    deadline_s: Seconds = Field(default=120, description="for a prompt that names none, and at most")
+
+
+class TrustSettings(_Section):
+    """Which packages may run."""
+
+    public_keys: tuple[str, ...] = Field(
+        default=(), description="PEM files; with one, every package must be signed"
+    )
+    allow_unsigned_code: bool = Field(
+        default=False, description="true: model code has the runner's full rights"
+    )
+
+
+class InferenceSettings(_Section):
+    """How models run."""
+
+    threads: int = Field(
+        default=0, ge=0, le=1024, description="0: measured once on this host, and remembered"
+    )
+    memory_limit_bytes: Bytes = Field(default=0, description="0: what the host and its cgroup allow")
+    drain_s: Seconds = Field(default=20, description="at SIGTERM, for the running prompt")
+
+
+class Settings(BaseSettings):
+    """Everything, frozen. Build it with `load`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    device_id: str = Field(default="", description="default: the host name, made valid")
+    state_dir: Path = Field(default=Path(), description="default: $STATE_DIRECTORY, else platformdirs")
+    control_socket: Path = Field(
+        default=Path(), description="default: $RUNTIME_DIRECTORY/control.sock, else in state_dir"
+    )
+    log_format: Literal["text", "json"] = Field(default="text", description="key=value lines, or JSON lines")
+    registry: RegistrySettings = RegistrySettings()
+    models: dict[str, ModelSettings] = Field(default_factory=dict, max_length=64)
+    cache: CacheSettings = CacheSettings()
+    mqtt: MqttSettings = MqttSettings()
+    limits: LimitSettings = LimitSettings()
+    trust: TrustSettings = TrustSettings()
+    inference: InferenceSettings = InferenceSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment is stronger than the file, whose content arrives as `init_settings`."""
+        return env_settings, init_settings
+
+    @field_validator("device_id")
+    @classmethod
+    def _device(cls, device_id: str) -> str:
+        device_id = device_id or _host_name()
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", device_id):
+            raise ValueError("must be 1 to 64 letters, digits, '_', '.', '-'")
+        return device_id
+
+    @field_validator("state_dir")
+    @classmethod
+    def _state(cls, path: Path) -> Path:
+        return (_default_state_dir() if path == Path() else path.expanduser()).absolute()
+
+    @field_validator("models")
+    @classmethod
+    def _names(cls, models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
+        for name in models:
+            if not MODEL_NAME.fullmatch(name):
+                raise ValueError(f"name {name!r} must be 1 to 64 letters, digits, '_', '.', '-'")
+        return models
+
+    @model_validator(mode="after")
+    def _socket(self) -> Settings:
+        path = self.control_socket
+        if path == Path():
+            runtime = _systemd_directory("RUNTIME_DIRECTORY")
+            path = (runtime or self.state_dir) / "control.sock"
+        path = path.expanduser().absolute()
+        if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
+            raise ValueError(
+                f"control_socket {str(path)!r} has more than {_MAX_SOCKET_PATH_BYTES} bytes; set a shorter one"
+            )
+        object.__setattr__(self, "control_socket", path)  # derived from state_dir; frozen from here on
+        return self
+
+    @property
+    def default_model(self) -> str | None:
+        """The first model's name."""
+        return next(iter(self.models), None)
+
+    @property
+    def topic_root(self) -> str:
+        return f"{self.mqtt.prefix}/v1/{self.device_id}"
+
+
+def load(config: Path | None = None, **options: Any) -> Settings:
+    """Reads and checks all settings.
+
+    Args:
+        config: a TOML file that must exist; None looks in the usual places, where it may be missing.
+        options: top-level keys from the command line; they are stronger than everything else.
+
+    Raises:
+        SettingsError: a file cannot be read, or keys are unknown or invalid; each is named.
+    """
+    path = config or find_config()
+    content = _read_toml(path) if path else {}
+    _refuse_unknown_variables()
+    if nested := [key for key in ("device_id", "state_dir", "control_socket") if content.get(key) is None]:
+        # Validators fill these three in; pydantic runs them on given values only.
+        content = {**{key: "" if key == "device_id" else Path() for key in nested}, **content}
+    try:
+        settings = Settings(**content)
+        if options:
+            settings = Settings.model_validate({**settings.model_dump(), **options})
+    except ValidationError as error:
+        raise SettingsError(_describe(error, path)) from error
+    except pydantic_settings.SettingsError as error:
+        raise SettingsError(f"environment: {error}") from error
+    return settings
+
+
+def find_config() -> Path | None:
+    """`$CONFIGURATION_DIRECTORY/config.toml`, else the user's, else the system's; None where there is none."""
+    directory = _systemd_directory("CONFIGURATION_DIRECTORY")
+    if directory:
+        candidates = [directory / "config.toml"]
+    elif os.geteuid() == 0:
+        candidates = [SYSTEM_CONFIG]
+    else:
+        candidates = [platformdirs.user_config_path(APPLICATION) / "config.toml", SYSTEM_CONFIG]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def credential_path(name: str) -> Path | None:
+    """The file of a systemd credential, or None when the service has none of that name."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    path = Path(directory, name) if directory else None
+    return path if path and path.is_file() else None
+
+
+def inherited_environment(*names: str, prefixes: tuple[str, ...] = ()) -> dict[str, str]:
+    """The part of this process's environment that a child may have: an allow-list, never the whole."""
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key in names or (prefixes and key.startswith(prefixes))
+    }
+
+
+def search_path() -> str:
+    """Where programs are looked for."""
+    return os.environ.get("PATH", os.defpath)
+
+
+def find_control_socket(settings: Settings) -> Path:
+    """Where a client finds the daemon: the configured socket, else the system service's when that is there."""
+    if not settings.control_socket.exists() and SYSTEM_CONTROL_SOCKET.exists():
+        return SYSTEM_CONTROL_SOCKET
+    return settings.control_socket
+
+
+def logs_to_journal() -> bool:
+    """True when stderr is systemd's journal. Source: systemd.exec(5), `$JOURNAL_STREAM`."""
+    status = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def service_manager() -> tuple[str | None, float | None]:
+    """What `sd_notify.Notifier` takes: `$NOTIFY_SOCKET`, and the watchdog's interval in seconds.
+
+    The watchdog is None when there is none, or when it is meant for another process (`$WATCHDOG_PID`).
+    Source: sd_notify(3), sd_watchdog_enabled(3).
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    interval_us = os.environ.get("WATCHDOG_USEC", "")
+    pid = os.environ.get("WATCHDOG_PID", "")
+    ours = interval_us.isdecimal() and int(interval_us) > 0 and pid in ("", str(os.getpid()))
+    return address if address.startswith(("/", "@")) else None, int(interval_us) / 1e6 if ours else None
+
+
+def _default_state_dir() -> Path:
+    directory = _systemd_directory("STATE_DIRECTORY")
+    if directory:
+        return directory
+    if os.geteuid() == 0:
+        return Path("/var/lib") / APPLICATION
+    return platformdirs.user_state_path(APPLICATION)
+
+
+def _systemd_directory(variable: str) -> Path | None:
+    """systemd gives several directories separated by colons; the first is ours."""
+    value = os.environ.get(variable, "").split(":")[0]
+    return Path(value) if value else None
+
+
+def _host_name() -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())[:64] or "device"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+        if len(data) > _MAX_CONFIG_BYTES:
+            raise SettingsError(f"{path} has more than {_MAX_CONFIG_BYTES} bytes")
+        return tomllib.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise SettingsError(f"settings file {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"settings file {path} is not TOML: {error}") from error
+
+
+def _refuse_unknown_variables() -> None:
+    """pydantic-settings passes over unknown variables; a misspelt one must not be silent."""
+    for variable in os.environ:
+        if variable.startswith(ENV_PREFIX):
+            key = variable.removeprefix(ENV_PREFIX).lower().split("__")[0]
+            if key not in Settings.model_fields:
+                raise SettingsError(f"variable {variable} names no setting: {key!r} is unknown")
+
+
+def _describe(error: ValidationError, path: Path | None) -> str:
+    """One line for all errors, each with its key as it is written in the file; values are left out."""
+    lines = []
+    for detail in error.errors(include_url=False, include_input=False):
+        key = ".".join(str(part) for part in detail["loc"]) or "settings"
+        message = (
+            "unknown key"
+            if detail["type"] == "extra_forbidden"
+            else detail["msg"].removeprefix("Value error, ")
+        )
+        lines.append(f"{key}: {message}")
+    return f"{path or 'settings'}: " + "; ".join(lines)

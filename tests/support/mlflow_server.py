@@ -1,0 +1,93 @@
+"""A real `mlflow server` on a free loopback port: SQLite behind it, artifacts proxied."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.processes import Child, free_port, wait_until
+
+_START_TIMEOUT_S = 120
+_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+class Server:
+    """One MLflow server with a port and a store that stay the same over `stop` and `start`.
+
+    Attributes:
+        uri: what clients use as tracking and registry URI.
+        artifacts: the folder where it keeps artifacts, for tests that damage them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.host = "127.0.0.1"
+        self.port = free_port()
+        self.uri = f"http://{self.host}:{self.port}"
+        self.artifacts = folder / "artifacts"
+        self.log = folder / "mlflow.log"
+        self._child: Child | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._child is not None and self._child.running
+
+    def start(self) -> None:
+        """Starts it and waits for /health.
+
+        Raises:
+            AssertionError: it ended, or was not healthy in time; its log is shown.
+        """
+        if self.running:
+            return
+        child = self._child = Child(self._command(), self.log, {**_ENVIRONMENT, "HOME": str(self.folder)})
+        try:
+            wait_until(lambda: not child.running or self.healthy(), _START_TIMEOUT_S, "the MLflow server")
+        except TimeoutError as error:
+            self.kill()
+            raise AssertionError(f"{error}; its log:\n{self.log_text()}") from error
+        assert child.running, f"the MLflow server ended with {child.process.returncode}:\n{self.log_text()}"
+
+    def stop(self) -> None:
+        if self._child is not None:
+            self._child.stop()
+
+    def kill(self) -> None:
+        """SIGKILL to it and its workers: connections break in the middle."""
+        if self._child is not None:
+            self._child.kill()
+
+    def healthy(self) -> bool:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=2)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def _command(self) -> list[str]:
+        return [
+            *(sys.executable, "-m", "mlflow", "server"),
+            *("--host", self.host, "--port", str(self.port), "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"),
+            *("--artifacts-destination", str(self.artifacts), "--serve-artifacts"),
+        ]
+
+
+@contextlib.contextmanager
+def running_mlflow_server(folder: Path) -> Iterator[Server]:
+    """A started server whose files are in `folder`. The first start makes the database: 10 to 20 s."""
+    server = Server(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

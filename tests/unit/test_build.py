@@ -1,0 +1,116 @@
+"""What `build.sh` and the locks promise."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parents[2]
+CONFTEST = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.conftest import *\n"
+LOCKS = ("runtime", "dev", "train")
+
+_PIN = re.compile(r"^([a-z0-9][a-z0-9.-]*)==(\S+)", re.MULTILINE)
+
+
+def lock(name: str) -> str:
+    return (ROOT / ".ci" / "locks" / f"{name}.txt").read_text()
+
+
+def build(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(ROOT / "build.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_help_has_a_line_for_each_command() -> None:
+    result = build("help")
+    assert result.returncode == 0
+    for command in ("demo", "test", "check", "package", "sample-model", "lock", "help"):
+        assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE), command
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    assert build("deploy").returncode == 2
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_names_no_address(name: str) -> None:
+    assert not re.search(
+        r"://|^\s*(-i|-f|--index|--extra-index|--find-links|--trusted-host)", lock(name), re.M
+    )
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_locked_package_has_hashes(name: str) -> None:
+    for block in re.split(r"\n(?=\S)", lock(name).strip()):
+        assert "--hash=sha256:" in block, block.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_torch_stays_outside_the_locks(name: str) -> None:
+    names = {pin[0] for pin in _PIN.findall(lock(name))}
+    assert not {pin for pin in names if pin in ("torch", "triton") or pin.startswith("nvidia-")}
+
+
+def test_the_demo_and_the_tests_use_the_same_versions() -> None:
+    assert set(_PIN.findall(lock("runtime"))) <= set(_PIN.findall(lock("dev")))
+
+
+def test_the_locks_hold_every_direct_dependency_and_the_build_backend() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    runtime = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *extras["local-registry"],
+    ]
+    dev = [*runtime, *extras["signing"], *extras["dev"]]
+    for name, requirements in (("runtime", runtime), ("dev", dev)):
+        locked = {pin[0] for pin in _PIN.findall(lock(name))}
+        wanted = {
+            re.split(r"[<>=\[; ]", each, maxsplit=1)[0].lower().replace("_", "-") for each in requirements
+        }
+        assert wanted <= locked, f"{name}.txt: run ./build.sh lock"
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["pytest.skip('no broker')", "pytest.importorskip('no_such_module')", "pytest.xfail('some day')"],
+)
+def test_a_test_that_did_not_run_makes_the_session_fail(body: str, pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(
+        textwrap.dedent(f"""
+        import pytest
+
+        def test_that_passes():
+            pass
+
+        def test_that_does_not_run():
+            {body}
+        """)
+    )
+    result = pytester.runpytest_subprocess()
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*skipped or expected to fail*", "*::test_that_does_not_run"])
+
+
+def test_a_process_left_behind_is_ended_and_makes_the_session_fail(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(
+        """
+        import subprocess
+
+        def test_that_starts_an_orphan():
+            subprocess.run(["sh", "-c", "sleep 600 >/dev/null 2>&1 &"], check=True)
+        """
+    )
+    result = pytester.runpytest_subprocess()
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*processes left behind*", "*sleep 600*"])

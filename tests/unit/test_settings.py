@@ -1,0 +1,111 @@
+"""Settings: defaults, the order of sources, errors that name their key, and a page that lists them all."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from edge_agent import settings
+from edge_agent.errors import SettingsError
+from edge_agent.settings import ModelSettings, Settings
+from tests.support.processes import to_toml
+
+PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
+
+
+def load(folder: Path, **content: Any) -> Settings:
+    file = folder / "config.toml"
+    file.write_text(to_toml(content))
+    return settings.load(file)
+
+
+def test_the_first_model_is_the_default_one(tmp_path: Path) -> None:
+    loaded = load(tmp_path, models={"b": {"uri": "models:/b@prod"}, "a": {"uri": "models:/a/3"}})
+    assert loaded.default_model == "b"
+    assert loaded.models["a"].ref.version == 3
+
+
+def test_the_environment_is_stronger_than_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_AGENT_MQTT__HOST", "from-environment")
+    loaded = load(tmp_path, mqtt={"host": "from-file", "port": 1884})
+    assert (loaded.mqtt.host, loaded.mqtt.port) == ("from-environment", 1884)
+
+
+def test_systemds_directories_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", f"{tmp_path}/state:{tmp_path}/other")
+    monkeypatch.setenv("RUNTIME_DIRECTORY", f"{tmp_path}/run")
+    loaded = load(tmp_path)
+    assert loaded.state_dir == tmp_path / "state"
+    assert loaded.control_socket == tmp_path / "run" / "control.sock"
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"mqtt": {"surprise": 1}}, "mqtt.surprise"),
+        ({"mqtt": {"port": "x"}}, "mqtt.port"),
+        ({"mqtt": {"prefix": "a/+"}}, "mqtt.prefix"),
+        ({"mqtt": {"prefix": "a/b/c/d"}}, "mqtt.prefix"),
+        ({"mqtt": {"reply_prefixes": ["#"]}}, "mqtt.reply_prefixes"),
+        ({"mqtt": {"cert_file": "x"}}, "mqtt"),
+        ({"registry": {"uri": "http://user:secret@host"}}, "registry.uri"),
+        ({"registry": {"poll_interval_s": 0}}, "registry.poll_interval_s"),
+        ({"models": {"a/b": {"uri": "models:/a@b"}}}, "models"),
+        ({"models": {"a": {"uri": "models:/a/latest"}}}, "models.a.uri"),
+        ({"models": {"a": {}}}, "models.a.uri"),
+        ({"device_id": "with space"}, "device_id"),
+        ({"control_socket": "/" + "x" * 120}, "control_socket"),
+        ({"cache": {"quota_bytes": -1}}, "cache.quota_bytes"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, content: dict[str, Any], key: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, **content)
+    assert key in caught.value.message
+    assert "secret" not in caught.value.message
+
+
+def test_a_file_that_is_not_there_or_not_toml_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot be read"):
+        settings.load(tmp_path / "missing.toml")
+    (tmp_path / "bad.toml").write_bytes(b"[mqtt\n\xff")
+    with pytest.raises(SettingsError, match="not TOML"):
+        settings.load(tmp_path / "bad.toml")
+
+
+def test_the_page_lists_every_setting_with_its_default() -> None:
+    page = PAGE.read_text("utf-8")
+    missing = [key for key, default in keys() if f"| `{key}` | `{default}` |" not in page]
+    assert missing == [], "docs/settings.md is behind the code"
+
+
+def keys() -> list[tuple[str, str]]:
+    """Every key as it stands in the file, with its default as TOML has it."""
+    found: list[tuple[str, str]] = []
+    for name, field in Settings.model_fields.items():
+        section = field.default
+        if name == "models":
+            found += [
+                (f"models.NAME.{key}", _default(ModelSettings, key)) for key in ModelSettings.model_fields
+            ]
+        elif isinstance(section, BaseModel):
+            found += [(f"{name}.{key}", _default(type(section), key)) for key in type(section).model_fields]
+        else:
+            found.append((name, _default(Settings, name)))
+    return found
+
+
+def _default(model: type[BaseModel], key: str) -> str:
+    field = model.model_fields[key]
+    if field.is_required():
+        return "required"
+    value = field.default
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Path):
+        return '""'
+    if isinstance(value, tuple):
+        return str(list(value)).replace("'", '"')
+    return f'"{value}"' if isinstance(value, str) else str(value)
