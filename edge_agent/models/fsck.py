@@ -1,0 +1,215 @@
+"""Checking the cache: is what was committed still what was verified?
+
+`quick_check` looks at sizes and links; `verify` reads every byte. A damaged blob is set aside, so that the
+next sync fetches it, and only it. `prune` removes what a crash left between two steps. Nothing here decides
+what to do with a damaged version: that is the lifecycle's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_agent.errors import VerificationError
+from edge_agent.models import durable
+from edge_agent.models.manifest import ManifestFile
+from edge_agent.models.record import VersionRecord
+from edge_agent.models.staging import remove_staging
+from edge_agent.models.store import Store, check_file, store_errors
+
+log = logging.getLogger(__name__)
+
+MAX_PARTIAL_AGE_S = 7 * 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """One file of one version that is not what was verified.
+
+    Attributes:
+        name, key: the version.
+        path: inside the package.
+        sha256: of the blob that should be there, empty for a file that should not be there at all.
+    """
+
+    name: str
+    key: str
+    path: str
+    sha256: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What a check found.
+
+    Attributes:
+        checked: number of files that were looked at.
+    """
+
+    checked: int
+    damaged: tuple[Damage, ...]
+
+    def of(self, record: VersionRecord) -> tuple[Damage, ...]:
+        return tuple(
+            damage for damage in self.damaged if (damage.name, damage.key) == (record.name, record.key)
+        )
+
+
+def quick_check(store: Store, records: Iterable[VersionRecord] | None = None) -> Verification:
+    """Sizes and links of the given versions, or of all: milliseconds, for every boot."""
+    return _check(store, records, lambda path, file: None)
+
+
+def verify(
+    store: Store,
+    records: Iterable[VersionRecord] | None = None,
+    *,
+    on_file: Callable[[ManifestFile], None] = lambda file: None,
+) -> Verification:
+    """Reads and hashes every byte of the given versions, or of all; changes nothing.
+
+    Args:
+        on_file: called before each file is read; for progress, and a place to raise from to stop.
+    """
+    found: dict[tuple[int, int], str] = {}
+
+    def read(path: Path, file: ManifestFile) -> str | None:
+        status = path.lstat()
+        inode = status.st_dev, status.st_ino
+        if inode not in found:  # hard links: one inode is read once
+            on_file(file)
+            found[inode] = _reason(path, file)
+        return found[inode] or None
+
+    return _check(store, records, read)
+
+
+def set_aside(store: Store, damaged: Iterable[Damage]) -> list[str]:
+    """Moves damaged blobs to `damaged/`, where nothing finds them; the next sync fetches them again.
+
+    Versions keep their links until then, so a runner that has them open is not disturbed. The caller has
+    the store's lock.
+
+    Returns:
+        Digests that were moved.
+    """
+    moved = []
+    for digest in sorted({damage.sha256 for damage in damaged if damage.sha256}):
+        blob = store.blob(digest)
+        if not blob.exists():
+            continue
+        with store_errors("set aside", blob):
+            durable.rename(blob, store.damaged_root / digest)
+            durable.sync_folder(store.blobs)
+            durable.sync_folder(store.damaged_root)
+        log.warning("blob set aside digest=%s", digest)
+        moved.append(digest)
+    return moved
+
+
+def prune(store: Store, *, now: float | None = None, max_partial_age_s: float = MAX_PARTIAL_AGE_S) -> int:
+    """Removes what no record needs: trees and blobs of a crash, old downloads, old or replaced damage.
+
+    A tree whose record is there but unreadable stays. The caller has the store's lock.
+
+    Args:
+        now: seconds since the epoch.
+
+    Returns:
+        Bytes that became free.
+    """
+    before = store.used_bytes()
+    now = time.time() if now is None else now
+    with store_errors("prune", store.root):
+        for folder in _children(store.staging_root):
+            if now - _newest_change(folder) >= max_partial_age_s:
+                remove_staging(folder)
+        for name in _children(store.versions_root):
+            for path in _children(name):
+                if path.suffix == durable.TEMPORARY_SUFFIX:
+                    durable.unlink(path)
+                elif path.suffix != ".json" and not path.with_name(f"{path.name}.json").exists():
+                    durable.remove_tree(path)
+        for blob in _children(store.blobs):
+            store.drop_unlinked(blob.name)
+        for aside in _children(store.damaged_root):
+            is_old = now - aside.lstat().st_mtime >= max_partial_age_s
+            if is_old or store.blob(aside.name).exists():
+                durable.unlink(aside)
+    return max(0, before - store.used_bytes())
+
+
+def _check(
+    store: Store,
+    records: Iterable[VersionRecord] | None,
+    read: Callable[[Path, ManifestFile], str | None],
+) -> Verification:
+    checked, damaged = 0, []
+    for record in store.versions() if records is None else records:
+        folder = store.folder(record)
+        for file in record.files:
+            checked += 1
+            path = folder / file.path
+            reason = _link_reason(store, path, file) or read(path, file)
+            if reason:
+                damaged.append(_damage(record, file.path, file.sha256, reason))
+        expected = {file.path for file in record.files}
+        for stray in sorted(_files(folder) - expected):
+            checked += 1
+            damaged.append(_damage(record, stray, "", "is not in the manifest"))
+    return Verification(checked=checked, damaged=tuple(damaged))
+
+
+def _link_reason(store: Store, path: Path, file: ManifestFile) -> str | None:
+    """What is wrong with a file's place, size and link, or None."""
+    try:
+        status = path.lstat()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if status.st_size != file.size_bytes:
+        return f"has {status.st_size} bytes instead of {file.size_bytes}"
+    try:
+        blob = store.blob(file.sha256).lstat()
+    except OSError:
+        return "its blob is missing"
+    return None if os.path.samestat(status, blob) else "is not a link to its blob"
+
+
+def _reason(path: Path, file: ManifestFile) -> str:
+    try:
+        check_file(path, file)
+    except VerificationError as error:
+        return error.message
+    return ""
+
+
+def _damage(record: VersionRecord, path: str, sha256: str, reason: str) -> Damage:
+    return Damage(name=record.name, key=record.key, path=path, sha256=sha256, reason=reason)
+
+
+def _files(folder: Path) -> set[str]:
+    found: set[str] = set()
+    for inner, folders, names in os.walk(folder):
+        links = [name for name in folders if (Path(inner) / name).is_symlink()]
+        found.update((Path(inner) / name).relative_to(folder).as_posix() for name in [*names, *links])
+    return found
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _newest_change(folder: Path) -> float:
+    newest = folder.lstat().st_mtime
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            newest = max(newest, (Path(inner) / name).lstat().st_mtime)
+    return newest

@@ -1,0 +1,195 @@
+"""`MLmodel`, the file that tells MLflow how to load a package: read, and held against an allow-list.
+
+MLflow follows this file wherever it points: to a module to import, to folders for `sys.path`, to files
+outside the package. So each key of `python_function` is known and harmless here, or the package is refused.
+Nothing of MLflow is imported. Source: `mlflow.pyfunc.load_model` and `mlflow.transformers` of 3.17.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_agent.errors import ManifestError, PolicyError
+from edge_agent.models.manifest import check_path
+
+FILE_NAME = "MLmodel"
+CODE_LOADER = "mlflow.pyfunc.loaders.code_model"
+TRANSFORMERS_LOADER = "mlflow.transformers"
+PICKLE_LOADER = "mlflow.pyfunc.model"
+
+_MAX_BYTES = 1 << 20
+_MAX_NODES = 50_000
+
+_COMMON_KEYS = frozenset(("config", "env", "loader_module", "python_version", "streamable", "task"))
+_ARTIFACT_KEYS = frozenset(("artifacts",))
+_LOADER_KEYS: Mapping[str, frozenset[str]] = {
+    # MLflow writes `cloudpickle_version` beside every PythonModel; its code loader never unpickles.
+    CODE_LOADER: _COMMON_KEYS | _ARTIFACT_KEYS | {"model_code_path", "code", "cloudpickle_version"},
+    PICKLE_LOADER: _COMMON_KEYS
+    | _ARTIFACT_KEYS
+    | {"python_model", "cloudpickle_version", "python_model_compression", "code"},
+    TRANSFORMERS_LOADER: _COMMON_KEYS,
+}
+"""`code` is a folder for `sys.path`: what is in it counts as other code, and needs rule 4 of `trust.py`."""
+
+_TRANSFORMERS_KEYS = frozenset(
+    (
+        *("code", "components", "framework", "instance_type", "model_binary", "pipeline_model_type"),
+        *("feature_extractor_type", "image_processor_type", "processor_type", "tokenizer_type"),
+        *("prompt_template", "source_model_name", "task", "torch_dtype", "transformers_version"),
+    )
+)
+_EXAMPLE_PATHS = ("artifact_path", "serving_input_path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLmodel:
+    """What this agent needs from the file.
+
+    Attributes:
+        loader: the `loader_module`, one of the three above.
+        code_file: the models-from-code file, a name in the package's root, or empty.
+        document: the whole file.
+    """
+
+    loader: str
+    code_file: str
+    document: Mapping[str, Any]
+
+    @property
+    def pyfunc(self) -> Mapping[str, Any]:
+        return _mapping(
+            _mapping(self.document.get("flavors"), "flavors").get("python_function"), "python_function"
+        )
+
+
+def read(tree: Path) -> MLmodel:
+    """Parses the package's MLmodel.
+
+    Raises:
+        PolicyError: there is none, it is not plain YAML, or its loader is not allowed.
+    """
+    path = tree / FILE_NAME
+    if not path.is_file():
+        raise PolicyError("the package has no MLmodel file: it is not an MLflow model")
+    if path.stat().st_size > _MAX_BYTES:
+        raise PolicyError(f"MLmodel has more than {_MAX_BYTES} bytes")
+    document = _mapping(_parse(path.read_bytes()), FILE_NAME)
+    flavors = _mapping(document.get("flavors"), "flavors of MLmodel")
+    pyfunc = _mapping(flavors.get("python_function"), "flavor python_function of MLmodel")
+    loader = pyfunc.get("loader_module")
+    if not isinstance(loader, str) or loader not in _LOADER_KEYS:
+        raise PolicyError(f"MLmodel: python_function.loader_module {loader!r} is not allowed")
+    code_path = pyfunc.get("model_code_path", "")
+    if not isinstance(code_path, str):
+        raise PolicyError("MLmodel: python_function.model_code_path is not text")
+    # MLflow loads the last part from the package's root; the packager's own folders before it mean nothing.
+    return MLmodel(loader=loader, code_file=code_path.rsplit("/", 1)[-1], document=document)
+
+
+def check(model: MLmodel, paths: Set[str]) -> None:
+    """Holds the file against the allow-lists.
+
+    Args:
+        paths: every file of the package.
+
+    Raises:
+        PolicyError: a key is unknown or does harm; it is named with its place.
+    """
+    pyfunc = model.pyfunc
+    for key in pyfunc:
+        if key not in _LOADER_KEYS[model.loader]:
+            raise PolicyError(f"MLmodel: python_function.{key} is not allowed")
+    if model.loader == CODE_LOADER and (not model.code_file.endswith(".py") or model.code_file not in paths):
+        raise PolicyError(
+            f"MLmodel: python_function.model_code_path {model.code_file!r} is not in the package"
+        )
+    if model.loader == PICKLE_LOADER:
+        _inside(pyfunc.get("python_model"), "python_function.python_model", paths)
+    if pyfunc.get("code") is not None:
+        _inside(pyfunc["code"], "python_function.code", paths)
+    for name, artifact in _mapping(pyfunc.get("artifacts", {}), "python_function.artifacts").items():
+        place = f"python_function.artifacts.{name}"
+        _inside(_mapping(artifact, place).get("path"), f"{place}.path", paths)
+    _refuse_remote_code(model.document)
+    example = model.document.get("saved_input_example_info")
+    if example is not None:
+        for key in _EXAMPLE_PATHS:
+            if (path := _mapping(example, "saved_input_example_info").get(key)) is not None:
+                _inside(path, f"saved_input_example_info.{key}", paths)
+    if model.loader == TRANSFORMERS_LOADER:
+        _check_transformers(
+            _mapping(model.document["flavors"].get("transformers"), "flavor transformers"), paths
+        )
+
+
+def _check_transformers(flavor: Mapping[str, Any], paths: Set[str]) -> None:
+    components = flavor.get("components") or []
+    if not isinstance(components, list) or not all(isinstance(name, str) for name in components):
+        raise PolicyError("MLmodel: transformers.components is not a list of names")
+    # The weights and every component must be files here: a name alone makes MLflow ask the network.
+    for key in flavor:
+        if key not in _TRANSFORMERS_KEYS:
+            raise PolicyError(f"MLmodel: transformers.{key} is not allowed")
+    if flavor.get("code"):
+        raise PolicyError("MLmodel: transformers.code is not allowed")
+    _inside(flavor.get("model_binary"), "transformers.model_binary", paths)
+    if "processor_type" in flavor:
+        components = [*components, "processor"]
+    for name in components:
+        _inside(f"components/{name}", f"transformers.components {name!r}", paths)
+
+
+def _refuse_remote_code(document: Mapping[str, Any]) -> None:
+    waiting: list[Any] = [document]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            for key in ("trust_remote_code", "auto_map"):
+                if value.get(key):
+                    raise PolicyError(f"MLmodel: {key} is not allowed")
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+
+
+def _inside(path: object, place: str, paths: Set[str]) -> None:
+    """The path is a file of the package, or a folder that has one."""
+    try:
+        text = check_path(path)
+    except ManifestError as error:
+        raise PolicyError(f"MLmodel: {place}: {error.message}") from error
+    if text not in paths and not any(known.startswith(f"{text}/") for known in paths):
+        raise PolicyError(f"MLmodel: {place}: {text!r} is not in the package")
+
+
+def _parse(data: bytes) -> object:
+    import yaml  # type: ignore[import-untyped]  # 10 ms, and only where a package is checked
+
+    class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
+        """Safe YAML without anchors, which grow a small file into a huge one, and of bounded size."""
+
+        nodes = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.nodes += 1
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+                raise PolicyError("MLmodel has YAML anchors or aliases")
+            if self.nodes > _MAX_NODES:
+                raise PolicyError(f"MLmodel has more than {_MAX_NODES} values")
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(data, Loader=PlainLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise PolicyError(f"MLmodel is not YAML ({type(error).__name__})") from error
+
+
+def _mapping(value: object, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise PolicyError(f"MLmodel: {what} is not a mapping")
+    return value

@@ -1,0 +1,346 @@
+"""The registry: what a reference means now, and the bytes of a version's files.
+
+The only importer of the MLflow client, and only in the sync process. Flow: `resolve` → `package` → `listing`
+and `open`. Refuses listings without bound, and a remote registry that points at files of this device.
+Credentials come from MLflow's own variables and are never shown. MLflow's retries are switched off, because
+with them an unreachable registry blocks for minutes: `fetch.py` has the one retry policy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote, unquote, urlsplit
+
+from edge_agent.errors import ManifestError, PolicyError, TransportError, UnknownReference
+from edge_agent.models.manifest import MAX_FILES, OUTSIDE_MANIFEST, check_path, check_paths
+from edge_agent.models.reference import ModelRef, ModelVersion
+
+CHUNK_BYTES = 1 << 20
+_LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
+_TRY_AGAIN = frozenset((408, 429))
+
+
+class RequestRefused(TransportError):
+    """The registry answered that it will not: asking again does not help."""
+
+
+class PastTheEnd(TransportError):
+    """The file on the server has no byte at the offset that was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A file as the registry lists it."""
+
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Bytes of one file.
+
+    Attributes:
+        start: offset of the first byte; 0 where the registry could not, or would not, start in the middle.
+        etag: the file's version on the server, or empty.
+        chunks: ends early when the connection does; raises TransportError.
+    """
+
+    start: int
+    etag: str
+    chunks: Iterator[bytes]
+
+
+class Package(Protocol):
+    """Where the files of one version are."""
+
+    def listing(self) -> list[Listed]:
+        """All files, sorted by path; MLflow's own `registered_model_meta` is left out.
+
+        Raises:
+            ManifestError: a path or the number of files breaks a rule.
+            TransportError: the registry failed.
+        """
+
+    @contextmanager
+    def open(self, path: str, *, offset: int = 0, etag: str = "") -> Iterator[Stream]:
+        """A file from `offset` on, if it still is the file that had `etag`.
+
+        Raises:
+            RequestRefused: there is no such file, or no permission.
+            PastTheEnd: it ends before `offset`.
+            TransportError: the registry failed.
+        """
+
+
+class Registry:
+    """One MLflow registry.
+
+    Args:
+        uri: `http(s)://…`, `sqlite:///…` or what else MLflow accepts.
+        timeout_s: for one request, and for one read that brings nothing.
+    """
+
+    def __init__(self, uri: str, *, timeout_s: float) -> None:
+        self.uri = uri
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(timeout_s)))
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+        self._refuse_missing_database()
+        with self._errors():
+            from mlflow.tracking import MlflowClient
+
+            self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+    def resolve(self, ref: ModelRef) -> ModelVersion:
+        """What the reference means now.
+
+        Raises:
+            UnknownReference: the registry has no such model, alias or version.
+            TransportError: the registry cannot be reached, or fails.
+        """
+        with self._errors(ref):
+            if ref.alias:
+                found = self._client.get_model_version_by_alias(ref.name, ref.alias)
+            else:
+                found = self._client.get_model_version(ref.name, str(ref.version))
+            source = self._client.get_model_version_download_uri(found.name, found.version)
+        if found.name != ref.name or not str(found.version).isdecimal():
+            raise TransportError(f"the registry answered {ref} with another model")
+        return ModelVersion(
+            name=found.name,
+            version=int(found.version),
+            run_id=found.run_id or "",
+            source=source,
+            tags=dict(found.tags or {}),
+        )
+
+    def package(self, version: ModelVersion) -> Package:
+        """Where the version's files are.
+
+        Raises:
+            PolicyError: a remote registry names a folder of this device.
+            TransportError: there is no way to its artifact store.
+        """
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+        from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+        with self._errors():
+            repository = get_artifact_repository(version.source, tracking_uri=self.uri, registry_uri=self.uri)
+            # `models:` and `runs:` are names for another store; that one is asked, so that nothing is added.
+            while hasattr(repository, "repo"):
+                repository = repository.repo
+        if isinstance(repository, LocalArtifactRepository):
+            if not self._is_local():
+                raise PolicyError(f"the registry says that {version.name!r} is in a folder of this device")
+            return _LocalPackage(Path(repository.artifact_dir))
+        if isinstance(repository, HttpArtifactRepository):
+            return _HttpPackage(repository, self)
+        return _OtherPackage(repository, self)
+
+    def _is_local(self) -> bool:
+        url = urlsplit(self.uri)
+        return url.scheme not in ("http", "https") or url.hostname in _LOOPBACK
+
+    def _refuse_missing_database(self) -> None:
+        """MLflow would make a new, empty one: a misspelt path must not look like an unknown model."""
+        if self.uri.startswith("sqlite:///"):
+            path = Path(unquote(self.uri.removeprefix("sqlite:///").split("?")[0]))
+            if not path.is_file():
+                raise TransportError(f"registry database {path} does not exist", remedy="check registry.uri")
+
+    @contextmanager
+    def _errors(self, ref: ModelRef | None = None) -> Iterator[None]:
+        """Whatever MLflow and the libraries below it raise, in this tree's words."""
+        from mlflow.exceptions import MlflowException, RestException
+
+        try:
+            yield
+        except MlflowException as error:
+            if ref and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise UnknownReference(
+                    f"the registry has no {ref}", remedy="check the name and the alias or version"
+                ) from error
+            if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+                raise self._unauthorised() from error
+            kind = "answered with an error" if isinstance(error, RestException) else "cannot be reached"
+            raise TransportError(f"registry {self.uri} {kind}: {_first_line(error)}") from error
+        except ImportError as error:
+            raise TransportError(
+                f"registry {self.uri} needs a library that is missing: {error.name}",
+                remedy="install edge-agent[local-registry] for sqlite, or the artifact store's library",
+            ) from error
+        except OSError as error:  # requests' exceptions are OSErrors
+            raise TransportError(f"registry {self.uri} cannot be reached: {_first_line(error)}") from error
+
+    def _unauthorised(self) -> RequestRefused:
+        return RequestRefused(
+            f"registry {self.uri} refuses this device",
+            remedy="set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        )
+
+
+class _HttpPackage:
+    """Artifacts that the MLflow server hands through; resumed where it honours Range and If-Range."""
+
+    def __init__(self, repository: Any, registry: Registry) -> None:
+        self._repository = repository
+        self._registry = registry
+
+    def listing(self) -> list[Listed]:
+        with self._registry._errors():
+            return _walk(self._repository)
+
+    @contextmanager
+    def open(self, path: str, *, offset: int = 0, etag: str = "") -> Iterator[Stream]:
+        from mlflow.utils.rest_utils import http_request
+
+        headers = {"Accept-Encoding": "identity"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+            if etag:
+                headers["If-Range"] = etag
+        with self._registry._errors():
+            response = http_request(
+                self._repository._host_creds,
+                "/" + quote(check_path(path)),
+                "GET",
+                stream=True,
+                extra_headers=headers,
+                max_retries=0,
+                raise_on_status=False,
+            )
+        try:
+            self._check_status(response, path)
+            start = _range_start(response, offset) if response.status_code == 206 else 0
+            etag = response.headers.get("ETag", "")
+            yield Stream(
+                start=start, etag="" if etag.startswith("W/") else etag, chunks=self._chunks(response)
+            )
+        finally:
+            response.close()
+
+    def _check_status(self, response: Any, path: str) -> None:
+        status = response.status_code
+        if status in (200, 206):
+            return
+        if status in (401, 403):
+            raise self._registry._unauthorised()
+        message = f"registry {self._registry.uri} answered {status} for {path!r}"
+        if status == 416:
+            raise PastTheEnd(message)
+        if 400 <= status < 500 and status not in _TRY_AGAIN:
+            raise RequestRefused(message)
+        raise TransportError(message)
+
+    def _chunks(self, response: Any) -> Iterator[bytes]:
+        with self._registry._errors():
+            yield from response.iter_content(CHUNK_BYTES)
+
+
+class _LocalPackage:
+    """A folder on this host: the embedded registry's artifacts."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def listing(self) -> list[Listed]:
+        found = []
+        for path in self._folder.rglob("*"):
+            if path.is_file() and (name := path.relative_to(self._folder).as_posix()):
+                found.append(Listed(path=name, size_bytes=path.stat().st_size))
+            if len(found) > MAX_FILES + len(OUTSIDE_MANIFEST):
+                raise ManifestError(f"the package has more than {MAX_FILES} files")
+        return _checked(found)
+
+    @contextmanager
+    def open(self, path: str, *, offset: int = 0, etag: str = "") -> Iterator[Stream]:
+        try:
+            file = (self._folder / check_path(path)).open("rb")
+        except OSError as error:
+            raise RequestRefused(f"{path!r} of the package cannot be read: {error.strerror}") from error
+        with file:
+            status = os.fstat(file.fileno())
+            now = f"{status.st_mtime_ns}-{status.st_size}"
+            start = offset if not etag or etag == now else 0
+            file.seek(start)
+            yield Stream(start=start, etag=now, chunks=iter(lambda: file.read(CHUNK_BYTES), b""))
+
+
+class _OtherPackage:
+    """A store that MLflow reaches by itself (S3, Azure, …): whole files, through a temporary folder."""
+
+    def __init__(self, repository: Any, registry: Registry) -> None:
+        self._repository = repository
+        self._registry = registry
+
+    def listing(self) -> list[Listed]:
+        with self._registry._errors():
+            return _walk(self._repository)
+
+    @contextmanager
+    def open(self, path: str, *, offset: int = 0, etag: str = "") -> Iterator[Stream]:
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="edge-agent-") as folder:
+            target = Path(folder) / "file"
+            with self._registry._errors():
+                self._repository._download_file(check_path(path), str(target))
+            with target.open("rb") as file:
+                target.unlink()
+                yield Stream(start=0, etag="", chunks=iter(lambda: file.read(CHUNK_BYTES), b""))
+
+
+def _walk(repository: Any) -> list[Listed]:
+    """All files below a store's root; every answer of the registry is bounded and checked."""
+    found: list[Listed] = []
+    folders: list[str | None] = [None]
+    visited = 0
+    while folders:
+        folder = folders.pop()
+        visited += 1
+        for entry in repository.list_artifacts(folder):
+            path = check_path(entry.path)
+            if folder is not None and not path.startswith(f"{folder}/"):
+                raise ManifestError(f"the registry lists {path!r} in folder {folder!r}")
+            if path.split("/")[0] == "registered_model_meta":
+                continue
+            if entry.is_dir:
+                folders.append(path)
+            elif entry.file_size is None:
+                raise ManifestError(f"the registry gives no size for {path!r}")
+            else:
+                found.append(Listed(path=path, size_bytes=int(entry.file_size)))
+        if len(found) + len(folders) + visited > 2 * (MAX_FILES + len(OUTSIDE_MANIFEST)):
+            raise ManifestError(f"the package has more than {MAX_FILES} files")
+    return _checked(found)
+
+
+def _checked(found: list[Listed]) -> list[Listed]:
+    kept = sorted(
+        (file for file in found if file.path != "registered_model_meta"), key=lambda file: file.path
+    )
+    check_paths(file.path for file in kept)
+    if len(kept) > MAX_FILES + len(OUTSIDE_MANIFEST):
+        raise ManifestError(f"the package has more than {MAX_FILES} files")
+    return kept
+
+
+def _range_start(response: Any, offset: int) -> int:
+    """Where a 206 answer starts: `Content-Range: bytes 100-199/200`."""
+    with suppress(ValueError):
+        start = int(response.headers.get("Content-Range", "").removeprefix("bytes ").split("-")[0])
+        if start == offset:
+            return start
+    raise TransportError("the registry answered with another range than was asked for")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,143 @@
+"""What each model is doing: the content of `state.json`, frozen values and their JSON form.
+
+Pure. A version is named by its key, `<version>-<first 12 digits of its digest>`, as its folder is. The
+lifecycle decides the changes; the store writes them with one rename.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from edge_agent.errors import StoreError
+from edge_agent.models.record import KEY, VersionRecord
+from edge_agent.models.reference import MODEL_NAME
+
+_MAX_REASON = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelState:
+    """One model of the settings.
+
+    Attributes:
+        active: key of the version that answers, None before the first one.
+        previous: key of the version to go back to.
+        candidate: key of the version that is being tried.
+        quarantined: key → why it is not tried again.
+        pinned: keys that are never evicted.
+    """
+
+    active: str | None = None
+    previous: str | None = None
+    candidate: str | None = None
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+    pinned: tuple[str, ...] = ()
+
+    def role(self, key: str) -> str:
+        """What a version is to its model, in one word: the strongest that applies."""
+        if key in self.quarantined:
+            return "quarantined"
+        roles = {self.active: "active", self.candidate: "candidate", self.previous: "previous"}
+        return roles.get(key) or ("pinned" if key in self.pinned else "cached")
+
+    @property
+    def protected(self) -> frozenset[str]:
+        """Keys that eviction leaves alone."""
+        return frozenset(key for key in (self.active, self.previous, self.candidate, *self.pinned) if key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheState:
+    """All models.
+
+    Attributes:
+        models: by the settings' name.
+        rebuilt: why the file had to be rebuilt from the committed versions, empty when it never was.
+    """
+
+    models: Mapping[str, ModelState] = field(default_factory=dict)
+    rebuilt: str = ""
+
+    def model(self, name: str) -> ModelState:
+        """The model's state; an unknown name has an empty one."""
+        return self.models.get(name, ModelState())
+
+    def with_model(self, name: str, model: ModelState) -> CacheState:
+        return replace(self, models={**self.models, name: model})
+
+    def encode(self) -> bytes:
+        document = {
+            "format": 1,
+            "rebuilt": self.rebuilt,
+            "models": {
+                name: {
+                    "active": model.active,
+                    "previous": model.previous,
+                    "candidate": model.candidate,
+                    "quarantined": dict(model.quarantined),
+                    "pinned": list(model.pinned),
+                }
+                for name, model in self.models.items()
+            },
+        }
+        return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def parse(data: bytes) -> CacheState:
+    """Reads `state.json`.
+
+    Raises:
+        StoreError: it is not what this agent writes.
+    """
+    try:
+        document = json.loads(data.decode("utf-8"))
+        if document["format"] != 1:
+            raise ValueError("format")
+        models = {_name(name): _model(fields) for name, fields in document["models"].items()}
+        return CacheState(models=models, rebuilt=str(document["rebuilt"]))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise StoreError(f"state.json is damaged ({type(error).__name__})") from error
+
+
+def rebuild(records: Iterable[VersionRecord], *, reason: str) -> CacheState:
+    """A state from what is committed: each model's highest version active, the next one previous.
+
+    Of two commits with one version number, the later is the higher. Quarantine and pins are lost.
+    """
+    models: dict[str, ModelState] = {}
+    for record in sorted(records, key=lambda r: (r.version, r.created_at), reverse=True):
+        model = models.get(record.name)
+        if model is None:
+            models[record.name] = ModelState(active=record.key)
+        elif model.previous is None:
+            models[record.name] = replace(model, previous=record.key)
+    return CacheState(models=models, rebuilt=reason)
+
+
+def _model(fields: Any) -> ModelState:
+    return ModelState(
+        active=_optional_key(fields["active"]),
+        previous=_optional_key(fields["previous"]),
+        candidate=_optional_key(fields["candidate"]),
+        quarantined={_key(key): str(reason)[:_MAX_REASON] for key, reason in fields["quarantined"].items()},
+        pinned=tuple(_key(key) for key in fields["pinned"]),
+    )
+
+
+def _name(name: str) -> str:
+    if not MODEL_NAME.fullmatch(name):
+        raise ValueError("name")
+    return name
+
+
+def _key(key: str) -> str:
+    if not KEY.fullmatch(key):
+        raise ValueError("key")
+    return key
+
+
+def _optional_key(key: str | None) -> str | None:
+    return None if key is None else _key(key)

@@ -1,0 +1,369 @@
+"""One check of one model, one process: `python -m edge_agent.models.sync`, a job on stdin, events on stdout.
+
+Flow: resolve → manifest → reserve → fetch what is missing → trust → stage → commit. `synchronise` below reads
+that way. It can be killed at any moment: what was fetched is continued, what was not committed does not
+count. Refuses jobs over a bound. Stdout has events and nothing else; whatever libraries print goes to stderr.
+
+Events, one JSON object a line: `resolved {version, rollout}`, `progress {bytes, total_bytes, bytes_per_s,
+eta_s}` (at most five a second), then `done {…}` (fields of `SyncResult`), or `error {code, message, remedy}`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edge_agent.errors import EdgeAgentError, ManifestError, VerificationError
+from edge_agent.models import eviction, fsck, trust
+from edge_agent.models import manifest as manifests
+from edge_agent.models.fetch import Pace, fetch
+from edge_agent.models.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, ManifestFile
+from edge_agent.models.record import VersionRecord
+from edge_agent.models.reference import ROLLOUT_TAG, ModelRef, ModelVersion
+from edge_agent.models.registry import Listed, Package, Registry
+from edge_agent.models.staging import Staging, staging
+from edge_agent.models.store import Store, check_file
+from edge_agent.models.sync_process import MAX_JOB_BYTES, SyncJob, SyncResult
+from edge_agent.models.trust import TrustDecision
+
+log = logging.getLogger(__name__)
+
+Emit = Callable[[dict[str, Any]], None]
+
+_PROGRESS_INTERVAL_S = 0.2
+_MAX_SIGNATURE_BYTES = 4 << 20
+_BOOKKEEPING_BYTES = 1 << 20  # the record and the folders of a version, generously
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a version consists of, as far as it is known before its bytes are here.
+
+    Attributes:
+        manifest: None where the package was logged with plain MLflow.
+        listing: every file that would be fetched, with its size.
+        attached: `manifest.json` and `model.sig`, read already.
+    """
+
+    manifest: Manifest | None
+    listing: tuple[Listed, ...]
+    attached: dict[str, bytes]
+
+    def sha256(self, path: str) -> str | None:
+        return self._digests.get(path)
+
+    @property
+    def _digests(self) -> dict[str, str]:
+        return {file.path: file.sha256 for file in self.manifest.files} if self.manifest else {}
+
+
+def synchronise(job: SyncJob, emit: Emit) -> SyncResult:
+    """Brings one model up to date.
+
+    Raises:
+        EdgeAgentError: with the code that the daemon's side turns into the same error again.
+    """
+    store = Store(Path(job.state_dir))
+    store.create()
+    registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s)
+    version = registry.resolve(ModelRef.parse(job.ref))
+    emit({"event": "resolved", "version": version.version, "rollout": version.tags.get(ROLLOUT_TAG, "")})
+    package = registry.package(version)
+    wanted = read_wanted(package, version)
+    known = committed(store, job, version, wanted)
+    if known and not fsck.quick_check(store, [known]).damaged:
+        return _done(hold_to_policy(store, job, known), fetched_bytes=0, new=False)
+    with staging(store, job.name, version.version) as place:
+        reserve(store, job, wanted, place, known)
+        pace = Pace(
+            total_bytes=_missing_bytes(store, wanted),
+            max_bytes_per_s=job.cache.max_bytes_per_s,
+            report=_Progress(emit),
+        )
+        manifest, attached = fetch_missing(store, package, place, version, wanted, pace)
+        tree = place.build_tree(store, (*manifest.files, *attached))
+        decision = judge(job, version, tree, manifest)
+        record = VersionRecord(
+            name=job.name,
+            version=version.version,
+            manifest=manifest,
+            attached=attached,
+            registry_uri=job.registry.uri,
+            source=version.source,
+            run_id=version.run_id,
+            trust=decision,
+            created_at=time.time(),
+        )
+        new = commit(store, record, tree, place)
+    return _done(record, fetched_bytes=pace.fetched_bytes, new=new)
+
+
+def read_wanted(package: Package, version: ModelVersion) -> Wanted:
+    """The manifest where there is one, else the registry's listing.
+
+    Raises:
+        ManifestError: the manifest breaks a rule, or names another model.
+        VerificationError: it is not the one that the registry's tag promises.
+    """
+    listed = {file.path: file for file in package.listing()}
+    attached: dict[str, bytes] = {}
+    manifest = None
+    if MANIFEST_NAME in listed:
+        data = attached[MANIFEST_NAME] = _read(package, MANIFEST_NAME, manifests.MAX_MANIFEST_BYTES)
+        _check_tag(version, data)
+        manifest = manifests.parse(data)
+        if manifest.name != version.name:
+            raise ManifestError(f"the manifest was made for {manifest.name!r}, not for {version.name!r}")
+    elif version.manifest_sha256:
+        raise VerificationError(f"version {version.version} of {version.name!r} has lost its manifest.json")
+    if SIGNATURE_NAME in listed:
+        attached[SIGNATURE_NAME] = _read(package, SIGNATURE_NAME, _MAX_SIGNATURE_BYTES)
+    if manifest:
+        files = tuple(Listed(path=file.path, size_bytes=file.size_bytes) for file in manifest.files)
+    else:
+        files = tuple(file for path, file in listed.items() if path not in manifests.OUTSIDE_MANIFEST)
+    return Wanted(manifest=manifest, listing=files, attached=attached)
+
+
+def committed(store: Store, job: SyncJob, version: ModelVersion, wanted: Wanted) -> VersionRecord | None:
+    """The version's record, if it is in the cache.
+
+    Without a manifest the same origin, version and sizes have to do: nothing else is known before fetching.
+    """
+    sizes = {(file.path, file.size_bytes) for file in wanted.listing}
+    for record in store.versions(job.name):
+        if (record.version, record.registered_name) != (version.version, version.name):
+            continue
+        if wanted.manifest:
+            if record.manifest == wanted.manifest:
+                return record
+        elif (record.registry_uri, record.source, record.run_id) == (
+            job.registry.uri,
+            version.source,
+            version.run_id,
+        ) and sizes == {(file.path, file.size_bytes) for file in record.manifest.files}:
+            return record
+    return None
+
+
+def hold_to_policy(store: Store, job: SyncJob, record: VersionRecord) -> VersionRecord:
+    """A version that is here already must fit the trust settings of today, too.
+
+    Raises:
+        PolicyError: it does not, any more.
+    """
+    policy = asdict(job.trust)
+    if trust.still_holds(record.trust, **policy):
+        return record
+    decision = trust.decide(
+        store.folder(record), record.manifest, registered_name=record.registered_name, **policy
+    )
+    record = replace(record, trust=decision)
+    with store.lock():
+        store.rewrite(record)
+    return record
+
+
+def reserve(store: Store, job: SyncJob, wanted: Wanted, place: Staging, known: VersionRecord | None) -> None:
+    """Makes sure that everything fits, before the first byte is fetched.
+
+    Raises:
+        StoreError: it does not, even after eviction.
+    """
+    needed = max(0, _missing_bytes(store, wanted) - place.fetched_bytes()) + _BOOKKEEPING_BYTES
+    with store.lock():
+        eviction.make_room(
+            store,
+            needed_bytes=needed,
+            quota_bytes=job.cache.quota_bytes,
+            min_free_bytes=job.cache.min_free_bytes,
+            keep={(known.name, known.key)} if known else frozenset(),
+        )
+
+
+def fetch_missing(
+    store: Store, package: Package, place: Staging, version: ModelVersion, wanted: Wanted, pace: Pace
+) -> tuple[Manifest, tuple[ManifestFile, ...]]:
+    """Fetches each blob that is not here, once, and verifies it.
+
+    Returns:
+        The manifest, made on arrival where the package has none, and the attached files.
+    """
+    files = []
+    for listed in wanted.listing:
+        sha256 = wanted.sha256(listed.path)
+        file = ManifestFile(path=listed.path, size_bytes=listed.size_bytes, sha256=sha256 or "")
+        if not sha256 or not (store.has_blob(file) or _is_verified(place, file)):
+            file = fetch(
+                package, place, path=listed.path, size_bytes=listed.size_bytes, sha256=sha256, pace=pace
+            )
+        files.append(file)
+    attached = tuple(place.keep(path, data) for path, data in sorted(wanted.attached.items()))
+    return wanted.manifest or manifests.make(version.name, files), attached
+
+
+def judge(job: SyncJob, version: ModelVersion, tree: Path, manifest: Manifest) -> TrustDecision:
+    """The code policy, on the staged tree."""
+    return trust.decide(tree, manifest, registered_name=version.name, **asdict(job.trust))
+
+
+def commit(store: Store, record: VersionRecord, tree: Path, place: Staging) -> bool:
+    """Gives everything its final name; or, where the version is here and damaged, mends it.
+
+    Returns:
+        True where the version had not been committed before.
+    """
+    with store.lock():
+        if store.record(record.name, record.key) is None:
+            store.commit(record, tree)
+            new = True
+        else:
+            _mend(store, record, place)
+            new = False
+        place.clear()
+    return new
+
+
+def _mend(store: Store, record: VersionRecord, place: Staging) -> None:
+    damaged = {damage.path for damage in fsck.quick_check(store, [record]).of(record)}
+    for path in damaged - {file.path for file in record.files}:
+        store.remove_stray(record, path)
+    for file in set(record.files):
+        fetched = place.verified(file.sha256)
+        if fetched.exists():
+            store.repair(fetched, file)
+        elif file.path in damaged:
+            store.relink(record, file)
+    store.rewrite(record)
+
+
+def _is_verified(place: Staging, file: ManifestFile) -> bool:
+    """A part that an earlier process finished: its bytes are hashed again, they cost less than a download."""
+    path = place.verified(file.sha256)
+    if not path.exists():
+        return False
+    try:
+        check_file(path, file)
+    except VerificationError:
+        place.drop_part(path)
+        return False
+    return True
+
+
+def _missing_bytes(store: Store, wanted: Wanted) -> int:
+    """What must come over the network; equal files count once."""
+    sizes = {}
+    for listed in wanted.listing:
+        sha256 = wanted.sha256(listed.path)
+        file = ManifestFile(path=listed.path, size_bytes=listed.size_bytes, sha256=sha256 or listed.path)
+        if not sha256 or not store.has_blob(file):
+            sizes[file.sha256] = file.size_bytes
+    return sum(sizes.values())
+
+
+def _read(package: Package, path: str, limit: int) -> bytes:
+    """A small file, whole."""
+    data = b""
+    with package.open(path) as stream:
+        for chunk in stream.chunks:
+            data += chunk
+            if len(data) > limit:
+                raise ManifestError(f"{path} has more than {limit} bytes")
+    return data
+
+
+def _check_tag(version: ModelVersion, data: bytes) -> None:
+    promised = version.manifest_sha256
+    if promised and hashlib.sha256(data).hexdigest() != promised:
+        raise VerificationError(
+            f"manifest.json of version {version.version} of {version.name!r} is not the published one"
+        )
+
+
+def _done(record: VersionRecord, *, fetched_bytes: int, new: bool) -> SyncResult:
+    return SyncResult(
+        name=record.name,
+        version=record.version,
+        digest=record.digest,
+        key=record.key,
+        bytes=record.total_bytes,
+        bytes_fetched=fetched_bytes,
+        bytes_reused=max(0, record.total_bytes - fetched_bytes),
+        new=new,
+    )
+
+
+class _Progress:
+    """Turns chunks into at most five events a second, and one at the end."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._next_at = 0.0
+
+    def __call__(self, pace: Pace) -> None:
+        now = time.monotonic()
+        have = pace.fetched_bytes + pace.resumed_bytes
+        if now < self._next_at and have < pace.total_bytes:
+            return
+        self._next_at = now + _PROGRESS_INTERVAL_S
+        eta_s = pace.eta_s
+        self._emit(
+            {
+                "event": "progress",
+                "bytes": have,
+                "total_bytes": pace.total_bytes,
+                "bytes_per_s": round(pace.bytes_per_s),
+                "eta_s": None if eta_s is None else round(eta_s, 1),
+            }
+        )
+
+
+def _own_stdout() -> Emit:
+    """Keeps stdout for events: what any library prints from now on goes to stderr."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def emit(event: dict[str, Any]) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    return emit
+
+
+def main() -> int:
+    """The process: one job in, events out."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+    emit = _own_stdout()
+    try:
+        job = SyncJob.parse(sys.stdin.buffer.read(MAX_JOB_BYTES + 1))
+        result = synchronise(job, emit)
+        emit({"event": "done", **asdict(result)})
+    except EdgeAgentError as error:
+        emit({"event": "error", "code": error.code, "message": error.message, "remedy": error.remedy})
+        return 1
+    except BrokenPipeError:
+        return 1  # nobody listens any more
+    except Exception as error:  # the process's top: the parent must hear of it
+        log.exception("sync failed")
+        emit(
+            {
+                "event": "error",
+                "code": "internal",
+                "message": f"{type(error).__name__}: {error}",
+                "remedy": "",
+            }
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""The daemon's side of a sync: starts `python -m edge_agent.models.sync`, reads its events, ends it.
+
+Importing MLflow costs 120 MB and a second, and a dead registry can block for minutes: so the work is another
+process, and this one only reads JSON lines. Flow: start with an environment from an allow-list → the job on
+stdin → events until done or error → a process that is too slow, too talkative or not wanted any more is
+killed. Killing is safe at every moment: see `models/sync.py`. Refuses: lines over `MAX_LINE_BYTES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+from edge_agent import settings
+from edge_agent.errors import (
+    CacheBusy,
+    ContentError,
+    EdgeAgentError,
+    ManifestError,
+    PolicyError,
+    SettingsError,
+    StoreError,
+    TransportError,
+    UnknownReference,
+    VerificationError,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_LINE_BYTES = 64 << 10
+MAX_JOB_BYTES = 256 << 10
+MAX_EVENTS = 1_000_000
+_STEP_S = 0.2
+_EXIT_WAIT_S = 5.0
+_STDERR_TAIL_BYTES = 4_000
+
+ENVIRONMENT_NAMES = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    *(
+        name
+        for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
+        for name in (proxy, proxy.lower())
+    ),
+)
+"""What a sync may know of this process: never tokens of other services, never EDGE_AGENT_*."""
+ENVIRONMENT_PREFIXES = ("MLFLOW_TRACKING_", "MLFLOW_S3_", "AWS_", "AZURE_", "GOOGLE_")
+"""Credentials of the registry and of artifact stores."""
+
+_ERRORS: dict[str, type[EdgeAgentError]] = {
+    kind.code: kind
+    for kind in (
+        CacheBusy,
+        ContentError,
+        EdgeAgentError,
+        ManifestError,
+        PolicyError,
+        SettingsError,
+        StoreError,
+        TransportError,
+        UnknownReference,
+        VerificationError,
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistryJob:
+    """Which registry, and how long one request or one stalled read may take."""
+
+    uri: str
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustJob:
+    """`[trust]` of the settings."""
+
+    public_keys: tuple[str, ...] = ()
+    allow_unsigned_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheJob:
+    """`[cache]` of the settings, as far as a sync needs it."""
+
+    quota_bytes: int = 20_000_000_000
+    min_free_bytes: int = 500_000_000
+    max_bytes_per_s: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncJob:
+    """One model to bring up to date.
+
+    Attributes:
+        name: the settings' model name.
+        ref: what to resolve, `models:/…`.
+    """
+
+    state_dir: str
+    registry: RegistryJob
+    name: str
+    ref: str
+    trust: TrustJob = TrustJob()
+    cache: CacheJob = CacheJob()
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> SyncJob:
+        """Reads what `encode` wrote.
+
+        Raises:
+            SettingsError: it is too large or has other fields.
+        """
+        if len(data) > MAX_JOB_BYTES:
+            raise SettingsError(f"the sync job has more than {MAX_JOB_BYTES} bytes")
+        try:
+            fields = json.loads(data)
+            trust = fields.pop("trust", {})
+            return cls(
+                registry=RegistryJob(**fields.pop("registry")),
+                trust=TrustJob(**{**trust, "public_keys": tuple(trust.get("public_keys", ()))}),
+                cache=CacheJob(**fields.pop("cache", {})),
+                **fields,
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise SettingsError(f"the sync job is not understood: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncResult:
+    """A version that is whole, verified and committed.
+
+    Attributes:
+        key: names the version in `state.json` and in the store.
+        bytes_fetched: what came over the network now.
+        bytes_reused: what was in the cache already.
+        new: False when the version had been committed before.
+    """
+
+    name: str
+    version: int
+    digest: str
+    key: str
+    bytes: int
+    bytes_fetched: int
+    bytes_reused: int
+    new: bool
+
+
+def run_sync(
+    job: SyncJob,
+    *,
+    timeout_s: float,
+    on_event: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> SyncResult:
+    """Runs one sync to its end in a process of its own.
+
+    Args:
+        timeout_s: for the whole sync; a big model on a slow line needs hours.
+        on_event: gets `resolved` and `progress` events in this thread; keep it quick.
+        should_stop: asked about five times a second; True ends the process.
+
+    Raises:
+        TransportError: the registry is out of reach, the time is over, or `should_stop` said so.
+        UnknownReference: the registry has no such model, alias or version.
+        ContentError: the package breaks a rule (`ManifestError`, `VerificationError`, `PolicyError`).
+        StoreError: the cache cannot take it.
+        EdgeAgentError: the process died or broke the protocol.
+    """
+    stderr = _Tail()
+    with _started(job) as process:
+        for event in _events(process, job, stderr, time.monotonic() + timeout_s, should_stop):
+            kind = event.get("event")
+            if kind == "done":
+                return _result(event)
+            if kind == "error":
+                raise _error(event)
+            on_event(event)
+        status = _ended(process)
+    log.warning("sync died model=%s status=%s stderr=%r", job.name, status, stderr.text)
+    last_line = stderr.text.splitlines()[-1] if stderr.text else "it said nothing"
+    raise EdgeAgentError(f"the sync of {job.name} ended with status {status}: {last_line}")
+
+
+def environment() -> dict[str, str]:
+    """The sync process's whole environment: the allow-list, and MLflow's own reports switched off."""
+    return {
+        **settings.inherited_environment(*ENVIRONMENT_NAMES, prefixes=ENVIRONMENT_PREFIXES),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+@contextlib.contextmanager
+def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
+    """The process, with its job on stdin; it is dead when the block ends."""
+    with tempfile.TemporaryFile() as stdin:  # a pipe would block on a job larger than its buffer
+        stdin.write(job.encode())
+        stdin.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edge_agent.models.sync"],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            cwd="/",
+            close_fds=True,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdout, process.stderr):
+                if pipe:
+                    pipe.close()
+
+
+class _Tail:
+    """The last that the process wrote to stderr."""
+
+    def __init__(self) -> None:
+        self._data = b""
+
+    def add(self, data: bytes) -> None:
+        self._data = (self._data + data)[-_STDERR_TAIL_BYTES:]
+
+    @property
+    def text(self) -> str:
+        return self._data.decode("utf-8", "replace").strip()
+
+
+def _events(
+    process: subprocess.Popen[bytes],
+    job: SyncJob,
+    stderr: _Tail,
+    deadline: float,
+    should_stop: Callable[[], bool],
+) -> Iterator[dict[str, Any]]:
+    """Events until the process closes its stdout."""
+    for number, line in enumerate(_lines(process, job, stderr, deadline, should_stop)):
+        if number >= MAX_EVENTS:
+            raise EdgeAgentError(f"the sync of {job.name} sent more than {MAX_EVENTS} events")
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise EdgeAgentError(f"the sync of {job.name} wrote a line that is not JSON") from error
+        if not isinstance(event, dict):
+            raise EdgeAgentError(f"the sync of {job.name} wrote a line that is not an object")
+        yield event
+
+
+def _lines(
+    process: subprocess.Popen[bytes],
+    job: SyncJob,
+    stderr: _Tail,
+    deadline: float,
+    should_stop: Callable[[], bool],
+) -> Iterator[bytes]:
+    """Lines of stdout; what comes on stderr is kept for the case that it dies."""
+    buffer = b""
+    with selectors.DefaultSelector() as selector:
+        for pipe in (process.stdout, process.stderr):
+            selector.register(_descriptor(pipe), selectors.EVENT_READ)
+        while selector.get_map():
+            if should_stop():
+                raise TransportError(f"the sync of {job.name} was stopped")
+            if time.monotonic() >= deadline:
+                raise TransportError(
+                    f"the sync of {job.name} took too long and was ended",
+                    remedy="what it fetched is kept for the next one",
+                )
+            for key, _ in selector.select(_STEP_S):
+                chunk = os.read(key.fd, MAX_LINE_BYTES)
+                if not chunk:
+                    selector.unregister(key.fd)
+                elif key.fd == _descriptor(process.stderr):
+                    stderr.add(chunk)
+                else:
+                    *lines, buffer = (buffer + chunk).split(b"\n")
+                    yield from lines
+                    if len(buffer) > MAX_LINE_BYTES:
+                        raise EdgeAgentError(
+                            f"the sync of {job.name} wrote a line over {MAX_LINE_BYTES} bytes"
+                        )
+
+
+def _descriptor(pipe: IO[bytes] | None) -> int:
+    assert pipe is not None
+    return pipe.fileno()
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(_EXIT_WAIT_S)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _result(event: Mapping[str, Any]) -> SyncResult:
+    try:
+        return SyncResult(**{key: event[key] for key in SyncResult.__dataclass_fields__})
+    except KeyError as error:
+        raise EdgeAgentError(f"the sync's last event has no {error}") from error
+
+
+def _error(event: Mapping[str, Any]) -> EdgeAgentError:
+    kind = _ERRORS.get(str(event.get("code")), EdgeAgentError)
+    return kind(str(event.get("message", "the sync failed")), remedy=str(event.get("remedy", "")))

@@ -1,0 +1,309 @@
+"""What may run here: signatures, and the code policy for a package.
+
+Owns the decision, made on the staged tree before anything of it gets a final name, and made again from the
+same files whenever somebody asks. Flow: signature → loader and its options (`mlmodel.py`,
+`genai_options.py`) → which files are code → one of four rules:
+
+1. `trust.public_keys` is set: the package must be signed by one of them, under its own name.
+2. No code at all.
+3. The only code is one wrapper that this agent ships, or has shipped.
+4. Other code, pickles included: with a signature, or with `trust.allow_unsigned_code`.
+
+Refuses everything else, with the file and the reason. Imports nothing heavy until it is used.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+
+from edge_agent.errors import PolicyError, SettingsError, VerificationError
+from edge_agent.models import genai_options, mlmodel
+from edge_agent.models.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
+from edge_agent.models.mlmodel import CODE_LOADER, TRANSFORMERS_LOADER, MLmodel
+
+WRAPPER = Path(__file__).parents[1] / "runner" / "genai_pyfunc.py"
+SHIPPED_WRAPPERS: tuple[str, ...] = ()
+"""sha256 of the wrappers of earlier releases: packages made with them stay trusted."""
+
+_CODE_SUFFIXES = frozenset(
+    (
+        *(".py", ".pyw", ".pyd", ".pyz", ".so", ".dylib", ".dll", ".exe", ".sh"),
+        *(".egg", ".whl", ".zip", ".jar", ".pth", ".pt", ".ckpt", ".h5", ".hdf5", ".keras"),
+        *(".pkl", ".pickle", ".dill", ".cloudpickle", ".joblib"),
+    )
+)
+"""Files that some loader runs, or unpickles, by their name."""
+_BYTECODE_SUFFIXES = frozenset((".pyc", ".pyo"))
+_WEIGHT_SUFFIXES = frozenset((".onnx", ".data", ".safetensors", ".gguf"))
+"""Their readers run nothing, and their first bytes are anything: not looked into."""
+_PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
+_PROGRAM_STARTS = (b"\x7fELF", b"MZ\x90\x00", b"\xca\xfe\xba\xbe", b"\xcf\xfa\xed\xfe", b"#!")
+_MAX_JSON_BYTES = 64 << 20
+_MAX_SIGNATURE_BYTES = 4 << 20
+
+
+class Rule(StrEnum):
+    """Why a package may run."""
+
+    NO_CODE = "no_code"
+    SHIPPED_WRAPPER = "shipped_wrapper"
+    SIGNED_CODE = "signed_code"
+    UNSIGNED_CODE_ALLOWED = "unsigned_code_allowed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustDecision:
+    """Why a package may run, kept in the version's record.
+
+    Attributes:
+        rule: one of `Rule`.
+        signed_by: sha256 of the configured key's file that has signed every file, or empty.
+        unsigned_code: code runs that nobody vouched for; status says so.
+        reason: one sentence for a person.
+    """
+
+    rule: str
+    signed_by: str
+    unsigned_code: bool
+    reason: str
+
+    @property
+    def signed(self) -> bool:
+        return bool(self.signed_by)
+
+
+def decide(
+    tree: Path,
+    manifest: Manifest,
+    *,
+    registered_name: str,
+    public_keys: Sequence[str] = (),
+    allow_unsigned_code: bool = False,
+) -> TrustDecision:
+    """Applies the whole policy to a package on disk whose files are those of its manifest.
+
+    Args:
+        tree: folder with the package, `manifest.json` and `model.sig` beside it where it has them.
+        registered_name: the name it was asked for by.
+        public_keys: PEM files.
+
+    Raises:
+        PolicyError: it may not run; the file and the reason are named.
+        VerificationError: its signature is wrong.
+        SettingsError: keys are configured and cannot be used.
+    """
+    if manifest.name != registered_name:
+        raise PolicyError(f"the package was made for {manifest.name!r}, not for {registered_name!r}")
+    signed_by = check_signature(tree, manifest, public_keys) if public_keys else ""
+    model = mlmodel.read(tree)
+    paths = {file.path for file in manifest.files}
+    mlmodel.check(model, paths)
+    for path in sorted(paths):
+        if PurePosixPath(path).name.casefold() == genai_options.FILE_NAME:
+            genai_options.check(tree / path, path)
+    code = code_files(tree, manifest, model)
+    return _rule(tree, model, code, signed_by=signed_by, allow_unsigned_code=allow_unsigned_code)
+
+
+def code_files(tree: Path, manifest: Manifest, model: MLmodel) -> dict[str, str]:
+    """The files that are code or may carry it: path → what it is.
+
+    Raises:
+        PolicyError: compiled Python, which no rule allows: it can run in the place of a checked source.
+    """
+    found = {}
+    for file in manifest.files:
+        path = PurePosixPath(file.path.casefold())
+        if "__pycache__" in path.parts or path.suffix in _BYTECODE_SUFFIXES:
+            raise PolicyError(f"{file.path!r} is compiled Python, which is never allowed")
+        kind = _code_kind(tree / file.path, path)
+        if kind is None and model.loader == TRANSFORMERS_LOADER and path.suffix == ".bin":
+            kind = "pickled weights"
+        if kind is None and model.loader == TRANSFORMERS_LOADER and path.suffix == ".json":
+            _refuse_remote_code(tree / file.path, file.path)
+        if kind:
+            found[file.path] = kind
+    return found
+
+
+def still_holds(
+    decision: TrustDecision, *, public_keys: Sequence[str] = (), allow_unsigned_code: bool = False
+) -> bool:
+    """True where a recorded decision fits the settings of today; else `decide` must be asked again."""
+    if public_keys and decision.signed_by not in {_fingerprint(key) for key in public_keys}:
+        return False
+    if decision.rule == Rule.SIGNED_CODE and not public_keys:
+        return False
+    return allow_unsigned_code or not decision.unsigned_code
+
+
+def check_signature(tree: Path, manifest: Manifest, public_keys: Sequence[str]) -> str:
+    """Checks an OpenSSF Model Signing bundle: one of the keys signed every file of the package.
+
+    A package with a manifest must have it signed, too: it binds the signature to the model's name.
+
+    Returns:
+        sha256 of that key's file.
+
+    Raises:
+        PolicyError: the package is not signed, or not all of it.
+        VerificationError: no configured key made this signature of these files.
+        SettingsError: the extra `signing` is missing, or a key cannot be read.
+    """
+    try:
+        from model_signing import hashing, verifying  # 0.4 s: only where keys are configured
+    except ImportError as error:
+        raise SettingsError(
+            "trust.public_keys is set and the library model-signing is missing",
+            remedy="install edge-agent[signing]",
+        ) from error
+    bundle = tree / SIGNATURE_NAME
+    if not bundle.is_file():
+        raise PolicyError("trust.public_keys is set and the package is not signed")
+    signed = _signed_files(bundle)
+    required = {file.path for file in manifest.files}
+    if (tree / MANIFEST_NAME).exists():
+        required.add(MANIFEST_NAME)
+    if missing := sorted(required - signed):
+        raise PolicyError(f"the signature does not cover {missing[0]!r}")
+    reasons = []
+    # model_signing logs each failed key as an error; which one fits is found out here, by trying.
+    logging.getLogger("model_signing").setLevel(logging.CRITICAL)
+    for key in public_keys:
+        fingerprint = _fingerprint(key)
+        # Git's own files are in the manifest like all others, so they count here, too.
+        files = hashing.Config().set_ignored_paths(paths=[bundle], ignore_git_paths=False)
+        config = verifying.Config().use_elliptic_key_verifier(public_key=key).set_hashing_config(files)
+        try:
+            config.verify(tree, bundle)
+            return fingerprint
+        except Exception as error:  # noqa: BLE001 - a foreign library over hostile input: anything means no
+            reasons.append(f"{Path(key).name}: {error}"[:200])
+    raise VerificationError(f"the package's signature does not fit a configured key ({'; '.join(reasons)})")
+
+
+def _rule(
+    tree: Path, model: MLmodel, code: dict[str, str], *, signed_by: str, allow_unsigned_code: bool
+) -> TrustDecision:
+    by_whom = "signed by a configured key" if signed_by else "not signed"
+    if not code and model.loader == TRANSFORMERS_LOADER:
+        return TrustDecision(
+            rule=Rule.NO_CODE, signed_by=signed_by, unsigned_code=False, reason=f"no code in it; {by_whom}"
+        )
+    only_wrapper = model.loader == CODE_LOADER and set(code) == {model.code_file}
+    if only_wrapper and _is_shipped(tree / model.code_file):
+        return TrustDecision(
+            rule=Rule.SHIPPED_WRAPPER,
+            signed_by=signed_by,
+            unsigned_code=False,
+            reason=f"its only code is this agent's own wrapper; {by_whom}",
+        )
+    if not code:
+        raise PolicyError(f"the package has no code for its loader {model.loader!r}")
+    what = ", ".join(f"{path} ({kind})" for path, kind in sorted(code.items())[:3])
+    if signed_by:
+        return TrustDecision(
+            rule=Rule.SIGNED_CODE,
+            signed_by=signed_by,
+            unsigned_code=False,
+            reason=f"other code, signed: {what}",
+        )
+    if allow_unsigned_code:
+        return TrustDecision(
+            rule=Rule.UNSIGNED_CODE_ALLOWED,
+            signed_by="",
+            unsigned_code=True,
+            reason=f"other code, allowed by trust.allow_unsigned_code: {what}",
+        )
+    raise PolicyError(
+        f"the package carries code that nobody signed: {what}",
+        remedy="sign it and set trust.public_keys, or set trust.allow_unsigned_code = true",
+    )
+
+
+def _fingerprint(key: str) -> str:
+    try:
+        return hashlib.sha256(Path(key).read_bytes()).hexdigest()
+    except OSError as error:
+        raise SettingsError(f"trust.public_keys: {key} cannot be read: {error.strerror}") from error
+
+
+def _is_shipped(path: Path) -> bool:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest in SHIPPED_WRAPPERS:
+        return True
+    try:
+        return digest == hashlib.sha256(WRAPPER.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return False
+
+
+def _code_kind(file: Path, path: PurePosixPath) -> str | None:
+    """What kind of code a file is by its name or first bytes, or None. `path` is folded to lower case."""
+    suffixes = {f".{part}" for part in path.name.split(".")[1:]}
+    if code := suffixes & _CODE_SUFFIXES:
+        return f"a {min(code)} file"
+    if path.suffix in _WEIGHT_SUFFIXES:
+        return None
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    if start.startswith(_PROGRAM_STARTS):
+        return "a program"
+    if start.startswith(_PICKLE_STARTS):
+        return "a pickle"
+    if start.startswith(b"PK") and zipfile.is_zipfile(file):
+        return "an archive"
+    return None
+
+
+def _refuse_remote_code(file: Path, path: str) -> None:
+    """`auto_map` makes transformers import a module that the package, or the network, brings."""
+    if file.stat().st_size > _MAX_JSON_BYTES:
+        raise PolicyError(f"{path!r} is too large to be looked into")
+    if b'auto_map"' not in file.read_bytes() and b"\\u" not in file.read_bytes():
+        return
+    try:
+        document = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"{path!r} is not JSON") from error
+    if _has_key(document, "auto_map"):
+        raise PolicyError(f"{path!r} has auto_map, which loads code from elsewhere")
+
+
+def _has_key(document: object, key: str) -> bool:
+    waiting = [document]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if key in value:
+                return True
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+    return False
+
+
+def _signed_files(bundle: Path) -> set[str]:
+    """Names that the bundle's statement lists; they mean something once the signature was checked.
+
+    Source: OpenSSF Model Signing v1.0, in-toto statement in a DSSE envelope, `predicate.resources[].name`.
+    """
+    if bundle.stat().st_size > _MAX_SIGNATURE_BYTES:
+        raise PolicyError(f"{SIGNATURE_NAME} has more than {_MAX_SIGNATURE_BYTES} bytes")
+    try:
+        envelope = json.loads(bundle.read_bytes())["dsseEnvelope"]
+        statement = json.loads(base64.b64decode(envelope["payload"], validate=True))
+        predicate = statement["predicate"]
+        if predicate["serialization"]["method"] != "files":
+            raise ValueError("shards")
+        return {str(resource["name"]) for resource in predicate["resources"]}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise VerificationError(f"{SIGNATURE_NAME} is not an OpenSSF Model Signing bundle") from error

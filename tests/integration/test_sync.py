@@ -1,0 +1,431 @@
+"""Sync against a real MLflow server: what is fetched, what is reused, what is refused, what survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.errors import (
+    ContentError,
+    EdgeAgentError,
+    ManifestError,
+    PolicyError,
+    StoreError,
+    TransportError,
+    UnknownReference,
+    VerificationError,
+)
+from edge_agent.models import fsck, sync_process, trust
+from edge_agent.models.store import Store
+from edge_agent.models.sync import synchronise
+from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, run_sync
+from tests.support.mlflow_server import Server
+from tests.support.packages import GENAI_CONFIG, MLMODEL, WEIGHTS, add_manifest, make_package, register
+from tests.support.processes import free_port, wait_until
+
+Changes = Mapping[str, bytes | str | None]
+
+
+class Device:
+    """One device's cache and one registered model."""
+
+    def __init__(self, uri: str, folder: Path, *, artifacts: Path | None = None) -> None:
+        self.folder = folder
+        self.uri = uri
+        self.model = f"phi-{uuid.uuid4().hex[:8]}"
+        self.store = Store(folder / "state")
+        self.events: list[Mapping[str, Any]] = []
+        self._artifacts = artifacts
+        self._count = 0
+
+    def publish(
+        self, changes: Changes | None = None, *, weights: bytes = b"", manifest: bool = True, tag: str = ""
+    ) -> Path:
+        """Registers a package under `@prod`; gives its folder."""
+        self._count += 1
+        package = make_package(
+            self.folder / f"package-{self._count}", trust.WRAPPER, changes, weights=weights
+        )
+        made = add_manifest(package, self.model) if manifest else ""
+        register(self.uri, self.model, package, tag=tag or made, artifacts=self._artifacts)
+        return package
+
+    @property
+    def job(self) -> SyncJob:
+        return SyncJob(
+            state_dir=str(self.store.root.parent),
+            registry=RegistryJob(uri=self.uri, timeout_s=10),
+            name="assistant",
+            ref=f"models:/{self.model}@prod",
+            cache=CacheJob(min_free_bytes=0),
+        )
+
+    def sync(self, job: SyncJob | None = None) -> SyncResult:
+        self.events = []
+        return run_sync(job or self.job, timeout_s=60, on_event=self.events.append)
+
+    def check(self, job: SyncJob | None = None) -> SyncResult:
+        """The same in this process: a second less, for what ends before anything is committed."""
+        self.events = []
+        return synchronise(job or self.job, self.events.append)
+
+    def has_nothing_final(self) -> bool:
+        blobs = list(self.store.blobs.iterdir()) if self.store.blobs.exists() else []
+        return not blobs and not self.store.record_files() and not list(self.store.versions_root.glob("*/*"))
+
+
+@pytest.fixture
+def device(mlflow_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
+    for name in ("HTTP_REQUEST_MAX_RETRIES", "HTTP_REQUEST_TIMEOUT", "ENABLE_ARTIFACTS_PROGRESS_BAR"):
+        monkeypatch.setenv(f"MLFLOW_{name}", "1")  # `check` sets them; they are put back afterwards
+    mlflow_server.start()
+    return Device(mlflow_server.uri, tmp_path)
+
+
+def artifact(server: Server, path: str, model: str) -> Path:
+    """A package's file in the server's own folder; the model's only one of this name."""
+    found = []
+    for manifest in server.artifacts.rglob("manifest.json"):
+        if json.loads(manifest.read_bytes())["name"] == model:
+            found.append(manifest.parent / path)
+    (file,) = found
+    return file
+
+
+def test_an_alias_is_resolved_and_everything_is_verified_and_committed(device: Device) -> None:
+    package = device.publish()
+    result = device.sync()
+    (record,) = device.store.versions("assistant")
+    assert (result.version, result.key, result.new) == (1, record.key, True)
+    assert result.bytes == record.total_bytes
+    assert record.trust.rule == trust.Rule.SHIPPED_WRAPPER
+    assert record.registry_uri == device.uri
+    assert record.run_id
+    assert fsck.verify(device.store).damaged == ()
+    folder = device.store.folder(record)
+    assert stat.S_IMODE((folder / "artifacts").stat().st_mode) == 0o700
+    for file in package.rglob("*"):
+        if file.is_file():
+            assert (folder / file.relative_to(package)).read_bytes() == file.read_bytes()
+    assert device.events[0]["event"] == "resolved"
+    assert device.events[-1]["bytes"] == device.events[-1]["total_bytes"] == result.bytes_fetched
+    assert list(device.store.staging_root.iterdir()) == []
+
+
+def test_the_second_sync_fetches_nothing(device: Device) -> None:
+    device.publish()
+    first = device.sync()
+    second = device.sync()
+    assert (second.key, second.bytes_fetched, second.bytes_reused) == (first.key, 0, first.bytes)
+    assert not second.new
+
+
+def test_changing_one_file_fetches_one_file(device: Device) -> None:
+    device.publish()
+    device.sync()
+    device.publish({"requirements.txt": "mlflow==3.17.2\n"})
+    result = device.sync()
+    assert (result.version, result.new) == (2, True)
+    assert result.bytes_fetched == len("mlflow==3.17.2\n")
+    assert len(device.store.versions("assistant")) == 2
+
+
+def test_a_plain_mlflow_package_gets_its_digests_on_arrival(device: Device) -> None:
+    device.publish(manifest=False)
+    first = device.sync()
+    assert first.new
+    assert fsck.verify(device.store).damaged == ()
+    assert device.sync().bytes_fetched == 0
+
+
+def test_a_version_number_can_be_asked_for(device: Device) -> None:
+    device.publish()
+    device.publish({"requirements.txt": "x"})
+    result = device.sync(replace(device.job, ref=f"models:/{device.model}/1"))
+    assert result.version == 1
+
+
+def test_an_embedded_sqlite_registry_works(tmp_path: Path) -> None:
+    (tmp_path / "registry").mkdir()
+    device = Device(
+        f"sqlite:///{tmp_path / 'registry' / 'mlflow.db'}",
+        tmp_path,
+        artifacts=tmp_path / "registry" / "artifacts",
+    )
+    device.publish()
+    assert device.sync().new
+    assert device.sync().bytes_fetched == 0
+    device.publish({"requirements.txt": "x"})
+    assert device.sync().bytes_fetched == 1
+
+
+# --- Refused -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [b"weights", b"weights " * 999 + b"weightz ", b"weights " * 1001])
+def test_truncated_flipped_or_longer_bytes_are_refused(
+    device: Device, mlflow_server: Server, data: bytes
+) -> None:
+    device.publish()
+    artifact(mlflow_server, WEIGHTS, device.model).write_bytes(data)
+    with pytest.raises(VerificationError, match=r"model\.onnx\.data"):
+        device.check()
+    assert device.has_nothing_final()
+
+
+def test_a_manifest_that_is_not_the_tagged_one_is_refused(device: Device) -> None:
+    device.publish(tag="0" * 64)
+    with pytest.raises(VerificationError, match=r"manifest\.json"):
+        device.check()
+    assert device.has_nothing_final()
+
+
+def test_a_manifest_that_was_removed_is_missed(device: Device) -> None:
+    device.publish(manifest=False, tag="0" * 64)
+    with pytest.raises(VerificationError, match=r"lost its manifest\.json"):
+        device.check()
+
+
+@pytest.mark.parametrize("path", ["../../../escaped", "/tmp/escaped", "a\\b", "a/../b", "mlmodel", "x\ny"])
+def test_a_hostile_path_in_a_manifest_is_refused(device: Device, path: str) -> None:
+    entry = {"path": path, "size": 1, "sha256": "0" * 64}
+    mlmodel = {"path": "MLmodel", "size": 1, "sha256": "0" * 64}
+    manifest = {"format": 1, "name": device.model, "files": [mlmodel, entry]}
+    device.publish({"manifest.json": json.dumps(manifest)}, manifest=False)
+    with pytest.raises(ManifestError):
+        device.check()
+    assert device.has_nothing_final()
+
+
+def test_a_manifest_of_another_model_is_refused(device: Device) -> None:
+    package = make_package(device.folder / "other", trust.WRAPPER)
+    register(device.uri, device.model, package, tag=add_manifest(package, "another"))
+    with pytest.raises(ManifestError, match="another"):
+        device.check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"MLmodel": MLMODEL.replace("mlflow.pyfunc.loaders.code_model", "evil")}, "loader_module 'evil'"),
+        ({"MLmodel": MLMODEL.replace("path: artifacts/model", "path: /etc")}, "/etc"),
+        (
+            {GENAI_CONFIG: '{"model": {"decoder": {"session_options": {"custom_ops_library": "x"}}}}'},
+            "custom_ops",
+        ),
+        ({"helper.py": "x = 1"}, "helper.py"),
+        ({"__pycache__/genai_pyfunc.cpython-311.pyc": b"x"}, "compiled Python"),
+    ],
+)
+def test_hostile_content_is_refused_with_its_reason(device: Device, changes: Changes, reason: str) -> None:
+    device.publish(changes)
+    with pytest.raises(PolicyError) as caught:
+        device.check()
+    assert reason in str(caught.value)
+    assert device.has_nothing_final()
+
+
+def test_a_version_that_today_s_policy_refuses_is_not_waved_through(device: Device) -> None:
+    device.publish({"genai_pyfunc.py": "print()"})
+    open_job = replace(device.job, trust=sync_process.TrustJob(allow_unsigned_code=True))
+    assert device.check(open_job).new
+    with pytest.raises(PolicyError):
+        device.check()
+
+
+def test_a_missing_alias_model_or_version_is_an_unknown_reference(device: Device) -> None:
+    device.publish()
+    for ref in (f"models:/{device.model}@gone", f"models:/{device.model}/7", "models:/gone@prod"):
+        with pytest.raises(UnknownReference, match="has no"):
+            device.check(replace(device.job, ref=ref))
+
+
+def test_what_does_not_fit_is_refused_before_it_is_fetched(device: Device) -> None:
+    device.publish(weights=os.urandom(3_000_000))
+    with pytest.raises(StoreError, match="quota"):
+        device.check(replace(device.job, cache=CacheJob(quota_bytes=2_000_000, min_free_bytes=0)))
+    assert "progress" not in {event["event"] for event in device.events}
+
+
+# --- Repaired ------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_blob_is_fetched_again_and_only_it(device: Device) -> None:
+    device.publish()
+    device.sync()
+    (record,) = device.store.versions()
+    weights = device.store.folder(record) / WEIGHTS
+    weights.chmod(0o644)
+    weights.write_bytes(b"W" + weights.read_bytes()[1:])
+    with device.store.lock():
+        fsck.set_aside(device.store, fsck.verify(device.store).damaged)
+    result = device.sync()
+    assert (result.bytes_fetched, result.new, result.key) == (weights.stat().st_size, False, record.key)
+    assert fsck.verify(device.store).damaged == ()
+
+
+# --- Interrupted ---------------------------------------------------------------------------------------
+
+
+def running_sync(job: SyncJob) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edge_agent.models.sync"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=sync_process.environment(),
+    )
+    assert process.stdin is not None
+    process.stdin.write(job.encode())
+    process.stdin.close()
+    return process
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_sync_killed_in_the_middle_is_continued(device: Device, manifest: bool) -> None:
+    size = 4_000_000
+    device.publish(weights=os.urandom(size), manifest=manifest)
+    slow = replace(device.job, cache=CacheJob(min_free_bytes=0, max_bytes_per_s=1_000_000))
+    process = running_sync(slow)
+
+    def part_bytes() -> int:
+        return max((part.stat().st_size for part in device.store.staging_root.rglob("*.part")), default=0)
+
+    wait_until(lambda: part_bytes() > 500_000, 30, "half a megabyte")
+    process.send_signal(signal.SIGKILL)
+    with process:
+        pass
+    have = part_bytes()
+    assert 0 < have < size
+    assert device.store.versions() == []
+    result = device.sync()
+    assert result.new
+    assert result.bytes_fetched < result.bytes - have // 2
+    assert fsck.verify(device.store).damaged == ()
+
+
+def test_the_cap_slows_the_download(device: Device) -> None:
+    device.publish(weights=os.urandom(1_000_000))
+    began = time.monotonic()
+    device.sync(replace(device.job, cache=CacheJob(min_free_bytes=0, max_bytes_per_s=500_000)))
+    assert time.monotonic() - began > 2
+    rates = [event["bytes_per_s"] for event in device.events if event["event"] == "progress"]
+    assert rates[-1] < 600_000
+    assert len(rates) < 20
+
+
+def test_a_stopped_sync_ends_at_once_and_leaves_no_process(device: Device) -> None:
+    device.publish(weights=os.urandom(4_000_000))
+    slow = replace(device.job, cache=CacheJob(min_free_bytes=0, max_bytes_per_s=100_000))
+    stop = threading.Event()
+
+    def on_event(event: Mapping[str, Any]) -> None:
+        if event["event"] == "progress":
+            stop.set()
+
+    with pytest.raises(TransportError, match="stopped"):
+        run_sync(slow, timeout_s=60, on_event=on_event, should_stop=stop.is_set)
+
+
+def test_a_sync_over_its_time_is_ended(device: Device) -> None:
+    device.publish(weights=os.urandom(4_000_000))
+    slow = replace(device.job, cache=CacheJob(min_free_bytes=0, max_bytes_per_s=100_000))
+    with pytest.raises(TransportError, match="too long"):
+        run_sync(slow, timeout_s=5)
+
+
+# --- No registry ---------------------------------------------------------------------------------------
+
+
+def test_an_unreachable_registry_is_told_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "7")  # MLflow's default would block for minutes
+    device = Device(f"http://127.0.0.1:{free_port()}", tmp_path)
+    with pytest.raises(TransportError, match="cannot be reached"):
+        device.sync()  # the process's start, with MLflow's import, is most of the time
+    began = time.monotonic()
+    with pytest.raises(TransportError, match="cannot be reached"):
+        device.check()
+    assert time.monotonic() - began < 5
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that takes connections and never answers."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_registry_that_never_answers_is_given_up_after_the_timeout(
+    tmp_path: Path, silent_port: int
+) -> None:
+    device = Device(f"http://127.0.0.1:{silent_port}", tmp_path)
+    began = time.monotonic()
+    with pytest.raises(TransportError):
+        device.check(replace(device.job, registry=RegistryJob(uri=device.uri, timeout_s=2)))
+    assert time.monotonic() - began < 12
+
+
+def test_a_sqlite_registry_that_does_not_exist_is_not_made(tmp_path: Path) -> None:
+    device = Device(f"sqlite:///{tmp_path / 'gone.db'}", tmp_path)
+    with pytest.raises(TransportError, match="does not exist"):
+        device.sync()
+    assert not (tmp_path / "gone.db").exists()
+
+
+# --- The process's own rules ---------------------------------------------------------------------------
+
+
+def test_a_job_that_is_no_job_is_an_error_event(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_agent.models.sync"],
+        input=b'{"no": "job"}',
+        capture_output=True,
+        env=sync_process.environment(),
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    (event,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (event["event"], event["code"]) == ("error", "settings_invalid")
+
+
+def test_the_environment_has_no_secrets_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_AGENT_MQTT__PASSWORD_FILE", "x")
+    monkeypatch.setenv("OTHER_TOKEN", "x")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "x")
+    environment = sync_process.environment()
+    assert "MLFLOW_TRACKING_TOKEN" in environment
+    assert not {"OTHER_TOKEN", "EDGE_AGENT_MQTT__PASSWORD_FILE"} & set(environment)
+
+
+def test_the_daemon_s_side_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, edge_agent.models.store, edge_agent.models.trust, edge_agent.models.fsck,"
+        " edge_agent.models.eviction, edge_agent.models.sync_process;"
+        "print([m for m in ('mlflow', 'numpy', 'pandas', 'yaml', 'model_signing') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_error_keeps_its_kind_over_the_process_boundary(device: Device) -> None:
+    with pytest.raises(EdgeAgentError) as caught:
+        device.sync(replace(device.job, ref="models:/no-such-thing@prod"))
+    assert type(caught.value) is UnknownReference
+    assert not isinstance(caught.value, ContentError)
+    assert caught.value.remedy

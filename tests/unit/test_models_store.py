@@ -1,0 +1,274 @@
+"""The cache on disk: commits, crashes between steps, damage, state, room."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edge_agent.errors import CacheBusy, StoreError, VerificationError
+from edge_agent.models import eviction, fsck, trust
+from edge_agent.models import state as states
+from edge_agent.models.manifest import Manifest, ManifestFile
+from edge_agent.models.record import VersionRecord
+from edge_agent.models.state import CacheState, ModelState
+from edge_agent.models.store import Store
+from edge_agent.models.trust import TrustDecision
+from tests.support.packages import WEIGHTS, make_package, manifest_of
+
+DECISION = TrustDecision(rule=trust.Rule.NO_CODE, signed_by="", unsigned_code=False, reason="a test")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "state")
+    store.create()
+    return store
+
+
+def make_record(manifest: Manifest, version: int, *, name: str = "assistant", at: float = 0) -> VersionRecord:
+    return VersionRecord(
+        name=name,
+        version=version,
+        manifest=manifest,
+        attached=(),
+        registry_uri="sqlite:///x",
+        source="file:///x",
+        run_id="",
+        trust=DECISION,
+        created_at=at or 1_000.0 + version,
+    )
+
+
+def commit(store: Store, version: int, *, weights: bytes = b"", name: str = "assistant") -> VersionRecord:
+    tree = store.staging_root / f"{name}-{version}" / "tree"
+    make_package(tree, trust.WRAPPER, weights=weights)
+    record = make_record(manifest_of(tree, "phi"), version, name=name)
+    with store.lock():
+        store.commit(record, tree)
+    os.utime(store.record_file(record), (record.created_at, record.created_at))
+    return record
+
+
+def test_a_committed_version_is_found_whole_and_read_only(store: Store) -> None:
+    record = commit(store, 3)
+    assert store.versions() == [record]
+    assert store.record("assistant", record.key) == record
+    assert record.key.startswith("3-")
+    assert fsck.verify(store).damaged == ()
+    for file in record.files:
+        path = store.folder(record) / file.path
+        assert path.samefile(store.blob(file.sha256))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o444
+    for folder in (store.root, store.blobs, store.folder(record).parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_two_versions_share_the_blobs_that_are_equal(store: Store) -> None:
+    first = commit(store, 1)
+    used = store.used_bytes()
+    second = commit(store, 2, weights=b"w" * 5_000)
+    assert store.used_bytes() == used + 5_000
+    with store.lock():
+        assert store.remove(second) == 5_000
+    assert store.versions() == [first]
+    assert fsck.verify(store).damaged == ()
+
+
+def test_a_tree_without_a_record_does_not_count_and_is_pruned(store: Store) -> None:
+    record = commit(store, 1)
+    store.record_file(record).unlink()
+    assert store.versions() == []
+    with store.lock():
+        assert fsck.prune(store) == record.total_bytes
+    assert not store.folder(record).exists()
+    assert list(store.blobs.iterdir()) == []
+
+
+def test_a_commit_after_a_crash_before_the_record_replaces_the_tree(store: Store) -> None:
+    record = commit(store, 1)
+    store.record_file(record).unlink()
+    (store.folder(record) / "MLmodel").unlink()
+    assert commit(store, 1).key == record.key
+    assert fsck.verify(store).damaged == ()
+
+
+def test_prune_leaves_fresh_downloads_and_removes_old_ones(store: Store) -> None:
+    part = store.staging_root / "assistant-9" / "parts" / "x.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * 10)
+    now = part.stat().st_mtime
+    with store.lock():
+        assert fsck.prune(store, now=now + 60) == 0
+        assert fsck.prune(store, now=now + fsck.MAX_PARTIAL_AGE_S + 60) == 10
+    assert not part.exists()
+
+
+def test_the_lock_keeps_a_second_writer_out(store: Store) -> None:
+    with store.lock(), pytest.raises(CacheBusy), store.lock(wait_s=0):
+        pass
+    with store.lock(wait_s=0):
+        pass
+
+
+def test_a_leased_version_is_not_removed(store: Store) -> None:
+    record = commit(store, 1)
+    with store.lease(record) as folder:
+        with store.lock(), pytest.raises(CacheBusy):
+            store.remove(record)
+        assert (folder / "MLmodel").is_file()
+    with store.lock():
+        store.remove(record)
+    with pytest.raises(StoreError), store.lease(record):
+        pass
+
+
+def test_bytes_that_are_not_promised_get_no_final_name(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"abc")
+    for wrong in (
+        ManifestFile(path="a", size_bytes=4, sha256="0" * 64),
+        ManifestFile(path="a", size_bytes=3, sha256="0" * 64),
+    ):
+        with pytest.raises(VerificationError, match="'a'"):
+            store.add_blob(source, wrong)
+    assert list(store.blobs.iterdir()) == []
+
+
+# --- Damage --------------------------------------------------------------------------------------------
+
+
+def flip_bit(path: Path) -> None:
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_is_found_by_the_full_check_only(store: Store) -> None:
+    record = commit(store, 1)
+    flip_bit(store.folder(record) / WEIGHTS)
+    assert fsck.quick_check(store).damaged == ()
+    report = fsck.verify(store)
+    assert report.checked == len(record.files)
+    assert [damage.path for damage in report.damaged] == [WEIGHTS]
+
+
+def test_one_damaged_blob_damages_every_version_that_links_it(store: Store) -> None:
+    first, second = commit(store, 1), commit(store, 2, weights=b"w" * 5_000)
+    flip_bit(store.folder(first) / "requirements.txt")
+    report = fsck.verify(store)
+    assert [(damage.key, damage.path) for damage in report.damaged] == [
+        (first.key, "requirements.txt"),
+        (second.key, "requirements.txt"),
+    ]
+
+
+def test_a_damaged_blob_is_set_aside_and_repaired_in_every_version(store: Store, tmp_path: Path) -> None:
+    first, second = commit(store, 1), commit(store, 2, weights=b"w" * 5_000)
+    flip_bit(store.folder(first) / "requirements.txt")
+    with store.lock():
+        (digest,) = fsck.set_aside(store, fsck.verify(store).damaged)
+        assert len(fsck.quick_check(store).damaged) == 2
+        good = tmp_path / "good"
+        good.write_bytes(b"mlflow\n")
+        (file,) = [file for file in first.files if file.sha256 == digest]
+        assert store.repair(good, file) == [first, second]
+    assert fsck.verify(store).damaged == ()
+
+
+@pytest.mark.parametrize("path", ["__pycache__/genai_pyfunc.cpython-311.pyc", "extra.txt"])
+def test_a_file_that_was_added_to_a_version_is_damage(store: Store, path: str) -> None:
+    record = commit(store, 1)
+    added = store.folder(record) / path
+    added.parent.mkdir(exist_ok=True)
+    added.write_bytes(b"")
+    assert [damage.path for damage in fsck.quick_check(store).damaged] == [path]
+
+
+def test_a_missing_file_and_a_replaced_link_are_damage(store: Store) -> None:
+    record = commit(store, 1)
+    folder = store.folder(record)
+    (folder / "requirements.txt").unlink()
+    shutil.copy2(folder / "MLmodel", folder / "copy")
+    (folder / "copy").rename(folder / "MLmodel")
+    assert {damage.path for damage in fsck.quick_check(store).damaged} == {"requirements.txt", "MLmodel"}
+
+
+def test_a_damaged_record_is_passed_over_and_its_tree_is_kept(store: Store) -> None:
+    record = commit(store, 1)
+    store.record_file(record).write_bytes(b"{")
+    assert store.versions() == []
+    with store.lock():
+        fsck.prune(store)
+    assert (store.folder(record) / "MLmodel").is_file()
+
+
+# --- State ---------------------------------------------------------------------------------------------
+
+
+def test_a_state_is_read_back_equal(store: Store) -> None:
+    record = commit(store, 1)
+    model = ModelState(
+        active=record.key, candidate=record.key, quarantined={record.key: "why"}, pinned=(record.key,)
+    )
+    assert store.state() == CacheState()
+    assert store.change_state("assistant", lambda old: model) == model
+    assert store.state() == CacheState(models={"assistant": model})
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b'{"format": 1}', b"\xff", b'{"format": 2, "models": {}}']
+)
+def test_a_damaged_state_is_rebuilt_from_what_is_committed(store: Store, damage: bytes) -> None:
+    low, middle, high = (commit(store, version, weights=bytes([version])) for version in (2, 9, 10))
+    (store.root / "state.json").write_bytes(damage)
+    state = store.state()
+    assert state.model("assistant") == ModelState(active=high.key, previous=middle.key)
+    assert "damaged" in state.rebuilt
+    assert store.state() == state
+    assert len(list(store.damaged_root.iterdir())) == 1
+    assert low in store.versions()
+
+
+def test_a_rebuilt_state_has_each_model() -> None:
+    manifest = Manifest(name="m", files=(ManifestFile(path="a", size_bytes=1, sha256="0" * 64),))
+    one, two = make_record(manifest, 1), make_record(manifest, 1, name="other")
+    state = states.rebuild([one, two], reason="a test")
+    assert {name: model.active for name, model in state.models.items()} == {
+        "assistant": one.key,
+        "other": two.key,
+    }
+
+
+# --- Room ----------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_version_goes_first(store: Store) -> None:
+    records = [commit(store, version, weights=bytes([version]) * 10_000) for version in range(1, 5)]
+    os.utime(store.record_file(records[0]), (5_000, 5_000))
+    store.change_state("assistant", lambda old: replace(old, active=records[2].key))
+    assert eviction.evictable(store) == [records[1], records[0]]
+    with store.lock():
+        removed = eviction.make_room(
+            store, needed_bytes=5_000, quota_bytes=store.used_bytes(), min_free_bytes=0
+        )
+    assert removed == [records[1]]
+    assert fsck.verify(store).damaged == ()
+
+
+def test_what_is_protected_stays_and_the_error_says_what_to_do(store: Store) -> None:
+    records = [commit(store, version, weights=bytes([version]) * 10_000) for version in (1, 2, 3)]
+    store.change_state("assistant", lambda old: ModelState(active=records[0].key, pinned=(records[1].key,)))
+    with store.lock(), pytest.raises(StoreError, match="quota_bytes"):
+        eviction.make_room(store, needed_bytes=1, quota_bytes=store.used_bytes(), min_free_bytes=0)
+    assert store.versions() == records
+
+
+def test_a_disk_that_would_get_too_full_is_refused(store: Store) -> None:
+    with store.lock(), pytest.raises(StoreError, match="free"):
+        eviction.make_room(store, needed_bytes=1 << 60, quota_bytes=1 << 61, min_free_bytes=0)
