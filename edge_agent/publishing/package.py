@@ -1,0 +1,230 @@
+"""The MLflow package: the wrapper's file, the ONNX folder, the signature, the manifest.
+
+Owns a package's content. No path of the machine that packs it gets in, and what it makes is held against the
+same policy that a device applies. Flow (`build_package`):
+    source.check_*      what is asked for
+    _save               MLmodel, wrapper, input example, requirements, by MLflow itself
+    _add_onnx           the folder, as hard links where the file system allows it
+    trial.try_out       one real answer and the golden prompts
+    _write_manifest     every file with size and sha256; then the signature over all of it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edge_agent.errors import ContentError, PublishError
+from edge_agent.models import manifest as manifests
+from edge_agent.models import trust
+from edge_agent.models.manifest import Manifest, ManifestFile
+from edge_agent.publishing import source as sources
+from edge_agent.publishing import trial
+
+Progress = Callable[[str, int, int], None]
+"""Called with the step's name, bytes done and bytes in all (0: not known)."""
+
+GOLDEN_KEY = "edge_agent.golden"
+ARTIFACT = "onnx"
+"""What the wrapper calls the ONNX folder."""
+REQUIREMENTS = (
+    "mlflow-skinny==3.17.*",
+    "onnxruntime-genai==0.18.*",
+    "numpy>=2.0",
+    "pandas>=2.2",
+)
+_CHUNK_BYTES = 1 << 20
+
+EXAMPLES: Mapping[str, Mapping[str, Any]] = {
+    "chat": {"messages": [{"role": "user", "content": "What is the capital of Spain?"}]},
+    "prompt": {
+        "prompt": "<|system|>You are a stand-up comedian.<|end|>"
+        "<|user|>Tell me a joke about atom<|end|><|assistant|>"
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A finished package on disk."""
+
+    manifest: Manifest
+    folder: Path
+
+
+def no_progress(step: str, done_bytes: int, total_bytes: int) -> None:
+    """For callers that show nothing."""
+
+
+def build_package(
+    source_dir: Path,
+    destination: Path,
+    *,
+    name: str,
+    signature: Literal["chat", "prompt"] = "chat",
+    options: Mapping[str, object],
+    golden: Path | Sequence[Mapping[str, Any]] | None = None,
+    sign_key: Path | None = None,
+    progress: Progress | None = None,
+) -> Package:
+    """Makes a package in `destination`, which must not exist yet.
+
+    Args:
+        source_dir: folder made by the model builder; only read.
+        options: see `source.OPTIONS`.
+        golden: see `source.read_golden`.
+        sign_key: PEM private key; the package gets `model.sig`.
+
+    Raises:
+        PublishError: anything that would make the package useless on a device, a wrong answer to a golden
+            prompt included.
+    """
+    report = progress or no_progress
+    if signature not in EXAMPLES:
+        raise PublishError(f"signature {signature!r} is neither chat nor prompt")
+    if sign_key is not None:
+        _signing()
+        if not sign_key.is_file():
+            raise PublishError(f"signing key {sign_key} is not a file")
+    files = sources.check_folder(source_dir)
+    checked = sources.check_options(options)
+    sources.check_length(source_dir, checked)
+    prompts = sources.read_golden(golden)
+    _save(destination, name=name, signature=signature, options=checked, golden=prompts)
+    _add_onnx(source_dir, files, destination, report)
+    report("try", 0, 0)
+    trial.try_out(destination, EXAMPLES[signature], prompts)
+    manifest = _write_manifest(name, destination, report)
+    try:
+        trust.decide(destination, manifest, registered_name=name)
+    except ContentError as error:
+        raise PublishError(f"devices would refuse the package: {error}") from error
+    if sign_key is not None:
+        _sign(destination, sign_key)
+    return Package(manifest=manifest, folder=destination)
+
+
+def _save(
+    destination: Path,
+    *,
+    name: str,
+    signature: str,
+    options: Mapping[str, int | float],
+    golden: list[dict[str, Any]],
+) -> None:
+    trial.calm_libraries()  # save_model imports the wrapper, and with it onnxruntime-genai
+    import mlflow.exceptions
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # INFO goes to stderr
+
+    from edge_agent.publishing.signature import model_signature
+
+    # A loader can override only keys that are here: 0 stands for "not given".
+    defaults = {"model": name, "context_tokens": 0, "max_length": 0, "max_tokens": 0, "threads": 0}
+    try:
+        mlflow.pyfunc.save_model(
+            destination,
+            python_model=str(trust.WRAPPER),
+            signature=model_signature(signature),
+            input_example=dict(EXAMPLES[signature]),
+            metadata={GOLDEN_KEY: golden} if golden else None,
+            model_config={**defaults, "temperature": 0.0, **options},
+            pip_requirements=list(REQUIREMENTS),
+        )
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        raise PublishError(f"MLflow could not make the package: {error}") from error
+    model = Model.load(str(destination))
+    model.model_size_bytes = None  # counted without the ONNX folder
+    pyfunc = model.flavors["python_function"]
+    pyfunc.pop("cloudpickle_version", None)  # nothing is pickled
+    pyfunc["model_code_path"] = trust.WRAPPER.name  # MLflow wrote this machine's path to it
+    pyfunc["artifacts"] = {ARTIFACT: {"path": f"artifacts/{ARTIFACT}", "uri": ARTIFACT}}
+    example = model.saved_input_example_info or {}
+    own = {"MLmodel", trust.WRAPPER.name, "conda.yaml", "python_env.yaml", "requirements.txt"}
+    own |= {str(example.get(key)) for key in ("artifact_path", "serving_input_path")}
+    for path in destination.iterdir():
+        if path.name not in own:  # MLflow copies pyproject.toml and uv.lock of the current folder
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    model.save(str(destination / "MLmodel"))
+
+
+def _add_onnx(source_dir: Path, files: Sequence[Path], destination: Path, report: Progress) -> None:
+    target = destination / "artifacts" / ARTIFACT
+    total = sum((source_dir / file).stat().st_size for file in files)
+    done = 0
+    for file in files:
+        report("copy", done, total)
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _link_or_copy(source_dir / file, target / file)
+        except OSError as error:
+            raise PublishError(f"{source_dir / file} cannot be copied: {error.strerror}") from error
+        done += (source_dir / file).stat().st_size
+    report("copy", done, total)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    with contextlib.suppress(OSError):  # another file system, somebody else's file, no hard links
+        os.link(source, target)
+        return
+    shutil.copyfile(source, target)
+
+
+def _write_manifest(name: str, folder: Path, report: Progress) -> Manifest:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    total = sum(path.stat().st_size for path in paths)
+    try:
+        manifest = manifests.make(name, _listed(folder, paths, total, report))
+    except ContentError as error:
+        raise PublishError(f"the package cannot have a manifest: {error.message}") from error
+    (folder / manifests.MANIFEST_NAME).write_bytes(manifest.encode())
+    return manifest
+
+
+def _listed(folder: Path, paths: Sequence[Path], total: int, report: Progress) -> Iterator[ManifestFile]:
+    done = 0
+    for path in paths:
+        report("hash", done, total)
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+        done += size
+        yield ManifestFile(
+            path=path.relative_to(folder).as_posix(), size_bytes=size, sha256=digest.hexdigest()
+        )
+    report("hash", done, total)
+
+
+def _sign(folder: Path, key: Path) -> None:
+    hashing, signing = _signing()
+    bundle = folder / manifests.SIGNATURE_NAME
+    try:
+        files = hashing.Config().set_ignored_paths(paths=[bundle], ignore_git_paths=False)
+        signer = signing.Config().use_elliptic_key_signer(private_key=key).set_hashing_config(files)
+        signer.sign(folder, bundle)
+    except (ValueError, TypeError, OSError) as error:
+        raise PublishError(
+            f"signing with {key} failed: {error}",
+            remedy="the key must be an unencrypted PEM key on a NIST curve",
+        ) from error
+
+
+def _signing() -> tuple[Any, Any]:
+    try:
+        from model_signing import hashing, signing
+    except ImportError as error:
+        raise PublishError(
+            "signing needs the library model-signing", remedy="install edge-agent[signing]"
+        ) from error
+    return hashing, signing

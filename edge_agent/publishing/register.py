@@ -1,0 +1,242 @@
+"""Registration: a finished package becomes a version in an MLflow registry.
+
+Owns the order: everything is uploaded and tagged before a version exists, and the alias moves last, so that
+nobody is ever pointed to a half. A failure leaves at most a run, or a version without the alias.
+
+    check_target → experiment → run → files → registered model → version READY → alias
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_agent.errors import PublishError, SettingsError
+from edge_agent.models.manifest import MANIFEST_NAME
+from edge_agent.models.reference import MANIFEST_TAG, ModelRef
+from edge_agent.publishing.package import Package, Progress, no_progress
+
+EXPERIMENT = "edge-agent"
+ARTIFACT_PATH = "model"
+READY_TIMEOUT_S = 120
+_RETRIES = "2"  # MLflow's own 7 wait four minutes for a server that is not there
+_REQUEST_TIMEOUT_S = "60"  # of each read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A registered version.
+
+    Attributes:
+        version: its number.
+        digest: sha256 of `manifest.json`, the package's identity on devices.
+        run_id: MLflow run that holds the files.
+    """
+
+    name: str
+    version: int
+    alias: str | None
+    digest: str
+    run_id: str
+
+
+def check_target(*, name: str, registry_uri: str, alias: str | None) -> None:
+    """Checks what can be checked without a connection.
+
+    Raises:
+        PublishError: a name, the alias or the address cannot work.
+    """
+    try:
+        ModelRef.parse(f"models:/{name}/1")
+    except SettingsError as error:
+        raise PublishError(f"model name {name!r} cannot be referred to: no '/', ':', '@' in it") from error
+    if alias is not None:
+        try:
+            ModelRef.parse(f"models:/{name}@{alias}")
+        except SettingsError as error:
+            raise PublishError(f"alias {alias!r} is not letters, digits, '_', '-'") from error
+        if alias.lower() == "latest" or re.fullmatch(r"v\d+", alias, re.IGNORECASE):
+            raise PublishError(f"alias {alias!r} is reserved by MLflow", remedy="choose a word such as prod")
+    if registry_uri.startswith("sqlite:///"):
+        if missing := [lib for lib in ("sqlalchemy", "alembic") if not importlib.util.find_spec(lib)]:
+            raise PublishError(
+                f"a {registry_uri.partition(':')[0]} registry needs {' and '.join(missing)}",
+                remedy="install edge-agent[local-registry]",
+            )
+    elif not re.match(r"https?://[^/]", registry_uri):
+        raise PublishError(
+            f"registry {_shown(registry_uri)!r} is not supported",
+            remedy="use http://…, https://… or sqlite:///…",
+        )
+
+
+def publish(
+    package: Package,
+    *,
+    registry_uri: str,
+    name: str,
+    alias: str | None = None,
+    progress: Progress = no_progress,
+) -> Published:
+    """Uploads a package and registers it as a new version.
+
+    Raises:
+        PublishError: the registry cannot be reached or refuses; what is left behind is named.
+    """
+    check_target(name=name, registry_uri=registry_uri, alias=alias)
+    if package.manifest.name != name:
+        raise PublishError(f"the package was made for {package.manifest.name!r}, not for {name!r}")
+    from mlflow.exceptions import MlflowException
+
+    step = "connecting"
+    with _calm_client():
+        try:
+            registration = _Registration(package, registry_uri, name)
+            step = "making the run"
+            registration.start_run()
+            step = "uploading"
+            registration.upload(progress)
+            step = "registering the version"
+            version = registration.create_version()
+            if alias is not None:
+                step = f"version {version} is registered, and moving the alias {alias}"
+                progress("alias", 0, 0)
+                registration.client.set_registered_model_alias(name, alias, version)
+        except (MlflowException, OSError) as error:
+            raise PublishError(
+                f"{_shown(registry_uri)}: {step} failed: {_one_line(error)}", remedy=_remedy(error)
+            ) from error
+    return Published(
+        name=name,
+        version=int(version),
+        alias=alias,
+        digest=package.manifest.digest,
+        run_id=registration.run_id,
+    )
+
+
+class _Registration:
+    """One publication in progress; owned by the thread that made it."""
+
+    def __init__(self, package: Package, registry_uri: str, name: str) -> None:
+        import mlflow
+
+        # The database's migrations are announced one by one on the first use.
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        self._package = package
+        self._registry_uri = registry_uri
+        self._name = name
+        if registry_uri.startswith("sqlite:///"):
+            Path(registry_uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+        self.client: Any = mlflow.MlflowClient(tracking_uri=registry_uri, registry_uri=registry_uri)
+        self.run_id = ""
+        self._artifact_uri = ""
+
+    def start_run(self) -> None:
+        run = self.client.create_run(self._experiment(), run_name=self._name)
+        self.run_id, self._artifact_uri = run.info.run_id, run.info.artifact_uri
+
+    def upload(self, progress: Progress) -> None:
+        """Every file of the package; the manifest and the signature last."""
+        folder = self._package.folder
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        files.sort(key=lambda path: path.parent == folder and path.name >= MANIFEST_NAME)
+        total, done = sum(path.stat().st_size for path in files), 0
+        try:
+            for path in files:
+                progress("upload", done, total)
+                parent = path.parent.relative_to(folder).as_posix()
+                place = ARTIFACT_PATH if parent == "." else f"{ARTIFACT_PATH}/{parent}"
+                self.client.log_artifact(self.run_id, str(path), place)
+                done += path.stat().st_size
+        except BaseException:
+            with contextlib.suppress(Exception):  # the reason is on its way up already
+                self.client.set_terminated(self.run_id, status="FAILED")
+            raise
+        progress("upload", done, total)
+        self.client.set_terminated(self.run_id, status="FINISHED")
+
+    def create_version(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.create_registered_model(self._name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = self.client.create_model_version(
+            self._name,
+            source=f"{self._artifact_uri.rstrip('/')}/{ARTIFACT_PATH}",
+            run_id=self.run_id,
+            tags={MANIFEST_TAG: self._package.manifest.digest},
+            await_creation_for=READY_TIMEOUT_S,
+        )
+        if version.status != "READY":
+            version = self.client.get_model_version(self._name, version.version)
+        if version.status != "READY":
+            raise PublishError(f"version {version.version} of {self._name} is {version.status}, not READY")
+        return str(version.version)
+
+    def _experiment(self) -> str:
+        """The experiment that holds the runs. With SQLite, files go to `artifacts/` beside the database."""
+        from mlflow.exceptions import MlflowException
+
+        if (found := self.client.get_experiment_by_name(EXPERIMENT)) is not None:
+            return str(found.experiment_id)
+        location = None
+        if self._registry_uri.startswith("sqlite:///"):
+            database = Path(self._registry_uri.removeprefix("sqlite:///")).absolute()
+            location = (database.parent / "artifacts").as_uri()
+        try:
+            return str(self.client.create_experiment(EXPERIMENT, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody else was faster
+                raise
+            return str(self.client.get_experiment_by_name(EXPERIMENT).experiment_id)
+
+
+@contextlib.contextmanager
+def _calm_client() -> Iterator[None]:
+    """MLflow's retries and waits limited, its own prints off, where the environment says nothing of them."""
+    from mlflow import environment_variables as variables
+
+    wanted: tuple[tuple[Any, object], ...] = (
+        (variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES, _RETRIES),
+        (variables.MLFLOW_HTTP_REQUEST_TIMEOUT, _REQUEST_TIMEOUT_S),
+        (variables.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT, True),
+        (variables.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR, False),
+    )
+    set_here = [variable for variable, _ in wanted if not variable.is_set()]
+    for variable, value in wanted:
+        if variable in set_here:
+            variable.set(value)
+    try:
+        yield
+    finally:
+        for variable in set_here:
+            variable.unset()
+
+
+def _remedy(error: Exception) -> str:
+    text = str(error)
+    if "Max retries exceeded" in text or "Connection" in text:
+        return "check that the server runs and that its address is right"
+    if "401" in text or "403" in text or "Unauthorized" in text:
+        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    return ""
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"://[^/@\s]+@", "://", " ".join(str(error).split()))[:400]
+
+
+def _shown(uri: str) -> str:
+    """An address without credentials."""
+    return re.sub(r"://[^/@]*@", "://", uri)

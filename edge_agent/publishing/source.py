@@ -1,0 +1,184 @@
+"""What is asked to be published, checked before anything is copied.
+
+Owns the rules for the source folder, the option values and the golden prompts. It reads files and writes
+none. What it refuses, a device would refuse later, when nobody looks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_agent.errors import ContentError, PublishError
+from edge_agent.models import genai_options
+
+MAX_GOLDEN = 32
+MAX_GOLDEN_BYTES = 1 << 20
+_REBUILD = "make the folder with python -m onnxruntime_genai.models.builder"
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            raise ValueError(f"must be from {least} to {most}")
+        return value
+
+    return read
+
+
+def _real(least: float, most: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = float(text)
+        if not least <= value <= most:
+            raise ValueError(f"must be from {least:g} to {most:g}")
+        return value
+
+    return read
+
+
+OPTIONS: Mapping[str, Callable[[str], int | float]] = {
+    "max_length": _whole(2, 1 << 20),
+    "max_tokens": _whole(1, 1 << 20),
+    "temperature": _real(0, 100),
+    "top_p": _real(0, 1),
+    "top_k": _whole(0, 1 << 20),
+    "repetition_penalty": _real(0.01, 100),
+}
+"""Generation defaults that a package may carry. `max_length` counts prompt and new tokens, `max_tokens` new
+ones."""
+
+
+def check_options(options: Mapping[str, object]) -> dict[str, int | float]:
+    """Converts option values, which come from a command line as text.
+
+    Raises:
+        PublishError: a name is unknown or a value is out of range.
+    """
+    checked = {}
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise PublishError(f"option {name!r} is unknown", remedy=f"known are {', '.join(OPTIONS)}")
+        try:
+            checked[name] = OPTIONS[name](str(value).strip())
+        except ValueError as error:
+            reason = str(error) if str(error).startswith("must") else "is not a number"
+            raise PublishError(f"option {name}={value} {reason}") from error
+    return checked
+
+
+def check_folder(folder: Path) -> list[Path]:
+    """Checks a folder made by the model builder.
+
+    Returns:
+        Its files, relative to it and sorted.
+
+    Raises:
+        PublishError: something is missing, or a device would refuse it; the file is named.
+    """
+    if not folder.is_dir():
+        raise PublishError(f"{folder} is not a folder")
+    files = sorted(_files(folder))
+    config_file = folder / genai_options.FILE_NAME
+    if not config_file.is_file():
+        raise PublishError(f"{folder} has no {genai_options.FILE_NAME}", remedy=_REBUILD)
+    try:
+        genai_options.check(config_file, genai_options.FILE_NAME)
+    except ContentError as error:
+        raise PublishError(f"{config_file}: devices refuse it: {error.message}") from error
+    for name in sorted(set(_file_names(json.loads(config_file.read_bytes())))):
+        path = folder / name
+        if not path.is_file():
+            raise PublishError(f"{config_file} names {name!r}, which is not there", remedy=_REBUILD)
+        if path.stat().st_size == 0:
+            raise PublishError(f"{path} is empty", remedy=_REBUILD)
+    return files
+
+
+def check_length(folder: Path, options: Mapping[str, int | float]) -> None:
+    """Refuses a `max_length` that the model has no context for.
+
+    Raises:
+        PublishError: it is more than the model's context.
+    """
+    model = json.loads((folder / genai_options.FILE_NAME).read_bytes()).get("model", {})
+    context_tokens = model.get("context_length", 0)
+    if options.get("max_length", 0) > context_tokens:
+        raise PublishError(
+            f"option max_length={options['max_length']} is more than the model's context of {context_tokens}"
+        )
+
+
+def read_golden(golden: Path | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """Golden prompts: a list of `{prompt or messages, expect: regex, max_tokens}`, the last one optional.
+
+    Raises:
+        PublishError: the file or an entry is not of this form; the entry is named by its place.
+    """
+    if golden is None:
+        return []
+    content = _read_json(golden) if isinstance(golden, Path) else golden
+    if not isinstance(content, list | tuple) or not 0 < len(content) <= MAX_GOLDEN:
+        raise PublishError(f"golden prompts are not a list of 1 to {MAX_GOLDEN} entries")
+    return [_golden_entry(entry, f"golden prompt {number}") for number, entry in enumerate(content, 1)]
+
+
+def _golden_entry(entry: object, what: str) -> dict[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise PublishError(f"{what} is not an object")
+    if unknown := sorted(set(entry) - {"prompt", "messages", "expect", "max_tokens"}):
+        raise PublishError(f"{what} has an unknown field {unknown[0]!r}")
+    if ("prompt" in entry) == ("messages" in entry):
+        raise PublishError(f"{what} needs prompt or messages, and not both")
+    if not isinstance(entry.get("prompt", ""), str) or not isinstance(entry.get("messages", []), list):
+        raise PublishError(f"{what}: prompt is text, messages is a list")
+    expect = entry.get("expect")
+    if not isinstance(expect, str) or not expect:
+        raise PublishError(f"{what} has no expect: a regular expression that the answer contains")
+    try:
+        re.compile(expect)
+    except re.error as error:
+        raise PublishError(f"{what}: expect is not a regular expression: {error}") from error
+    max_tokens = entry.get("max_tokens", 1)
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
+        raise PublishError(f"{what}: max_tokens is not a positive whole number")
+    return dict(entry)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        if file.stat().st_size > MAX_GOLDEN_BYTES:
+            raise PublishError(f"{file} has more than {MAX_GOLDEN_BYTES} bytes")
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise PublishError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise PublishError(f"{file} is not JSON") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise PublishError(
+                f"{path} is a symbolic link", remedy="copy the folder with the files themselves: cp -rL"
+            )
+        if path.is_file():
+            yield path.relative_to(folder)
+        elif not path.is_dir():
+            raise PublishError(f"{path} is neither a file nor a folder")
+
+
+def _file_names(value: object) -> Iterator[str]:
+    """Every `filename` in the configuration: the graphs that the library opens."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key == "filename" and isinstance(item, str) and item:
+                yield item
+            else:
+                yield from _file_names(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _file_names(item)

@@ -1,0 +1,169 @@
+"""What may be published: options, folders, golden prompts, targets."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.errors import PublishError
+from edge_agent.models import trust
+from edge_agent.publishing import source
+from edge_agent.publishing.register import check_target
+
+
+def genai_folder(folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    config = {
+        "model": {"type": "phi3", "context_length": 128, "decoder": {"filename": "model.onnx"}},
+        "search": {"max_length": 128},
+    } | changes
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    (folder / "model.onnx").write_bytes(b"graph")
+    return folder
+
+
+def test_options_from_a_command_line_become_numbers() -> None:
+    given = {"max_length": "300", "temperature": " 0.2", "top_k": 40, "top_p": 0.9}
+    checked = source.check_options(given)
+    assert checked == {"max_length": 300, "temperature": 0.2, "top_k": 40, "top_p": 0.9}
+    assert isinstance(checked["max_length"], int)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_lenght", "300", "'max_lenght' is unknown; known are max_length"),
+        ("max_length", "many", "max_length=many is not a number"),
+        ("max_length", "300.5", "is not a number"),
+        ("max_length", "1", "must be from 2"),
+        ("temperature", "-1", "must be from 0 to 100"),
+        ("temperature", "nan", "must be from 0 to 100"),
+        ("top_p", "1.5", "must be from 0 to 1"),
+        ("repetition_penalty", "0", "must be from 0.01"),
+        ("top_k", True, "is not a number"),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name(name: str, value: object, message: str) -> None:
+    with pytest.raises(PublishError, match=message):
+        source.check_options({name: value})
+
+
+def test_a_folder_gives_its_files_sorted(tmp_path: Path) -> None:
+    folder = genai_folder(tmp_path / "model")
+    (folder / "more").mkdir()
+    (folder / "more" / "a.txt").write_text("a")
+    assert [str(path) for path in source.check_folder(folder)] == [
+        "genai_config.json",
+        "model.onnx",
+        "more/a.txt",
+    ]
+
+
+def test_max_length_beyond_the_context_is_refused(tmp_path: Path) -> None:
+    folder = genai_folder(tmp_path / "model")
+    source.check_length(folder, {"max_length": 128})
+    with pytest.raises(PublishError, match="max_length=129 is more than the model's context of 128"):
+        source.check_length(folder, {"max_length": 129})
+
+
+def test_a_folder_that_is_no_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(PublishError, match="is not a folder"):
+        source.check_folder(tmp_path / "nothing")
+    with pytest.raises(PublishError, match=r"has no genai_config.json; make the folder with"):
+        source.check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_missing_or_empty_graph_is_named(tmp_path: Path, content: bytes | None) -> None:
+    folder = genai_folder(tmp_path / "model")
+    (folder / "model.onnx").unlink()
+    if content is not None:
+        (folder / "model.onnx").write_bytes(content)
+    with pytest.raises(PublishError, match=r"model\.onnx"):
+        source.check_folder(folder)
+
+
+def test_a_key_that_devices_refuse_is_named(tmp_path: Path) -> None:
+    decoder = {"filename": "model.onnx", "session_options": {"custom_ops_library": "x.so"}}
+    folder = genai_folder(tmp_path / "model", model={"type": "phi3", "decoder": decoder})
+    with pytest.raises(PublishError, match=r"session_options\.custom_ops_library is not allowed"):
+        source.check_folder(folder)
+
+
+def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
+    folder = genai_folder(tmp_path / "model")
+    (folder / "link.txt").symlink_to("model.onnx")
+    with pytest.raises(PublishError, match=r"link\.txt is a symbolic link; copy the folder"):
+        source.check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("text", "golden prompt 1 is not an object"),
+        ({"prompt": "a"}, "has no expect"),
+        ({"expect": "a"}, "needs prompt or messages"),
+        ({"prompt": "a", "messages": [], "expect": "a"}, "needs prompt or messages"),
+        ({"prompt": 1, "expect": "a"}, "prompt is text"),
+        ({"prompt": "a", "expect": "("}, "not a regular expression"),
+        ({"prompt": "a", "expect": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "expect": "a", "temperature": 1}, "unknown field 'temperature'"),
+    ],
+)
+def test_a_wrong_golden_prompt_is_named_by_its_place(entry: Any, message: str) -> None:
+    with pytest.raises(PublishError, match=message):
+        source.read_golden([entry])
+
+
+def test_golden_prompts_come_from_a_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "golden.json"
+    file.write_text('[{"prompt": "a", "expect": "b", "max_tokens": 4}]')
+    assert source.read_golden(file) == [{"prompt": "a", "expect": "b", "max_tokens": 4}]
+    assert source.read_golden(None) == []
+    file.write_text("{")
+    with pytest.raises(PublishError, match=r"golden\.json is not JSON"):
+        source.read_golden(file)
+    with pytest.raises(PublishError, match="cannot be read"):
+        source.read_golden(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a/b"}, "model name 'a/b' cannot be referred to"),
+        ({"alias": "v2"}, "'v2' is reserved by MLflow"),
+        ({"alias": "latest"}, "reserved"),
+        ({"alias": "two words"}, "is not letters"),
+        ({"registry_uri": "file:/tmp/x"}, "is not supported; use http"),
+        ({"registry_uri": ""}, "is not supported"),
+    ],
+)
+def test_a_target_that_cannot_work_is_refused_before_any_connection(
+    changes: dict[str, Any], message: str
+) -> None:
+    target: dict[str, Any] = {"name": "phi", "registry_uri": "http://localhost:5000", "alias": "prod"}
+    check_target(**target)
+    with pytest.raises(PublishError, match=message):
+        check_target(**(target | changes))
+
+
+def test_credentials_in_an_address_are_not_repeated() -> None:
+    with pytest.raises(PublishError) as caught:
+        check_target(name="phi", registry_uri="ftp://me:secret@host/x", alias=None)
+    assert "secret" not in str(caught.value)
+
+
+def test_the_wrapper_imports_nothing_that_a_device_lacks() -> None:
+    allowed = sys.stdlib_module_names | {"mlflow", "numpy", "onnxruntime_genai", "pandas"}
+    for node in ast.walk(ast.parse(trust.WRAPPER.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        assert {name.partition(".")[0] for name in names} <= allowed
