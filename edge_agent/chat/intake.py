@@ -1,0 +1,172 @@
+"""What becomes of an arriving prompt, whatever way it came: accepted, repeated, or refused.
+
+Owns the order of the checks. A refusal (`PromptError`) is not remembered: the same id may try again.
+
+    Request → which model → is it here → identity → journal.accept (committed) → the dispatcher is told
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable
+from typing import Protocol
+
+from edge_agent.chat.clock import Moment
+from edge_agent.chat.journal import Acceptance, Answer, Arrival, Delivery, Journal, Source
+from edge_agent.chat.messages import Request
+from edge_agent.errors import Cancelled, DeadlineExceeded, NoModel, PromptError, UnknownModel
+
+
+class ModelView(Protocol):
+    """What intake has to know of one model."""
+
+    @property
+    def available(self) -> bool: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
+class Worker(Protocol):
+    """What intake tells a model's dispatcher."""
+
+    service_s: float
+
+    def notify(self) -> None: ...
+
+    def abandon(self, row: int) -> None: ...
+
+
+class Intake:
+    """Accepts prompts for all models. Any thread may call it; the journal orders them.
+
+    Args:
+        models: by configured name, the default one first.
+        workers: a dispatcher for each model.
+        on_answer: told when a row got its answer here (cancelled, or too late).
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        models: dict[str, ModelView],
+        workers: dict[str, Worker],
+        queue_depth: int,
+        deadline_s: float,
+        on_answer: Callable[[Source, int], None],
+    ) -> None:
+        self._journal = journal
+        self._models = models
+        self._workers = workers
+        self._queue_depth = queue_depth
+        self._deadline_s = deadline_s
+        self._on_answer = on_answer
+
+    def take(
+        self,
+        request: Request,
+        *,
+        request_id: str,
+        body: bytes,
+        source: Source,
+        answer_topic: str,
+        correlation: bytes | None,
+        expiry_s: float | None,
+        delivery: Delivery | None,
+        moment: Moment,
+    ) -> Acceptance:
+        """Commits a prompt.
+
+        Args:
+            request_id: the client's id or one that was made for it.
+            body: the message as it came: a repeat must be equal to it.
+            correlation: the client's Correlation Data, or None.
+            expiry_s: what is left of the message's expiry interval, or None.
+
+        Raises:
+            PromptError: refused; nothing is remembered.
+        """
+        model = self._model(request.model)
+        deadlines_s = [expiry_s, request.deadline_ms / 1000 if request.deadline_ms is not None else None]
+        deadline_s = min((given for given in deadlines_s if given is not None), default=self._deadline_s)
+        acceptance = self._journal.accept(
+            Arrival(
+                id=request_id,
+                identity=identity(answer_topic, correlation, request.id),
+                body_sha256=hashlib.sha256(body).digest(),
+                source=source,
+                model=model,
+                document=request.document,
+                form=request.form,
+                stream=request.stream,
+                answer_topic=answer_topic,
+                correlation=correlation,
+                deadline_s=deadline_s,
+                delivery=delivery,
+            ),
+            moment=moment,
+            queue_depth=self._queue_depth,
+            retry_after_ms=self._retry_after_ms(model),
+        )
+        if acceptance.new:
+            self._workers[model].notify()
+        return acceptance
+
+    def cancel(self, wanted: bytes, *, moment: Moment) -> bool:
+        """Answers the prompt of an identity with 499, waiting or running. False when there is none to cancel."""
+        prompt = self._journal.find(wanted)
+        return prompt is not None and self.settle(
+            prompt.row, Cancelled("cancelled by the client"), moment=moment
+        )
+
+    def expire(self, moment: Moment) -> None:
+        """Answers every prompt whose deadline has passed with 408, waiting or running."""
+        for prompt in self._journal.overdue(moment):
+            self.settle(
+                prompt.row, DeadlineExceeded("the deadline passed before the answer was whole"), moment=moment
+            )
+
+    def settle(self, row: int, error: PromptError, *, moment: Moment) -> bool:
+        """Gives a prompt an error for its answer now, and stops it if it runs. False when it has an answer."""
+        prompt = self._journal.prompt(row)
+        if prompt is None:
+            return False
+        answer = Answer.of_error(prompt.id, prompt.form, error)
+        if not self._journal.answer(row, answer, moment=moment):
+            return False
+        if prompt.model in self._workers:
+            self._workers[prompt.model].abandon(row)
+        self._on_answer(prompt.source, row)
+        return True
+
+    def _model(self, asked: str | None) -> str:
+        name = asked if asked is not None else next(iter(self._models), None)
+        if name is None:
+            raise NoModel("no model is configured", remedy="add a [models.NAME] table to the settings")
+        view = self._models.get(name)
+        if view is None:
+            raise UnknownModel(f"no model is called {name!r} here; there are {', '.join(self._models)}")
+        if not view.available:
+            raise NoModel(f"model {name!r} cannot answer now: {view.reason or 'no version is in the cache'}")
+        return name
+
+    def _retry_after_ms(self, model: str) -> int:
+        """About when one place in the queue is free: the measured time of one prompt."""
+        return max(100, round(self._workers[model].service_s * 1000))
+
+
+def identity(answer_topic: str, correlation: bytes | None, request_id: str | None) -> bytes | None:
+    """Digest of (answer topic, Correlation Data or id); None for a request that has neither.
+
+    Both share one name space, so that a client without MQTT 5 properties can cancel by `id` what was sent
+    with equal Correlation Data.
+    """
+    key = correlation if correlation is not None else request_id.encode() if request_id is not None else None
+    return hashlib.sha256(answer_topic.encode() + b"\0" + key).digest() if key is not None else None
+
+
+def make_id() -> str:
+    """An id for a request that brings none."""
+    return uuid.uuid4().hex

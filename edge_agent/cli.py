@@ -1,0 +1,570 @@
+"""The `edge-agent` command.
+
+Owns the words of the command line and its exit codes: 0 done, 1 failed, 2 usage, 3 daemon not running,
+4 no model ready, 5 timed out, 78 settings invalid. Results go to stdout, with `--json` as one document and
+nothing else; logs, progress and errors go to stderr. Contract: docs/cli.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+import edge_agent
+from edge_agent import settings as settings_module
+from edge_agent import terminal
+from edge_agent.errors import (
+    DaemonNotRunning,
+    DeadlineExceeded,
+    EdgeAgentError,
+    NoModel,
+    SettingsError,
+    UnknownModel,
+)
+from edge_agent.settings import Settings
+from edge_agent.transport import control
+
+if TYPE_CHECKING:
+    from edge_agent.models.store import Store
+
+FAILED, NOT_RUNNING, NO_MODEL, TIMED_OUT, INVALID_SETTINGS = 1, 3, 4, 5, 78
+
+_EXIT_CODES: dict[str, int] = {
+    SettingsError.code: INVALID_SETTINGS,
+    DaemonNotRunning.code: NOT_RUNNING,
+    NoModel.code: NO_MODEL,
+    UnknownModel.code: NO_MODEL,
+    DeadlineExceeded.code: TIMED_OUT,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invocation:
+    """What the options before the command say; settings are read when a command needs them."""
+
+    config: Path | None
+
+    def settings(self) -> Settings:
+        return settings_module.load(self.config)
+
+
+class DaemonError(EdgeAgentError):
+    """An error that the daemon reported over the control socket; it keeps the daemon's code."""
+
+    def __init__(self, event: Mapping[str, Any]) -> None:
+        super().__init__(str(event.get("message")), remedy=str(event.get("remedy") or ""))
+        self.reported_code = str(event.get("code"))
+
+
+class _Command(click.Command):
+    """Keeps examples in `--help` as they are written, and turns this project's errors into exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeAgentError as error:
+            _fail(error)
+        except TimeoutError:
+            click.echo("edge-agent: timed out", err=True)
+            sys.exit(TIMED_OUT)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(FAILED)
+
+
+class _Group(click.Group):
+    command_class = _Command
+    group_class = type
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings file (TOML).")
+@click.version_option(edge_agent.__version__, prog_name="edge-agent")
+@click.pass_context
+def main(context: click.Context, config: Path | None) -> None:
+    """Keeps registered MLflow language models on this device and answers prompts over MQTT.
+
+    \b
+    Examples:
+      edge-agent demo --once
+      edge-agent --config /etc/edge-agent/config.toml run
+      edge-agent probe "What is the capital of Nepal?"
+    """
+    context.obj = Invocation(config=config)
+
+
+@main.command()
+@click.pass_obj
+def run(invocation: Invocation) -> None:
+    """Run the daemon in the foreground, as systemd does.
+
+    \b
+    Example:
+      edge-agent --config ./config.toml run
+    """
+    from edge_agent import daemon, logs
+
+    settings = invocation.settings()
+    logs.configure(settings.log_format, journal=settings_module.logs_to_journal())
+    sys.exit(daemon.run(settings))
+
+
+@main.command()
+@click.argument("text", required=False)
+@click.option("--model", metavar="NAME", help="A [models.NAME] of the settings; the first one by default.")
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=0.001), metavar="S", help="Seconds to wait."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--direct", is_flag=True, help="Load the model here, without a daemon.")
+@click.pass_obj
+def probe(
+    invocation: Invocation,
+    text: str | None,
+    model: str | None,
+    timeout_s: float | None,
+    as_json: bool,
+    direct: bool,
+) -> None:
+    """Send one prompt through the running daemon and stream the answer.
+
+    TEXT is read from standard input when it is -.
+
+    \b
+    Examples:
+      edge-agent probe "What is the capital of Japan?"
+      echo "What is 2 plus 3?" | edge-agent probe - --json
+      edge-agent probe --direct "Hello"
+    """
+    settings = invocation.settings()
+    question = _question(text, settings.limits.payload_bytes)
+
+    def show(delta: str) -> None:
+        if not as_json:
+            click.echo(delta, nl=False)
+            sys.stdout.flush()
+
+    from edge_agent import probe as probing
+
+    ask = probing.ask_direct if direct else probing.ask_daemon
+    result = ask(settings, question, model=model, timeout_s=timeout_s, on_text=show)
+    if as_json:
+        click.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        click.echo(f"\n\n{terminal.answer_line(result)}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--watch", is_flag=True, help="Again every second, until interrupted.")
+@click.pass_obj
+def status(invocation: Invocation, as_json: bool, watch: bool) -> None:
+    """Show state, models, queue, cache, registry and broker.
+
+    With the daemon down, shows what the disk says and exits with 3.
+
+    \b
+    Examples:
+      edge-agent status
+      edge-agent status --json | jq .state
+    """
+    settings = invocation.settings()
+    while True:
+        try:
+            document, code = _events_result(settings, "status")["status"], 0
+        except DaemonNotRunning:
+            document, code = _status_on_disk(settings), NOT_RUNNING
+        if watch and not as_json:
+            click.clear()
+        if as_json:
+            click.echo(json.dumps(document, ensure_ascii=False))
+        else:
+            if code:
+                click.echo("edge-agent: the daemon is not running; this is what the disk says", err=True)
+            terminal.print_status(document)
+        if not watch:
+            sys.exit(code)
+        time.sleep(1.0)
+
+
+@main.group(cls=_Group)
+def models() -> None:
+    """See and change what is in the cache.
+
+    \b
+    Examples:
+      edge-agent models list
+      edge-agent models pull assistant
+    """
+
+
+@models.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_list(invocation: Invocation, as_json: bool) -> None:
+    """List the versions in the cache.
+
+    \b
+    Example:
+      edge-agent models list --json
+    """
+    store = _store(invocation.settings())
+    state = store.state()
+    records = [(record, state.model(record.name).role(record.key)) for record in store.versions()]
+    if as_json:
+        keys = ("name", "version", "digest", "bytes", "state")
+        click.echo(
+            json.dumps(
+                [
+                    dict(zip(keys, (r.name, r.version, r.digest, r.total_bytes, role), strict=True))
+                    for r, role in records
+                ]
+            )
+        )
+    elif records:
+        terminal.print_table(
+            ("NAME", "VERSION", "STATE", "SIZE", "DIGEST"),
+            [
+                (r.name, r.version, role, terminal.human_bytes(r.total_bytes), r.digest[:12])
+                for r, role in records
+            ],
+        )
+    else:
+        click.echo("no versions yet; `edge-agent models pull` brings them")
+
+
+@models.command("show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_show(invocation: Invocation, name: str, as_json: bool) -> None:
+    """Show one model: its versions, where they came from and why they may run.
+
+    \b
+    Example:
+      edge-agent models show assistant
+    """
+    settings = invocation.settings()
+    store = _store(settings)
+    state = store.state().model(name)
+    records = store.versions(name)
+    if name not in settings.models and not records:
+        raise UnknownModel(f"no model is called {name!r} here", remedy="see `edge-agent models list`")
+    versions = [
+        {
+            "version": record.version,
+            "digest": record.digest,
+            "bytes": record.total_bytes,
+            "files": len(record.files),
+            "state": state.role(record.key),
+            "registered_name": record.registered_name,
+            "registry_uri": record.registry_uri,
+            "run_id": record.run_id,
+            "trust": record.trust.reason,
+        }
+        for record in records
+    ]
+    document = {
+        "name": name,
+        "uri": settings.models[name].uri if name in settings.models else None,
+        "active": state.active,
+        "previous": state.previous,
+        "quarantined": dict(state.quarantined),
+        "versions": versions,
+    }
+    if as_json:
+        click.echo(json.dumps(document))
+        return
+    click.echo(f"model   {name}\nuri     {document['uri']}\nactive  {state.active}")
+    for version in versions:
+        click.echo(f"\nversion {version['version']}   {version['state']}")
+        for key in ("digest", "bytes", "files", "registered_name", "registry_uri", "run_id", "trust"):
+            click.echo(f"  {key:<16}{version[key]}")
+
+
+@models.command("pull")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_pull(invocation: Invocation, name: str | None, as_json: bool) -> None:
+    """Ask the registry now and bring NAME, or every model, up to date.
+
+    Goes through the running daemon, or works by itself when there is none.
+
+    \b
+    Examples:
+      edge-agent models pull
+      edge-agent models pull assistant --json
+    """
+    settings = invocation.settings()
+    if name is not None and name not in settings.models:
+        raise UnknownModel(
+            f"no model is called {name!r} here", remedy="add a [models.NAME] table to the settings"
+        )
+    with terminal.progress_bar() as report:
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            if event.get("event") == "progress":
+                report("fetching", event["bytes"], event["total_bytes"])
+
+        try:
+            results = _pull_through_daemon(settings, name, on_event)
+        except DaemonNotRunning:
+            from edge_agent import pull
+
+            results = pull.without_daemon(settings, [name] if name else list(settings.models), on_event)
+    if as_json:
+        click.echo(json.dumps(results[0] if name or len(results) == 1 else results))
+        return
+    for result in results:
+        click.echo(
+            f"{result['name']} version {result['version']}: {terminal.human_bytes(result['bytes_fetched'])} fetched, "
+            f"{terminal.human_bytes(result['bytes_reused'])} already here"
+        )
+
+
+@models.command("verify")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_verify(invocation: Invocation, as_json: bool) -> None:
+    """Read every byte in the cache again and compare it with what was verified. Exit 1 when damage remains.
+
+    \b
+    Example:
+      edge-agent models verify
+    """
+    from edge_agent.models import fsck
+
+    store = _store(invocation.settings())
+    with terminal.progress_bar() as report:
+        total = sum(record.total_bytes for record in store.versions())
+        done = 0
+
+        def on_file(file: Any) -> None:
+            nonlocal done
+            done += file.size_bytes
+            report("verifying", done, total)
+
+        found = fsck.verify(store, on_file=on_file)
+    document = {
+        "checked": found.checked,
+        "damaged": [
+            {"name": damage.name, "version": damage.key, "path": damage.path, "reason": damage.reason}
+            for damage in found.damaged
+        ],
+        "repaired": [],
+    }
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        for damage in found.damaged:
+            click.echo(f"damaged  {damage.name} {damage.key}  {damage.path}  {damage.reason}")
+        click.echo(f"{found.checked} files checked, {len(found.damaged)} damaged")
+    sys.exit(FAILED if found.damaged else 0)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--name", required=True, help="Registered model's name; made when it is not there.")
+@click.option(
+    "--registry", metavar="URI", help="http(s)://… or sqlite:///…; the settings' registry by default."
+)
+@click.option("--alias", help="Moved to the new version, as the last step.")
+@click.option("--signature", type=click.Choice(["chat", "prompt"]), default="chat", show_default=True)
+@click.option(
+    "--option", "options", multiple=True, metavar="K=V", help="Generation default; may be repeated."
+)
+@click.option(
+    "--golden",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="JSON list of prompts that devices try first.",
+)
+@click.option(
+    "--sign-key", type=click.Path(path_type=Path), metavar="PEM", help="Private key to sign the package with."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def publish(
+    invocation: Invocation,
+    folder: Path,
+    name: str,
+    registry: str | None,
+    alias: str | None,
+    signature: Any,
+    options: tuple[str, ...],
+    golden: Path | None,
+    sign_key: Path | None,
+    as_json: bool,
+) -> None:
+    """Package a folder made by the onnxruntime-genai model builder and register it.
+
+    \b
+    Examples:
+      edge-agent publish ./phi3-int4 --name phi3-mini --alias prod --registry http://localhost:5000
+      edge-agent publish ./phi3-int4 --name phi3-mini --registry sqlite:////srv/registry.db \\
+          --signature prompt --option max_length=300 --option temperature=0.2
+    """
+    from edge_agent import publishing
+
+    uri = registry or invocation.settings().registry.uri
+    if not uri:
+        raise click.UsageError("give --registry URI, or set registry.uri in the settings")
+    with terminal.progress_bar() as report:
+        published = publishing.publish_folder(
+            folder,
+            name=name,
+            registry_uri=uri,
+            alias=alias,
+            signature=signature,
+            options=dict(_key_value(option) for option in options),
+            golden=golden,
+            sign_key=sign_key,
+            progress=report,
+        )
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "name": name,
+                    "version": published.version,
+                    "digest": published.digest,
+                    "run_id": published.run_id,
+                    "alias": alias,
+                }
+            )
+        )
+    else:
+        click.echo(f"{name} version {published.version} registered{f', alias {alias}' if alias else ''}")
+        click.echo(f"digest {published.digest}")
+
+
+@main.command()
+@click.option("--once", is_flag=True, help="Ask one question, print the answer, stop everything.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document; implies --once.")
+@click.option("--question", default="What is the capital of Spain?", show_default=True, help="What to ask.")
+def demo(once: bool, as_json: bool, question: str) -> None:
+    """Run everything on this machine with nothing configured.
+
+    An embedded registry, a mosquitto of its own on a free port, the sample model published, pulled and
+    answering over MQTT.
+
+    \b
+    Examples:
+      edge-agent demo
+      edge-agent demo --once --json
+    """
+    from edge_agent.demo import run_demo
+
+    result = run_demo(question, stay=not (once or as_json), quiet=as_json)
+    if as_json:
+        click.echo(json.dumps(result, ensure_ascii=False))
+
+
+# --- Shared by the commands ----------------------------------------------------------------------------
+
+
+def _fail(error: EdgeAgentError) -> NoReturn:
+    click.echo(f"edge-agent: {error.message}", err=True)
+    if error.remedy:
+        click.echo(f"            {error.remedy}", err=True)
+    code = error.reported_code if isinstance(error, DaemonError) else error.code
+    sys.exit(_EXIT_CODES.get(code, FAILED))
+
+
+def _question(text: str | None, limit_bytes: int) -> str:
+    if text == "-":
+        data = sys.stdin.buffer.read(limit_bytes + 1)
+        if len(data) > limit_bytes:
+            raise click.UsageError(f"standard input has more than {limit_bytes} bytes (limits.payload_bytes)")
+        text = data.decode("utf-8", "replace")
+    if not text or not text.strip():
+        raise click.UsageError("give TEXT, or - to read it from standard input")
+    return text
+
+
+def _key_value(option: str) -> tuple[str, str]:
+    key, separator, value = option.partition("=")
+    if not separator or not key:
+        raise click.UsageError(f"--option {option!r} is not K=V")
+    return key, value
+
+
+def _store(settings: Settings) -> Store:
+    from edge_agent.models.store import Store
+
+    return Store(settings.state_dir)
+
+
+def _events_result(settings: Settings, op: str, **fields: Any) -> dict[str, Any]:
+    """The `done` event of an operation that has no others."""
+    for event in control.call(settings_module.find_control_socket(settings), op, timeout_s=30.0, **fields):
+        if event.get("event") == "done":
+            return event
+        if event.get("event") == "error":
+            raise DaemonError(event)
+    raise EdgeAgentError("the daemon closed the connection without an answer")
+
+
+def _pull_through_daemon(settings: Settings, name: str | None, on_event: Any) -> list[dict[str, Any]]:
+    for event in control.call(settings_module.find_control_socket(settings), "pull", model=name):
+        if event.get("event") == "progress":
+            on_event(event["progress"])
+        elif event.get("event") == "done":
+            results: list[dict[str, Any]] = event["results"]
+            return results
+        elif event.get("event") == "error":
+            raise DaemonError(event)
+    raise EdgeAgentError("the daemon closed the connection without an answer")
+
+
+def _status_on_disk(settings: Settings) -> dict[str, Any]:
+    """The status document as far as the disk knows it."""
+    store = _store(settings)
+    state = store.state()
+    entries = []
+    for name, model in settings.models.items():
+        known = state.model(name)
+        record = store.record(name, known.active) if known.active else None
+        entries.append(
+            {
+                "name": name,
+                "uri": model.uri,
+                "version": record.version if record else None,
+                "digest": record.digest if record else None,
+                "flavor": None,
+                "state": "idle" if record else "absent",
+                "reason": "",
+                "tokens_per_s": None,
+                "previous": known.previous,
+                "candidate": known.candidate,
+                "pinned": list(known.pinned),
+                "quarantined": dict(known.quarantined),
+            }
+        )
+    return {
+        "state": "offline",
+        "time": int(time.time()),
+        "boot_id": None,
+        "seq": 0,
+        "agent_version": edge_agent.__version__,
+        "queue_depth": 0,
+        "models": entries,
+        "cache": {
+            "bytes": store.used_bytes(),
+            "quota_bytes": settings.cache.quota_bytes,
+            "free_bytes": store.free_bytes(),
+        },
+        "registry": {"uri": settings.registry.uri, "reachable": None, "last_check": None},
+        "broker": {"host": settings.mqtt.host, "port": settings.mqtt.port, "connected": False},
+    }

@@ -1,0 +1,450 @@
+"""The daemon: builds the parts, starts them in order, watches them, stops them.
+
+Owns the main thread and the list of all others. Refuses to go on half alive: when a thread ends that should
+not, the daemon ends with 1 and systemd starts a whole one.
+
+    cache and journal → runners load → READY → broker and registry → step, step, … → drain → journal closed
+
+No connection to anything is tried before READY: a device boots without a network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import edge_agent
+from edge_agent import settings as settings_module
+from edge_agent.chat import clock, messages
+from edge_agent.chat.dispatcher import Dispatcher, Outlet
+from edge_agent.chat.intake import Intake, identity, make_id
+from edge_agent.chat.journal import Answer, Journal, Source
+from edge_agent.errors import BadRequest, JournalUnavailable, PromptError, UnknownModel
+from edge_agent.models.lifecycle import Serving, lifecycle_of
+from edge_agent.models.store import Store
+from edge_agent.models.updates import Updates
+from edge_agent.pull import pulled
+from edge_agent.sd_notify import Notifier
+from edge_agent.settings import Settings
+from edge_agent.transport.control import Call, ControlServer
+from edge_agent.transport.mqtt import Inbound, MqttTransport, read_password
+from edge_agent.transport.probes import Probes
+from edge_agent.transport.topics import Topics
+
+log = logging.getLogger(__name__)
+
+STEP_S = 0.2
+STATUS_INTERVAL_S = 30.0
+METRICS_INTERVAL_S = 60.0
+PRUNE_INTERVAL_S = 60.0
+NETWORK_THREAD_STALE_S = 120.0
+MAX_CORRELATION_BYTES = 64
+MAX_CANCEL_BYTES = 4096
+
+
+class Daemon:
+    """Everything that runs on one device. Built and run by the main thread.
+
+    Args:
+        settings: checked.
+        notifier: the service manager, or nobody.
+
+    Raises:
+        EdgeAgentError: a part cannot be built (settings, cache folder, journal, control socket).
+    """
+
+    def __init__(self, settings: Settings, notifier: Notifier) -> None:
+        self._settings = settings
+        self._notifier = notifier
+        self._boot_id = uuid.uuid4().hex
+        self._seq = 0
+        self._ready = False
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._topics = Topics(
+            prefix=settings.mqtt.prefix,
+            device_id=settings.device_id,
+            reply_prefixes=settings.mqtt.reply_prefixes,
+        )
+        self._store = Store(settings.state_dir)
+        self._store.create()
+        self._journal = Journal(settings.state_dir / "journal.db", moment=clock.now())
+        self._lifecycles = {name: lifecycle_of(settings, name, self._store) for name in settings.models}
+        self._updates = Updates(settings, self._lifecycles)
+        self._probes = Probes(self._journal, flavor_of=lambda name: self._lifecycles[name].flavor)
+        self._mqtt = self._make_mqtt()
+        self._dispatchers = {name: self._make_dispatcher(name) for name in settings.models}
+        self._intake = Intake(
+            self._journal,
+            models=dict(self._lifecycles),
+            workers=dict(self._dispatchers),
+            queue_depth=settings.limits.queue_depth,
+            deadline_s=settings.limits.deadline_s,
+            on_answer=lambda source, row: self._outlets[source].answered(row),
+        )
+        self._control = ControlServer(
+            settings.control_socket,
+            {"probe": self._on_probe, "status": self._on_status, "pull": self._on_pull},
+        )
+        self._published = ""
+        self._status_at_s = self._metrics_at_s = self._prune_at_s = 0.0
+
+    def run(self) -> int:
+        """Runs until SIGTERM or SIGINT. Returns the process's exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        self._start("control", self._control.run)
+        for name, dispatcher in self._dispatchers.items():
+            self._start(f"dispatcher-{name}", dispatcher.run)
+        self._await_models()
+        code = 0
+        if not self._stop.is_set():
+            self._ready = True
+            self._notifier.ready(self._headline())
+            log.info("ready device=%s models=%d", self._settings.device_id, len(self._lifecycles))
+            self._start("mqtt", self._mqtt.run)
+            if self._settings.registry.uri:
+                self._start("updates", self._updates.run)
+            code = self._supervise()
+        self._shut_down()
+        return code
+
+    def step(self, now_s: float) -> None:
+        """One turn of the main thread.
+
+        Args:
+            now_s: monotonic seconds.
+        """
+        with contextlib.suppress(JournalUnavailable):  # it is in the status
+            self._intake.expire(clock.now())
+            if now_s >= self._prune_at_s:
+                self._prune_at_s = now_s + PRUNE_INTERVAL_S
+                self._journal.prune(moment=clock.now(), ttl_s=self._settings.mqtt.answer_ttl_s)
+        self._publish_status(now_s)
+        if now_s >= self._metrics_at_s:
+            self._metrics_at_s = now_s + METRICS_INTERVAL_S
+            self._mqtt.set_metrics(messages.encode(self._metrics()))
+
+    # --- Start, watch, stop ----------------------------------------------------------------------------
+
+    def _start(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=_logged(name, target), name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _await_models(self) -> None:
+        """READY waits until each preloaded model is loaded, or has failed to."""
+        while not self._stop.is_set() and not all(life.settled() for life in self._lifecycles.values()):
+            self._notifier.extend_timeout(30)
+            self._notifier.watchdog(time.monotonic())
+            self._stop.wait(STEP_S)
+
+    def _supervise(self) -> int:
+        while not self._stop.wait(STEP_S):
+            now_s = time.monotonic()
+            self.step(now_s)
+            dead = self._dead_thread(now_s)
+            if dead is not None:
+                log.critical("thread ended name=%s", dead)
+                return 1
+            self._notifier.watchdog(now_s)
+        return 0
+
+    def _dead_thread(self, now_s: float) -> str | None:
+        for thread in self._threads:
+            if not thread.is_alive():
+                return thread.name
+        return "mqtt (stalled)" if now_s - self._mqtt.turned_s > NETWORK_THREAD_STALE_S else None
+
+    def _shut_down(self) -> None:
+        drain_s = self._settings.inference.drain_s
+        self._notifier.stopping("draining")
+        self._notifier.extend_timeout(drain_s + 15)
+        log.info("stopping drain_s=%.0f", drain_s)
+        self._mqtt.stop_accepting()
+        self._updates.close()
+        self._control.close()
+        limit_s = time.monotonic() + drain_s
+        for dispatcher in self._dispatchers.values():
+            dispatcher.drain(max(0.0, limit_s - time.monotonic()))
+        self._mqtt.set_status(self._encode_status("offline"))
+        self._mqtt.close()
+        for lifecycle in self._lifecycles.values():
+            lifecycle.close()
+        for thread in self._threads:
+            thread.join(5)
+        self._journal.close()
+        log.info("stopped")
+
+    # --- Parts -----------------------------------------------------------------------------------------
+
+    def _make_mqtt(self) -> MqttTransport:
+        settings, topics = self._settings.mqtt, self._topics
+        return MqttTransport(
+            settings,
+            topics=topics,
+            journal=self._journal,
+            password=lambda: read_password(settings, settings_module.credential_path("mqtt-password")),
+            handlers={topics.chat: self._on_chat, topics.cancel: self._on_cancel, topics.sync: self._on_sync},
+            will=self._encode_status("offline"),
+        )
+
+    def _make_dispatcher(self, name: str) -> Dispatcher:
+        return Dispatcher(
+            name,
+            host=self._lifecycles[name],
+            journal=self._journal,
+            outlets=self._outlets,
+            defaults=lambda document: messages.with_system(document, self._settings.models[name].system),
+            now=clock.now,
+        )
+
+    @property
+    def _outlets(self) -> dict[Source, Outlet]:
+        return {Source.MQTT: self._mqtt, Source.CONTROL: self._probes}
+
+    # --- MQTT messages, in the network thread ----------------------------------------------------------
+
+    def _on_chat(self, message: Inbound) -> None:
+        """A prompt: committed, repeated, or refused with an answer that says why."""
+        if message.retained:
+            self._mqtt.counters["retained_requests"] += 1
+            log.warning("retained request dropped topic=%s", message.topic)
+            return
+        request_id = messages.request_id_of(message.payload) or _id_from(message.correlation) or make_id()
+        topic = self._topics.response(request_id)
+        try:
+            request, topic = self._read(message, topic)
+            acceptance = self._intake.take(
+                request,
+                request_id=request_id,
+                body=message.payload,
+                source=Source.MQTT,
+                answer_topic=topic,
+                correlation=message.correlation,
+                expiry_s=message.expiry_s,
+                delivery=message.delivery,
+                moment=clock.now(),
+            )
+        except PromptError as error:
+            self._mqtt.counters[f"refused_{error.status}"] += 1
+            log.info("prompt refused request=%s code=%s", request_id, error.code)
+            self._refuse(message, request_id, topic, error)
+            return
+        if acceptance.new:
+            log.info("prompt accepted request=%s row=%d", request_id, acceptance.row)
+        else:
+            self._mqtt.counters["repeated"] += 1
+            self._mqtt.answered(acceptance.row)
+
+    def _read(self, message: Inbound, topic: str) -> tuple[messages.Request, str]:
+        """The request and its answer topic.
+
+        Raises:
+            PromptError: one of them breaks a rule; the error then goes to `{root}/rsp/{id}`.
+        """
+        named = message.response_topic
+        if named is not None:
+            named = self._topics.check_answer_topic(named)
+        if message.correlation is not None and len(message.correlation) > MAX_CORRELATION_BYTES:
+            raise BadRequest(f"Correlation Data has more than {MAX_CORRELATION_BYTES} bytes")
+        request = messages.parse(message.payload, limit_bytes=self._settings.limits.payload_bytes)
+        if named is None and request.reply_to is not None:
+            named = self._topics.check_answer_topic(request.reply_to)
+        return request, named or topic
+
+    def _refuse(self, message: Inbound, request_id: str, topic: str, error: PromptError) -> None:
+        form = messages.form_of(message.payload)
+        with contextlib.suppress(BadRequest):
+            topic = self._topics.check_answer_topic(message.response_topic or topic)
+        correlation = message.correlation
+        if correlation is not None and len(correlation) > MAX_CORRELATION_BYTES:
+            correlation = None
+        self._mqtt.refuse(
+            topic=topic, correlation=correlation, form=form, answer=Answer.of_error(request_id, form, error)
+        )
+
+    def _on_cancel(self, message: Inbound) -> None:
+        """Cancels by (answer topic, Correlation Data or id). What it does not find, it counts."""
+        if message.retained:
+            return
+        wanted = self._cancel_identity(message)
+        if wanted is None or not self._intake.cancel(wanted, moment=clock.now()):
+            self._mqtt.counters["cancels_unknown"] += 1
+
+    def _cancel_identity(self, message: Inbound) -> bytes | None:
+        topic, correlation, request_id = message.response_topic, message.correlation, None
+        if message.payload.strip() and len(message.payload) <= MAX_CANCEL_BYTES:
+            try:
+                request_id, reply_to = messages.parse_cancel(message.payload)
+            except BadRequest as error:
+                log.info("cancel not understood reason=%r", str(error))
+                return None
+            topic = topic or reply_to or (self._topics.response(request_id) if request_id else None)
+        return identity(topic, correlation, request_id) if topic else None
+
+    def _on_sync(self, message: Inbound) -> None:
+        if not message.retained:
+            self._updates.check_now()
+
+    # --- The control socket ----------------------------------------------------------------------------
+
+    def _on_status(self, call: Call) -> None:
+        call.send("done", status=self.full_status())
+
+    def _on_probe(self, call: Call) -> None:
+        fields = call.request
+        body = messages.encode(
+            {
+                "messages": [{"role": "user", "content": fields.get("text")}],
+                "model": fields.get("model"),
+                "deadline_ms": fields.get("deadline_ms"),
+                "stream": True,
+            }
+        )
+        request = messages.parse(body, limit_bytes=self._settings.limits.payload_bytes)
+        self._probes.serve(call, request, self._intake)
+
+    def _on_pull(self, call: Call) -> None:
+        """Brings one model, or all, up to date; progress goes to the client."""
+        asked = call.request.get("model")
+        if asked is not None and asked not in self._lifecycles:
+            raise UnknownModel(f"no model is called {asked!r} here; there are {', '.join(self._lifecycles)}")
+        results = [
+            pulled(self._updates.check(name, lambda event: call.send("progress", progress=dict(event))))
+            for name in ([asked] if asked else self._lifecycles)
+        ]
+        call.send("done", results=results)
+
+    # --- Status and metrics ----------------------------------------------------------------------------
+
+    def full_status(self) -> dict[str, Any]:
+        """The status topic's object and what only the CLI shows."""
+        settings = self._settings
+        document = self._status_document(self._state())
+        for model, entry in zip(self._lifecycles.values(), document["models"], strict=True):
+            entry.update(model.versions())
+            entry["update_problem"] = self._updates.problems.get(model.name, "")
+        return {
+            **document,
+            "cache": {
+                "bytes": self._store.used_bytes(),
+                "quota_bytes": settings.cache.quota_bytes,
+                "free_bytes": self._store.free_bytes(),
+            },
+            "registry": {
+                "uri": settings.registry.uri,
+                "reachable": self._updates.reachable,
+                "last_check": self._updates.checked_at,
+            },
+            "broker": {
+                "host": settings.mqtt.host,
+                "port": settings.mqtt.port,
+                "connected": self._mqtt.connected,
+            },
+            "troubles": list(self._troubles()),
+        }
+
+    def _publish_status(self, now_s: float) -> None:
+        """At each change of what people act on; numbers that always change come along at intervals."""
+        document = self._status_document(self._state())
+        lasting = {**document, "time": 0, "seq": 0, "queue_depth": 0}
+        lasting["models"] = [{**model, "tokens_per_s": 0} for model in document["models"]]
+        text = repr(lasting)
+        if text == self._published and now_s < self._status_at_s:
+            return
+        if text != self._published:
+            log.info("status %s %s", document["state"], self._headline())
+            self._notifier.status(self._headline())
+        self._published, self._status_at_s = text, now_s + STATUS_INTERVAL_S
+        self._mqtt.set_status(messages.encode(document))
+
+    def _encode_status(self, state: str) -> bytes:
+        return messages.encode(self._status_document(state))
+
+    def _status_document(self, state: str) -> dict[str, Any]:
+        self._seq += 1
+        try:
+            depth = self._journal.depth()
+        except JournalUnavailable:
+            depth = -1
+        return {
+            "state": state,
+            "time": int(time.time()),
+            "boot_id": self._boot_id,
+            "seq": self._seq,
+            "agent_version": edge_agent.__version__,
+            "queue_depth": max(0, depth),
+            "models": [
+                {
+                    **life.status(),
+                    "tokens_per_s": self._dispatchers[name].tokens_per_s if self._ready else None,
+                }
+                for name, life in self._lifecycles.items()
+            ],
+        }
+
+    def _state(self) -> str:
+        default = next(iter(self._lifecycles.values()), None)
+        if not self._ready:
+            return "starting"
+        if default is None or default.serving is Serving.FAILED or next(self._troubles(), None):
+            return "degraded"
+        return "ready" if default.serving in (Serving.READY, Serving.IDLE) else "starting"
+
+    def _troubles(self) -> Iterator[str]:
+        """What somebody should look at, though prompts are answered."""
+        if self._journal.trouble:
+            yield f"journal: {self._journal.trouble}"
+        if self._settings.trust.allow_unsigned_code:
+            yield "trust.allow_unsigned_code is on"
+        for life in self._lifecycles.values():
+            for key, reason in life.quarantined.items():
+                yield f"model {life.name}: version {key} is in quarantine: {reason}"
+
+    def _headline(self) -> str:
+        parts = [f"{life.name}={life.serving}" for life in self._lifecycles.values()]
+        return " ".join(parts) or "no model configured"
+
+    def _metrics(self) -> dict[str, Any]:
+        return {
+            "time": int(time.time()),
+            "boot_id": self._boot_id,
+            "queue_depth": self._journal.depth() if not self._journal.trouble else 0,
+            "answered": {name: dispatcher.answered for name, dispatcher in self._dispatchers.items()},
+            "answers_dropped": self._journal.dropped_answers,
+            "counters": dict(self._mqtt.counters),
+        }
+
+
+def _id_from(correlation: bytes | None) -> str | None:
+    """Correlation Data that reads as an id is a better name in answers and logs than one made up."""
+    try:
+        text = correlation.decode("ascii") if correlation else ""
+    except UnicodeDecodeError:
+        return None
+    return text if messages.ID_PATTERN.fullmatch(text) else None
+
+
+def _logged(name: str, target: Callable[[], None]) -> Callable[[], None]:
+    """A thread's top: what ends it is logged; the main thread sees that it ended."""
+
+    def run() -> None:
+        try:
+            target()
+        except Exception:
+            log.exception("thread failed name=%s", name)
+
+    return run
+
+
+def run(settings: Settings) -> int:
+    """Builds and runs the daemon of these settings. Returns the process's exit code."""
+    address, watchdog_interval_s = settings_module.service_manager()
+    return Daemon(settings, Notifier(address, watchdog_interval_s)).run()

@@ -1,0 +1,265 @@
+"""The demo: everything on one machine with nothing configured.
+
+Real parts throughout: the sample model is published into an embedded registry, a mosquitto of its own listens
+on a free loopback port, the daemon runs as a process, pulls the model, and answers over MQTT.
+
+    sample model → publish → registry (sqlite) → daemon: pull, gate, ready → prompt over MQTT → answer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edge_agent import settings as settings_module
+from edge_agent import terminal
+from edge_agent.errors import DaemonNotRunning, EdgeAgentError
+from edge_agent.transport import control
+
+SAMPLE_MODEL = Path(__file__).parent / "sample_model"
+NAME = "sample"
+DEVICE = "demo"
+
+_START_TIMEOUT_S = 120.0
+_ANSWER_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 30.0
+
+
+class DemoError(EdgeAgentError):
+    """Something that the demo needs is missing, or did not start."""
+
+    code = "demo_failed"
+
+
+def run_demo(question: str, *, stay: bool, quiet: bool) -> dict[str, Any]:
+    """Runs the demo. Returns the answer as `probe --json` has it.
+
+    Args:
+        stay: keep everything running after the answer, until interrupted.
+        quiet: print nothing on stdout.
+
+    Raises:
+        DemoError: a part is missing or did not start.
+    """
+    broker_program = _find_mosquitto()
+    with tempfile.TemporaryDirectory(prefix="edge-agent-") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        registry_uri = f"sqlite:///{folder / 'registry.db'}"
+        _say("registering the sample model in an embedded registry")
+        _publish(registry_uri)
+        port = _free_port()
+        _say(f"starting mosquitto on 127.0.0.1:{port}")
+        stack.enter_context(_broker(broker_program, folder, port))
+        config = _write_config(folder, registry_uri, port)
+        _say("starting the agent; it pulls the model and loads it")
+        stack.enter_context(
+            _process(
+                [sys.executable, "-m", "edge_agent", "--config", str(config), "run"], folder / "agent.log"
+            )
+        )
+        status = _await_ready(folder)
+        _say(f"asking over MQTT: {question}")
+        result = _ask(port, question, status["models"][0]["flavor"])
+        if not quiet:
+            _print_result(result)
+        if stay:
+            _stay(config, port)
+        return result
+
+
+def _publish(registry_uri: str) -> None:
+    from edge_agent.publishing import publish_folder
+
+    publish_folder(SAMPLE_MODEL, name=NAME, registry_uri=registry_uri, alias="prod")
+
+
+def _write_config(folder: Path, registry_uri: str, port: int) -> Path:
+    config = folder / "config.toml"
+    config.write_text(
+        "\n".join(
+            (
+                f'device_id = "{DEVICE}"',
+                f"state_dir = {json.dumps(str(folder / 'state'))}",
+                f"control_socket = {json.dumps(str(folder / 'control.sock'))}",
+                f"[registry]\nuri = {json.dumps(registry_uri)}",
+                f'[models.assistant]\nuri = "models:/{NAME}@prod"',
+                f'[mqtt]\nhost = "127.0.0.1"\nport = {port}',
+            )
+        )
+    )
+    return config
+
+
+def _find_mosquitto() -> str:
+    path = shutil.which("mosquitto", path=os.pathsep.join((settings_module.search_path(), "/usr/sbin")))
+    if path is None:
+        raise DemoError(
+            "mosquitto is not installed",
+            remedy="run `./build.sh demo`, which brings a private copy, or install it",
+        )
+    return path
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def _broker(program: str, folder: Path, port: int) -> Iterator[None]:
+    config = folder / "mosquitto.conf"
+    lines = [
+        f"listener {port} 127.0.0.1",
+        "allow_anonymous true",
+        "set_tcp_nodelay true",
+        "persistence false",
+    ]
+    if os.geteuid() == 0:
+        lines.append("user root")  # it would change to a user that may not exist here
+    config.write_text("\n".join(lines) + "\n")
+    with _process([program, "-c", str(config)], folder / "mosquitto.log") as process:
+        limit_s = time.monotonic() + 10
+        while not _listens(port):
+            if process.poll() is not None or time.monotonic() > limit_s:
+                raise DemoError(f"mosquitto did not start: {_tail(folder / 'mosquitto.log')}")
+            time.sleep(0.02)
+        yield
+
+
+def _listens(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A child that ends with the block; what it prints goes to a file."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _await_ready(folder: Path) -> dict[str, Any]:
+    limit_s = time.monotonic() + _START_TIMEOUT_S
+    with terminal.progress_bar() as report:
+        while time.monotonic() < limit_s:
+            status = _status(folder / "control.sock")
+            if status is not None:
+                model = status["models"][0]
+                if status["state"] == "ready" and status["broker"]["connected"]:
+                    return status
+                if model["update_problem"]:
+                    raise DemoError(f"the agent could not bring the model: {model['update_problem']}")
+                report("models in the cache", status["cache"]["bytes"], status["cache"]["bytes"])
+            time.sleep(0.1)
+    raise DemoError(f"the agent was not ready in {_START_TIMEOUT_S:.0f} s: {_tail(folder / 'agent.log')}")
+
+
+def _status(path: Path) -> dict[str, Any] | None:
+    try:
+        for event in control.call(path, "status", timeout_s=5):
+            status: dict[str, Any] | None = event.get("status")
+            return status
+    except (DaemonNotRunning, TimeoutError):
+        return None
+    return None
+
+
+def _ask(port: int, question: str, flavor: str) -> dict[str, Any]:
+    """One prompt over MQTT 5, as any client would send it."""
+    from paho.mqtt.client import Client, MQTTv5
+    from paho.mqtt.enums import CallbackAPIVersion
+    from paho.mqtt.packettypes import PacketTypes
+    from paho.mqtt.properties import Properties
+
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    subscribed: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTv5)
+    client.on_message = lambda _c, _u, message: answers.put(message)
+    client.on_subscribe = lambda *_: subscribed.put(None)
+    client.connect("127.0.0.1", port)
+    client.loop_start()
+    try:
+        client.subscribe("replies/demo", qos=1)
+        subscribed.get(timeout=_ANSWER_TIMEOUT_S)
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties.ResponseTopic = "replies/demo"
+        request = json.dumps({"messages": [{"role": "user", "content": question}]})
+        client.publish(f"edge/v1/{DEVICE}/req/chat", request, qos=1, properties=properties)
+        message = answers.get(timeout=_ANSWER_TIMEOUT_S)
+    except queue.Empty as error:
+        raise DemoError(f"no answer came over MQTT in {_ANSWER_TIMEOUT_S:.0f} s") from error
+    finally:
+        client.disconnect()
+        client.loop_stop()
+    answer = json.loads(message.payload)
+    if "error" in answer:
+        raise DemoError(f"the agent answered with an error: {answer['error']['message']}")
+    told = dict(message.properties.UserProperty)
+    return {
+        "question": question,
+        "answer": answer["choices"][0]["message"]["content"],
+        "model": answer["model"],
+        "version": int(told["version"]),
+        "flavor": flavor,
+        "finish_reason": answer["choices"][0]["finish_reason"],
+        "usage": answer["usage"],
+        "first_token_ms": answer["timings"]["first_token_ms"],
+        "tokens_per_s": answer["timings"]["tokens_per_s"],
+    }
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    print(f"\nQuestion: {result['question']}\nAnswer:   {result['answer']}\nUsage:    {result['usage']}")
+    print(f"\n{terminal.answer_line(result)}", flush=True)
+
+
+def _stay(config: Path, port: int) -> None:
+    print(
+        f"""
+Still running. Ask more from another terminal, until you press Ctrl-C here:
+
+  edge-agent --config {config} probe "What is the capital of Nepal?"
+  edge-agent --config {config} status
+  mosquitto_rr -V 5 -p {port} -t edge/v1/{DEVICE}/req/chat -e replies/me -m "What is the capital of Japan?"
+""",
+        flush=True,
+    )
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    _say("stopping")
+
+
+def _say(line: str) -> None:
+    print(f"demo: {line}", file=sys.stderr, flush=True)
+
+
+def _tail(log: Path) -> str:
+    return " | ".join(log.read_text(errors="replace").splitlines()[-5:])

@@ -1,0 +1,145 @@
+"""One prompt from the command line, through the daemon or past it; both give the same result object.
+
+Result: question, answer, model, version, flavor, finish_reason, usage, first_token_ms, tokens_per_s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from edge_agent.chat import messages
+from edge_agent.errors import PROMPT_ERRORS, EdgeAgentError, ModelFailed, NoModel, UnknownModel
+from edge_agent.models.lifecycle import lifecycle_of
+from edge_agent.models.store import Store
+from edge_agent.runner.process import RunnerProcess
+from edge_agent.runner.protocol import Done
+from edge_agent.settings import Settings, find_control_socket
+from edge_agent.transport import control
+
+OnText = Callable[[str], None]
+
+_GRACE_S = 10.0
+
+
+def ask_daemon(
+    settings: Settings, question: str, *, model: str | None, timeout_s: float | None, on_text: OnText
+) -> dict[str, Any]:
+    """Asks the running daemon.
+
+    Args:
+        timeout_s: the prompt's deadline; None takes the settings' `limits.deadline_s`.
+        on_text: gets the answer's text as it comes.
+
+    Raises:
+        DaemonNotRunning: nothing answers on the control socket.
+        PromptError: the daemon's refusal, with its own code.
+    """
+    deadline_s = timeout_s if timeout_s is not None else settings.limits.deadline_s
+    events = control.call(
+        find_control_socket(settings),
+        "probe",
+        timeout_s=deadline_s + _GRACE_S,
+        text=question,
+        model=model,
+        deadline_ms=max(1, round(deadline_s * 1000)),
+    )
+    for event in events:
+        kind = event.get("event")
+        if kind == "delta":
+            on_text(event["text"])
+        elif kind == "error":
+            raise _refusal(str(event.get("code")), str(event.get("message")), str(event.get("remedy") or ""))
+        elif kind == "done":
+            answer = event["answer"]
+            if "error" in answer:
+                raise _refusal(answer["error"]["code"], answer["error"]["message"], "")
+            return _result(question, answer, version=int(event["version"]), flavor=event["flavor"])
+    raise EdgeAgentError("the daemon closed the connection without an answer")
+
+
+def ask_direct(
+    settings: Settings, question: str, *, model: str | None, timeout_s: float | None, on_text: OnText
+) -> dict[str, Any]:
+    """Loads the active version from the cache in a runner of its own and asks it; no daemon, no journal.
+
+    Raises:
+        NoModel: nothing is in the cache for this model, or it does not load.
+        PromptError: the model's refusal.
+    """
+    name = model or settings.default_model
+    if name is None:
+        raise NoModel("no model is configured", remedy="add a [models.NAME] table to the settings")
+    if name not in settings.models:
+        raise UnknownModel(f"no model is called {name!r} here; there are {', '.join(settings.models)}")
+    body = messages.encode({"messages": [{"role": "user", "content": question}]})
+    request = messages.parse(body, limit_bytes=settings.limits.payload_bytes)
+    document = messages.with_system(request.document, settings.models[name].system)
+    lifecycle = lifecycle_of(settings, name, Store(settings.state_dir))
+    try:
+        with lifecycle.lease() as lease:
+            if lease is None:
+                raise NoModel(
+                    f"model {name!r} cannot answer: {lifecycle.reason}", remedy="run `edge-agent models pull`"
+                )
+            answer = _generate(
+                lease.runner,
+                document,
+                model=name,
+                timeout_s=timeout_s or settings.limits.deadline_s,
+                on_text=on_text,
+            )
+            return _result(question, answer, version=lease.version, flavor=lease.flavor)
+    finally:
+        lifecycle.close()
+
+
+def _generate(
+    runner: RunnerProcess, document: dict[str, Any], *, model: str, timeout_s: float, on_text: OnText
+) -> dict[str, Any]:
+    """The completion of one prompt, its text shown as it comes."""
+    started_s = time.monotonic()
+    first_s: float | None = None
+    texts: list[str] = []
+    for item in runner.generate("probe", document, timeout_s=timeout_s):
+        if isinstance(item, Done):
+            ended_s = time.monotonic()
+            return messages.completion(
+                request_id="probe",
+                created_s=int(time.time()),
+                model=model,
+                text="".join(texts),
+                finish_reason=item.finish_reason,
+                usage=item.usage,
+                timings=messages.timings(
+                    queued_s=started_s,
+                    started_s=started_s,
+                    first_s=first_s if first_s is not None else ended_s,
+                    ended_s=ended_s,
+                    tokens=item.usage.get("completion_tokens", 0),
+                ),
+            )
+        first_s = time.monotonic() if first_s is None else first_s
+        texts.append(item.text)
+        on_text(item.text)
+    raise ModelFailed("the model gave no answer")
+
+
+def _result(question: str, answer: dict[str, Any], *, version: int, flavor: str) -> dict[str, Any]:
+    return {
+        "question": question,
+        "answer": answer["choices"][0]["message"]["content"],
+        "model": answer["model"],
+        "version": version,
+        "flavor": flavor,
+        "finish_reason": answer["choices"][0]["finish_reason"],
+        "usage": answer["usage"],
+        "first_token_ms": answer["timings"]["first_token_ms"],
+        "tokens_per_s": answer["timings"]["tokens_per_s"],
+    }
+
+
+def _refusal(code: str, message: str, remedy: str) -> EdgeAgentError:
+    kind: type[EdgeAgentError] = PROMPT_ERRORS.get(code, EdgeAgentError)
+    return kind(message, remedy=remedy)

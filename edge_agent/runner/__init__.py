@@ -1,0 +1,1 @@
+"""One loaded model: a child process, and the daemon's handle on it."""

@@ -1,0 +1,233 @@
+"""The daemon's side of a runner: start, load, generate, cancel, stop, kill.
+
+Owns one child process and its socket. Refuses to trust it: every frame is checked, every wait is bounded, and
+a child that breaks the protocol, hangs or dies is killed and reported as `RunnerError`; whoever owns this
+object then starts another.
+
+    RunnerProcess(…) → load() → generate() … generate() → stop()
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edge_agent import settings
+from edge_agent.errors import PROMPT_ERRORS, Cancelled, DeadlineExceeded, ModelFailed, RunnerError
+from edge_agent.runner.protocol import (
+    Cancel,
+    Delta,
+    Done,
+    Failed,
+    Frame,
+    FrameReader,
+    Generate,
+    Load,
+    Loaded,
+    Refused,
+    Stop,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 5.0
+CANCEL_GRACE_S = 30.0
+"""How long a cancelled prompt may take to end: one prefill slice of a large model on a slow device."""
+
+_SEND_TIMEOUT_S = 30.0
+_TAIL_LINES = 40
+_TAIL_LINE_BYTES = 500
+
+
+_ENVIRONMENT_NAMES = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
+
+
+def environment(state_dir: Path) -> dict[str, str]:
+    """A runner's whole environment: nothing of the daemon's but an allow-list, no credentials, no reports home."""
+    return {
+        **settings.inherited_environment(*_ENVIRONMENT_NAMES),
+        "HOME": str(state_dir),
+        "ORT_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",
+    }
+
+
+class RunnerProcess:
+    """One child process. One thread loads and generates; `cancel` and `kill` may come from any thread.
+
+    Args:
+        model: configured name, for logs.
+        environment: the child's whole environment.
+        scratch: folder for its bytecode, private to it.
+    """
+
+    def __init__(self, *, model: str, environment: dict[str, str], scratch: Path) -> None:
+        self.model = model
+        ours, theirs = socket.socketpair()
+        self._socket, self._reader = ours, FrameReader(ours)
+        self._send_lock = threading.Lock()
+        self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+        command = [
+            sys.executable,
+            "-X",
+            f"pycache_prefix={scratch}",
+            "-m",
+            "edge_agent.runner.child",
+            str(theirs.fileno()),
+        ]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        self._drain = threading.Thread(target=self._keep_tail, name=f"runner-output-{model}", daemon=True)
+        self._drain.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def load(self, request: Load, *, timeout_s: float) -> Loaded:
+        """Loads the model; blocks until it answers.
+
+        Raises:
+            RunnerError: it failed, died, or took longer than `timeout_s`; the child is dead then.
+        """
+        self._send(request)
+        frame = self._receive(time.monotonic() + timeout_s)
+        if isinstance(frame, Loaded):
+            return frame
+        self.kill()
+        if isinstance(frame, Failed):
+            raise RunnerError(f"model does not load: {frame.message}")
+        raise RunnerError(
+            f"model did not load within {timeout_s:.0f} s" if frame is None else "runner spoke out of turn"
+        )
+
+    def generate(
+        self, prompt_id: str, document: dict[str, Any], *, timeout_s: float
+    ) -> Iterator[Delta | Done]:
+        """Streams the answer of one prompt; the last item is `Done`.
+
+        Args:
+            timeout_s: until the prompt is stopped.
+
+        Raises:
+            PromptError: the model refused the prompt, it was cancelled, or `timeout_s` passed.
+            RunnerError: the child died, hung or broke the protocol; it is dead then.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        self._send(Generate(id=prompt_id, document=document))
+        late = False
+        while True:
+            frame = self._receive(deadline_s)
+            if frame is None:
+                if late:
+                    self.kill()
+                    raise RunnerError("runner did not stop when it was told to")
+                self.cancel(prompt_id)
+                late, deadline_s = True, time.monotonic() + CANCEL_GRACE_S
+            elif not isinstance(frame, Delta | Done | Refused) or frame.id != prompt_id:
+                self.kill()
+                raise RunnerError("runner spoke out of turn")
+            elif isinstance(frame, Refused):
+                if late and frame.code == Cancelled.code:
+                    raise DeadlineExceeded("the deadline passed before the answer was whole")
+                raise PROMPT_ERRORS.get(frame.code, ModelFailed)(frame.message)
+            else:
+                yield frame
+                if isinstance(frame, Done):
+                    return
+
+    def cancel(self, prompt_id: str) -> None:
+        """Asks the child to end a prompt; `generate` then raises `Cancelled`. No effect on any other prompt."""
+        with contextlib.suppress(RunnerError):  # a dead child is reported by `generate`
+            self._send(Cancel(id=prompt_id))
+
+    def stop(self) -> None:
+        """Ends the child in order, or kills it after a grace time."""
+        with contextlib.suppress(RunnerError):
+            self._send(Stop())
+        try:
+            self._process.wait(STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            log.warning("runner did not stop model=%s pid=%d", self.model, self.pid)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the child and everything that it started, at once. May be called again."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, 9)
+        self._process.wait()
+        self._socket.close()
+        self._drain.join(1.0)
+
+    def last_output(self) -> str:
+        """The end of what the child printed, for a log line about its death."""
+        return " | ".join(self._tail)
+
+    def _send(self, frame: Frame) -> None:
+        with self._send_lock:
+            try:
+                # Send and receive share one timeout attribute; MSG_DONTWAIT keeps a sender from changing it.
+                view = memoryview(encode(frame))
+                limit_s = time.monotonic() + _SEND_TIMEOUT_S
+                while view:
+                    try:
+                        view = view[self._socket.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+                    except (BlockingIOError, TimeoutError):
+                        if time.monotonic() > limit_s or not self.alive:
+                            raise
+                        time.sleep(0.005)
+            except OSError as error:
+                raise RunnerError(f"runner is gone ({self._epitaph()})") from error
+
+    def _receive(self, deadline_s: float) -> Frame | None:
+        """The next frame, None at the deadline."""
+        try:
+            return self._reader.read(max(0.0, deadline_s - time.monotonic()))
+        except EOFError as error:
+            self.kill()
+            raise RunnerError(f"runner died ({self._epitaph()})") from error
+        except RunnerError:
+            self.kill()
+            raise
+
+    def _epitaph(self) -> str:
+        code = self._process.poll()
+        if code is None:
+            return "connection closed"
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def _keep_tail(self) -> None:
+        """Drains the child's output, so that it never blocks, and keeps its end only."""
+        stream = self._process.stdout
+        if stream is None:  # pragma: no cover - stdout is a pipe
+            return
+        with stream:
+            while line := stream.readline(1 << 16):
+                self._tail.append(line[:_TAIL_LINE_BYTES].decode("utf-8", "replace").rstrip())

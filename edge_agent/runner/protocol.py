@@ -1,0 +1,211 @@
+"""The frames between the daemon and a runner: JSON, one a line, bounded. Pure but for `FrameReader.read`.
+
+    daemon → runner   Load, Generate, Cancel, Stop
+    runner → daemon   Loaded or Failed; then Delta …, Done or Refused for each Generate
+
+Both sides treat the other's bytes as input: an unknown type, a missing or wrong field or a line over the
+bound is a `RunnerError`. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, get_type_hints
+
+from edge_agent.errors import RunnerError
+
+MAX_FRAME_BYTES = 20 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What to load and how.
+
+    Attributes:
+        folder: the MLflow model's folder.
+        context_tokens: prompt and answer together, at most.
+        max_tokens: of an answer, when a request names none.
+        threads: for one operation; 0 leaves it to the library.
+    """
+
+    type: ClassVar[str] = "load"
+    folder: str
+    context_tokens: int
+    max_tokens: int
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """One prompt: `messages` or `prompt`, and its options."""
+
+    type: ClassVar[str] = "generate"
+    id: str
+    document: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancel:
+    type: ClassVar[str] = "cancel"
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    type: ClassVar[str] = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """The model answers from now on."""
+
+    type: ClassVar[str] = "loaded"
+    flavor: str
+    signature: str
+    load_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The model cannot be loaded; the runner ends."""
+
+    type: ClassVar[str] = "failed"
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """More text of the answer."""
+
+    type: ClassVar[str] = "delta"
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """The answer is whole. `timings` are the wrapper's own, in milliseconds."""
+
+    type: ClassVar[str] = "done"
+    id: str
+    finish_reason: str
+    usage: dict[str, int]
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """The prompt has no answer: `code` is one of `errors.PROMPT_ERRORS`."""
+
+    type: ClassVar[str] = "refused"
+    id: str
+    code: str
+    message: str
+
+
+Frame = Load | Generate | Cancel | Stop | Loaded | Failed | Delta | Done | Refused
+
+_KINDS: dict[str, type[Any]] = {
+    kind.type: kind for kind in (Load, Generate, Cancel, Stop, Loaded, Failed, Delta, Done, Refused)
+}
+_Hints = dict[str, Any]
+_HINTS: dict[str, _Hints] = {
+    name: {hint: value for hint, value in get_type_hints(kind).items() if hint != "type"}
+    for name, kind in _KINDS.items()
+}
+
+
+def encode(frame: Frame) -> bytes:
+    """One line, its newline included.
+
+    Raises:
+        RunnerError: longer than the bound.
+    """
+    line = json.dumps({"type": frame.type, **asdict(frame)}, separators=(",", ":")).encode() + b"\n"
+    if len(line) > MAX_FRAME_BYTES:
+        raise RunnerError(
+            f"a {frame.type} frame has {len(line)} bytes, at most {MAX_FRAME_BYTES} are allowed"
+        )
+    return line
+
+
+def decode(line: bytes) -> Frame:
+    """Reads one line.
+
+    Raises:
+        RunnerError: it is no frame of this protocol.
+    """
+    try:
+        values = json.loads(line)
+        kind = _KINDS[values.pop("type")]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunnerError(f"a line of {len(line)} bytes is no frame") from error
+    known = {item.name for item in fields(kind)}
+    if set(values) != known or not all(
+        _fits(value, _HINTS[kind.type][name]) for name, value in values.items()
+    ):
+        raise RunnerError(f"a {kind.type} frame has missing, unknown or wrong fields")
+    frame: Frame = kind(**values)
+    return frame
+
+
+class FrameReader:
+    """Cuts a stream socket's bytes into frames. One owner thread.
+
+    Args:
+        connection: a connected stream socket; its timeout is changed by `read`.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._buffer = bytearray()
+        self._searched = 0
+
+    def read(self, timeout_s: float | None) -> Frame | None:
+        """The next frame, or None when none is whole within `timeout_s` (0: only what is here already).
+
+        Raises:
+            EOFError: the other side has closed.
+            RunnerError: bytes that are no frame.
+        """
+        while True:
+            frame = self._cut()
+            if frame is not None:
+                return frame
+            self._connection.settimeout(timeout_s)
+            try:
+                data = self._connection.recv(1 << 16)
+            except (TimeoutError, BlockingIOError):
+                return None
+            except OSError as error:
+                raise EOFError(str(error)) from error
+            if not data:
+                raise EOFError("the other side has closed")
+            self._buffer += data
+
+    def _cut(self) -> Frame | None:
+        end = self._buffer.find(b"\n", self._searched)
+        if end < 0:
+            self._searched = len(self._buffer)
+            if self._searched > MAX_FRAME_BYTES:
+                raise RunnerError(f"a frame has more than {MAX_FRAME_BYTES} bytes")
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        self._searched = 0
+        return decode(line)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if hint is str:
+        return isinstance(value, str)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(value, dict):
+        return False
+    inner = hint.__args__[1]
+    return inner is Any or all(_fits(item, inner) for item in value.values())

@@ -1,0 +1,129 @@
+"""What the commands print: tables, progress, numbers for people. Values in, text out.
+
+rich is imported only when something is drawn: `edge-agent run` never needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+ProgressReport = Callable[[str, float, float], None]
+"""Called with (what, done bytes, all bytes)."""
+
+_LINE_EVERY_BYTES = 64 << 20
+
+
+def human_bytes(count: float) -> str:
+    """Bytes with a decimal unit: 1.9 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressReport]:
+    """Bytes, rate and time left on a terminal; a plain line now and then elsewhere. On stderr."""
+    if not sys.stderr.isatty():
+        yield _PlainProgress()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: float, total: float) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total or None)
+            progress.update(tasks[what], completed=done, total=total or None)
+
+        yield report
+
+
+class _PlainProgress:
+    """One line at the start and the end of each step, and for every 64 MiB between."""
+
+    def __init__(self) -> None:
+        self._printed: dict[str, float] = {}
+
+    def __call__(self, what: str, done: float, total: float) -> None:
+        last = self._printed.get(what)
+        if last is None or done - last >= _LINE_EVERY_BYTES or (done >= total and last < done):
+            self._printed[what] = done
+            print(f"{what}: {human_bytes(done)} of {human_bytes(total)}", file=sys.stderr, flush=True)
+
+
+def print_table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
+    """A table on stdout; plain columns when it is not a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+
+
+def print_status(status: Mapping[str, Any]) -> None:
+    """The status document for people."""
+    cache, registry, broker = status["cache"], status["registry"], status["broker"]
+    print(
+        f"state     {status['state']}   (edge-agent {status['agent_version']}, queue {status['queue_depth']})"
+    )
+    for trouble in status.get("troubles", []):
+        print(f"look at   {trouble}")
+    print(f"broker    {'connected' if broker['connected'] else 'not connected'}")
+    print(f"registry  {registry['uri'] or 'none'}   {_reach(registry)}")
+    print(f"cache     {human_bytes(cache['bytes'])} of {human_bytes(cache['quota_bytes'])}, "
+          f"{human_bytes(cache['free_bytes'])} free on the disk")  # fmt: skip
+    rows = [
+        (
+            model["name"],
+            model["state"],
+            model["version"],
+            model["uri"],
+            model["flavor"],
+            model["reason"] or model.get("update_problem"),
+        )
+        for model in status["models"]
+    ]
+    if rows:
+        print()
+        print_table(("MODEL", "STATE", "VERSION", "URI", "FLAVOR", "REASON"), rows)
+
+
+def _reach(registry: Mapping[str, Any]) -> str:
+    if registry["last_check"] is None:
+        return "not asked yet"
+    when = datetime.fromtimestamp(registry["last_check"], UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return f"{'reachable' if registry['reachable'] else 'out of reach'}, last asked {when}"
+
+
+def answer_line(result: Mapping[str, Any]) -> str:
+    """The line under a probe's answer."""
+    return (
+        f"first token {result['first_token_ms']:.0f} ms, {result['tokens_per_s']:.1f} tokens/s, "
+        f"model {result['model']} version {result['version']} ({result['flavor']})"
+    )

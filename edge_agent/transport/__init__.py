@@ -1,0 +1,1 @@
+"""How prompts get in and answers get out."""

@@ -1,0 +1,230 @@
+"""The control socket: the CLI's way into the daemon.
+
+A Unix socket, JSON lines. A client sends one request, `{"op": …, …}`, and reads events until the connection
+closes; the last event is `done` or `error`. Owns the listening socket and a bounded number of connection
+threads. Refuses lines over the bound and unknown operations. Who may connect is the socket's file mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_agent.errors import DaemonNotRunning, EdgeAgentError, SettingsError
+
+log = logging.getLogger(__name__)
+
+MAX_LINE_BYTES = 20 << 20
+MAX_CONNECTIONS = 32
+SOCKET_MODE = 0o660
+_REQUEST_TIMEOUT_S = 10.0
+_ACCEPT_S = 0.5
+
+
+class ClientGone(Exception):
+    """The other end has closed: nobody waits for this answer any more."""
+
+
+class Call:
+    """One request and the way back to its client. Used by the connection's own thread only."""
+
+    def __init__(self, connection: socket.socket, request: Mapping[str, Any]) -> None:
+        self._connection = connection
+        self.request = request
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Sends one event.
+
+        Raises:
+            ClientGone: nobody reads any more.
+        """
+        try:
+            self._connection.sendall(_encode({"event": event, **fields}))
+        except OSError as error:
+            raise ClientGone from error
+
+    def check(self) -> None:
+        """Raises ClientGone when the client has closed."""
+        try:
+            if self._connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b"":
+                raise ClientGone
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise ClientGone from error
+
+
+Operation = Callable[[Call], None]
+"""Answers one request; what it raises becomes the `error` event."""
+
+
+class ControlServer:
+    """Listens on the control socket; `run` is its thread.
+
+    Args:
+        operations: by name.
+
+    Raises:
+        SettingsError: the socket cannot be made.
+    """
+
+    def __init__(self, path: Path, operations: Mapping[str, Operation]) -> None:
+        self._path = path
+        self._operations = operations
+        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._closing = threading.Event()
+        self._listener = _listen(path)
+
+    def run(self) -> None:
+        """The thread: accepts until `close`."""
+        self._listener.settimeout(_ACCEPT_S)
+        while not self._closing.is_set():
+            try:
+                connection, _ = self._listener.accept()
+            except TimeoutError:
+                continue
+            except OSError:
+                if self._closing.is_set():
+                    return
+                raise
+            if not self._slots.acquire(blocking=False):
+                with connection, contextlib.suppress(OSError):
+                    connection.sendall(_encode(_error_event(EdgeAgentError("too many control connections"))))
+                continue
+            threading.Thread(
+                target=self._serve, args=(connection,), name="control-connection", daemon=True
+            ).start()
+
+    def close(self) -> None:
+        """Ends `run` and removes the socket."""
+        self._closing.set()
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                self._answer(connection)
+            except ClientGone:
+                pass
+            except Exception:
+                log.exception("control connection failed")
+            finally:
+                self._slots.release()
+
+    def _answer(self, connection: socket.socket) -> None:
+        connection.settimeout(_REQUEST_TIMEOUT_S)
+        try:
+            request = next(_lines(connection), None)
+        except (OSError, EdgeAgentError):
+            return
+        call = Call(connection, request or {})
+        connection.settimeout(None)
+        try:
+            operation = self._operations.get(str(call.request.get("op")))
+            if operation is None:
+                raise EdgeAgentError(f"unknown operation {call.request.get('op')!r}")
+            operation(call)
+        except EdgeAgentError as error:
+            call.send(**_error_event(error))
+
+
+def call(path: Path, op: str, *, timeout_s: float | None = None, **fields: Any) -> Iterator[dict[str, Any]]:
+    """The CLI's side: sends one request and yields its events.
+
+    Args:
+        timeout_s: for each event; None waits as long as the daemon lives.
+
+    Raises:
+        DaemonNotRunning: nothing listens on `path`.
+        TimeoutError: no event came in time.
+        EdgeAgentError: the daemon sent something that is no event.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5.0)
+        try:
+            connection.connect(str(path))
+            connection.sendall(_encode({"op": op, **fields}))
+        except PermissionError as error:
+            raise EdgeAgentError(
+                f"control socket {path} is not yours to use", remedy="join the group edge-agent, or use sudo"
+            ) from error
+        except OSError as error:
+            raise DaemonNotRunning(
+                f"no daemon answers on {path}",
+                remedy="start it with `edge-agent run` or `systemctl start edge-agent`",
+            ) from error
+        connection.settimeout(timeout_s)
+        yield from _lines(connection)
+
+
+def _lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
+    buffer = bytearray()
+    while True:
+        try:
+            data = connection.recv(1 << 16)
+        except ConnectionResetError:
+            return
+        if not data:
+            return
+        buffer += data
+        while (end := buffer.find(b"\n")) >= 0:
+            line = bytes(buffer[:end])
+            del buffer[: end + 1]
+            yield _decode(line)
+        if len(buffer) > MAX_LINE_BYTES:
+            raise EdgeAgentError(f"a control line has more than {MAX_LINE_BYTES} bytes")
+
+
+def _decode(line: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise EdgeAgentError("a control line is not JSON") from error
+    if not isinstance(document, dict):
+        raise EdgeAgentError("a control line is not an object")
+    return document
+
+
+def _encode(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+def _error_event(error: EdgeAgentError) -> dict[str, Any]:
+    return {"event": "error", "code": error.code, "message": error.message, "remedy": error.remedy}
+
+
+def _listen(path: Path) -> socket.socket:
+    """Binds the socket; one that a dead daemon left is replaced, a living one is not."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(1.0)
+                try:
+                    probe.connect(str(path))
+                except OSError:
+                    path.unlink(missing_ok=True)
+                else:
+                    raise SettingsError(f"control_socket: another daemon listens on {path}")
+        old_mask = os.umask(0o777 & ~SOCKET_MODE)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(old_mask)
+        listener.listen(MAX_CONNECTIONS)
+    except OSError as error:
+        listener.close()
+        raise SettingsError(f"control_socket: {path} cannot be made: {error.strerror or error}") from error
+    except BaseException:
+        listener.close()
+        raise
+    return listener

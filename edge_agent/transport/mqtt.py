@@ -1,0 +1,583 @@
+"""The MQTT side of the agent. The only importer of paho.
+
+Owns one network thread and, in it, one paho client for each connection: nothing of a dead connection (its
+mids, its unsent messages) can reach the next one. What must survive is in the journal.
+
+    select → paho reads → on_message: handler commits, then ack → outgoing: refusals, chunks, answers, status
+
+Refuses to trust callbacks (an exception in one would end paho's reading without a sign), to block on a slow
+broker (what does not fit is dropped if it is a chunk, and waits in the journal if it is an answer), and to
+fight for a client id. Contract: docs/mqtt.md. Sources: MQTT 5.0 §3.1–3.14; paho-mqtt 2.2.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import random
+import select
+import socket
+import ssl
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from edge_agent.chat.journal import Answer, Delivery, Journal, Outgoing, Prompt, Source
+from edge_agent.chat.messages import Form, encode
+from edge_agent.errors import AnswerTooLarge, JournalUnavailable, SettingsError
+from edge_agent.settings import MqttSettings
+from edge_agent.transport.topics import Topics
+
+log = logging.getLogger(__name__)
+
+RECEIVE_MAXIMUM = 16
+MAX_IN_FLIGHT = 16
+MAX_REFUSALS = 256
+MAX_CHUNKS = 256
+
+_CONNECT_TIMEOUT_S = 10.0
+_TURN_S = 1.0
+_RETRY_FIRST_S, _RETRY_LAST_S = 0.5, 60.0
+_TAKEN_OVER_S = 120.0
+_STEADY_S = 30.0
+"""A connection that lasted this long was a good one: the next wait starts from the beginning."""
+_CONNACK_S = 15.0
+_OUTBOX_LOOK_S = 2.0
+_PACKET_OVERHEAD_BYTES = 128
+_TAKEN_OVER = 0x8E
+_UNSUPPORTED_PROTOCOL = (0x84, 0x01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inbound:
+    """A message as it came, for the handlers.
+
+    Attributes:
+        expiry_s: what is left of its expiry interval, or None.
+        delivery: how the broker would name it when it comes again; None for QoS 0.
+    """
+
+    topic: str
+    payload: bytes
+    retained: bool
+    response_topic: str | None
+    correlation: bytes | None
+    expiry_s: float | None
+    delivery: Delivery | None
+
+
+class Handler(Protocol):
+    """What the daemon does with a message; called in the network thread. An ack follows when it returns."""
+
+    def __call__(self, message: Inbound) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reply:
+    """A refusal: an answer that is not in the journal. Best effort."""
+
+    topic: str
+    correlation: bytes | None
+    form: Form
+    answer: Answer
+
+
+@dataclass(kw_only=True)
+class _Connection:
+    """One paho client from CONNECT to its end. Only the network thread touches it."""
+
+    client: paho.Client
+    version5: bool
+    started_s: float
+    connected: bool = False
+    ended: str = ""
+    taken_over: bool = False
+    unsupported: bool = False
+    session: str = ""
+    max_packet_bytes: int = 268_435_455
+    max_in_flight: int = MAX_IN_FLIGHT
+    in_flight: dict[int, int | None] = field(default_factory=dict)
+    """mid → journal row, None for what is no answer of the journal."""
+    refused_rows: set[int] = field(default_factory=set)
+
+
+class MqttTransport:
+    """The agent's connection to the broker; `run` is its thread.
+
+    `answered`, `chunk`, `refuse`, `set_status`, `stop_accepting` and `close` may come from any thread.
+
+    Args:
+        password: reads the password, or gives None; asked at each connect, so that it can be rotated.
+        handlers: by topic.
+        will: the retained status that the broker publishes when this agent is gone.
+    """
+
+    def __init__(
+        self,
+        settings: MqttSettings,
+        *,
+        topics: Topics,
+        journal: Journal,
+        password: Callable[[], str | None],
+        handlers: dict[str, Handler],
+        will: bytes,
+    ) -> None:
+        self._settings = settings
+        self._topics = topics
+        self._journal = journal
+        self._password = password
+        self._handlers = handlers
+        self._will = will
+        self._client_id = f"edge-agent-{topics.device_id}"
+        self._version5 = settings.protocol != "3.1.1"
+        self._connection: _Connection | None = None
+        self._refusals: collections.deque[_Reply] = collections.deque(maxlen=MAX_REFUSALS)
+        self._chunks: collections.deque[tuple[str, bytes | None, bytes]] = collections.deque(
+            maxlen=MAX_CHUNKS
+        )
+        self._status = b""
+        self._status_due = False
+        self._metrics: bytes | None = None
+        self._outbox_due = True
+        self._outbox_looked_s = 0.0
+        self._accepting = True
+        self._closing = threading.Event()
+        self._wake_read, self._wake_write = socket.socketpair()
+        for end in (self._wake_read, self._wake_write):
+            end.setblocking(False)
+        self._tls = _tls_context(settings)
+        self._retry_s = _RETRY_FIRST_S
+        self.counters: collections.Counter[str] = collections.Counter()
+        self.turned_s = time.monotonic()
+
+    # --- From any thread -------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        connection = self._connection
+        return connection is not None and connection.connected
+
+    def answered(self, row: int) -> None:
+        """An answer waits in the journal."""
+        self._outbox_due = True
+        self._wake()
+
+    def chunk(self, prompt: Prompt, document: dict[str, Any]) -> None:
+        """Sends a part of an answer, QoS 0; the oldest parts go when the broker is slow."""
+        if len(self._chunks) == MAX_CHUNKS:
+            self.counters["chunks_dropped"] += 1
+        self._chunks.append((self._topics.stream(prompt.answer_topic), prompt.correlation, encode(document)))
+        self._wake()
+
+    def refuse(self, *, topic: str, correlation: bytes | None, form: Form, answer: Answer) -> None:
+        """Sends an answer that the journal does not know; lost when the connection is."""
+        self._refusals.append(_Reply(topic=topic, correlation=correlation, form=form, answer=answer))
+        self._wake()
+
+    def set_status(self, document: bytes) -> None:
+        """The retained status; published now and after each connect."""
+        self._status = document
+        self._status_due = True
+        self._wake()
+
+    def set_metrics(self, document: bytes) -> None:
+        self._metrics = document
+        self._wake()
+
+    def stop_accepting(self) -> None:
+        """From now on requests are neither handled nor acked: they stay with the broker."""
+        self._accepting = False
+
+    def close(self) -> None:
+        """Ends `run` after what is due has been sent, within a few seconds."""
+        self._closing.set()
+        self._wake()
+
+    # --- The network thread ----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """The thread: connects, turns, waits, until `close`."""
+        while not self._closing.is_set():
+            connection = self._connect()
+            if connection is not None:
+                self._connection = connection
+                while not connection.ended and not self._closing.is_set():
+                    self._turn(connection)
+                if self._closing.is_set() and connection.connected:
+                    self._say_goodbye(connection)
+                self._end(connection)
+            if not self._closing.is_set():
+                self._wait_to_reconnect(connection)
+
+    def _connect(self) -> _Connection | None:
+        settings = self._settings
+        self.turned_s = time.monotonic()
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self._client_id,
+            protocol=paho.MQTTv5 if self._version5 else paho.MQTTv311,
+            manual_ack=True,
+            clean_session=None if self._version5 else False,
+        )
+        connection = _Connection(client=client, version5=self._version5, started_s=time.monotonic())
+        self._attach(connection)
+        try:
+            if self._tls is not None:
+                client.tls_set_context(self._tls)
+            if settings.username:
+                client.username_pw_set(settings.username, self._password())
+            client.connect_timeout = _CONNECT_TIMEOUT_S
+            client.max_inflight_messages_set(MAX_IN_FLIGHT)
+            client.will_set(self._topics.status, self._will, qos=1, retain=True)
+            if self._version5:
+                properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+                properties.SessionExpiryInterval = settings.session_expiry_s
+                properties.ReceiveMaximum = RECEIVE_MAXIMUM
+                client.connect(
+                    settings.host,
+                    settings.port,
+                    settings.keepalive_s,
+                    clean_start=False,
+                    properties=properties,
+                )
+            else:
+                client.connect(settings.host, settings.port, settings.keepalive_s)
+        except (OSError, ValueError, SettingsError) as error:
+            self._note_failure(f"broker {settings.host}:{settings.port} not reached: {error}")
+            return None
+        return connection
+
+    def _attach(self, connection: _Connection) -> None:
+        """Binds paho's callbacks to this connection; none of them lets an exception out."""
+        client = connection.client
+        client.on_socket_open = _guarded(_disable_nagle)
+        client.on_connect = _guarded(
+            lambda _c, _u, flags, code, properties: self._on_connect(connection, flags, code, properties)
+        )
+        client.on_disconnect = _guarded(
+            lambda _c, _u, _flags, code, _properties: self._on_disconnect(connection, code)
+        )
+        client.on_message = _guarded(lambda _c, _u, message: self._on_message(connection, message))
+        client.on_publish = _guarded(
+            lambda _c, _u, mid, code, _properties: self._on_publish(connection, mid, code)
+        )
+        client.on_subscribe = _guarded(lambda _c, _u, _mid, codes, _properties: self._on_subscribe(codes))
+
+    def _turn(self, connection: _Connection) -> None:
+        """One turn: waits for the socket or a wake-up, reads, writes, sends what is due."""
+        client = connection.client
+        self.turned_s = time.monotonic()
+        sock = client.socket()
+        if sock is None:
+            connection.ended = connection.ended or "connection lost"
+            return
+        pending = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
+        writing = [sock] if client.want_write() else []
+        try:
+            readable, writable, _ = select.select(
+                [sock, self._wake_read], writing, [], 0 if pending else _TURN_S
+            )
+        except (OSError, ValueError):
+            connection.ended = "connection lost"
+            return
+        if self._wake_read in readable:
+            with contextlib.suppress(BlockingIOError):
+                self._wake_read.recv(4096)
+        try:
+            if sock in readable or pending:
+                client.loop_read()
+            if sock in writable:
+                client.loop_write()
+            client.loop_misc()
+            if connection.connected and not connection.ended:
+                self._send_due(connection)
+        except Exception as error:  # noqa: BLE001 - paho raises on malformed packets; the connection is at fault
+            log.warning("mqtt connection failed error=%r", error)
+            connection.ended = f"protocol error: {error!r}"
+        if not connection.connected and time.monotonic() - connection.started_s > _CONNACK_S:
+            connection.ended = connection.ended or "no CONNACK"
+
+    def _send_due(self, connection: _Connection) -> None:
+        """Hands paho what waits, as far as the socket takes it: nothing piles up in its memory."""
+        while self._refusals and self._may_publish(connection):
+            self._publish_answer(connection, self._refusals.popleft(), row=None)
+        while self._chunks and not connection.client.want_write():
+            self._publish_chunk(connection, *self._chunks.popleft())
+        if self._status_due and self._status and self._may_publish(connection):
+            self._status_due = False
+            info = connection.client.publish(self._topics.status, self._status, qos=1, retain=True)
+            connection.in_flight[info.mid] = None
+        if self._metrics is not None and not connection.client.want_write():
+            connection.client.publish(self._topics.metrics, self._metrics, qos=0)
+            self._metrics = None
+        self._send_outbox(connection)
+
+    def _send_outbox(self, connection: _Connection) -> None:
+        now_s = time.monotonic()
+        due = self._outbox_due or now_s - self._outbox_looked_s > _OUTBOX_LOOK_S
+        room = connection.max_in_flight - len(connection.in_flight)
+        if not due or room <= 0 or connection.client.want_write():
+            return
+        self._outbox_due, self._outbox_looked_s = False, now_s
+        skip = (
+            frozenset(row for row in connection.in_flight.values() if row is not None)
+            | connection.refused_rows
+        )
+        try:
+            waiting = self._journal.outbox(Source.MQTT, limit=room, skip=skip)
+        except JournalUnavailable:
+            return
+        for outgoing in waiting:
+            if not self._may_publish(connection):
+                break
+            self._publish_row(connection, outgoing)
+        self._outbox_due = len(waiting) == room
+
+    def _may_publish(self, connection: _Connection) -> bool:
+        return len(connection.in_flight) < connection.max_in_flight and not connection.client.want_write()
+
+    def _publish_row(self, connection: _Connection, outgoing: Outgoing) -> None:
+        answer = outgoing.answer
+        size = _packet_bytes(outgoing.topic, answer)
+        if size > connection.max_packet_bytes:
+            error = AnswerTooLarge(
+                f"the answer needs {size} bytes, the broker takes {connection.max_packet_bytes}"
+            )
+            answer = Answer.of_error(outgoing.id, outgoing.form, error)
+            if _packet_bytes(outgoing.topic, answer) > connection.max_packet_bytes:
+                connection.refused_rows.add(outgoing.row)
+                return
+            self._journal.replace_answer(outgoing.row, answer)
+        reply = _Reply(
+            topic=outgoing.topic, correlation=outgoing.correlation, form=outgoing.form, answer=answer
+        )
+        self._publish_answer(connection, reply, row=outgoing.row)
+
+    def _publish_answer(self, connection: _Connection, reply: _Reply, *, row: int | None) -> None:
+        properties = None
+        if connection.version5:
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+            properties.PayloadFormatIndicator = 1
+            properties.ContentType = "application/json" if reply.form is Form.JSON else "text/plain"
+            properties.UserProperty = list(reply.answer.properties.items())
+            if reply.correlation is not None:
+                properties.CorrelationData = reply.correlation
+        info = connection.client.publish(reply.topic, reply.answer.payload, qos=1, properties=properties)
+        connection.in_flight[info.mid] = row
+
+    def _publish_chunk(
+        self, connection: _Connection, topic: str, correlation: bytes | None, payload: bytes
+    ) -> None:
+        properties = None
+        if connection.version5:
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+            properties.PayloadFormatIndicator = 1
+            properties.ContentType = "application/json"
+            if correlation is not None:
+                properties.CorrelationData = correlation
+        connection.client.publish(topic, payload, qos=0, properties=properties)
+
+    def _say_goodbye(self, connection: _Connection) -> None:
+        """The last status, then an orderly DISCONNECT (which keeps the will unsent and the session alive)."""
+        limit_s = time.monotonic() + 3.0
+        while (
+            (self._status_due or connection.in_flight) and time.monotonic() < limit_s and not connection.ended
+        ):
+            self._turn(connection)
+        with contextlib.suppress(Exception):
+            connection.client.disconnect()
+
+    def _end(self, connection: _Connection) -> None:
+        self._connection = None
+        self._chunks.clear()
+        sock = connection.client.socket()
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.close()
+
+    # --- paho's callbacks, all in the network thread ---------------------------------------------------
+
+    def _on_connect(self, connection: _Connection, flags: Any, code: ReasonCode, properties: Any) -> None:
+        if code.is_failure:
+            connection.unsupported = code.value in _UNSUPPORTED_PROTOCOL
+            connection.ended = f"refused by the broker: {code}"
+            return
+        with contextlib.suppress(JournalUnavailable):  # requests get 503 then, but they get it
+            if not flags.session_present:
+                self._journal.begin_broker_session(uuid.uuid4().hex)
+            connection.session = self._journal.broker_session()
+        connection.max_packet_bytes = getattr(properties, "MaximumPacketSize", connection.max_packet_bytes)
+        connection.max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT))
+        self._subscribe(connection)
+        connection.connected = True
+        self._outbox_due = self._status_due = True
+        log.info(
+            "broker connected host=%s port=%d protocol=%s session_present=%s",
+            self._settings.host, self._settings.port, "5" if connection.version5 else "3.1.1", flags.session_present,
+        )  # fmt: skip
+
+    def _subscribe(self, connection: _Connection) -> None:
+        if connection.version5:
+            # Retain Handling 2: a request that somebody retained is not sent on every connect.
+            options = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
+            connection.client.subscribe([(topic, options) for topic in self._handlers])
+        else:
+            connection.client.subscribe([(topic, 1) for topic in self._handlers])
+
+    def _on_subscribe(self, codes: list[ReasonCode]) -> None:
+        for topic, code in zip(self._handlers, codes, strict=False):
+            if code.is_failure:
+                self.counters["subscribe_refused"] += 1
+                log.error(
+                    "subscription refused topic=%s reason=%s remedy='check the broker ACL'", topic, code
+                )
+
+    def _on_disconnect(self, connection: _Connection, code: ReasonCode) -> None:
+        connection.taken_over = code.value == _TAKEN_OVER
+        connection.ended = connection.ended or f"disconnected: {code}"
+
+    def _on_publish(self, connection: _Connection, mid: int, code: ReasonCode) -> None:
+        row = connection.in_flight.pop(mid, None)
+        if row is None:
+            return
+        if code.is_failure:
+            self.counters["answers_refused"] += 1
+            connection.refused_rows.add(row)
+            log.warning("answer refused by the broker row=%d reason=%s", row, code)
+            return
+        with contextlib.suppress(JournalUnavailable):  # it will be sent again: a repeat, not a loss
+            self._journal.delivered(row)
+        self._outbox_due = True
+
+    def _on_message(self, connection: _Connection, message: paho.MQTTMessage) -> None:
+        """Handles, then acks. A handler that fails in an unforeseen way does not get the message again."""
+        if not self._accepting:
+            return
+        try:
+            handler = self._handlers.get(message.topic)
+            if handler is None:
+                self.counters["unknown_topic"] += 1
+            else:
+                handler(_inbound(connection, message))
+        except Exception:
+            self.counters["handler_errors"] += 1
+            log.exception("message handler failed topic=%s bytes=%d", message.topic, len(message.payload))
+        connection.client.ack(message.mid, message.qos)
+
+    # --- Waiting ---------------------------------------------------------------------------------------
+
+    def _wait_to_reconnect(self, connection: _Connection | None) -> None:
+        now_s = time.monotonic()
+        if connection is not None:
+            self._note_failure(connection.ended)
+            if connection.connected and now_s - connection.started_s > _STEADY_S:
+                self._retry_s = _RETRY_FIRST_S
+            if not connection.connected and self._settings.protocol == "auto":
+                self._choose_protocol(connection)
+        wait_s = _TAKEN_OVER_S if connection is not None and connection.taken_over else self._retry_s
+        self._retry_s = min(_RETRY_LAST_S, self._retry_s * 2)
+        limit_s = now_s + wait_s * random.uniform(0.5, 1.5)
+        while not self._closing.is_set() and (left_s := limit_s - time.monotonic()) > 0:
+            self.turned_s = time.monotonic()
+            self._closing.wait(min(left_s, _TURN_S))
+
+    def _choose_protocol(self, connection: _Connection) -> None:
+        """A broker that speaks no MQTT 5 says so, or just hangs up: the other version is tried next."""
+        hung_up = not connection.ended.startswith("refused")
+        if connection.unsupported or hung_up:
+            self._version5 = not connection.version5
+            if connection.unsupported:
+                self._retry_s = _RETRY_FIRST_S
+
+    def _note_failure(self, reason: str) -> None:
+        self.counters["disconnects"] += 1
+        log.warning("broker disconnected reason=%r retry_s=%.1f", reason, self._retry_s)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):
+            self._wake_write.send(b"\0")
+
+
+def read_password(settings: MqttSettings, credential: Path | None) -> str | None:
+    """The broker's password: `mqtt.password_file`, else the systemd credential `mqtt-password`.
+
+    Raises:
+        SettingsError: the file cannot be read.
+    """
+    path = Path(settings.password_file) if settings.password_file else credential
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").rstrip("\r\n")[:65_535]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"mqtt.password_file: {path} cannot be read: {error}") from error
+
+
+def _tls_context(settings: MqttSettings) -> ssl.SSLContext | None:
+    """TLS when `mqtt.ca_file` is set: the broker's certificate and name are always verified.
+
+    Raises:
+        SettingsError: a file cannot be loaded; its key is named.
+    """
+    if not settings.ca_file:
+        return None
+    key = "mqtt.ca_file"
+    try:
+        context = ssl.create_default_context(cafile=settings.ca_file)
+        if settings.cert_file:
+            key = "mqtt.cert_file, mqtt.key_file"
+            context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: "")
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"{key}: cannot be loaded: {error}") from error
+    return context
+
+
+def _inbound(connection: _Connection, message: paho.MQTTMessage) -> Inbound:
+    properties = message.properties
+    expiry_s = getattr(properties, "MessageExpiryInterval", None)
+    delivery = None
+    if message.qos > 0:
+        delivery = Delivery(session=connection.session, mid=message.mid, redelivered=bool(message.dup))
+    return Inbound(
+        topic=message.topic,
+        payload=bytes(message.payload),
+        retained=bool(message.retain),
+        response_topic=getattr(properties, "ResponseTopic", None),
+        correlation=getattr(properties, "CorrelationData", None),
+        expiry_s=float(expiry_s) if expiry_s is not None else None,
+        delivery=delivery,
+    )
+
+
+def _packet_bytes(topic: str, answer: Answer) -> int:
+    """Upper bound of a PUBLISH packet: payload, topic, properties, headers."""
+    properties = sum(len(key.encode()) + len(value.encode()) + 5 for key, value in answer.properties.items())
+    return len(answer.payload) + len(topic.encode()) + properties + _PACKET_OVERHEAD_BYTES
+
+
+def _disable_nagle(_client: paho.Client, _userdata: object, sock: socket.socket) -> None:
+    """Small messages one after the other would wait 40 to 86 ms for an acknowledgement of the first."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _guarded(callback: Callable[..., None]) -> Callable[..., None]:
+    def call(*arguments: Any) -> None:
+        try:
+            callback(*arguments)
+        except Exception:
+            log.exception("mqtt callback failed")
+
+    return call

@@ -1,0 +1,101 @@
+"""Prompts over the control socket: the same intake, journal and dispatcher as MQTT, streamed to one client.
+
+Owns the clients that wait. A client that leaves has its prompt cancelled: nobody would read the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from edge_agent.chat import clock, messages
+from edge_agent.chat.intake import Intake, make_id
+from edge_agent.chat.journal import Journal, Prompt, Source
+from edge_agent.errors import Cancelled
+from edge_agent.transport.control import Call, ClientGone
+
+_LOOK_S = 0.25
+_ANSWERED = None
+
+
+@dataclass(kw_only=True)
+class _Waiter:
+    events: queue.SimpleQueue[str | None]
+
+
+class Probes:
+    """The outlet of prompts that came over the control socket. Any thread may tell it."""
+
+    def __init__(self, journal: Journal, *, flavor_of: Callable[[str], str | None]) -> None:
+        self._journal = journal
+        self._flavor_of = flavor_of
+        self._lock = threading.Lock()
+        self._waiters: dict[int, _Waiter] = {}
+
+    def chunk(self, prompt: Prompt, document: dict[str, Any]) -> None:
+        """More text of an answer; bounded by the answer itself."""
+        self._tell(prompt.row, document["choices"][0]["delta"]["content"])
+
+    def answered(self, row: int) -> None:
+        self._tell(row, _ANSWERED)
+
+    def serve(self, call: Call, request: messages.Request, intake: Intake) -> None:
+        """Runs one prompt for a client: `delta` events, then `done` with the answer document.
+
+        Raises:
+            PromptError: refused.
+            ClientGone: the client left; its prompt was cancelled.
+        """
+        waiter = _Waiter(events=queue.SimpleQueue())
+        with self._lock:  # so that the first chunk finds its waiter
+            acceptance = intake.take(
+                request,
+                request_id=make_id(),
+                body=messages.encode(request.document),
+                source=Source.CONTROL,
+                answer_topic="control",
+                correlation=None,
+                expiry_s=None,
+                delivery=None,
+                moment=clock.now(),
+            )
+            self._waiters[acceptance.row] = waiter
+        try:
+            self._stream(call, waiter)
+            self._finish(call, acceptance.row)
+        except ClientGone:
+            intake.settle(acceptance.row, Cancelled("the client left"), moment=clock.now())
+            raise
+        finally:
+            with self._lock:
+                del self._waiters[acceptance.row]
+            self._journal.delivered(acceptance.row)
+
+    def _stream(self, call: Call, waiter: _Waiter) -> None:
+        while True:
+            try:
+                text = waiter.events.get(timeout=_LOOK_S)
+            except queue.Empty:
+                call.check()
+                continue
+            if text is _ANSWERED:
+                return
+            if text:
+                call.send("delta", text=text)
+
+    def _finish(self, call: Call, row: int) -> None:
+        outgoing = self._journal.outgoing(row)
+        if outgoing is not None:
+            answer, properties = json.loads(outgoing.answer.payload), outgoing.answer.properties
+            flavor = self._flavor_of(properties["model"]) if "model" in properties else None
+            call.send("done", answer=answer, version=properties.get("version"), flavor=flavor)
+
+    def _tell(self, row: int, event: str | None) -> None:
+        with self._lock:
+            waiter = self._waiters.get(row)
+        if waiter is not None:
+            waiter.events.put(event)

@@ -1,0 +1,268 @@
+"""Prompts over MQTT against the running agent: answers, streams, cancels, deadlines, errors, bad input."""
+
+import json
+import subprocess
+import uuid
+from typing import Any
+
+import pytest
+
+from tests.support.client import Client, chat
+from tests.support.mosquitto import Broker, tool
+from tests.support.processes import Daemon, wait_until
+
+SPAIN = "What is the capital of Spain?"
+MADRID = "The capital of Spain is Madrid."
+STORY = "Tell me a long story"
+SEED_PROMPT = (
+    "<|system|>You are a stand-up comedian.<|end|><|user|>Tell me a joke about atom<|end|><|assistant|>"
+)
+
+
+def long(**fields: Any) -> dict[str, Any]:
+    """A request whose answer takes seconds: the grammar lets it end after 1,900 characters only."""
+    return chat("Count", max_tokens=1950, response_format={"type": "regex", "regex": "(0|1){1900}"}, **fields)
+
+
+def test_a_chat_is_answered_with_the_seeds_completion_object(client: Client) -> None:
+    answer = client.ask(chat(SPAIN), correlation=b"\x00binary\xff")
+    document = answer.json
+    assert answer.text == MADRID
+    assert answer.correlation == b"\x00binary\xff"
+    assert answer.properties == {"status": "200", "model": "assistant", "version": "1"}
+    assert document["object"] == "chat.completion"
+    assert document["model"] == "assistant"
+    assert document["choices"][0]["finish_reason"] == "stop"
+    usage = document["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert set(usage) == {"prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens"}
+    assert set(document["timings"]) == {"queue_ms", "first_token_ms", "total_ms", "tokens_per_s"}
+
+
+def test_the_seeds_raw_prompt_is_answered_with_a_joke(client: Client) -> None:
+    answer = client.ask({"prompt": SEED_PROMPT})
+    assert answer.status == 200
+    assert "atom" in answer.text.lower()
+    assert answer.json["object"] == "chat.completion"
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [("What is the capital of Nepal?", "The capital of Nepal is Kathmandu."), (SPAIN, MADRID)],
+)
+def test_mosquitto_rr_prints_the_sentence(
+    broker: Broker, agent: Daemon, question: str, expected: str
+) -> None:
+    result = subprocess.run(
+        [
+            *(tool("mosquitto_rr"), "-V", "5", "-p", str(broker.port), "-W", "30"),
+            *("-t", "edge/v1/dev/req/chat", "-e", f"replies/{uuid.uuid4().hex}", "-m", question),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert result.stdout.strip() == expected
+
+
+def test_plain_text_gets_its_error_in_plain_text(client: Client) -> None:
+    answer = client.ask(b"a\x00b")
+    assert answer.payload.startswith(b"error 400 bad_request: ")
+    assert answer.properties["status"] == "400"
+
+
+def test_a_client_of_mqtt_3_names_id_and_answer_topic_in_the_body(old_client: Client) -> None:
+    request = chat(SPAIN, id="req-1", reply_to=old_client.replies)
+    old_client.publish(f"{old_client.root}/req/chat", json.dumps(request))
+    answer = old_client.wait_on(old_client.replies)
+    assert answer.text == MADRID
+    assert answer.json["id"] == "req-1"
+
+
+def test_a_request_without_an_answer_topic_is_answered_under_the_device(client: Client) -> None:
+    client.subscribe(f"{client.root}/rsp/#")
+    request_id = uuid.uuid4().hex
+    client.publish(f"{client.root}/req/chat", json.dumps(chat(SPAIN, id=request_id)))
+    assert client.wait_on(f"{client.root}/rsp/{request_id}").text == MADRID
+
+
+def test_a_qos_0_prompt_is_answered_too(client: Client) -> None:
+    client.publish(
+        f"{client.root}/req/chat", SPAIN, qos=0, ResponseTopic=client.replies, CorrelationData=b"q0"
+    )
+    assert client.answer(b"q0").payload.decode() == MADRID
+
+
+def test_a_stream_has_no_gaps_and_says_what_the_answer_says(client: Client) -> None:
+    answer = client.ask(chat(STORY, stream=True))
+    assert answer.correlation is not None
+    wait_until(
+        lambda: any(_reason(c.json) for c in client.chunks(answer.correlation or b"")), 10, "the last chunk"
+    )
+    chunks = [message.json for message in client.chunks(answer.correlation)]
+    assert [chunk["seq"] for chunk in chunks] == list(range(len(chunks)))
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == answer.text
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert [_reason(chunk) for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+
+
+def _reason(chunk: dict[str, Any]) -> str | None:
+    reason: str | None = chunk["choices"][0]["finish_reason"]
+    return reason
+
+
+def test_nothing_is_streamed_unasked(client: Client) -> None:
+    answer = client.ask(chat(SPAIN))
+    assert answer.correlation is not None
+    assert client.chunks(answer.correlation) == []
+
+
+def test_options_of_a_request_reach_the_model(client: Client) -> None:
+    short = client.ask(chat(SPAIN, max_tokens=2))
+    assert short.json["choices"][0]["finish_reason"] == "length"
+    assert short.json["usage"]["completion_tokens"] == 2
+    stopped = client.ask(chat(SPAIN, stop=[" Madrid"]))
+    assert stopped.text == "The capital of Spain is"
+    guided = client.ask(chat(SPAIN, response_format={"type": "regex", "regex": "(yes|no)"}))
+    assert guided.text in ("yes", "no")
+    sampled = [client.ask(chat(STORY, temperature=1.5, seed=7, max_tokens=20)).text for _ in range(2)]
+    assert sampled[0] == sampled[1]
+
+
+def test_a_resend_gets_the_same_answer_byte_for_byte(client: Client) -> None:
+    first = client.ask(chat(SPAIN), correlation=b"again")
+    client.send(chat(SPAIN), correlation=b"again")
+    wait_until(lambda: len(client.answers(b"again")) == 2, 30, "the second answer")
+    assert client.answers(b"again")[1].payload == first.payload
+
+
+def test_the_same_correlation_with_another_body_is_409(client: Client) -> None:
+    client.ask(chat(SPAIN), correlation=b"reused")
+    client.send(chat("What is the capital of Japan?"), correlation=b"reused")
+    wait_until(lambda: len(client.answers(b"reused")) == 2, 30, "the refusal")
+    assert client.answers(b"reused")[1].json["error"]["code"] == "id_reused"
+
+
+BAD = [
+    (b'{"messages": ', 400, "bad_request", "not JSON"),
+    (b"{}", 400, "bad_request", "messages or prompt"),
+    (b'{"prompt": 3}', 400, "bad_request", "prompt"),
+    (b'{"prompt": "x", "colour": "red"}', 400, "bad_request", "colour"),
+    (b'{"prompt": "a\\u0000b"}', 400, "bad_request", "NUL"),
+    (b'{"prompt": "\\udc00"}', 400, "bad_request", "surrogate"),
+    (b'{"messages": [{"role": "user"}]}', 400, "bad_request", "content"),
+    (b'{"prompt": "x", "temperature": "hot"}', 400, "bad_request", "temperature"),
+    (b'{"prompt": "x", "model": "missing"}', 404, "unknown_model", "missing"),
+    (b'{"prompt": "' + b"x" * 102_400 + b'"}', 413, "prompt_too_long", "102400"),
+    (b'{"prompt": "' + b"x y " * 20_000 + b'"}', 413, "prompt_too_long", "context"),
+    (b'{"prompt": "x", "max_tokens": 5000}', 413, "prompt_too_long", "context"),
+]
+
+
+@pytest.mark.parametrize(("payload", "status", "code", "word"), BAD, ids=lambda value: str(value)[:24])
+def test_bad_input_gets_its_error_and_the_next_prompt_its_answer(
+    client: Client, payload: bytes, status: int, code: str, word: str
+) -> None:
+    refused = client.ask(payload)
+    error = refused.json["error"]
+    assert (error["status"], error["code"]) == (status, code)
+    assert word in error["message"]
+    assert refused.properties["status"] == str(status)
+    assert client.ask(chat(SPAIN)).text == MADRID
+
+
+def test_bytes_that_are_not_utf_8_are_refused(client: Client) -> None:
+    assert client.ask(b"\xff\xfe\xfd").payload.startswith(b"error 400 bad_request")
+
+
+@pytest.mark.parametrize(
+    "topic", ["elsewhere/x", "edge/v1/dev/req/chat", "edge/v1/dev/ctl/cancel", "edge/v1/dev/status"]
+)
+def test_a_forbidden_answer_topic_is_refused_under_the_device(client: Client, topic: str) -> None:
+    client.subscribe(f"{client.root}/rsp/#")
+    request_id = uuid.uuid4().hex
+    client.publish(f"{client.root}/req/chat", json.dumps(chat(SPAIN, id=request_id)), ResponseTopic=topic)
+    assert client.wait_on(f"{client.root}/rsp/{request_id}").json["error"]["code"] == "bad_request"
+    assert client.ask(chat(SPAIN)).text == MADRID
+
+
+def test_a_retained_request_is_never_run(client: Client, agent: Daemon, broker: Broker) -> None:
+    topic = f"{client.root}/req/chat"
+    try:
+        client.publish(topic, SPAIN, retain=True, ResponseTopic=client.replies, CorrelationData=b"retained")
+        first = client.answer(b"retained")  # to a subscriber that is there, it is an ordinary message
+        assert first.payload.decode() == MADRID
+    finally:
+        client.publish(topic, b"", retain=True)
+
+
+def test_a_running_prompt_is_cancelled(client: Client) -> None:
+    correlation = client.send(long(stream=True))
+    client.wait(
+        lambda message: message.topic == f"{client.replies}/stream" and message.correlation == correlation
+    )
+    client.publish(
+        f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=correlation
+    )
+    answer = client.answer(correlation)
+    assert (answer.status, answer.json["error"]["code"]) == (499, "cancelled")
+    assert "choices" not in answer.json
+    assert client.ask(chat(SPAIN)).text == MADRID
+
+
+def test_a_cancel_of_what_is_unknown_is_ignored(client: Client) -> None:
+    for payload in (b'{"id": "nobody"}', b"not json", b""):
+        client.publish(f"{client.root}/ctl/cancel", payload)
+    assert client.ask(chat(SPAIN)).text == MADRID
+
+
+def test_a_waiting_prompt_is_cancelled_by_id(old_client: Client, client: Client) -> None:
+    running = client.send(long(stream=True))
+    client.wait(
+        lambda message: message.topic == f"{client.replies}/stream" and message.correlation == running
+    )
+    old_client.publish(
+        f"{old_client.root}/req/chat", json.dumps(chat(SPAIN, id="waits", reply_to=old_client.replies))
+    )
+    old_client.publish(
+        f"{old_client.root}/ctl/cancel", json.dumps({"id": "waits", "reply_to": old_client.replies})
+    )
+    assert old_client.wait_on(old_client.replies).status == 499
+    assert client.answers(running) == [], "the running prompt was not the one that was cancelled"
+    client.publish(f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=running)
+    assert client.answer(running).status == 499
+
+
+def test_a_running_prompt_ends_at_its_deadline(client: Client) -> None:
+    answer = client.ask(long(deadline_ms=400))
+    assert (answer.status, answer.json["error"]["code"]) == (408, "deadline_exceeded")
+    assert client.ask(chat(SPAIN)).text == MADRID
+
+
+def test_a_waiting_prompt_is_answered_at_its_deadline_and_never_starts(client: Client, agent: Daemon) -> None:
+    running = client.send(long(stream=True))
+    client.wait(
+        lambda message: message.topic == f"{client.replies}/stream" and message.correlation == running
+    )
+    waiting = client.send(chat(SPAIN, id="too-late", deadline_ms=300))
+    assert client.answer(waiting).status == 408
+    assert client.answers(running) == []
+    client.publish(f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=running)
+    client.answer(running)
+    assert "prompt starts request=too-late" not in agent.log
+
+
+def test_message_expiry_is_a_deadline_too(client: Client) -> None:
+    assert client.ask(long(), MessageExpiryInterval=1).status == 408
+
+
+def test_status_is_retained_and_complete(client: Client) -> None:
+    client.subscribe(f"{client.root}/status")
+    status = client.wait_on(f"{client.root}/status").json
+    assert status["state"] == "ready"
+    assert set(status) == {"state", "time", "boot_id", "seq", "agent_version", "queue_depth", "models"}
+    (model,) = status["models"]
+    assert set(model) == {"name", "uri", "version", "digest", "flavor", "state", "reason", "tokens_per_s"}
+    assert (model["name"], model["version"], model["state"]) == ("assistant", 1, "ready")
+    assert len(model["digest"]) == 64

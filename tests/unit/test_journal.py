@@ -1,0 +1,295 @@
+"""The journal's promise: one answer for each accepted prompt, over restarts, damage and clocks that jump."""
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edge_agent.chat.clock import Moment
+from edge_agent.chat.intake import identity
+from edge_agent.chat.journal import (
+    MAX_ATTEMPTS,
+    Answer,
+    Arrival,
+    Delivery,
+    Journal,
+    Source,
+    State,
+)
+from edge_agent.chat.messages import Form
+from edge_agent.errors import IdReused, JournalUnavailable, QueueFull
+
+START = Moment(boot_id="boot-1", boot_s=100.0, wall_s=1_000_000.0)
+
+
+def later(seconds: float, moment: Moment = START) -> Moment:
+    return replace(moment, boot_s=moment.boot_s + seconds, wall_s=moment.wall_s + seconds)
+
+
+def arrival(
+    number: int = 1, *, body: bytes = b"body", named: bool = True, delivery: Delivery | None = None
+) -> Arrival:
+    topic = "replies/a"
+    return Arrival(
+        id=f"id-{number}",
+        identity=identity(topic, None, f"id-{number}") if named else None,
+        body_sha256=body,
+        source=Source.MQTT,
+        model="assistant",
+        document={"messages": [{"role": "user", "content": f"question {number}"}]},
+        form=Form.JSON,
+        stream=False,
+        answer_topic=topic,
+        correlation=b"c",
+        deadline_s=60.0,
+        delivery=delivery,
+    )
+
+
+ANSWER = Answer(payload=b'{"answer": 1}', properties={"status": "200"})
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    journal = Journal(tmp_path / "journal.db", moment=START)
+    yield journal
+    journal.close()
+
+
+def accept(journal: Journal, what: Arrival, *, moment: Moment = START, depth: int = 32) -> int:
+    return journal.accept(what, moment=moment, queue_depth=depth, retry_after_ms=500).row
+
+
+def reopened(journal: Journal, moment: Moment) -> Journal:
+    """The journal as the next daemon finds it after this one was killed."""
+    journal.close()
+    return Journal(journal.path, moment=moment)
+
+
+def test_a_prompt_goes_from_queued_to_delivered(journal: Journal) -> None:
+    row = accept(journal, arrival())
+    claimed = journal.claim("assistant")
+    assert claimed is not None
+    assert (claimed.row, claimed.attempts, claimed.state) == (row, 1, State.RUNNING)
+    assert journal.answer(row, ANSWER, moment=later(1), attempt=1)
+    (waiting,) = journal.outbox(Source.MQTT, limit=8)
+    assert (waiting.row, waiting.topic, waiting.correlation, waiting.answer) == (
+        row,
+        "replies/a",
+        b"c",
+        ANSWER,
+    )
+    journal.delivered(row)
+    assert journal.outbox(Source.MQTT, limit=8) == []
+    assert journal.depth() == 0
+
+
+def test_prompts_are_claimed_in_the_order_in_which_they_came(journal: Journal) -> None:
+    rows = [accept(journal, arrival(number)) for number in range(5)]
+    claimed = [journal.claim("assistant") for _ in rows]
+    assert [prompt.row for prompt in claimed if prompt] == rows
+    assert journal.claim("assistant") is None
+    assert journal.claim("other") is None
+
+
+def test_a_second_answer_is_void(journal: Journal) -> None:
+    row = accept(journal, arrival())
+    assert journal.answer(row, ANSWER, moment=START)
+    assert not journal.answer(row, Answer(payload=b"other", properties={}), moment=START)
+    assert journal.outbox(Source.MQTT, limit=8)[0].answer == ANSWER
+
+
+def test_an_answer_from_an_attempt_that_was_put_back_is_void(journal: Journal) -> None:
+    row = accept(journal, arrival())
+    journal.claim("assistant")
+    journal.release(row)
+    assert not journal.answer(row, ANSWER, moment=START, attempt=1)
+    again = journal.claim("assistant")
+    assert again is not None
+    assert again.attempts == 1
+
+
+def test_a_repeat_while_it_waits_or_runs_is_nothing_new(journal: Journal) -> None:
+    row = accept(journal, arrival())
+    for state in (State.QUEUED, State.RUNNING):
+        acceptance = journal.accept(arrival(), moment=START, queue_depth=1, retry_after_ms=1)
+        assert (acceptance.row, acceptance.new, acceptance.state) == (row, False, state)
+        journal.claim("assistant")
+
+
+def test_a_repeat_of_a_finished_prompt_gets_the_same_bytes_again(journal: Journal) -> None:
+    row = accept(journal, arrival())
+    journal.answer(row, ANSWER, moment=START)
+    journal.delivered(row)
+    assert accept(journal, arrival()) == row
+    assert [outgoing.answer for outgoing in journal.outbox(Source.MQTT, limit=8)] == [ANSWER]
+    assert journal.claim("assistant") is None
+
+
+def test_an_id_with_another_body_is_refused(journal: Journal) -> None:
+    accept(journal, arrival())
+    with pytest.raises(IdReused):
+        accept(journal, arrival(body=b"another"))
+
+
+def test_a_full_queue_refuses_at_once_and_forgets_the_refusal(journal: Journal) -> None:
+    row = accept(journal, arrival(1), depth=1)
+    with pytest.raises(QueueFull) as caught:
+        accept(journal, arrival(2), depth=1)
+    assert caught.value.retry_after_ms == 500
+    journal.answer(row, ANSWER, moment=START)
+    assert accept(journal, arrival(2), depth=1) != row
+
+
+def test_a_redelivery_without_an_id_is_recognised_by_session_and_mid(journal: Journal) -> None:
+    first = Delivery(session="s", mid=7, redelivered=False)
+    row = accept(journal, arrival(named=False, delivery=first))
+    assert accept(journal, arrival(named=False, delivery=replace(first, redelivered=True))) == row
+
+
+def test_the_same_text_twice_without_an_id_is_two_prompts(journal: Journal) -> None:
+    rows = {
+        accept(journal, arrival(named=False, delivery=Delivery(session="s", mid=mid, redelivered=False)))
+        for mid in (7, 8)
+    }
+    assert len(rows) == 2
+
+
+def test_a_mid_that_was_used_again_recognises_only_its_last_message(journal: Journal) -> None:
+    delivery = Delivery(session="s", mid=7, redelivered=False)
+    old = accept(journal, arrival(named=False, delivery=delivery))
+    new = accept(journal, arrival(named=False, body=b"new", delivery=delivery))
+    again = replace(delivery, redelivered=True)
+    assert accept(journal, arrival(named=False, body=b"new", delivery=again)) == new
+    assert accept(journal, arrival(named=False, delivery=again)) not in (old, new)
+
+
+def test_mids_of_a_session_that_the_broker_lost_recognise_nothing(journal: Journal) -> None:
+    journal.begin_broker_session("s")
+    delivery = Delivery(session=journal.broker_session(), mid=7, redelivered=False)
+    row = accept(journal, arrival(named=False, delivery=delivery))
+    journal.begin_broker_session("t")
+    again = Delivery(session=journal.broker_session(), mid=7, redelivered=True)
+    assert accept(journal, arrival(named=False, delivery=again)) != row
+
+
+def test_after_a_death_what_ran_runs_again_and_what_was_answered_is_sent(journal: Journal) -> None:
+    running, waiting, done = (accept(journal, arrival(number)) for number in (1, 2, 3))
+    journal.answer(done, ANSWER, moment=START)
+    journal.claim("assistant")
+    journal = reopened(journal, later(5))
+    assert [outgoing.row for outgoing in journal.outbox(Source.MQTT, limit=8)] == [done]
+    claimed = [journal.claim("assistant"), journal.claim("assistant")]
+    assert [(prompt.row, prompt.attempts) for prompt in claimed if prompt] == [(running, 2), (waiting, 1)]
+
+
+def test_a_prompt_that_ran_at_two_deaths_is_answered_500_and_not_run_again(journal: Journal) -> None:
+    row = accept(journal, arrival())
+    for _ in range(MAX_ATTEMPTS):
+        assert journal.claim("assistant") is not None
+        journal = reopened(journal, START)
+    assert journal.claim("assistant") is None
+    (outgoing,) = journal.outbox(Source.MQTT, limit=8)
+    assert outgoing.row == row
+    assert b'"status":500' in outgoing.answer.payload
+
+
+def test_prompts_of_the_control_socket_die_with_the_daemon(journal: Journal) -> None:
+    accept(journal, replace(arrival(), source=Source.CONTROL))
+    journal = reopened(journal, START)
+    assert journal.depth() == 0
+
+
+def test_a_deadline_holds_over_a_restart_in_the_same_boot_whatever_the_wall_clock_says(
+    journal: Journal,
+) -> None:
+    row = accept(journal, arrival())
+    jumped = Moment(boot_id="boot-1", boot_s=130.0, wall_s=9_999_999_999.0)
+    journal = reopened(journal, jumped)
+    assert journal.overdue(jumped) == []
+    assert [prompt.row for prompt in journal.overdue(replace(jumped, boot_s=160.0))] == [row]
+
+
+def test_a_deadline_counts_the_time_without_power_by_the_wall_clock(journal: Journal) -> None:
+    accept(journal, arrival(1))
+    soon = Moment(boot_id="boot-2", boot_s=3.0, wall_s=START.wall_s + 30)
+    journal = reopened(journal, soon)
+    assert journal.overdue(soon) == []
+    much_later = Moment(boot_id="boot-3", boot_s=3.0, wall_s=START.wall_s + 90)
+    journal = reopened(journal, much_later)
+    assert len(journal.overdue(much_later)) == 1
+
+
+def test_a_device_that_boots_in_the_past_does_not_lose_its_prompts(journal: Journal) -> None:
+    accept(journal, arrival())
+    past = Moment(boot_id="boot-2", boot_s=3.0, wall_s=0.0)
+    journal = reopened(journal, past)
+    assert journal.overdue(past) == []
+    assert len(journal.overdue(replace(past, boot_s=64.0))) == 1
+
+
+def test_old_answers_are_forgotten_and_undelivered_ones_counted(journal: Journal) -> None:
+    delivered, undelivered = accept(journal, arrival(1)), accept(journal, arrival(2))
+    for row in (delivered, undelivered):
+        journal.answer(row, ANSWER, moment=START)
+    journal.delivered(delivered)
+    journal.prune(moment=later(50), ttl_s=60)
+    assert journal.undelivered() == 1
+    journal.prune(moment=later(61), ttl_s=60)
+    assert journal.undelivered() == 0
+    assert journal.dropped_answers == 1
+    assert accept(journal, arrival(1)) not in (delivered, undelivered)
+
+
+def test_the_file_does_not_grow_with_the_number_of_prompts(journal: Journal) -> None:
+    sizes = []
+    for round_number in range(4):
+        for number in range(60):
+            row = accept(journal, arrival(round_number * 100 + number))
+            journal.answer(row, Answer(payload=b"x" * 20_000, properties={}), moment=START)
+            journal.delivered(row)
+        journal.prune(moment=later(100), ttl_s=1)
+        sizes.append(journal.path.stat().st_size)
+    assert sizes[-1] <= 2 * sizes[0]
+
+
+def test_a_damaged_journal_is_set_aside_and_what_was_readable_is_kept(journal: Journal) -> None:
+    rows = [accept(journal, arrival(number), depth=1000) for number in range(300)]
+    journal.close()
+    data = bytearray(journal.path.read_bytes())
+    leaf = 0x0D  # the first byte of a page that holds rows; SQLite's file format, section 1.6
+    pages = [
+        at for at in range(0, len(data), 4096) if data[at] == leaf and b"question" in data[at : at + 4096]
+    ]
+    middle = pages[len(pages) // 2]
+    data[middle : middle + 4096] = b"\xa5" * 4096
+    journal.path.write_bytes(data)
+    journal = Journal(journal.path, moment=START)
+    kept = journal.depth()
+    assert len(rows) // 2 < kept < len(rows), "one page of many was damaged"
+    assert journal.path.with_name("journal.db.damaged-1").exists()
+    accept(journal, arrival(1000), depth=1000)
+    journal.close()
+
+
+def test_a_file_that_is_no_database_gives_way_to_a_new_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    path.write_bytes(b"not a database at all" * 1000)
+    journal = Journal(path, moment=START)
+    assert journal.depth() == 0
+    journal.close()
+
+
+def test_a_journal_that_cannot_commit_says_so_and_recovers(journal: Journal) -> None:
+    with sqlite3.connect(journal.path, isolation_level=None) as other:
+        journal._db.execute("PRAGMA busy_timeout=50")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(JournalUnavailable):
+            accept(journal, arrival())
+        assert journal.trouble
+        other.execute("ROLLBACK")
+    other.close()
+    accept(journal, arrival())
+    assert journal.trouble is None

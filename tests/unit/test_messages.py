@@ -1,0 +1,200 @@
+"""The wire shapes of the MQTT contract: what is accepted, what is refused, and how it is said."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_agent.chat import messages
+from edge_agent.chat.messages import Form
+from edge_agent.errors import BadRequest, PromptError, PromptTooLong, QueueFull
+
+LIMIT = 102_400
+
+
+def parse(value: object) -> messages.Request:
+    payload = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return messages.parse(payload, limit_bytes=LIMIT)
+
+
+def chat(**fields: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": "Hello"}], **fields}
+
+
+def test_the_seeds_chat_shape_is_accepted() -> None:
+    request = parse(chat(temperature=0.2, max_tokens=30, stop=["."], n=1, stream=True))
+    assert request.form is Form.JSON
+    assert request.stream
+    assert request.document == {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "temperature": 0.2,
+        "max_tokens": 30,
+        "stop": ["."],
+    }
+
+
+def test_the_seeds_prompt_shape_is_passed_as_it_stands() -> None:
+    prompt = (
+        "<|system|>You are a stand-up comedian.<|end|><|user|>Tell me a joke about atom<|end|><|assistant|>"
+    )
+    assert parse({"prompt": prompt}).document == {"prompt": prompt}
+
+
+@pytest.mark.parametrize(
+    "payload", [b"What is the capital of Spain?\n", b"  [1, 2]", b"\xf0\x9f\x8d\x8e", b'"text"']
+)
+def test_anything_that_does_not_begin_with_a_brace_is_a_plain_text_prompt(payload: bytes) -> None:
+    request = parse(payload)
+    assert request.form is Form.TEXT
+    assert request.document == {"messages": [{"role": "user", "content": payload.decode().strip()}]}
+
+
+@pytest.mark.parametrize(
+    ("payload", "word"),
+    [
+        (b"", "empty"),
+        (b" \r\n\t", "empty"),
+        (b'{"messages": ', "not JSON"),
+        (b'{"prompt": "a"} trailing', "not JSON"),
+        (b'{"prompt": NaN}', "NaN"),
+        (b'{"prompt": "a", "prompt": "b"}', "twice"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"a\x00b", "NUL"),
+        (b'{"prompt": "a\\u0000b"}', "NUL"),
+        (b'{"prompt": "\\ud800"}', "surrogate"),
+        (b'{"prompt": "' + b"[" * 50 + b'"', "not JSON"),
+        (b'{"prompt": ' + b"[" * 50_000, "not JSON"),
+        (chat(surprise=1), '"surprise"'),
+        (chat(prompt="x"), "either"),
+        ({}, "either"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hello"}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x", "tool": 1}]}, 'messages[0]."tool"'),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        (chat(temperature="hot"), "temperature"),
+        (chat(temperature=-0.1), "temperature"),
+        (chat(temperature=True), "temperature"),
+        (chat(max_tokens=0), "max_tokens"),
+        (chat(max_tokens=1.5), "max_tokens"),
+        (chat(max_tokens=1 << 60), "max_tokens"),
+        (chat(stop=[""]), "stop"),
+        (chat(stop=[3]), "stop"),
+        (chat(stop=["x"] * 17), "stop"),
+        (chat(n=2), "n"),
+        (chat(n=True), "n"),
+        (chat(stream="yes"), "stream"),
+        (chat(top_p=0), "top_p"),
+        (chat(seed=-1), "seed"),
+        (chat(id="a b"), "id"),
+        (chat(id="x" * 65), "id"),
+        (chat(reply_to=3), "reply_to"),
+        (chat(deadline_ms=0), "deadline_ms"),
+        (chat(model=7), "model"),
+        (chat(response_format={"type": "xml"}), "response_format"),
+        (chat(response_format={"type": "regex"}), "response_format"),
+        (chat(response_format={"type": "json_schema", "json_schema": "x"}), "response_format"),
+    ],
+)
+def test_bad_input_is_refused_and_what_is_wrong_is_named(payload: object, word: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse(payload)
+    assert word in caught.value.message
+
+
+def test_a_field_that_is_null_is_a_field_that_is_absent() -> None:
+    assert parse(chat(temperature=None, stop=None, model=None)) == parse(chat())
+
+
+def test_a_request_over_the_limit_is_told_both_numbers() -> None:
+    with pytest.raises(PromptTooLong, match=r"102401 bytes, at most 102400"):
+        parse(b"x" * (LIMIT + 1))
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_raise_anything_but_the_contracts_errors(payload: bytes) -> None:
+    try:
+        request = parse(payload)
+    except PromptError as error:
+        assert error.status in (400, 413)
+    else:
+        json.dumps(request.document).encode()
+    assert messages.form_of(payload) in Form
+    messages.request_id_of(payload)
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*messages._FIELDS, "other"]), _json, max_size=6))
+def test_no_json_object_raises_anything_but_the_contracts_errors(document: dict[str, object]) -> None:
+    try:
+        request = parse(json.dumps(document).encode())
+    except PromptError as error:
+        assert error.status == 400
+    else:
+        assert ("messages" in request.content) != ("prompt" in request.content)
+
+
+def test_an_error_document_says_status_code_message_and_when_to_try_again() -> None:
+    document = messages.error_document("a", QueueFull("32 prompts wait already", retry_after_ms=1500))
+    assert document == {
+        "id": "a",
+        "error": {
+            "status": 429,
+            "code": "queue_full",
+            "message": "32 prompts wait already",
+            "retry_after_ms": 1500,
+        },
+    }
+
+
+def test_a_plain_text_prompt_is_answered_in_plain_text_also_when_it_fails() -> None:
+    error = messages.error_document("a", BadRequest("the request is empty"))
+    assert messages.encode_answer(error, Form.TEXT) == b"error 400 bad_request: the request is empty"
+    answer = messages.completion(
+        request_id="a", created_s=0, model="m", text="Olá", finish_reason="stop", usage={}, timings={}
+    )
+    assert messages.encode_answer(answer, Form.TEXT) == "Olá".encode()
+
+
+def test_timings_leave_the_first_token_out_of_the_rate() -> None:
+    timings = messages.timings(queued_s=1.0, started_s=1.5, first_s=2.0, ended_s=3.0, tokens=11)
+    assert timings == {"queue_ms": 500.0, "first_token_ms": 1000.0, "total_ms": 2000.0, "tokens_per_s": 10.0}
+
+
+def test_the_configured_system_prompt_is_for_chats_without_one_only() -> None:
+    user = {"role": "user", "content": "Hello"}
+    system = {"role": "system", "content": "Be brief."}
+    assert messages.with_system({"messages": [user]}, "Be brief.") == {"messages": [system, user]}
+    own = {"messages": [{"role": "system", "content": "Sing."}, user]}
+    assert messages.with_system(own, "Be brief.") == own
+    assert messages.with_system({"prompt": "x"}, "Be brief.") == {"prompt": "x"}
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        (b'{"id": "a"}', ("a", None)),
+        (b'{"id": "a", "reply_to": "replies/x"}', ("a", "replies/x")),
+        (b"{}", (None, None)),
+    ],
+)
+def test_a_cancel_names_an_id_and_an_answer_topic(
+    payload: bytes, expected: tuple[str | None, str | None]
+) -> None:
+    assert messages.parse_cancel(payload) == expected
+
+
+@pytest.mark.parametrize("payload", [b"a", b"[1]", b'{"id": 3}', b'{"identity": "a"}', b"\xff", b"1"])
+def test_a_cancel_that_is_not_understood_is_refused(payload: bytes) -> None:
+    with pytest.raises(BadRequest):
+        messages.parse_cancel(payload)

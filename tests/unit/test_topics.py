@@ -1,0 +1,47 @@
+"""Topics, and the rule that the agent is nobody's deputy."""
+
+import pytest
+
+from edge_agent.errors import BadRequest
+from edge_agent.transport.topics import Topics
+
+TOPICS = Topics(prefix="edge", device_id="press-3", reply_prefixes=("replies/", "edge/"))
+
+
+def test_topics_are_those_of_the_contract() -> None:
+    assert TOPICS.chat == "edge/v1/press-3/req/chat"
+    assert TOPICS.cancel == "edge/v1/press-3/ctl/cancel"
+    assert TOPICS.status == "edge/v1/press-3/status"
+    assert TOPICS.response("a") == "edge/v1/press-3/rsp/a"
+    assert TOPICS.stream("replies/me") == "replies/me/stream"
+
+
+@pytest.mark.parametrize(
+    "topic", ["replies/me", "replies/a/b", "edge/v1/press-3/rsp/7", "edge/v1/other/rsp/7"]
+)
+def test_an_answer_may_go_under_a_reply_prefix(topic: str) -> None:
+    assert TOPICS.check_answer_topic(topic) == topic
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        "",
+        "replies",
+        "elsewhere/me",
+        "replies/+",
+        "replies/#",
+        "replies/\0",
+        "$SYS/broker",
+        "replies/" + "x/" * 7,
+        "replies/" + "x" * 300,
+        "edge/v1/press-3/req/chat",
+        "edge/v1/other/req/chat",
+        "edge/v1/press-3/ctl/cancel",
+        "edge/v1/press-3/status",
+        "edge/v1/press-3/model/desired",
+    ],
+)
+def test_an_answer_goes_nowhere_else(topic: str) -> None:
+    with pytest.raises(BadRequest):
+        TOPICS.check_answer_topic(topic)
