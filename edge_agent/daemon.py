@@ -122,6 +122,7 @@ class Daemon:
             now_s: monotonic seconds.
         """
         with contextlib.suppress(JournalUnavailable):  # it is in the status
+            self._journal.mend()
             self._intake.expire(clock.now())
             if now_s >= self._prune_at_s:
                 self._prune_at_s = now_s + PRUNE_INTERVAL_S

@@ -12,6 +12,7 @@ Contract: docs/mqtt.md, *Delivery*.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ MAX_ATTEMPTS = 2
 MAX_FINISHED = 10_000
 MAX_FINISHED_BYTES = 64 << 20
 RESERVE_BYTES = 4 << 20
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _MAX_DAMAGED_KEPT = 3
 _MAX_SALVAGE_ROWS = 200_000
 
@@ -164,7 +166,8 @@ class Journal:
     """The only owner of `journal.db`; safe to call from any thread.
 
     Attributes:
-        trouble: why the last transaction failed, None when it did not. Status says `degraded` while it is set.
+        trouble: why nothing can be committed or accepted, None when all is well; status says `degraded` then.
+        dropped_answers: answers that were forgotten before they could be delivered.
     """
 
     def __init__(self, path: Path, *, moment: Moment) -> None:
@@ -178,6 +181,7 @@ class Journal:
         self.trouble: str | None = None
         self.dropped_answers = 0
         self._lock = threading.RLock()
+        self._damaged = False
         self._reserve = path.with_name(path.name + ".reserve")
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -213,6 +217,8 @@ class Journal:
                     db.execute("UPDATE prompts SET state=? WHERE row=?", (State.ANSWERED, row))
                     state = State.ANSWERED
                 return Acceptance(row=row, new=False, state=state)
+            if not self._keep_reserve():
+                raise JournalUnavailable("the disk is full", remedy="free some space on the agent's disk")
             depth = _count_unanswered(db)
             if depth >= queue_depth:
                 raise QueueFull(f"{depth} prompts wait already", retry_after_ms=retry_after_ms)
@@ -329,9 +335,25 @@ class Journal:
                 db.execute("SELECT count(*) FROM prompts WHERE state=?", (State.ANSWERED,)).fetchone()[0]
             )
 
+    def mend(self) -> None:
+        """Opens a journal that turned out damaged again, with what it still holds.
+
+        Raises:
+            JournalUnavailable: it cannot be opened; the next call tries again.
+        """
+        with self._lock:
+            if not self._damaged:
+                return
+            try:
+                self._db.close()
+                self._db = _open_or_salvage(self.path)
+            except (sqlite3.Error, OSError) as error:
+                raise JournalUnavailable(f"journal {self.path} cannot be opened: {error}") from error
+            self._damaged = False
+            self.trouble = None
+
     def prune(self, *, moment: Moment, ttl_s: float) -> None:
         """Forgets old answers, by age, number and bytes; undelivered ones that go are counted."""
-        self._keep_reserve()
         with self._transaction() as db:
             rows = db.execute(
                 "SELECT row, state, answered_boot_id, answered_boot_s, answered_wall_s,"
@@ -427,38 +449,57 @@ class Journal:
         """One immediate transaction; SQLite's errors become `JournalUnavailable` and set `trouble`."""
         with self._lock:
             try:
-                self._begin()
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")
-                self.trouble = None
+                self.trouble = (
+                    None if self._reserve.is_file() else "the disk is full: no prompts are accepted"
+                )
             except PromptError:
                 self._roll_back()
                 raise
             except (sqlite3.Error, OSError) as error:
                 self._roll_back()
-                if self.trouble is None:
-                    log.warning("journal failed path=%s error=%s", self.path, error)
-                self.trouble = str(error)
+                self._note_failure(error)
                 raise JournalUnavailable(f"the journal cannot be written: {error}") from error
             except BaseException:
                 self._roll_back()
                 raise
 
-    def _begin(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-
     def _roll_back(self) -> None:
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
+        with contextlib.suppress(
+            sqlite3.Error
+        ):  # a failed disk may not even roll back; the next BEGIN says so
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
 
-    def _keep_reserve(self) -> None:
-        """Space that is given up when the disk is full, so that accepted prompts can still be answered."""
+    def _note_failure(self, error: sqlite3.Error | OSError) -> None:
+        """A full disk gets the reserve, a damaged file is mended by the next `mend`."""
+        if self.trouble is None:
+            log.warning("journal failed path=%s error=%s", self.path, error)
+        self.trouble = str(error)
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            with contextlib.suppress(OSError):
+                self._reserve.unlink(missing_ok=True)
+        self._damaged = self._damaged or getattr(error, "sqlite_errorcode", None) in _DAMAGED
+
+    def _keep_reserve(self) -> bool:
+        """Space that is given up when the disk is full, so that accepted prompts can still be answered.
+
+        Returns:
+            False when there is no room for it: nothing new may be accepted.
+        """
         try:
-            if not self._reserve.exists() or self._reserve.stat().st_size < RESERVE_BYTES:
-                with open(self._reserve, "wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+            if self._reserve.is_file():
+                return True
+            with open(self._reserve, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
         except OSError as error:
             log.warning("journal reserve cannot be kept path=%s error=%s", self._reserve, error)
+            with contextlib.suppress(OSError):
+                self._reserve.unlink(missing_ok=True)
+            return False
+        return True
 
 
 def _connect(path: Path) -> sqlite3.Connection:

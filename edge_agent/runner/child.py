@@ -71,6 +71,7 @@ class Runner:
                 max_tokens=request.max_tokens,
                 threads=request.threads,
             )
+            model.warm_up()
         except Exception as error:
             traceback.print_exc()
             self._send(Failed(message=_describe(error)))

@@ -44,6 +44,16 @@ class Model:
         self.flavor = flavor
         self.signature = signature
 
+    def warm_up(self) -> None:
+        """Generates one token, so that the first prompt does not pay for what the library does only once."""
+        document = (
+            {"messages": [{"role": "user", "content": "Hi"}]}
+            if self.signature == "chat"
+            else {"prompt": "Hi"}
+        )
+        for _ in self.stream({**document, "max_tokens": 1}):
+            pass
+
     def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
         """Text deltas (empty ones are chances to stop), then one `End`.
 

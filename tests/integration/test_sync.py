@@ -1,7 +1,8 @@
 """Sync against a real MLflow server: what is fetched, what is reused, what is refused, what survives."""
 
-from __future__ import contextlib
+from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal

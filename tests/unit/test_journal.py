@@ -255,6 +255,18 @@ def test_the_file_does_not_grow_with_the_number_of_prompts(journal: Journal) -> 
     assert sizes[-1] <= 2 * sizes[0]
 
 
+def damage_one_page(path: Path) -> None:
+    """Overwrites one page in the middle of those that hold rows, in place."""
+    data = path.read_bytes()
+    leaf = 0x0D  # the first byte of a page that holds rows; SQLite's file format, section 1.6
+    pages = [
+        at for at in range(0, len(data), 4096) if data[at] == leaf and b"question" in data[at : at + 4096]
+    ]
+    with path.open("r+b") as file:
+        file.seek(pages[len(pages) // 2])
+        file.write(b"\xa5" * 4096)
+
+
 def test_a_damaged_journal_is_set_aside_and_what_was_readable_is_kept(journal: Journal) -> None:
     rows = [accept(journal, arrival(number), depth=1000) for number in range(300)]
     journal.close()
@@ -280,6 +292,40 @@ def test_a_file_that_is_no_database_gives_way_to_a_new_journal(tmp_path: Path) -
     journal = Journal(path, moment=START)
     assert journal.depth() == 0
     journal.close()
+
+
+def test_on_a_full_disk_nothing_is_accepted_and_what_was_accepted_is_answered(journal: Journal) -> None:
+    row = accept(journal, arrival(1))
+    pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
+    journal._db.execute(f"PRAGMA max_page_count={pages}")  # SQLite's own "database or disk is full"
+    large = Answer(payload=b"x" * 100_000, properties={"status": "200"})
+    with pytest.raises(JournalUnavailable):
+        journal.answer(row, large, moment=START)
+    assert journal.trouble
+    reserve = journal.path.with_name("journal.db.reserve")
+    assert not reserve.exists(), "the reserve was not given up"
+    reserve.mkdir()  # no room for it yet
+    with pytest.raises(JournalUnavailable, match="full"):
+        accept(journal, arrival(2))
+    journal._db.execute("PRAGMA max_page_count=1000000")
+    assert journal.answer(row, large, moment=START)
+    reserve.rmdir()
+    assert accept(journal, arrival(2)) != row
+    assert journal.trouble is None
+
+
+def test_damage_that_shows_while_the_agent_runs_is_mended(journal: Journal) -> None:
+    rows = [accept(journal, arrival(number), depth=1000) for number in range(200)]
+    journal._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    damage_one_page(journal.path)
+    journal._db.execute("PRAGMA shrink_memory").fetchall()
+    with pytest.raises(JournalUnavailable):
+        for row in rows:
+            journal.prompt(row)
+    assert journal.trouble
+    journal.mend()
+    assert len(rows) // 2 < journal.depth() < len(rows)
+    assert journal.trouble is None
 
 
 def test_a_journal_that_cannot_commit_says_so_and_recovers(journal: Journal) -> None:
