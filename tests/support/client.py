@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 import uuid
@@ -65,6 +66,7 @@ class Client:
         self._paho = Paho(CallbackAPIVersion.VERSION2, protocol=MQTTv5 if version5 else MQTTv311)
         self._paho.on_message = self._on_message
         self._paho.on_subscribe = self._on_subscribe
+        self._paho.on_socket_open = _disable_nagle
         self._paho.connect(broker.host, broker.port)
         self._paho.loop_start()
         self.subscribe(f"{self.replies}/#")
@@ -163,6 +165,11 @@ class Client:
         with self._changed:
             self._subscribed += 1
             self._changed.notify_all()
+
+
+def _disable_nagle(_client: Paho, _userdata: object, sock: socket.socket) -> None:
+    """Small messages one after the other would wait 40 ms for an acknowledgement of the first."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 @contextmanager

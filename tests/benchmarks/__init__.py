@@ -1,0 +1,1 @@
+"""Measurements, never gates: run by hand, numbers go into notes."""
