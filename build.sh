@@ -22,6 +22,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
 
   demo [OPTION…]       set up what is needed, then a model from registry to answer on this machine
   test [PYTEST ARG…]   set up what is needed, then all tests (or those that the pytest arguments select)
+  chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
   check                ruff, formatting and mypy --strict
   package              wheel and sdist into dist/
   sample-model         make the sample model and the tests' second model again (fetches torch)
@@ -43,6 +44,7 @@ main() {
     case $command in
         demo) demo "$@" ;;
         test) run_tests "$@" ;;
+        chaos) chaos "$@" ;;
         check) check ;;
         package) package ;;
         sample-model) sample_model ;;
@@ -72,6 +74,10 @@ run_tests() {
     "$VENV/bin/python" -m pytest "$@" || status=$?
     say "set-up $((tested - started)) s, tests $((SECONDS - tested)) s"
     return "$status"
+}
+
+chaos() {
+    CHAOS_PLAN=long run_tests -q --capture=no tests/acceptance/test_chaos.py "$@"
 }
 
 check() {

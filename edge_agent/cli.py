@@ -116,6 +116,11 @@ def run(invocation: Invocation) -> None:
 
     settings = invocation.settings()
     logs.configure(settings.log_format, journal=settings_module.logs_to_journal())
+    if invocation.config is None and settings_module.find_config() is None:
+        click.echo(
+            "edge-agent: no settings file was found; see docs/settings.md for where it is looked for",
+            err=True,
+        )
     sys.exit(daemon.run(settings))
 
 
@@ -157,7 +162,19 @@ def probe(
     from edge_agent import probe as probing
 
     ask = probing.ask_direct if direct else probing.ask_daemon
-    result = ask(settings, question, model=model, timeout_s=timeout_s, on_text=show)
+    shown = False
+
+    def show_text(delta: str) -> None:
+        nonlocal shown
+        shown = True
+        show(delta)
+
+    try:
+        result = ask(settings, question, model=model, timeout_s=timeout_s, on_text=show_text)
+    except EdgeAgentError:
+        if shown and not as_json:
+            click.echo()
+        raise
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))
     else:
@@ -259,7 +276,7 @@ def models_show(invocation: Invocation, name: str, as_json: bool) -> None:
     state = store.state().model(name)
     records = store.versions(name)
     if name not in settings.models and not records:
-        raise UnknownModel(f"no model is called {name!r} here", remedy="see `edge-agent models list`")
+        raise EdgeAgentError(f"no model is called {name!r} here", remedy="see `edge-agent models list`")
     versions = [
         {
             "version": record.version,
@@ -311,20 +328,9 @@ def models_pull(invocation: Invocation, name: str | None, as_json: bool) -> None
         raise UnknownModel(
             f"no model is called {name!r} here", remedy="add a [models.NAME] table to the settings"
         )
-    with terminal.progress_bar() as report:
-
-        def on_event(event: Mapping[str, Any]) -> None:
-            if event.get("event") == "progress":
-                report("fetching", event["bytes"], event["total_bytes"])
-
-        try:
-            results = _pull_through_daemon(settings, name, on_event)
-        except DaemonNotRunning:
-            from edge_agent import pull
-
-            results = pull.without_daemon(settings, [name] if name else list(settings.models), on_event)
+    results = _operate(settings, "pull", name=name)
     if as_json:
-        click.echo(json.dumps(results[0] if name or len(results) == 1 else results))
+        click.echo(json.dumps(results[0] if len(results) == 1 else results))
         return
     for result in results:
         click.echo(
@@ -333,44 +339,87 @@ def models_pull(invocation: Invocation, name: str | None, as_json: bool) -> None
         )
 
 
+def _version_command(do: str, summary: str, example: str) -> None:
+    """The commands that take NAME VERSION and change what runs."""
+
+    @models.command(do, help=f"{summary}\n\n\b\nExample:\n  {example}")
+    @click.argument("name")
+    @click.argument("version", type=click.IntRange(min=1))
+    @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+    @click.pass_obj
+    def command(invocation: Invocation, name: str, version: int, as_json: bool) -> None:
+        _show_operation(_operate(invocation.settings(), do, name=name, version=version), as_json)
+
+
+def _name_command(do: str, summary: str, example: str) -> None:
+    """The commands that take NAME and change what runs."""
+
+    @models.command(do, help=f"{summary}\n\n\b\nExample:\n  {example}")
+    @click.argument("name")
+    @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+    @click.pass_obj
+    def command(invocation: Invocation, name: str, as_json: bool) -> None:
+        _show_operation(_operate(invocation.settings(), do, name=name), as_json)
+
+
+_version_command(
+    "activate",
+    "Make a cached VERSION active, through the gate, and pin it; quarantine does not hold it back.",
+    "edge-agent models activate assistant 6",
+)
+_version_command(
+    "pin", "Fix the VERSION that runs, whatever the registry says.", "edge-agent models pin assistant 6"
+)
+_version_command("rm", "Remove a cached VERSION that is not in use.", "edge-agent models rm assistant 5")
+_name_command(
+    "rollback", "Make the previous version active again, and pin it.", "edge-agent models rollback assistant"
+)
+_name_command("unpin", "Let a model follow its reference again.", "edge-agent models unpin assistant")
+
+
+@models.command("prune")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_prune(invocation: Invocation, as_json: bool) -> None:
+    """Remove every version that nothing needs, and what crashes left.
+
+    \b
+    Example:
+      edge-agent models prune
+    """
+    document = _operate(invocation.settings(), "prune")
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        click.echo(
+            f"{len(document['removed'])} versions removed, {terminal.human_bytes(document['bytes_freed'])} freed"
+        )
+
+
 @models.command("verify")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def models_verify(invocation: Invocation, as_json: bool) -> None:
-    """Read every byte in the cache again and compare it with what was verified. Exit 1 when damage remains.
+    """Read every byte in the cache again and compare it with what was verified.
+
+    Damaged files are set aside and fetched again, only they. Exit 1 when damage remains.
 
     \b
     Example:
       edge-agent models verify
     """
-    from edge_agent.models import fsck
-
-    store = _store(invocation.settings())
-    with terminal.progress_bar() as report:
-        total = sum(record.total_bytes for record in store.versions())
-        done = 0
-
-        def on_file(file: Any) -> None:
-            nonlocal done
-            done += file.size_bytes
-            report("verifying", done, total)
-
-        found = fsck.verify(store, on_file=on_file)
-    document = {
-        "checked": found.checked,
-        "damaged": [
-            {"name": damage.name, "version": damage.key, "path": damage.path, "reason": damage.reason}
-            for damage in found.damaged
-        ],
-        "repaired": [],
-    }
+    document = _operate(invocation.settings(), "verify")
     if as_json:
         click.echo(json.dumps(document))
     else:
-        for damage in found.damaged:
-            click.echo(f"damaged  {damage.name} {damage.key}  {damage.path}  {damage.reason}")
-        click.echo(f"{found.checked} files checked, {len(found.damaged)} damaged")
-    sys.exit(FAILED if found.damaged else 0)
+        for kind in ("damaged", "repaired"):
+            for entry in document[kind]:
+                click.echo(f"{kind:<9}{entry['name']} {entry['version']}  {entry['path']}  {entry['reason']}")
+        for name, problem in document.get("problems", {}).items():
+            click.echo(f"{name} was not fetched again: {problem}", err=True)
+        repaired, damaged = len(document["repaired"]), len(document["damaged"])
+        click.echo(f"{document['checked']} files checked, {repaired} repaired, {damaged} damaged")
+    sys.exit(FAILED if document["damaged"] else 0)
 
 
 @main.command()
@@ -487,7 +536,10 @@ def _question(text: str | None, limit_bytes: int) -> str:
         data = sys.stdin.buffer.read(limit_bytes + 1)
         if len(data) > limit_bytes:
             raise click.UsageError(f"standard input has more than {limit_bytes} bytes (limits.payload_bytes)")
-        text = data.decode("utf-8", "replace")
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise click.UsageError("standard input is not UTF-8") from error
     if not text or not text.strip():
         raise click.UsageError("give TEXT, or - to read it from standard input")
     return text
@@ -516,16 +568,46 @@ def _events_result(settings: Settings, op: str, **fields: Any) -> dict[str, Any]
     raise EdgeAgentError("the daemon closed the connection without an answer")
 
 
-def _pull_through_daemon(settings: Settings, name: str | None, on_event: Any) -> list[dict[str, Any]]:
-    for event in control.call(settings_module.find_control_socket(settings), "pull", model=name):
+def _operate(settings: Settings, do: str, *, name: str | None = None, version: int | None = None) -> Any:
+    """One operation on the cache: through the running daemon, or by itself when there is none."""
+    with terminal.progress_bar() as report:
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            if event.get("event") == "progress":
+                report("fetching", event["bytes"], event["total_bytes"])
+
+        try:
+            return _through_daemon(settings, on_event, do=do, name=name, version=version)
+        except DaemonNotRunning:
+            from edge_agent.models import operations
+
+            local, lifecycles = operations.without_daemon(settings)
+            try:
+                return operations.run_operation(local, do, name=name, version=version, on_event=on_event)
+            finally:
+                for lifecycle in lifecycles.values():
+                    lifecycle.close()
+
+
+def _through_daemon(settings: Settings, on_event: Any, **fields: Any) -> Any:
+    for event in control.call(settings_module.find_control_socket(settings), "models", **fields):
         if event.get("event") == "progress":
             on_event(event["progress"])
         elif event.get("event") == "done":
-            results: list[dict[str, Any]] = event["results"]
-            return results
+            return event["result"]
         elif event.get("event") == "error":
             raise DaemonError(event)
     raise EdgeAgentError("the daemon closed the connection without an answer")
+
+
+def _show_operation(document: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(document))
+    elif "bytes_freed" in document:
+        click.echo(f"{terminal.human_bytes(document['bytes_freed'])} freed")
+    else:
+        pinned = f", pinned to {document['pinned']}" if document.get("pinned") else ""
+        click.echo(f"{document['name']}: version {document['version']} is active{pinned}")
 
 
 def _status_on_disk(settings: Settings) -> dict[str, Any]:
@@ -548,7 +630,7 @@ def _status_on_disk(settings: Settings) -> dict[str, Any]:
                 "tokens_per_s": None,
                 "previous": known.previous,
                 "candidate": known.candidate,
-                "pinned": list(known.pinned),
+                "pinned": known.pinned,
                 "quarantined": dict(known.quarantined),
             }
         )

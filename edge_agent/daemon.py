@@ -11,12 +11,15 @@ No connection to anything is tried before READY: a device boots without a networ
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import os
 import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import edge_agent
@@ -25,11 +28,18 @@ from edge_agent.chat import clock, messages
 from edge_agent.chat.dispatcher import Dispatcher, Outlet
 from edge_agent.chat.intake import Intake, identity, make_id
 from edge_agent.chat.journal import Answer, Journal, Source
-from edge_agent.errors import BadRequest, JournalUnavailable, PromptError, UnknownModel
-from edge_agent.models.lifecycle import Serving, lifecycle_of
+from edge_agent.errors import (
+    BadRequest,
+    DaemonRunning,
+    JournalUnavailable,
+    ModelFailed,
+    PromptError,
+)
+from edge_agent.models import choice
+from edge_agent.models.lifecycle import ModelLifecycle, Serving, lifecycle_of, quarantined
+from edge_agent.models.operations import Operations, run_operation
 from edge_agent.models.store import Store
 from edge_agent.models.updates import Updates
-from edge_agent.pull import pulled
 from edge_agent.sd_notify import Notifier
 from edge_agent.settings import Settings
 from edge_agent.transport.control import Call, ControlServer
@@ -43,7 +53,8 @@ STEP_S = 0.2
 STATUS_INTERVAL_S = 30.0
 METRICS_INTERVAL_S = 60.0
 PRUNE_INTERVAL_S = 60.0
-NETWORK_THREAD_STALE_S = 120.0
+NETWORK_THREAD_STALE_S = 300.0
+"""A name server that is dead and a broker with several addresses may take minutes to fail."""
 MAX_CORRELATION_BYTES = 64
 MAX_CANCEL_BYTES = 4096
 
@@ -74,9 +85,13 @@ class Daemon:
         )
         self._store = Store(settings.state_dir)
         self._store.create()
+        self._lock = _only_daemon(settings.state_dir)
+        self._rebuilt = self._store.state().rebuilt
         self._journal = Journal(settings.state_dir / "journal.db", moment=clock.now())
         self._lifecycles = {name: lifecycle_of(settings, name, self._store) for name in settings.models}
-        self._updates = Updates(settings, self._lifecycles)
+        self._updates = Updates(settings, self._store, self._lifecycles)
+        self._operations = Operations(settings, self._store, self._lifecycles, self._updates)
+        self._desired_problem = ""
         self._probes = Probes(self._journal, flavor_of=lambda name: self._lifecycles[name].flavor)
         self._mqtt = self._make_mqtt()
         self._dispatchers = {name: self._make_dispatcher(name) for name in settings.models}
@@ -90,7 +105,7 @@ class Daemon:
         )
         self._control = ControlServer(
             settings.control_socket,
-            {"probe": self._on_probe, "status": self._on_status, "pull": self._on_pull},
+            {"probe": self._on_probe, "status": self._on_status, "models": self._on_models},
         )
         self._published = ""
         self._status_at_s = self._metrics_at_s = self._prune_at_s = 0.0
@@ -104,13 +119,15 @@ class Daemon:
             self._start(f"dispatcher-{name}", dispatcher.run)
         self._await_models()
         code = 0
-        if not self._stop.is_set():
+        if (dead := self._dead_thread(time.monotonic())) is not None:
+            log.critical("thread ended name=%s", dead)
+            code = 1
+        elif not self._stop.is_set():
             self._ready = True
             self._notifier.ready(self._headline())
-            log.info("ready device=%s models=%d", self._settings.device_id, len(self._lifecycles))
+            log.info("started device=%s models=%d", self._settings.device_id, len(self._lifecycles))
             self._start("mqtt", self._mqtt.run)
-            if self._settings.registry.uri:
-                self._start("updates", self._updates.run)
+            self._start("updates", self._updates.run)
             code = self._supervise()
         self._shut_down()
         return code
@@ -144,6 +161,10 @@ class Daemon:
         while not self._stop.is_set() and not all(life.settled() for life in self._lifecycles.values()):
             self._notifier.extend_timeout(30)
             self._notifier.watchdog(time.monotonic())
+            if self._dead_thread(time.monotonic()) is not None:
+                return
+            with contextlib.suppress(JournalUnavailable):
+                self._intake.expire(clock.now())
             self._stop.wait(STEP_S)
 
     def _supervise(self) -> int:
@@ -161,7 +182,8 @@ class Daemon:
         for thread in self._threads:
             if not thread.is_alive():
                 return thread.name
-        return "mqtt (stalled)" if now_s - self._mqtt.turned_s > NETWORK_THREAD_STALE_S else None
+        stalled = self._ready and now_s - self._mqtt.turned_s > NETWORK_THREAD_STALE_S
+        return "mqtt (stalled)" if stalled else None
 
     def _shut_down(self) -> None:
         drain_s = self._settings.inference.drain_s
@@ -173,8 +195,10 @@ class Daemon:
         self._control.close()
         limit_s = time.monotonic() + drain_s
         for dispatcher in self._dispatchers.values():
+            dispatcher.stop_claiming()
+        for dispatcher in self._dispatchers.values():
             dispatcher.drain(max(0.0, limit_s - time.monotonic()))
-        self._mqtt.set_status(self._encode_status("offline"))
+        self._mqtt.set_retained(self._topics.status, self._encode_status("offline"))
         self._mqtt.close()
         for lifecycle in self._lifecycles.values():
             lifecycle.close()
@@ -187,12 +211,21 @@ class Daemon:
 
     def _make_mqtt(self) -> MqttTransport:
         settings, topics = self._settings.mqtt, self._topics
+        read_password(
+            settings, settings_module.credential_path("mqtt-password")
+        )  # a missing file is known at start
         return MqttTransport(
             settings,
             topics=topics,
             journal=self._journal,
+            max_payload_bytes=self._settings.limits.payload_bytes,
             password=lambda: read_password(settings, settings_module.credential_path("mqtt-password")),
-            handlers={topics.chat: self._on_chat, topics.cancel: self._on_cancel, topics.sync: self._on_sync},
+            handlers={
+                topics.chat: self._on_chat,
+                topics.cancel: self._on_cancel,
+                topics.sync: self._on_sync,
+                topics.desired: self._on_desired,
+            },
             will=self._encode_status("offline"),
         )
 
@@ -218,7 +251,9 @@ class Daemon:
             self._mqtt.counters["retained_requests"] += 1
             log.warning("retained request dropped topic=%s", message.topic)
             return
-        request_id = messages.request_id_of(message.payload) or _id_from(message.correlation) or make_id()
+        limit_bytes = self._settings.limits.payload_bytes
+        given_id, reply_to = messages.envelope_of(message.payload, limit_bytes=limit_bytes)
+        request_id = given_id or _id_from(message.correlation) or make_id()
         topic = self._topics.response(request_id)
         try:
             request, topic = self._read(message, topic)
@@ -230,13 +265,18 @@ class Daemon:
                 answer_topic=topic,
                 correlation=message.correlation,
                 expiry_s=message.expiry_s,
+                topic_made=topic == self._topics.response(request_id) and given_id is None,
                 delivery=message.delivery,
                 moment=clock.now(),
             )
         except PromptError as error:
             self._mqtt.counters[f"refused_{error.status}"] += 1
-            log.info("prompt refused request=%s code=%s", request_id, error.code)
-            self._refuse(message, request_id, topic, error)
+            log.info("prompt refused request=%s code=%s reason=%r", request_id, error.code, error.message)
+            self._refuse(message, request_id, reply_to, error)
+            return
+        except Exception:
+            log.exception("prompt failed request=%s bytes=%d", request_id, len(message.payload))
+            self._refuse(message, request_id, reply_to, ModelFailed("the agent failed on this request"))
             return
         if acceptance.new:
             log.info("prompt accepted request=%s row=%d", request_id, acceptance.row)
@@ -260,15 +300,21 @@ class Daemon:
             named = self._topics.check_answer_topic(request.reply_to)
         return request, named or topic
 
-    def _refuse(self, message: Inbound, request_id: str, topic: str, error: PromptError) -> None:
+    def _refuse(self, message: Inbound, request_id: str, reply_to: str | None, error: PromptError) -> None:
+        """Says why, where the client waits for it if that is allowed."""
         form = messages.form_of(message.payload)
+        topic = self._topics.response(request_id)
         with contextlib.suppress(BadRequest):
-            topic = self._topics.check_answer_topic(message.response_topic or topic)
+            topic = self._topics.check_answer_topic(message.response_topic or reply_to or topic)
         correlation = message.correlation
         if correlation is not None and len(correlation) > MAX_CORRELATION_BYTES:
             correlation = None
         self._mqtt.refuse(
-            topic=topic, correlation=correlation, form=form, answer=Answer.of_error(request_id, form, error)
+            topic=topic,
+            correlation=correlation,
+            form=form,
+            answer=Answer.of_error(request_id, form, error),
+            delivery=message.delivery,
         )
 
     def _on_cancel(self, message: Inbound) -> None:
@@ -294,6 +340,18 @@ class Daemon:
         if not message.retained:
             self._updates.check_now()
 
+    def _on_desired(self, message: Inbound) -> None:
+        """What a fleet's operator wants here; retained, so it comes again with each connection."""
+        uris = {name: model.uri for name, model in self._settings.models.items()}
+        try:
+            desired = choice.parse_desired(message.payload, uris=uris)
+        except choice.BadDesired as error:
+            self._desired_problem = str(error)
+            log.warning("desired state refused reason=%r", str(error))
+            return
+        self._desired_problem = ""
+        self._updates.desire(desired)
+
     # --- The control socket ----------------------------------------------------------------------------
 
     def _on_status(self, call: Call) -> None:
@@ -312,16 +370,17 @@ class Daemon:
         request = messages.parse(body, limit_bytes=self._settings.limits.payload_bytes)
         self._probes.serve(call, request, self._intake)
 
-    def _on_pull(self, call: Call) -> None:
-        """Brings one model, or all, up to date; progress goes to the client."""
-        asked = call.request.get("model")
-        if asked is not None and asked not in self._lifecycles:
-            raise UnknownModel(f"no model is called {asked!r} here; there are {', '.join(self._lifecycles)}")
-        results = [
-            pulled(self._updates.check(name, lambda event: call.send("progress", progress=dict(event))))
-            for name in ([asked] if asked else self._lifecycles)
-        ]
-        call.send("done", results=results)
+    def _on_models(self, call: Call) -> None:
+        """An operation on the cache; progress goes to the client."""
+        fields = call.request
+        result = run_operation(
+            self._operations,
+            str(fields.get("do")),
+            name=fields.get("name"),
+            version=fields.get("version"),
+            on_event=lambda event: call.send("progress", progress=dict(event)),
+        )
+        call.send("done", result=result)
 
     # --- Status and metrics ----------------------------------------------------------------------------
 
@@ -332,6 +391,7 @@ class Daemon:
         for model, entry in zip(self._lifecycles.values(), document["models"], strict=True):
             entry.update(model.versions())
             entry["update_problem"] = self._updates.problems.get(model.name, "")
+            entry["progress"] = self._updates.progress.get(model.name)
         return {
             **document,
             "cache": {
@@ -348,6 +408,7 @@ class Daemon:
                 "host": settings.mqtt.host,
                 "port": settings.mqtt.port,
                 "connected": self._mqtt.connected,
+                "problem": self._mqtt.problem,
             },
             "troubles": list(self._troubles()),
         }
@@ -364,24 +425,30 @@ class Daemon:
             log.info("status %s %s", document["state"], self._headline())
             self._notifier.status(self._headline())
         self._published, self._status_at_s = text, now_s + STATUS_INTERVAL_S
-        self._mqtt.set_status(messages.encode(document))
+        self._mqtt.set_retained(self._topics.status, messages.encode(document))
+        self._mqtt.set_retained(self._topics.reported, messages.encode(self._reported(document)))
+
+    def _reported(self, document: dict[str, Any]) -> dict[str, Any]:
+        """`model/reported`: what runs, and why it is not what was desired."""
+        keys = ("uri", "version", "digest", "flavor", "state", "reason")
+        models = {}
+        for model in document["models"]:
+            reason = model["reason"] or self._updates.problems.get(model["name"], "") or self._desired_problem
+            models[model["name"]] = {**{key: model[key] for key in keys}, "reason": reason}
+        return {"models": models}
 
     def _encode_status(self, state: str) -> bytes:
         return messages.encode(self._status_document(state))
 
     def _status_document(self, state: str) -> dict[str, Any]:
         self._seq += 1
-        try:
-            depth = self._journal.depth()
-        except JournalUnavailable:
-            depth = -1
         return {
             "state": state,
             "time": int(time.time()),
             "boot_id": self._boot_id,
             "seq": self._seq,
             "agent_version": edge_agent.__version__,
-            "queue_depth": max(0, depth),
+            "queue_depth": self._depth(),
             "models": [
                 {
                     **life.status(),
@@ -391,11 +458,25 @@ class Daemon:
             ],
         }
 
+    def _model_document(self, name: str, lifecycle: ModelLifecycle) -> dict[str, Any]:
+        document = lifecycle.status()
+        if lifecycle.serving is Serving.ABSENT and self._ready:
+            document["reason"] = self._updates.problems.get(name) or document["reason"]
+        return {**document, "tokens_per_s": self._dispatchers[name].tokens_per_s if self._ready else None}
+
+    def _depth(self) -> int:
+        try:
+            return self._journal.depth()
+        except JournalUnavailable:  # it is in the status
+            return 0
+
     def _state(self) -> str:
         default = next(iter(self._lifecycles.values()), None)
         if not self._ready:
             return "starting"
         if default is None or default.serving is Serving.FAILED or next(self._troubles(), None):
+            return "degraded"
+        if default.serving is Serving.ABSENT and self._updates.problems.get(default.name):
             return "degraded"
         return "ready" if default.serving in (Serving.READY, Serving.IDLE) else "starting"
 
@@ -403,11 +484,14 @@ class Daemon:
         """What somebody should look at, though prompts are answered."""
         if self._journal.trouble:
             yield f"journal: {self._journal.trouble}"
+        if self._rebuilt:
+            yield f"cache: state.json was rebuilt ({self._rebuilt})"
         if self._settings.trust.allow_unsigned_code:
             yield "trust.allow_unsigned_code is on"
-        for life in self._lifecycles.values():
-            for key, reason in life.quarantined.items():
-                yield f"model {life.name}: version {key} is in quarantine: {reason}"
+        if self._desired_problem:
+            yield f"model/desired: {self._desired_problem}"
+        for name, key, reason in quarantined(self._lifecycles):
+            yield f"model {name}: version {key} is in quarantine: {reason}"
 
     def _headline(self) -> str:
         parts = [f"{life.name}={life.serving}" for life in self._lifecycles.values()]
@@ -417,11 +501,29 @@ class Daemon:
         return {
             "time": int(time.time()),
             "boot_id": self._boot_id,
-            "queue_depth": self._journal.depth() if not self._journal.trouble else 0,
+            "queue_depth": self._depth(),
             "answered": {name: dispatcher.answered for name, dispatcher in self._dispatchers.items()},
             "answers_dropped": self._journal.dropped_answers,
             "counters": dict(self._mqtt.counters),
         }
+
+
+def _only_daemon(state_dir: Path) -> int:
+    """Takes the state directory for this process; the kernel lets go when it ends. Gives the lock's descriptor.
+
+    Raises:
+        DaemonRunning: another daemon has it. It must be known before the journal is opened: opening takes up
+            again what a dead daemon left, and that one is not dead.
+    """
+    descriptor = os.open(state_dir / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise DaemonRunning(
+            f"another daemon works in {state_dir}", remedy="stop it first, or give this one another state_dir"
+        ) from error
+    return descriptor
 
 
 def _id_from(correlation: bytes | None) -> str | None:

@@ -175,10 +175,28 @@ class RunnerError(EdgeAgentError):
     code = "runner_failed"
 
 
+class LoadFailed(RunnerError):
+    """The model itself does not load: the runner said so, and ended."""
+
+    code = "load_failed"
+
+
 class PublishError(EdgeAgentError):
     """A folder cannot be packaged or registered."""
 
     code = "publish_failed"
+
+
+class DaemonRunning(EdgeAgentError):
+    """Another daemon works in this state directory, or listens on this control socket."""
+
+    code = "daemon_running"
+
+
+class ControlSocketError(EdgeAgentError):
+    """The control socket cannot be made."""
+
+    code = "control_socket_failed"
 
 
 class DaemonNotRunning(EdgeAgentError):

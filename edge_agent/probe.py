@@ -118,6 +118,7 @@ def _generate(
                     first_s=first_s if first_s is not None else ended_s,
                     ended_s=ended_s,
                     tokens=item.usage.get("completion_tokens", 0),
+                    measured=item.timings,
                 ),
             )
         first_s = time.monotonic() if first_s is None else first_s

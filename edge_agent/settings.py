@@ -63,7 +63,7 @@ class ModelSettings(_Section):
     """One model that this device serves."""
 
     uri: str = Field(description="models:/NAME@ALIAS or models:/NAME/VERSION")
-    fallback: str = Field(default="", description="served when this model cannot run here")
+    fallback: str = Field(default="", description="checked, not yet in use")
     context_tokens: int = Field(
         default=2048, ge=16, le=1 << 20, description="tokens of prompt and answer together"
     )
@@ -72,6 +72,9 @@ class ModelSettings(_Section):
     )
     system: str = Field(default="", max_length=32_768, description="system prompt for requests without one")
     preload: bool = Field(default=True, description="load at start; READY waits for it")
+    min_tokens_per_s: float = Field(
+        default=0, ge=0, le=1e6, description="a new version below it is reported; 0: none"
+    )
     idle_unload_s: float = Field(
         default=0, ge=0, le=10 * 365 * 86_400, description="unload when idle; 0: never"
     )
@@ -154,7 +157,7 @@ class LimitSettings(_Section):
 
     queue_depth: int = Field(default=32, ge=1, le=100_000, description="prompts waiting and running")
     payload_bytes: int = Field(default=102_400, ge=256, le=1 << 24, description="of one request")
-    deadline_s: Seconds = Field(default=120, description="for a prompt that names none, and at most")
+    deadline_s: Seconds = Field(default=120, description="for a prompt that names none")
 
 
 class TrustSettings(_Section):
@@ -171,10 +174,8 @@ class TrustSettings(_Section):
 class InferenceSettings(_Section):
     """How models run."""
 
-    threads: int = Field(
-        default=0, ge=0, le=1024, description="0: measured once on this host, and remembered"
-    )
-    memory_limit_bytes: Bytes = Field(default=0, description="0: what the host and its cgroup allow")
+    threads: int = Field(default=0, ge=0, le=1024, description="for one operation; 0: the library's choice")
+    memory_limit_bytes: Bytes = Field(default=0, description="a new version above it is reported; 0: none")
     drain_s: Seconds = Field(default=20, description="at SIGTERM, for the running prompt")
 
 
@@ -397,4 +398,4 @@ def _describe(error: ValidationError, path: Path | None) -> str:
             else detail["msg"].removeprefix("Value error, ")
         )
         lines.append(f"{key}: {message}")
-    return f"{path or 'settings'}: " + "; ".join(lines)
+    return f"{path or 'no settings file'} and EDGE_AGENT_* variables: " + "; ".join(lines)

@@ -94,7 +94,9 @@ def print_status(status: Mapping[str, Any]) -> None:
     )
     for trouble in status.get("troubles", []):
         print(f"look at   {trouble}")
-    print(f"broker    {'connected' if broker['connected'] else 'not connected'}")
+    problem = f": {broker['problem']}" if broker.get("problem") else ""
+    place = f"{broker['host']}:{broker['port']}"
+    print(f"broker    {place} {'connected' if broker['connected'] else f'not connected{problem}'}")
     print(f"registry  {registry['uri'] or 'none'}   {_reach(registry)}")
     print(f"cache     {human_bytes(cache['bytes'])} of {human_bytes(cache['quota_bytes'])}, "
           f"{human_bytes(cache['free_bytes'])} free on the disk")  # fmt: skip

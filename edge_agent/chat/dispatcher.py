@@ -10,6 +10,9 @@ meanwhile (cancelled, too late) is abandoned, and what its runner still says is 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
 import threading
 import time
@@ -21,7 +24,14 @@ from typing import Any, Protocol
 from edge_agent.chat import messages
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.journal import Answer, Journal, Prompt, Source
-from edge_agent.errors import DeadlineExceeded, JournalUnavailable, ModelFailed, PromptError, RunnerError
+from edge_agent.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    JournalUnavailable,
+    ModelFailed,
+    PromptError,
+    RunnerError,
+)
 from edge_agent.runner.protocol import Delta, Done
 
 log = logging.getLogger(__name__)
@@ -52,6 +62,9 @@ class Lease(Protocol):
     @property
     def version(self) -> int: ...
 
+    @property
+    def blame(self) -> Callable[[bytes], None]: ...
+
 
 class Host(Protocol):
     """Where runners come from: the model's lifecycle."""
@@ -59,6 +72,10 @@ class Host(Protocol):
     def lease(self) -> AbstractContextManager[Lease | None]: ...
 
     def wait_for_change(self, timeout_s: float) -> None: ...
+
+    def wanted_now(self) -> bool: ...
+
+    def unload_when_idle(self) -> None: ...
 
 
 class Outlet(Protocol):
@@ -76,12 +93,14 @@ class _Run:
     prompt: Prompt
     runner: Runner
     version: int
+    blame: Callable[[bytes], None]
     started_boot_s: float
     first_boot_s: float | None = None
     text: list[str] = field(default_factory=list)
     pending: list[str] = field(default_factory=list)
     seq: int = 0
     sent_boot_s: float = 0.0
+    abandoned: threading.Event = field(default_factory=threading.Event)
 
     @property
     def name(self) -> str:
@@ -132,9 +151,13 @@ class Dispatcher:
 
     def step(self) -> None:
         """Runs one prompt, or waits a little for a runner or a prompt."""
+        self._work.clear()
+        if not self._host.wanted_now() and not self._waiting():
+            self._host.unload_when_idle()
+            self._work.wait(_WAIT_S)
+            return
         with self._host.lease() as lease:
             if lease is not None:
-                self._work.clear()
                 prompt = self._claim()
                 if prompt is not None:
                     self._serve(prompt, lease)
@@ -142,6 +165,7 @@ class Dispatcher:
         if lease is None:
             self._host.wait_for_change(_WAIT_S)
         else:
+            self._host.unload_when_idle()
             self._work.wait(_WAIT_S)
 
     def notify(self) -> None:
@@ -153,19 +177,31 @@ class Dispatcher:
         with self._lock:
             run = self._run
         if run is not None and run.prompt.row == row:
+            run.abandoned.set()
             run.runner.cancel(run.name)
 
-    def drain(self, timeout_s: float) -> None:
-        """Takes no more prompts; gives the running one `timeout_s`, then puts it back into the queue."""
+    def stop_claiming(self) -> None:
+        """Takes no more prompts."""
         self._stopping.set()
         self._work.set()
+
+    def drain(self, timeout_s: float) -> None:
+        """Gives the running prompt `timeout_s`, then puts it back into the queue."""
+        self.stop_claiming()
         deadline_s = time.monotonic() + timeout_s
         while (run := self._run) is not None and time.monotonic() < deadline_s:
             time.sleep(0.02)
         if run is not None:
             log.warning("prompt put back request=%s model=%s", run.prompt.id, self.model)
-            self._journal.release(run.prompt.row)
+            with contextlib.suppress(JournalUnavailable):  # it counts as a death then, and runs again
+                self._journal.release(run.prompt.row)
             run.runner.cancel(run.name)
+
+    def _waiting(self) -> bool:
+        try:
+            return self._journal.waiting(self.model)
+        except JournalUnavailable:
+            return False
 
     def _claim(self) -> Prompt | None:
         if self._stopping.is_set():
@@ -177,11 +213,18 @@ class Dispatcher:
 
     def _serve(self, prompt: Prompt, lease: Lease) -> None:
         run = _Run(
-            prompt=prompt, runner=lease.runner, version=lease.version, started_boot_s=self._now().boot_s
+            prompt=prompt,
+            runner=lease.runner,
+            version=lease.version,
+            blame=lease.blame,
+            started_boot_s=self._now().boot_s,
         )
         with self._lock:
             self._run = run
         try:
+            # Cancelled, or too late, between the claim and the line above: nobody has told this run.
+            if not self._journal.running(prompt.row):
+                run.abandoned.set()
             answer = self._generate(run)
             self._commit(run, answer)
         finally:
@@ -193,13 +236,19 @@ class Dispatcher:
         try:
             return self._complete(run)
         except RunnerError as error:
+            run.blame(_digest(run.prompt.document))
             log.warning("runner failed request=%s model=%s error=%r", run.prompt.id, self.model, str(error))
             return self._refuse(run, ModelFailed("the model's process failed while it answered this prompt"))
         except PromptError as error:
             return self._refuse(run, error)
+        except Exception:
+            log.exception("prompt failed request=%s model=%s", run.prompt.id, self.model)
+            return self._refuse(run, ModelFailed("the agent failed on this prompt"))
 
     def _complete(self, run: _Run) -> Answer:
         prompt = run.prompt
+        if run.abandoned.is_set():
+            raise Cancelled("answered before it could start")
         remaining_s = prompt.deadline_boot_s - self._now().boot_s
         if remaining_s <= 0:
             raise DeadlineExceeded("the deadline passed before the prompt could start")
@@ -213,6 +262,11 @@ class Dispatcher:
         for item in run.runner.generate(run.name, self._defaults(prompt.document), timeout_s=remaining_s):
             if isinstance(item, Done):
                 return self._finish(run, item)
+            if (
+                run.abandoned.is_set()
+            ):  # a cancel that came before the runner had the prompt did nothing there
+                run.runner.cancel(run.name)
+                continue
             self._on_text(run, item.text)
         raise ModelFailed("the model gave no answer")
 
@@ -234,6 +288,7 @@ class Dispatcher:
             first_s=run.first_boot_s if run.first_boot_s is not None else ended_s,
             ended_s=ended_s,
             tokens=done.usage.get("completion_tokens", 0),
+            measured=done.timings,
         )
         self._send_chunk(run, done.finish_reason)
         self.service_s += 0.2 * (ended_s - run.started_boot_s - self.service_s)
@@ -260,7 +315,7 @@ class Dispatcher:
         return {"status": str(status), "model": self.model, "version": str(run.version)}
 
     def _send_chunk(self, run: _Run, finish_reason: str | None) -> None:
-        if not run.prompt.stream:
+        if not run.prompt.stream or run.abandoned.is_set():
             return
         document = messages.chunk(
             request_id=run.prompt.id,
@@ -294,3 +349,8 @@ class Dispatcher:
         if counted:
             self.answered += 1
             self._outlets[run.prompt.source].answered(run.prompt.row)
+
+
+def _digest(document: dict[str, Any]) -> bytes:
+    """Tells one prompt from another without keeping its text."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()

@@ -74,6 +74,7 @@ class Intake:
         answer_topic: str,
         correlation: bytes | None,
         expiry_s: float | None,
+        topic_made: bool,
         delivery: Delivery | None,
         moment: Moment,
     ) -> Acceptance:
@@ -83,12 +84,13 @@ class Intake:
             request_id: the client's id or one that was made for it.
             body: the message as it came: a repeat must be equal to it.
             correlation: the client's Correlation Data, or None.
+            topic_made: the client named no answer topic.
             expiry_s: what is left of the message's expiry interval, or None.
 
         Raises:
             PromptError: refused; nothing is remembered.
         """
-        model = self._model(request.model)
+        model, refusal = self._model(request.model)
         deadlines_s = [expiry_s, request.deadline_ms / 1000 if request.deadline_ms is not None else None]
         deadline_s = min((given for given in deadlines_s if given is not None), default=self._deadline_s)
         acceptance = self._journal.accept(
@@ -105,10 +107,12 @@ class Intake:
                 correlation=correlation,
                 deadline_s=deadline_s,
                 delivery=delivery,
+                topic_made=topic_made,
             ),
             moment=moment,
             queue_depth=self._queue_depth,
             retry_after_ms=self._retry_after_ms(model),
+            refusal=refusal,
         )
         if acceptance.new:
             self._workers[model].notify()
@@ -141,7 +145,8 @@ class Intake:
         self._on_answer(prompt.source, row)
         return True
 
-    def _model(self, asked: str | None) -> str:
+    def _model(self, asked: str | None) -> tuple[str, NoModel | None]:
+        """The configured name, and why it cannot take anything new now."""
         name = asked if asked is not None else next(iter(self._models), None)
         if name is None:
             raise NoModel("no model is configured", remedy="add a [models.NAME] table to the settings")
@@ -149,8 +154,10 @@ class Intake:
         if view is None:
             raise UnknownModel(f"no model is called {name!r} here; there are {', '.join(self._models)}")
         if not view.available:
-            raise NoModel(f"model {name!r} cannot answer now: {view.reason or 'no version is in the cache'}")
-        return name
+            return name, NoModel(
+                f"model {name!r} cannot answer now: {view.reason or 'no version is in the cache'}"
+            )
+        return name, None
 
     def _retry_after_ms(self, model: str) -> int:
         """About when one place in the queue is free: the measured time of one prompt."""

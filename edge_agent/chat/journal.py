@@ -75,6 +75,7 @@ class Arrival:
         body_sha256: of the message's body as it came.
         document: what the runner gets.
         deadline_s: seconds from now.
+        topic_made: the client named no answer topic; a redelivery then comes with another made one.
     """
 
     id: str
@@ -89,6 +90,7 @@ class Arrival:
     correlation: bytes | None
     deadline_s: float
     delivery: Delivery | None = None
+    topic_made: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ CREATE TABLE IF NOT EXISTS prompts(
   row INTEGER PRIMARY KEY AUTOINCREMENT,
   id TEXT NOT NULL, identity BLOB, body_sha256 BLOB NOT NULL,
   source TEXT NOT NULL, model TEXT NOT NULL, document TEXT NOT NULL, form TEXT NOT NULL, stream INTEGER NOT NULL,
-  answer_topic TEXT NOT NULL, correlation BLOB, session TEXT, mid INTEGER,
+  answer_topic TEXT NOT NULL, topic_made INTEGER NOT NULL, correlation BLOB, session TEXT, mid INTEGER,
   state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
   boot_id TEXT NOT NULL, accepted_boot_s REAL NOT NULL, accepted_wall_s REAL NOT NULL, deadline_boot_s REAL NOT NULL,
   answer BLOB, properties TEXT, answered_boot_id TEXT, answered_boot_s REAL, answered_wall_s REAL
@@ -185,7 +187,11 @@ class Journal:
         self._reserve = path.with_name(path.name + ".reserve")
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._db = _open_or_salvage(path)
+            try:
+                self._db = _open_or_salvage(path)
+            except sqlite3.OperationalError:  # a full disk has room for the answers in the reserve
+                self._reserve.unlink(missing_ok=True)
+                self._db = _open_or_salvage(path)
         except (sqlite3.Error, OSError) as error:
             raise JournalUnavailable(f"journal {path} cannot be opened: {error}") from error
         self._keep_reserve()
@@ -196,13 +202,23 @@ class Journal:
             self._db.close()
 
     def accept(
-        self, arrival: Arrival, *, moment: Moment, queue_depth: int, retry_after_ms: int
+        self,
+        arrival: Arrival,
+        *,
+        moment: Moment,
+        queue_depth: int,
+        retry_after_ms: int,
+        refusal: PromptError | None = None,
     ) -> Acceptance:
         """Commits a prompt, or finds the one that it repeats.
 
         A repeat of a finished prompt puts its answer back into the outbox, byte for byte.
 
+        Args:
+            refusal: why nothing new may be accepted now (no model); a repeat is recognised all the same.
+
         Raises:
+            PromptError: `refusal`, and the prompt is new.
             IdReused: the identity is known with another body.
             QueueFull: `queue_depth` prompts wait or run already.
             JournalUnavailable: nothing can be committed now.
@@ -217,6 +233,8 @@ class Journal:
                     db.execute("UPDATE prompts SET state=? WHERE row=?", (State.ANSWERED, row))
                     state = State.ANSWERED
                 return Acceptance(row=row, new=False, state=state)
+            if refusal is not None:
+                raise refusal
             if not self._keep_reserve():
                 raise JournalUnavailable("the disk is full", remedy="free some space on the agent's disk")
             depth = _count_unanswered(db)
@@ -227,15 +245,34 @@ class Journal:
     def claim(self, model: str) -> Prompt | None:
         """The oldest waiting prompt of a model, its attempt committed; None when none waits."""
         with self._transaction() as db:
-            found = db.execute(
-                "SELECT * FROM prompts WHERE state=? AND model=? ORDER BY row LIMIT 1", (State.QUEUED, model)
-            ).fetchone()
-            if found is None:
-                return None
-            db.execute(
-                "UPDATE prompts SET state=?, attempts=attempts+1 WHERE row=?", (State.RUNNING, found["row"])
-            )
-            return _prompt(found, state=State.RUNNING, attempts=found["attempts"] + 1)
+            for found in db.execute(
+                "SELECT * FROM prompts WHERE state=? AND model=? ORDER BY row", (State.QUEUED, model)
+            ).fetchall():
+                db.execute(
+                    "UPDATE prompts SET state=?, attempts=attempts+1 WHERE row=?",
+                    (State.RUNNING, found["row"]),
+                )
+                try:
+                    return _prompt(found, state=State.RUNNING, attempts=found["attempts"] + 1)
+                except (ValueError, TypeError):  # carried over from a damaged file, and damaged itself
+                    log.warning("prompt unreadable row=%s", found["row"])
+                    db.execute("DELETE FROM prompts WHERE row=?", (found["row"],))
+            return None
+
+    def waiting(self, model: str) -> bool:
+        """True when a prompt of this model waits."""
+        with self._transaction() as db:
+            query = "SELECT 1 FROM prompts WHERE state=? AND model=? LIMIT 1"
+            return db.execute(query, (State.QUEUED, model)).fetchone() is not None
+
+    def running(self, row: int) -> bool:
+        """True when a prompt is claimed and has no answer yet; True too when nobody can tell."""
+        try:
+            with self._transaction() as db:
+                found = db.execute("SELECT state FROM prompts WHERE row=?", (row,)).fetchone()
+        except JournalUnavailable:
+            return True
+        return found is not None and found["state"] == State.RUNNING
 
     def release(self, row: int) -> None:
         """Puts a running prompt back into the queue, its attempt not counted: an orderly stop is no death."""
@@ -342,10 +379,13 @@ class Journal:
             JournalUnavailable: it cannot be opened; the next call tries again.
         """
         with self._lock:
-            if not self._damaged:
+            if not self._damaged and self.path.exists():
                 return
+            if not self.path.exists():
+                log.warning("journal removed path=%s: what it held is lost", self.path)
             try:
                 self._db.close()
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._db = _open_or_salvage(self.path)
             except (sqlite3.Error, OSError) as error:
                 raise JournalUnavailable(f"journal {self.path} cannot be opened: {error}") from error
@@ -354,12 +394,23 @@ class Journal:
 
     def prune(self, *, moment: Moment, ttl_s: float) -> None:
         """Forgets old answers, by age, number and bytes; undelivered ones that go are counted."""
+        self._keep_reserve()
         with self._transaction() as db:
+            # The wall clock of a device without a battery becomes right after the boot: what this boot wrote
+            # with a wrong one is put right, so that the next boot can tell its age.
+            db.execute(
+                "UPDATE prompts SET answered_wall_s = ? - (? - answered_boot_s) WHERE answered_boot_id=?",
+                (moment.wall_s, moment.boot_s, moment.boot_id),
+            )
+            db.execute(
+                "UPDATE prompts SET accepted_wall_s = ? - (? - accepted_boot_s) WHERE boot_id=? AND answer IS NULL",
+                (moment.wall_s, moment.boot_s, moment.boot_id),
+            )
             rows = db.execute(
                 "SELECT row, state, answered_boot_id, answered_boot_s, answered_wall_s,"
                 " length(answer) + length(document) + 512 AS bytes FROM prompts WHERE state IN (?, ?)"
-                " ORDER BY answered_wall_s DESC, row DESC",
-                (State.ANSWERED, State.DELIVERED),
+                " ORDER BY state=? DESC, answered_wall_s DESC, row DESC",
+                (State.ANSWERED, State.DELIVERED, State.ANSWERED),
             ).fetchall()
             kept_bytes = 0
             for position, row in enumerate(rows):
@@ -376,14 +427,25 @@ class Journal:
                 ):
                     db.execute("DELETE FROM prompts WHERE row=?", (row["row"],))
                     self.dropped_answers += row["state"] == State.ANSWERED
-        with self._lock:
-            self._db.execute("PRAGMA incremental_vacuum(256)").fetchall()
+        with (
+            self._lock,
+            contextlib.suppress(sqlite3.Error),
+        ):  # gives pages back when it can; nothing depends on it
+            self._db.executescript("PRAGMA incremental_vacuum(256)")
+
+    def note(self, key: str) -> str:
+        """Something small to remember over restarts; empty when it was never noted."""
+        with self._transaction() as db:
+            found = db.execute("SELECT value FROM meta WHERE key=?", (key,)).fetchone()
+        return str(found["value"]) if found else ""
+
+    def set_note(self, key: str, value: str) -> None:
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta(key, value) VALUES(?, ?)", (key, value))
 
     def broker_session(self) -> str:
         """Name of the broker session that mids belong to."""
-        with self._transaction() as db:
-            found = db.execute("SELECT value FROM meta WHERE key='broker_session'").fetchone()
-        return str(found["value"]) if found else ""
+        return self.note("broker_session")
 
     def begin_broker_session(self, name: str) -> None:
         """The broker has forgotten our session: mids of the old one mean nothing any more."""
@@ -432,9 +494,15 @@ class Journal:
             found = db.execute("SELECT * FROM prompts WHERE identity=?", (arrival.identity,)).fetchone()
         elif delivery is not None and delivery.redelivered:
             found = db.execute(
-                "SELECT * FROM prompts WHERE session=? AND mid=? AND answer_topic=? AND body_sha256=?"
-                " AND identity IS NULL",
-                (delivery.session, delivery.mid, arrival.answer_topic, arrival.body_sha256),
+                "SELECT * FROM prompts WHERE session=? AND mid=? AND body_sha256=? AND identity IS NULL"
+                " AND (answer_topic=? OR (topic_made AND ?))",
+                (
+                    delivery.session,
+                    delivery.mid,
+                    arrival.body_sha256,
+                    arrival.answer_topic,
+                    arrival.topic_made,
+                ),
             ).fetchone()
         if delivery is not None and not delivery.redelivered:
             # A mid that comes with something new was acked: it recognises nothing old any more.
@@ -478,10 +546,11 @@ class Journal:
         if self.trouble is None:
             log.warning("journal failed path=%s error=%s", self.path, error)
         self.trouble = str(error)
-        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):  # over a disk quota, SQLite says I/O error
             with contextlib.suppress(OSError):
                 self._reserve.unlink(missing_ok=True)
-        self._damaged = self._damaged or getattr(error, "sqlite_errorcode", None) in _DAMAGED
+        self._damaged = self._damaged or code in _DAMAGED
 
     def _keep_reserve(self) -> bool:
         """Space that is given up when the disk is full, so that accepted prompts can still be answered.
@@ -595,11 +664,12 @@ def _insert(db: sqlite3.Connection, arrival: Arrival, moment: Moment) -> int:
     delivery = arrival.delivery
     cursor = db.execute(
         "INSERT INTO prompts(id, identity, body_sha256, source, model, document, form, stream, answer_topic,"
-        " correlation, session, mid, state, boot_id, accepted_boot_s, accepted_wall_s, deadline_boot_s)"
-        " VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        " topic_made, correlation, session, mid, state, boot_id, accepted_boot_s, accepted_wall_s, deadline_boot_s)"
+        " VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             arrival.id, arrival.identity, arrival.body_sha256, arrival.source, arrival.model,
-            json.dumps(arrival.document), arrival.form, arrival.stream, arrival.answer_topic, arrival.correlation,
+            json.dumps(arrival.document), arrival.form, arrival.stream, arrival.answer_topic,
+            arrival.topic_made, arrival.correlation,
             delivery.session if delivery else None, delivery.mid if delivery else None, State.QUEUED,
             moment.boot_id, moment.boot_s, moment.wall_s, moment.boot_s + arrival.deadline_s,
         ),

@@ -10,9 +10,8 @@ Refuses what it does not know, by name: an ignored field is a wrong answer later
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NoReturn
@@ -22,6 +21,7 @@ from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 ROLES = ("system", "user", "assistant")
 
+MAX_DEPTH = 64
 MAX_MESSAGES = 256
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
@@ -117,14 +117,17 @@ def form_of(payload: bytes) -> Form:
     return Form.JSON if payload.lstrip(_BLANK).startswith(b"{") else Form.TEXT
 
 
-def request_id_of(payload: bytes) -> str | None:
-    """The `id` of a JSON request that `parse` refuses for another reason, where one can be read."""
+def envelope_of(payload: bytes, *, limit_bytes: int) -> tuple[str | None, str | None]:
+    """`id` and `reply_to` of a JSON request that `parse` may refuse for another reason, where they can be read."""
+    if len(payload) > limit_bytes or form_of(payload) is Form.TEXT:
+        return None, None
     try:
         document = json.loads(payload.decode("utf-8"))
     except (ValueError, RecursionError):
-        return None
-    value = document.get("id") if isinstance(document, dict) else None
-    return value if isinstance(value, str) and ID_PATTERN.fullmatch(value) else None
+        return None, None
+    request_id, reply_to = document.get("id"), document.get("reply_to")
+    good_id = isinstance(request_id, str) and ID_PATTERN.fullmatch(request_id)
+    return request_id if good_id else None, reply_to if isinstance(reply_to, str) else None
 
 
 def completion(
@@ -173,15 +176,25 @@ def chunk(
 
 
 def timings(
-    *, queued_s: float, started_s: float, first_s: float, ended_s: float, tokens: int
+    *,
+    queued_s: float,
+    started_s: float,
+    first_s: float,
+    ended_s: float,
+    tokens: int,
+    measured: Mapping[str, float],
 ) -> dict[str, float]:
     """The `timings` of a completion, from moments in seconds on one clock.
 
     Args:
         queued_s, started_s, first_s, ended_s: prompt accepted, taken up, first text, end.
         tokens: completion tokens; the rate leaves the first one out, it is prefill's.
+        measured: the model's own times in milliseconds; `total_ms` and `first_token_ms` give a better rate than
+            the moments here, between which a whole short answer may arrive at once.
     """
     decode_s = ended_s - first_s
+    if "total_ms" in measured and "first_token_ms" in measured:
+        decode_s = (measured["total_ms"] - measured["first_token_ms"]) / 1000
     return {
         "queue_ms": round(max(0.0, started_s - queued_s) * 1000, 1),
         "first_token_ms": round(max(0.0, first_s - queued_s) * 1000, 1),
@@ -227,6 +240,20 @@ def encode_answer(document: dict[str, Any], form: Form) -> bytes:
 # --- Parsing, field by field ---------------------------------------------------------------------------
 
 
+def _depth(value: object) -> int:
+    """Levels of nesting, counted without recursion: what is deep must not break who reads it later."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            item
+            for container in level
+            if isinstance(container, dict | list)
+            for item in (container.values() if isinstance(container, dict) else container)
+        ]
+    return depth
+
+
 def _load_json(text: str) -> dict[str, Any]:
     try:
         document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
@@ -237,6 +264,8 @@ def _load_json(text: str) -> dict[str, Any]:
         raise BadRequest(f"the request is not JSON{where}") from error
     if not isinstance(document, dict):
         raise BadRequest("it is not a JSON object")
+    if _depth(document) > MAX_DEPTH:
+        raise BadRequest(f"the request is nested more than {MAX_DEPTH} levels deep")
     return document
 
 
@@ -324,7 +353,7 @@ def _stops(name: str, value: object) -> list[str]:
 
 def _number(low: float, high: float, *, above: bool = False) -> Callable[[str, object], float]:
     def check(name: str, value: object) -> float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool)
         if not good or not low <= value <= high or (above and value == low):  # type: ignore[operator]
             raise BadRequest(f"{name} must be a number {'above' if above else 'from'} {low:g} to {high:g}")
         return float(value)  # type: ignore[arg-type]

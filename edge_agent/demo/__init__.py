@@ -242,13 +242,15 @@ def _print_result(result: dict[str, Any]) -> None:
 
 
 def _stay(config: Path, port: int) -> None:
+    own = sys.argv[0] if Path(sys.argv[0]).name == "edge-agent" else f"{sys.executable} -m edge_agent"
+    client = shutil.which("mosquitto_rr", path=settings_module.search_path()) or "mosquitto_rr"
     print(
         f"""
 Still running. Ask more from another terminal, until you press Ctrl-C here:
 
-  edge-agent --config {config} probe "What is the capital of Nepal?"
-  edge-agent --config {config} status
-  mosquitto_rr -V 5 -p {port} -t edge/v1/{DEVICE}/req/chat -e replies/me -m "What is the capital of Japan?"
+  {own} --config {config} probe "What is the capital of Nepal?"
+  {own} --config {config} status
+  {client} -V 5 -p {port} -t edge/v1/{DEVICE}/req/chat -e replies/me -m "What is the capital of Japan?"
 """,
         flush=True,
     )

@@ -1,42 +1,50 @@
 """Fetching one file: from the registry into staging, resumed, paced, retried within bounds, verified.
 
 Flow: what an earlier process left is continued where the server allows it → chunks are written and hashed →
-fsync → size and digest are compared → the part gets its digest as name, still in staging. Refuses more bytes
+size and digest are compared → fsync → the part gets its digest as name, still in staging. Refuses more bytes
 than were promised. A digest that does not fit after a resumed download is tried once more from the start.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from edge_agent.errors import TransportError, VerificationError
 from edge_agent.models import durable
 from edge_agent.models.manifest import MAX_FILE_BYTES, ManifestFile
-from edge_agent.models.registry import CHUNK_BYTES, Package, PastTheEnd, RequestRefused
-from edge_agent.models.staging import Staging
-from edge_agent.models.store import store_error
+from edge_agent.models.registry import (
+    CHUNK_BYTES,
+    MIN_BYTES_PER_TIMEOUT,
+    Changed,
+    Package,
+    PastTheEnd,
+    RequestRefused,
+    Stream,
+)
+from edge_agent.models.staging import Note, Staging
+from edge_agent.models.store import store_errors
 
 MAX_ATTEMPTS = 4
-"""In a row without a single new byte; progress starts the count again."""
+"""In a row that brought next to nothing; progress starts the count again."""
 MAX_RECONNECTS = 1_000
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 8.0
+_NOTE_INTERVAL_S = 0.25
+_MAX_BURST_S = 1.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pace:
     """Bytes that came in so far, and the bandwidth cap. Owned by the sync process's only thread.
 
     Attributes:
         total_bytes: to fetch, as far as known.
         max_bytes_per_s: 0 for no cap.
-        report: called after each chunk.
+        report: called after each chunk; what it raises ends the fetch.
     """
 
     total_bytes: int
@@ -44,11 +52,13 @@ class Pace:
     report: Callable[[Pace], None] = lambda pace: None
     fetched_bytes: int = 0
     resumed_bytes: int = 0
-    started_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._started_at = self._due_at = time.monotonic()
 
     @property
     def bytes_per_s(self) -> float:
-        return self.fetched_bytes / max(time.monotonic() - self.started_at, 1e-3)
+        return self.fetched_bytes / max(time.monotonic() - self._started_at, 1e-3)
 
     @property
     def eta_s(self) -> float | None:
@@ -67,10 +77,112 @@ class Pace:
         """Counts bytes, waits as long as the cap asks for, reports."""
         self.fetched_bytes += count
         if self.max_bytes_per_s:
-            due = self.started_at + self.fetched_bytes / self.max_bytes_per_s
-            if (wait_s := due - time.monotonic()) > 0:
-                time.sleep(wait_s)
+            now = time.monotonic()
+            # What a slow time left unused is not made up for at more than the cap.
+            self._due_at = max(self._due_at, now - _MAX_BURST_S) + count / self.max_bytes_per_s
+            if self._due_at > now:
+                time.sleep(self._due_at - now)
         self.report(self)
+
+
+class _Part:
+    """The bytes of one file that are here, with their running sha256."""
+
+    def __init__(self, staging: Staging, path: str, size_bytes: int, sha256: str | None, pace: Pace) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        self.sha256 = sha256
+        self.file = staging.part(path=path, sha256=sha256)
+        self.have = 0
+        self.resumed_bytes = 0
+        self.joined = False
+        self._staging = staging
+        self._pace = pace
+        self._digest = hashlib.sha256()
+        self._noted_at = 0.0
+
+    @property
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+    @property
+    def fits(self) -> bool:
+        return self.sha256 in (None, self.digest)
+
+    @property
+    def whole(self) -> bool:
+        return self.have == self.size_bytes and self.file.exists()
+
+    @property
+    def etag(self) -> str:
+        return self._staging.note(self.file).etag
+
+    def take_up(self) -> None:
+        """Goes on from what an earlier process left, as far as that can be relied on.
+
+        A part under its digest is checked at the end anyhow. One under its path goes on from what was noted,
+        and its last byte is asked for again, with If-Range: the server has to say that the file is the same.
+        """
+        note = self._staging.note(self.file)
+        try:
+            length = self.file.stat().st_size
+        except FileNotFoundError:
+            return
+        if self.sha256 is None:
+            length = note.length if note.etag and note.length <= length else 0
+        if not 0 < length <= self.size_bytes:
+            return
+        with self.file.open("rb") as file:
+            while self.have < length and (chunk := file.read(min(CHUNK_BYTES, length - self.have))):
+                self._digest.update(chunk)
+                self.have += len(chunk)
+        if self.sha256 is None and (self.digest != note.sha256 or self.have == self.size_bytes):
+            self.start_over()
+            return
+        self.resumed_bytes, self.joined = self.have, True
+        self._pace.resumed_bytes += self.have
+
+    def start_over(self) -> None:
+        """Forgets what is here: the next byte is the file's first."""
+        self._pace.resumed_bytes -= self.resumed_bytes
+        self.have, self.resumed_bytes, self.joined = 0, 0, False
+        self._digest = hashlib.sha256()
+
+    def append(self, stream: Stream) -> None:
+        """Takes a stream's bytes, from where it starts to where it ends."""
+        if stream.start != self.have:
+            self.start_over()
+        self.joined = self.have > 0
+        with durable.extending(self.file, length=self.have) as write:
+            self._note(stream.etag)
+            for block in stream.chunks:
+                for start in range(0, len(block), self._pace.chunk_bytes):
+                    chunk = block[start : start + self._pace.chunk_bytes]
+                    if self.have + len(chunk) > self.size_bytes:
+                        raise VerificationError(
+                            f"{self.path!r} has more than the promised {self.size_bytes} bytes"
+                        )
+                    write(chunk)
+                    self._digest.update(chunk)
+                    self.have += len(chunk)
+                    if self.sha256 is None and time.monotonic() - self._noted_at > _NOTE_INTERVAL_S:
+                        self._note(stream.etag)
+                    self._pace.took(len(chunk))
+
+    def drop(self) -> None:
+        self._staging.drop_part(self.file)
+        self.start_over()
+
+    def keep(self) -> None:
+        """Gives the verified bytes their digest as name, durably."""
+        durable.sync_file(self.file)
+        durable.rename(self.file, self._staging.verified(self.digest))
+        durable.sync_folder(self._staging.parts)
+        self._staging.drop_part(self.file)
+
+    def _note(self, etag: str) -> None:
+        self._noted_at = time.monotonic()
+        self._staging.write_note(self.file, Note(etag=etag, length=self.have, sha256=self.digest))
 
 
 def fetch(
@@ -87,114 +199,58 @@ def fetch(
     Raises:
         VerificationError: the registry's bytes are not what the manifest promises.
         TransportError: the registry failed too often.
-        StoreError: the disk is full; this version's parts were freed.
+        StoreError: the disk is full, or fails.
     """
     if size_bytes > MAX_FILE_BYTES:
         raise VerificationError(f"{path!r} has {size_bytes} bytes, at most {MAX_FILE_BYTES} are allowed")
-    part = staging.part(path=path, sha256=sha256)
-    try:
-        digest, resumed = _download(package, staging, part, path, size_bytes, sha256, pace)
-        if sha256 not in (None, digest) and resumed:
-            staging.drop_part(part)
-            digest, _ = _download(package, staging, part, path, size_bytes, sha256, pace)
-        if sha256 not in (None, digest):
-            staging.drop_part(part)
+    part = _Part(staging, path, size_bytes, sha256, pace)
+    with store_errors("write", part.file):
+        part.take_up()
+        _fill(part, package)
+        if not part.fits and part.joined:
+            part.drop()
+            _fill(part, package)
+        if not part.fits:
+            part.drop()
             raise VerificationError(f"sha256 of {path!r} is not the one in its manifest")
-        durable.sync_file(part)
-        durable.rename(part, staging.verified(digest))
-        durable.unlink(part.with_suffix(".etag"))
-        durable.sync_folder(staging.parts)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            staging.clear()
-        raise store_error("write", part, error) from error
-    return ManifestFile(path=path, size_bytes=size_bytes, sha256=digest)
+        part.keep()
+    return ManifestFile(path=path, size_bytes=size_bytes, sha256=part.digest)
 
 
-def _download(
-    package: Package,
-    staging: Staging,
-    part: Path,
-    path: str,
-    size_bytes: int,
-    sha256: str | None,
-    pace: Pace,
-) -> tuple[str, bool]:
-    """Fills the part up to its size; gives its sha256 and whether older bytes are in it."""
-    digest, have = _continued(staging, part, size_bytes, sha256)
-    resumed = have > 0
-    pace.resumed_bytes += have
-    idle_attempts = 0
+def _fill(part: _Part, package: Package) -> None:
+    """Asks for bytes until the part has all of them."""
+    idle_attempts, furthest = 0, part.have
     for _ in range(MAX_RECONNECTS):
-        if have == size_bytes and (size_bytes or part.exists()):
-            return digest.hexdigest(), resumed
-        before = have
+        if part.whole:
+            return
         failure: TransportError | None = None
         try:
-            with package.open(path, offset=have, etag=staging.etag(part)) as stream:
-                if stream.start != have:
-                    digest, have, resumed = hashlib.sha256(), 0, False
-                staging.note_etag(part, stream.etag)
-                with part.open("r+b" if have else "wb") as file:
-                    file.truncate(have)
-                    file.seek(have)
-                    for block in stream.chunks:
-                        for start in range(0, len(block), pace.chunk_bytes):
-                            chunk = block[start : start + pace.chunk_bytes]
-                            if have + len(chunk) > size_bytes:
-                                raise VerificationError(
-                                    f"{path!r} has more than the promised {size_bytes} bytes"
-                                )
-                            file.write(chunk)
-                            digest.update(chunk)
-                            have += len(chunk)
-                            pace.took(len(chunk))
+            with package.open(part.path, offset=part.have, etag=part.etag if part.have else "") as stream:
+                part.append(stream)
         except RequestRefused:
             raise
         except PastTheEnd as error:
-            if not resumed:
-                staging.drop_part(part)
-                raise VerificationError(
-                    f"{path!r} ends after {have} of the promised {size_bytes} bytes"
-                ) from error
-            digest, have, resumed = hashlib.sha256(), 0, False  # what an earlier process left was longer
-            continue
+            if not part.resumed_bytes:
+                part.drop()
+                raise _ends_early(part, furthest) from error
+            part.drop()  # what an earlier process left is longer than the file
+        except Changed as error:
+            part.drop()  # what is here belongs to another file
+            failure = error
         except TransportError as error:
             failure = error
-        if have == size_bytes:
-            continue
-        idle_attempts = 0 if have > before else idle_attempts + 1
+        progressed = part.whole or part.have - furthest >= MIN_BYTES_PER_TIMEOUT
+        idle_attempts = 0 if progressed else idle_attempts + 1
+        furthest = max(furthest, part.have)
         if idle_attempts >= MAX_ATTEMPTS:
-            if failure:
-                raise failure
-            raise VerificationError(f"{path!r} ends after {have} of the promised {size_bytes} bytes")
-        _wait(idle_attempts)
-    raise TransportError(f"the registry broke off {path!r} {MAX_RECONNECTS} times")
+            raise failure or _ends_early(part, furthest)
+        if not part.whole:
+            _wait(idle_attempts)
+    raise TransportError(f"the registry broke off {part.path!r} {MAX_RECONNECTS} times")
 
 
-def _continued(
-    staging: Staging, part: Path, size_bytes: int, sha256: str | None
-) -> tuple[hashlib._Hash, int]:
-    """Hash and length of what an earlier process left, where it can be gone on with.
-
-    A part under its digest is checked at the end anyhow. One under its path needs the server to say that the
-    file is still the same: so its last byte is asked for again, with If-Range.
-    """
-    digest = hashlib.sha256()
-    try:
-        length = part.stat().st_size
-    except FileNotFoundError:
-        return digest, 0
-    if sha256 is None:
-        length = min(length, size_bytes - 1) if staging.etag(part) else 0
-    if not 0 < length <= size_bytes:
-        return digest, 0
-    have = 0
-    with part.open("rb") as file:
-        while have < length and (chunk := file.read(min(CHUNK_BYTES, length - have))):
-            digest.update(chunk)
-            have += len(chunk)
-    return digest, have
+def _ends_early(part: _Part, length: int) -> VerificationError:
+    return VerificationError(f"{part.path!r} ends after {length} of the promised {part.size_bytes} bytes")
 
 
 def _wait(attempt: int) -> None:

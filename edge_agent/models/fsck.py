@@ -1,8 +1,8 @@
 """Checking the cache: is what was committed still what was verified?
 
 `quick_check` looks at sizes and links; `verify` reads every byte. A damaged blob is set aside, so that the
-next sync fetches it, and only it. `prune` removes what a crash left between two steps. Nothing here decides
-what to do with a damaged version: that is the lifecycle's.
+next sync fetches it, and only it. `prune` puts in order what a crash left between two steps. Nothing here
+decides what to do with a damaged version: that is the lifecycle's.
 """
 
 from __future__ import annotations
@@ -98,24 +98,56 @@ def set_aside(store: Store, damaged: Iterable[Damage]) -> list[str]:
     Returns:
         Digests that were moved.
     """
-    moved = []
-    for digest in sorted({damage.sha256 for damage in damaged if damage.sha256}):
-        blob = store.blob(digest)
-        if not blob.exists():
-            continue
-        with store_errors("set aside", blob):
-            durable.rename(blob, store.damaged_root / digest)
-            durable.sync_folder(store.blobs)
-            durable.sync_folder(store.damaged_root)
-        log.warning("blob set aside digest=%s", digest)
-        moved.append(digest)
-    return moved
+    digests = sorted({damage.sha256 for damage in damaged if damage.sha256})
+    return [digest for digest in digests if set_aside_blob(store, digest)]
+
+
+def set_aside_blob(store: Store, digest: str) -> bool:
+    """Moves one blob to `damaged/`, if it is there. The caller has the store's lock."""
+    blob = store.blob(digest)
+    if not blob.exists():
+        return False
+    with store_errors("set aside", blob):
+        durable.make_folder(store.damaged_root)
+        durable.rename(blob, store.damaged_root / digest)
+        durable.sync_folder(store.damaged_root)
+        durable.sync_folder(store.blobs)
+    log.warning("blob set aside digest=%s", digest)
+    return True
+
+
+def mend_links(store: Store) -> list[Damage]:
+    """Gives every version the blobs back that are in the cache, whole, and that it has no link to.
+
+    So it is after a process died between the repair of a blob and that of its links. The caller has the
+    store's lock.
+
+    Returns:
+        What was mended.
+    """
+    mended = []
+    found = quick_check(store)
+    for record in store.versions():
+        files = {file.path: file for file in record.files}
+        for damage in found.of(record):
+            file = files.get(damage.path)
+            if file is None or not store.has_blob(file):
+                continue
+            try:
+                check_file(store.blob(file.sha256), file)
+            except VerificationError:
+                continue
+            store.relink(record, file)
+            log.warning("link mended model=%s version=%s path=%r", record.name, record.key, file.path)
+            mended.append(damage)
+    return mended
 
 
 def prune(store: Store, *, now: float | None = None, max_partial_age_s: float = MAX_PARTIAL_AGE_S) -> int:
     """Removes what no record needs: trees and blobs of a crash, old downloads, old or replaced damage.
 
-    A tree whose record is there but unreadable stays. The caller has the store's lock.
+    What a crash left half mended is mended first. A tree whose record is there but unreadable stays. The
+    caller has the store's lock.
 
     Args:
         now: seconds since the epoch.
@@ -123,11 +155,16 @@ def prune(store: Store, *, now: float | None = None, max_partial_age_s: float = 
     Returns:
         Bytes that became free.
     """
+    mend_links(store)
     before = store.used_bytes()
     now = time.time() if now is None else now
     with store_errors("prune", store.root):
+        for path in _children(store.root):
+            if path.suffix == durable.TEMPORARY_SUFFIX:
+                durable.unlink(path)
         for folder in _children(store.staging_root):
-            if now - _newest_change(folder) >= max_partial_age_s:
+            newest = _newest_file(folder)
+            if newest is None or now - newest >= max_partial_age_s:
                 remove_staging(folder)
         for name in _children(store.versions_root):
             for path in _children(name):
@@ -207,9 +244,7 @@ def _children(folder: Path) -> list[Path]:
         return []
 
 
-def _newest_change(folder: Path) -> float:
-    newest = folder.lstat().st_mtime
-    for inner, _, names in os.walk(folder):
-        for name in names:
-            newest = max(newest, (Path(inner) / name).lstat().st_mtime)
-    return newest
+def _newest_file(folder: Path) -> float | None:
+    """When a file below the folder was last written, in seconds since the epoch; None where there is none."""
+    found = [(Path(inner) / name).lstat().st_mtime for inner, _, names in os.walk(folder) for name in names]
+    return max(found, default=None)

@@ -1,15 +1,17 @@
 """One configured model's life on this device: absent → loading → ready, and from one version to the next.
 
-Owns the runner that answers, and which version of `state.json` it is. Flow of a change: a candidate version
-is written to the state → its runner starts beside the active one → the gate (it loads) → between two prompts
-the runners are exchanged and the state is switched with one rename → the old runner stops. A candidate that
-fails leaves the active version alone.
+Owns the runner that answers, and which version of `state.json` it is. Flow of a change: the candidate is
+written to the state → its runner starts beside the active one (or in its place, where memory holds one only)
+→ the gate → between two prompts the runners are exchanged and the state is switched with one rename → the old
+runner stops. A candidate that fails leaves the active version alone and is quarantined. An active version
+that does not load, or whose runner crashes on several prompts, gives way to the previous one.
 
-Refuses to load what is not verified (digests are checked before each load).
+Refuses to load what is not verified: digests are checked before each load.
 """
 
 from __future__ import annotations
 
+import collections
 import logging
 import threading
 import time
@@ -18,10 +20,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from edge_agent.errors import EdgeAgentError, RunnerError, StoreError
+from edge_agent.errors import (
+    ContentError,
+    EdgeAgentError,
+    LoadFailed,
+    PolicyError,
+    RunnerError,
+    StoreError,
+    VerificationError,
+)
+from edge_agent.models import fsck, trust
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.state import ModelState
 from edge_agent.models.store import Store, check_file
+from edge_agent.runner.memory import available_bytes
 from edge_agent.runner.process import RunnerProcess, environment
 from edge_agent.runner.protocol import Load, Loaded
 from edge_agent.settings import ModelSettings, Settings
@@ -30,9 +42,23 @@ log = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 600.0
 """A large model from a slow card."""
+GATE_TIMEOUT_S = 300.0
+MAX_TRIES = 3
+"""A candidate that this many agents died trying is not tried again."""
+MAX_LOAD_FAILURES = 2
+MAX_CRASHES = 3
+CRASH_WINDOW_S = 600.0
+RETRY_FIRST_S, RETRY_LAST_S = 1.0, 60.0
 
-RETRY_FIRST_S = 1.0
-RETRY_LAST_S = 60.0
+_RUNNER_BYTES = 300 << 20
+_LOAD_FACTOR = 1.3
+"""A loaded model takes its files' size, a part of it twice, and what the libraries take."""
+
+
+class GateFailed(ContentError):
+    """A candidate loaded, and did not answer its golden prompts as its package says it must."""
+
+    code = "gate_failed"
 
 
 class Serving(StrEnum):
@@ -47,20 +73,35 @@ class Serving(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How versions are loaded: what lifecycles get from the settings."""
+    """How versions are loaded: what lifecycles get from the settings.
+
+    Attributes:
+        threads: for one operation; 0 leaves it to the library.
+        verify: check every digest before a load.
+        public_keys, allow_unsigned_code: `[trust]`, held against each version before each load.
+        memory_limit_bytes: for one runner; 0 for none.
+    """
 
     settings: ModelSettings
     threads: int
     verify: bool
+    public_keys: tuple[str, ...]
+    allow_unsigned_code: bool
+    memory_limit_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
-    """The right to use a runner for one prompt; no exchange happens meanwhile."""
+    """The right to use a runner for one prompt; no exchange happens meanwhile.
+
+    Attributes:
+        blame: called with the prompt's digest when the runner failed on it.
+    """
 
     runner: RunnerProcess
     record: VersionRecord
     flavor: str
+    blame: Callable[[bytes], None]
 
     @property
     def version(self) -> int:
@@ -79,23 +120,29 @@ class _Seat:
 class ModelLifecycle:
     """One model of the settings.
 
-    Its dispatcher's thread loads and leases; the updates' thread brings candidates; status is read by any.
-    All of them meet behind one condition.
+    Its dispatcher's thread loads and leases; the updates' thread brings candidates; operators act from
+    control threads, one at a time; status is read by any. All of them meet behind one condition.
 
     Args:
         name: the settings' name.
         start_runner: makes a runner process that has not loaded anything yet.
+
+    Attributes:
+        gate_report: what the last gate measured that fell short without being an error, empty when nothing did.
     """
 
     def __init__(
         self, name: str, *, loading: Loading, store: Store, start_runner: Callable[[], RunnerProcess]
     ) -> None:
         self.name = name
+        self.gate_report = ""
         self._loading = loading
         self._store = store
         self._start_runner = start_runner
         self._changed = threading.Condition()
+        self._operating = threading.Lock()
         self._seat: _Seat | None = None
+        self._starting: set[RunnerProcess] = set()
         self._leased = False
         self._exchanging = False
         self._closed = False
@@ -103,6 +150,8 @@ class ModelLifecycle:
         self._reason = ""
         self._failures = 0
         self._retry_at_s = 0.0
+        self._used_at_s = time.monotonic()
+        self._crashes: collections.deque[tuple[float, bytes]] = collections.deque(maxlen=64)
         self._remember(store.state().model(name))
         if self._active is not None:
             self._serving = Serving.LOADING if loading.settings.preload else Serving.IDLE
@@ -119,10 +168,15 @@ class ModelLifecycle:
         if seat is None:
             yield None
             return
+        blamed: list[bytes] = []
         try:
-            yield Lease(runner=seat.runner, record=seat.record, flavor=seat.loaded.flavor)
+            yield Lease(
+                runner=seat.runner, record=seat.record, flavor=seat.loaded.flavor, blame=blamed.append
+            )
         finally:
             self._give_back(seat)
+            for digest in blamed:
+                self._note_crash(seat, digest)
 
     def wait_for_change(self, timeout_s: float) -> None:
         """Returns when a version came or went, or after `timeout_s`."""
@@ -133,42 +187,136 @@ class ModelLifecycle:
         """True when a `preload` model is loaded, or cannot be: READY does not wait for it any longer."""
         return self._serving is not Serving.LOADING
 
-    # --- The updates' side -----------------------------------------------------------------------------
+    # --- Changes: the updates' thread and operators ----------------------------------------------------
 
-    def adopt(self, key: str) -> None:
+    def adopt(self, key: str, *, force: bool = False) -> None:
         """Makes a committed version the active one, if it passes the gate.
 
+        Args:
+            force: an operator wants it: quarantine does not hold it back.
+
         Raises:
-            EdgeAgentError: it does not; the active version goes on.
+            EdgeAgentError: it does not pass; the active version goes on.
         """
-        record = self._store.record(self.name, key)
-        if record is None:
-            raise StoreError(f"version {key} of {self.name} is not in the cache")
-        if self._state.active == key:
-            return
-        if key in self._state.quarantined:
-            raise StoreError(f"version {key} of {self.name} is in quarantine: {self._state.quarantined[key]}")
-        self._change(lambda state: replace(state, candidate=key))
-        log.info("candidate starts model=%s version=%s", self.name, key)
-        try:
-            seat = self._load(record)
-        except EdgeAgentError as error:
-            reason = str(error)
-            self._change(lambda state: _refused(state, key, reason))
-            log.warning("candidate refused model=%s version=%s reason=%r", self.name, key, str(error))
-            raise
-        self._exchange(seat)
+        with self._operating:
+            record = self._record(key)
+            if self._state.active == key and self._serving is not Serving.FAILED:
+                return
+            if key in self._state.quarantined and not force:
+                raise GateFailed(f"version {key} is in quarantine: {self._state.quarantined[key]}")
+            self._change(lambda state: state.trying(key))
+            if self._state.candidate_tries > MAX_TRIES and not force:
+                self._refuse(
+                    key, GateFailed(f"it was tried {MAX_TRIES} times and never came through the gate")
+                )
+            log.info("candidate starts model=%s version=%s", self.name, key)
+            if self._active is None:  # prompts wait for it instead of being told that there is nothing
+                self._set_unseated(None, Serving.LOADING, f"version {record.version} is being loaded")
+            if self._state.active not in (None, key) and not self._fits_beside(record):
+                log.info("memory holds one model only: the active one stops first model=%s", self.name)
+                self._vacate()
+            try:
+                seat = self._load(record)
+                self._gate(seat)
+                self._exchange(seat)
+            except EdgeAgentError as error:
+                if self._active is None:
+                    self._resume()
+                    self._set_unseated(None, Serving.ABSENT, f"version {record.version} failed: {error}")
+                self._refuse(key, error)
+            finally:
+                self._resume()
+
+    def catch_up(self) -> None:
+        """Takes up what is on disk already: a candidate that an earlier daemon did not get to try, or, where
+        nothing is active, the newest version. Needs no registry.
+
+        Raises:
+            EdgeAgentError: it does not pass the gate.
+        """
+        state = self._state
+        if state.candidate and self._store.record(self.name, state.candidate):
+            self.adopt(state.candidate)
+        elif state.active is None:
+            usable = [r for r in self._store.versions(self.name) if r.key not in state.quarantined]
+            if usable:
+                self.adopt(usable[-1].key)
+
+    def go_back(self) -> str:
+        """An operator's rollback: the previous version becomes active again, and is pinned. Gives its key.
+
+        Raises:
+            EdgeAgentError: there is none, or it does not pass the gate.
+        """
+        key = self._state.previous
+        if key is None:
+            raise StoreError(f"model {self.name} has no previous version to go back to")
+        self.adopt(key, force=True)
+        self.pin(key)
+        return key
+
+    def pin(self, key: str | None) -> None:
+        """Fixes the version that runs, whatever the registry says; None lets it follow again."""
+        if key is not None:
+            self._record(key)
+        self._change(lambda state: replace(state, pinned=key))
+
+    def set_desired(self, uri: str) -> None:
+        """Notes what MQTT asks for; empty for nothing."""
+        if uri != self._state.desired:
+            self._change(lambda state: replace(state, desired=uri))
+
+    def forget(self, key: str) -> None:
+        """A version was removed from the cache."""
+        self._change(lambda state: state.without(key))
+
+    def unload_when_idle(self) -> None:
+        """Stops a runner that nobody has used for `idle_unload_s`; the dispatcher asks between prompts."""
+        idle_s = self._loading.settings.idle_unload_s
+        with self._changed:
+            if not idle_s or self._seat is None or self._leased or self._exchanging:
+                return
+            if time.monotonic() - self._used_at_s < idle_s:
+                return
+            seat, self._seat = self._seat, None
+            self._serving = Serving.IDLE
+        log.info("unloaded when idle model=%s version=%s", self.name, seat.record.key)
+        seat.runner.stop()
+
+    def wanted_now(self) -> bool:
+        """True when the active version should be loaded though no prompt waits."""
+        return self._loading.settings.preload and self._serving is not Serving.IDLE
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps the model unloaded for the block, so that its files can be mended; prompts wait meanwhile."""
+        with self._operating:
+            self._vacate()
+            try:
+                yield
+            finally:
+                with self._changed:
+                    self._failures, self._retry_at_s = 0, 0.0
+                self._resume()
 
     def close(self) -> None:
-        """Stops the runner; nothing is loaded any more."""
+        """Stops the runners; nothing is loaded any more."""
         with self._changed:
             self._closed = True
             seat, self._seat = self._seat, None
+            starting = list(self._starting)
             self._changed.notify_all()
+        for runner in starting:
+            runner.kill()
         if seat is not None:
             seat.runner.stop()
 
     # --- For everybody ---------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> ModelState:
+        """What `state.json` says of this model."""
+        return self._state
 
     @property
     def available(self) -> bool:
@@ -186,11 +334,6 @@ class ModelLifecycle:
         return self._serving
 
     @property
-    def quarantined(self) -> Mapping[str, str]:
-        """Key → why that version is not tried again."""
-        return self._state.quarantined
-
-    @property
     def reason(self) -> str:
         """Why it is not available, or what is wrong, for people."""
         return self._reason
@@ -200,12 +343,12 @@ class ModelLifecycle:
         record, seat = self._active, self._seat
         return {
             "name": self.name,
-            "uri": self._loading.settings.uri,
+            "uri": self._state.desired or self._loading.settings.uri,
             "version": record.version if record else None,
             "digest": record.digest if record else None,
             "flavor": seat.loaded.flavor if seat else None,
             "state": str(self._serving),
-            "reason": self._reason,
+            "reason": self._reason or self.gate_report,
         }
 
     def versions(self) -> dict[str, object]:
@@ -214,11 +357,11 @@ class ModelLifecycle:
         return {
             "previous": state.previous,
             "candidate": state.candidate,
-            "pinned": list(state.pinned),
+            "pinned": state.pinned,
             "quarantined": dict(state.quarantined),
         }
 
-    # --- Inside ----------------------------------------------------------------------------------------
+    # --- What the state says ---------------------------------------------------------------------------
 
     def _change(self, change: Callable[[ModelState], ModelState]) -> None:
         self._remember(self._store.change_state(self.name, change))
@@ -228,15 +371,43 @@ class ModelLifecycle:
         self._state = state
         self._active = self._store.record(self.name, state.active) if state.active else None
 
+    def _record(self, key: str) -> VersionRecord:
+        record = self._store.record(self.name, key)
+        if record is None:
+            raise StoreError(
+                f"version {key} of {self.name} is not in the cache", remedy="see `edge-agent models list`"
+            )
+        return record
+
+    def _refuse(self, key: str, error: EdgeAgentError) -> None:
+        """Notes why a candidate failed, and raises it.
+
+        Only what the candidate itself did is held against it. A kill, a full disk or a busy lock may have had
+        another cause: then it is tried again, a bounded number of times.
+        """
+        reason = str(error)
+        if self._closed:
+            self._change(lambda state: state.given_up())
+        elif isinstance(error, GateFailed | LoadFailed | PolicyError):
+            self._change(lambda state: state.refused(key, reason))
+        log.warning("candidate refused model=%s version=%s reason=%r", self.name, key, reason)
+        raise error
+
+    # --- Seats -----------------------------------------------------------------------------------------
+
     def _take_seat(self) -> _Seat | None:
         with self._changed:
             if self._closed or self._exchanging:
                 return None
-            if self._seat is not None:
+            if self._seat is not None and self._seat.runner.alive:
                 self._leased = True
                 return self._seat
-            if time.monotonic() < self._retry_at_s:
+            dead, self._seat = self._seat, None
+            if dead is None and time.monotonic() < self._retry_at_s:
                 return None
+        if dead is not None:  # it died while nobody used it: no prompt is to blame
+            log.warning("idle runner died model=%s version=%s", self.name, dead.record.key)
+            dead.runner.kill()
         seat = self._load_active()
         if seat is None or self._install(seat):
             return seat
@@ -246,43 +417,139 @@ class ModelLifecycle:
     def _install(self, seat: _Seat) -> bool:
         """Gives a freshly loaded version the seat, unless it was closed or taken meanwhile."""
         with self._changed:
-            if self._closed or self._seat is not None:
+            if self._closed or self._exchanging or self._seat is not None:
                 return False
             self._seat, self._leased = seat, True
+            self._serving, self._reason = Serving.READY, ""
+            self._changed.notify_all()
             return True
 
     def _give_back(self, seat: _Seat) -> None:
         with self._changed:
             self._leased = False
+            self._used_at_s = time.monotonic()
             if not seat.runner.alive and self._seat is seat:
                 log.warning(
                     "runner died model=%s version=%s output=%r",
-                    self.name,
-                    seat.record.key,
-                    seat.runner.last_output(),
-                )
+                    self.name, seat.record.key, seat.runner.last_output(),
+                )  # fmt: skip
                 self._seat = None
                 self._serving, self._reason = Serving.LOADING, "the runner died and is started again"
             self._changed.notify_all()
 
+    def _vacate(self) -> None:
+        """Between two prompts, stops the runner and keeps the seat empty until `_resume`."""
+        with self._changed:
+            self._exchanging = True
+            self._changed.wait_for(lambda: not self._leased)
+            seat, self._seat = self._seat, None
+            if self._active is not None:
+                self._serving = Serving.LOADING
+        if seat is not None:
+            seat.runner.stop()
+
+    def _resume(self) -> None:
+        with self._changed:
+            self._exchanging = False
+            self._changed.notify_all()
+
+    def _exchange(self, seat: _Seat) -> None:
+        """Between two prompts: the state says the new version, its runner takes the seat, the old one stops.
+
+        The caller lets prompts in again with `_resume`.
+        """
+        with self._changed:
+            self._exchanging = True
+            self._changed.wait_for(lambda: not self._leased)
+        try:
+            self._change(lambda state: state.switched(seat.record.key))
+            with self._changed:
+                leaving, self._seat = (seat, None) if self._closed else (self._seat, seat)
+                self._serving, self._reason = Serving.READY, ""
+                self._failures, self._retry_at_s = 0, 0.0
+                self._crashes.clear()
+        except BaseException:
+            seat.runner.kill()
+            raise
+        log.info("version active model=%s version=%s", self.name, seat.record.key)
+        if leaving is not None:
+            leaving.runner.stop()
+
+    # --- Loading and the gate --------------------------------------------------------------------------
+
     def _load_active(self) -> _Seat | None:
-        """Loads the active version, or notes why not and when to try again."""
+        """Loads the active version; notes why not and when to try again, or steps back to the previous one."""
         record = self._active
         if record is None:
-            self._set(Serving.ABSENT, "no version is in the cache")
+            if self._serving is not Serving.LOADING or not self._operating.locked():
+                self._set_unseated(None, Serving.ABSENT, self._reason or "no version is in the cache")
             return None
-        self._set(Serving.LOADING, self._reason)
+        self._set_unseated(record, Serving.LOADING, self._reason)
         try:
             seat = self._load(record)
         except EdgeAgentError as error:
-            self._failures += 1
-            self._retry_at_s = time.monotonic() + min(RETRY_LAST_S, RETRY_FIRST_S * 2 ** (self._failures - 1))
-            log.warning("load failed model=%s version=%s reason=%r", self.name, record.key, str(error))
-            self._set(Serving.FAILED, str(error))
+            if self._set_unseated(record, Serving.LOADING, str(error)):
+                self._on_load_failure(record, error)
             return None
         self._failures = 0
-        self._set(Serving.READY, "")
         return seat
+
+    def _on_load_failure(self, record: VersionRecord, error: EdgeAgentError) -> None:
+        reason = str(error)
+        log.warning("load failed model=%s version=%s reason=%r", self.name, record.key, reason)
+        self._failures += 1
+        self._retry_at_s = time.monotonic() + min(RETRY_LAST_S, RETRY_FIRST_S * 2 ** (self._failures - 1))
+        try:
+            if isinstance(error, VerificationError):
+                self._set_damage_aside(record)
+            if isinstance(error, VerificationError | PolicyError):
+                stepped = self._step_back(record, None, because=reason)
+            else:
+                stepped = self._failures >= MAX_LOAD_FAILURES and self._step_back(
+                    record, reason, because=reason
+                )
+        except EdgeAgentError as trouble:
+            log.error("step back failed model=%s reason=%r", self.name, str(trouble))
+            stepped = False
+        if not stepped:
+            last = self._failures >= MAX_LOAD_FAILURES or isinstance(error, VerificationError | PolicyError)
+            self._set_unseated(record, Serving.FAILED if last else Serving.LOADING, reason)
+
+    def _set_damage_aside(self, record: VersionRecord) -> None:
+        """So that the next sync fetches the damaged blobs, and only them."""
+        found = fsck.verify(self._store, [record])
+        with self._store.lock():
+            fsck.set_aside(self._store, found.damaged)
+
+    def _step_back(self, record: VersionRecord, quarantine: str | None, *, because: str) -> bool:
+        """Makes the previous version active, if there is one that may run. The seat is empty."""
+        state = self._state
+        previous = self._store.record(self.name, state.previous) if state.previous else None
+        if state.active != record.key or previous is None or previous.key in state.quarantined:
+            return False
+        self._change(lambda current: current.stepped_back(quarantine))
+        log.warning(
+            "rolled back model=%s from=%s to=%s reason=%r", self.name, record.key, previous.key, because
+        )
+        self._failures, self._retry_at_s = 0, 0.0
+        self._crashes.clear()
+        self._set_unseated(previous, Serving.LOADING, f"rolled back from version {record.version}: {because}")
+        return True
+
+    def _note_crash(self, seat: _Seat, digest: bytes) -> None:
+        """Several distinct prompts that a version's runner failed on roll it back; one poison prompt does not."""
+        now_s = time.monotonic()
+        self._crashes.append((now_s, digest))
+        distinct = {known for at_s, known in self._crashes if now_s - at_s <= CRASH_WINDOW_S}
+        if len(distinct) < MAX_CRASHES:
+            return
+        reason = (
+            f"its runner failed on {len(distinct)} different prompts within {CRASH_WINDOW_S / 60:.0f} minutes"
+        )
+        try:
+            self._step_back(seat.record, reason, because=reason)
+        except EdgeAgentError as error:
+            log.error("step back failed model=%s reason=%r", self.name, str(error))
 
     def _load(self, record: VersionRecord) -> _Seat:
         """Checks a version's bytes and loads them in a new runner.
@@ -290,6 +557,7 @@ class ModelLifecycle:
         Raises:
             EdgeAgentError: damaged, or it does not load; no runner is left.
         """
+        self._hold_to_policy(record)
         with self._store.lease(record) as folder:
             if self._loading.verify:
                 for file in record.files:
@@ -297,7 +565,12 @@ class ModelLifecycle:
             started_s = time.monotonic()
             settings = self._loading.settings
             runner = self._start_runner()
+            with self._changed:
+                self._starting.add(runner)
+                closed = self._closed
             try:
+                if closed:
+                    raise RunnerError("the agent is stopping")
                 loaded = runner.load(
                     Load(
                         folder=str(folder),
@@ -307,41 +580,75 @@ class ModelLifecycle:
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
                 )
-            except RunnerError:
-                log.warning("runner output model=%s output=%r", self.name, runner.last_output())
+            except BaseException as error:
                 runner.kill()
+                if isinstance(error, RunnerError) and not self._closed:
+                    log.warning("runner output model=%s output=%r", self.name, runner.last_output())
                 raise
+            finally:
+                with self._changed:
+                    self._starting.discard(runner)
         log.info(
             "model loaded model=%s version=%s flavor=%r pid=%d load_ms=%.0f",
             self.name, record.key, loaded.flavor, runner.pid, (time.monotonic() - started_s) * 1000,
         )  # fmt: skip
         return _Seat(runner=runner, record=record, loaded=loaded)
 
-    def _exchange(self, seat: _Seat) -> None:
-        """Between two prompts: the new runner takes the seat, then the state says so, then the old one stops."""
+    def _hold_to_policy(self, record: VersionRecord) -> None:
+        """Settings may have become stricter since the version was let in.
+
+        Raises:
+            PolicyError: it may not run any more.
+        """
+        loading = self._loading
+        if not trust.still_holds(
+            record.trust, public_keys=loading.public_keys, allow_unsigned_code=loading.allow_unsigned_code
+        ):
+            raise PolicyError(
+                f"version {record.version} was let in as {record.trust.reason!r}, which [trust] no longer allows",
+                remedy="publish it signed, or change [trust] in the settings",
+            )
+
+    def _gate(self, seat: _Seat) -> None:
+        """Golden prompts must be right; speed and memory are reported.
+
+        Raises:
+            EdgeAgentError: a golden prompt failed, or the candidate died or took too long; its runner is gone.
+        """
         with self._changed:
-            self._exchanging = True
-            self._changed.wait_for(lambda: not self._leased)
+            self._starting.add(seat.runner)
         try:
-            self._change(lambda state: _switched(state, seat.record.key))
-            with self._changed:
-                leaving, self._seat = (seat, None) if self._closed else (self._seat, seat)
-                self._serving, self._reason = Serving.READY, ""
+            tried = seat.runner.try_out(timeout_s=GATE_TIMEOUT_S)
+            if tried.failures:
+                raise GateFailed("; ".join(tried.failures[:3]))
         except BaseException:
             seat.runner.kill()
             raise
         finally:
             with self._changed:
-                self._exchanging = False
-                self._changed.notify_all()
-        log.info("version active model=%s version=%s", self.name, seat.record.key)
-        if leaving is not None:
-            leaving.runner.stop()
+                self._starting.discard(seat.runner)
+        shortfalls = []
+        least, limit_bytes = self._loading.settings.min_tokens_per_s, self._loading.memory_limit_bytes
+        if least and tried.tokens_per_s < least:
+            shortfalls.append(f"{tried.tokens_per_s:.1f} tokens/s, {least:g} are wanted")
+        if limit_bytes and tried.memory_bytes > limit_bytes:
+            shortfalls.append(f"{tried.memory_bytes} bytes of memory, {limit_bytes} are allowed")
+        self.gate_report = "; ".join(shortfalls)
+        if shortfalls:
+            log.warning("gate model=%s version=%s %s", self.name, seat.record.key, self.gate_report)
 
-    def _set(self, serving: Serving, reason: str) -> None:
+    def _fits_beside(self, record: VersionRecord) -> bool:
+        """Whether memory is likely to hold a second model while the first goes on answering."""
+        return available_bytes() > record.total_bytes * _LOAD_FACTOR + _RUNNER_BYTES
+
+    def _set_unseated(self, record: VersionRecord | None, serving: Serving, reason: str) -> bool:
+        """Notes what became of loading `record`, unless another version has been seated or chosen meanwhile."""
         with self._changed:
+            if self._closed or self._exchanging or self._seat is not None or self._active != record:
+                return False
             self._serving, self._reason = serving, reason
             self._changed.notify_all()
+            return True
 
 
 def lifecycle_of(settings: Settings, name: str, store: Store) -> ModelLifecycle:
@@ -352,20 +659,17 @@ def lifecycle_of(settings: Settings, name: str, store: Store) -> ModelLifecycle:
             settings=settings.models[name],
             threads=settings.inference.threads,
             verify=settings.cache.verify_on_load,
+            public_keys=settings.trust.public_keys,
+            allow_unsigned_code=settings.trust.allow_unsigned_code,
+            memory_limit_bytes=settings.inference.memory_limit_bytes,
         ),
         store=store,
-        start_runner=lambda: RunnerProcess(
-            model=name, environment=environment(settings.state_dir), scratch=settings.state_dir / "pycache"
-        ),
+        start_runner=lambda: RunnerProcess(model=name, environment=environment(settings.state_dir)),
     )
 
 
-def _refused(state: ModelState, key: str, reason: str) -> ModelState:
-    """A candidate that failed is not tried again, unless nothing else could ever answer."""
-    quarantined = {**state.quarantined, key: reason} if state.active else state.quarantined
-    return replace(state, candidate=None, quarantined=quarantined)
-
-
-def _switched(state: ModelState, key: str) -> ModelState:
-    previous = state.active if state.active != key else state.previous
-    return replace(state, active=key, previous=previous, candidate=None)
+def quarantined(lifecycles: Mapping[str, ModelLifecycle]) -> Iterator[tuple[str, str, str]]:
+    """(model, key, reason) of everything in quarantine."""
+    for name, lifecycle in lifecycles.items():
+        for key, reason in lifecycle.state.quarantined.items():
+            yield name, key, reason

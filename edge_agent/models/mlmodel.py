@@ -109,8 +109,10 @@ def check(model: MLmodel, paths: Set[str]) -> None:
         )
     if model.loader == PICKLE_LOADER:
         _inside(pyfunc.get("python_model"), "python_function.python_model", paths)
-    if pyfunc.get("code") is not None:
-        _inside(pyfunc["code"], "python_function.code", paths)
+    if (code := pyfunc.get("code")) is not None:
+        _inside(code, "python_function.code", paths)
+        if code in paths:  # Python imports from a zip archive on sys.path too, whatever its name says
+            raise PolicyError(f"MLmodel: python_function.code {code!r} is a file, not a folder")
     for name, artifact in _mapping(pyfunc.get("artifacts", {}), "python_function.artifacts").items():
         place = f"python_function.artifacts.{name}"
         _inside(_mapping(artifact, place).get("path"), f"{place}.path", paths)

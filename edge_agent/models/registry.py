@@ -8,7 +8,9 @@ with them an unreachable registry blocks for minutes: `fetch.py` has the one ret
 
 from __future__ import annotations
 
+import io
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from edge_agent.models.manifest import MAX_FILES, OUTSIDE_MANIFEST, check_path, 
 from edge_agent.models.reference import ModelRef, ModelVersion
 
 CHUNK_BYTES = 1 << 20
+MIN_BYTES_PER_TIMEOUT = 4_096
+"""Fewer bytes than these while waiting for the whole of `timeout_s`: the transfer has stalled."""
+_MAX_LISTED = MAX_FILES + len(OUTSIDE_MANIFEST)
 _LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 _TRY_AGAIN = frozenset((408, 429))
 
@@ -31,6 +36,10 @@ class RequestRefused(TransportError):
 
 class PastTheEnd(TransportError):
     """The file on the server has no byte at the offset that was asked for."""
+
+
+class Changed(TransportError):
+    """The file on the server is not the one any more that its first bytes came from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +83,7 @@ class Package(Protocol):
         Raises:
             RequestRefused: there is no such file, or no permission.
             PastTheEnd: it ends before `offset`.
+            Changed: it is another file now, and the registry goes on in the middle of it all the same.
             TransportError: the registry failed.
         """
 
@@ -88,6 +98,7 @@ class Registry:
 
     def __init__(self, uri: str, *, timeout_s: float) -> None:
         self.uri = uri
+        self.timeout_s = timeout_s
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(timeout_s)))
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -140,7 +151,7 @@ class Registry:
         if isinstance(repository, LocalArtifactRepository):
             if not self._is_local():
                 raise PolicyError(f"the registry says that {version.name!r} is in a folder of this device")
-            return _LocalPackage(Path(repository.artifact_dir))
+            return LocalPackage(Path(repository.artifact_dir))
         if isinstance(repository, HttpArtifactRepository):
             return _HttpPackage(repository, self)
         return _OtherPackage(repository, self)
@@ -220,16 +231,20 @@ class _HttpPackage:
         try:
             self._check_status(response, path)
             start = _range_start(response, offset) if response.status_code == 206 else 0
-            etag = response.headers.get("ETag", "")
-            yield Stream(
-                start=start, etag="" if etag.startswith("W/") else etag, chunks=self._chunks(response)
-            )
+            now = response.headers.get("ETag", "")
+            if start and etag and now != etag:
+                raise Changed(
+                    f"{path!r} was changed on the registry {self._registry.uri} while it was fetched"
+                )
+            yield Stream(start=start, etag="" if now.startswith("W/") else now, chunks=self._chunks(response))
         finally:
             response.close()
 
     def _check_status(self, response: Any, path: str) -> None:
         status = response.status_code
         if status in (200, 206):
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise TransportError(f"registry {self._registry.uri} sends {path!r} in another encoding")
             return
         if status in (401, 403):
             raise self._registry._unauthorised()
@@ -241,37 +256,85 @@ class _HttpPackage:
         raise TransportError(message)
 
     def _chunks(self, response: Any) -> Iterator[bytes]:
-        with self._registry._errors():
-            yield from response.iter_content(CHUNK_BYTES)
+        """What comes, as it comes: a piece that is here is not lost when the next one does not follow."""
+        from urllib3.exceptions import HTTPError
+
+        read = getattr(response.raw, "read1", response.raw.read)  # urllib3 1 waits for the whole piece
+        waited_s, came = 0.0, 0
+        while True:
+            began = time.monotonic()
+            try:
+                with self._registry._errors():
+                    chunk: bytes = read(CHUNK_BYTES, decode_content=False)
+            except HTTPError as error:
+                raise TransportError(
+                    f"registry {self._registry.uri} broke off: {_first_line(error)}"
+                ) from error
+            if not chunk:
+                return
+            waited_s, came = waited_s + time.monotonic() - began, came + len(chunk)
+            if came >= MIN_BYTES_PER_TIMEOUT:
+                waited_s, came = 0.0, 0
+            elif waited_s > self._registry.timeout_s:
+                raise TransportError(
+                    f"registry {self._registry.uri} stalled: {came} bytes in {waited_s:.0f} s"
+                )
+            yield chunk
 
 
-class _LocalPackage:
+class LocalPackage:
     """A folder on this host: the embedded registry's artifacts."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def listing(self) -> list[Listed]:
-        found = []
-        for path in self._folder.rglob("*"):
-            if path.is_file() and (name := path.relative_to(self._folder).as_posix()):
-                found.append(Listed(path=name, size_bytes=path.stat().st_size))
-            if len(found) > MAX_FILES + len(OUTSIDE_MANIFEST):
-                raise ManifestError(f"the package has more than {MAX_FILES} files")
+        found: list[Listed] = []
+        try:
+            self._walk(self._folder, found)
+        except OSError as error:
+            raise TransportError(
+                f"the package's folder {self._folder} cannot be read: {error.strerror}"
+            ) from error
         return _checked(found)
+
+    def _walk(self, folder: Path, found: list[Listed]) -> None:
+        """Regular files only: a link could show any file of this host as the package's."""
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = Path(entry.path).relative_to(self._folder).as_posix()
+                if len(found) > _MAX_LISTED:
+                    raise ManifestError(f"the package has more than {MAX_FILES} files")
+                if entry.is_dir(follow_symlinks=False):
+                    check_path(name)
+                    self._walk(Path(entry.path), found)
+                elif entry.is_file(follow_symlinks=False):
+                    found.append(Listed(path=name, size_bytes=entry.stat(follow_symlinks=False).st_size))
+                else:
+                    raise ManifestError(f"{name!r} of the package is neither a file nor a folder")
 
     @contextmanager
     def open(self, path: str, *, offset: int = 0, etag: str = "") -> Iterator[Stream]:
         try:
-            file = (self._folder / check_path(path)).open("rb")
+            descriptor = os.open(self._folder / check_path(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise RequestRefused(f"{path!r} of the package cannot be read: {error.strerror}") from error
-        with file:
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             now = f"{status.st_mtime_ns}-{status.st_size}"
             start = offset if not etag or etag == now else 0
             file.seek(start)
-            yield Stream(start=start, etag=now, chunks=iter(lambda: file.read(CHUNK_BYTES), b""))
+            yield Stream(start=start, etag=now, chunks=self._chunks(file, path))
+
+    def _chunks(self, file: io.FileIO, path: str) -> Iterator[bytes]:
+        while True:
+            try:
+                chunk = file.read(CHUNK_BYTES)
+            except OSError as error:
+                raise TransportError(f"{path!r} of the package cannot be read: {error.strerror}") from error
+            if not chunk:
+                return
+            yield chunk
 
 
 class _OtherPackage:
@@ -318,7 +381,7 @@ def _walk(repository: Any) -> list[Listed]:
                 raise ManifestError(f"the registry gives no size for {path!r}")
             else:
                 found.append(Listed(path=path, size_bytes=int(entry.file_size)))
-        if len(found) + len(folders) + visited > 2 * (MAX_FILES + len(OUTSIDE_MANIFEST)):
+        if len(found) + len(folders) + visited > 2 * _MAX_LISTED:
             raise ManifestError(f"the package has more than {MAX_FILES} files")
     return _checked(found)
 
@@ -328,7 +391,7 @@ def _checked(found: list[Listed]) -> list[Listed]:
         (file for file in found if file.path != "registered_model_meta"), key=lambda file: file.path
     )
     check_paths(file.path for file in kept)
-    if len(kept) > MAX_FILES + len(OUTSIDE_MANIFEST):
+    if len(kept) > _MAX_LISTED:
         raise ManifestError(f"the package has more than {MAX_FILES} files")
     return kept
 

@@ -7,18 +7,39 @@ the process. What a killed process leaves is continued by the next one, or prune
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edge_agent.errors import CacheBusy
+from edge_agent.errors import CacheBusy, StoreError
 from edge_agent.models import durable
 from edge_agent.models.manifest import ManifestFile
 from edge_agent.models.store import Store, store_errors, try_flock
 
-_MAX_ETAG_BYTES = 1_000
+_MAX_NOTE_BYTES = 2_000
+_MAX_ETAG = 1_000
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """What is known of a part beside its bytes.
+
+    Attributes:
+        etag: the version of the file on the server that the part was begun with, or empty.
+        length: how many of its bytes `sha256` is about, in bytes.
+        sha256: of these bytes, or empty. A part whose own digest is unknown is continued only as far as this
+            one fits: after a power loss its end may be anything.
+    """
+
+    etag: str = ""
+    length: int = 0
+    sha256: str = ""
 
 
 class Staging:
@@ -38,22 +59,26 @@ class Staging:
         """Where a fetched file waits once its bytes were checked."""
         return self.parts / sha256
 
-    def etag(self, part: Path) -> str:
-        """The version of the file on the server that a part was begun with, or empty."""
-        with suppress(OSError, UnicodeDecodeError):
-            return part.with_suffix(".etag").read_bytes()[:_MAX_ETAG_BYTES].decode("ascii")
-        return ""
+    def note(self, part: Path) -> Note:
+        """What was noted about a part; an empty note where nothing was, or where it is damaged."""
+        try:
+            with part.with_suffix(".note").open("rb") as file:
+                fields = json.loads(file.read(_MAX_NOTE_BYTES))
+            note = Note(**fields)
+            if isinstance(note.etag, str) and isinstance(note.length, int) and isinstance(note.sha256, str):
+                return note
+        except (OSError, ValueError, TypeError, RecursionError):
+            pass
+        return Note()
 
-    def note_etag(self, part: Path, etag: str) -> None:
-        file = part.with_suffix(".etag")
-        if etag and etag.isascii() and len(etag) < _MAX_ETAG_BYTES:
-            durable.write_file(file, etag.encode())
-        else:
-            durable.unlink(file)
+    def write_note(self, part: Path, note: Note) -> None:
+        if len(note.etag) > _MAX_ETAG or not note.etag.isascii():
+            note = Note()
+        durable.write_hint(part.with_suffix(".note"), json.dumps(asdict(note)).encode())
 
     def drop_part(self, part: Path) -> None:
         durable.unlink(part)
-        durable.unlink(part.with_suffix(".etag"))
+        durable.unlink(part.with_suffix(".note"))
 
     def keep(self, path: str, data: bytes) -> ManifestFile:
         """Stages a small file whose bytes are here already."""
@@ -82,18 +107,20 @@ class Staging:
 
     def clear(self) -> None:
         """Frees everything."""
-        durable.remove_tree(self.tree)
-        durable.remove_tree(self.parts)
+        for path in (self.tree, self.parts):
+            durable.remove_tree(path)
 
 
 @contextmanager
 def staging(store: Store, name: str, version: int) -> Iterator[Staging]:
     """Takes a version's staging folder for this process.
 
+    A disk that is full takes away what was fetched.
+
     Raises:
         CacheBusy: another process is fetching this version.
     """
-    folder = store.staging_root / f"{name}-{version}"
+    folder = folder_of(store, name, version)
     while True:
         with store_errors("make", folder):
             durable.make_folder(folder)
@@ -109,11 +136,21 @@ def staging(store: Store, name: str, version: int) -> Iterator[Staging]:
             taken = Staging(folder)
             with store_errors("make", taken.parts):
                 durable.make_folder(taken.parts)
-            yield taken
+            try:
+                yield taken
+            except StoreError as error:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL:
+                    taken.clear()  # what cannot be finished does not keep others from writing
+                raise
             return
         finally:
             durable.remove_empty(folder / "parts", folder)
             os.close(descriptor)
+
+
+def folder_of(store: Store, name: str, version: int) -> Path:
+    """Where a version is collected."""
+    return store.staging_root / f"{name}-{version}"
 
 
 def remove_staging(folder: Path) -> bool:

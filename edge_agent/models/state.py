@@ -16,6 +16,7 @@ from edge_agent.models.record import KEY, VersionRecord
 from edge_agent.models.reference import MODEL_NAME
 
 _MAX_REASON = 1_000
+_MAX_URI = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,27 +27,79 @@ class ModelState:
         active: key of the version that answers, None before the first one.
         previous: key of the version to go back to.
         candidate: key of the version that is being tried.
+        candidate_tries: how often it was; a number that stays high was written by agents that died trying.
         quarantined: key → why it is not tried again.
-        pinned: keys that are never evicted.
+        pinned: key of the version that an operator fixed: it runs whatever the registry says.
+        desired: `models:/…` that came over MQTT, stronger than the settings' uri; empty for none.
     """
 
     active: str | None = None
     previous: str | None = None
     candidate: str | None = None
+    candidate_tries: int = 0
     quarantined: Mapping[str, str] = field(default_factory=dict)
-    pinned: tuple[str, ...] = ()
+    pinned: str | None = None
+    desired: str = ""
+
+    def trying(self, key: str) -> ModelState:
+        """Before a candidate's runner starts: written down, so that a death while it is tried is seen."""
+        tries = self.candidate_tries + 1 if self.candidate == key else 1
+        return replace(self, candidate=key, candidate_tries=tries)
+
+    def given_up(self) -> ModelState:
+        """The candidate was not tried to its end; that says nothing about it."""
+        return replace(self, candidate=None, candidate_tries=0)
+
+    def refused(self, key: str, reason: str) -> ModelState:
+        """A candidate failed: it is not tried again, unless nothing else could ever answer."""
+        if self.active in (None, key):
+            return self.given_up()
+        return replace(self.given_up(), quarantined={**self.quarantined, key: reason[:_MAX_REASON]})
+
+    def switched(self, key: str) -> ModelState:
+        """A version became the active one."""
+        quarantined = {other: reason for other, reason in self.quarantined.items() if other != key}
+        previous = self.active if self.active != key else self.previous
+        return replace(self.given_up(), active=key, previous=previous, quarantined=quarantined)
+
+    def stepped_back(self, reason: str | None) -> ModelState:
+        """The previous version takes the active one's place.
+
+        Args:
+            reason: why the active one is quarantined; None when it is damaged only, and may come back.
+        """
+        if self.active is None or self.previous is None:
+            raise ValueError("there is no version to go back to")
+        quarantined = {**self.quarantined, self.active: reason[:_MAX_REASON]} if reason else self.quarantined
+        pinned = None if self.pinned == self.active else self.pinned
+        return replace(
+            self.given_up(),
+            active=self.previous,
+            previous=None if reason else self.active,
+            quarantined=quarantined,
+            pinned=pinned,
+        )
+
+    def without(self, key: str) -> ModelState:
+        """A version was removed from the cache."""
+        return replace(
+            self,
+            previous=None if self.previous == key else self.previous,
+            pinned=None if self.pinned == key else self.pinned,
+            quarantined={other: reason for other, reason in self.quarantined.items() if other != key},
+        )
 
     def role(self, key: str) -> str:
         """What a version is to its model, in one word: the strongest that applies."""
         if key in self.quarantined:
             return "quarantined"
         roles = {self.active: "active", self.candidate: "candidate", self.previous: "previous"}
-        return roles.get(key) or ("pinned" if key in self.pinned else "cached")
+        return roles.get(key) or ("pinned" if key == self.pinned else "cached")
 
     @property
     def protected(self) -> frozenset[str]:
         """Keys that eviction leaves alone."""
-        return frozenset(key for key in (self.active, self.previous, self.candidate, *self.pinned) if key)
+        return frozenset(key for key in (self.active, self.previous, self.candidate, self.pinned) if key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +130,10 @@ class CacheState:
                     "active": model.active,
                     "previous": model.previous,
                     "candidate": model.candidate,
+                    "candidate_tries": model.candidate_tries,
                     "quarantined": dict(model.quarantined),
-                    "pinned": list(model.pinned),
+                    "pinned": model.pinned,
+                    "desired": model.desired,
                 }
                 for name, model in self.models.items()
             },
@@ -122,8 +177,10 @@ def _model(fields: Any) -> ModelState:
         active=_optional_key(fields["active"]),
         previous=_optional_key(fields["previous"]),
         candidate=_optional_key(fields["candidate"]),
+        candidate_tries=int(fields.get("candidate_tries", 0)),
         quarantined={_key(key): str(reason)[:_MAX_REASON] for key, reason in fields["quarantined"].items()},
-        pinned=tuple(_key(key) for key in fields["pinned"]),
+        pinned=_optional_key(fields["pinned"]),
+        desired=str(fields.get("desired", ""))[:_MAX_URI],
     )
 
 

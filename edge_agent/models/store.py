@@ -82,7 +82,7 @@ class Store:
         """
         self.create()
         with store_errors("lock the cache", self._lock_file):
-            descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, durable.FILE_MODE)
+            descriptor = durable.open_lock(self._lock_file)
         try:
             deadline = time.monotonic() + wait_s
             while not try_flock(descriptor):
@@ -92,6 +92,26 @@ class Store:
                         remedy="wait for the running command, or see `edge-agent status`",
                     )
                 time.sleep(_LOCK_POLL_S)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def fetching(self) -> Iterator[None]:
+        """Makes this the only fetch into the cache, among all processes; a dead process does not hold it.
+
+        Raises:
+            CacheBusy: another process is fetching.
+        """
+        self.create()
+        with store_errors("lock", self.staging_root):
+            descriptor = os.open(self.staging_root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if not try_flock(descriptor):
+                raise CacheBusy(
+                    "another process is fetching a model into this cache",
+                    remedy="wait for it, or see `edge-agent status`",
+                )
             yield
         finally:
             os.close(descriptor)
@@ -169,6 +189,7 @@ class Store:
             for inner in sorted({tree, *(_folders(tree))}, reverse=True):
                 durable.sync_folder(inner)
             durable.make_folder(folder.parent)
+            durable.sync_folder(self.versions_root)  # whoever made the folder may have died before that
             durable.remove_tree(folder)  # a tree without a record: a crash before the commit
             durable.rename(tree, folder)
             durable.sync_folder(folder.parent)
@@ -182,7 +203,7 @@ class Store:
     def relink(self, record: VersionRecord, file: ManifestFile) -> None:
         """Makes one file of a version a link to its blob again. The caller has the lock."""
         with store_errors("relink", self.folder(record)):
-            replace_link(self.blob(file.sha256), self.folder(record) / file.path)
+            self._replace_link(record, file)
 
     def remove_stray(self, record: VersionRecord, path: str) -> None:
         """Removes a file that a version should not have. The caller has the lock."""
@@ -241,13 +262,13 @@ class Store:
         relinked = []
         with store_errors("repair a blob", source):
             durable.unlink(self.blob(file.sha256))
-            blob = self._move_in(source, file)
+            self._move_in(source, file)
             durable.sync_folder(self.blobs)
             for record in self.versions():
-                paths = [self.folder(record) / f.path for f in record.files if f.sha256 == file.sha256]
-                for path in paths:
-                    replace_link(blob, path)
-                if paths:
+                files = [known for known in record.files if known.sha256 == file.sha256]
+                for known in files:
+                    self._replace_link(record, known)
+                if files:
                     relinked.append(record)
         return relinked
 
@@ -315,10 +336,7 @@ class Store:
 
     def used_bytes(self) -> int:
         """Everything that counts against the quota; hard-linked bytes count once."""
-        return sum(
-            _tree_bytes(root)
-            for root in (self.blobs, self.staging_root, self.prepared_root, self.damaged_root)
-        )
+        return _tree_bytes(self.blobs, self.staging_root, self.prepared_root, self.damaged_root)
 
     def free_bytes(self) -> int:
         """Bytes that this user may still write on the cache's file system."""
@@ -351,7 +369,8 @@ class Store:
             durable.unlink(blob)
             durable.link(path, blob)
         elif not path.samefile(blob):
-            replace_link(blob, path)
+            durable.unlink(path)
+            durable.link(blob, path)
 
     def _move_in(self, source: Path, file: ManifestFile) -> Path:
         target = self.blob(file.sha256)
@@ -360,9 +379,20 @@ class Store:
         durable.rename(source, target)
         return target
 
+    def _replace_link(self, record: VersionRecord, file: ManifestFile) -> None:
+        """Makes a version's file a link to its blob, with one rename; no stray name is left inside the version."""
+        path = self.folder(record) / file.path
+        temporary = self.record_file(record).with_suffix(f".link{durable.TEMPORARY_SUFFIX}")
+        durable.unlink(temporary)
+        durable.make_folder(path.parent)
+        if not (path.exists() and path.samefile(self.blob(file.sha256))):
+            durable.link(self.blob(file.sha256), temporary)
+            durable.rename(temporary, path)
+        durable.sync_folder(path.parent)
+
     def _touch(self, record: VersionRecord) -> None:
         try:
-            os.utime(self.record_file(record))
+            durable.touch(self.record_file(record))
         except OSError as error:
             log.warning("last use not noted version=%s reason=%r", record.key, error.strerror)
 
@@ -404,16 +434,6 @@ def check_file(path: Path, file: ManifestFile) -> None:
             raise VerificationError(f"{file.path!r} cannot be read: {error.strerror}") from error
     if digest.hexdigest() != file.sha256:
         raise VerificationError(f"sha256 of {file.path!r} is not the one in its manifest")
-
-
-def replace_link(blob: Path, path: Path) -> None:
-    """Makes `path` a link to `blob` with one rename, and syncs its folder."""
-    temporary = path.with_name(path.name + durable.TEMPORARY_SUFFIX)
-    durable.unlink(temporary)
-    durable.make_folder(path.parent)
-    durable.link(blob, temporary)
-    durable.rename(temporary, path)
-    durable.sync_folder(path.parent)
 
 
 def try_flock(descriptor: int) -> bool:
@@ -470,16 +490,17 @@ def _folders(tree: Path) -> Iterable[Path]:
     return (path for path in tree.rglob("*") if path.is_dir() and not path.is_symlink())
 
 
-def _tree_bytes(root: Path) -> int:
-    """Sizes of all files under a folder, each inode once; names that vanish meanwhile are passed over."""
+def _tree_bytes(*roots: Path) -> int:
+    """Sizes of all files under these folders, each inode once; names that vanish meanwhile are passed over."""
     seen: dict[tuple[int, int], int] = {}
-    for folder, _, names in os.walk(root):
-        for name in names:
-            try:
-                status = (Path(folder) / name).lstat()
-            except OSError:
-                continue
-            seen[status.st_dev, status.st_ino] = status.st_size
+    for root in roots:
+        for folder, _, names in os.walk(root):
+            for name in names:
+                try:
+                    status = (Path(folder) / name).lstat()
+                except OSError:
+                    continue
+                seen[status.st_dev, status.st_ino] = status.st_size
     return sum(seen.values())
 
 

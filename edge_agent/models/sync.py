@@ -10,13 +10,14 @@ eta_s}` (at most five a second), then `done {…}` (fields of `SyncResult`), or 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from edge_agent.models.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, 
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.reference import ROLLOUT_TAG, ModelRef, ModelVersion
 from edge_agent.models.registry import Listed, Package, Registry
-from edge_agent.models.staging import Staging, staging
+from edge_agent.models.staging import Staging, folder_of, remove_staging, staging
 from edge_agent.models.store import Store, check_file
 from edge_agent.models.sync_process import MAX_JOB_BYTES, SyncJob, SyncResult
 from edge_agent.models.trust import TrustDecision
@@ -71,22 +72,32 @@ def synchronise(job: SyncJob, emit: Emit) -> SyncResult:
     Raises:
         EdgeAgentError: with the code that the daemon's side turns into the same error again.
     """
-    store = Store(Path(job.state_dir))
-    store.create()
     registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s)
     version = registry.resolve(ModelRef.parse(job.ref))
     emit({"event": "resolved", "version": version.version, "rollout": version.tags.get(ROLLOUT_TAG, "")})
-    package = registry.package(version)
+    return bring(job, version, registry.package(version), emit)
+
+
+def bring(job: SyncJob, version: ModelVersion, package: Package, emit: Emit) -> SyncResult:
+    """The one way into the cache: whatever the package comes from, it is fetched, verified, judged, committed.
+
+    Raises:
+        EdgeAgentError: the package, the way to it, or the cache.
+    """
+    store = Store(Path(job.state_dir))
+    store.create()
     wanted = read_wanted(package, version)
     known = committed(store, job, version, wanted)
     if known and not fsck.quick_check(store, [known]).damaged:
-        return _done(hold_to_policy(store, job, known), fetched_bytes=0, new=False)
-    with staging(store, job.name, version.version) as place:
+        record = hold_to_policy(store, job, known)
+        remove_staging(folder_of(store, job.name, version.version))  # of a process that died after the commit
+        return _done(record, fetched_bytes=0, new=False)
+    with store.fetching(), staging(store, job.name, version.version) as place:
         reserve(store, job, wanted, place, known)
         pace = Pace(
             total_bytes=_missing_bytes(store, wanted),
             max_bytes_per_s=job.cache.max_bytes_per_s,
-            report=_Progress(emit),
+            report=_Progress(emit, lambda: keep_room(store, job)),
         )
         manifest, attached = fetch_missing(store, package, place, version, wanted, pace)
         tree = place.build_tree(store, (*manifest.files, *attached))
@@ -127,6 +138,7 @@ def read_wanted(package: Package, version: ModelVersion) -> Wanted:
     if SIGNATURE_NAME in listed:
         attached[SIGNATURE_NAME] = _read(package, SIGNATURE_NAME, _MAX_SIGNATURE_BYTES)
     if manifest:
+        _check_listing(version, manifest, listed)
         files = tuple(Listed(path=file.path, size_bytes=file.size_bytes) for file in manifest.files)
     else:
         files = tuple(file for path, file in listed.items() if path not in manifests.OUTSIDE_MANIFEST)
@@ -180,6 +192,7 @@ def reserve(store: Store, job: SyncJob, wanted: Wanted, place: Staging, known: V
     """
     needed = max(0, _missing_bytes(store, wanted) - place.fetched_bytes()) + _BOOKKEEPING_BYTES
     with store.lock():
+        fsck.prune(store)
         eviction.make_room(
             store,
             needed_bytes=needed,
@@ -187,6 +200,16 @@ def reserve(store: Store, job: SyncJob, wanted: Wanted, place: Staging, known: V
             min_free_bytes=job.cache.min_free_bytes,
             keep={(known.name, known.key)} if known else frozenset(),
         )
+
+
+def keep_room(store: Store, job: SyncJob) -> None:
+    """Others write to the same disk: a fetch stops before it takes their last space.
+
+    Raises:
+        OSError: as a full disk would do it.
+    """
+    if store.free_bytes() < job.cache.min_free_bytes // 2:
+        raise OSError(errno.ENOSPC, "less than half of cache.min_free_bytes is left on the disk")
 
 
 def fetch_missing(
@@ -201,7 +224,7 @@ def fetch_missing(
     for listed in wanted.listing:
         sha256 = wanted.sha256(listed.path)
         file = ManifestFile(path=listed.path, size_bytes=listed.size_bytes, sha256=sha256 or "")
-        if not sha256 or not (store.has_blob(file) or _is_verified(place, file)):
+        if not sha256 or not (_is_whole(store, file) or _is_verified(place, file)):
             file = fetch(
                 package, place, path=listed.path, size_bytes=listed.size_bytes, sha256=sha256, pace=pace
             )
@@ -222,27 +245,41 @@ def commit(store: Store, record: VersionRecord, tree: Path, place: Staging) -> b
         True where the version had not been committed before.
     """
     with store.lock():
-        if store.record(record.name, record.key) is None:
+        in_use = {file.sha256 for known in store.versions() for file in known.files}
+        for file in {file.sha256: file for file in record.files if file.sha256 in in_use}.values():
+            if place.verified(
+                file.sha256
+            ).exists():  # its blob was lost or damaged: every version gets it back
+                store.repair(place.verified(file.sha256), file)
+        new = store.record(record.name, record.key) is None
+        if new:
             store.commit(record, tree)
-            new = True
         else:
-            _mend(store, record, place)
-            new = False
+            _mend(store, record)
         place.clear()
     return new
 
 
-def _mend(store: Store, record: VersionRecord, place: Staging) -> None:
+def _mend(store: Store, record: VersionRecord) -> None:
+    fsck.mend_links(store)
     damaged = {damage.path for damage in fsck.quick_check(store, [record]).of(record)}
     for path in damaged - {file.path for file in record.files}:
         store.remove_stray(record, path)
-    for file in set(record.files):
-        fetched = place.verified(file.sha256)
-        if fetched.exists():
-            store.repair(fetched, file)
-        elif file.path in damaged:
-            store.relink(record, file)
     store.rewrite(record)
+
+
+def _is_whole(store: Store, file: ManifestFile) -> bool:
+    """A blob that the cache has is read again before a new version relies on it; a damaged one is set aside."""
+    if not store.has_blob(file):
+        return False
+    try:
+        check_file(store.blob(file.sha256), file)
+    except VerificationError as error:
+        log.warning("blob damaged digest=%s reason=%r", file.sha256, error.message)
+        with store.lock():
+            fsck.set_aside_blob(store, file.sha256)
+        return False
+    return True
 
 
 def _is_verified(place: Staging, file: ManifestFile) -> bool:
@@ -288,6 +325,17 @@ def _check_tag(version: ModelVersion, data: bytes) -> None:
         )
 
 
+def _check_listing(version: ModelVersion, manifest: Manifest, listed: Mapping[str, Listed]) -> None:
+    """What cannot fit is refused before a byte of it is fetched."""
+    for file in manifest.files:
+        if file.path not in listed:
+            raise VerificationError(f"version {version.version} of {version.name!r} has lost {file.path!r}")
+        if listed[file.path].size_bytes != file.size_bytes:
+            raise VerificationError(
+                f"{file.path!r} has {listed[file.path].size_bytes} bytes, its manifest says {file.size_bytes}"
+            )
+
+
 def _done(record: VersionRecord, *, fetched_bytes: int, new: bool) -> SyncResult:
     return SyncResult(
         name=record.name,
@@ -302,10 +350,11 @@ def _done(record: VersionRecord, *, fetched_bytes: int, new: bool) -> SyncResult
 
 
 class _Progress:
-    """Turns chunks into at most five events a second, and one at the end."""
+    """Turns chunks into at most five events a second, and one at the end; asks as often whether there is room."""
 
-    def __init__(self, emit: Emit) -> None:
+    def __init__(self, emit: Emit, check: Callable[[], None]) -> None:
         self._emit = emit
+        self._check = check
         self._next_at = 0.0
 
     def __call__(self, pace: Pace) -> None:
@@ -314,11 +363,12 @@ class _Progress:
         if now < self._next_at and have < pace.total_bytes:
             return
         self._next_at = now + _PROGRESS_INTERVAL_S
+        self._check()
         eta_s = pace.eta_s
         self._emit(
             {
                 "event": "progress",
-                "bytes": have,
+                "bytes": min(have, pace.total_bytes),
                 "total_bytes": pace.total_bytes,
                 "bytes_per_s": round(pace.bytes_per_s),
                 "eta_s": None if eta_s is None else round(eta_s, 1),

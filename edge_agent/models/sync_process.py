@@ -15,7 +15,6 @@ import os
 import selectors
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -220,7 +219,7 @@ def environment() -> dict[str, str]:
 @contextlib.contextmanager
 def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
     """The process, with its job on stdin; it is dead when the block ends."""
-    with tempfile.TemporaryFile() as stdin:  # a pipe would block on a job larger than its buffer
+    with _memory_file("sync") as stdin:  # a pipe would block on a job larger than its buffer
         stdin.write(job.encode())
         stdin.seek(0)
         process = subprocess.Popen(
@@ -255,6 +254,11 @@ class _Tail:
     @property
     def text(self) -> str:
         return self._data.decode("utf-8", "replace").strip()
+
+
+def _memory_file(name: str) -> IO[bytes]:
+    """A file that needs no disk: a full one must not keep a sync from saying so."""
+    return os.fdopen(os.memfd_create(name), "w+b")
 
 
 def _events(

@@ -198,7 +198,9 @@ def _rule(
         return TrustDecision(
             rule=Rule.NO_CODE, signed_by=signed_by, unsigned_code=False, reason=f"no code in it; {by_whom}"
         )
-    only_wrapper = model.loader == CODE_LOADER and set(code) == {model.code_file}
+    only_wrapper = (
+        model.loader == CODE_LOADER and set(code) == {model.code_file} and model.pyfunc.get("code") is None
+    )
     if only_wrapper and _is_shipped(tree / model.code_file):
         return TrustDecision(
             rule=Rule.SHIPPED_WRAPPER,

@@ -1,8 +1,8 @@
-"""Keeps every model at the version that its reference means: asks the registry, brings, hands over.
+"""Keeps every model at the version that this device wants: asks the registry, brings, hands over.
 
 Owns the one thread that syncs: one model after the other, so that one fetch and one candidate at a time is
-all that the device has to carry. Flow of a check: sync process → committed version → lifecycle.adopt.
-A registry that is out of reach is a normal day: it is noted, and asked again.
+all that the device has to carry. Flow of a check: what is wanted → sync process → committed version →
+lifecycle.adopt. A registry that is out of reach is a normal day: it is noted, and asked again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,18 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from edge_agent.errors import EdgeAgentError, TransportError, UnknownReference
+from edge_agent.errors import (
+    ContentError,
+    EdgeAgentError,
+    SettingsError,
+    StoreError,
+    TransportError,
+    UnknownReference,
+)
+from edge_agent.models import choice, fsck
 from edge_agent.models.lifecycle import ModelLifecycle
+from edge_agent.models.reference import ModelRef
+from edge_agent.models.store import Store
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob, run_sync
 from edge_agent.settings import Settings
 
@@ -37,10 +47,12 @@ class Updates:
         reachable: whether the registry answered the last check; None before the first one.
         checked_at: when that was, in seconds since 1970; None before the first one.
         problems: by model, why its last check brought nothing, empty when it was fine.
+        progress: by model, the last progress event of a running fetch.
     """
 
-    def __init__(self, settings: Settings, lifecycles: Mapping[str, ModelLifecycle]) -> None:
+    def __init__(self, settings: Settings, store: Store, lifecycles: Mapping[str, ModelLifecycle]) -> None:
         self._settings = settings
+        self._store = store
         self._lifecycles = lifecycles
         self._turn = threading.Lock()
         self._due = threading.Event()
@@ -48,17 +60,25 @@ class Updates:
         self.reachable: bool | None = None
         self.checked_at: float | None = None
         self.problems: dict[str, str] = {}
+        self.progress: dict[str, Mapping[str, Any]] = {}
+        self._desired: Mapping[str, str] | None = None
 
     def run(self) -> None:
         """The thread: checks all models now, then every `registry.poll_interval_s`, or when told to."""
         while not self._closing.is_set():
             self._due.clear()
+            self._note_desired()
             for name in self._lifecycles:
                 if not self._closing.is_set():
                     self._try(name)
             limit_s = time.monotonic() + self._settings.registry.poll_interval_s * random.uniform(*_JITTER)
             while not self._closing.is_set() and not self._due.is_set() and time.monotonic() < limit_s:
                 self._due.wait(_WAIT_S)
+
+    def desire(self, uris: Mapping[str, str]) -> None:
+        """What MQTT asks for: by model `models:/…`, or empty. The thread writes it down, and then checks."""
+        self._desired = dict(uris)
+        self._due.set()
 
     def check_now(self) -> None:
         """Tells the thread to check all models."""
@@ -70,20 +90,44 @@ class Updates:
         self._due.set()
 
     def check(self, name: str, on_event: OnEvent = lambda event: None) -> SyncResult:
-        """Brings one model up to date and makes it active.
+        """Brings what one model wants from the registry, and makes it active unless another version is pinned.
 
         Raises:
-            EdgeAgentError: the registry, the package, the cache or the gate says no.
+            EdgeAgentError: the registry, the package, the cache or the gate says no, or it is not for this
+                device yet.
         """
         with self._turn:
+            lifecycle = self._lifecycles[name]
             result = self._sync(name, on_event)
-            self._lifecycles[name].adopt(result.key)
+            lifecycle.adopt(lifecycle.state.pinned or result.key)
             self.problems[name] = ""
             return result
 
-    def _try(self, name: str) -> None:
+    def fetch(self, name: str) -> SyncResult:
+        """Brings what one model wants, or what of it is missing or damaged; changes nothing else."""
+        with self._turn:
+            return self._sync(name, lambda event: None)
+
+    def _note_desired(self) -> None:
+        desired, self._desired = self._desired, None
         try:
-            self.check(name)
+            for name, uri in (desired or {}).items():
+                self._lifecycles[name].set_desired(uri)
+        except EdgeAgentError as error:
+            log.warning("desired state not written down reason=%r", str(error))
+            self._desired = self._desired or desired  # the next turn tries again
+
+    def _try(self, name: str) -> None:
+        """One model's turn in a poll. A pinned model asks nobody."""
+        lifecycle = self._lifecycles[name]
+        try:
+            if lifecycle.state.pinned:
+                lifecycle.adopt(lifecycle.state.pinned)
+                self.problems[name] = ""
+                return
+            lifecycle.catch_up()
+            if self._settings.registry.uri:
+                self.check(name)
         except EdgeAgentError as error:
             if self._closing.is_set():
                 return
@@ -93,17 +137,32 @@ class Updates:
             self.problems[name] = text
 
     def _sync(self, name: str, on_event: OnEvent) -> SyncResult:
+        if not self._settings.registry.uri:
+            raise SettingsError(
+                "registry.uri: no registry is configured", remedy="set registry.uri in the settings"
+            )
+
+        def look(event: Mapping[str, Any]) -> None:
+            if event.get("event") == "resolved":
+                self._check_rollout(name, event)
+            self.progress[name] = event
+            on_event(event)
+
         try:
             result = run_sync(
-                sync_job(self._settings, name),
-                timeout_s=SYNC_TIMEOUT_S,
-                on_event=on_event,
-                should_stop=self._closing.is_set,
+                self._job(name), timeout_s=SYNC_TIMEOUT_S, on_event=look, should_stop=self._closing.is_set
             )
-        except EdgeAgentError as error:
-            self._note(reachable=isinstance(error, UnknownReference) or not isinstance(error, TransportError))
+        except (
+            OSError
+        ) as error:  # no memory, no descriptors, no space to start a process: not the model's fault
+            raise StoreError(f"no sync can be started: {error}") from error
+        except (TransportError, UnknownReference, ContentError) as error:
+            self._note(reachable=not isinstance(error, TransportError))
             raise
+        finally:
+            self.progress.pop(name, None)
         self._note(reachable=True)
+        self._tidy()
         if result.new:
             log.info(
                 "version fetched model=%s version=%d bytes_fetched=%d bytes_reused=%d",
@@ -111,27 +170,51 @@ class Updates:
             )  # fmt: skip
         return result
 
+    def _tidy(self) -> None:
+        """What crashes and superseded fetches left must not count in the quota for ever."""
+        try:
+            with self._store.lock():
+                fsck.prune(self._store)
+        except EdgeAgentError as error:
+            log.warning("cache not tidied reason=%r", str(error))
+
+    def _check_rollout(self, name: str, event: Mapping[str, Any]) -> None:
+        """A share of the devices follows an alias first; who asks for a version by number gets it."""
+        if self._wanted(name).alias is not None and self._state_version(name) != event["version"]:
+            choice.check_rollout(
+                event.get("rollout"),
+                device_id=self._settings.device_id,
+                name=name,
+                version=int(event["version"]),
+            )
+
+    def _state_version(self, name: str) -> object:
+        return self._lifecycles[name].status()["version"]
+
+    def _wanted(self, name: str) -> ModelRef:
+        return choice.wanted_ref(self._settings.models[name].uri, self._lifecycles[name].state)
+
+    def _job(self, name: str) -> SyncJob:
+        """What the sync process has to know."""
+        settings = self._settings
+        return SyncJob(
+            state_dir=str(settings.state_dir),
+            registry=RegistryJob(uri=settings.registry.uri, timeout_s=settings.registry.timeout_s),
+            name=name,
+            ref=str(self._wanted(name)),
+            trust=TrustJob(
+                public_keys=settings.trust.public_keys, allow_unsigned_code=settings.trust.allow_unsigned_code
+            ),
+            cache=CacheJob(
+                quota_bytes=settings.cache.quota_bytes,
+                min_free_bytes=settings.cache.min_free_bytes,
+                max_bytes_per_s=settings.cache.max_bytes_per_s,
+            ),
+        )
+
     def _note(self, *, reachable: bool) -> None:
         if self.reachable is not None and self.reachable != reachable:
             log.info(
                 "registry %s uri=%s", "reachable" if reachable else "unreachable", self._settings.registry.uri
             )
         self.reachable, self.checked_at = reachable, time.time()
-
-
-def sync_job(settings: Settings, name: str) -> SyncJob:
-    """What the sync process has to know of the settings."""
-    return SyncJob(
-        state_dir=str(settings.state_dir),
-        registry=RegistryJob(uri=settings.registry.uri, timeout_s=settings.registry.timeout_s),
-        name=name,
-        ref=settings.models[name].uri,
-        trust=TrustJob(
-            public_keys=settings.trust.public_keys, allow_unsigned_code=settings.trust.allow_unsigned_code
-        ),
-        cache=CacheJob(
-            quota_bytes=settings.cache.quota_bytes,
-            min_free_bytes=settings.cache.min_free_bytes,
-            max_bytes_per_s=settings.cache.max_bytes_per_s,
-        ),
-    )

@@ -4,12 +4,13 @@ Owns one loaded model and the socket to the daemon. One thread does everything: 
 it looks for a frame, so a cancel is seen within one decode step or one prefill slice, and a daemon that died
 is noticed by the end of its socket. Refuses nothing on its own: a prompt's errors go to the daemon by code.
 
-    Load → Loaded | Failed;  Generate → Delta … Done | Refused;  Stop or end of file → exit
+    Load → Loaded | Failed;  Try → Tried;  Generate → Delta … Done | Refused;  Stop or end of file → exit
 """
 
 from __future__ import annotations
 
 import gc
+import resource
 import socket
 import sys
 import time
@@ -17,7 +18,7 @@ import traceback
 from pathlib import Path
 
 from edge_agent.errors import BadRequest, Cancelled, ModelFailed, PromptError, PromptTooLong, RunnerError
-from edge_agent.runner import loader
+from edge_agent.runner import gate, loader
 from edge_agent.runner.protocol import (
     Cancel,
     Delta,
@@ -30,11 +31,14 @@ from edge_agent.runner.protocol import (
     Loaded,
     Refused,
     Stop,
+    Tried,
+    Try,
     encode,
 )
 
 _REQUEST_ERRORS = {"bad_request": BadRequest, "prompt_too_long": PromptTooLong}
 _MAX_MESSAGE = 500
+_NO_BYTECODE = "/nonexistent/edge-agent"
 
 
 class _Ended(Exception):
@@ -56,7 +60,9 @@ class Runner:
                 frame = self._next()
                 if isinstance(frame, Generate):
                     self._answer(model, frame)
-        except (_Ended, EOFError, BrokenPipeError, ConnectionResetError):
+                elif isinstance(frame, Try):
+                    self._try_out(model)
+        except (_Ended, EOFError):
             return
 
     def _load(self) -> loader.Model:
@@ -64,6 +70,8 @@ class Runner:
         if not isinstance(request, Load):
             raise RunnerError("the first frame is not a load")
         started_s = time.monotonic()
+        # From here on bytecode is neither read from where a package could have put it, nor written.
+        sys.pycache_prefix, sys.dont_write_bytecode = _NO_BYTECODE, True
         try:
             model = loader.load(
                 Path(request.folder),
@@ -73,7 +81,7 @@ class Runner:
             )
             model.warm_up()
         except Exception as error:
-            traceback.print_exc()
+            _print_frames(error)
             self._send(Failed(message=_describe(error)))
             raise _Ended from error
         gc.collect()
@@ -81,6 +89,15 @@ class Runner:
         load_ms = (time.monotonic() - started_s) * 1000
         self._send(Loaded(flavor=model.flavor, signature=model.signature, load_ms=load_ms))
         return model
+
+    def _try_out(self, model: loader.Model) -> None:
+        try:
+            failures, tokens_per_s = gate.try_out(model.golden, signature=model.signature, ask=model.ask)
+        except Exception as error:  # noqa: BLE001 - a candidate may fail in any way; the daemon decides
+            _print_frames(error)
+            failures, tokens_per_s = [_describe(error)], 0.0
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self._send(Tried(failures=failures, tokens_per_s=tokens_per_s, memory_bytes=peak_bytes))
 
     def _answer(self, model: loader.Model, request: Generate) -> None:
         try:
@@ -105,14 +122,17 @@ class Runner:
                 if item:
                     self._send(Delta(id=request.id, text=item))
                 self._look_for_cancel(request.id)
-        except (PromptError, _Ended, EOFError, OSError):
+        except (PromptError, _Ended, EOFError):
             raise
         except Exception as error:  # model code may raise anything
             code = str(getattr(error, "code", ""))
             if code in _REQUEST_ERRORS:
                 raise _REQUEST_ERRORS[code](str(error).removeprefix(f"{code}: ")) from error
-            traceback.print_exc()
-            raise ModelFailed(_describe(error)) from error
+            _print_frames(error)
+            if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
+                # MLflow's schema check; its text has the prompt in it.
+                raise BadRequest("the model's signature does not admit this request") from error
+            raise ModelFailed(f"the model raised {type(error).__name__}") from error
         finally:
             items.close()
         raise ModelFailed("the model's stream ended without usage and finish_reason")
@@ -134,7 +154,17 @@ class Runner:
 
     def _send(self, frame: Frame) -> None:
         self._connection.settimeout(None)
-        self._connection.sendall(encode(frame))
+        try:
+            self._connection.sendall(encode(frame))
+        except OSError as error:
+            raise _Ended from error
+
+
+def _print_frames(error: BaseException) -> None:
+    """Where it went wrong, without the message: that may have the prompt in it, and this output is logged."""
+    print(
+        type(error).__name__, *traceback.format_tb(error.__traceback__), sep="\n", file=sys.stderr, flush=True
+    )
 
 
 def _describe(error: BaseException) -> str:

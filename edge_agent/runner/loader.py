@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow.pyfunc
+import onnxruntime_genai  # noqa: F401 - before the runner stops trusting bytecode
 
 from edge_agent.errors import RunnerError
 
@@ -43,6 +44,20 @@ class Model:
         self._wrapper = pyfunc.unwrap_python_model()
         self.flavor = flavor
         self.signature = signature
+
+    @property
+    def golden(self) -> Any:
+        """The package's golden prompts as they stand in its metadata; None when it has none."""
+        return (self._pyfunc.metadata.metadata or {}).get("edge_agent.golden")
+
+    def ask(self, document: dict[str, Any]) -> tuple[str, int]:
+        """Answers one document whole: (text, completion tokens)."""
+        texts: list[str] = []
+        for item in self.stream(document):
+            if isinstance(item, End):
+                return "".join(texts), item.usage.get("completion_tokens", 0)
+            texts.append(item)
+        raise RunnerError("the model's stream ended without usage and finish_reason")
 
     def warm_up(self) -> None:
         """Generates one token, so that the first prompt does not pay for what the library does only once."""

@@ -13,6 +13,8 @@ import collections
 import contextlib
 import logging
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent import settings
-from edge_agent.errors import PROMPT_ERRORS, Cancelled, DeadlineExceeded, ModelFailed, RunnerError
+from edge_agent.errors import PROMPT_ERRORS, Cancelled, DeadlineExceeded, LoadFailed, ModelFailed, RunnerError
 from edge_agent.runner.protocol import (
     Cancel,
     Delta,
@@ -36,14 +38,19 @@ from edge_agent.runner.protocol import (
     Loaded,
     Refused,
     Stop,
+    Tried,
+    Try,
     encode,
 )
 
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 5.0
+KILL_WAIT_S = 10.0
 CANCEL_GRACE_S = 30.0
 """How long a cancelled prompt may take to end: one prefill slice of a large model on a slow device."""
+
+MAX_ANSWER_CHARACTERS = 4 << 20
 
 _SEND_TIMEOUT_S = 30.0
 _TAIL_LINES = 40
@@ -73,33 +80,37 @@ class RunnerProcess:
     Args:
         model: configured name, for logs.
         environment: the child's whole environment.
-        scratch: folder for its bytecode, private to it.
+
+    Raises:
+        RunnerError: the host cannot start another process.
     """
 
-    def __init__(self, *, model: str, environment: dict[str, str], scratch: Path) -> None:
+    def __init__(self, *, model: str, environment: dict[str, str]) -> None:
         self.model = model
         ours, theirs = socket.socketpair()
         self._socket, self._reader = ours, FrameReader(ours)
+        # A second object on the same socket: a sender must not wait for the reader's timeout.
+        self._sender = ours.dup()
+        self._sender.setblocking(False)
         self._send_lock = threading.Lock()
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
-        command = [
-            sys.executable,
-            "-X",
-            f"pycache_prefix={scratch}",
-            "-m",
-            "edge_agent.runner.child",
-            str(theirs.fileno()),
-        ]
-        with theirs:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
+        command = [sys.executable, "-m", "edge_agent.runner.child", str(theirs.fileno())]
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    cwd="/",
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                )
+        except OSError as error:
+            ours.close()
+            self._sender.close()
+            raise RunnerError(f"no process can be started for model {model}: {error}") from error
         self._drain = threading.Thread(target=self._keep_tail, name=f"runner-output-{model}", daemon=True)
         self._drain.start()
 
@@ -123,9 +134,26 @@ class RunnerProcess:
             return frame
         self.kill()
         if isinstance(frame, Failed):
-            raise RunnerError(f"model does not load: {frame.message}")
+            raise LoadFailed(f"model does not load: {frame.message}")
         raise RunnerError(
             f"model did not load within {timeout_s:.0f} s" if frame is None else "runner spoke out of turn"
+        )
+
+    def try_out(self, *, timeout_s: float) -> Tried:
+        """Puts the loaded model through the gate; blocks until it has answered.
+
+        Raises:
+            RunnerError: it died, or took longer than `timeout_s`; the child is dead then.
+        """
+        self._send(Try())
+        frame = self._receive(time.monotonic() + timeout_s)
+        if isinstance(frame, Tried):
+            return frame
+        self.kill()
+        raise RunnerError(
+            f"model was not through the gate within {timeout_s:.0f} s"
+            if frame is None
+            else "runner spoke out of turn"
         )
 
     def generate(
@@ -142,10 +170,10 @@ class RunnerProcess:
         """
         deadline_s = time.monotonic() + timeout_s
         self._send(Generate(id=prompt_id, document=document))
-        late = False
+        late, total = False, 0
         while True:
             frame = self._receive(deadline_s)
-            if frame is None:
+            if frame is None or (time.monotonic() > deadline_s and not isinstance(frame, Done | Refused)):
                 if late:
                     self.kill()
                     raise RunnerError("runner did not stop when it was told to")
@@ -158,10 +186,15 @@ class RunnerProcess:
                 if late and frame.code == Cancelled.code:
                     raise DeadlineExceeded("the deadline passed before the answer was whole")
                 raise PROMPT_ERRORS.get(frame.code, ModelFailed)(frame.message)
-            else:
+            elif isinstance(frame, Done):
                 yield frame
-                if isinstance(frame, Done):
-                    return
+                return
+            else:
+                total += len(frame.text)
+                if total > MAX_ANSWER_CHARACTERS:
+                    self.kill()
+                    raise RunnerError(f"the answer has more than {MAX_ANSWER_CHARACTERS} characters")
+                yield frame
 
     def cancel(self, prompt_id: str) -> None:
         """Asks the child to end a prompt; `generate` then raises `Cancelled`. No effect on any other prompt."""
@@ -169,21 +202,30 @@ class RunnerProcess:
             self._send(Cancel(id=prompt_id))
 
     def stop(self) -> None:
-        """Ends the child in order, or kills it after a grace time."""
+        """Ends the child in order, or kills it after a grace time; what it started goes with it."""
         with contextlib.suppress(RunnerError):
             self._send(Stop())
-        try:
-            self._process.wait(STOP_GRACE_S)
-        except subprocess.TimeoutExpired:
+        # WNOWAIT leaves a zombie: as long as it is there, its process group cannot be somebody else's.
+        limit_s = time.monotonic() + STOP_GRACE_S
+        while self._process.returncode is None and time.monotonic() < limit_s:
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                break
+            time.sleep(0.01)
+        else:
             log.warning("runner did not stop model=%s pid=%d", self.model, self.pid)
         self.kill()
 
     def kill(self) -> None:
         """Ends the child and everything that it started, at once. May be called again."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, 9)
-        self._process.wait()
+            if self._process.returncode is None:  # not reaped: its number, and its group's, are still its own
+                os.killpg(self._process.pid, signal.SIGKILL)
+        try:
+            self._process.wait(KILL_WAIT_S)
+        except subprocess.TimeoutExpired:
+            log.error("runner cannot be killed model=%s pid=%d", self.model, self.pid)
         self._socket.close()
+        self._sender.close()
         self._drain.join(1.0)
 
     def last_output(self) -> str:
@@ -193,17 +235,16 @@ class RunnerProcess:
     def _send(self, frame: Frame) -> None:
         with self._send_lock:
             try:
-                # Send and receive share one timeout attribute; MSG_DONTWAIT keeps a sender from changing it.
                 view = memoryview(encode(frame))
                 limit_s = time.monotonic() + _SEND_TIMEOUT_S
                 while view:
                     try:
-                        view = view[self._socket.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
-                    except (BlockingIOError, TimeoutError):
-                        if time.monotonic() > limit_s or not self.alive:
+                        view = view[self._sender.send(view, socket.MSG_NOSIGNAL) :]
+                    except BlockingIOError:
+                        if time.monotonic() > limit_s:
                             raise
-                        time.sleep(0.005)
-            except OSError as error:
+                        select.select([], [self._sender], [], 0.1)
+            except (OSError, ValueError) as error:  # ValueError: closed meanwhile
                 raise RunnerError(f"runner is gone ({self._epitaph()})") from error
 
     def _receive(self, deadline_s: float) -> Frame | None:

@@ -1,7 +1,7 @@
 """The frames between the daemon and a runner: JSON, one a line, bounded. Pure but for `FrameReader.read`.
 
-    daemon → runner   Load, Generate, Cancel, Stop
-    runner → daemon   Loaded or Failed; then Delta …, Done or Refused for each Generate
+    daemon → runner   Load, Try, Generate, Cancel, Stop
+    runner → daemon   Loaded or Failed; Tried for Try; then Delta …, Done or Refused for each Generate
 
 Both sides treat the other's bytes as input: an unknown type, a missing or wrong field or a line over the
 bound is a `RunnerError`. Nothing is ever unpickled.
@@ -35,6 +35,28 @@ class Load:
     context_tokens: int
     max_tokens: int
     threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Try:
+    """Go through the gate: golden prompts and speed."""
+
+    type: ClassVar[str] = "try"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """What the gate found.
+
+    Attributes:
+        failures: what the candidate got wrong, one line each; empty when it passed.
+        memory_bytes: resident, the peak so far.
+    """
+
+    type: ClassVar[str] = "tried"
+    failures: list[str]
+    tokens_per_s: float
+    memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +127,11 @@ class Refused:
     message: str
 
 
-Frame = Load | Generate | Cancel | Stop | Loaded | Failed | Delta | Done | Refused
+Frame = Load | Try | Tried | Generate | Cancel | Stop | Loaded | Failed | Delta | Done | Refused
 
 _KINDS: dict[str, type[Any]] = {
-    kind.type: kind for kind in (Load, Generate, Cancel, Stop, Loaded, Failed, Delta, Done, Refused)
+    kind.type: kind
+    for kind in (Load, Try, Tried, Generate, Cancel, Stop, Loaded, Failed, Delta, Done, Refused)
 }
 _Hints = dict[str, Any]
 _HINTS: dict[str, _Hints] = {
@@ -205,6 +228,8 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint == list[str]:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if not isinstance(value, dict):
         return False
     inner = hint.__args__[1]

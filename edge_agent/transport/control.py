@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_agent.errors import DaemonNotRunning, EdgeAgentError, SettingsError
+from edge_agent.errors import ControlSocketError, DaemonNotRunning, DaemonRunning, EdgeAgentError
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ MAX_CONNECTIONS = 32
 SOCKET_MODE = 0o660
 _REQUEST_TIMEOUT_S = 10.0
 _ACCEPT_S = 0.5
+_SEND_TIMEOUT_S = 30.0
 
 
 class ClientGone(Exception):
@@ -55,7 +56,7 @@ class Call:
         try:
             if self._connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b"":
                 raise ClientGone
-        except BlockingIOError:
+        except (BlockingIOError, TimeoutError):
             return
         except OSError as error:
             raise ClientGone from error
@@ -72,7 +73,8 @@ class ControlServer:
         operations: by name.
 
     Raises:
-        SettingsError: the socket cannot be made.
+        ControlSocketError: the socket cannot be made.
+        DaemonRunning: another daemon listens on it.
     """
 
     def __init__(self, path: Path, operations: Mapping[str, Operation]) -> None:
@@ -94,6 +96,7 @@ class ControlServer:
                 if self._closing.is_set():
                     return
                 raise
+            connection.settimeout(_SEND_TIMEOUT_S)
             if not self._slots.acquire(blocking=False):
                 with connection, contextlib.suppress(OSError):
                     connection.sendall(_encode(_error_event(EdgeAgentError("too many control connections"))))
@@ -126,7 +129,7 @@ class ControlServer:
         except (OSError, EdgeAgentError):
             return
         call = Call(connection, request or {})
-        connection.settimeout(None)
+        connection.settimeout(_SEND_TIMEOUT_S)  # a client that stops reading must not hold its slot for ever
         try:
             operation = self._operations.get(str(call.request.get("op")))
             if operation is None:
@@ -203,9 +206,9 @@ def _error_event(error: EdgeAgentError) -> dict[str, Any]:
 
 def _listen(path: Path) -> socket.socket:
     """Binds the socket; one that a dead daemon left is replaced, a living one is not."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.is_socket():
             with socket.socket(socket.AF_UNIX) as probe:
                 probe.settimeout(1.0)
@@ -214,7 +217,7 @@ def _listen(path: Path) -> socket.socket:
                 except OSError:
                     path.unlink(missing_ok=True)
                 else:
-                    raise SettingsError(f"control_socket: another daemon listens on {path}")
+                    raise DaemonRunning(f"another daemon listens on {path}", remedy="see `edge-agent status`")
         old_mask = os.umask(0o777 & ~SOCKET_MODE)
         try:
             listener.bind(str(path))
@@ -223,7 +226,9 @@ def _listen(path: Path) -> socket.socket:
         listener.listen(MAX_CONNECTIONS)
     except OSError as error:
         listener.close()
-        raise SettingsError(f"control_socket: {path} cannot be made: {error.strerror or error}") from error
+        raise ControlSocketError(
+            f"control_socket: {path} cannot be made: {error.strerror or error}"
+        ) from error
     except BaseException:
         listener.close()
         raise

@@ -51,10 +51,13 @@ _CONNECT_TIMEOUT_S = 10.0
 _TURN_S = 1.0
 _RETRY_FIRST_S, _RETRY_LAST_S = 0.5, 60.0
 _TAKEN_OVER_S = 120.0
-_STEADY_S = 30.0
+_STEADY_S = 300.0
 """A connection that lasted this long was a good one: the next wait starts from the beginning."""
 _CONNACK_S = 15.0
 _OUTBOX_LOOK_S = 2.0
+_REFUSED_RETRY_S = 60.0
+_HANG_UPS = 3
+_MIN_PACKET_BYTES = 1 << 20
 _PACKET_OVERHEAD_BYTES = 128
 _TAKEN_OVER = 0x8E
 _UNSUPPORTED_PROTOCOL = (0x84, 0x01)
@@ -79,7 +82,10 @@ class Inbound:
 
 
 class Handler(Protocol):
-    """What the daemon does with a message; called in the network thread. An ack follows when it returns."""
+    """What the daemon does with a message; called in the network thread.
+
+    An ack follows when it returns, or, where it refuses the message, when the broker has the refusal.
+    """
 
     def __call__(self, message: Inbound) -> None: ...
 
@@ -92,6 +98,8 @@ class _Reply:
     correlation: bytes | None
     form: Form
     answer: Answer
+    refused_mid: int | None = None
+    """The message that is refused: it stays with the broker until the refusal is there."""
 
 
 @dataclass(kw_only=True)
@@ -105,20 +113,26 @@ class _Connection:
     ended: str = ""
     taken_over: bool = False
     unsupported: bool = False
+    refused: bool = False
+    silent: bool = False
     session: str = ""
     max_packet_bytes: int = 268_435_455
     max_in_flight: int = MAX_IN_FLIGHT
     in_flight: dict[int, int | None] = field(default_factory=dict)
     """mid → journal row, None for what is no answer of the journal."""
+    ack_after: dict[int, int] = field(default_factory=dict)
+    """mid of a refusal → mid of the message that it refuses."""
     refused_rows: set[int] = field(default_factory=set)
+    refused_at_s: float = 0.0
 
 
 class MqttTransport:
     """The agent's connection to the broker; `run` is its thread.
 
-    `answered`, `chunk`, `refuse`, `set_status`, `stop_accepting` and `close` may come from any thread.
+    `answered`, `chunk`, `refuse`, `set_retained`, `stop_accepting` and `close` may come from any thread.
 
     Args:
+        max_payload_bytes: of a request; what is much larger is not even read.
         password: reads the password, or gives None; asked at each connect, so that it can be rotated.
         handlers: by topic.
         will: the retained status that the broker publishes when this agent is gone.
@@ -130,6 +144,7 @@ class MqttTransport:
         *,
         topics: Topics,
         journal: Journal,
+        max_payload_bytes: int,
         password: Callable[[], str | None],
         handlers: dict[str, Handler],
         will: bytes,
@@ -142,17 +157,26 @@ class MqttTransport:
         self._will = will
         self._client_id = f"edge-agent-{topics.device_id}"
         self._version5 = settings.protocol != "3.1.1"
+        self._hang_ups = 0
+        self._by_hang_up = False
+        self._place = f"{settings.host}:{settings.port}"
+        self._speaks_5 = False
+        with contextlib.suppress(JournalUnavailable):
+            self._speaks_5 = journal.note("broker_speaks_5") == self._place
+        # Room above the limit, so that ordinary excess is answered (413) and not just cut off.
+        self._max_packet_bytes = max(_MIN_PACKET_BYTES, 4 * max_payload_bytes)
         self._connection: _Connection | None = None
         self._refusals: collections.deque[_Reply] = collections.deque(maxlen=MAX_REFUSALS)
         self._chunks: collections.deque[tuple[str, bytes | None, bytes]] = collections.deque(
             maxlen=MAX_CHUNKS
         )
-        self._status = b""
-        self._status_due = False
+        self._retained: dict[str, bytes] = {}
+        self._retained_due: set[str] = set()
         self._metrics: bytes | None = None
         self._outbox_due = True
         self._outbox_looked_s = 0.0
         self._accepting = True
+        self._ack_later = False
         self._closing = threading.Event()
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
@@ -161,6 +185,7 @@ class MqttTransport:
         self._retry_s = _RETRY_FIRST_S
         self.counters: collections.Counter[str] = collections.Counter()
         self.turned_s = time.monotonic()
+        self.problem = ""
 
     # --- From any thread -------------------------------------------------------------------------------
 
@@ -181,15 +206,25 @@ class MqttTransport:
         self._chunks.append((self._topics.stream(prompt.answer_topic), prompt.correlation, encode(document)))
         self._wake()
 
-    def refuse(self, *, topic: str, correlation: bytes | None, form: Form, answer: Answer) -> None:
-        """Sends an answer that the journal does not know; lost when the connection is."""
-        self._refusals.append(_Reply(topic=topic, correlation=correlation, form=form, answer=answer))
+    def refuse(
+        self, *, topic: str, correlation: bytes | None, form: Form, answer: Answer, delivery: Delivery | None
+    ) -> None:
+        """Sends an answer that the journal does not know. From a handler only.
+
+        What is refused is acked when the broker has the refusal: a connection that is lost before brings the
+        message again, and it is judged anew.
+        """
+        mid = delivery.mid if delivery is not None else None
+        self._refusals.append(
+            _Reply(topic=topic, correlation=correlation, form=form, answer=answer, refused_mid=mid)
+        )
+        self._ack_later = mid is not None
         self._wake()
 
-    def set_status(self, document: bytes) -> None:
-        """The retained status; published now and after each connect."""
-        self._status = document
-        self._status_due = True
+    def set_retained(self, topic: str, document: bytes) -> None:
+        """A retained document (status, reported models); published now and after each connect."""
+        self._retained[topic] = document
+        self._retained_due.add(topic)
         self._wake()
 
     def set_metrics(self, document: bytes) -> None:
@@ -220,6 +255,8 @@ class MqttTransport:
                 self._end(connection)
             if not self._closing.is_set():
                 self._wait_to_reconnect(connection)
+        for end in (self._wake_read, self._wake_write):
+            end.close()
 
     def _connect(self) -> _Connection | None:
         settings = self._settings
@@ -245,6 +282,7 @@ class MqttTransport:
                 properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
                 properties.SessionExpiryInterval = settings.session_expiry_s
                 properties.ReceiveMaximum = RECEIVE_MAXIMUM
+                properties.MaximumPacketSize = self._max_packet_bytes
                 client.connect(
                     settings.host,
                     settings.port,
@@ -307,22 +345,38 @@ class MqttTransport:
             log.warning("mqtt connection failed error=%r", error)
             connection.ended = f"protocol error: {error!r}"
         if not connection.connected and time.monotonic() - connection.started_s > _CONNACK_S:
+            connection.silent = True
             connection.ended = connection.ended or "no CONNACK"
 
     def _send_due(self, connection: _Connection) -> None:
         """Hands paho what waits, as far as the socket takes it: nothing piles up in its memory."""
         while self._refusals and self._may_publish(connection):
-            self._publish_answer(connection, self._refusals.popleft(), row=None)
+            reply = self._refusals.popleft()
+            if self._fits(connection, reply.topic, reply.answer.payload):
+                self._publish_answer(connection, reply, row=None)
+            elif reply.refused_mid is not None:
+                connection.client.ack(reply.refused_mid, 1)
         while self._chunks and not connection.client.want_write():
-            self._publish_chunk(connection, *self._chunks.popleft())
-        if self._status_due and self._status and self._may_publish(connection):
-            self._status_due = False
-            info = connection.client.publish(self._topics.status, self._status, qos=1, retain=True)
-            connection.in_flight[info.mid] = None
+            topic, correlation, payload = self._chunks.popleft()
+            if self._fits(connection, topic, payload):
+                self._publish_chunk(connection, topic, correlation, payload)
+        while self._retained_due and self._may_publish(connection):
+            topic = self._retained_due.pop()
+            if self._fits(connection, topic, self._retained[topic]):
+                info = connection.client.publish(topic, self._retained[topic], qos=1, retain=True)
+                connection.in_flight[info.mid] = None
         if self._metrics is not None and not connection.client.want_write():
-            connection.client.publish(self._topics.metrics, self._metrics, qos=0)
+            if self._fits(connection, self._topics.metrics, self._metrics):
+                connection.client.publish(self._topics.metrics, self._metrics, qos=0)
             self._metrics = None
         self._send_outbox(connection)
+
+    def _fits(self, connection: _Connection, topic: str, payload: bytes) -> bool:
+        """False for what the broker would end the connection over. It is left out, and counted."""
+        if len(payload) + len(topic.encode()) + _PACKET_OVERHEAD_BYTES <= connection.max_packet_bytes:
+            return True
+        self.counters["too_large_dropped"] += 1
+        return False
 
     def _send_outbox(self, connection: _Connection) -> None:
         now_s = time.monotonic()
@@ -331,6 +385,8 @@ class MqttTransport:
         if not due or room <= 0 or connection.client.want_write():
             return
         self._outbox_due, self._outbox_looked_s = False, now_s
+        if now_s - connection.refused_at_s > _REFUSED_RETRY_S:
+            connection.refused_rows.clear()  # an ACL may have been mended, a quota freed
         skip = (
             frozenset(row for row in connection.in_flight.values() if row is not None)
             | connection.refused_rows
@@ -376,6 +432,8 @@ class MqttTransport:
                 properties.CorrelationData = reply.correlation
         info = connection.client.publish(reply.topic, reply.answer.payload, qos=1, properties=properties)
         connection.in_flight[info.mid] = row
+        if reply.refused_mid is not None:
+            connection.ack_after[info.mid] = reply.refused_mid
 
     def _publish_chunk(
         self, connection: _Connection, topic: str, correlation: bytes | None, payload: bytes
@@ -393,7 +451,9 @@ class MqttTransport:
         """The last status, then an orderly DISCONNECT (which keeps the will unsent and the session alive)."""
         limit_s = time.monotonic() + 3.0
         while (
-            (self._status_due or connection.in_flight) and time.monotonic() < limit_s and not connection.ended
+            (self._retained_due or connection.in_flight)
+            and time.monotonic() < limit_s
+            and not connection.ended
         ):
             self._turn(connection)
         with contextlib.suppress(Exception):
@@ -402,6 +462,7 @@ class MqttTransport:
     def _end(self, connection: _Connection) -> None:
         self._connection = None
         self._chunks.clear()
+        self._refusals.clear()  # what they refuse was not acked: it comes again
         sock = connection.client.socket()
         if sock is not None:
             with contextlib.suppress(OSError):
@@ -411,6 +472,7 @@ class MqttTransport:
 
     def _on_connect(self, connection: _Connection, flags: Any, code: ReasonCode, properties: Any) -> None:
         if code.is_failure:
+            connection.refused = True
             connection.unsupported = code.value in _UNSUPPORTED_PROTOCOL
             connection.ended = f"refused by the broker: {code}"
             return
@@ -418,11 +480,16 @@ class MqttTransport:
             if not flags.session_present:
                 self._journal.begin_broker_session(uuid.uuid4().hex)
             connection.session = self._journal.broker_session()
+            if connection.version5 and not self._speaks_5:
+                self._journal.set_note("broker_speaks_5", self._place)
+                self._speaks_5 = True
         connection.max_packet_bytes = getattr(properties, "MaximumPacketSize", connection.max_packet_bytes)
         connection.max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT))
         self._subscribe(connection)
         connection.connected = True
-        self._outbox_due = self._status_due = True
+        self.problem = ""
+        self._outbox_due = True
+        self._retained_due.update(self._retained)
         log.info(
             "broker connected host=%s port=%d protocol=%s session_present=%s",
             self._settings.host, self._settings.port, "5" if connection.version5 else "3.1.1", flags.session_present,
@@ -431,8 +498,11 @@ class MqttTransport:
     def _subscribe(self, connection: _Connection) -> None:
         if connection.version5:
             # Retain Handling 2: a request that somebody retained is not sent on every connect.
-            options = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
-            connection.client.subscribe([(topic, options) for topic in self._handlers])
+            never = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
+            wanted = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE)
+            connection.client.subscribe(
+                [(topic, wanted if topic == self._topics.desired else never) for topic in self._handlers]
+            )
         else:
             connection.client.subscribe([(topic, 1) for topic in self._handlers])
 
@@ -450,11 +520,14 @@ class MqttTransport:
 
     def _on_publish(self, connection: _Connection, mid: int, code: ReasonCode) -> None:
         row = connection.in_flight.pop(mid, None)
+        if (refused_mid := connection.ack_after.pop(mid, None)) is not None:
+            connection.client.ack(refused_mid, 1)
         if row is None:
             return
         if code.is_failure:
             self.counters["answers_refused"] += 1
             connection.refused_rows.add(row)
+            connection.refused_at_s = time.monotonic()
             log.warning("answer refused by the broker row=%d reason=%s", row, code)
             return
         with contextlib.suppress(JournalUnavailable):  # it will be sent again: a repeat, not a loss
@@ -465,6 +538,7 @@ class MqttTransport:
         """Handles, then acks. A handler that fails in an unforeseen way does not get the message again."""
         if not self._accepting:
             return
+        self._ack_later = False
         try:
             handler = self._handlers.get(message.topic)
             if handler is None:
@@ -474,7 +548,9 @@ class MqttTransport:
         except Exception:
             self.counters["handler_errors"] += 1
             log.exception("message handler failed topic=%s bytes=%d", message.topic, len(message.payload))
-        connection.client.ack(message.mid, message.qos)
+            self._ack_later = False
+        if not self._ack_later:
+            connection.client.ack(message.mid, message.qos)
 
     # --- Waiting ---------------------------------------------------------------------------------------
 
@@ -484,9 +560,14 @@ class MqttTransport:
             self._note_failure(connection.ended)
             if connection.connected and now_s - connection.started_s > _STEADY_S:
                 self._retry_s = _RETRY_FIRST_S
-            if not connection.connected and self._settings.protocol == "auto":
+            if self._settings.protocol == "auto":
                 self._choose_protocol(connection)
         wait_s = _TAKEN_OVER_S if connection is not None and connection.taken_over else self._retry_s
+        if connection is not None and connection.taken_over:
+            log.warning(
+                "session taken over client_id=%s wait_s=%.0f remedy='has another device this device_id?'",
+                self._client_id, wait_s,
+            )  # fmt: skip
         self._retry_s = min(_RETRY_LAST_S, self._retry_s * 2)
         limit_s = now_s + wait_s * random.uniform(0.5, 1.5)
         while not self._closing.is_set() and (left_s := limit_s - time.monotonic()) > 0:
@@ -494,15 +575,24 @@ class MqttTransport:
             self._closing.wait(min(left_s, _TURN_S))
 
     def _choose_protocol(self, connection: _Connection) -> None:
-        """A broker that speaks no MQTT 5 says so, or just hangs up: the other version is tried next."""
-        hung_up = not connection.ended.startswith("refused")
-        if connection.unsupported or hung_up:
-            self._version5 = not connection.version5
-            if connection.unsupported:
-                self._retry_s = _RETRY_FIRST_S
+        """Which protocol the next connect offers.
+
+        A broker that speaks no MQTT 5 says so, or just hangs up. A hang-up has many causes, so several in a row
+        bring one attempt with 3.1.1, and a connection that was made that way is followed by one with 5 again.
+        """
+        if connection.unsupported:
+            self._version5, self._retry_s = not connection.version5, _RETRY_FIRST_S
+        elif connection.connected:
+            self._hang_ups = 0
+            self._version5 = self._version5 or self._by_hang_up
+        elif not connection.refused and not connection.silent and not self._speaks_5:
+            self._hang_ups += 1
+            self._by_hang_up = self._hang_ups % (_HANG_UPS + 1) == _HANG_UPS
+            self._version5 = not self._by_hang_up
 
     def _note_failure(self, reason: str) -> None:
-        self.counters["disconnects"] += 1
+        self.counters["failed_connections"] += 1
+        self.problem = reason
         log.warning("broker disconnected reason=%r retry_s=%.1f", reason, self._retry_s)
 
     def _wake(self) -> None:

@@ -60,6 +60,7 @@ class Probes:
                 answer_topic="control",
                 correlation=None,
                 expiry_s=None,
+                topic_made=False,
                 delivery=None,
                 moment=clock.now(),
             )

@@ -44,6 +44,14 @@ class Topics:
         return f"{self.root}/ctl/sync"
 
     @property
+    def desired(self) -> str:
+        return f"{self.root}/model/desired"
+
+    @property
+    def reported(self) -> str:
+        return f"{self.root}/model/reported"
+
+    @property
     def status(self) -> str:
         return f"{self.root}/status"
 

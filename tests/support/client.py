@@ -167,7 +167,7 @@ class Client:
             self._changed.notify_all()
 
 
-def _disable_nagle(_client: Paho, _userdata: object, sock: socket.socket) -> None:
+def _disable_nagle(_client: Paho, _userdata: object, sock: Any) -> None:
     """Small messages one after the other would wait 40 ms for an acknowledgement of the first."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -152,9 +152,7 @@ class Proxy:
 
     def _turn(self) -> None:
         directions = list(self._directions())
-        reading = [
-            d.source for d in directions if not d.ended and len(d.held) < _MAX_BUFFERED_BYTES
-        ]
+        reading = [d.source for d in directions if not d.ended and len(d.held) < _MAX_BUFFERED_BYTES]
         slow = self._rate_bytes_per_s is not None
         held = [d for d in directions if d.held]
         writing = [] if slow else [d.sink for d in held]
@@ -207,7 +205,9 @@ class Proxy:
         if self._rate_bytes_per_s is not None:
             passed_s = time.monotonic() - self._moved_s
             most = max(1.0, self._rate_bytes_per_s * 0.1)  # what was not used is not saved up
-            direction.allowance_bytes = min(most, direction.allowance_bytes + passed_s * self._rate_bytes_per_s)
+            direction.allowance_bytes = min(
+                most, direction.allowance_bytes + passed_s * self._rate_bytes_per_s
+            )
             allowed = min(allowed, int(direction.allowance_bytes))
         if not allowed:
             return

@@ -19,7 +19,7 @@ from edge_agent.chat.journal import (
     State,
 )
 from edge_agent.chat.messages import Form
-from edge_agent.errors import IdReused, JournalUnavailable, QueueFull
+from edge_agent.errors import IdReused, JournalUnavailable, NoModel, QueueFull
 
 START = Moment(boot_id="boot-1", boot_s=100.0, wall_s=1_000_000.0)
 
@@ -147,6 +147,42 @@ def test_a_redelivery_without_an_id_is_recognised_by_session_and_mid(journal: Jo
     first = Delivery(session="s", mid=7, redelivered=False)
     row = accept(journal, arrival(named=False, delivery=first))
     assert accept(journal, arrival(named=False, delivery=replace(first, redelivered=True))) == row
+
+
+def test_a_redelivery_is_recognised_though_the_agent_made_another_answer_topic(journal: Journal) -> None:
+    first = Delivery(session="s", mid=7, redelivered=False)
+    made = replace(arrival(named=False, delivery=first), topic_made=True, answer_topic="edge/v1/dev/rsp/one")
+    row = accept(journal, made)
+    again = replace(made, answer_topic="edge/v1/dev/rsp/two", delivery=replace(first, redelivered=True))
+    assert accept(journal, again) == row
+
+
+def test_a_repeat_is_recognised_while_nothing_new_is_accepted(journal: Journal) -> None:
+    row = accept(journal, arrival())
+    refusal = NoModel("not now")
+    known = journal.accept(arrival(), moment=START, queue_depth=1, retry_after_ms=1, refusal=refusal)
+    assert (known.row, known.new) == (row, False)
+    with pytest.raises(NoModel):
+        journal.accept(arrival(2), moment=START, queue_depth=9, retry_after_ms=1, refusal=refusal)
+
+
+def test_an_answer_given_before_the_clock_was_right_is_not_old_after_a_reboot(journal: Journal) -> None:
+    wrong = replace(START, wall_s=0.0)
+    row = accept(journal, arrival(), moment=wrong)
+    journal.answer(row, ANSWER, moment=wrong)
+    journal.prune(moment=replace(later(10), wall_s=2_000_000_000.0), ttl_s=86_400)
+    rebooted = Moment(boot_id="boot-2", boot_s=1.0, wall_s=2_000_000_100.0)
+    journal = reopened(journal, rebooted)
+    journal.prune(moment=rebooted, ttl_s=86_400)
+    assert journal.undelivered() == 1
+
+
+def test_a_row_that_cannot_be_read_stops_nobody(journal: Journal) -> None:
+    bad, good = accept(journal, arrival(1)), accept(journal, arrival(2))
+    journal._db.execute("UPDATE prompts SET document='{broken' WHERE row=?", (bad,))
+    claimed = journal.claim("assistant")
+    assert claimed is not None
+    assert claimed.row == good
 
 
 def test_the_same_text_twice_without_an_id_is_two_prompts(journal: Journal) -> None:

@@ -77,6 +77,8 @@ def test_anything_that_does_not_begin_with_a_brace_is_a_plain_text_prompt(payloa
         ({"prompt": 3}, "prompt"),
         ({"prompt": ""}, "prompt"),
         (chat(temperature="hot"), "temperature"),
+        (b'{"prompt": "x", "temperature": 1' + b"0" * 400 + b"}", "temperature"),
+        (b'{"prompt": "x", "temperature": 1e999}', "temperature"),
         (chat(temperature=-0.1), "temperature"),
         (chat(temperature=True), "temperature"),
         (chat(max_tokens=0), "max_tokens"),
@@ -124,7 +126,7 @@ def test_no_bytes_raise_anything_but_the_contracts_errors(payload: bytes) -> Non
     else:
         json.dumps(request.document).encode()
     assert messages.form_of(payload) in Form
-    messages.request_id_of(payload)
+    messages.envelope_of(payload, limit_bytes=LIMIT)
 
 
 _json = st.recursive(
@@ -167,8 +169,21 @@ def test_a_plain_text_prompt_is_answered_in_plain_text_also_when_it_fails() -> N
 
 
 def test_timings_leave_the_first_token_out_of_the_rate() -> None:
-    timings = messages.timings(queued_s=1.0, started_s=1.5, first_s=2.0, ended_s=3.0, tokens=11)
+    moments = {"queued_s": 1.0, "started_s": 1.5, "first_s": 2.0, "ended_s": 3.0}
+    timings = messages.timings(**moments, tokens=11, measured={})
     assert timings == {"queue_ms": 500.0, "first_token_ms": 1000.0, "total_ms": 2000.0, "tokens_per_s": 10.0}
+
+
+def test_the_models_own_times_give_the_rate() -> None:
+    timings = messages.timings(
+        queued_s=0,
+        started_s=0,
+        first_s=1,
+        ended_s=1,
+        tokens=11,
+        measured={"total_ms": 600, "first_token_ms": 100},
+    )
+    assert timings["tokens_per_s"] == 20.0
 
 
 def test_the_configured_system_prompt_is_for_chats_without_one_only() -> None:

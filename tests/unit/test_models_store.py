@@ -214,7 +214,7 @@ def test_a_damaged_record_is_passed_over_and_its_tree_is_kept(store: Store) -> N
 def test_a_state_is_read_back_equal(store: Store) -> None:
     record = commit(store, 1)
     model = ModelState(
-        active=record.key, candidate=record.key, quarantined={record.key: "why"}, pinned=(record.key,)
+        active=record.key, candidate=record.key, quarantined={record.key: "why"}, pinned=record.key
     )
     assert store.state() == CacheState()
     assert store.change_state("assistant", lambda old: model) == model
@@ -263,7 +263,7 @@ def test_the_least_recently_used_version_goes_first(store: Store) -> None:
 
 def test_what_is_protected_stays_and_the_error_says_what_to_do(store: Store) -> None:
     records = [commit(store, version, weights=bytes([version]) * 10_000) for version in (1, 2, 3)]
-    store.change_state("assistant", lambda old: ModelState(active=records[0].key, pinned=(records[1].key,)))
+    store.change_state("assistant", lambda old: ModelState(active=records[0].key, pinned=records[1].key))
     with store.lock(), pytest.raises(StoreError, match="quota_bytes"):
         eviction.make_room(store, needed_bytes=1, quota_bytes=store.used_bytes(), min_free_bytes=0)
     assert store.versions() == records

@@ -1,0 +1,268 @@
+"""A cached version as one file, for a USB stick, and back.
+
+The file is an uncompressed tar: first `version.json` (which version, its manifest, the files beside it), then
+each blob once, as `blobs/<sha256>`. Names inside are digests, so no path of the file is ever followed; the
+package's own paths are in the manifest, under its rules. On the way in, the file is one more place where a
+package can be: `sync.bring` fetches from it, verifies, judges and commits, as from a registry. Refuses members
+of any other kind or name, and a header over a bound.
+
+Any tar shows what is in it. The header is read block by block here: extended headers, which may be as large
+as the file, have no place in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from edge_agent.errors import ContentError, ManifestError, StoreError, VerificationError
+from edge_agent.models import durable
+from edge_agent.models import manifest as manifests
+from edge_agent.models import record as records
+from edge_agent.models.manifest import ManifestFile
+from edge_agent.models.record import VersionRecord
+from edge_agent.models.reference import ModelRef, ModelVersion
+from edge_agent.models.registry import CHUNK_BYTES, Listed, PastTheEnd, RequestRefused, Stream
+from edge_agent.models.store import Store, store_errors
+from edge_agent.models.sync import Emit, bring
+from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, TrustJob
+
+HEADER_NAME = "version.json"
+BLOB_PREFIX = "blobs/"
+ORIGIN = "bundle:"
+"""A record's `registry_uri`, for a version that came from a file: a registry's word is not taken for it."""
+
+_MAX_HEADER_BYTES = 4 << 20
+_BLOCK = tarfile.BLOCKSIZE
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
+
+
+def export_version(
+    store: Store,
+    record: VersionRecord,
+    destination: Path,
+    *,
+    report: Callable[[int, int], None] | None = None,
+) -> int:
+    """Writes a committed version into one file, whole or not at all; every byte is verified on its way out.
+
+    Args:
+        destination: a file to make or to replace; its folder is there.
+        report: gets bytes written and bytes in total.
+
+    Returns:
+        The file's size in bytes.
+
+    Raises:
+        VerificationError: a file of the version is damaged.
+        StoreError: the version is gone, or the destination cannot be written.
+    """
+    temporary = destination.with_name(destination.name + durable.TEMPORARY_SUFFIX)
+    files = sorted({file.sha256: file for file in record.files}.values(), key=lambda file: file.sha256)
+    total = sum(file.size_bytes for file in files)
+    with store.lease(record) as folder, store_errors("write", destination):
+        try:
+            with durable.extending(temporary, length=0) as write:
+                done = 0
+                header = record.encode()
+                for part in (_tar_header(HEADER_NAME, len(header)), header, _padding(len(header))):
+                    write(part)
+                for file in files:
+                    write(_tar_header(BLOB_PREFIX + file.sha256, file.size_bytes))
+                    for chunk in _verified_chunks(folder / file.path, file):
+                        write(chunk)
+                        done += len(chunk)
+                        if report:
+                            report(done, total)
+                    write(_padding(file.size_bytes))
+                write(bytes(2 * _BLOCK))
+            durable.sync_file(temporary)
+            durable.rename(temporary, destination)
+        finally:
+            durable.unlink(temporary)
+        durable.sync_folder(destination.parent)
+    return destination.stat().st_size
+
+
+def import_bundle(
+    store: Store,
+    file: Path,
+    *,
+    name: str,
+    registered_name: str,
+    trust: TrustJob,
+    cache: CacheJob,
+    emit: Emit = lambda event: None,
+) -> VersionRecord:
+    """Brings the version in a file into the cache, by the same way as one from a registry.
+
+    Args:
+        name: the settings' model name.
+        registered_name: what `models.NAME.uri` asks for; a file of another model is refused.
+        trust: `[trust]` of the settings.
+        cache: `[cache]` of the settings.
+        emit: gets `progress` events, as from a sync.
+
+    Returns:
+        The committed version; making it the active one is somebody else's.
+
+    Raises:
+        ContentError: the file, or the package in it, breaks a rule; nothing of it is in the cache.
+        StoreError: the file cannot be read, or the cache cannot take it.
+    """
+    with store_errors("read", file), file.open("rb") as stream:
+        package = read_bundle(stream)
+        if package.version.name != registered_name:
+            raise ManifestError(f"the file has {package.version.name!r}, not {registered_name!r}")
+        job = SyncJob(
+            state_dir=str(store.root.parent),
+            registry=RegistryJob(uri=ORIGIN),
+            name=name,
+            ref=str(ModelRef(name=registered_name, version=package.version.version)),
+            trust=trust,
+            cache=cache,
+        )
+        result = bring(job, package.version, package, emit)
+    record = store.record(name, result.key)
+    if record is None:
+        raise StoreError(f"version {result.key} of {name} was removed at once")
+    return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """Where a member's bytes are in the file."""
+
+    offset: int
+    size_bytes: int
+
+
+class BundlePackage:
+    """A package in an open bundle; see `registry.Package`."""
+
+    def __init__(self, stream: IO[bytes], record: VersionRecord, members: Mapping[str, _Member]) -> None:
+        self._stream = stream
+        self._files = {file.path: file for file in record.files}
+        self._members = members
+        self.version = ModelVersion(
+            name=record.registered_name,
+            version=record.version,
+            run_id=record.run_id,
+            source=record.source,
+            tags={},
+        )
+
+    def listing(self) -> list[Listed]:
+        return [Listed(path=path, size_bytes=self._files[path].size_bytes) for path in sorted(self._files)]
+
+    @contextmanager
+    def open(self, path: str, *, offset: int = 0, etag: str = "") -> Iterator[Stream]:
+        if path not in self._files:
+            raise RequestRefused(f"the file has no {path!r}")
+        sha256 = self._files[path].sha256
+        member = self._members[BLOB_PREFIX + sha256]
+        if offset > member.size_bytes:
+            raise PastTheEnd(f"{path!r} has {member.size_bytes} bytes in the file")
+        start = offset if not etag or etag == sha256 else 0
+        yield Stream(start=start, etag=sha256, chunks=self._chunks(member, start))
+
+    def _chunks(self, member: _Member, start: int) -> Iterator[bytes]:
+        self._stream.seek(member.offset + start)
+        left = member.size_bytes - start
+        while left and (chunk := self._stream.read(min(CHUNK_BYTES, left))):
+            left -= len(chunk)
+            yield chunk
+
+
+def read_bundle(stream: IO[bytes]) -> BundlePackage:
+    """Reads the header and finds every blob, without reading it.
+
+    Raises:
+        ContentError: it is not a bundle, or has anything that a bundle has not.
+    """
+    size_bytes = stream.seek(0, io.SEEK_END)
+    name, header = _member(stream, 0, size_bytes)
+    if name != HEADER_NAME or header.size_bytes > _MAX_HEADER_BYTES:
+        raise ContentError(f"the file does not begin with {HEADER_NAME}: it is no bundle of a model version")
+    stream.seek(header.offset)
+    try:
+        record = records.parse(stream.read(header.size_bytes))
+    except StoreError as error:
+        raise ManifestError(f"{HEADER_NAME} in the file is damaged") from error
+    wanted = {BLOB_PREFIX + file.sha256: file for file in record.files}
+    members: dict[str, _Member] = {}
+    position = _end(header)
+    while len(members) < len(wanted):
+        name, member = _member(stream, position, size_bytes)
+        if name not in wanted or name in members:
+            raise ContentError(f"the file has a member {name[:100]!r} that its manifest does not name")
+        if member.size_bytes != wanted[name].size_bytes:
+            raise VerificationError(
+                f"{wanted[name].path!r} has {member.size_bytes} bytes in the file, "
+                f"its manifest says {wanted[name].size_bytes}"
+            )
+        members[name] = member
+        position = _end(member)
+    stream.seek(position)
+    if stream.read(_BLOCK).strip(b"\0"):
+        raise ContentError("the file has more members than its manifest names")
+    return BundlePackage(stream, record, members)
+
+
+def _member(stream: IO[bytes], position: int, file_bytes: int) -> tuple[str, _Member]:
+    """The member whose header is at this place."""
+    stream.seek(position)
+    block = stream.read(_BLOCK)
+    try:
+        # Of one block, this reads names, numbers and the checksum; it follows nothing.
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.HeaderError, ValueError) as error:
+        raise ContentError(f"the file ends early or is no tar, at byte {position}") from error
+    if info.type not in _REGULAR:
+        raise ContentError(f"the file has a member {info.name[:100]!r} that is not a regular file")
+    member = _Member(offset=position + _BLOCK, size_bytes=info.size)
+    if not 0 <= info.size <= manifests.MAX_FILE_BYTES or _end(member) > file_bytes:
+        raise ContentError(f"the file ends before its member {info.name[:100]!r}")
+    return info.name, member
+
+
+def _end(member: _Member) -> int:
+    return member.offset + member.size_bytes + len(_padding(member.size_bytes))
+
+
+def _tar_header(name: str, size_bytes: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = size_bytes
+    info.mode = durable.BLOB_MODE
+    return info.tobuf(tarfile.GNU_FORMAT)  # a size over 8 GiB fits, too
+
+
+def _padding(size_bytes: int) -> bytes:
+    return bytes(-size_bytes % _BLOCK)
+
+
+def _verified_chunks(path: Path, file: ManifestFile) -> Iterator[bytes]:
+    """The bytes of a version's file; what was read is compared at the end."""
+    digest, count = hashlib.sha256(), 0
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise VerificationError(f"{file.path!r} cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as stream:
+        while chunk := stream.read(min(CHUNK_BYTES, file.size_bytes - count + 1)):
+            digest.update(chunk)
+            count += len(chunk)
+            if count > file.size_bytes:
+                break
+            yield chunk
+    if (count, digest.hexdigest()) != (file.size_bytes, file.sha256):
+        raise VerificationError(
+            f"{file.path!r} of the version is damaged", remedy="`edge-agent models verify`"
+        )

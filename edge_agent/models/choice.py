@@ -1,0 +1,108 @@
+"""Which version a device wants. Pure.
+
+Strongest first: quarantine (never) > local pin > desired (MQTT) > the settings' uri. An alias that moves
+reaches only a share of the devices at first, where its version's tag says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from edge_agent.errors import ContentError, EdgeAgentError, SettingsError
+from edge_agent.models.reference import ModelRef
+from edge_agent.models.state import ModelState
+
+MAX_DESIRED_BYTES = 64 << 10
+
+
+class NotInRollout(EdgeAgentError):
+    """The version is not for this device yet."""
+
+    code = "not_in_rollout"
+
+
+class BadDesired(ContentError):
+    """A desired state that is not understood: it is reported, not obeyed."""
+
+    code = "desired_invalid"
+
+
+def wanted_ref(settings_uri: str, state: ModelState) -> ModelRef:
+    """What to ask the registry for: the desired reference, else the settings'."""
+    return ModelRef.parse(state.desired or settings_uri)
+
+
+def in_rollout(*, device_id: str, name: str, version: int, percent: float) -> bool:
+    """True when this device is among the `percent` of devices that take a version now.
+
+    The same device always has the same place for a version, and another one for the next.
+    """
+    digest = hashlib.sha256(f"{device_id}\n{name}\n{version}".encode()).hexdigest()
+    return int(digest[:8], 16) % 100 < percent
+
+
+def check_rollout(tag: str | None, *, device_id: str, name: str, version: int) -> None:
+    """Holds a version's rollout tag against this device.
+
+    Args:
+        tag: the value of `edge_agent.rollout`, a percentage; None or empty when there is none.
+
+    Raises:
+        NotInRollout: not yet; a tag that is no percentage is for nobody.
+    """
+    if not tag:
+        return
+    try:
+        percent = float(tag.strip().removesuffix("%"))
+    except ValueError as error:
+        raise NotInRollout(
+            f"version {version} has the rollout tag {tag[:40]!r}, which is no percentage"
+        ) from error
+    if not in_rollout(device_id=device_id, name=name, version=version, percent=percent):
+        raise NotInRollout(
+            f"version {version} is rolled out to {percent:g} % of the devices, not yet to this one"
+        )
+
+
+def parse_desired(payload: bytes, *, uris: Mapping[str, str]) -> dict[str, str]:
+    """Reads `model/desired`: for each model named there its `models:/…`, empty to follow the settings again.
+
+    Args:
+        payload: `{"models": {NAME: {"uri": …} or {"version": 7} or null}}`; empty clears all.
+        uris: the settings' uri of each configured model.
+
+    Raises:
+        BadDesired: not understood as a whole; nothing of it is obeyed.
+    """
+    if not payload.strip():
+        return dict.fromkeys(uris, "")
+    if len(payload) > MAX_DESIRED_BYTES:
+        raise BadDesired(f"the desired state has more than {MAX_DESIRED_BYTES} bytes")
+    try:
+        document = json.loads(payload.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadDesired("the desired state is not JSON") from error
+    models = document.get("models") if isinstance(document, dict) and set(document) == {"models"} else None
+    if not isinstance(models, dict):
+        raise BadDesired('the desired state is not {"models": {…}}')
+    return {name: _desired_uri(name, entry, uris) for name, entry in models.items()}
+
+
+def _desired_uri(name: str, entry: Any, uris: Mapping[str, str]) -> str:
+    if name not in uris:
+        raise BadDesired(f"no model is called {name[:80]!r} here")
+    if entry is None:
+        return ""
+    if isinstance(entry, dict) and set(entry) == {"uri"} and isinstance(entry["uri"], str):
+        try:
+            return str(ModelRef.parse(entry["uri"]))
+        except SettingsError as error:
+            raise BadDesired(f"model {name}: {error.message}") from error
+    if isinstance(entry, dict) and set(entry) == {"version"}:
+        version = entry["version"]
+        if isinstance(version, int) and not isinstance(version, bool) and 0 < version < 10**18:
+            return str(ModelRef.parse(uris[name]).at_version(version))
+    raise BadDesired(f'model {name} needs {{"uri": "models:/…"}}, {{"version": 7}} or null')

@@ -1,0 +1,210 @@
+"""What an operator does to the cache: `edge-agent models …`, in the daemon or, when none runs, beside it.
+
+Each operation gives the document that the command prints with `--json`. It decides nothing: the lifecycle,
+the store and the updates do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
+from edge_agent.models import eviction, fsck
+from edge_agent.models.lifecycle import ModelLifecycle, lifecycle_of
+from edge_agent.models.record import VersionRecord
+from edge_agent.models.store import Store
+from edge_agent.models.updates import Updates
+from edge_agent.settings import Settings
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+class Operations:
+    """The operator's side of all models. Any thread; the parts below take turns.
+
+    Args:
+        lifecycles: by configured name.
+    """
+
+    def __init__(
+        self, settings: Settings, store: Store, lifecycles: Mapping[str, ModelLifecycle], updates: Updates
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._lifecycles = lifecycles
+        self._updates = updates
+
+    def pull(self, name: str | None, on_event: OnEvent = lambda event: None) -> list[dict[str, Any]]:
+        """Brings one model, or all, up to date.
+
+        Raises:
+            EdgeAgentError: no registry is configured, or the registry, a package, the cache or the gate says no.
+        """
+        names = [name] if name else list(self._lifecycles)
+        for one in names:
+            self._lifecycle(one)
+        return [self._pulled(one, on_event) for one in names]
+
+    def activate(self, name: str, version: int) -> dict[str, Any]:
+        """Makes a cached version active through the gate, and pins it."""
+        lifecycle, record = self._lifecycle(name), self._version(name, version)
+        lifecycle.adopt(record.key, force=True)
+        lifecycle.pin(record.key)
+        return self._described(lifecycle)
+
+    def rollback(self, name: str) -> dict[str, Any]:
+        """Makes the previous version active again, and pins it."""
+        lifecycle = self._lifecycle(name)
+        lifecycle.go_back()
+        return self._described(lifecycle)
+
+    def pin(self, name: str, version: int) -> dict[str, Any]:
+        """Fixes the version that runs; it becomes active if it is not."""
+        return self.activate(name, version)
+
+    def unpin(self, name: str) -> dict[str, Any]:
+        """Lets a model follow its reference again."""
+        lifecycle = self._lifecycle(name)
+        lifecycle.pin(None)
+        self._updates.check_now()
+        return self._described(lifecycle)
+
+    def remove(self, name: str, version: int) -> dict[str, Any]:
+        """Removes a cached version that is not in use."""
+        record = self._version(name, version)
+        lifecycle = self._lifecycles.get(name)
+        state = self._store.state().model(name)
+        if record.key in (state.active, state.candidate, state.pinned):
+            raise StoreError(
+                f"version {version} of {name} is {state.role(record.key)}",
+                remedy="activate another one first",
+            )
+        with self._store.lock():
+            freed = self._store.remove(record)
+        if lifecycle is not None:
+            lifecycle.forget(record.key)
+        else:
+            self._store.change_state(name, lambda model: model.without(record.key))
+        return {"name": name, "version": version, "bytes_freed": freed}
+
+    def prune(self) -> dict[str, Any]:
+        """Removes every version that nothing needs, and what crashes left."""
+        removed = []
+        with self._store.lock():
+            freed = fsck.prune(self._store)
+            for record in eviction.evictable(self._store):
+                freed += self._store.remove(record)
+                removed.append({"name": record.name, "version": record.version})
+        return {"bytes_freed": freed, "removed": removed}
+
+    def verify(self, on_file: Callable[[Any], None] = lambda file: None) -> dict[str, Any]:
+        """Reads every byte; sets damaged blobs aside, and fetches them again where the registry can be reached."""
+        found = fsck.verify(self._store, on_file=on_file)
+        document: dict[str, Any] = {
+            "checked": found.checked,
+            "damaged": [
+                {"name": d.name, "version": int(d.key.split("-")[0]), "path": d.path, "reason": d.reason}
+                for d in found.damaged
+            ],
+            "repaired": [],
+        }
+        if not found.damaged:
+            return document
+        names = sorted({damage.name for damage in found.damaged})
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                if name in self._lifecycles:
+                    stack.enter_context(self._lifecycles[name].paused())
+            with self._store.lock():
+                fsck.set_aside(self._store, found.damaged)
+            if self._settings.registry.uri:
+                document["problems"] = self._fetch_again(names)
+        left = fsck.verify(self._store).damaged
+        remaining = {(damage.name, damage.key, damage.path) for damage in left}
+        for damage, entry in zip(found.damaged, list(document["damaged"]), strict=True):
+            if (damage.name, damage.key, damage.path) not in remaining:
+                document["damaged"].remove(entry)
+                document["repaired"].append(entry)
+        return document
+
+    def _fetch_again(self, names: list[str]) -> dict[str, str]:
+        problems = {}
+        for name in names:
+            if name in self._lifecycles:
+                try:
+                    self._updates.fetch(name)
+                except EdgeAgentError as error:
+                    problems[name] = str(error)
+        return problems
+
+    def _pulled(self, name: str, on_event: OnEvent) -> dict[str, Any]:
+        result = self._updates.check(name, on_event)
+        return {
+            "name": name,
+            "version": result.version,
+            "digest": result.digest,
+            "bytes_fetched": result.bytes_fetched,
+            "bytes_reused": result.bytes_reused,
+        }
+
+    def _lifecycle(self, name: str) -> ModelLifecycle:
+        lifecycle = self._lifecycles.get(name)
+        if lifecycle is None:
+            known = ", ".join(self._lifecycles) or "none"
+            raise UnknownModel(f"no model is called {name!r} here; there are: {known}")
+        return lifecycle
+
+    def _version(self, name: str, version: int) -> VersionRecord:
+        """The newest commit of a version number."""
+        found = [record for record in self._store.versions(name) if record.version == version]
+        if not found:
+            raise StoreError(
+                f"version {version} of {name} is not in the cache", remedy="see `edge-agent models list`"
+            )
+        return found[-1]
+
+    def _described(self, lifecycle: ModelLifecycle) -> dict[str, Any]:
+        return {**lifecycle.status(), **lifecycle.versions()}
+
+
+def run_operation(
+    operations: Operations, do: str, *, name: object, version: object, on_event: OnEvent = lambda event: None
+) -> Any:
+    """Runs one operation by its name, as the control socket asks for it.
+
+    Args:
+        name, version: from outside; checked here.
+
+    Raises:
+        EdgeAgentError: the operation is unknown, its arguments are wrong, or it failed.
+    """
+    if name is not None and not isinstance(name, str):
+        raise UnknownModel("the model's name is not a string")
+    if do == "pull":
+        return operations.pull(name, on_event)
+    if do == "prune":
+        return operations.prune()
+    if do == "verify":
+        return operations.verify()
+    if name is None:
+        raise UnknownModel("name the model")
+    if do == "rollback":
+        return operations.rollback(name)
+    if do == "unpin":
+        return operations.unpin(name)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise StoreError("the version is a whole number from 1")
+    numbered = {"activate": operations.activate, "pin": operations.pin, "rm": operations.remove}
+    if do not in numbered:
+        raise EdgeAgentError(f"unknown operation {do!r}")
+    return numbered[do](name, version)
+
+
+def without_daemon(settings: Settings) -> tuple[Operations, Mapping[str, ModelLifecycle]]:
+    """The same operations in this process; the caller closes the lifecycles."""
+    store = Store(settings.state_dir)
+    store.create()
+    lifecycles = {name: lifecycle_of(settings, name, store) for name in settings.models}
+    return Operations(settings, store, lifecycles, Updates(settings, store, lifecycles)), lifecycles

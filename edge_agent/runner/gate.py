@@ -1,0 +1,80 @@
+"""The gate: what a candidate must answer before it becomes active. Runs in the candidate's own process.
+
+A package may bring golden prompts (MLmodel metadata `edge_agent.golden`): a list of
+`{prompt or messages, expect: regex, max_tokens}`, answered greedily. The patterns are the package's: a
+catastrophic one costs the candidate's process its time limit, never the daemon.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+MAX_GOLDEN = 64
+MAX_GOLDEN_TOKENS = 1024
+_DEFAULT_MAX_TOKENS = 64
+_SPEED_TOKENS = 32
+_MAX_SHOWN = 80
+
+Ask = Callable[[dict[str, Any]], tuple[str, int]]
+"""Answers one document: (text, completion tokens)."""
+
+
+def try_out(golden: object, *, signature: str, ask: Ask) -> tuple[list[str], float]:
+    """Answers every golden prompt, and measures the speed.
+
+    Args:
+        golden: the package's list, None when it has none. It is input.
+        signature: `chat` or `prompt`: the form of the prompt that measures speed.
+
+    Returns:
+        (what failed, each in one line; tokens a second).
+    """
+    started_s, tokens = time.monotonic(), 0
+    failures: list[str] = []
+    for number, entry in enumerate(_entries(golden), start=1):
+        failure, used = _try_one(entry, ask)
+        tokens += used
+        if failure:
+            failures.append(f"golden prompt {number}: {failure}")
+    if tokens < _SPEED_TOKENS:
+        started_s = time.monotonic()
+        document: dict[str, Any] = {"messages": [{"role": "user", "content": "Tell me something."}]}
+        _, tokens = ask(
+            {**(document if signature == "chat" else {"prompt": "Once"}), "max_tokens": _SPEED_TOKENS}
+        )
+    elapsed_s = time.monotonic() - started_s
+    return failures, tokens / elapsed_s if elapsed_s > 0 else 0.0
+
+
+def _entries(golden: object) -> Iterator[object]:
+    if golden is None:
+        return
+    if not isinstance(golden, list):
+        yield golden  # reported as one that is not understood
+        return
+    yield from golden[:MAX_GOLDEN]
+    if len(golden) > MAX_GOLDEN:
+        yield f"more than {MAX_GOLDEN} golden prompts"
+
+
+def _try_one(entry: object, ask: Ask) -> tuple[str, int]:
+    """(why it failed or empty, tokens)."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("expect"), str):
+        return "not understood", 0
+    content = {key: entry[key] for key in ("messages", "prompt") if key in entry}
+    max_tokens = entry.get("max_tokens", _DEFAULT_MAX_TOKENS)
+    if len(content) != 1 or not isinstance(max_tokens, int) or not 0 < max_tokens <= MAX_GOLDEN_TOKENS:
+        return "not understood", 0
+    text, tokens = ask({**content, "max_tokens": max_tokens, "temperature": 0.0})
+    try:
+        found = re.search(entry["expect"], text)
+    except re.error as error:
+        return f"its pattern is not one: {error}", tokens
+    return ("" if found else f"{_shown(text)} does not match {_shown(entry['expect'])}"), tokens
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…")

@@ -1,0 +1,112 @@
+"""Which version a device wants, and the transitions of a model's state."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_agent.errors import EdgeAgentError
+from edge_agent.models import choice
+from edge_agent.models.choice import BadDesired, NotInRollout
+from edge_agent.models.state import ModelState
+
+URIS = {"assistant": "models:/phi3@prod"}
+A, B, C = "1-aaaaaaaaaaaa", "2-bbbbbbbbbbbb", "3-cccccccccccc"
+
+
+def desired(document: object) -> dict[str, str]:
+    return choice.parse_desired(json.dumps(document).encode(), uris=URIS)
+
+
+def test_a_desired_state_names_a_uri_a_version_or_gives_the_choice_back() -> None:
+    assert desired({"models": {"assistant": {"uri": "models:/other@next"}}}) == {
+        "assistant": "models:/other@next"
+    }
+    assert desired({"models": {"assistant": {"version": 7}}}) == {"assistant": "models:/phi3/7"}
+    assert desired({"models": {"assistant": None}}) == {"assistant": ""}
+    assert choice.parse_desired(b"", uris=URIS) == {"assistant": ""}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        {},
+        {"models": []},
+        {"models": {"missing": None}},
+        {"models": {"assistant": {"uri": "http://x"}}},
+        {"models": {"assistant": {"version": 0}}},
+        {"models": {"assistant": {"version": True}}},
+        {"models": {"assistant": {"version": 1, "uri": "models:/a@b"}}},
+        {"models": {}, "more": 1},
+    ],
+)
+def test_a_bad_desired_state_is_refused_as_a_whole(document: object) -> None:
+    with pytest.raises(BadDesired):
+        desired(document)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_as_desired_state_raise_anything_else(payload: bytes) -> None:
+    try:
+        choice.parse_desired(payload, uris=URIS)
+    except EdgeAgentError as error:
+        assert isinstance(error, BadDesired)
+
+
+def test_desired_is_stronger_than_the_settings() -> None:
+    assert str(choice.wanted_ref("models:/phi3@prod", ModelState())) == "models:/phi3@prod"
+    assert (
+        str(choice.wanted_ref("models:/phi3@prod", ModelState(desired="models:/phi3/4"))) == "models:/phi3/4"
+    )
+
+
+def test_a_rollout_reaches_its_share_and_only_grows() -> None:
+    devices = [f"device-{number}" for number in range(1000)]
+
+    def reached(percent: float) -> set[str]:
+        return {d for d in devices if choice.in_rollout(device_id=d, name="m", version=3, percent=percent)}
+
+    assert reached(0) == set()
+    assert reached(100) == set(devices)
+    assert 60 < len(reached(10)) < 140
+    assert reached(10) <= reached(50)
+
+
+@pytest.mark.parametrize("tag", [None, "", "100", "100%", " 100 "])
+def test_no_tag_and_all_devices_let_everybody_through(tag: str | None) -> None:
+    choice.check_rollout(tag, device_id="d", name="m", version=3)
+
+
+@pytest.mark.parametrize("tag", ["0", "0%", "soon", "nan", "-5"])
+def test_none_and_nonsense_let_nobody_through(tag: str) -> None:
+    with pytest.raises(NotInRollout):
+        choice.check_rollout(tag, device_id="d", name="m", version=3)
+
+
+def test_a_candidate_counts_how_often_it_was_tried() -> None:
+    state = ModelState(active=A).trying(B).trying(B)
+    assert (state.candidate, state.candidate_tries) == (B, 2)
+    assert state.trying(C).candidate_tries == 1
+    assert state.given_up().candidate is None
+
+
+def test_a_refused_candidate_is_quarantined_unless_nothing_else_answers() -> None:
+    assert ModelState(active=A).trying(B).refused(B, "bad").quarantined == {B: "bad"}
+    assert ModelState().trying(B).refused(B, "bad").quarantined == {}
+
+
+def test_a_switch_remembers_the_previous_version_and_frees_from_quarantine() -> None:
+    state = ModelState(active=A, quarantined={B: "bad"}).switched(B)
+    assert (state.active, state.previous, state.quarantined) == (B, A, {})
+
+
+def test_stepping_back_with_a_reason_quarantines_and_unpins() -> None:
+    state = ModelState(active=B, previous=A, pinned=B).stepped_back("crashes")
+    assert (state.active, state.previous, state.quarantined, state.pinned) == (A, None, {B: "crashes"}, None)
+
+
+def test_stepping_back_from_damage_leaves_the_way_open() -> None:
+    state = ModelState(active=B, previous=A).stepped_back(None)
+    assert (state.active, state.previous, state.quarantined) == (A, B, {})
