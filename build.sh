@@ -23,6 +23,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   demo [OPTION…]       set up what is needed, then a model from registry to answer on this machine
   test [PYTEST ARG…]   set up what is needed, then all tests (or those that the pytest arguments select)
   chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
+  powerloss [ARG…]     the power-loss tests with all faults at all points (minutes)
   check                ruff, formatting and mypy --strict
   package              wheel and sdist into dist/
   sample-model         make the sample model and the tests' second model again (fetches torch)
@@ -44,6 +45,7 @@ main() {
     case $command in
         demo) demo "$@" ;;
         test) run_tests "$@" ;;
+        powerloss) POWERLOSS_FAULTS=all run_tests tests/integration/test_powerloss.py "$@" ;;
         chaos) chaos "$@" ;;
         check) check ;;
         package) package ;;
@@ -70,6 +72,7 @@ run_tests() {
     set_up dev
     need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
     need_programs systemd systemd-analyze -- systemd
+    need_programs strace strace -- strace
     tested=$SECONDS
     "$VENV/bin/python" -m pytest "$@" || status=$?
     say "set-up $((tested - started)) s, tests $((SECONDS - tested)) s"

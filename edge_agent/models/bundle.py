@@ -129,7 +129,7 @@ def import_bundle(
             trust=trust,
             cache=cache,
         )
-        result = bring(job, package.version, package, emit)
+        result = bring(job, package.version, package, emit, promised=package.manifest)
     record = store.record(name, result.key)
     if record is None:
         raise StoreError(f"version {result.key} of {name} was removed at once")
@@ -151,6 +151,7 @@ class BundlePackage:
         self._stream = stream
         self._files = {file.path: file for file in record.files}
         self._members = members
+        self.manifest = record.manifest
         self.version = ModelVersion(
             name=record.registered_name,
             version=record.version,

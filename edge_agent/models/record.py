@@ -110,8 +110,8 @@ def parse(data: bytes) -> VersionRecord:
             trust=TrustDecision(**document["trust"]),
             created_at=float(document["created_at"]),
         )
-        if record.digest != document["digest"]:
-            raise ValueError("digest")
+        if record.digest != document["digest"] or not KEY.fullmatch(record.key):
+            raise ValueError("digest or version")
         return record
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ManifestError) as error:
         raise StoreError(f"the version's record is damaged ({type(error).__name__})") from error

@@ -78,15 +78,20 @@ def synchronise(job: SyncJob, emit: Emit) -> SyncResult:
     return bring(job, version, registry.package(version), emit)
 
 
-def bring(job: SyncJob, version: ModelVersion, package: Package, emit: Emit) -> SyncResult:
+def bring(
+    job: SyncJob, version: ModelVersion, package: Package, emit: Emit, *, promised: Manifest | None = None
+) -> SyncResult:
     """The one way into the cache: whatever the package comes from, it is fetched, verified, judged, committed.
+
+    Args:
+        promised: what the package's files must be, where that is known from elsewhere than the package.
 
     Raises:
         EdgeAgentError: the package, the way to it, or the cache.
     """
     store = Store(Path(job.state_dir))
     store.create()
-    wanted = read_wanted(package, version)
+    wanted = read_wanted(package, version, promised)
     known = committed(store, job, version, wanted)
     if known and not fsck.quick_check(store, [known]).damaged:
         record = hold_to_policy(store, job, known)
@@ -117,7 +122,7 @@ def bring(job: SyncJob, version: ModelVersion, package: Package, emit: Emit) -> 
     return _done(record, fetched_bytes=pace.fetched_bytes, new=new)
 
 
-def read_wanted(package: Package, version: ModelVersion) -> Wanted:
+def read_wanted(package: Package, version: ModelVersion, promised: Manifest | None = None) -> Wanted:
     """The manifest where there is one, else the registry's listing.
 
     Raises:
@@ -126,13 +131,15 @@ def read_wanted(package: Package, version: ModelVersion) -> Wanted:
     """
     listed = {file.path: file for file in package.listing()}
     attached: dict[str, bytes] = {}
-    manifest = None
+    manifest = promised
     if MANIFEST_NAME in listed:
         data = attached[MANIFEST_NAME] = _read(package, MANIFEST_NAME, manifests.MAX_MANIFEST_BYTES)
         _check_tag(version, data)
         manifest = manifests.parse(data)
         if manifest.name != version.name:
             raise ManifestError(f"the manifest was made for {manifest.name!r}, not for {version.name!r}")
+        if promised not in (None, manifest):
+            raise VerificationError(f"{MANIFEST_NAME} of {version.name!r} is not the promised one")
     elif version.manifest_sha256:
         raise VerificationError(f"version {version.version} of {version.name!r} has lost its manifest.json")
     if SIGNATURE_NAME in listed:

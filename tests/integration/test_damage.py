@@ -134,8 +134,8 @@ def test_a_damaged_staged_file_is_not_committed(
         device.sync()
     staged = sorted(folder_of(device.store, "assistant", 1).glob("parts/*"))
     assert len(staged) == len(PATHS) - (not manifest)
-    for file in staged:
-        damage(file)
+    for part in staged:
+        damage(part)
     assert device.has_nothing_final()
     assert device.sync(device.job(policy=TrustJob(allow_unsigned_code=True))).new
     record = committed(device)

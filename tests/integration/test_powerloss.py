@@ -21,7 +21,7 @@ import pytest
 from tests.support.power import Call, Fault
 
 SCENARIOS = ("update", "first", "plain", "repair", "shared", "import")
-EVERYTHING = "EDGE_AGENT_TEST_POWERLOSS"
+EVERYTHING = "POWERLOSS_FAULTS"
 _LIMIT_S = 1_800
 _CREATES = re.compile(r"O_CREAT|O_TRUNC")
 _CHANGES = (

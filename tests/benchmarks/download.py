@@ -1,0 +1,148 @@
+"""A download into the cache, against `curl` followed by `sync` and `sha256sum`, interleaved in one run.
+
+    python -m tests.benchmarks.download [MEGABYTES] [ROUNDS]
+
+One real `mlflow server` on this machine serves both. The agent's side is a whole sync process, Python's start
+and MLflow's import with it, and it ends with a verified, committed version; the time of such a process that
+finds nothing to do is printed, too. Prints medians, what an update of one small file fetches, and the memory
+of the sync process for two sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import psutil  # type: ignore[import-untyped]
+
+from edge_agent.models import sync_process, trust
+from edge_agent.models.sync_process import SyncJob
+from tests.support.device import Device
+from tests.support.mlflow_server import Server, running_mlflow_server
+from tests.support.packages import WEIGHTS, add_manifest, make_package
+from tests.support.processes import short_folder
+
+_LIMIT_S = 600
+_SAMPLE_S = 0.02
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sync process: how long, how much memory at most, what it said last."""
+
+    seconds: float
+    peak_mb: float
+    result: dict[str, object]
+
+
+def sync(job: SyncJob) -> Run:
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edge_agent.models.sync"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=sync_process.environment(),
+    )
+    peak = [0.0]
+    ended = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(process.pid, peak, ended))
+    watcher.start()
+    out, _ = process.communicate(job.encode(), timeout=_LIMIT_S)
+    seconds = time.monotonic() - began
+    ended.set()
+    watcher.join()
+    assert process.returncode == 0, out[-2_000:]
+    return Run(seconds=seconds, peak_mb=peak[0], result=json.loads(out.splitlines()[-1]))
+
+
+def _watch(pid: int, peak: list[float], ended: threading.Event) -> None:
+    process = psutil.Process(pid)
+    while not ended.wait(_SAMPLE_S):
+        try:
+            peak[0] = max(peak[0], process.memory_info().rss / 1e6)
+        except psutil.Error:
+            return
+
+
+def curl(url: str, target: Path, sha256: str) -> float:
+    """The same bytes with the usual tools, on the same file system."""
+    began = time.monotonic()
+    subprocess.run(["curl", "-sf", "-o", str(target), url], check=True, timeout=_LIMIT_S)
+    subprocess.run(["sync", str(target)], check=True, timeout=_LIMIT_S)
+    done = subprocess.run(["sha256sum", str(target)], check=True, timeout=_LIMIT_S, capture_output=True)
+    seconds = time.monotonic() - began
+    assert done.stdout.decode().startswith(sha256)
+    target.unlink()
+    return seconds
+
+
+def weights_url(server: Server, package: Path) -> tuple[str, str]:
+    """Where the server gives the weights, and their sha256."""
+    entries = json.loads((package / "manifest.json").read_bytes())["files"]
+    sha256 = next(entry["sha256"] for entry in entries if entry["path"] == WEIGHTS)
+    size = (package / WEIGHTS).stat().st_size
+    (stored,) = (p for p in server.artifacts.rglob(Path(WEIGHTS).name) if p.stat().st_size == size)
+    path = quote(stored.relative_to(server.artifacts).as_posix())
+    return f"{server.uri}/api/2.0/mlflow-artifacts/artifacts/{path}", sha256
+
+
+def publish(device: Device, name: str, megabytes: int, note: str) -> Path:
+    package = make_package(device.folder / name, trust.WRAPPER, {"requirements.txt": note}, weights=b"x")
+    generator = random.Random(megabytes)
+    with (package / WEIGHTS).open("wb") as file:
+        for _ in range(megabytes * 1_000_000 // _PIECE_BYTES):
+            file.write(generator.randbytes(_PIECE_BYTES))
+    return device.register(package, tag=add_manifest(package, device.model))
+
+
+def main(megabytes: int, rounds: int) -> None:
+    with short_folder() as folder, running_mlflow_server(folder) as server:
+        small = Device(server.uri, folder / "small")
+        publish(small, "package", max(1, megabytes // 10), "mlflow\n")
+        small_run = sync(small.job())
+        device = Device(server.uri, folder / "device")
+        package = publish(device, "package", megabytes, "mlflow\n")
+        url, sha256 = weights_url(server, package)
+        tools_s, agent_s, peaks = [], [], []
+        for number in range(rounds + 1):
+            shutil.rmtree(device.store.root, ignore_errors=True)
+            tools_once = curl(url, folder / "curl.out", sha256)
+            run = sync(device.job())
+            assert run.result["new"]
+            if number:  # both sides warm
+                tools_s.append(tools_once)
+                agent_s.append(run.seconds)
+                peaks.append(run.peak_mb)
+        idle = [sync(device.job()).seconds for _ in range(rounds)]
+        publish(device, "changed", megabytes, "mlflow # changed\n")
+        update = sync(device.job())
+    tools, agent = statistics.median(tools_s), statistics.median(agent_s)
+    print(f"{megabytes} MB, medians of {rounds}")
+    print(f"curl + sync + sha256sum           {tools:7.2f} s")
+    print(f"sync process, whole               {agent:7.2f} s   {agent / tools:5.2f} x")
+    print(f"sync process with nothing to do   {statistics.median(idle):7.2f} s")
+    rest = agent - statistics.median(idle)
+    print(f"the download itself               {rest:7.2f} s   {rest / tools:5.2f} x")
+    print(
+        f"update of one small file          {update.seconds:7.2f} s   "
+        f"{update.result['bytes_fetched']} bytes fetched"
+    )
+    print(
+        f"peak memory of the sync process   {max(peaks):4.0f} MB for {megabytes} MB, "
+        f"{small_run.peak_mb:.0f} MB for {max(1, megabytes // 10)} MB"
+    )
+
+
+if __name__ == "__main__":
+    sizes = [int(argument) for argument in sys.argv[1:]]
+    main(*sizes) if len(sizes) == 2 else main(500, 5)
