@@ -72,7 +72,7 @@ run_tests() {
     set_up dev
     need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
     need_programs systemd systemd-analyze -- systemd
-    need_programs strace strace -- strace
+    [ -z "${POWERLOSS_FAULTS:-}" ] || need_programs strace strace -- strace
     tested=$SECONDS
     "$VENV/bin/python" -m pytest "$@" || status=$?
     say "set-up $((tested - started)) s, tests $((SECONDS - tested)) s"

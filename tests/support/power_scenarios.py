@@ -242,7 +242,7 @@ def _bytes(seed: int, count: int) -> bytes:
 
 
 def copy_state(source: Path, target: Path) -> None:
-    """A copy with the same hard links and times."""
+    """A copy with the same hard links, and the same modes and times of files."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     copied: dict[int, Path] = {}
@@ -255,7 +255,12 @@ def copy_state(source: Path, target: Path) -> None:
             if inode in copied:
                 (place / name).hardlink_to(copied[inode])
             else:
-                shutil.copy2(Path(folder) / name, place / name)
+                _copy(Path(folder) / name, place / name)
                 copied[inode] = place / name
-    for folder, _, _ in os.walk(source, topdown=False):
-        shutil.copystat(folder, target / Path(folder).relative_to(source))
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.write_bytes(source.read_bytes())
+    status = source.stat()
+    target.chmod(status.st_mode & 0o777)
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
