@@ -449,13 +449,7 @@ class Daemon:
             "seq": self._seq,
             "agent_version": edge_agent.__version__,
             "queue_depth": self._depth(),
-            "models": [
-                {
-                    **life.status(),
-                    "tokens_per_s": self._dispatchers[name].tokens_per_s if self._ready else None,
-                }
-                for name, life in self._lifecycles.items()
-            ],
+            "models": [self._model_document(name, life) for name, life in self._lifecycles.items()],
         }
 
     def _model_document(self, name: str, lifecycle: ModelLifecycle) -> dict[str, Any]:
