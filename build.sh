@@ -73,6 +73,8 @@ run_tests() {
     need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
     need_programs systemd systemd-analyze -- systemd
     [ -z "${POWERLOSS_FAULTS:-}" ] || need_programs strace strace -- strace
+    # Most tests wait for processes; a file's tests stay together, for they share a broker or a daemon.
+    [[ $# -gt 0 ]] || set -- -n "$(($(nproc) < 4 ? $(nproc) + 1 : 4))" --dist loadfile --no-loadscope-reorder
     tested=$SECONDS
     "$VENV/bin/python" -m pytest "$@" || status=$?
     say "set-up $((tested - started)) s, tests $((SECONDS - tested)) s"

@@ -57,8 +57,16 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     _left_over.extend(_end_left_processes())
+    if (report := getattr(session.config, "workeroutput", None)) is not None:
+        report["left_over"] = _left_over  # a worker's own exit status counts for nothing
     if (_not_run or _left_over) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A worker of pytest-xdist has ended; a crashed one has said nothing, and its tests have failed."""
+    _left_over.extend(getattr(node, "workeroutput", {}).get("left_over", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
