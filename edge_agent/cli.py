@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,6 +30,7 @@ from edge_agent.errors import (
     SettingsError,
     UnknownModel,
 )
+from edge_agent.models import durable
 from edge_agent.settings import Settings
 from edge_agent.transport import control
 
@@ -396,6 +398,69 @@ def models_prune(invocation: Invocation, as_json: bool) -> None:
         )
 
 
+@models.command("export")
+@click.argument("name")
+@click.argument("version", type=click.IntRange(min=1))
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_export(invocation: Invocation, name: str, version: int, file: Path, as_json: bool) -> None:
+    """Write a cached VERSION into one FILE, for a device without a network.
+
+    Every byte is verified on its way. FILE is there when all of it is, and not before; one that is there is
+    replaced. Any tar program lists it.
+
+    \b
+    Example:
+      edge-agent models export assistant 6 /media/stick/phi3-mini-6.tar
+    """
+    settings = invocation.settings()
+    if file.is_dir():
+        raise EdgeAgentError(f"{file} is a folder", remedy="name a file in it")
+    with _file_errors("write", file), durable.replacing(file) as descriptor:
+        document = _operate(
+            settings, "export", name=name, version=version, file=descriptor, doing="exporting"
+        )
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        click.echo(f"{name} version {version}: {terminal.human_bytes(document['bytes'])} in {file}")
+
+
+@models.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", "name", metavar="NAME", help="The [models.NAME] that takes it, where several could.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_import(invocation: Invocation, file: Path, name: str | None, as_json: bool) -> None:
+    """Bring the version in FILE, made by `models export`, into the cache.
+
+    It is verified and judged as a version from the registry, and goes through the same gate; then it is
+    active, unless another one is pinned or asked for by its number. It goes to the model whose uri has the
+    registered name that is in the file. No registry is needed; where there is one, its word at the next check
+    counts again.
+
+    \b
+    Example:
+      edge-agent models import /media/stick/phi3-mini-6.tar
+    """
+    settings = invocation.settings()
+    with _file_errors("read", file):
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        document = _operate(settings, "import", name=name, file=descriptor, doing="importing")
+    finally:
+        os.close(descriptor)
+    if as_json:
+        click.echo(json.dumps(document))
+        return
+    pinned = f"; the model is pinned to {document['pinned']}" if document["pinned"] else ""
+    click.echo(
+        f"{document['name']} version {document['version']}: {terminal.human_bytes(document['bytes_fetched'])} "
+        f"imported, {terminal.human_bytes(document['bytes_reused'])} already here; {document['state']}{pinned}"
+    )
+
+
 @models.command("verify")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
@@ -568,22 +633,32 @@ def _events_result(settings: Settings, op: str, **fields: Any) -> dict[str, Any]
     raise EdgeAgentError("the daemon closed the connection without an answer")
 
 
-def _operate(settings: Settings, do: str, *, name: str | None = None, version: int | None = None) -> Any:
+def _operate(
+    settings: Settings,
+    do: str,
+    *,
+    name: str | None = None,
+    version: int | None = None,
+    file: int | None = None,
+    doing: str = "fetching",
+) -> Any:
     """One operation on the cache: through the running daemon, or by itself when there is none."""
     with terminal.progress_bar() as report:
 
         def on_event(event: Mapping[str, Any]) -> None:
             if event.get("event") == "progress":
-                report("fetching", event["bytes"], event["total_bytes"])
+                report(doing, event["bytes"], event["total_bytes"])
 
         try:
-            return _through_daemon(settings, on_event, do=do, name=name, version=version)
+            return _through_daemon(settings, on_event, do=do, name=name, version=version, file=file)
         except DaemonNotRunning:
             from edge_agent.models import operations
 
             local, lifecycles = operations.without_daemon(settings)
             try:
-                return operations.run_operation(local, do, name=name, version=version, on_event=on_event)
+                return operations.run_operation(
+                    local, do, name=name, version=version, file=file, on_event=on_event
+                )
             finally:
                 for lifecycle in lifecycles.values():
                     lifecycle.close()
@@ -598,6 +673,15 @@ def _through_daemon(settings: Settings, on_event: Any, **fields: Any) -> Any:
         elif event.get("event") == "error":
             raise DaemonError(event)
     raise EdgeAgentError("the daemon closed the connection without an answer")
+
+
+@contextmanager
+def _file_errors(action: str, file: Path) -> Iterator[None]:
+    """The operating system's errors about a file that the command line names."""
+    try:
+        yield
+    except OSError as error:
+        raise EdgeAgentError(f"cannot {action} {file}: {error.strerror or error}") from error
 
 
 def _show_operation(document: Mapping[str, Any], as_json: bool) -> None:

@@ -378,6 +378,7 @@ class Daemon:
             str(fields.get("do")),
             name=fields.get("name"),
             version=fields.get("version"),
+            file=call.file,
             on_event=lambda event: call.send("progress", progress=dict(event)),
         )
         call.send("done", result=result)

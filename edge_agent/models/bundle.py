@@ -8,13 +8,20 @@ of any other kind or name, and a header over a bound.
 
 Any tar shows what is in it. The header is read block by block here: extended headers, which may be as large
 as the file, have no place in it.
+
+Files are descriptors here: who asks opens them, so that a daemon that may see neither a home nor a stick can
+be asked. `python -m edge_agent.models.bundle` is a sync process that takes its package from such a file.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import io
 import os
+import stat
+import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,9 +37,9 @@ from edge_agent.models.manifest import ManifestFile
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.reference import ModelRef, ModelVersion
 from edge_agent.models.registry import CHUNK_BYTES, Listed, PastTheEnd, RequestRefused, Stream
-from edge_agent.models.store import Store, store_errors
-from edge_agent.models.sync import Emit, bring
-from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, TrustJob
+from edge_agent.models.store import Store
+from edge_agent.models.sync import Emit, bring, work
+from edge_agent.models.sync_process import SyncJob, SyncResult
 
 HEADER_NAME = "version.json"
 BLOB_PREFIX = "blobs/"
@@ -41,20 +48,26 @@ ORIGIN = "bundle:"
 
 _MAX_HEADER_BYTES = 4 << 20
 _BLOCK = tarfile.BLOCKSIZE
+_WRITE_REMEDIES = {
+    errno.ENOSPC: "free some space there",
+    errno.EFBIG: "a FAT file system holds files of up to 4 GiB: take exFAT or ext4",
+}
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
 
 
 def export_version(
     store: Store,
     record: VersionRecord,
-    destination: Path,
+    descriptor: int,
     *,
-    report: Callable[[int, int], None] | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Writes a committed version into one file, whole or not at all; every byte is verified on its way out.
+    """Writes a committed version into an open file; every byte is verified on its way out.
+
+    What an error leaves in the file is no bundle: the caller removes it.
 
     Args:
-        destination: a file to make or to replace; its folder is there.
+        descriptor: of an empty regular file, open for writing.
         report: gets bytes written and bytes in total.
 
     Returns:
@@ -62,52 +75,42 @@ def export_version(
 
     Raises:
         VerificationError: a file of the version is damaged.
-        StoreError: the version is gone, or the destination cannot be written.
+        StoreError: the version is gone, or the file cannot be written.
     """
-    temporary = destination.with_name(destination.name + durable.TEMPORARY_SUFFIX)
+    _check_regular(descriptor, refused=os.O_RDONLY)
     files = sorted({file.sha256: file for file in record.files}.values(), key=lambda file: file.sha256)
     total = sum(file.size_bytes for file in files)
-    with store.lease(record) as folder, store_errors("write", destination):
-        try:
-            with durable.extending(temporary, length=0) as write:
-                done = 0
-                header = record.encode()
-                for part in (_tar_header(HEADER_NAME, len(header)), header, _padding(len(header))):
-                    write(part)
-                for file in files:
-                    write(_tar_header(BLOB_PREFIX + file.sha256, file.size_bytes))
-                    for chunk in _verified_chunks(folder / file.path, file):
-                        write(chunk)
-                        done += len(chunk)
-                        if report:
-                            report(done, total)
-                    write(_padding(file.size_bytes))
-                write(bytes(2 * _BLOCK))
-            durable.sync_file(temporary)
-            durable.rename(temporary, destination)
-        finally:
-            durable.unlink(temporary)
-        durable.sync_folder(destination.parent)
-    return destination.stat().st_size
+    with store.lease(record) as folder:
+        done = 0
+        header = record.encode()
+        written = _write(descriptor, _tar_header(HEADER_NAME, len(header)), header, _padding(len(header)))
+        for file in files:
+            written += _write(descriptor, _tar_header(BLOB_PREFIX + file.sha256, file.size_bytes))
+            for chunk in _verified_chunks(folder / file.path, file):
+                written += _write(descriptor, chunk)
+                done += len(chunk)
+                report(done, total)
+            written += _write(descriptor, _padding(file.size_bytes))
+        return written + _write(descriptor, bytes(2 * _BLOCK))
 
 
-def import_bundle(
-    store: Store,
-    file: Path,
-    *,
-    name: str,
-    registered_name: str,
-    trust: TrustJob,
-    cache: CacheJob,
-    emit: Emit = lambda event: None,
-) -> VersionRecord:
+def read_version(descriptor: int) -> ModelVersion:
+    """Which version a bundle says it has; its bytes are not looked at.
+
+    Raises:
+        ContentError: it is no bundle.
+        StoreError: it cannot be read.
+    """
+    with _opened(descriptor) as stream:
+        return read_bundle(stream).version
+
+
+def import_bundle(job: SyncJob, descriptor: int, emit: Emit = lambda event: None) -> SyncResult:
     """Brings the version in a file into the cache, by the same way as one from a registry.
 
     Args:
-        name: the settings' model name.
-        registered_name: what `models.NAME.uri` asks for; a file of another model is refused.
-        trust: `[trust]` of the settings.
-        cache: `[cache]` of the settings.
+        job: its `ref` must be the version that the file has; its registry is `ORIGIN`.
+        descriptor: of the file, open for reading.
         emit: gets `progress` events, as from a sync.
 
     Returns:
@@ -117,23 +120,17 @@ def import_bundle(
         ContentError: the file, or the package in it, breaks a rule; nothing of it is in the cache.
         StoreError: the file cannot be read, or the cache cannot take it.
     """
-    with store_errors("read", file), file.open("rb") as stream:
+    with _opened(descriptor) as stream:
         package = read_bundle(stream)
-        if package.version.name != registered_name:
-            raise ManifestError(f"the file has {package.version.name!r}, not {registered_name!r}")
-        job = SyncJob(
-            state_dir=str(store.root.parent),
-            registry=RegistryJob(uri=ORIGIN),
-            name=name,
-            ref=str(ModelRef(name=registered_name, version=package.version.version)),
-            trust=trust,
-            cache=cache,
-        )
-        result = bring(job, package.version, package, emit, promised=package.manifest)
-    record = store.record(name, result.key)
-    if record is None:
-        raise StoreError(f"version {result.key} of {name} was removed at once")
-    return record
+        version = package.version
+        if ModelRef(name=version.name, version=version.version) != ModelRef.parse(job.ref):
+            raise ManifestError(f"the file has {version.name!r} version {version.version}, not {job.ref}")
+        return bring(job, version, package, emit, promised=package.manifest)
+
+
+def main() -> int:
+    """The process: like a sync, with the bundle inherited as an open file."""
+    return work(lambda job, emit: import_bundle(job, -1 if job.bundle is None else job.bundle, emit))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +172,10 @@ class BundlePackage:
         yield Stream(start=start, etag=sha256, chunks=self._chunks(member, start))
 
     def _chunks(self, member: _Member, start: int) -> Iterator[bytes]:
-        self._stream.seek(member.offset + start)
         left = member.size_bytes - start
-        while left and (chunk := self._stream.read(min(CHUNK_BYTES, left))):
+        while left and (chunk := _read(self._stream, member.offset + start, min(CHUNK_BYTES, left))):
             left -= len(chunk)
+            start += len(chunk)
             yield chunk
 
 
@@ -192,9 +189,8 @@ def read_bundle(stream: IO[bytes]) -> BundlePackage:
     name, header = _member(stream, 0, size_bytes)
     if name != HEADER_NAME or header.size_bytes > _MAX_HEADER_BYTES:
         raise ContentError(f"the file does not begin with {HEADER_NAME}: it is no bundle of a model version")
-    stream.seek(header.offset)
     try:
-        record = records.parse(stream.read(header.size_bytes))
+        record = records.parse(_read(stream, header.offset, header.size_bytes))
     except StoreError as error:
         raise ManifestError(f"{HEADER_NAME} in the file is damaged") from error
     wanted = {BLOB_PREFIX + file.sha256: file for file in record.files}
@@ -211,27 +207,73 @@ def read_bundle(stream: IO[bytes]) -> BundlePackage:
             )
         members[name] = member
         position = _end(member)
-    stream.seek(position)
-    if stream.read(_BLOCK).strip(b"\0"):
+    if _read(stream, position, _BLOCK).strip(b"\0"):
         raise ContentError("the file has more members than its manifest names")
     return BundlePackage(stream, record, members)
 
 
 def _member(stream: IO[bytes], position: int, file_bytes: int) -> tuple[str, _Member]:
     """The member whose header is at this place."""
-    stream.seek(position)
-    block = stream.read(_BLOCK)
+    block = _read(stream, position, _BLOCK)
     try:
         # Of one block, this reads names, numbers and the checksum; it follows nothing.
         info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.HeaderError, ValueError) as error:
-        raise ContentError(f"the file ends early or is no tar, at byte {position}") from error
+        raise ContentError(
+            f"the file is no bundle of a model version, or ends early, at byte {position}",
+            remedy="make it with `edge-agent models export`",
+        ) from error
     if info.type not in _REGULAR:
         raise ContentError(f"the file has a member {info.name[:100]!r} that is not a regular file")
     member = _Member(offset=position + _BLOCK, size_bytes=info.size)
     if not 0 <= info.size <= manifests.MAX_FILE_BYTES or _end(member) > file_bytes:
         raise ContentError(f"the file ends before its member {info.name[:100]!r}")
     return info.name, member
+
+
+def _read(stream: IO[bytes], position: int, count: int) -> bytes:
+    """Bytes of the file, fewer only at its end.
+
+    Raises:
+        StoreError: its medium fails, or is gone.
+    """
+    try:
+        stream.seek(position)
+        return stream.read(count)
+    except OSError as error:
+        raise StoreError(f"the file cannot be read: {error.strerror}") from error
+
+
+def _write(descriptor: int, *parts: bytes) -> int:
+    """Appends all of it; gives its length."""
+    try:
+        for part in parts:
+            durable.write_all(descriptor, part)
+    except OSError as error:
+        remedy = _WRITE_REMEDIES.get(error.errno or 0, "")
+        raise StoreError(f"the file cannot be written: {error.strerror}", remedy=remedy) from error
+    return sum(len(part) for part in parts)
+
+
+@contextmanager
+def _opened(descriptor: int) -> Iterator[IO[bytes]]:
+    """A stream over somebody else's open file, which stays open."""
+    _check_regular(descriptor, refused=os.O_WRONLY)
+    with os.fdopen(descriptor, "rb", closefd=False) as stream:
+        yield stream
+
+
+def _check_regular(descriptor: int, *, refused: int) -> None:
+    """A pipe or a device could keep its reader waiting for ever."""
+    try:
+        is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    except OSError as error:
+        raise StoreError("no file was given") from error
+    if not is_regular:
+        raise StoreError("the file is not a regular file")
+    if access == refused:
+        raise StoreError("the file is not open for that")
 
 
 def _end(member: _Member) -> int:
@@ -267,3 +309,7 @@ def _verified_chunks(path: Path, file: ManifestFile) -> Iterator[bytes]:
         raise VerificationError(
             f"{file.path!r} of the version is damaged", remedy="`edge-agent models verify`"
         )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

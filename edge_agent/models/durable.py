@@ -44,9 +44,37 @@ def extending(path: Path, *, length: int) -> Iterator[Callable[[bytes], None]]:
         if os.fstat(descriptor).st_size != length:
             os.ftruncate(descriptor, length)
         os.lseek(descriptor, length, os.SEEK_SET)
-        yield lambda data: _write(descriptor, data)
+        yield lambda data: write_all(descriptor, data)
     finally:
         os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Appends to an open file, as often as the system needs to be asked."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """A new file for the block to write; afterwards it has replaced `path`, or there is nothing new.
+
+    Its mode is what the umask leaves: it is somebody's file, not a part of the cache.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
 
 
 def open_lock(path: Path) -> int:
@@ -142,18 +170,12 @@ def _replace(path: Path, data: bytes, mode: int, *, sync: bool) -> None:
         temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode
     )
     try:
-        _write(descriptor, data)
+        write_all(descriptor, data)
         if sync:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
     os.rename(temporary, path)
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
 
 
 def _sync(path: Path, flags: int) -> None:

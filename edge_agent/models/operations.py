@@ -7,18 +7,22 @@ the store and the updates do.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
-from edge_agent.models import eviction, fsck
+from edge_agent.models import bundle, eviction, fsck
 from edge_agent.models.lifecycle import ModelLifecycle, lifecycle_of
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.store import Store
+from edge_agent.models.sync_process import SyncResult
 from edge_agent.models.updates import Updates
 from edge_agent.settings import Settings
 
 OnEvent = Callable[[Mapping[str, Any]], None]
+
+_PROGRESS_INTERVAL_S = 0.2
 
 
 class Operations:
@@ -46,6 +50,41 @@ class Operations:
         for one in names:
             self._lifecycle(one)
         return [self._pulled(one, on_event) for one in names]
+
+    def export(
+        self, name: str, version: int, file: int | None, on_event: OnEvent = lambda event: None
+    ) -> dict[str, Any]:
+        """Writes a cached version into an open file, verified on its way.
+
+        Args:
+            file: descriptor of an empty file, open for writing.
+        """
+        record = self._version(name, version)
+        next_at_s = 0.0
+
+        def report(done: int, total: int) -> None:
+            nonlocal next_at_s
+            if (now_s := time.monotonic()) >= next_at_s or done == total:
+                next_at_s = now_s + _PROGRESS_INTERVAL_S
+                on_event({"event": "progress", "bytes": done, "total_bytes": total})
+
+        size_bytes = bundle.export_version(self._store, record, _given(file), report=report)
+        return {"name": name, "version": version, "digest": record.digest, "bytes": size_bytes}
+
+    def take_in(
+        self, name: str | None, file: int | None, on_event: OnEvent = lambda event: None
+    ) -> dict[str, Any]:
+        """Brings the version in an open bundle into the cache, and through the gate as an update would be.
+
+        Args:
+            name: which model takes it; None where only one follows the file's registered model.
+            file: descriptor of the bundle, open for reading.
+        """
+        if name is not None:
+            self._lifecycle(name)
+        result = self._updates.take_in(_given(file), name=name, on_event=on_event)
+        state = self._lifecycle(result.name).state
+        return {**_brought(result), "state": state.role(result.key), "pinned": state.pinned}
 
     def activate(self, name: str, version: int) -> dict[str, Any]:
         """Makes a cached version active through the gate, and pins it."""
@@ -140,14 +179,7 @@ class Operations:
         return problems
 
     def _pulled(self, name: str, on_event: OnEvent) -> dict[str, Any]:
-        result = self._updates.check(name, on_event)
-        return {
-            "name": name,
-            "version": result.version,
-            "digest": result.digest,
-            "bytes_fetched": result.bytes_fetched,
-            "bytes_reused": result.bytes_reused,
-        }
+        return _brought(self._updates.check(name, on_event))
 
     def _lifecycle(self, name: str) -> ModelLifecycle:
         lifecycle = self._lifecycles.get(name)
@@ -169,13 +201,37 @@ class Operations:
         return {**lifecycle.status(), **lifecycle.versions()}
 
 
+def _brought(result: SyncResult) -> dict[str, Any]:
+    """What `pull` and `import` say of a version."""
+    return {
+        "name": result.name,
+        "version": result.version,
+        "digest": result.digest,
+        "bytes_fetched": result.bytes_fetched,
+        "bytes_reused": result.bytes_reused,
+    }
+
+
+def _given(file: int | None) -> int:
+    if file is None:
+        raise StoreError("no file was given")
+    return file
+
+
 def run_operation(
-    operations: Operations, do: str, *, name: object, version: object, on_event: OnEvent = lambda event: None
+    operations: Operations,
+    do: str,
+    *,
+    name: object,
+    version: object,
+    file: int | None = None,
+    on_event: OnEvent = lambda event: None,
 ) -> Any:
     """Runs one operation by its name, as the control socket asks for it.
 
     Args:
         name, version: from outside; checked here.
+        file: descriptor of an open file, where the operation has one.
 
     Raises:
         EdgeAgentError: the operation is unknown, its arguments are wrong, or it failed.
@@ -188,6 +244,8 @@ def run_operation(
         return operations.prune()
     if do == "verify":
         return operations.verify()
+    if do == "import":
+        return operations.take_in(name, file, on_event)
     if name is None:
         raise UnknownModel("name the model")
     if do == "rollback":
@@ -196,6 +254,8 @@ def run_operation(
         return operations.unpin(name)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise StoreError("the version is a whole number from 1")
+    if do == "export":
+        return operations.export(name, version, file, on_event)
     numbered = {"activate": operations.activate, "pin": operations.pin, "rm": operations.remove}
     if do not in numbered:
         raise EdgeAgentError(f"unknown operation {do!r}")

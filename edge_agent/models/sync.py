@@ -395,14 +395,13 @@ def _own_stdout() -> Emit:
     return emit
 
 
-def main() -> int:
-    """The process: one job in, events out."""
+def work(run: Callable[[SyncJob, Emit], SyncResult]) -> int:
+    """A sync process from its job on stdin to its exit code."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     emit = _own_stdout()
     try:
         job = SyncJob.parse(sys.stdin.buffer.read(MAX_JOB_BYTES + 1))
-        result = synchronise(job, emit)
-        emit({"event": "done", **asdict(result)})
+        emit({"event": "done", **asdict(run(job, emit))})
     except EdgeAgentError as error:
         emit({"event": "error", "code": error.code, "message": error.message, "remedy": error.remedy})
         return 1
@@ -423,4 +422,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(work(synchronise))

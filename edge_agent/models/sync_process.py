@@ -1,5 +1,7 @@
 """The daemon's side of a sync: starts `python -m edge_agent.models.sync`, reads its events, ends it.
 
+For a version that comes as a file it is `python -m edge_agent.models.bundle`, with the file inherited.
+
 Importing MLflow costs 120 MB and a second, and a dead registry can block for minutes: so the work is another
 process, and this one only reads JSON lines. Flow: start with an environment from an allow-list → the job on
 stdin → events until done or error → a process that is too slow, too talkative or not wanted any more is
@@ -113,6 +115,7 @@ class SyncJob:
     Attributes:
         name: the settings' model name.
         ref: what to resolve, `models:/…`.
+        bundle: descriptor of an open file that has the version, None where the registry has it.
     """
 
     state_dir: str
@@ -121,6 +124,7 @@ class SyncJob:
     ref: str
     trust: TrustJob = TrustJob()
     cache: CacheJob = CacheJob()
+    bundle: int | None = None
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -219,17 +223,19 @@ def environment() -> dict[str, str]:
 @contextlib.contextmanager
 def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
     """The process, with its job on stdin; it is dead when the block ends."""
+    module = "edge_agent.models.sync" if job.bundle is None else "edge_agent.models.bundle"
     with _memory_file("sync") as stdin:  # a pipe would block on a job larger than its buffer
         stdin.write(job.encode())
         stdin.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-m", "edge_agent.models.sync"],
+            [sys.executable, "-m", module],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment(),
             cwd="/",
             close_fds=True,
+            pass_fds=() if job.bundle is None else (job.bundle,),
             start_new_session=True,
         )
         try:

@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edge_agent.errors import (
@@ -20,11 +21,12 @@ from edge_agent.errors import (
     SettingsError,
     StoreError,
     TransportError,
+    UnknownModel,
     UnknownReference,
 )
-from edge_agent.models import choice, fsck
+from edge_agent.models import bundle, choice, fsck
 from edge_agent.models.lifecycle import ModelLifecycle
-from edge_agent.models.reference import ModelRef
+from edge_agent.models.reference import ModelRef, ModelVersion
 from edge_agent.models.store import Store
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob, run_sync
 from edge_agent.settings import Settings
@@ -108,6 +110,50 @@ class Updates:
         with self._turn:
             return self._sync(name, lambda event: None)
 
+    def take_in(
+        self, file: int, *, name: str | None = None, on_event: OnEvent = lambda event: None
+    ) -> SyncResult:
+        """Brings the version that a bundle has, and makes it active as one from the registry would be.
+
+        A version is only kept in the cache where another one is pinned or asked for by its number.
+
+        Args:
+            file: descriptor of the bundle, open for reading.
+            name: which model takes it; needed where several follow the same registered model.
+
+        Raises:
+            EdgeAgentError: the file, the package in it, the cache or the gate says no.
+        """
+        with self._turn:
+            version = bundle.read_version(file)
+            name = self._taker(version, name)
+            lifecycle, wanted = self._lifecycles[name], self._wanted(name)
+            job = replace(
+                self._job(name),
+                registry=RegistryJob(uri=bundle.ORIGIN),
+                ref=str(wanted.at_version(version.version)),
+                bundle=file,
+            )
+            result = self._bring(job, on_event)
+            if lifecycle.state.pinned or wanted.version in (None, result.version):
+                lifecycle.adopt(lifecycle.state.pinned or result.key)
+            return result
+
+    def _taker(self, version: ModelVersion, name: str | None) -> str:
+        """The configured model that a version from a file is for."""
+        takers = [one for one in self._lifecycles if self._wanted(one).name == version.name]
+        if name is None and len(takers) == 1:
+            return takers[0]
+        if name in takers:
+            return str(name)
+        there = ", ".join(f"{one} ({self._wanted(one)})" for one in self._lifecycles) or "none"
+        raise UnknownModel(
+            f"the file has version {version.version} of {version.name!r}, and "
+            + (f"{name!r} follows another model" if name else f"{len(takers)} models here follow that")
+            + f"; there are: {there}",
+            remedy="choose with --model" if takers else "add a [models.NAME] table with that model's uri",
+        )
+
     def _note_desired(self) -> None:
         desired, self._desired = self._desired, None
         try:
@@ -142,6 +188,18 @@ class Updates:
                 "registry.uri: no registry is configured", remedy="set registry.uri in the settings"
             )
 
+        try:
+            result = self._bring(self._job(name), on_event)
+        except (TransportError, UnknownReference, ContentError) as error:
+            self._note(reachable=not isinstance(error, TransportError))
+            raise
+        self._note(reachable=True)
+        return result
+
+    def _bring(self, job: SyncJob, on_event: OnEvent) -> SyncResult:
+        """One sync process, from its start to a tidy cache."""
+        name = job.name
+
         def look(event: Mapping[str, Any]) -> None:
             if event.get("event") == "resolved":
                 self._check_rollout(name, event)
@@ -149,19 +207,13 @@ class Updates:
             on_event(event)
 
         try:
-            result = run_sync(
-                self._job(name), timeout_s=SYNC_TIMEOUT_S, on_event=look, should_stop=self._closing.is_set
-            )
+            result = run_sync(job, timeout_s=SYNC_TIMEOUT_S, on_event=look, should_stop=self._closing.is_set)
         except (
             OSError
         ) as error:  # no memory, no descriptors, no space to start a process: not the model's fault
             raise StoreError(f"no sync can be started: {error}") from error
-        except (TransportError, UnknownReference, ContentError) as error:
-            self._note(reachable=not isinstance(error, TransportError))
-            raise
         finally:
             self.progress.pop(name, None)
-        self._note(reachable=True)
         self._tidy()
         if result.new:
             log.info(

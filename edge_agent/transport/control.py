@@ -1,8 +1,9 @@
 """The control socket: the CLI's way into the daemon.
 
-A Unix socket, JSON lines. A client sends one request, `{"op": …, …}`, and reads events until the connection
-closes; the last event is `done` or `error`. Owns the listening socket and a bounded number of connection
-threads. Refuses lines over the bound and unknown operations. Who may connect is the socket's file mode.
+A Unix socket, JSON lines. A client sends one request, `{"op": …, …}`, with at most one open file, and reads
+events until the connection closes; the last event is `done` or `error`. Owns the listening socket and a bounded
+number of connection threads. Refuses lines over the bound and unknown operations. Who may connect is the
+socket's file mode.
 """
 
 from __future__ import annotations
@@ -34,11 +35,18 @@ class ClientGone(Exception):
 
 
 class Call:
-    """One request and the way back to its client. Used by the connection's own thread only."""
+    """One request and the way back to its client. Used by the connection's own thread only.
 
-    def __init__(self, connection: socket.socket, request: Mapping[str, Any]) -> None:
+    Attributes:
+        file: descriptor of an open file that came with the request, or None; open as long as the call.
+    """
+
+    def __init__(
+        self, connection: socket.socket, request: Mapping[str, Any], file: int | None = None
+    ) -> None:
         self._connection = connection
         self.request = request
+        self.file = file
 
     def send(self, event: str, **fields: Any) -> None:
         """Sends one event.
@@ -124,12 +132,20 @@ class ControlServer:
 
     def _answer(self, connection: socket.socket) -> None:
         connection.settimeout(_REQUEST_TIMEOUT_S)
+        files: list[int] = []
         try:
-            request = next(_lines(connection), None)
-        except (OSError, EdgeAgentError):
-            return
-        call = Call(connection, request or {})
-        connection.settimeout(_SEND_TIMEOUT_S)  # a client that stops reading must not hold its slot for ever
+            try:
+                request = next(_lines(connection, files), None)
+            except (OSError, EdgeAgentError):
+                return
+            # A client that stops reading must not hold its slot for ever.
+            connection.settimeout(_SEND_TIMEOUT_S)
+            self._run(Call(connection, request or {}, files[0] if files else None))
+        finally:
+            for file in files:
+                os.close(file)
+
+    def _run(self, call: Call) -> None:
         try:
             operation = self._operations.get(str(call.request.get("op")))
             if operation is None:
@@ -139,10 +155,13 @@ class ControlServer:
             call.send(**_error_event(error))
 
 
-def call(path: Path, op: str, *, timeout_s: float | None = None, **fields: Any) -> Iterator[dict[str, Any]]:
+def call(
+    path: Path, op: str, *, timeout_s: float | None = None, file: int | None = None, **fields: Any
+) -> Iterator[dict[str, Any]]:
     """The CLI's side: sends one request and yields its events.
 
     Args:
+        file: descriptor of an open file to send along: the daemon may not be able to open it by its name.
         timeout_s: for each event; None waits as long as the daemon lives.
 
     Raises:
@@ -154,7 +173,9 @@ def call(path: Path, op: str, *, timeout_s: float | None = None, **fields: Any) 
         connection.settimeout(5.0)
         try:
             connection.connect(str(path))
-            connection.sendall(_encode({"op": op, **fields}))
+            line = _encode({"op": op, **fields})
+            sent = 0 if file is None else socket.send_fds(connection, [line], [file])
+            connection.sendall(line[sent:])
         except PermissionError as error:
             raise EdgeAgentError(
                 f"control socket {path} is not yours to use", remedy="join the group edge-agent, or use sudo"
@@ -168,11 +189,12 @@ def call(path: Path, op: str, *, timeout_s: float | None = None, **fields: Any) 
         yield from _lines(connection)
 
 
-def _lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
+def _lines(connection: socket.socket, files: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """Documents as they come; with `files`, one open file may come along and is put there."""
     buffer = bytearray()
     while True:
         try:
-            data = connection.recv(1 << 16)
+            data = connection.recv(1 << 16) if files is None else _receive(connection, files)
         except ConnectionResetError:
             return
         if not data:
@@ -184,6 +206,14 @@ def _lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
             yield _decode(line)
         if len(buffer) > MAX_LINE_BYTES:
             raise EdgeAgentError(f"a control line has more than {MAX_LINE_BYTES} bytes")
+
+
+def _receive(connection: socket.socket, files: list[int]) -> bytes:
+    data, came, _, _ = socket.recv_fds(connection, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
+    files.extend(came)
+    if len(files) > 1:
+        raise EdgeAgentError("a request brings more than one file")
+    return data
 
 
 def _decode(line: bytes) -> dict[str, Any]:

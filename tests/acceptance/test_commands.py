@@ -144,7 +144,7 @@ def test_a_misspelt_variable_is_an_error_too(new_daemon: Callable[..., Daemon]) 
     [
         (),
         *(("run",), ("probe",), ("status",), ("publish",), ("demo",), ("models",)),
-        *(("models", name) for name in ("list", "show", "pull", "verify")),
+        *(("models", name) for name in ("list", "show", "pull", "verify", "export", "import")),
     ],
     ids=" ".join,
 )

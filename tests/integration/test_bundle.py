@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import resource
+import signal
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +16,15 @@ from pathlib import Path
 import pytest
 
 from edge_agent.errors import ContentError, EdgeAgentError, PolicyError, StoreError, VerificationError
-from edge_agent.models import fsck, trust
-from edge_agent.models.bundle import BLOB_PREFIX, HEADER_NAME, export_version, import_bundle
+from edge_agent.models import durable, fsck, trust
+from edge_agent.models.bundle import (
+    BLOB_PREFIX,
+    HEADER_NAME,
+    ORIGIN,
+    export_version,
+    import_bundle,
+    read_version,
+)
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.reference import MANIFEST_TAG, ModelVersion
 from edge_agent.models.registry import LocalPackage
@@ -62,14 +71,31 @@ def export(folder: Path, *, manifest: bool = True, key: Path | None = None, code
     (record,) = store.versions()
     file = folder / "stick" / "phi.tar"
     file.parent.mkdir()
-    assert export_version(store, record, file) == file.stat().st_size
+    assert write_out(store, record, file) == file.stat().st_size
     return Exported(store=store, record=record, file=file)
 
 
-def bring_in(store: Store, file: Path, *, policy: TrustJob | None = None, name: str = MODEL) -> VersionRecord:
-    return import_bundle(
-        store, file, name="assistant", registered_name=name, trust=policy or TrustJob(), cache=CACHE
+def write_out(store: Store, record: VersionRecord, file: Path) -> int:
+    with durable.replacing(file) as descriptor:
+        return export_version(store, record, descriptor)
+
+
+def bring_in(
+    store: Store, file: Path, *, policy: TrustJob | None = None, ref: str = f"models:/{MODEL}/7"
+) -> VersionRecord:
+    job = SyncJob(
+        state_dir=str(store.root.parent),
+        registry=RegistryJob(uri=ORIGIN),
+        name="assistant",
+        ref=ref,
+        trust=policy or TrustJob(),
+        cache=CACHE,
     )
+    with file.open("rb") as stream:
+        result = import_bundle(job, stream.fileno())
+    record = store.record("assistant", result.key)
+    assert record is not None
+    return record
 
 
 @pytest.fixture
@@ -127,10 +153,11 @@ def test_an_import_mends_a_damaged_version(tmp_path: Path, other: Store) -> None
     assert fsck.verify(other).damaged == ()
 
 
-def test_a_file_of_another_model_is_refused(tmp_path: Path, other: Store) -> None:
+def test_a_file_of_another_model_or_version_is_refused(tmp_path: Path, other: Store) -> None:
     made = export(tmp_path)
-    with pytest.raises(ContentError, match="'phi', not 'llama'"):
-        bring_in(other, made.file, name="llama")
+    for ref in ("models:/llama/7", f"models:/{MODEL}/8"):
+        with pytest.raises(ContentError, match=f"'phi' version 7, not {ref}"):
+            bring_in(other, made.file, ref=ref)
     assert has_nothing_final(other)
 
 
@@ -159,17 +186,39 @@ def test_a_damaged_version_is_not_exported(tmp_path: Path) -> None:
     weights.chmod(0o600)
     weights.write_bytes(bytes(20_000))
     with pytest.raises(VerificationError, match=r"model\.onnx\.data"):
-        export_version(made.store, made.record, made.file)
+        write_out(made.store, made.record, made.file)
     assert made.file.read_bytes() == before
     assert list(made.file.parent.iterdir()) == [made.file]
 
 
-def test_a_stick_that_is_not_there_is_an_error_of_the_cache(tmp_path: Path, other: Store) -> None:
+def test_a_stick_that_is_full_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     made = export(tmp_path)
-    with pytest.raises(StoreError, match="cannot write"):
-        export_version(made.store, made.record, tmp_path / "gone" / "phi.tar")
-    with pytest.raises(StoreError, match="cannot read"):
-        bring_in(other, tmp_path / "gone" / "phi.tar")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(StoreError, match=r"cannot be written: File too large.*FAT"):
+            write_out(made.store, made.record, made.file.with_name("more.tar"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(made.file.parent.iterdir()) == [made.file]
+
+
+def test_what_is_no_regular_file_open_the_right_way_is_refused(tmp_path: Path, other: Store) -> None:
+    made = export(tmp_path)
+    reader, writer = os.pipe()
+    try:
+        for wrong in (reader, 10_000):
+            with pytest.raises(StoreError, match=r"not a regular file|no file was given"):
+                read_version(wrong)
+        with pytest.raises(StoreError, match="not a regular file"):
+            export_version(made.store, made.record, writer)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    with made.file.open("rb") as stream, pytest.raises(StoreError, match="not open for that"):
+        export_version(made.store, made.record, stream.fileno())
 
 
 # --- Damaged and hostile files -------------------------------------------------------------------------

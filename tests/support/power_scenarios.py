@@ -15,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edge_agent.models import bundle, eviction, fsck, trust
+from edge_agent.models import bundle, durable, eviction, fsck, trust
 from edge_agent.models.reference import MANIFEST_TAG, ModelVersion
 from edge_agent.models.registry import LocalPackage
 from edge_agent.models.staging import Note, Staging, folder_of
 from edge_agent.models.store import Store
 from edge_agent.models.sync import bring, synchronise
-from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, TrustJob
+from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob
 from tests.support.packages import WEIGHTS, add_manifest, make_package, register
 
 NAME = "assistant"
@@ -197,21 +197,22 @@ class Scenarios:
         elsewhere = self._folder / "elsewhere"
         self._sync_and_adopt(elsewhere, 4)
         store = Store(elsewhere)
-        bundle.export_version(store, store.versions(NAME)[0], self._folder / "file.bundle")
+        with durable.replacing(self._folder / "file.bundle") as descriptor:
+            bundle.export_version(store, store.versions(NAME)[0], descriptor)
         self._sync_and_adopt(state, 3)
 
     def _import(self, state: Path) -> None:
-        store = Store(state)
-        record = bundle.import_bundle(
-            store,
-            self._folder / "file.bundle",
+        job = SyncJob(
+            state_dir=str(state),
+            registry=RegistryJob(uri=bundle.ORIGIN),
             name=NAME,
-            registered_name=MODEL,
-            trust=TrustJob(),
+            ref=f"models:/{MODEL}/4",
             cache=CacheJob(min_free_bytes=0),
         )
-        _adopt(store, record.key)
-        _tidy(store)
+        with (self._folder / "file.bundle").open("rb") as stream:
+            key = bundle.import_bundle(job, stream.fileno()).key
+        _adopt(Store(state), key)
+        _tidy(Store(state))
 
 
 def _adopt(store: Store, key: str) -> None:
