@@ -23,7 +23,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   demo [OPTION…]       set up what is needed, then a model from registry to answer on this machine
   test [PYTEST ARG…]   set up what is needed, then all tests (or those that the pytest arguments select)
   chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
-  powerloss [ARG…]     the power-loss tests with all faults at all points (minutes)
+  powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)
   check                ruff, formatting and mypy --strict
   package              wheel and sdist into dist/
   sample-model         make the sample model and the tests' second model again (fetches torch)
@@ -72,7 +72,7 @@ run_tests() {
     set_up dev
     need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
     need_programs systemd systemd-analyze -- systemd
-    [ -z "${POWERLOSS_FAULTS:-}" ] || need_programs strace strace -- strace
+    need_programs strace strace -- strace
     # Most tests wait for processes; a file's tests stay together, for they share a broker or a daemon.
     [[ $# -gt 0 ]] || set -- -n "$(($(nproc) < 4 ? $(nproc) + 1 : 4))" --dist loadfile --no-loadscope-reorder
     tested=$SECONDS

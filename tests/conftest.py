@@ -24,9 +24,6 @@ from tests.support.processes import Daemon, alive, clean_environment, short_fold
 ROOT = Path(__file__).parents[1]
 SAMPLE_MODEL = ROOT / "edge_agent" / "demo" / "sample_model"
 
-# Minutes of its own: `./build.sh powerloss` runs it, with all faults at all points.
-collect_ignore = [] if "POWERLOSS_FAULTS" in os.environ else ["integration/test_powerloss.py"]
-
 _PR_SET_CHILD_SUBREAPER = 36
 
 _not_run: list[str] = []

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.faulty_sync import SCENARIOS
 from tests.support.power import Call, Fault
 
-SCENARIOS = ("update", "first", "plain", "repair", "shared", "import")
 EVERYTHING = "POWERLOSS_FAULTS"
 _LIMIT_S = 1_800
 _CREATES = re.compile(r"O_CREAT|O_TRUNC")
@@ -62,29 +62,47 @@ def run(folder: Path, *arguments: str, before: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
-def faults() -> list[Fault]:
-    return list(Fault) if EVERYTHING in os.environ else [Fault.KILL, Fault.TEAR, Fault.DROP]
-
-
 def test_a_cut_at_every_point_leaves_only_verified_files_and_the_next_start_finishes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = [argument for fault in faults() for argument in ("--fault", fault)]
+    found = try_all_points(tmp_path, SCENARIOS, (Fault.KILL, Fault.TEAR, Fault.DROP))
+    show_and_check(found, capsys)
+
+
+def test_a_full_disk_or_a_half_forgetful_one_at_every_point_does_no_harm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenarios = SCENARIOS if EVERYTHING in os.environ else ("update",)
+    found = try_all_points(tmp_path, scenarios, (Fault.MIX, Fault.FULL))
+    show_and_check(found, capsys)
+
+
+def try_all_points(tmp_path: Path, scenarios: tuple[str, ...], faults: tuple[Fault, ...]) -> dict[str, Any]:
+    chosen = [argument for fault in faults for argument in ("--fault", fault)]
+    chosen += [argument for name in scenarios for argument in ("--scenario", name)]
+    chosen += ["--kill-every", "1" if EVERYTHING in os.environ else "20"]
     in_memory = Path("/dev/shm")  # thousands of small folders: the disk would be most of the time
     place = in_memory if os.access(in_memory, os.W_OK) else tmp_path
     with tempfile.TemporaryDirectory(dir=place) as folder:
         found: dict[str, Any] = json.loads(run(Path(folder) / "points", *chosen))
+    assert set(found) == set(scenarios)
+    assert all(set(scenario["faults"]) == set(faults) for scenario in found.values())
+    return found
+
+
+def show_and_check(found: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every point was tried, and none left anything wrong."""
     wrong = []
     with capsys.disabled():
         for name, scenario in found.items():
-            tried = {fault: result["tried"] for fault, result in scenario["faults"].items()}
-            print(f"\n{name}: {scenario['points']} points, tried {tried}", end="")
+            counts = {f: f"{r['tried']} in {r['states']} states" for f, r in scenario["faults"].items()}
+            print(f"\n{name}: {scenario['points']} points, tried {counts}", end="")
     for name, scenario in found.items():
         assert scenario["points"] > 50
         for fault, result in scenario["faults"].items():
             assert result["tried"] == result["expected"] > 0, (name, fault)
+            assert result["states"] > 5, (name, fault)
             wrong += result["wrong"]
-    assert tuple(found) == SCENARIOS
     assert not wrong, f"{len(wrong)} points are wrong:\n" + "\n".join(wrong[:20])
 
 

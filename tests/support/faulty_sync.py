@@ -1,42 +1,68 @@
 """Cuts the power at every point of a scenario, starts again, and looks at what is left.
 
-    python -m tests.support.faulty_sync FOLDER [--scenario NAME …] [--fault FAULT …] [--workers N]
+    python -m tests.support.faulty_sync FOLDER [--scenario NAME …] [--fault FAULT …] [--kill-every N]
     python -m tests.support.faulty_sync FOLDER --trace FILE
 
-The first form prints one JSON object: for each scenario its points, for each fault how many were tried and
-what went wrong. A point is a fork of a process with one thread. The second form runs `update` once, with a
-real registry, undisturbed; for strace. The calls as `Power` numbers them are written to FILE.
+The first form prints one JSON object: for each scenario its points, for each fault how many were tried, how many
+different folders they left, and what went wrong. One run of the scenario goes past all points; at each one the
+folder is copied as the fault would leave it there, looked at, started from, and looked at again. What equals the
+folder of an earlier point is not looked at twice. At every Nth point a process is really killed, too: it must
+leave the folder that was copied there. A full disk is a run of its own for each point.
+
+The second form runs `update` once, with a real registry, undisturbed; for strace. The calls as `Power` numbers
+them are written to FILE.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
+import functools
 import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_agent.errors import StoreError, VerificationError
-from edge_agent.models import fetch, fsck, registry
+from edge_agent.errors import EdgeAgentError, StoreError
+from edge_agent.models import fetch, fsck, record, registry
 from edge_agent.models.store import Store
-from tests.support.power import Call, Fault, Power
+from tests.support.power import Fault, Power, Torn
 from tests.support.power_scenarios import CHUNK_BYTES, NAME, Scenario, Scenarios, copy_state
 
+SCENARIOS = ("update", "first", "plain", "repair", "shared", "import")
 _RUN_LIMIT_S = 60
 _PR_SET_PDEATHSIG = 1
-_DONE, _STORE_ERROR, _NOT_FIRED, _BROKEN = 0, 3, 4, 5
+_NOT_FIRED, _BROKEN = 4, 5
+_SEEN_AGE_S = 50  # runs differ in when "now" is; what was made old on purpose is older
 
 
 class Wrong(Exception):
     """Something that must not be, after a cut or after the start that follows it."""
+
+
+@dataclass
+class Findings:
+    """Of one fault in one scenario.
+
+    Attributes:
+        expected: points where it can happen.
+        tried: points where it did.
+        states: different folders that it left.
+    """
+
+    expected: int = 0
+    tried: int = 0
+    states: int = 0
+    wrong: list[str] = field(default_factory=list)
 
 
 class Trial:
@@ -44,19 +70,14 @@ class Trial:
 
     def __init__(self, scenario: Scenario, folder: Path) -> None:
         self.scenario = scenario
-        self._base = folder / f"{scenario.name}-before"
+        self._folder = folder
+        self._base = folder / "before"
         self._base.mkdir()
         scenario.prepare(self._base)
         self._before = _contents(self._base)
         self._promised = _promised(self._base)
-        state = folder / f"{scenario.name}-undisturbed" / "state"
-        state.parent.mkdir()
-        copy_state(self._base, state)
-        power = Power(state)
-        power.install()
-        scenario.run(state)
-        self.calls: list[Call] = power.calls
-        Power.uninstall()
+        state = folder / "undisturbed"
+        self.calls = self._run(state, copy=True).calls
         self._promised |= _promised(state)
         self._after = _contents(state)
         self._active = Store(state).state().model(NAME).active
@@ -64,43 +85,116 @@ class Trial:
         self._damaged_before = {damage.key for damage in fsck.verify(Store(self._base)).damaged}
         _check_verified(Store(state))
 
-    def points(self, fault: Fault) -> Iterator[int]:
-        for number, call in enumerate(self.calls):
-            if fault is not Fault.TEAR or call.name == "write":
-                yield number
+    def try_all(self, faults: list[Fault], *, kill_every: int) -> dict[Fault, Findings]:
+        """Each fault at each point where it can happen."""
+        found = {fault: Findings() for fault in faults}
+        for fault, findings in found.items():
+            findings.expected = sum(fault is not Fault.TEAR or call.name == "write" for call in self.calls)
+        self._cut_everywhere(
+            {fault: one for fault, one in found.items() if fault is not Fault.FULL}, kill_every
+        )
+        if Fault.FULL in found:
+            for at in range(len(self.calls)):
+                found[Fault.FULL].states += 1
+                self._noting(found[Fault.FULL], Fault.FULL, at, lambda at=at: self._fill_disk(at))  # type: ignore[misc]
+        return found
 
-    def run(self, fault: Fault, at: int, state: Path) -> None:
-        """Disturbs one run, looks, starts again, looks again.
+    # --- A cut: one run past all points ------------------------------------------------------------------
 
-        Raises:
-            Wrong: with what is wrong.
-        """
+    def _cut_everywhere(self, found: dict[Fault, Findings], kill_every: int) -> None:
+        state, left, seen = self._folder / "running", self._folder / "left", set[str]()
         copy_state(self._base, state)
-        status = _forked(lambda: self._disturbed(fault, at, state))
-        if fault is Fault.FULL:
-            if status not in (_DONE, _STORE_ERROR):
-                raise Wrong(f"the run on a full disk ended with {status}")
-            if _staged_bytes(state) > _staged_bytes(self._base):
-                raise Wrong("a full disk was not freed")
-        elif status != -signal.SIGKILL:
-            raise Wrong(f"the point did not fire: status {status}")
-        self._check_after_cut(state)
-        Power(state).install()
-        signal.alarm(_RUN_LIMIT_S)
-        try:
-            self.scenario.run(state)
-        finally:
-            signal.alarm(0)
-        self._check_after_start(state)
+        power = Power(state, medium=True, watch=lambda at, call, torn: watch(at, torn))
 
-    def _disturbed(self, fault: Fault, at: int, state: Path) -> int:
-        power = Power(state, at=at, fault=fault)
-        power.install()
-        try:
+        def watch(at: int, torn: Torn | None) -> None:
+            for fault, findings in found.items():
+                if fault is Fault.TEAR and torn is None:
+                    continue
+                shutil.rmtree(left, ignore_errors=True)
+                self._leave(left, state, power, fault, at, torn)
+                if fault is Fault.KILL and kill_every and at % kill_every == 0:
+                    self._noting(findings, fault, at, lambda: self._compare_with_killed(at, left), count=0)
+                mark = _mark(left)
+                if mark in seen:
+                    findings.tried += 1
+                    continue
+                seen.add(mark)
+                findings.states += 1
+                self._noting(findings, fault, at, lambda: self._start_again(left))
+
+        with power.installed():
             self.scenario.run(state)
+        assert power.medium
+        power.medium.close()
+        if power.calls != self.calls:
+            raise Wrong("a second run of the scenario makes other calls")
+
+    def _leave(self, left: Path, state: Path, power: Power, fault: Fault, at: int, torn: Torn | None) -> None:
+        """Makes the folder that the fault leaves at this point."""
+        if fault in (Fault.DROP, Fault.MIX):
+            assert power.medium
+            power.medium.write(left, seed=at if fault is Fault.MIX else None)
+            return
+        copy_state(state, left)
+        if torn and fault is Fault.TEAR:
+            with (left / power.calls[at].path).open("r+b") as file:
+                file.seek(torn.offset)
+                file.write(torn.data)
+
+    def _compare_with_killed(self, at: int, left: Path) -> None:
+        """The same point, with a process that dies there."""
+        state = self._folder / "killed"
+
+        def run() -> int:
+            self._run(state, at=at, fault=Fault.KILL)
+            return _NOT_FIRED
+
+        copy_state(self._base, state)
+        status = _forked(run)
+        if status != -signal.SIGKILL:
+            raise Wrong(f"the point did not fire: status {status}")
+        self._check_same(_contents(state), _contents(left), "as a killed process leaves it")
+
+    def _start_again(self, left: Path) -> None:
+        self._check_after_cut(left)
+        self._run(left)
+        self._check_after_start(left)
+
+    # --- A full disk -------------------------------------------------------------------------------------
+
+    def _fill_disk(self, at: int) -> None:
+        state = self._folder / "full"
+        copy_state(self._base, state)
+        power = Power(state, at=at, fault=Fault.FULL)
+        try:
+            with power.installed():
+                self.scenario.run(state)
         except StoreError:
-            return _STORE_ERROR if len(power.calls) > at else _BROKEN
-        return _DONE if len(power.calls) > at else _NOT_FIRED
+            pass
+        if len(power.calls) <= at:
+            raise Wrong("the point did not fire")
+        if _staged_bytes(state) > _staged_bytes(self._base):
+            raise Wrong("a full disk was not freed")
+        self._start_again(state)
+
+    # --- Both --------------------------------------------------------------------------------------------
+
+    def _run(self, state: Path, *, copy: bool = False, at: int = -1, fault: Fault | None = None) -> Power:
+        if copy:
+            copy_state(self._base, state)
+        power = Power(state, at=at, fault=fault)
+        with power.installed():
+            self.scenario.run(state)
+        return power
+
+    def _noting(
+        self, findings: Findings, fault: Fault, at: int, check: Callable[[], None], *, count: int = 1
+    ) -> None:
+        findings.tried += count
+        try:
+            check()
+        except (Wrong, EdgeAgentError, OSError) as error:
+            findings.wrong.append(f"{self.scenario.name} {fault} at {at} ({self.calls[at]}): {error}")
 
     def _check_after_cut(self, state: Path) -> None:
         """Final names have verified bytes, and what was active is whole: all that was so before still is."""
@@ -136,13 +230,15 @@ class Trial:
         _check_verified(store)
         if store.state().model(NAME).active != self._active:
             raise Wrong(f"version {store.state().model(NAME).active} is active after the start")
-        after = _contents(state)
-        for path in sorted(after.keys() | self._after.keys()):
-            if path.endswith(".json") and path in after and path in self._after:
-                continue  # they have times in them
-            if after.get(path) != self._after.get(path):
-                what = "is missing" if path not in after else "differs" if path in self._after else "is left"
-                raise Wrong(f"{path} {what}")
+        self._check_same(_contents(state), self._after, "after the start")
+
+    def _check_same(self, found: dict[str, str], wanted: dict[str, str], when: str) -> None:
+        for path in sorted(found.keys() | wanted.keys()):
+            if _has_times(path) and path in found and path in wanted:
+                continue
+            if found.get(path) != wanted.get(path):
+                what = "is missing" if path not in found else "differs" if path in wanted else "is left"
+                raise Wrong(f"{path} {what} {when}")
 
 
 def _check_verified(store: Store) -> None:
@@ -178,14 +274,29 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _forked(action: Any) -> int:
+def _has_times(path: str) -> bool:
+    """A record or a state: two runs at different times write different ones."""
+    return path.removesuffix(".tmp").endswith(".json")
+
+
+def _mark(state: Path) -> str:
+    """The same for two folders that a start cannot tell apart."""
+    lines, inodes = [], dict[int, int]()
+    for path in sorted(state.rglob("*")):
+        status = path.lstat()
+        what = "" if path.is_dir() else f"{_sha256(path)} {inodes.setdefault(status.st_ino, len(inodes))}"
+        lines.append(f"{path.relative_to(state)} {status.st_mode} {status.st_mtime // _SEEN_AGE_S} {what}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _forked(action: Callable[[], int]) -> int:
     """Runs it in a child; gives its exit status, negative for a signal."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         status = _BROKEN
         try:
-            _die_with_parent()
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             signal.alarm(_RUN_LIMIT_S)
             status = action()
         except BaseException:  # noqa: BLE001 - the child's top
@@ -195,70 +306,25 @@ def _forked(action: Any) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def _work(trials: list[Trial], faults: list[Fault], folder: Path, worker: int, workers: int) -> int:
-    """One worker's share of all points; its findings go to a file."""
-    found: dict[str, dict[str, Any]] = {}
-    number = 0
-    for trial in trials:
-        for fault in faults:
-            tried, wrong = 0, []
-            for at in trial.points(fault):
-                number += 1
-                if number % workers != worker:
-                    continue
-                tried += 1
-                try:
-                    trial.run(fault, at, folder / f"worker-{worker}" / "state")
-                except (Wrong, StoreError, VerificationError) as error:
-                    wrong.append(f"{trial.scenario.name} {fault} at {at} ({trial.calls[at]}): {error}")
-            found[f"{trial.scenario.name} {fault}"] = {"tried": tried, "wrong": wrong}
-    (folder / f"worker-{worker}.json").write_text(json.dumps(found))
-    return _DONE
-
-
-def _all_points(folder: Path, names: list[str], faults: list[Fault], workers: int) -> dict[str, Any]:
-    fetch._NOTE_INTERVAL_S = 0.0  # a note after each chunk: the same points in each run
+def _steady() -> None:
+    """The same calls in each run; and a record that was read is not read again: reading it is pure."""
+    logging.disable()
+    fetch._NOTE_INTERVAL_S = 0.0  # a note after each chunk
     for module in (registry, fetch):
         vars(module)["CHUNK_BYTES"] = CHUNK_BYTES
-    trials = [Trial(scenario, folder) for scenario in Scenarios(folder).all() if scenario.name in names]
-    gc.freeze()  # what is here stays shared with the forks
-    children = []
-    for worker in range(workers):
-        (folder / f"worker-{worker}").mkdir()
-        child = os.fork()
-        if child == 0:
-            status = _BROKEN
-            try:
-                _die_with_parent()
-                status = _work(trials, faults, folder, worker, workers)
-            except BaseException:  # noqa: BLE001 - the worker's top
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(child)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(statuses):
-        raise SystemExit(f"a worker ended with {statuses}")
-    found = [json.loads((folder / f"worker-{worker}.json").read_text()) for worker in range(workers)]
+    vars(record)["parse"] = functools.lru_cache(64)(record.parse)
+
+
+def _try_scenario(folder: Path, name: str, faults: list[Fault], kill_every: int) -> dict[str, Any]:
+    _steady()
+    place = folder / name
+    place.mkdir()
+    scenario = next(scenario for scenario in Scenarios(place).all() if scenario.name == name)
+    trial = Trial(scenario, place)
+    found = trial.try_all(faults, kill_every=kill_every)
     return {
-        trial.scenario.name: {
-            "points": len(trial.calls),
-            "faults": {
-                fault: {
-                    "expected": len(list(trial.points(fault))),
-                    "tried": sum(part[f"{trial.scenario.name} {fault}"]["tried"] for part in found),
-                    "wrong": [
-                        line for part in found for line in part[f"{trial.scenario.name} {fault}"]["wrong"]
-                    ],
-                }
-                for fault in faults
-            },
-        }
-        for trial in trials
+        "points": len(trial.calls),
+        "faults": {fault: asdict(findings) for fault, findings in found.items()},
     }
 
 
@@ -272,8 +338,8 @@ def _traced(folder: Path, file: Path) -> None:
     scenario.prepare(before)
     before.rename(state)  # what happened before has another name in strace's log
     power = Power(state, really_sync=True)
-    power.install()
-    scenario.run(state)
+    with power.installed():
+        scenario.run(state)
     file.write_text(json.dumps([[call.name, call.path] for call in power.calls]))
 
 
@@ -282,16 +348,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scenario", action="append")
     parser.add_argument("--fault", action="append", type=Fault)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--kill-every", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--trace", type=Path)
     given = parser.parse_args()
-    logging.disable()
     folder = given.folder.resolve()
+    folder.mkdir(exist_ok=True)
     if given.trace:
+        logging.disable()
         _traced(folder, given.trace)
         return
-    names = given.scenario or ["update", "first", "plain", "repair", "shared", "import"]
-    print(json.dumps(_all_points(folder, names, given.fault or list(Fault), given.workers)))
+    names, faults = given.scenario or SCENARIOS, given.fault or list(Fault)
+    with ProcessPoolExecutor(given.workers) as pool:
+        tasks = {name: pool.submit(_try_scenario, folder, name, faults, given.kill_every) for name in names}
+        print(json.dumps({name: task.result() for name, task in tasks.items()}))
 
 
 if __name__ == "__main__":

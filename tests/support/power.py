@@ -1,7 +1,8 @@
 """Power that fails at a chosen system call, and a disk that forgets what was not synced.
 
 `Power` takes the place of `os` in `edge_agent.models.durable`, the one module that changes the cache on disk.
-It numbers each call that changes something; at the chosen one it ends the process, or lets the call fail.
+It numbers each call that changes something. Before a call, the folder is what a process that dies there leaves:
+`watch` may keep it, as it is or as one of the faults would leave it; or the process really dies.
 
 `Medium` is what the disk would hold after a power cut, kept beside the real folder by these rules:
     - a file's bytes and mode are on the medium when the file was synced, and not before;
@@ -15,14 +16,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
 import signal
 import stat
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from edge_agent.models import durable
 
@@ -53,6 +54,17 @@ class Call:
         return f"{self.name} {self.path}"
 
 
+@dataclass(frozen=True)
+class Torn:
+    """The half of a write's bytes that is there when the power goes in its middle."""
+
+    offset: int
+    data: bytes
+
+
+Watch = Callable[[int, Call, Torn | None], None]
+"""Called before each call with its number; with what is there when a write is torn."""
+
 _TAKES_SPACE = frozenset(("open", "write", "mkdir", "link", "rename", "fsync"))
 
 
@@ -60,28 +72,42 @@ class Power:
     """Stands for the module `os` where `durable` uses it.
 
     Args:
-        state: the state folder; calls elsewhere are not counted.
-        fault: what to do at call number `at`, from 0; None only counts.
+        state: the state folder; a change elsewhere is an error.
+        at: number of the call, from 0, at which `fault` comes.
+        fault: `KILL` ends this process, `FULL` lets calls fail; None only counts.
+        watch: called before each call.
+        medium: keeps what the disk would hold, too.
         really_sync: False leaves out the wait for a real disk, which nobody here cuts off.
     """
 
     def __init__(
-        self, state: Path, *, at: int = -1, fault: Fault | None = None, really_sync: bool = False
+        self,
+        state: Path,
+        *,
+        at: int = -1,
+        fault: Fault | None = None,
+        watch: Watch | None = None,
+        medium: bool = False,
+        really_sync: bool = False,
     ) -> None:
         self.calls: list[Call] = []
+        self.medium = Medium(state) if medium else None
         self._state = state
         self._at = at
         self._fault = fault
+        self._watch = watch
         self._really_sync = really_sync
-        self._medium = Medium(state) if fault in (Fault.DROP, Fault.MIX) else None
         self._full = False
 
-    def install(self) -> None:
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """For the block, `durable` calls this; blocks may be nested."""
+        before = vars(durable)["os"]
         vars(durable)["os"] = self
-
-    @staticmethod
-    def uninstall() -> None:
-        vars(durable)["os"] = os
+        try:
+            yield
+        finally:
+            vars(durable)["os"] = before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
@@ -95,8 +121,8 @@ class Power:
         return os.open(path, flags, mode)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        path = _path_of(descriptor)
-        self._before("write", path, tear=lambda: os.write(descriptor, data[: len(data) // 2]))
+        torn = Torn(os.lseek(descriptor, 0, os.SEEK_CUR), bytes(data[: len(data) // 2]))
+        self._before("write", _path_of(descriptor), torn)
         return os.write(descriptor, data)
 
     def ftruncate(self, descriptor: int, length: int) -> None:
@@ -107,14 +133,14 @@ class Power:
         self._before("fsync", _path_of(descriptor))
         if self._really_sync:
             os.fsync(descriptor)
-        if self._medium:
-            self._medium.synced(descriptor)
+        if self.medium:
+            self.medium.synced(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
         self._before("rename", target)
         os.rename(source, target)
-        if self._medium:
-            self._medium.renamed(source, target)
+        if self.medium:
+            self.medium.renamed(source, target)
 
     def link(self, source: Path, target: Path) -> None:
         self._before("link", target)
@@ -122,8 +148,8 @@ class Power:
 
     def unlink(self, path: Path) -> None:
         self._before("unlink", path)
-        if self._medium:
-            self._medium.hold(path)
+        if self.medium:
+            self.medium.hold(path)
         os.unlink(path)
 
     def rmdir(self, path: Path) -> None:
@@ -144,26 +170,19 @@ class Power:
 
     # --- The fault -------------------------------------------------------------------------------------
 
-    def _before(self, name: str, path: Path, *, tear: Callable[[], object] = lambda: None) -> None:
+    def _before(self, name: str, path: Path, torn: Torn | None = None) -> None:
         if not path.is_relative_to(self._state):
             raise AssertionError(f"durable changes {path}, which is not under {self._state}")
-        number = len(self.calls)
-        self.calls.append(Call(name, path.relative_to(self._state).as_posix()))
+        number, call = len(self.calls), Call(name, path.relative_to(self._state).as_posix())
+        self.calls.append(call)
+        if self._watch:
+            self._watch(number, call, torn)
         if number == self._at:
-            if self._fault is Fault.FULL:
-                self._full = True
-            else:
-                if self._fault is Fault.TEAR:
-                    tear()
-                self._die()
+            if self._fault is Fault.KILL:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._full = True
         if self._full and name in _TAKES_SPACE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _die(self) -> NoReturn:
-        if self._medium:
-            self._medium.after_the_cut(seed=self._at if self._fault is Fault.MIX else None)
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError("unreachable")
 
 
 @dataclass
@@ -207,14 +226,18 @@ class Medium:
         if source.parent != target.parent:
             self._renames.append((self.hold(source.parent), self.hold(target.parent), source.name, inode))
 
-    def after_the_cut(self, *, seed: int | None) -> None:
-        """Makes the real folder what the medium holds."""
-        if seed is not None:
-            self._keep_some(seed)
-        new = self._root.with_name(self._root.name + ".after")
-        self._write(new, self._root.lstat().st_ino, {})
-        shutil.rmtree(self._root)
-        new.rename(self._root)
+    def write(self, target: Path, *, seed: int | None = None) -> None:
+        """Makes a folder that is what the medium holds.
+
+        Args:
+            seed: for the coins that let some of what was not synced be there, too.
+        """
+        medium = self if seed is None else self._with_some(seed)
+        medium._write(target, self._root.lstat().st_ino, {})
+
+    def close(self) -> None:
+        for node in self._nodes.values():
+            os.close(node.descriptor)
 
     def _sync(self, inode: int) -> None:
         node = self._nodes[inode]
@@ -228,19 +251,28 @@ class Medium:
         node.names = {path.name: self.hold(path) for path in folder.iterdir()}
         for origin, target, name, moved in list(self._renames):
             if target == inode:
-                if self._nodes[origin].names.get(name) == moved:
-                    del self._nodes[origin].names[name]
+                left = self._nodes[origin]
+                left.names = {
+                    one: child for one, child in left.names.items() if (one, child) != (name, moved)
+                }
                 self._renames.remove((origin, target, name, moved))
 
-    def _keep_some(self, seed: int) -> None:
-        """Lets a coin, the same for each run with this seed, save some of what is not synced."""
+    def _with_some(self, seed: int) -> Medium:
+        """A copy in which a coin, the same for each run with this seed, saved some of what is not synced."""
+        for folder, _, names in os.walk(self._root):
+            for path in (Path(folder), *(Path(folder, name) for name in names)):
+                self.hold(path)
+        copy = object.__new__(Medium)
+        copy._root, copy._renames = self._root, list(self._renames)
+        copy._nodes = {inode: replace(node) for inode, node in self._nodes.items()}
         tied = {inode for rename in self._renames for inode in rename[:2]}
         for folder, _, names in os.walk(self._root):
             for path in (Path(folder), *(Path(folder, name) for name in names)):
-                inode = self.hold(path)
+                inode = path.lstat().st_ino
                 coin = "renames" if inode in tied else path.relative_to(self._root).as_posix()
                 if hashlib.sha256(f"{seed} {coin}".encode()).digest()[0] & 1:
-                    self._sync(inode)
+                    copy._sync(inode)
+        return copy
 
     def _write(self, target: Path, inode: int, written: dict[int, Path]) -> None:
         node = self._nodes[inode]
