@@ -45,7 +45,7 @@ main() {
     case $command in
         demo) demo "$@" ;;
         test) run_tests "$@" ;;
-        powerloss) POWERLOSS_FAULTS=all run_tests tests/integration/test_powerloss.py "$@" ;;
+        powerloss) POWERLOSS_FAULTS=all run_tests tests/*/test_powerloss.py "$@" ;;
         chaos) chaos "$@" ;;
         check) check ;;
         package) package ;;

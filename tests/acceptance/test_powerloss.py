@@ -1,0 +1,186 @@
+"""Power loss on the whole daemon: killed with all its processes at a change of its cache, and started again.
+
+What the cache does at every single point is in `tests/integration/test_powerloss.py`; here are the real daemon,
+its real sync, runners and registry. The default run takes ten points, `./build.sh powerloss` all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.models import fsck
+from edge_agent.models.store import Store
+from edge_agent.publishing import publish_folder
+from edge_agent.transport import control
+from tests.acceptance.conftest import settings_for
+from tests.integration.test_powerloss import EVERYTHING
+from tests.support.faulty_daemon import FaultyDaemon, Point
+from tests.support.mlflow_server import Server
+from tests.support.mosquitto import Broker
+from tests.support.power import Call
+from tests.support.power_scenarios import copy_state
+from tests.support.processes import Daemon, short_folder, wait_until
+
+MODEL = "powerloss"
+SPAIN = "What is the capital of Spain?"
+ANSWERS = {1: "The capital of Spain is Madrid.", 2: "The capital of Spain is Kathmandu."}
+
+PARTS, VERSIONS = "models/staging/assistant-2/parts", "models/versions/assistant"
+TEN = {
+    "before the first byte": Point("open", rf"{PARTS}/\w+\.part"),
+    "in a file": Point("fsync", rf"{PARTS}/\w+\.part"),
+    "a file is whole": Point("rename", rf"{PARTS}/\w+", 2),
+    "the first blob gets its name": Point("link", r"models/blobs/sha256/\w+"),
+    "the tree gets its name": Point("rename", rf"{VERSIONS}/2-\w+"),
+    "the commit": Point("rename", rf"{VERSIONS}/2-\w+\.json"),
+    "the commit is not on the medium": Point("fsync", VERSIONS, 2),
+    "the candidate is written down": Point("rename", r"models/state\.json"),
+    "the candidate is loaded": Point("utime", rf"{VERSIONS}/2-\w+\.json"),
+    "the switch": Point("rename", r"models/state\.json", 2),
+}
+
+
+@dataclass(frozen=True)
+class Before:
+    """A device with version 1, for which version 2 waits in the registry."""
+
+    state: Path
+    settings: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def before(
+    broker: Broker, mlflow_server: Server, sample_model: Path, swapped_model: Path
+) -> Iterator[Before]:
+    with short_folder() as folder:
+        publish_folder(sample_model, name=MODEL, registry_uri=mlflow_server.uri, alias="prod")
+        document = settings(broker, mlflow_server)
+        daemon = FaultyDaemon(folder, document)
+        pulled = daemon.cli("models", "pull", timeout_s=120)
+        daemon.close()
+        assert pulled.returncode == 0, pulled.stderr
+        publish_folder(swapped_model, name=MODEL, registry_uri=mlflow_server.uri, alias="prod")
+        yield Before(daemon.state_dir, document)
+
+
+def settings(broker: Broker, server: Server) -> dict[str, Any]:
+    document = settings_for(broker, server.uri, device="powerloss")
+    document["models"] = {"assistant": {"uri": f"models:/{MODEL}@prod"}}
+    return document
+
+
+def model_of(daemon: Daemon) -> dict[str, Any]:
+    (event,) = control.call(daemon.control_socket, "status", timeout_s=30)
+    model: dict[str, Any] = event["status"]["models"][0]
+    return model
+
+
+def wait_for_version(daemon: Daemon, version: int) -> None:
+    def active() -> bool:
+        model = model_of(daemon)
+        return (model["version"], model["state"]) == (version, "ready")
+
+    try:
+        wait_until(active, 90, f"version {version}")
+    except TimeoutError as error:
+        raise AssertionError(f"{error}: {model_of(daemon)}\n{daemon.log}") from error
+
+
+def ask(daemon: Daemon) -> tuple[int, str]:
+    *_, last = control.call(daemon.control_socket, "probe", timeout_s=90, text=SPAIN)
+    assert last["event"] == "done", last
+    return int(last["version"]), last["answer"]["choices"][0]["message"]["content"]
+
+
+def check_nothing_unverified(state: Path) -> None:
+    """What has a final name has the bytes that its name or its record says."""
+    store = Store(state)
+    for blob in store.blobs.iterdir():
+        assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name
+    assert fsck.verify(store).damaged == ()
+    assert {record.key for record in store.versions()} == {file.stem for file in store.record_files()}
+    assert not store.state().rebuilt
+
+
+def cut_and_start_again(before: Before, point: Point) -> None:
+    """Kills the daemon at the point of its update; then it answers, and the update comes to its end."""
+    with short_folder() as folder:
+        copy_state(before.state, folder / "state")
+        daemon = FaultyDaemon(folder, before.settings)
+        try:
+            daemon.stop_at(point)
+            daemon.config["models"] = {
+                "assistant": {**before.settings["models"]["assistant"], "preload": False}
+            }
+            daemon.start()  # version 1 is active and need not be loaded for this
+            try:
+                daemon.wait_fired(90)
+            except TimeoutError as error:
+                raise AssertionError(f"{point} did not fire; log:\n{daemon.log}") from error
+            daemon.cut_power()
+            check_nothing_unverified(daemon.state_dir)
+            daemon.stop_at(None)
+            daemon.config["models"] = before.settings["models"]
+            daemon.start()
+            version, text = ask(daemon)
+            assert text == ANSWERS[version]
+            wait_for_version(daemon, 2)
+            assert ask(daemon) == (2, ANSWERS[2])
+            check_nothing_unverified(daemon.state_dir)
+        finally:
+            daemon.close()
+
+
+@pytest.mark.parametrize("point", TEN.values(), ids=TEN.keys())
+def test_killed_at_a_change_the_daemon_answers_again_and_finishes_its_update(
+    before: Before, point: Point
+) -> None:
+    cut_and_start_again(before, point)
+
+
+if EVERYTHING in os.environ:
+
+    def test_killed_at_any_change_the_daemon_answers_again_and_finishes_its_update(
+        before: Before, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        points = all_points(before)
+        wrong = []
+        for number, point in enumerate(points):
+            with capsys.disabled():
+                print(f"\n{number + 1} of {len(points)}: {point}", end="", flush=True)
+            try:
+                cut_and_start_again(before, point)
+            except AssertionError as error:
+                wrong.append(f"{point}: {error}")
+        assert not wrong, "\n".join(wrong)
+
+
+def all_points(before: Before) -> list[Point]:
+    """Every change that an undisturbed update makes, from the start to its end. Of the writes into one part only
+    the first two are taken: how many there are, the network decides.
+    """
+    with short_folder() as folder:
+        copy_state(before.state, folder / "state")
+        daemon = FaultyDaemon(folder, before.settings)
+        try:
+            daemon.stop_at(None)
+            daemon.start()
+            wait_for_version(daemon, 2)
+        finally:
+            daemon.close()
+        seen, points = Counter[Call](), []
+        for call in daemon.calls():
+            seen[call] += 1
+            if not (call.name == "write" and call.path.endswith(".part") and seen[call] > 2):
+                points.append(Point(call.name, re.escape(call.path), seen[call]))
+    assert len(points) > 50
+    return points
