@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.support import offline
 from tests.support.processes import Child, accepts, free_port, wait_until
 
 TOOLS = Path(__file__).parents[2] / ".tools" / "bin"
@@ -39,13 +41,14 @@ class Broker:
         folder: its configuration, log and, with persistence, its database.
     """
 
-    def __init__(self, folder: Path, config: str, port: int) -> None:
+    def __init__(self, folder: Path, config: str, port: int, *, offline: bool = False) -> None:
         self.host = "127.0.0.1"
         self.port = port
         self.folder = folder
         self.config_file = folder / "mosquitto.conf"
         self.log = folder / "mosquitto.log"
         self.config_file.write_text(config)
+        self._offline = offline
         self._child: Child | None = None
 
     @property
@@ -65,13 +68,19 @@ class Broker:
         """
         if self.running:
             return
-        child = self._child = Child([tool("mosquitto"), "-c", self.config_file], self.log)
+        command = [tool("mosquitto"), "-c", str(self.config_file)]
+        child = self._child = Child(offline.inside(command) if self._offline else command, self.log)
         wait_until(
-            lambda: not child.running or accepts(self.port),
+            lambda: not child.running or self._listens(),
             _START_TIMEOUT_S,
             f"mosquitto on port {self.port}",
         )
         assert child.running, f"mosquitto ended with {child.process.returncode}:\n{self.log_text()}"
+
+    def _listens(self) -> bool:
+        if self._offline:  # nobody out here can connect
+            return bool(re.search(r"mosquitto version \S+ running", self.log_text()))
+        return accepts(self.port)
 
     def stop(self) -> None:
         """SIGTERM: with persistence, sessions, queues and retained messages are saved."""
@@ -107,6 +116,7 @@ def running_broker(
     allow_anonymous: bool = True,
     persistence: bool = False,
     port: int | None = None,
+    offline: bool = False,
 ) -> Iterator[Broker]:
     """A started mosquitto.
 
@@ -115,8 +125,9 @@ def running_broker(
         extra_config: more lines; they come last, so listener options (TLS) apply to the one listener.
         persistence: keep sessions and messages over `kill` too (after about a second) and `restart`.
         port: a free one when None.
+        offline: in a network namespace of its own; see `tests.support.offline`.
     """
-    broker = _start(folder, extra_config, allow_anonymous, persistence, port)
+    broker = _start(folder, extra_config, allow_anonymous, persistence, port, offline=offline)
     try:
         yield broker
     finally:
@@ -125,11 +136,14 @@ def running_broker(
         broker.stop()
 
 
-def _start(folder: Path, extra: str, anonymous: bool, persistence: bool, port: int | None) -> Broker:
+def _start(
+    folder: Path, extra: str, anonymous: bool, persistence: bool, port: int | None, *, offline: bool
+) -> Broker:
     """Another process may take a free port before mosquitto does: three tries."""
     for attempt in range(3):
         number = port or free_port()
-        broker = Broker(folder, _config(folder, extra, anonymous, persistence, number), number)
+        config = _config(folder, extra, anonymous, persistence, number)
+        broker = Broker(folder, config, number, offline=offline)
         try:
             broker.start()
         except AssertionError:
