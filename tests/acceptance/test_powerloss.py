@@ -56,6 +56,14 @@ class Before:
     state: Path
     settings: dict[str, Any]
 
+    @property
+    def idle(self) -> dict[str, Any]:
+        """Settings with which version 1 is active and need not be loaded for an update."""
+        return {
+            **self.settings,
+            "models": {"assistant": {**self.settings["models"]["assistant"], "preload": False}},
+        }
+
 
 @pytest.fixture(scope="module")
 def before(
@@ -87,7 +95,7 @@ def model_of(daemon: Daemon) -> dict[str, Any]:
 def wait_for_version(daemon: Daemon, version: int) -> None:
     def active() -> bool:
         model = model_of(daemon)
-        return (model["version"], model["state"]) == (version, "ready")
+        return bool(model["version"] == version and model["state"] == "ready")
 
     try:
         wait_until(active, 90, f"version {version}")
@@ -115,13 +123,10 @@ def cut_and_start_again(before: Before, point: Point) -> None:
     """Kills the daemon at the point of its update; then it answers, and the update comes to its end."""
     with short_folder() as folder:
         copy_state(before.state, folder / "state")
-        daemon = FaultyDaemon(folder, before.settings)
+        daemon = FaultyDaemon(folder, before.idle)
         try:
             daemon.stop_at(point)
-            daemon.config["models"] = {
-                "assistant": {**before.settings["models"]["assistant"], "preload": False}
-            }
-            daemon.start()  # version 1 is active and need not be loaded for this
+            daemon.start()
             try:
                 daemon.wait_fired(90)
             except TimeoutError as error:
@@ -170,7 +175,7 @@ def all_points(before: Before) -> list[Point]:
     """
     with short_folder() as folder:
         copy_state(before.state, folder / "state")
-        daemon = FaultyDaemon(folder, before.settings)
+        daemon = FaultyDaemon(folder, before.idle)
         try:
             daemon.stop_at(None)
             daemon.start()
