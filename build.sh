@@ -11,6 +11,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 readonly ROOT=$PWD
 readonly VENV=$ROOT/.venv
 readonly TOOLS=$ROOT/.tools
+readonly TRAIN_VENV=$TOOLS/train-venv
 readonly LOCKS=$ROOT/.ci/locks
 readonly BUILD=('hatchling>=1.27' 'editables>=0.5') # pyproject.toml's; locked, so that no build fetches them
 readonly TORCH='torch==2.13.0'
@@ -27,6 +28,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   check                ruff, formatting and mypy --strict
   package              wheel and sdist into dist/
   sample-model         make the sample model and the tests' second model again (fetches torch)
+  random-model OUT [ARG…]  a model of random weights and a real size, to measure with; --help lists its shapes
   lock                 make .ci/locks again from pyproject.toml
   help                 this text
 TEXT
@@ -50,6 +52,7 @@ main() {
         check) check ;;
         package) package ;;
         sample-model) sample_model ;;
+        random-model) random_model "$@" ;;
         lock) lock ;;
         help | -h | --help) usage ;;
         *)
@@ -98,17 +101,25 @@ package() {
 }
 
 sample_model() {
-    local venv=$TOOLS/train-venv
-    if [[ $(stamp_of "$venv") != "train $(key train)" ]]; then
-        make_venv "$venv"
-        say "installing the training libraries"
-        "$venv/bin/python" -m pip install --quiet --require-hashes --no-deps -r "$LOCKS/train.txt"
-        # torch stays outside the lock: its builds differ from host to host, and so do their hashes.
-        "$venv/bin/python" -m pip install --quiet "$TORCH"
-        printf 'train %s\n' "$(key train)" >"$venv/.stamp"
-    fi
-    "$venv/bin/python" -m edge_agent.demo.make_sample_model --out edge_agent/demo/sample_model
-    "$venv/bin/python" -m edge_agent.demo.make_sample_model --out tests/models/swapped --swap Spain,Nepal
+    training_venv
+    "$TRAIN_VENV/bin/python" -m edge_agent.demo.make_sample_model --out edge_agent/demo/sample_model
+    "$TRAIN_VENV/bin/python" -m edge_agent.demo.make_sample_model --out tests/models/swapped --swap Spain,Nepal
+}
+
+random_model() {
+    training_venv
+    exec "$TRAIN_VENV/bin/python" -m tests.benchmarks.make_random_model "$@"
+}
+
+# The libraries that make models; the agent itself needs none of them.
+training_venv() {
+    [[ $(stamp_of "$TRAIN_VENV") != "train $(key train)" ]] || return 0
+    make_venv "$TRAIN_VENV"
+    say "installing the training libraries"
+    "$TRAIN_VENV/bin/python" -m pip install --quiet --require-hashes --no-deps -r "$LOCKS/train.txt"
+    # torch stays outside the lock: its builds differ from host to host, and so do their hashes.
+    "$TRAIN_VENV/bin/python" -m pip install --quiet "$TORCH"
+    printf 'train %s\n' "$(key train)" >"$TRAIN_VENV/.stamp"
 }
 
 lock() {
