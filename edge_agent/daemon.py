@@ -34,6 +34,7 @@ from edge_agent.errors import (
     JournalUnavailable,
     ModelFailed,
     PromptError,
+    UnknownModel,
 )
 from edge_agent.models import choice
 from edge_agent.models.lifecycle import ModelLifecycle, Serving, lifecycle_of, quarantined
@@ -271,7 +272,9 @@ class Daemon:
             )
         except PromptError as error:
             self._mqtt.counters[f"refused_{error.status}"] += 1
-            log.info("prompt refused request=%s code=%s reason=%r", request_id, error.code, error.message)
+            # What a client got wrong is named to the client: its words may be a prompt's.
+            reason = "" if isinstance(error, BadRequest | UnknownModel) else error.message
+            log.info("prompt refused request=%s code=%s reason=%r", request_id, error.code, reason)
             self._refuse(message, request_id, reply_to, error)
             return
         except Exception:
@@ -281,6 +284,7 @@ class Daemon:
         if acceptance.new:
             log.info("prompt accepted request=%s row=%d", request_id, acceptance.row)
         else:
+            log.info("prompt repeated request=%s row=%d", request_id, acceptance.row)
             self._mqtt.counters["repeated"] += 1
             self._mqtt.answered(acceptance.row)
 
@@ -410,6 +414,8 @@ class Daemon:
                 "port": settings.mqtt.port,
                 "connected": self._mqtt.connected,
                 "problem": self._mqtt.problem,
+                "refused_topics": list(self._mqtt.refused_topics),
+                "answers_refused": self._mqtt.counters["answers_refused"],
             },
             "troubles": list(self._troubles()),
         }

@@ -104,8 +104,9 @@ class _Run:
 
     @property
     def name(self) -> str:
-        """Unique for each row and attempt: a late cancel of an earlier prompt can never hit this one."""
-        return f"{self.prompt.row}.{self.prompt.attempts}"
+        """The request's id, for the runner's own log, and what makes it unique for each row and attempt: a late
+        cancel of an earlier prompt can never hit this one."""
+        return f"{self.prompt.id}.{self.prompt.row}.{self.prompt.attempts}"
 
 
 class Dispatcher:

@@ -8,6 +8,7 @@ Owns the order of the checks. A refusal (`PromptError`) is not remembered: the s
 from __future__ import annotations
 
 import hashlib
+import logging
 import uuid
 from collections.abc import Callable
 from typing import Protocol
@@ -16,6 +17,8 @@ from edge_agent.chat.clock import Moment
 from edge_agent.chat.journal import Acceptance, Answer, Arrival, Delivery, Journal, Source
 from edge_agent.chat.messages import Request
 from edge_agent.errors import Cancelled, DeadlineExceeded, NoModel, PromptError, UnknownModel
+
+log = logging.getLogger(__name__)
 
 
 class ModelView(Protocol):
@@ -140,6 +143,7 @@ class Intake:
         answer = Answer.of_error(prompt.id, prompt.form, error)
         if not self._journal.answer(row, answer, moment=moment):
             return False
+        log.info("prompt ended request=%s row=%d code=%s", prompt.id, row, error.code)
         if prompt.model in self._workers:
             self._workers[prompt.model].abandon(row)
         self._on_answer(prompt.source, row)

@@ -128,7 +128,7 @@ class Runner:
             code = str(getattr(error, "code", ""))
             if code in _REQUEST_ERRORS:
                 raise _REQUEST_ERRORS[code](str(error).removeprefix(f"{code}: ")) from error
-            _print_frames(error)
+            _print_frames(error, request.id)
             if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
                 # MLflow's schema check; its text has the prompt in it.
                 raise BadRequest("the model's signature does not admit this request") from error
@@ -160,10 +160,14 @@ class Runner:
             raise _Ended from error
 
 
-def _print_frames(error: BaseException) -> None:
+def _print_frames(error: BaseException, request: str = "-") -> None:
     """Where it went wrong, without the message: that may have the prompt in it, and this output is logged."""
     print(
-        type(error).__name__, *traceback.format_tb(error.__traceback__), sep="\n", file=sys.stderr, flush=True
+        f"request={request} {type(error).__name__}",
+        *traceback.format_tb(error.__traceback__),
+        sep="\n",
+        file=sys.stderr,
+        flush=True,
     )
 
 

@@ -122,6 +122,8 @@ class _Connection:
     """mid → journal row, None for what is no answer of the journal."""
     ack_after: dict[int, int] = field(default_factory=dict)
     """mid of a refusal → mid of the message that it refuses."""
+    delivering: dict[int, str] = field(default_factory=dict)
+    """Journal row → the request's id, of an answer that is in flight."""
     refused_rows: set[int] = field(default_factory=set)
     refused_at_s: float = 0.0
 
@@ -181,11 +183,13 @@ class MqttTransport:
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
-        self._tls = _tls_context(settings)
+        self._tls = tls_context(settings)
         self._retry_s = _RETRY_FIRST_S
         self.counters: collections.Counter[str] = collections.Counter()
         self.turned_s = time.monotonic()
         self.problem = ""
+        self.refused_topics: tuple[str, ...] = ()
+        """Subscriptions that the broker refused on the present connection."""
 
     # --- From any thread -------------------------------------------------------------------------------
 
@@ -419,6 +423,7 @@ class MqttTransport:
         reply = _Reply(
             topic=outgoing.topic, correlation=outgoing.correlation, form=outgoing.form, answer=answer
         )
+        connection.delivering[outgoing.row] = outgoing.id
         self._publish_answer(connection, reply, row=outgoing.row)
 
     def _publish_answer(self, connection: _Connection, reply: _Reply, *, row: int | None) -> None:
@@ -507,7 +512,9 @@ class MqttTransport:
             connection.client.subscribe([(topic, 1) for topic in self._handlers])
 
     def _on_subscribe(self, codes: list[ReasonCode]) -> None:
-        for topic, code in zip(self._handlers, codes, strict=False):
+        answers = tuple(zip(self._handlers, codes, strict=False))
+        self.refused_topics = tuple(topic for topic, code in answers if code.is_failure)
+        for topic, code in answers:
             if code.is_failure:
                 self.counters["subscribe_refused"] += 1
                 log.error(
@@ -524,12 +531,14 @@ class MqttTransport:
             connection.client.ack(refused_mid, 1)
         if row is None:
             return
+        request_id = connection.delivering.pop(row, "")
         if code.is_failure:
             self.counters["answers_refused"] += 1
             connection.refused_rows.add(row)
             connection.refused_at_s = time.monotonic()
-            log.warning("answer refused by the broker row=%d reason=%s", row, code)
+            log.warning("answer refused by the broker request=%s row=%d reason=%s", request_id, row, code)
             return
+        log.info("answer delivered request=%s row=%d", request_id, row)
         with contextlib.suppress(JournalUnavailable):  # it will be sent again: a repeat, not a loss
             self._journal.delivered(row)
         self._outbox_due = True
@@ -615,7 +624,7 @@ def read_password(settings: MqttSettings, credential: Path | None) -> str | None
         raise SettingsError(f"mqtt.password_file: {path} cannot be read: {error}") from error
 
 
-def _tls_context(settings: MqttSettings) -> ssl.SSLContext | None:
+def tls_context(settings: MqttSettings) -> ssl.SSLContext | None:
     """TLS when `mqtt.ca_file` is set: the broker's certificate and name are always verified.
 
     Raises:

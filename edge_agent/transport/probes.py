@@ -6,6 +6,7 @@ Owns the clients that wait. A client that leaves has its prompt cancelled: nobod
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from edge_agent.chat.intake import Intake, make_id
 from edge_agent.chat.journal import Journal, Prompt, Source
 from edge_agent.errors import Cancelled
 from edge_agent.transport.control import Call, ClientGone
+
+log = logging.getLogger(__name__)
 
 _LOOK_S = 0.25
 _ANSWERED = None
@@ -50,11 +53,11 @@ class Probes:
             PromptError: refused.
             ClientGone: the client left; its prompt was cancelled.
         """
-        waiter = _Waiter(events=queue.SimpleQueue())
+        waiter, request_id = _Waiter(events=queue.SimpleQueue()), make_id()
         with self._lock:  # so that the first chunk finds its waiter
             acceptance = intake.take(
                 request,
-                request_id=make_id(),
+                request_id=request_id,
                 body=messages.encode(request.document),
                 source=Source.CONTROL,
                 answer_topic="control",
@@ -65,6 +68,7 @@ class Probes:
                 moment=clock.now(),
             )
             self._waiters[acceptance.row] = waiter
+        log.info("prompt accepted request=%s row=%d", request_id, acceptance.row)
         try:
             self._stream(call, waiter)
             self._finish(call, acceptance.row)
