@@ -7,13 +7,14 @@ nothing else; logs, progress and errors go to stderr. Contract: docs/cli.md.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,6 +36,7 @@ from edge_agent.settings import Settings
 from edge_agent.transport import control
 
 if TYPE_CHECKING:
+    from edge_agent.doctor import Finding
     from edge_agent.models.store import Store
 
 FAILED, NOT_RUNNING, NO_MODEL, TIMED_OUT, INVALID_SETTINGS = 1, 3, 4, 5, 78
@@ -564,6 +566,49 @@ def publish(
 
 
 @main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write a support bundle (tar.gz), without prompts and secrets.",
+)
+@click.pass_obj
+def doctor(invocation: Invocation, as_json: bool, bundle: Path | None) -> None:
+    """Check this device: host, settings, daemon, broker, registry, cache, models.
+
+    Each line says ok, warn or fail, and what to do. Exit 1 when anything failed. Works with the daemon up and
+    down; as root it sees most.
+
+    \b
+    Examples:
+      sudo edge-agent doctor
+      edge-agent doctor --json | jq '.findings[] | select(.level != "ok")'
+      sudo edge-agent doctor --bundle support.tar.gz
+    """
+    from edge_agent import doctor as doctors
+
+    found = []
+    has_file = (invocation.config or settings_module.find_config()) is not None
+    for finding in doctors.diagnose(invocation.settings, has_file=has_file):
+        found.append(finding)
+        if not as_json:
+            terminal.print_finding(finding.level, finding.check, finding.message, finding.remedy)
+    failures = sum(finding.level is doctors.Level.FAIL for finding in found)
+    if as_json:
+        findings = [asdict(finding) for finding in found]
+        click.echo(
+            json.dumps({"ok": not failures, "agent_version": edge_agent.__version__, "findings": findings})
+        )
+    else:
+        warnings = sum(finding.level is doctors.Level.WARN for finding in found)
+        click.echo(f"\n{len(found)} checks, {warnings} to look at, {failures} failed")
+    if bundle is not None:
+        _write_bundle(invocation, bundle, found)
+    sys.exit(FAILED if failures else 0)
+
+
+@main.command()
 @click.option("--once", is_flag=True, help="Ask one question, print the answer, stop everything.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document; implies --once.")
 @click.option("--question", default="What is the capital of Spain?", show_default=True, help="What to ask.")
@@ -583,6 +628,16 @@ def demo(once: bool, as_json: bool, question: str) -> None:
     result = run_demo(question, stay=not (once or as_json), quiet=as_json)
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))
+
+
+def _write_bundle(invocation: Invocation, path: Path, findings: Sequence[Finding]) -> None:
+    from edge_agent.doctor import support_bundle
+
+    settings = None
+    with contextlib.suppress(SettingsError):  # it is one of the findings
+        settings = invocation.settings()
+    members = support_bundle.write(path, findings, settings)
+    click.echo(f"{path}: {', '.join(members)}; read it before you send it", err=True)
 
 
 # --- Shared by the commands ----------------------------------------------------------------------------

@@ -28,9 +28,20 @@ APPLICATION = "edge-agent"
 ENV_PREFIX = "EDGE_AGENT_"
 SYSTEM_CONFIG = Path("/etc/edge-agent/config.toml")
 SYSTEM_CONTROL_SOCKET = Path("/run/edge-agent/control.sock")
+SERVICE_CREDENTIALS = Path("/run/credentials/edge-agent.service")
+CREDENTIAL_STORE = Path("/etc/credstore")
+REGISTRY_CREDENTIALS = (
+    "mlflow-tracking-username",
+    "mlflow-tracking-password",
+    "mlflow-tracking-token",
+    "aws-access-key-id",
+    "aws-secret-access-key",
+)
+"""Names of systemd credentials; each is the variable of the same name for the sync process."""
 
 _MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un has 108 with the final NUL
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_CREDENTIAL_BYTES = 65_536
 
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86_400)]
@@ -301,10 +312,53 @@ def find_config() -> Path | None:
 
 
 def credential_path(name: str) -> Path | None:
-    """The file of a systemd credential, or None when the service has none of that name."""
+    """The file of a systemd credential, or None when the service has none of that name.
+
+    An operator's command has no `$CREDENTIALS_DIRECTORY`: where it may read them, it takes the running
+    service's, or what the next start of the service gets.
+    """
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
-    path = Path(directory, name) if directory else None
-    return path if path and path.is_file() else None
+    folders = [Path(directory)] if directory else [SERVICE_CREDENTIALS, CREDENTIAL_STORE]
+    return next((path for folder in folders if os.access(path := folder / name, os.R_OK)), None)
+
+
+def registry_credentials() -> dict[str, str]:
+    """The registry's credentials from systemd, as the variables that MLflow reads; none where there are none.
+
+    Raises:
+        SettingsError: a file cannot be read.
+    """
+    found = {}
+    for name in REGISTRY_CREDENTIALS:
+        if path := credential_path(name):
+            found[name.upper().replace("-", "_")] = read_credential(path)
+    return found
+
+
+def known_secrets() -> list[str]:
+    """Every secret of the registry that this process has or can read: what must not be in a text for others."""
+    variables = [
+        value
+        for key, value in os.environ.items()
+        if re.search("TOKEN|PASSWORD|SECRET|CREDENTIAL|KEY", key) and not Path(value).is_absolute()
+    ]
+    return [*variables, *registry_credentials().values()]
+
+
+def read_credential(path: Path) -> str:
+    """A secret's file: one line, without its end.
+
+    Raises:
+        SettingsError: it cannot be read, is not text, or is far too long.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_CREDENTIAL_BYTES + 1)
+        if len(data) > _MAX_CREDENTIAL_BYTES:
+            raise SettingsError(f"credential {path} has more than {_MAX_CREDENTIAL_BYTES} bytes")
+        return data.decode("utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"credential {path} cannot be read: {error}") from error
 
 
 def inherited_environment(*names: str, prefixes: tuple[str, ...] = ()) -> dict[str, str]:

@@ -123,6 +123,17 @@ def _reach(registry: Mapping[str, Any]) -> str:
     return f"{'reachable' if registry['reachable'] else 'out of reach'}, last asked {when}"
 
 
+_LEVEL_COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m"}
+
+
+def print_finding(level: str, check: str, message: str, remedy: str) -> None:
+    """One line of the doctor, and its remedy below; the level in colour on a terminal."""
+    colour, plain = (_LEVEL_COLOURS[level], "\033[0m") if sys.stdout.isatty() else ("", "")
+    print(f"{colour}{level:<5}{plain} {check:<18} {message}", flush=True)
+    if remedy:
+        print(f"{'':<25}→ {remedy}", flush=True)
+
+
 def answer_line(result: Mapping[str, Any]) -> str:
     """The line under a probe's answer."""
     return (

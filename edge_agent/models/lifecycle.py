@@ -639,7 +639,7 @@ class ModelLifecycle:
 
     def _fits_beside(self, record: VersionRecord) -> bool:
         """Whether memory is likely to hold a second model while the first goes on answering."""
-        return available_bytes() > record.total_bytes * _LOAD_FACTOR + _RUNNER_BYTES
+        return available_bytes() > estimated_bytes(record)
 
     def _set_unseated(self, record: VersionRecord | None, serving: Serving, reason: str) -> bool:
         """Notes what became of loading `record`, unless another version has been seated or chosen meanwhile."""
@@ -649,6 +649,11 @@ class ModelLifecycle:
             self._serving, self._reason = serving, reason
             self._changed.notify_all()
             return True
+
+
+def estimated_bytes(record: VersionRecord) -> int:
+    """Memory that a runner of this version is likely to take."""
+    return round(record.total_bytes * _LOAD_FACTOR) + _RUNNER_BYTES
 
 
 def lifecycle_of(settings: Settings, name: str, store: Store) -> ModelLifecycle:

@@ -209,9 +209,14 @@ def run_sync(
 
 
 def environment() -> dict[str, str]:
-    """The sync process's whole environment: the allow-list, and MLflow's own reports switched off."""
+    """The sync process's whole environment: the allow-list, systemd's credentials, and no reports to MLflow.
+
+    Raises:
+        SettingsError: a credential cannot be read.
+    """
     return {
         **settings.inherited_environment(*ENVIRONMENT_NAMES, prefixes=ENVIRONMENT_PREFIXES),
+        **settings.registry_credentials(),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "PYTHONUNBUFFERED": "1",

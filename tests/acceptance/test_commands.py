@@ -143,7 +143,7 @@ def test_a_misspelt_variable_is_an_error_too(new_daemon: Callable[..., Daemon]) 
     "command",
     [
         (),
-        *(("run",), ("probe",), ("status",), ("publish",), ("demo",), ("models",)),
+        *(("run",), ("probe",), ("status",), ("publish",), ("demo",), ("doctor",), ("models",)),
         *(("models", name) for name in ("list", "show", "pull", "verify", "export", "import")),
     ],
     ids=" ".join,

@@ -51,7 +51,7 @@ def test_prompts_and_models_do_not_know_each_other(folder: str, other: str) -> N
 @pytest.mark.parametrize(
     ("package", "owners"),
     [
-        ("paho", {"transport/mqtt.py", "demo/__init__.py"}),
+        ("paho", {"transport/mqtt.py", "demo/__init__.py", "doctor/broker.py"}),
         ("onnxruntime_genai", {"runner/genai_pyfunc.py", "runner/loader.py", "demo/make_sample_model.py"}),
         ("sqlite3", {"chat/journal.py"}),
     ],

@@ -8,6 +8,8 @@ from pydantic import BaseModel
 
 from edge_agent import settings
 from edge_agent.errors import SettingsError
+from edge_agent.models import sync_process
+from edge_agent.runner import process
 from edge_agent.settings import ModelSettings, Settings
 from tests.support.processes import to_toml
 
@@ -109,3 +111,15 @@ def _default(model: type[BaseModel], key: str) -> str:
     if isinstance(value, tuple):
         return str(list(value)).replace("'", '"')
     return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def test_the_registrys_credentials_come_from_systemd_and_reach_the_sync_process_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mlflow-tracking-token").write_text("a token\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert sync_process.environment()["MLFLOW_TRACKING_TOKEN"] == "a token"
+    assert "a token" not in process.environment(tmp_path).values()
+    (tmp_path / "mlflow-tracking-token").write_bytes(b"\xff")
+    with pytest.raises(SettingsError, match="mlflow-tracking-token"):
+        settings.registry_credentials()

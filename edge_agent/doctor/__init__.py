@@ -1,0 +1,74 @@
+"""`edge-agent doctor`: what is wrong on this device, and what to do about it.
+
+Owns the order of the checks. Each one looks at the real thing, within a time limit, changes nothing that
+lasts, and works with the daemon up and down:
+
+    host → settings → daemon and unit → broker → registry → cache → models
+
+With the daemon up and connected the broker is not connected to a second time: under a broker that names
+sessions after users (docs/broker.md) that would end the daemon's session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from edge_agent.doctor import broker, cache, host, models, registry, service
+from edge_agent.doctor.finding import Finding, Level, fail, failed, ok, warn
+from edge_agent.errors import EdgeAgentError, SettingsError
+from edge_agent.settings import Settings
+
+__all__ = ["Finding", "Level", "diagnose"]
+
+
+def diagnose(load: Callable[[], Settings], *, has_file: bool) -> Iterator[Finding]:
+    """Runs every check; a finding comes as soon as it is known.
+
+    Args:
+        load: reads the settings; without valid ones only the host and the unit are looked at.
+        has_file: a settings file was found.
+    """
+    yield from _each("host", host.check_processor, host.check_clock)
+    try:
+        settings = load()
+    except SettingsError as error:
+        yield failed(
+            "settings", error, "correct the key in the settings file; docs/settings.md lists all of them"
+        )
+        yield from _each("unit", service.check_unit)
+        return
+    status = service.ask_daemon(settings)
+    yield from _each("settings", lambda: _check_settings(settings, has_file))
+    yield from _each("libraries", lambda: host.check_libraries(settings))
+    yield from _each("unit", service.check_unit)
+    yield from _each("daemon", lambda: service.check_daemon(settings, status))
+    yield from _each("dns", lambda: host.check_names(settings))
+    yield from _each("broker", lambda: broker.check(settings, status.document))
+    yield from _each("registry", lambda: registry.check(settings))
+    yield from _each("cache", lambda: cache.check(settings))
+    yield from _each("models", lambda: models.check(settings))
+
+
+def _check_settings(settings: Settings, has_file: bool) -> Iterator[Finding]:
+    if not has_file:
+        yield warn("settings", "no settings file was found: all defaults", "write one; see docs/settings.md")
+    elif not settings.models:
+        yield warn("settings", "no model is configured", "add a [models.NAME] table to the settings")
+    else:
+        yield ok("settings", f"valid; device {settings.device_id}, models {', '.join(settings.models)}")
+    yield from host.check_secret_files(settings)
+
+
+def _each(name: str, *checks: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A check that cannot be made is a finding, too; the others go on."""
+    for check in checks:
+        try:
+            yield from check()
+        except EdgeAgentError as error:
+            yield failed(name, error, "see `edge-agent status`")
+        except OSError as error:
+            yield fail(
+                name,
+                f"cannot be looked at: {error}",
+                "run it as root, or as a member of the group edge-agent",
+            )

@@ -1,0 +1,53 @@
+"""What a check found: one line for a person, one object for a script. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from edge_agent.errors import EdgeAgentError
+
+
+class Level(StrEnum):
+    """How bad it is. `fail` is for what keeps prompts from being answered, or a promise from being kept."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the doctor.
+
+    Attributes:
+        check: what was looked at, a stable name for scripts: `cache.hard_links`.
+        message: what was seen.
+        remedy: what to do; never empty unless the level is ok.
+    """
+
+    check: str
+    level: Level
+    message: str
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        if self.level is not Level.OK and not self.remedy:
+            raise ValueError(f"{self.check} names no remedy")
+
+
+def ok(check: str, message: str) -> Finding:
+    return Finding(check=check, level=Level.OK, message=message)
+
+
+def warn(check: str, message: str, remedy: str) -> Finding:
+    return Finding(check=check, level=Level.WARN, message=message, remedy=remedy)
+
+
+def fail(check: str, message: str, remedy: str) -> Finding:
+    return Finding(check=check, level=Level.FAIL, message=message, remedy=remedy)
+
+
+def failed(check: str, error: EdgeAgentError, remedy: str) -> Finding:
+    """An error of this project as a finding; its own remedy goes first."""
+    return fail(check, error.message, error.remedy or remedy)

@@ -1,0 +1,168 @@
+"""The host: processor, clock, libraries, names on the network, files with secrets.
+
+Source: proc(5) /proc/cpuinfo; adjtimex(2); onnxruntime's int4 kernels (MLAS) for the processor's features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from edge_agent.doctor.finding import Finding, fail, ok, warn
+from edge_agent.runner.process import environment
+from edge_agent.settings import Settings
+
+_LIBRARY_TIMEOUT_S = 60.0
+_NAME_TIMEOUT_S = 5.0
+_RELEASED_S = 1_767_225_600.0  # 2026-01-01: no clock that is right shows an earlier time to this program
+_TIME_ERROR = 5
+_TIMEX_BYTES = 512  # struct timex has 208 on 64 bit; it is only handed through
+_FEATURES = {
+    "x86_64": (("avx2",), ("avx512_vnni", "avx_vnni", "avx512f")),
+    "aarch64": (("asimddp",), ("i8mm", "bf16")),
+}
+"""What int4 kernels need to be quick, and what makes them quicker still."""
+
+
+def check_processor() -> Iterator[Finding]:
+    machine = platform.machine()
+    if machine not in _FEATURES:
+        yield fail("host.cpu", f"processor {machine}", "the libraries are built for x86_64 and aarch64 only")
+        return
+    flags = _cpu_flags()
+    needed, better = _FEATURES[machine]
+    found = [flag for flag in (*needed, *better) if flag in flags]
+    if missing := [flag for flag in needed if flag not in flags]:
+        yield warn(
+            "host.cpu",
+            f"{machine} without {', '.join(missing)}: int4 models run, slowly",
+            "take a smaller model, or a device with these instructions",
+        )
+    else:
+        yield ok(
+            "host.cpu", f"{machine}, {len(os.sched_getaffinity(0))} CPUs for this process, {' '.join(found)}"
+        )
+
+
+def check_clock() -> Iterator[Finding]:
+    now_s = time.time()
+    shown = datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    if now_s < _RELEASED_S:
+        yield fail(
+            "host.clock", f"the clock says {shown}", "set it: certificates and deadlines need the right time"
+        )
+    elif not _clock_synchronised():
+        yield warn("host.clock", f"{shown}, not synchronised", "install systemd-timesyncd or chrony")
+    else:
+        yield ok("host.clock", f"{shown}, synchronised")
+
+
+def check_libraries(settings: Settings) -> Iterator[Finding]:
+    """Loads what a runner loads, in a process with a runner's environment."""
+    program = "import onnxruntime_genai, mlflow.pyfunc"
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_LIBRARY_TIMEOUT_S,
+            check=False,
+            cwd="/",
+            env={**environment(settings.state_dir), "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        problem = "" if result.returncode == 0 else (result.stderr.strip().splitlines() or ["no message"])[-1]
+    except subprocess.TimeoutExpired:
+        problem = f"they did not load within {_LIBRARY_TIMEOUT_S:.0f} s"
+    if problem:
+        yield fail(
+            "host.libraries",
+            f"the inference libraries do not load: {problem[:300]}",
+            "install the agent again",
+        )
+    else:
+        names = ("onnxruntime-genai", "mlflow-skinny", "paho-mqtt")
+        yield ok("host.libraries", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
+    wanted = []
+    if settings.trust.public_keys:
+        wanted.append(("model_signing", "trust.public_keys", "signing"))
+    if settings.registry.uri.startswith("sqlite:"):
+        wanted.append(("sqlalchemy", "a sqlite:/// registry", "local-registry"))
+    for module, reason, extra in wanted:
+        if importlib.util.find_spec(module) is None:
+            yield fail(
+                "host.libraries", f"{reason} needs {module}, which is missing", f"install edge-agent[{extra}]"
+            )
+
+
+def check_names(settings: Settings) -> Iterator[Finding]:
+    hosts = {"mqtt.host": settings.mqtt.host}
+    if settings.registry.uri.startswith(("http://", "https://")):
+        hosts["registry.uri"] = urlsplit(settings.registry.uri).hostname or ""
+    for key, name in hosts.items():
+        address = _resolve(name)
+        if address:
+            yield ok("host.dns", f"{name} is {address}")
+        else:
+            yield fail(
+                "host.dns",
+                f"{name} ({key}) has no address",
+                "check the name, /etc/resolv.conf and the network",
+            )
+
+
+def check_secret_files(settings: Settings) -> Iterator[Finding]:
+    """Files that only their owner should be able to read."""
+    for key, name in (
+        ("mqtt.password_file", settings.mqtt.password_file),
+        ("mqtt.key_file", settings.mqtt.key_file),
+    ):
+        if name and Path(name).exists() and Path(name).stat().st_mode & 0o004:
+            yield warn("settings.files", f"{name} ({key}) can be read by everybody", f"chmod o= {name}")
+
+
+def _cpu_flags() -> set[str]:
+    lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    return {
+        flag
+        for line in lines
+        if line.startswith(("flags", "Features"))
+        for flag in line.partition(":")[2].split()
+    }
+
+
+def _clock_synchronised() -> bool:
+    """What the kernel says; true where it cannot be asked."""
+    try:
+        state: int = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
+    except (OSError, AttributeError):
+        return True
+    return state != _TIME_ERROR
+
+
+def _resolve(name: str) -> str:
+    """The first address, or empty. A dead name server blocks for long: the thread that waits for it is left."""
+    found: list[str] = []
+
+    def ask() -> None:
+        try:
+            found.append(str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]))
+        except OSError:
+            return
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_NAME_TIMEOUT_S)
+    return found[0] if found else ""

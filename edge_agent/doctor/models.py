@@ -1,0 +1,79 @@
+"""The configured models: is there memory for them, and is the number of threads known?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from edge_agent.doctor.finding import Finding, fail, ok, warn
+from edge_agent.models.lifecycle import estimated_bytes
+from edge_agent.models.store import Store
+from edge_agent.runner.memory import available_bytes
+from edge_agent.settings import Settings
+from edge_agent.terminal import human_bytes
+
+
+def check(settings: Settings) -> Iterator[Finding]:
+    yield from _check_memory(settings)
+    yield from _check_threads(settings)
+
+
+def _check_memory(settings: Settings) -> Iterator[Finding]:
+    """All models that load at start, together, and one more: an update is loaded beside the active version."""
+    store = Store(settings.state_dir)
+    found = {}
+    for name in settings.models:
+        records = store.versions(name)
+        if records:
+            found[name] = max(estimated_bytes(record) for record in records)
+    if not found:
+        yield ok(
+            "models.memory", f"{human_bytes(available_bytes())} available; no version is in the cache yet"
+        )
+        return
+    # What the daemon has loaded already is not available any more: it must not be asked for twice.
+    needed = sum(found.values())
+    available = available_bytes() + loaded_bytes()
+    line = f"{human_bytes(needed)} estimated for {', '.join(found)}, {human_bytes(available)} available"
+    if needed > available:
+        yield fail(
+            "models.memory", line, "take a smaller model, or preload = false and idle_unload_s for some"
+        )
+    elif needed + max(found.values()) > available:
+        yield warn(
+            "models.memory",
+            f"{line}: no room for an update beside the active version",
+            "prompts wait while versions are exchanged; free some memory to avoid it",
+        )
+    else:
+        yield ok("models.memory", line)
+
+
+def _check_threads(settings: Settings) -> Iterator[Finding]:
+    threads = settings.inference.threads
+    if threads > len(os.sched_getaffinity(0)):
+        yield warn(
+            "models.threads",
+            f"inference.threads is {threads}, this process may use {len(os.sched_getaffinity(0))} CPUs",
+            "set inference.threads to the number of physical cores, or to 0",
+        )
+    elif threads:
+        yield ok("models.threads", f"{threads}, by inference.threads")
+    else:
+        yield ok("models.threads", "the library's choice; inference.threads overrules it")
+
+
+def loaded_bytes() -> int:
+    """Resident memory of all runners on this host, the daemon's among them. Source: proc(5) VmRSS."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"edge_agent.runner.child" not in (process / "cmdline").read_bytes().split(b"\0"):
+                continue
+            for line in (process / "status").read_text("utf-8", errors="replace").splitlines():
+                if line.startswith("VmRSS:"):
+                    total += int(line.split()[1]) * 1024
+        except OSError:
+            continue  # it ended meanwhile, or is not ours to see
+    return total

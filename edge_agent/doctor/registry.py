@@ -1,0 +1,110 @@
+"""The registry: is it reached, does it let this device in, what do the references mean?
+
+The MLflow client costs a second and 120 MB, and a dead registry blocks: so one process of its own asks
+(`registry_process.py`), with the environment and the credentials of a sync, and is ended at its time limit.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from edge_agent.doctor.finding import Finding, fail, ok, warn
+from edge_agent.errors import EdgeAgentError, TransportError
+from edge_agent.models.store import Store
+from edge_agent.models.sync_process import environment
+from edge_agent.settings import Settings
+
+_REQUEST_TIMEOUT_S = 10.0
+_START_S = 30.0
+"""For importing the client on a slow card."""
+_MAX_ANSWER_BYTES = 1 << 20
+
+
+def check(settings: Settings) -> Iterator[Finding]:
+    cached = {name for name in settings.models if Store(settings.state_dir).versions(name)}
+    if not settings.registry.uri:
+        missing = sorted(set(settings.models) - cached)
+        if missing:
+            yield fail(
+                "registry.reach",
+                f"no registry is configured, and nothing is in the cache for {', '.join(missing)}",
+                "set registry.uri, or bring a version with `edge-agent models import`",
+            )
+        else:
+            yield ok("registry.reach", "none is configured: the cache is all there is")
+        return
+    if not settings.models:
+        yield ok("registry.reach", f"{settings.registry.uri} is not asked: no model is configured")
+        return
+    answers = _ask(settings)
+    reached = [answer for answer in answers.values() if answer.get("code") != TransportError.code]
+    if not reached:
+        first = next(iter(answers.values()))
+        level = (
+            warn if cached >= set(settings.models) else fail
+        )  # without a registry a device goes on with its cache
+        yield level(
+            "registry.reach",
+            str(first["message"]),
+            str(first["remedy"]) or "check registry.uri and the network; cached versions go on answering",
+        )
+        return
+    yield ok("registry.reach", f"{settings.registry.uri} answers, the credentials are accepted")
+    for name, answer in answers.items():
+        if "version" in answer:
+            yield ok(
+                "registry.alias", f"model {name}: {settings.models[name].uri} is version {answer['version']}"
+            )
+        else:
+            level = warn if name in cached else fail
+            yield level(
+                "registry.alias",
+                f"model {name}: {answer['message']}",
+                str(answer["remedy"]) or "register the model and set its alias",
+            )
+
+
+def _ask(settings: Settings) -> dict[str, dict[str, Any]]:
+    """For each model, its version or the error."""
+    names = list(settings.models)
+    timeout_s = min(settings.registry.timeout_s, _REQUEST_TIMEOUT_S)
+    question = {
+        "uri": settings.registry.uri,
+        "timeout_s": timeout_s,
+        "refs": [model.uri for model in settings.models.values()],
+    }
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "edge_agent.doctor.registry_process"],
+            input=json.dumps(question),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_START_S + timeout_s * len(names),
+            check=False,
+            cwd="/",
+            env=environment(),
+        )
+        answers = json.loads(result.stdout[:_MAX_ANSWER_BYTES])
+        return dict(zip(names, map(_checked, answers), strict=True))
+    except subprocess.TimeoutExpired:
+        error = TransportError(f"registry {settings.registry.uri} did not answer in time")
+    except (ValueError, TypeError) as problem:
+        last = (result.stderr.strip().splitlines() or [str(problem)])[-1]
+        error = TransportError(f"the question to registry {settings.registry.uri} failed: {last[:300]}")
+    return dict.fromkeys(names, as_answer(error))
+
+
+def _checked(answer: Any) -> dict[str, Any]:
+    if isinstance(answer, Mapping) and (isinstance(answer.get("version"), int) or "message" in answer):
+        return {"remedy": "", **answer}
+    raise TypeError("the answer has another form")
+
+
+def as_answer(error: EdgeAgentError) -> dict[str, Any]:
+    """An error as the process gives it back."""
+    return {"code": error.code, "message": error.message, "remedy": error.remedy}

@@ -1,0 +1,36 @@
+"""The process that asks the registry: `python -m edge_agent.doctor.registry_process`.
+
+A question on stdin, `{"uri", "timeout_s", "refs"}`; on stdout a JSON list with one answer for each reference,
+`{"version"}` or `{"code", "message", "remedy"}`. It fetches nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from edge_agent.doctor.registry import as_answer
+from edge_agent.errors import EdgeAgentError, TransportError
+from edge_agent.models.reference import ModelRef
+from edge_agent.models.registry import Registry
+
+
+def main() -> None:
+    question = json.load(sys.stdin)
+    refs = question["refs"]
+    answers: list[dict[str, Any]] = []
+    for ref in refs:
+        try:
+            registry = Registry(question["uri"], timeout_s=question["timeout_s"])
+            answers.append({"version": registry.resolve(ModelRef.parse(ref)).version})
+        except TransportError as error:  # one wait for a dead registry is enough
+            answers += [as_answer(error)] * (len(refs) - len(answers))
+            break
+        except EdgeAgentError as error:
+            answers.append(as_answer(error))
+    json.dump(answers, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The daemon and its systemd unit, seen from outside."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edge_agent.doctor.finding import Finding, fail, ok, warn
+from edge_agent.errors import DaemonNotRunning, EdgeAgentError
+from edge_agent.settings import Settings, find_control_socket, search_path
+from edge_agent.transport import control
+
+UNIT = "edge-agent.service"
+_STATUS_TIMEOUT_S = 10.0
+_SYSTEMCTL_TIMEOUT_S = 10.0
+_INVALID_SETTINGS = 78
+_PROPERTIES = (
+    "LoadState",
+    "ActiveState",
+    "SubState",
+    "UnitFileState",
+    "NRestarts",
+    "Result",
+    "ExecMainStatus",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaemonStatus:
+    """What the daemon says of itself.
+
+    Attributes:
+        document: `status --json`; None when no daemon answered.
+        problem: why one that seems to be there did not answer; empty when there is none.
+    """
+
+    document: Mapping[str, Any] | None = None
+    problem: str = ""
+    remedy: str = ""
+
+
+def ask_daemon(settings: Settings) -> DaemonStatus:
+    """Asks over the control socket, within a time limit."""
+    try:
+        for event in control.call(find_control_socket(settings), "status", timeout_s=_STATUS_TIMEOUT_S):
+            if event.get("event") == "done":
+                return DaemonStatus(document=event["status"])
+        return DaemonStatus(
+            problem="it closed the connection without an answer", remedy=f"see `journalctl -u {UNIT}`"
+        )
+    except DaemonNotRunning:
+        return DaemonStatus()
+    except TimeoutError:
+        return DaemonStatus(
+            problem=f"it did not answer within {_STATUS_TIMEOUT_S:.0f} s",
+            remedy=f"the watchdog restarts one that hangs; see `journalctl -u {UNIT}`",
+        )
+    except EdgeAgentError as error:
+        return DaemonStatus(problem=error.message, remedy=error.remedy or f"see `journalctl -u {UNIT}`")
+
+
+def check_daemon(settings: Settings, status: DaemonStatus) -> Iterator[Finding]:
+    document = status.document
+    if status.problem:
+        yield fail("daemon", status.problem, status.remedy)
+        return
+    if document is None:
+        yield warn(
+            "daemon",
+            f"not running: nothing answers on {find_control_socket(settings)}",
+            "start it with `systemctl start edge-agent` or `edge-agent run`",
+        )
+        return
+    state, queue = document["state"], document["queue_depth"]
+    line = f"{state}, version {document['agent_version']}, {queue} prompts queued"
+    troubles = [*document.get("troubles", ()), *_model_troubles(document)]
+    if state == "degraded" or troubles:
+        yield warn(
+            "daemon", f"{line}; {'; '.join(troubles)}", "docs/operating.md says what to do for each state"
+        )
+    else:
+        yield ok("daemon", line)
+
+
+def check_unit() -> Iterator[Finding]:
+    """The service as systemd knows it; nothing to say on a host that has no such unit."""
+    unit = unit_properties()
+    if unit.get("LoadState") != "loaded":
+        yield ok("unit", "not installed as a systemd service")
+        return
+    active, restarts = unit["ActiveState"], unit.get("NRestarts", "0")
+    line = f"{active} ({unit['SubState']}), {unit['UnitFileState']}, restarted {restarts} times by systemd"
+    if active == "failed" and unit.get("ExecMainStatus") == str(_INVALID_SETTINGS):
+        yield fail(
+            "unit", f"{line}: the settings are invalid", "mend them, then `systemctl restart edge-agent`"
+        )
+    elif active == "failed":
+        yield fail("unit", f"{line}: {unit.get('Result')}", f"see `journalctl -u {UNIT}`")
+    elif unit["UnitFileState"] != "enabled":
+        yield warn("unit", line, "`systemctl enable edge-agent`: it does not start at boot")
+    elif active == "inactive":
+        yield warn("unit", line, "`systemctl start edge-agent`")
+    elif restarts not in ("", "0"):
+        yield warn(
+            "unit", line, f"`journalctl -u {UNIT}` says why; `systemctl reset-failed` sets the count back"
+        )
+    else:
+        yield ok("unit", line)
+
+
+def unit_properties() -> dict[str, str]:
+    """Some of `systemctl show`; empty where there is no systemd to ask."""
+    systemctl = shutil.which("systemctl", path=search_path())
+    if systemctl is None:
+        return {}
+    command = [systemctl, "show", UNIT, *(f"--property={name}" for name in _PROPERTIES)]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SYSTEMCTL_TIMEOUT_S, check=False, cwd="/"
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
+
+
+def _model_troubles(document: Mapping[str, Any]) -> Iterator[str]:
+    for model in document["models"]:
+        reason = model.get("reason") or model.get("update_problem")
+        if model["state"] in ("failed", "absent") or model.get("update_problem"):
+            yield f"model {model['name']} is {model['state']}: {reason or 'no version is in the cache'}"

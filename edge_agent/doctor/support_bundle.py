@@ -1,0 +1,188 @@
+"""`doctor --bundle FILE`: what somebody far away needs to help, in one file that may be sent.
+
+A tar.gz with the findings, the status, the settings, versions, what is in the cache and the last log lines.
+It has no prompt and no answer (the journal is left out, and so are system prompts), no key and no password: each
+member is made here from values that are known, and what this process knows to be secret is taken out of every
+text once more. Nothing is copied as it lies on the disk.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import platform
+import shutil
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import edge_agent
+from edge_agent.doctor import cache, service
+from edge_agent.doctor.finding import Finding
+from edge_agent.errors import EdgeAgentError, StoreError
+from edge_agent.models import durable
+from edge_agent.models.store import Store
+from edge_agent.settings import Settings, credential_path, known_secrets, search_path
+from edge_agent.transport.mqtt import read_password
+
+REMOVED = "[removed]"
+_LOG_LINES = 5_000
+_MAX_LOG_BYTES = 8 << 20
+_JOURNALCTL_TIMEOUT_S = 30.0
+_MIN_SECRET_CHARACTERS = 4
+"""A shorter one is in every text by chance, and is no secret."""
+
+
+def write(path: Path, findings: Sequence[Finding], settings: Settings | None) -> list[str]:
+    """Writes the bundle, whole or not at all, readable by its owner only. Gives the members' names.
+
+    Args:
+        settings: None where they are invalid; then what needs them is left out.
+
+    Raises:
+        EdgeAgentError: the file cannot be written.
+    """
+    secrets = sorted({*_secrets(settings)}, key=len, reverse=True)
+    members = dict(_members(findings, settings, secrets))
+    buffer = io.BytesIO()
+    now_s = int(time.time())
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(f"edge-agent-support/{name}")
+            info.size, info.mtime, info.mode = len(data), now_s, 0o600
+            archive.addfile(info, io.BytesIO(data))
+    try:
+        durable.write_file(path.absolute(), buffer.getvalue())
+    except OSError as error:
+        raise EdgeAgentError(
+            f"{path} cannot be written: {error.strerror}", remedy="name another file"
+        ) from error
+    return list(members)
+
+
+def _members(
+    findings: Sequence[Finding], settings: Settings | None, secrets: Sequence[str]
+) -> Iterator[tuple[str, bytes]]:
+    documents: dict[str, Any] = {
+        "doctor.json": [asdict(finding) for finding in findings],
+        "versions.json": _versions(),
+    }
+    if settings is not None:
+        status = service.ask_daemon(settings).document
+        documents |= {
+            "settings.json": redacted_settings(settings),
+            "status.json": status or {"state": "offline"},
+            "cache.json": _cache(settings),
+        }
+    documents["unit.json"] = service.unit_properties()
+    for name, document in documents.items():
+        text = json.dumps(_without(document, secrets), indent=2, ensure_ascii=False, default=str)
+        yield name, text.encode("utf-8", "replace")
+    yield "log.txt", _without(_last_log_lines(), secrets).encode("utf-8", "replace")
+
+
+def redacted_settings(settings: Settings) -> dict[str, Any]:
+    """The settings as they are in force, without what is said to models and without what opens doors."""
+    document: dict[str, Any] = settings.model_dump(mode="json")
+    for model in document["models"].values():
+        model["system"] = REMOVED if model["system"] else ""
+    document["mqtt"]["username"] = REMOVED if document["mqtt"]["username"] else ""
+    document["registry"]["uri"] = _plain_url(document["registry"]["uri"])
+    return document
+
+
+def _plain_url(url: str) -> str:
+    """An address without user, password and query."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        return url
+    host = parts.hostname or ""
+    return urlunsplit((parts.scheme, f"{host}:{parts.port}" if parts.port else host, parts.path, "", ""))
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "edge-agent": edge_agent.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {
+            name: package.version
+            for package in importlib.metadata.distributions()
+            if (name := package.metadata["Name"])
+        },
+    }
+
+
+def _cache(settings: Settings) -> dict[str, Any]:
+    """What is in the cache, and `state.json` as this agent understands it."""
+    store = Store(settings.state_dir)
+    try:
+        state = cache.read_state(store)
+        known: Any = json.loads(state.encode()) if state is not None else None
+    except StoreError as error:
+        known = {"problem": error.message}
+    versions = [
+        {
+            "name": record.name,
+            "key": record.key,
+            "bytes": record.total_bytes,
+            "files": len(record.files),
+            "registered_name": record.registered_name,
+            "trust": record.trust.reason,
+            "created_at": record.created_at,
+        }
+        for record in store.versions()
+    ]
+    return {"state": known, "versions": versions}
+
+
+def _last_log_lines() -> str:
+    """The unit's last lines from the journal; why there are none, where there are none."""
+    journalctl = shutil.which("journalctl", path=search_path())
+    if journalctl is None:
+        return "no journalctl on this host\n"
+    command = [
+        journalctl,
+        "--no-pager",
+        "--output=short-iso",
+        f"--lines={_LOG_LINES}",
+        f"--unit={service.UNIT}",
+    ]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, timeout=_JOURNALCTL_TIMEOUT_S, check=False, cwd="/"
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"the journal cannot be read: {error}\n"
+    return (result.stdout[-_MAX_LOG_BYTES:] or result.stderr[-_MAX_LOG_BYTES:]).decode("utf-8", "replace")
+
+
+def _secrets(settings: Settings | None) -> Iterator[str]:
+    found = [*known_secrets()]
+    if settings is not None:
+        found += [model.system for model in settings.models.values()]
+        found.append(settings.mqtt.username)
+        try:
+            found.append(read_password(settings.mqtt, credential_path("mqtt-password")) or "")
+        except EdgeAgentError:
+            pass  # one that this process cannot read cannot be in what it writes
+    yield from (secret for secret in found if len(secret) >= _MIN_SECRET_CHARACTERS)
+
+
+def _without(value: Any, secrets: Iterable[str]) -> Any:
+    """The same value with every secret in its texts taken out."""
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, REMOVED)
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _without(item, secrets) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without(item, secrets) for item in value]
+    return value

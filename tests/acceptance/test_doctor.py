@@ -1,0 +1,257 @@
+"""`edge-agent doctor` against a real daemon, broker, registry and cache, whole and broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent import settings as settings_module
+from edge_agent.doctor import broker as broker_check
+from edge_agent.doctor import cache as cache_check
+from edge_agent.doctor.finding import Finding, Level
+from edge_agent.settings import Settings
+from tests.acceptance.conftest import settings_for
+from tests.acceptance.test_broker_edges import Agent, Recorder
+from tests.acceptance.test_tls import (
+    DEVICE,
+    ROOT,
+    SECRET,
+    Application,
+    documented_broker,
+    tls_settings,
+)
+from tests.support.mosquitto import Broker, running_broker
+from tests.support.processes import Daemon, free_port, short_folder, to_toml, wait_until
+
+
+def doctor(daemon: Daemon, *options: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """The exit code, and for each check the finding that is worst."""
+    result = daemon.cli("doctor", "--json", *options, timeout_s=120)
+    document = json.loads(result.stdout)
+    order = list(Level)
+    worst: dict[str, dict[str, str]] = {}
+    for finding in document["findings"]:
+        known = worst.get(finding["check"])
+        if known is None or order.index(Level(finding["level"])) > order.index(Level(known["level"])):
+            worst[finding["check"]] = finding
+    assert document["ok"] == (result.returncode == 0)
+    assert all(finding["remedy"] for finding in document["findings"] if finding["level"] != "ok")
+    return result.returncode, worst
+
+
+def settings_of(folder: Path, config: dict[str, Any]) -> Settings:
+    file = folder / "doctor.toml"
+    file.write_text(to_toml({"state_dir": str(folder / "state"), **config}))
+    return settings_module.load(file)
+
+
+def levels(findings: Iterator[Finding]) -> dict[str, Level]:
+    return {finding.check: finding.level for finding in findings}
+
+
+# --- The whole ------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_works_has_no_failure(agent: Daemon) -> None:
+    code, found = doctor(agent)
+    failures = {check: finding for check, finding in found.items() if finding["level"] == "fail"}
+    assert (code, failures) == (0, {})
+    assert {
+        *("host.cpu", "host.clock", "host.libraries", "host.dns", "settings", "daemon", "unit"),
+        *("broker.connect", "broker.subscribe", "broker.publish", "registry.reach", "registry.alias"),
+        *("cache.folder", "cache.hard_links", "cache.room", "cache.content", "cache.state"),
+        *("models.memory", "models.threads"),
+    } <= set(found)
+    assert "is version 1" in found["registry.alias"]["message"]
+    assert "the daemon is connected" in found["broker.connect"]["message"]
+
+
+def test_with_everything_gone_each_failure_names_its_remedy(
+    agent: Daemon, new_daemon: Callable[..., Daemon], short_dir: Path
+) -> None:
+    """No daemon, no broker, no registry, and a damaged cache."""
+    state = short_dir / "state"
+    subprocess.run(["cp", "-a", str(agent.state_dir), str(state)], check=True)  # hard links stay links
+    for name in ("journal.db", "c.sock"):
+        (state / name).unlink(missing_ok=True)
+    config = {
+        "registry": {"uri": f"http://127.0.0.1:{free_port()}"},
+        "models": agent.config["models"],
+        "mqtt": {"host": "127.0.0.1", "port": free_port()},
+    }
+    daemon = new_daemon(config, folder=short_dir)
+    blob = next((daemon.state_dir / "models" / "blobs" / "sha256").iterdir())
+    blob.chmod(0o600)
+    with blob.open("ab") as file:
+        file.write(b"more")
+    code, found = doctor(daemon)
+    assert code == 1
+    expected = {
+        "daemon": "warn",
+        "broker.connect": "fail",
+        "registry.reach": "warn",  # a device goes on with its cache
+        "cache.content": "fail",
+        "cache.hard_links": "ok",
+    }
+    assert {check: found[check]["level"] for check in expected} == expected
+    assert "1 of " in found["cache.content"]["message"]
+    assert "models verify" in found["cache.content"]["remedy"]
+    assert not list(daemon.state_dir.rglob("*doctor*")), "it leaves nothing"
+    text = daemon.cli("doctor", timeout_s=120)
+    assert text.returncode == 1
+    assert re.search(r"^fail  broker.connect .*\n +→ check mqtt.host", text.stdout, re.MULTILINE)
+
+
+def test_invalid_settings_are_a_finding_and_the_host_is_looked_at_all_the_same(
+    new_daemon: Callable[..., Daemon],
+) -> None:
+    daemon = new_daemon({"mqtt": {"prot": 1883}})
+    code, found = doctor(daemon)
+    assert (code, found["settings"]["level"]) == (1, "fail")
+    assert "mqtt.prot: unknown key" in found["settings"]["message"]
+    assert "host.cpu" in found
+
+
+def test_a_registry_that_is_out_of_reach_is_a_failure_for_a_device_that_has_nothing(
+    new_daemon: Callable[..., Daemon], broker: Broker
+) -> None:
+    daemon = new_daemon(settings_for(broker, f"http://127.0.0.1:{free_port()}", device="empty"))
+    code, found = doctor(daemon)
+    assert (code, found["registry.reach"]["level"]) == (1, "fail")
+    assert found["broker.publish"]["level"] == "ok"
+
+
+# --- The broker -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def ruled_broker(folder: Path, rules: str) -> Iterator[Broker]:
+    acl = folder / "rules.acl"
+    acl.write_text(rules)
+    acl.chmod(0o600)
+    with running_broker(folder, extra_config=f"acl_file {acl}") as running:
+        yield running
+
+
+def test_a_broker_whose_rules_keep_answers_back_is_found_out(short_dir: Path) -> None:
+    with ruled_broker(short_dir, "topic read edge/v1/dev/#\n") as broker:
+        settings = settings_of(short_dir, settings_for(broker, ""))
+        found = levels(broker_check.check(settings, None))
+    assert found == {
+        "broker.connect": Level.OK,
+        "broker.subscribe": Level.OK,
+        "broker.publish": Level.FAIL,
+    }
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_the_check_leaves_no_session_with_the_broker(short_dir: Path, protocol: str) -> None:
+    """A session that stays would be handed every prompt of this device."""
+    with running_broker(short_dir) as broker:
+        settings = settings_of(short_dir, settings_for(broker, "", mqtt={"protocol": protocol}))
+        assert set(levels(broker_check.check(settings, None)).values()) == {Level.OK}
+        again = [finding.message for finding in broker_check.check(settings, None)]
+        log = broker.log_text()
+        assert again
+        sessions = [line for line in log.splitlines() if "Sending CONNACK" in line and "-doctor" in line]
+        assert len(sessions) >= 2
+        assert all("(0, " in line for line in sessions), "session present"
+
+
+def test_a_wrong_password_is_found_out_and_the_right_one_accepted(short_dir: Path) -> None:
+    with documented_broker(passwords=True) as (broker, authority):
+        password = short_dir / "password"
+        mqtt = {"username": DEVICE, "password_file": str(password), **tls_settings(authority)}
+        settings = settings_of(short_dir, settings_for(broker, "", device=DEVICE, mqtt=mqtt))
+        password.write_text("not the one\n")
+        (finding,) = broker_check.check(settings, None)
+        assert (finding.check, finding.level) == ("broker.connect", Level.FAIL)
+        assert "Not authorized" in finding.message
+        password.write_text(SECRET)
+        found = levels(broker_check.check(settings, None))
+        assert set(found.values()) <= {Level.OK, Level.WARN}  # the test's certificate ends within the hour
+        assert found["broker.publish"] is Level.OK
+
+
+def test_a_prompt_that_waits_in_the_daemons_session_is_not_lost_to_the_check(short_dir: Path) -> None:
+    """docs/broker.md takes the certificate's name for the client id: the check gets the daemon's session."""
+    with documented_broker() as (broker, authority):
+        mqtt = tls_settings(authority, authority.client(DEVICE))
+        place = {"host": broker.host, "port": broker.port, **mqtt}
+        with Agent(short_dir, {"req/chat": Recorder()}, device=DEVICE, **place) as agent:
+            agent.wait_connected()
+        with Application(broker, authority, "shop") as shop:
+            assert shop.publish(f"{ROOT}/req/chat", b"asked while away") == "Success"
+        settings = settings_of(short_dir, settings_for(broker, "", device=DEVICE, mqtt=mqtt))
+        assert levels(broker_check.check(settings, None))["broker.publish"] is Level.OK
+        handler = Recorder()
+        with Agent(short_dir, {"req/chat": handler}, device=DEVICE, **place):
+            wait_until(lambda: handler.seen == [b"asked while away"], 20, "the prompt")
+
+
+# --- The cache ------------------------------------------------------------------------------------------
+
+
+def test_a_state_that_is_damaged_is_said_and_left_for_the_daemon(short_dir: Path) -> None:
+    settings = settings_of(short_dir, {"models": {"assistant": {"uri": "models:/m@prod"}}})
+    models = settings.state_dir / "models"
+    models.mkdir(parents=True)
+    (models / "state.json").write_text("{")
+    found = levels(cache_check.check(settings))
+    assert found["cache.state"] is Level.FAIL
+    assert (models / "state.json").read_text() == "{"
+
+
+def test_a_disk_that_is_too_full_for_an_update_is_a_warning(short_dir: Path) -> None:
+    settings = settings_of(short_dir, {"cache": {"min_free_bytes": 1 << 49}})
+    (settings.state_dir / "models").mkdir(parents=True)
+    assert levels(cache_check.check(settings))["cache.room"] is Level.WARN
+
+
+# --- The support bundle ---------------------------------------------------------------------------------
+
+
+def test_the_support_bundle_has_what_helps_and_nothing_secret(agent: Daemon, short_dir: Path) -> None:
+    """Its members are checked by name; test_secrets.py looks for planted secrets in a whole run."""
+    file = short_dir / "support.tar.gz"
+    code, _ = doctor(agent, "--bundle", str(file))
+    assert code == 0
+    assert file.stat().st_mode & 0o777 == 0o600
+    with tarfile.open(file) as archive:
+        members = {
+            os.path.basename(member.name): archive.extractfile(member).read()  # type: ignore[union-attr]  # noqa: PTH119
+            for member in archive
+        }
+    assert set(members) == {
+        *(
+            "doctor.json",
+            "versions.json",
+            "settings.json",
+            "status.json",
+            "cache.json",
+            "unit.json",
+            "log.txt",
+        )
+    }
+    assert json.loads(members["status.json"])["state"] == "ready"
+    assert json.loads(members["settings.json"])["models"]["assistant"]["uri"] == "models:/sample@prod"
+    assert json.loads(members["cache.json"])["state"]["models"]["assistant"]["active"].startswith("1-")
+    assert "onnxruntime-genai" in json.loads(members["versions.json"])["packages"]
+
+
+def test_a_support_bundle_of_a_device_with_invalid_settings(new_daemon: Callable[..., Daemon]) -> None:
+    with short_folder() as folder:
+        daemon = new_daemon({"mqtt": {"prot": 1883}})
+        code, _ = doctor(daemon, "--bundle", str(folder / "s.tar.gz"))
+        assert code == 1
+        with tarfile.open(folder / "s.tar.gz") as archive:
+            assert "edge-agent-support/doctor.json" in archive.getnames()

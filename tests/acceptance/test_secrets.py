@@ -1,0 +1,151 @@
+"""One run of a device with secrets and prompts planted everywhere; then all that others may see is searched.
+
+Others may see the log, the process list, the status, the metrics and the support bundle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tarfile
+import threading
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+from tests.acceptance.conftest import settings_for, wait_for_state
+from tests.support.client import Client, chat, connected
+from tests.support.mlflow_server import Server
+from tests.support.mosquitto import Broker
+from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
+
+SECRETS = {
+    "the broker's password": "planted-broker-password",
+    "the broker's user": "planted-broker-user",
+    "the registry's token": "planted-registry-token",
+    "the artifact store's key": "planted-store-key",
+    "a system prompt": "planted-system-prompt",
+    "a prompt": "planted-prompt",
+}
+NAMED = "audit-1"
+
+
+LONG = {"response_format": {"type": "regex", "regex": "(0|1){900}"}, "max_tokens": 920}
+
+
+def test_nothing_that_others_may_see_has_a_secret_or_a_prompt_in_it(
+    broker: Broker, mlflow_server: Server, published: object
+) -> None:
+    with short_folder() as folder:
+        config = settings_for(
+            broker,
+            mlflow_server.uri,
+            device="audited",
+            mqtt={"username": SECRETS["the broker's user"]},
+            models={"assistant": {"uri": "models:/sample@prod", "system": SECRETS["a system prompt"]}},
+            limits={"payload_bytes": 4096},
+        )
+        env = {
+            "CREDENTIALS_DIRECTORY": str(plant_credentials(folder)),
+            "AWS_SECRET_ACCESS_KEY": SECRETS["the artifact store's key"],
+        }
+        with (
+            running_daemon(config, folder=folder, env=env) as daemon,
+            connected(broker, device="audited") as client,
+        ):
+            client.subscribe(f"{client.root}/status")
+            commands = Commands(daemon)
+            wait_for_state(daemon, "ready")
+            use(daemon, client, commands)
+            assert (
+                daemon.cli("doctor", "--bundle", str(folder / "support.tar.gz"), timeout_s=120).returncode
+                == 0
+            )
+            status = client.wait_on(f"{client.root}/status").payload.decode()
+            shown = daemon.cli("status", "--json").stdout
+            daemon.stop()
+            seen = {
+                "the log": daemon.log,
+                "the process list": "\n".join(commands.seen),
+                "the status": status + shown,
+                "the support bundle": contents(folder / "support.tar.gz"),
+            }
+    for step in ("prompt accepted", "prompt starts", "prompt answered", "answer delivered"):
+        assert f"{step} request={NAMED} " in seen["the log"], "a request's id goes from end to end"
+    assert "models.sync" in seen["the process list"], "the process with the credentials was seen"
+    assert "[removed]" in seen["the support bundle"]
+    found = [
+        f"{what} in {where}"
+        for where, text in seen.items()
+        for what, secret in SECRETS.items()
+        if secret in text
+    ]
+    assert found == []
+
+
+def use(daemon: Daemon, client: Client, commands: Commands) -> None:
+    """Everything that may go right and wrong with a prompt, each with the planted words in it."""
+    words = SECRETS["a prompt"]
+    client.send(chat(words, id=NAMED), correlation=None)
+    client.wait(lambda m: m.topic == client.replies and m.json["id"] == NAMED)
+    assert client.ask(words.encode()).payload
+    for wrong in (
+        f'{{"messages": "{words}',
+        {"messages": [{"role": words, "content": words}]},
+        {"prompt": words, words: words},
+        chat(words, model=words.replace("-", "_")),
+        chat(words * 400),
+        chat(words, temperature=words),
+        chat(words, response_format={"type": "regex", "regex": f"({words}"}),
+    ):
+        assert client.ask(wrong).status >= 400
+    late = client.ask(chat(words, deadline_ms=1))
+    assert late.status == 408
+    cancelled = client.send(chat(words, **LONG))
+    client.publish(f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=cancelled)
+    assert client.answer(cancelled).status in (499, 200)
+    crashed = client.send(chat(words, stream=True, **LONG))
+    wait_until(lambda: client.chunks(crashed), 60, "a chunk")
+    (runner,) = daemon.runners()
+    runner.kill()
+    assert client.answer(crashed).status == 500
+    with commands:
+        assert daemon.cli("models", "pull").returncode == 0
+        assert daemon.cli("probe", "-", stdin=words).returncode == 0
+
+
+class Commands:
+    """The command lines of the daemon and of all that it starts, looked at again and again in a block."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.seen: set[str] = set()
+        self._daemon = psutil.Process(daemon.pid)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="commands")
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.01):
+            for process in [self._daemon, *self._daemon.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self.seen.add(" ".join(process.cmdline()))
+
+
+def plant_credentials(folder: Path) -> Path:
+    """A folder as systemd makes it for a service."""
+    credentials = folder / "credentials"
+    credentials.mkdir()
+    (credentials / "mqtt-password").write_text(SECRETS["the broker's password"] + "\n")
+    (credentials / "mlflow-tracking-token").write_text(SECRETS["the registry's token"])
+    return credentials
+
+
+def contents(file: Path) -> str:
+    with tarfile.open(file) as archive:
+        members = [archive.extractfile(member) for member in archive]
+        return "\n".join(member.read().decode() for member in members if member is not None)
