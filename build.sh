@@ -15,7 +15,8 @@ readonly TRAIN_VENV=$TOOLS/train-venv
 readonly LOCKS=$ROOT/.ci/locks
 readonly BUILD=('hatchling>=1.27' 'editables>=0.5') # pyproject.toml's; locked, so that no build fetches them
 readonly TORCH='torch==2.13.0'
-readonly TRAINING=(transformers==5.23.0 onnx onnx-ir onnxruntime-genai==0.18.0)
+readonly TRANSFORMERS=(transformers==5.23.0 safetensors) # the extra of that name without torch
+readonly TRAINING=("${TRANSFORMERS[@]}" onnx onnx-ir onnxruntime-genai==0.18.0)
 
 usage() {
     cat <<'TEXT'
@@ -73,6 +74,7 @@ demo() {
 run_tests() {
     local started=$SECONDS tested status=0
     set_up dev
+    need_torch "$VENV"
     need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
     need_programs systemd systemd-analyze -- systemd
     need_programs strace strace -- strace
@@ -117,8 +119,7 @@ training_venv() {
     make_venv "$TRAIN_VENV"
     say "installing the training libraries"
     "$TRAIN_VENV/bin/python" -m pip install --quiet --require-hashes --no-deps -r "$LOCKS/train.txt"
-    # torch stays outside the lock: its builds differ from host to host, and so do their hashes.
-    "$TRAIN_VENV/bin/python" -m pip install --quiet "$TORCH"
+    need_torch "$TRAIN_VENV"
     printf 'train %s\n' "$(key train)" >"$TRAIN_VENV/.stamp"
 }
 
@@ -129,7 +130,7 @@ lock() {
     "$uv/bin/python" -m pip install --quiet uv
     # dev is a superset of runtime with the same versions: .venv serves both, whichever came first.
     compile dev --extra local-registry --extra signing --extra dev pyproject.toml - \
-        < <(printf '%s\n' "${BUILD[@]}")
+        < <(printf '%s\n' "${BUILD[@]}" "${TRANSFORMERS[@]}")
     compile runtime --extra local-registry --constraint "$LOCKS/dev.txt" pyproject.toml - \
         < <(printf '%s\n' "${BUILD[@]}")
     compile train --constraint "$LOCKS/dev.txt" - < <(printf '%s\n' "${TRAINING[@]}")
@@ -166,6 +167,16 @@ set_up() {
     # pip would compile on one core; some packages hold templates that are no Python, hence `|| true`.
     "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" edge_agent >/dev/null 2>&1 || true
     printf '%s %s\n' "$profile" "$wanted" >"$VENV/.stamp"
+    say "installed in $((SECONDS - started)) s"
+}
+
+# need_torch VENV: torch is in it afterwards. It stays outside the locks: its builds differ from host to host, and
+# so do their hashes. Only tests and training have it; what a device runs has not.
+need_torch() {
+    local venv=$1 started=$SECONDS
+    if [[ $("$venv/bin/python" -m pip show torch 2>/dev/null) == *"Version: ${TORCH#*==}"* ]]; then return; fi
+    say "installing $TORCH"
+    "$venv/bin/python" -m pip install --quiet "$TORCH"
     say "installed in $((SECONDS - started)) s"
 }
 

@@ -37,7 +37,8 @@ _LOADER_KEYS: Mapping[str, frozenset[str]] = {
 
 _TRANSFORMERS_KEYS = frozenset(
     (
-        *("code", "components", "framework", "instance_type", "model_binary", "pipeline_model_type"),
+        *("code", "components", "framework", "inference_task", "instance_type", "model_binary"),
+        "pipeline_model_type",
         *("feature_extractor_type", "image_processor_type", "processor_type", "tokenizer_type"),
         *("prompt_template", "source_model_name", "task", "torch_dtype", "transformers_version"),
     )
@@ -61,9 +62,21 @@ class MLmodel:
 
     @property
     def pyfunc(self) -> Mapping[str, Any]:
-        return _mapping(
-            _mapping(self.document.get("flavors"), "flavors").get("python_function"), "python_function"
-        )
+        return self.flavor("python_function")
+
+    def flavor(self, name: str) -> Mapping[str, Any]:
+        """One flavor's keys.
+
+        Raises:
+            PolicyError: it is not there, or is no mapping.
+        """
+        return _mapping(_mapping(self.document.get("flavors"), "flavors").get(name), f"flavor {name}")
+
+    @property
+    def golden(self) -> Any:
+        """The package's golden prompts as they stand in its metadata; None when it has none."""
+        metadata = self.document.get("metadata")
+        return metadata.get("edge_agent.golden") if isinstance(metadata, Mapping) else None
 
 
 def read(tree: Path) -> MLmodel:
@@ -82,7 +95,10 @@ def read(tree: Path) -> MLmodel:
     pyfunc = _mapping(flavors.get("python_function"), "flavor python_function of MLmodel")
     loader = pyfunc.get("loader_module")
     if not isinstance(loader, str) or loader not in _LOADER_KEYS:
-        raise PolicyError(f"MLmodel: python_function.loader_module {loader!r} is not allowed")
+        raise PolicyError(
+            f"MLmodel: python_function.loader_module {loader!r} is not allowed",
+            remedy="this agent serves language models: its own packages, PythonModels and the transformers flavor",
+        )
     code_path = pyfunc.get("model_code_path", "")
     if not isinstance(code_path, str):
         raise PolicyError("MLmodel: python_function.model_code_path is not text")
@@ -123,9 +139,7 @@ def check(model: MLmodel, paths: Set[str]) -> None:
             if (path := _mapping(example, "saved_input_example_info").get(key)) is not None:
                 _inside(path, f"saved_input_example_info.{key}", paths)
     if model.loader == TRANSFORMERS_LOADER:
-        _check_transformers(
-            _mapping(model.document["flavors"].get("transformers"), "flavor transformers"), paths
-        )
+        _check_transformers(model.flavor("transformers"), paths)
 
 
 def _check_transformers(flavor: Mapping[str, Any], paths: Set[str]) -> None:

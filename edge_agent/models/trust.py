@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
@@ -47,6 +47,9 @@ _WEIGHT_SUFFIXES = frozenset((".onnx", ".data", ".safetensors", ".gguf"))
 _PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 _PROGRAM_STARTS = (b"\x7fELF", b"MZ\x90\x00", b"\xca\xfe\xba\xbe", b"\xcf\xfa\xed\xfe", b"#!")
 _MAX_JSON_BYTES = 64 << 20
+_MAX_TEMPLATE_BYTES = 1 << 20
+_REMOTE_KEYS = ("auto_map", "custom_", "attn_implementation", "weight_map")
+"""Parts of the keys that make transformers load something that the file only names."""
 _MAX_SIGNATURE_BYTES = 4 << 20
 
 
@@ -127,8 +130,8 @@ def code_files(tree: Path, manifest: Manifest, model: MLmodel) -> dict[str, str]
         kind = _code_kind(tree / file.path, path)
         if kind is None and model.loader == TRANSFORMERS_LOADER and path.suffix == ".bin":
             kind = "pickled weights"
-        if kind is None and model.loader == TRANSFORMERS_LOADER and path.suffix == ".json":
-            _refuse_remote_code(tree / file.path, file.path)
+        if kind is None and model.loader == TRANSFORMERS_LOADER:
+            _check_transformers_file(tree / file.path, file.path, {known.path for known in manifest.files})
         if kind:
             found[file.path] = kind
     return found
@@ -201,7 +204,7 @@ def _rule(
     only_wrapper = (
         model.loader == CODE_LOADER and set(code) == {model.code_file} and model.pyfunc.get("code") is None
     )
-    if only_wrapper and _is_shipped(tree / model.code_file):
+    if only_wrapper and is_shipped(tree / model.code_file):
         return TrustDecision(
             rule=Rule.SHIPPED_WRAPPER,
             signed_by=signed_by,
@@ -238,7 +241,8 @@ def _fingerprint(key: str) -> str:
         raise SettingsError(f"trust.public_keys: {key} cannot be read: {error.strerror}") from error
 
 
-def _is_shipped(path: Path) -> bool:
+def is_shipped(path: Path) -> bool:
+    """True where a code file is this agent's wrapper, of this release or an earlier one, byte for byte."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest in SHIPPED_WRAPPERS:
         return True
@@ -266,31 +270,54 @@ def _code_kind(file: Path, path: PurePosixPath) -> str | None:
     return None
 
 
-def _refuse_remote_code(file: Path, path: str) -> None:
-    """`auto_map` makes transformers import a module that the package, or the network, brings."""
+def _check_transformers_file(file: Path, path: str, paths: Set[str]) -> None:
+    """What transformers reads as data and follows elsewhere: to a module, a hub, another model, another folder."""
+    name = PurePosixPath(path.casefold())
+    if name.name == "adapter_config.json":
+        raise PolicyError(f"{path!r} names a base model that is not in the package")
+    if name.suffix == ".jinja" and file.stat().st_size > _MAX_TEMPLATE_BYTES:
+        raise PolicyError(f"{path!r} has more than {_MAX_TEMPLATE_BYTES} bytes")
+    if name.suffix != ".json":
+        return
     if file.stat().st_size > _MAX_JSON_BYTES:
         raise PolicyError(f"{path!r} is too large to be looked into")
-    if b'auto_map"' not in file.read_bytes() and b"\\u" not in file.read_bytes():
+    data = file.read_bytes()
+    if not any(key.encode() in data for key in (*_REMOTE_KEYS, "\\u")):
         return
     try:
-        document = json.loads(file.read_bytes())
+        document = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise PolicyError(f"{path!r} is not JSON") from error
-    if _has_key(document, "auto_map"):
-        raise PolicyError(f"{path!r} has auto_map, which loads code from elsewhere")
+    for key, value in _pairs(document):
+        if key == "auto_map":
+            raise PolicyError(
+                f"{path!r} has auto_map, which loads code from elsewhere",
+                remedy="publish it without that key: transformers has classes of its own for most models",
+            )
+        if key in ("custom_pipelines", "custom_generate") and value:
+            raise PolicyError(f"{path!r} has {key}, which loads code from elsewhere")
+        if key in ("attn_implementation", "_attn_implementation") and "/" in json.dumps(value):
+            raise PolicyError(f"{path!r} has {key} {value!r}, which loads a kernel from elsewhere")
+        if key == "weight_map" and not _is_weight_map(value, PurePosixPath(path).parent, paths):
+            raise PolicyError(f"{path!r} names weights that are not in the package")
 
 
-def _has_key(document: object, key: str) -> bool:
+def _is_weight_map(value: object, folder: PurePosixPath, paths: Set[str]) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and str(folder / name) in paths for name in value.values()
+    )
+
+
+def _pairs(document: object) -> Iterator[tuple[str, object]]:
+    """Every key with its value, at any depth."""
     waiting = [document]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
-            if key in value:
-                return True
+            yield from value.items()
             waiting.extend(value.values())
         elif isinstance(value, list):
             waiting.extend(value)
-    return False
 
 
 def _signed_files(bundle: Path) -> set[str]:

@@ -38,7 +38,6 @@ from edge_agent.runner.protocol import (
 
 _REQUEST_ERRORS = {"bad_request": BadRequest, "prompt_too_long": PromptTooLong}
 _MAX_MESSAGE = 500
-_NO_BYTECODE = "/nonexistent/edge-agent"
 
 
 class _Ended(Exception):
@@ -70,8 +69,6 @@ class Runner:
         if not isinstance(request, Load):
             raise RunnerError("the first frame is not a load")
         started_s = time.monotonic()
-        # From here on bytecode is neither read from where a package could have put it, nor written.
-        sys.pycache_prefix, sys.dont_write_bytecode = _NO_BYTECODE, True
         try:
             model = loader.load(
                 Path(request.folder),

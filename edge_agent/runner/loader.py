@@ -1,79 +1,73 @@
-"""Loads an MLflow model for a runner and gives it one shape: `Model.stream`.
+"""Decides what runs a package on this host, and loads it: our wrapper, transformers, or somebody's pyfunc.
 
-Imported by the runner only: it brings MLflow and, through the package's wrapper, onnxruntime-genai.
-Flow: `mlflow.pyfunc.load_model` → which signature, whose wrapper → `stream(document)` → deltas and one `End`.
+Imported by the runner only. Flow: MLmodel → which loader → the libraries it needs, or the reason why this host
+lacks them → `Model`. A package's own code is loaded last, when bytecode is no longer trusted.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
+import sys
 from collections.abc import Generator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlflow.pyfunc
-import onnxruntime_genai  # noqa: F401 - before the runner stops trusting bytecode
-
 from edge_agent.errors import RunnerError
+from edge_agent.models import mlmodel, trust
+from edge_agent.models.mlmodel import TRANSFORMERS_LOADER, MLmodel
+from edge_agent.runner.model import End, Model
+
+__all__ = ["End", "Model", "load"]
 
 PARAMS = ("temperature", "max_tokens", "stop", "top_p", "top_k", "seed", "response_format")
 """Request options that reach a package as MLflow params when its signature declares them."""
+_NO_BYTECODE = "/nonexistent/edge-agent"
 
 
-@dataclass(frozen=True, kw_only=True)
-class End:
-    """The last item of a stream."""
+def load(folder: Path, *, context_tokens: int, max_tokens: int, threads: int) -> Model:
+    """Loads the package in `folder`.
 
-    finish_reason: str
-    usage: dict[str, int]
-    timings: dict[str, float] = field(default_factory=dict)
+    Args:
+        context_tokens: prompt and answer together, at most.
+        max_tokens: of an answer, when a request names none.
+        threads: for one operation; 0 leaves it to the library.
 
-
-class Model:
-    """One loaded package.
-
-    Attributes:
-        flavor: what runs it, with its library's version, for status.
-        signature: `chat` or `prompt`.
+    Raises:
+        RunnerError: it is no language model, or this host lacks what runs it.
+        Exception: whatever MLflow, the package or the library raises; the runner reports it.
     """
+    package = mlmodel.read(folder)
+    if package.loader == TRANSFORMERS_LOADER:
+        for library in ("torch", "transformers"):
+            _need(library, package="edge-agent[transformers]")
+        from edge_agent.runner import transformers_flavor
 
-    def __init__(self, pyfunc: Any, *, flavor: str, signature: str) -> None:
+        sys.dont_write_bytecode = True
+        return transformers_flavor.load(
+            folder, package, context_tokens=context_tokens, max_tokens=max_tokens, threads=threads
+        )
+    config = {
+        "context_tokens": context_tokens,
+        "max_tokens": max_tokens,
+        **({"threads": threads} if threads else {}),
+    }
+    return _load_pyfunc(folder, package, config)
+
+
+class WrapperModel(Model):
+    """A package with this agent's own wrapper over onnxruntime-genai."""
+
+    def __init__(self, pyfunc: Any, *, flavor: str, signature: str, golden: Any) -> None:
         self._pyfunc = pyfunc
         self._wrapper = pyfunc.unwrap_python_model()
         self.flavor = flavor
         self.signature = signature
-
-    @property
-    def golden(self) -> Any:
-        """The package's golden prompts as they stand in its metadata; None when it has none."""
-        return (self._pyfunc.metadata.metadata or {}).get("edge_agent.golden")
-
-    def ask(self, document: dict[str, Any]) -> tuple[str, int]:
-        """Answers one document whole: (text, completion tokens)."""
-        texts: list[str] = []
-        for item in self.stream(document):
-            if isinstance(item, End):
-                return "".join(texts), item.usage.get("completion_tokens", 0)
-            texts.append(item)
-        raise RunnerError("the model's stream ended without usage and finish_reason")
-
-    def warm_up(self) -> None:
-        """Generates one token, so that the first prompt does not pay for what the library does only once."""
-        document = (
-            {"messages": [{"role": "user", "content": "Hi"}]}
-            if self.signature == "chat"
-            else {"prompt": "Hi"}
-        )
-        for _ in self.stream({**document, "max_tokens": 1}):
-            pass
+        self.golden = golden
 
     def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
-        """Text deltas (empty ones are chances to stop), then one `End`.
-
-        Closing the iterator stops the generation.
-        """
+        """See `Model.stream`."""
         key = "messages" if "messages" in document else "prompt"
         params = {name: _param(document[name]) for name in PARAMS if name in document}
         if key == ("messages" if self.signature == "chat" else "prompt"):
@@ -88,42 +82,61 @@ class Model:
             items.close()
 
 
-def load(folder: Path, *, context_tokens: int, max_tokens: int, threads: int) -> Model:
-    """Loads the package in `folder`.
+def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Model:
+    """A package whose code runs: our wrapper, or somebody else's."""
+    import mlflow.pyfunc
 
-    Args:
-        context_tokens: prompt and answer together, at most.
-        max_tokens: of an answer, when a request names none.
-        threads: for one operation; 0 leaves it to the library.
+    from edge_agent.runner import foreign_pyfunc
+
+    code = folder / package.code_file
+    ours = package.code_file != "" and trust.is_shipped(code)
+    if ours:
+        _need("onnxruntime_genai", package="onnxruntime-genai")
+    else:  # whatever else it needs, it finds by itself
+        _import_quietly("onnxruntime_genai")
+    _distrust_bytecode()
+    signature = foreign_pyfunc.signature_of(mlflow.models.Model.load(str(folder)))
+    if ours:
+        pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=config)
+        flavor = f"onnxruntime-genai {importlib.metadata.version('onnxruntime-genai')}"
+        return WrapperModel(pyfunc, flavor=flavor, signature=signature.form, golden=package.golden)
+    own = package.pyfunc.get("config")
+    known = {key: value for key, value in config.items() if isinstance(own, dict) and key in own}
+    pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=known or None)
+    return foreign_pyfunc.ForeignModel(
+        pyfunc,
+        flavor=f"mlflow.pyfunc {mlflow.__version__}",
+        signature=signature,
+        streams=bool(package.pyfunc.get("streamable")),
+        golden=package.golden,
+    )
+
+
+def _need(library: str, *, package: str) -> None:
+    """Imports a library, with the bytecode that its installation made.
 
     Raises:
-        RunnerError: its signature is none that this agent serves.
-        Exception: whatever MLflow, the wrapper or the library raises; the runner reports it.
+        RunnerError: it is not here, or does not work here.
     """
-    config = {
-        "context_tokens": context_tokens,
-        "max_tokens": max_tokens,
-        **({"threads": threads} if threads else {}),
-    }
-    pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=config)
-    return Model(pyfunc, flavor=_flavor(), signature=_signature(pyfunc))
+    try:
+        importlib.import_module(library)
+    except Exception as error:  # a native library may fail in its own ways
+        reason = " ".join(str(error).split())[:200]
+        raise RunnerError(
+            f"{library} cannot be imported on this host ({reason})", remedy=f"install {package}"
+        ) from error
 
 
-def _flavor() -> str:
-    return f"onnxruntime-genai {importlib.metadata.version('onnxruntime-genai')}"
+def _import_quietly(library: str) -> None:
+    try:
+        importlib.import_module(library)
+    except Exception:  # noqa: BLE001 - the package's own import says why, if it needs it
+        return
 
 
-def _signature(pyfunc: Any) -> str:
-    schema = pyfunc.metadata.get_input_schema()
-    names = set(schema.input_names()) if schema is not None else set()
-    if "messages" in names:
-        return "chat"
-    if names == {"prompt"}:
-        return "prompt"
-    raise RunnerError(
-        f"the model's signature has the inputs {sorted(map(str, names))}",
-        remedy="this agent serves language models: messages (llm/v1/chat) or prompt",
-    )
+def _distrust_bytecode() -> None:
+    """From here on bytecode is neither read from where a package could have put it, nor written."""
+    sys.pycache_prefix, sys.dont_write_bytecode = _NO_BYTECODE, True
 
 
 def _param(value: Any) -> Any:

@@ -209,6 +209,25 @@ def test_a_second_genai_config_deeper_down_is_checked_too(tmp_path: Path) -> Non
     [
         {"model/config.json": '{"auto_map": {"AutoModel": "x--y.Z"}}'},
         {"model/config.json": '{"a": [{"auto\\u005fmap": 1}]}'},
+        {"components/tokenizer/tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["x--y.Z", null]}}'},
+        {"model/config.json": '{"attn_implementation": "someone/kernel"}'},
+        {"model/config.json": '{"_attn_implementation": {"text_config": "someone/kernel:f"}}'},
+        {"model/generation_config.json": '{"custom_generate": "someone/decoding"}'},
+        {"model/config.json": '{"custom_pipelines": {"x": {"impl": "x.Y"}}}'},
+        {"model/model.safetensors.index.json": '{"weight_map": {"a": "../../../etc/model.safetensors"}}'},
+        {"model/adapter_config.json": '{"base_model_name_or_path": "/etc"}'},
+        {"components/tokenizer/chat_template.jinja": "{# #}" * 300_000},
+        {"model/custom_generate/generate.py": "x = 1"},
+        {"model/pytorch_model.pt": b"weights"},
+        {"components/tokenizer/vocab.pkl": b"words"},
+        {"MLmodel": TRANSFORMERS_MLMODEL + "    peft_adaptor: model\n"},
+        {"MLmodel": TRANSFORMERS_MLMODEL + "    pipeline: {trust_remote_code: true}\n"},
+        {"MLmodel": TRANSFORMERS_MLMODEL + "metadata: {trust_remote_code: true}\n"},
+        {
+            "MLmodel": TRANSFORMERS_MLMODEL.replace(
+                "    python_version", "    code: model\n    python_version"
+            )
+        },
         {"model/pytorch_model.bin": b"weights"},
         {"model/custom.py": "x = 1"},
         {"MLmodel": TRANSFORMERS_MLMODEL.replace("model_binary: model", "source_model_name: x/y")},
@@ -222,6 +241,24 @@ def test_a_transformers_package_that_brings_code_is_refused(
 ) -> None:
     with pytest.raises(PolicyError):
         decide(tmp_path, {**TRANSFORMERS_FILES, **changes})
+
+
+def test_weights_in_several_files_and_an_ordinary_attention_may_run(tmp_path: Path) -> None:
+    changes: dict[str, bytes | str | None] = {
+        "model/config.json": '{"_attn_implementation": "sdpa", "_attn_implementation_autoset": true}',
+        "model/model.safetensors": None,
+        "model/model-00001-of-00001.safetensors": b"bytes",
+        "model/model.safetensors.index.json": json.dumps(
+            {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+        ),
+    }
+    assert decide(tmp_path, {**TRANSFORMERS_FILES, **changes}).rule == Rule.NO_CODE
+
+
+def test_a_classical_model_is_refused_by_its_name(tmp_path: Path) -> None:
+    document = MLMODEL.replace("mlflow.pyfunc.loaders.code_model", "mlflow.sklearn")
+    with pytest.raises(PolicyError, match=r"'mlflow\.sklearn' .* language models"):
+        decide(tmp_path, {"MLmodel": document}, allow_unsigned_code=True)
 
 
 def test_the_pickle_loader_needs_permission(tmp_path: Path) -> None:

@@ -1,0 +1,406 @@
+"""MLflow's transformers flavor, served with the agent's own contract.
+
+Owns one loaded model and its tokenizer, read from the package's folder as data: safetensors weights, classes
+that transformers itself has, never a hub, never code from the package. MLflow's own wrapper for this flavor is
+not used: offline it fails on `stop`, raises on `n`, `stream` and `temperature=0`, and cannot stream.
+
+    load           MLmodel → config → weights and tokenizer; what this cannot serve is refused with its reason
+    stream         options, tokens, budget → `generate` in a thread → tokens → text → stop → deltas and one `End`
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.generation.streamers import BaseStreamer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from edge_agent.errors import BadRequest, PromptTooLong, RunnerError
+from edge_agent.models.mlmodel import MLmodel
+from edge_agent.runner.model import End, Model
+from edge_agent.runner.stop import StopFilter
+from edge_agent.runner.worker import Put, Worker
+
+TASKS = frozenset({"text-generation", "llm/v1/chat", "llm/v1/completions"})
+TEMPLATE_TIMEOUT_S = 10.0
+"""A chat template is a program in a sandbox, and may loop for ever."""
+MAX_RENDERED_CHARACTERS = 8 << 20
+_LEAST_TEMPERATURE = 1e-5  # logits are divided by it
+
+_LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Defaults:
+    """What holds where a request says nothing. The package's values are input.
+
+    Attributes:
+        context_tokens: prompt and new tokens together, at most.
+        max_tokens: new ones, for a request that names none.
+        max_length: the package's own cap on prompt and new tokens together; 0 for none.
+    """
+
+    context_tokens: int
+    max_tokens: int
+    max_length: int = 0
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+
+
+def load(folder: Path, package: MLmodel, *, context_tokens: int, max_tokens: int, threads: int) -> Model:
+    """Loads the package.
+
+    Args:
+        package: its MLmodel.
+        context_tokens, max_tokens, threads: see `loader.load`.
+
+    Raises:
+        RunnerError: it is no language model of this flavor, or this version of transformers cannot load it.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+    flavor = package.flavor("transformers")
+    if (task := flavor.get("task")) not in TASKS:
+        raise RunnerError(
+            f"the model's task is {task!r}", remedy="this agent serves language models: text-generation"
+        )
+    weights = folder / str(flavor.get("model_binary"))
+    tokenizer_folder = folder / "components" / "tokenizer"
+    model = _load_weights(weights)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        tokenizer_folder if tokenizer_folder.is_dir() else weights, **_LOCAL
+    )
+    longest = getattr(model.config, "max_position_embeddings", None) or context_tokens
+    options = _package_options(package.pyfunc.get("config"))
+    return TransformersModel(
+        model,
+        tokenizer,
+        defaults=_Defaults(context_tokens=min(context_tokens, longest), max_tokens=max_tokens, **options),
+        golden=package.golden,
+    )
+
+
+class TransformersModel(Model):
+    """One loaded model; one prompt at a time.
+
+    Args:
+        model, tokenizer: transformers' own, on the CPU.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, defaults: _Defaults, golden: Any = None) -> None:
+        self.flavor = f"transformers {transformers.__version__} (torch {torch.__version__})"
+        self.signature = "chat" if tokenizer.chat_template else "prompt"
+        self.golden = golden
+        self._model = model
+        self._tokenizer = tokenizer
+        self._defaults = defaults
+        self._prompts = _Prompts(tokenizer)
+        self._worker = Worker()
+        self._base = _clean_generation_config(model, tokenizer)
+        self._eos = frozenset(self._base["eos_token_id"])
+        model.generation_config = transformers.GenerationConfig(**self._base)
+
+    def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
+        """See `Model.stream`.
+
+        Raises:
+            BadRequest: an option that this flavor does not have, or the chat template refuses the messages.
+            PromptTooLong: prompt and new tokens are more than the context.
+        """
+        started_s = time.perf_counter()
+        if (document.get("response_format") or {"type": "text"}).get("type") != "text":
+            raise BadRequest("response_format is not served by the transformers flavor")
+        chat = "messages" in document
+        prompt = self._prompts.chat(document["messages"]) if chat else self._prompts.raw(document["prompt"])
+        max_new = self._budget(len(prompt), document.get("max_tokens"))
+        sampling = self._sampling(document)
+        stop = document.get("stop") or ()
+        stops = StopFilter([stop] if isinstance(stop, str) else stop)
+        decoder = _Decoder(self._tokenizer)
+
+        def generate(put: Put) -> None:
+            if (seed := document.get("seed")) is not None:
+                torch.manual_seed(int(seed) & 0x7FFF_FFFF_FFFF_FFFF)
+            ids = torch.tensor([prompt])
+            config = transformers.GenerationConfig(**self._base, **sampling, max_new_tokens=max_new)
+            self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                streamer=_Tokens(put),
+            )
+
+        new_tokens, finish_reason, first_s = 0, "length", 0.0
+        tokens = self._worker.stream(generate)
+        try:
+            for token in tokens:
+                if token is None:
+                    yield ""
+                    continue
+                first_s = first_s or time.perf_counter()
+                if token in self._eos:
+                    finish_reason = "stop"
+                    break
+                new_tokens += 1
+                yield stops.push(decoder.push(token))
+                if stops.found:
+                    finish_reason = "stop"
+                    break
+        finally:
+            tokens.close()
+        if rest := stops.push(decoder.flush()) + stops.flush():
+            yield rest
+        yield _end(finish_reason, len(prompt), new_tokens, started_s=started_s, first_s=first_s)
+
+    def _budget(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """How many new tokens a request gets, at least 1; the context is checked before anything is computed."""
+        limit, wanted = self._defaults.context_tokens, max_tokens or 1
+        if prompt_tokens + wanted > limit:
+            parts = f"{prompt_tokens} of the prompt and {wanted} new"
+            raise PromptTooLong(f"{parts} are more than the context of {limit} tokens")
+        left = min(limit, self._defaults.max_length or limit) - prompt_tokens
+        if left < 1:
+            raise PromptTooLong(f"{prompt_tokens} tokens leave nothing of the package's max_length")
+        return min(left, max_tokens or self._defaults.max_tokens)
+
+    def _sampling(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = self._defaults
+        chosen: dict[str, Any] = {"do_sample": False}
+        if defaults.repetition_penalty is not None:
+            chosen["repetition_penalty"] = defaults.repetition_penalty
+        temperature = document.get("temperature")
+        temperature = defaults.temperature if temperature is None else temperature
+        if temperature:
+            top_p, top_k = document.get("top_p"), document.get("top_k")
+            top_p = defaults.top_p if top_p is None else top_p
+            top_k = defaults.top_k if top_k is None else top_k
+            # Without a value of ours the library takes its own: 50 for top_k.
+            chosen |= {"do_sample": True, "temperature": max(float(temperature), _LEAST_TEMPERATURE)}
+            chosen |= {"top_p": 1.0 if top_p is None else float(top_p), "top_k": int(top_k or 0)}
+        return chosen
+
+
+class _Tokens(BaseStreamer):  # type: ignore[misc]
+    """Hands each new token to `put`; the first thing that `generate` pushes is the prompt."""
+
+    def __init__(self, put: Put) -> None:
+        self._put = put
+        self._is_prompt = True
+
+    def put(self, value: Any) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        for token in value.reshape(-1).tolist():
+            self._put(token)
+
+    def end(self) -> None:
+        """Nothing is held back here."""
+
+
+class _Prompts:
+    """Text to token ids.
+
+    A control token that a message has literally stays text: a marker (a code point that no text may contain)
+    goes behind its first character before the template is rendered, and the parts between markers are encoded
+    one by one. A raw prompt is encoded as it stands.
+    """
+
+    MARKER = "\ufdd0"
+    USUAL = r"<\|[^<>|\s]{1,64}\|>"  # beside what the tokenizer lists
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        texts = {str(token.content) for token in added if token.special or str(token.content)[:1] in "<["}
+        known = [
+            re.escape(text) for text in sorted(texts | set(tokenizer.all_special_tokens)) if len(text) > 1
+        ]
+        self._control = re.compile(f"(?={'|'.join([*known, self.USUAL])})(.)", re.DOTALL)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """[tokens] ids of the messages in the model's own chat template, ready for the assistant's turn.
+
+        Raises:
+            BadRequest: the template refuses them, takes too long, or there is none.
+        """
+        safe = [
+            {"role": message["role"], "content": self._neutral(message["content"])} for message in messages
+        ]
+        text = self._render(safe)
+        if len(text) > MAX_RENDERED_CHARACTERS:
+            raise BadRequest(f"the chat template makes {len(text)} characters of the messages")
+        tokens: list[int] = []
+        for part in text.split(self.MARKER):
+            tokens += self._tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
+        return _not_empty(tokens, "messages")
+
+    def raw(self, prompt: str) -> list[int]:
+        """[tokens] ids of a prompt that brings its own control tokens."""
+        return _not_empty(list(self._tokenizer(prompt)["input_ids"]), "prompt")
+
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        if not self._tokenizer.chat_template:
+            raise BadRequest("this model has no chat template: send it a prompt")
+        try:
+            with _time_limit(TEMPLATE_TIMEOUT_S):
+                return str(
+                    self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                )
+        except Exception as error:  # a template raises what it likes, and Jinja has its own errors
+            reason = " ".join(str(error).split())[:200]
+            raise BadRequest(f"the chat template refuses the messages: {reason}") from error
+
+    def _neutral(self, content: str) -> str:
+        return self._control.sub(rf"\1{self.MARKER}", content.replace(self.MARKER, ""))
+
+
+class _Decoder:
+    """Token ids of one answer to text; a character that is not complete waits for its other tokens.
+
+    Some tokenizers strip a text's first space: each group is decoded behind the one before it.
+    """
+
+    BROKEN = "\ufffd"
+    MAX_WAITING = 4  # a character has at most four bytes, and a token at least one
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = []
+        self._waiting: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Text that is complete with this token, often empty."""
+        self._waiting.append(token)
+        text = self._text()
+        if text.endswith(self.BROKEN) and len(self._waiting) < self.MAX_WAITING:
+            return ""
+        if text:  # a control token has none: it goes with what comes behind it
+            self._before, self._waiting = self._waiting, []
+        return text
+
+    def flush(self) -> str:
+        """What was never completed."""
+        text, self._waiting = self._text() if self._waiting else "", []
+        return text
+
+    def _text(self) -> str:
+        before = self._decode(self._before)
+        return self._decode(self._before + self._waiting).removeprefix(before)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _load_weights(folder: Path) -> Any:
+    config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise RunnerError(
+            f"transformers {transformers.__version__} has no language model of the type {config.model_type!r}"
+        )
+    if getattr(config, "quantization_config", None):
+        raise RunnerError(
+            "the weights are quantized in a form that needs more libraries than transformers and torch",
+            remedy="publish the weights as they were before, in float16 or bfloat16",
+        )
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, config=config, use_safetensors=True, dtype="auto", output_loading_info=True, **_LOCAL
+    )
+    if missing := sorted(map(str, loading["missing_keys"])):
+        # The library would go on with random numbers in their place.
+        raise RunnerError(
+            f"the weights lack {len(missing)} tensors of this architecture, {missing[0]!r} first"
+        )
+    return model.eval()
+
+
+def _clean_generation_config(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Of the package's `generation_config.json` only which tokens end an answer: the rest is options, and files."""
+    given = model.generation_config
+    eos = given.eos_token_id if given.eos_token_id is not None else tokenizer.eos_token_id
+    ends = [int(token) for token in (eos if isinstance(eos, list | tuple) else [eos]) if token is not None]
+    pad = next((t for t in (given.pad_token_id, tokenizer.pad_token_id) if t is not None), None)
+    return {
+        "eos_token_id": ends,
+        "pad_token_id": pad if pad is not None else (ends[0] if ends else 0),
+        "bos_token_id": given.bos_token_id,
+    }
+
+
+def _package_options(config: object) -> dict[str, Any]:
+    """Generation defaults of the package's `model_config`. What is unknown or no number is left out."""
+    found: dict[str, Any] = {}
+    if not isinstance(config, Mapping):
+        return found
+    for key, least, most in (
+        ("temperature", 0.0, 100.0),
+        ("top_p", 0.0, 1.0),
+        ("top_k", 0, 1 << 20),
+        ("repetition_penalty", 0.01, 100.0),
+        ("max_length", 1, 1 << 30),
+    ):
+        value = config.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
+            found[key] = value
+    if config.get("do_sample") is False:
+        found.pop("temperature", None)
+    return found
+
+
+def _end(finish_reason: str, prompt: int, new: int, *, started_s: float, first_s: float) -> End:
+    ended_s = time.perf_counter()
+    first_s = first_s or ended_s
+    return End(
+        finish_reason=finish_reason,
+        usage={
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "cached_tokens": 0,
+        },
+        timings={
+            "first_token_ms": (first_s - started_s) * 1000,
+            "prefill_ms": (first_s - started_s) * 1000,
+            "decode_ms": (ended_s - first_s) * 1000,
+            "total_ms": (ended_s - started_s) * 1000,
+        },
+    )
+
+
+def _not_empty(tokens: list[int], what: str) -> list[int]:
+    if not tokens:
+        raise BadRequest(f"{what} has no text")
+    return tokens
+
+
+@contextmanager
+def _time_limit(timeout_s: float) -> Iterator[None]:
+    """Ends Python code that runs longer, where this is the main thread: only that one gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"it took more than {timeout_s:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
