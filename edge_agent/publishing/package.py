@@ -129,7 +129,8 @@ def _save(
     from edge_agent.publishing.signature import model_signature
 
     # A loader can override only keys that are here: 0 stands for "not given".
-    defaults = {"model": name, "context_tokens": 0, "max_length": 0, "max_tokens": 0, "threads": 0}
+    unset = ("context_tokens", "max_length", "max_tokens", "threads", "kv_bytes")
+    defaults = {"model": name, **dict.fromkeys(unset, 0)}
     try:
         mlflow.pyfunc.save_model(
             destination,

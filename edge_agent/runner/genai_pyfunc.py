@@ -3,15 +3,17 @@
 It is copied into every package byte for byte, and a device runs it because its sha256 is known: so it is
 self-contained (mlflow, onnxruntime-genai, numpy, pandas, standard library) and answers in any MLflow server.
 
-It owns one loaded model and at most one kept generator. It refuses what a request may not ask for, with
-`RequestError`. It decides nothing about queues, deadlines or default system prompts.
+It owns one loaded model and its generators: those in use, and those kept for the prompts that begin like
+theirs. It refuses what a request may not ask for, with `RequestError`. It decides nothing about queues,
+deadlines or default system prompts.
 
 Flow of a request:
     _rows, _Request  what arrived, checked field by field
     _Prompts         text to token ids; control tokens only where the template or a raw prompt has them
     _budget          prompt and new tokens against the context, before anything is allocated
-    _session         the kept generator rewound to the longest common prefix, or a new one
-    _generate        prefill in slices, decode; one item out after each slice and each step
+    _groups          which requests share one generator: a batch is quicker, and admits nobody later
+    _Sessions        a kept generator rewound to the longest common prefix, or room for a new one
+    _Lane            prefill in slices, decode; one step for each `next`, for all its requests
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +37,9 @@ import pandas as pd
 ARTIFACT = "onnx"
 SLICE_TOKENS = 64  # a cancel is seen between two slices; smaller ones prefill slower
 ROUND_TOKENS = 256  # a kept generator takes memory in such steps, so that the next prompt fits in, too
+BATCH_PREFILL_TOKENS = 512  # a batch takes its prompts in one piece: nobody else gets a turn meanwhile
+MAX_BATCH = 8
+KV_ELEMENT_BYTES = 4  # the model builder's int4 models for the CPU keep keys and values in float32
 DEFAULT_MAX_TOKENS = 256
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 MAX_RESPONSE_FORMAT_CHARACTERS = 32_768
@@ -62,6 +68,7 @@ class _Options:
         max_tokens: new tokens for a request that names none, as far as they fit.
         context_tokens: a smaller context than the model's own, to save memory.
         threads: of one operator.
+        kv_bytes: memory for the keys and values of all generators together; one context fits in any case.
     """
 
     model: str = ""
@@ -73,6 +80,7 @@ class _Options:
     repetition_penalty: float | None = None
     context_tokens: int = 0
     threads: int = 0
+    kv_bytes: int = 0
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> _Options:
@@ -131,13 +139,103 @@ class _Request:
         )
 
 
-@dataclass
-class _Session:
-    """A generator and the tokens that it has seen; one request at a time owns it."""
+@dataclass(kw_only=True)
+class _Job:
+    """One request on its way: what it asks for, and its answer so far.
 
-    generator: Any
+    Attributes:
+        row: its place in the call that brought it.
+        place: its place in its generator.
+        prompt: [tokens] ids.
+        answer: [tokens] ids, without an end token.
+        max_new: tokens of the answer, at most.
+        greedy: no sampling.
+        cached: tokens of the prompt that did not have to be prefilled.
+        finish_reason: empty until the answer is whole.
+    """
+
+    row: int
+    request: _Request
+    prompt: list[int]
+    max_new: int
+    greedy: bool
+    decoder: _Decoder
+    stops: _StopFilter
+    started: float
+    place: int = 0
+    answer: list[int] = field(default_factory=list)
+    cached: int = 0
+    finish_reason: str = ""
+    prefill_started: float = 0.0
+    decode_started: float = 0.0
+    first_token: float = 0.0
+
+    @property
+    def tokens(self) -> list[int]:
+        """What a generator has to have seen before it gives the next token."""
+        return self.prompt + self.answer
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return len(self.prompt) + self.max_new
+
+    @property
+    def plain(self) -> bool:
+        """True when its generator can serve others: search options are fixed when a generator is made, and
+        neither a sampler's nor a grammar's state can be gone back in."""
+        return self.greedy and self.request.guidance is None
+
+    def take(self, token: int, *, is_end: bool) -> Iterator[Any]:
+        """The items that come with one more token: text, and at the end usage and finish_reason."""
+        self.first_token = self.first_token or time.perf_counter()
+        if not is_end:
+            self.answer.append(token)
+            yield self.stops.push(self.decoder.push(token))
+        if is_end or self.stops.found:
+            yield from self.end("stop")
+        elif len(self.answer) >= self.max_new:
+            yield from self.end("length")
+
+    def end(self, finish_reason: str) -> Iterator[Any]:
+        """The last items."""
+        self.finish_reason = finish_reason
+        if not self.stops.found and (rest := self.stops.flush()):
+            yield rest
+        ended = time.perf_counter()
+        yield {
+            "finish_reason": finish_reason,
+            "usage": {
+                "prompt_tokens": len(self.prompt),
+                "completion_tokens": len(self.answer),
+                "total_tokens": len(self.prompt) + len(self.answer),
+                "cached_tokens": self.cached,
+            },
+            "timings": {
+                "first_token_ms": ((self.first_token or ended) - self.started) * 1000,
+                "prefill_ms": (self.decode_started - self.prefill_started) * 1000,
+                "decode_ms": (ended - self.decode_started) * 1000,
+                "total_ms": (ended - self.started) * 1000,
+            },
+        }
+
+
+@dataclass(kw_only=True)
+class _Session:
+    """Room for a generator, the generator, and what it has seen; one lane at a time owns it.
+
+    Attributes:
+        room: tokens that it takes memory for, of all its rows together.
+        max_length: tokens of one row, at most.
+        reusable: it has one row, and that may serve another request.
+        generator: None until its lane starts.
+        tokens: [tokens] ids that its one row has seen.
+    """
+
+    room: int
     max_length: int
     reusable: bool
+    generator: Any = None
     tokens: list[int] = field(default_factory=list)
 
     def shared(self, prompt: Sequence[int]) -> int:
@@ -159,26 +257,348 @@ class _Session:
         del self.tokens[count:]
 
 
+class _Sessions:
+    """The memory of all generators: of those in use, and of those that are kept for their prefix.
+
+    Together they take at most `limit` tokens; kept ones go, least recently used first, when the room is needed.
+    Any thread may call it: a model server has several.
+    """
+
+    WORTH = 3  # a kept session is gone back in when at least one part in so many of it stays of use
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._kept: list[_Session] = []
+        self._in_use = 0
+
+    def known(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt's beginning a kept session would save."""
+        with self._lock:
+            return self._best(prompt)[1]
+
+    def resume(self, prompt: Sequence[int], max_length: int) -> _Session | None:
+        """The kept session with the longest common prefix, gone back to it; None when none is of use.
+
+        One that is too small for this request goes: it would be too small for what follows it, too.
+        """
+        with self._lock:
+            best, shared = self._best(prompt)
+            if best is None:
+                return None
+            self._kept.remove(best)
+            if best.max_length < max_length:
+                return None
+            self._in_use += best.room
+        best.rewind(shared)
+        return best
+
+    def reserve(self, tokens: int, *, beyond: bool) -> bool:
+        """Takes room for a new session, from kept ones where that is necessary.
+
+        Args:
+            beyond: takes it though the sessions in use leave too little.
+        """
+        with self._lock:
+            if self._in_use + tokens > self.limit and not beyond:
+                return False
+            while self._kept and self._in_use + self._kept_tokens() + tokens > self.limit:
+                del self._kept[0]
+            self._in_use += tokens
+            return True
+
+    def give_back(self, session: _Session) -> None:
+        """A lane is through with a session: it is kept when it can serve another request."""
+        with self._lock:
+            self._in_use -= session.room
+            if session.reusable and session.tokens:
+                self._kept.append(session)
+
+    def forget(self) -> None:
+        """Drops every kept session."""
+        with self._lock:
+            self._kept.clear()
+
+    def _kept_tokens(self) -> int:
+        return sum(kept.room for kept in self._kept)
+
+    def _best(self, prompt: Sequence[int]) -> tuple[_Session | None, int]:
+        best: tuple[_Session | None, int] = (None, 0)
+        for kept in self._kept:
+            shared = kept.shared(prompt)
+            if shared > best[1] and shared * self.WORTH >= len(kept.tokens):
+                best = (kept, shared)
+        return best
+
+
+class _Engine:
+    """One model, opened: from requests to lanes."""
+
+    def __init__(self, folder: Path, options: _Options) -> None:
+        self.options = options
+        described = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
+        config = og.Config(str(folder))
+        if options.threads:
+            session_options = {"intra_op_num_threads": int(options.threads)}
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
+        self._model = og.Model(config)
+        self._tokenizer = og.Tokenizer(self._model)
+        self.prompts = _Prompts(self._tokenizer, folder)
+        self.eos = frozenset(int(token) for token in self._tokenizer.eos_token_ids)
+        self.pad = int(described.get("pad_token_id", -1))
+        self._vocabulary = int(described["vocab_size"])
+        context_tokens = int(described["context_length"])
+        self.context_tokens = min(context_tokens, options.context_tokens or context_tokens)
+        kv_tokens = options.kv_bytes // _kv_token_bytes(described["decoder"])
+        self.sessions = _Sessions(max(self.context_tokens, kv_tokens))
+
+    def read(self, row: Mapping[str, Any], params: Mapping[str, Any] | None, number: int) -> _Job:
+        """Checks and encodes one request.
+
+        Raises:
+            RequestError: it is at fault.
+        """
+        started = time.perf_counter()
+        request = _Request.parse(row, params)
+        prompt = self.prompts.chat(request.messages) if request.messages else self.prompts.raw(request.prompt)
+        return _Job(
+            row=number,
+            request=request,
+            prompt=prompt,
+            max_new=self._budget(len(prompt), request.max_tokens),
+            greedy=self._temperature(request) == 0,
+            decoder=_Decoder(self._tokenizer, self.prompts.control_ids),
+            stops=_StopFilter(request.stop),
+            started=started,
+        )
+
+    def lanes(self, jobs: Sequence[_Job], *, beyond: bool = False) -> Iterator[_Lane]:
+        """Lanes for the jobs, from the first on, as far as there is memory for them now.
+
+        Args:
+            beyond: there is always memory.
+        """
+        for group in _groups(jobs, [self._may_share(job) for job in jobs]):
+            session = self.session(group, beyond=beyond)
+            if session is None and len(group) > 1:
+                group = group[:1]
+                session = self.session(group, beyond=beyond)
+            if session is None:
+                return
+            group[0].cached = len(session.tokens)
+            yield _Lane(self, group, session)
+
+    def session(self, jobs: Sequence[_Job], *, beyond: bool) -> _Session | None:
+        """A kept session that goes on for a job, or room for a new one; None when there is not enough."""
+        job, length = jobs[0], _batch_length(jobs)
+        if len(jobs) > 1:
+            room = length * len(jobs)
+            reserved = self.sessions.reserve(room, beyond=beyond)
+            return _Session(room=room, max_length=length, reusable=False) if reserved else None
+        known = self.sessions.known(job.prompt) if job.plain else 0
+        if known and (kept := self.sessions.resume(job.prompt, length)):
+            return kept
+        if job.plain:  # a chat that outgrew its generator will grow on
+            wanted = length * 2 if known else length
+            length = min(self.context_tokens, math.ceil(wanted / ROUND_TOKENS) * ROUND_TOKENS)
+        if not self.sessions.reserve(length, beyond=beyond):
+            return None
+        return _Session(room=length, max_length=length, reusable=job.plain)
+
+    def generator(self, jobs: Sequence[_Job], max_length: int) -> Any:
+        """A new generator with a row for each job; more than one share the first one's options."""
+        request, greedy = jobs[0].request, jobs[0].greedy
+        search: dict[str, Any] = {"max_length": max_length, "num_beams": 1, "num_return_sequences": 1}
+        search |= {"batch_size": len(jobs), "do_sample": not greedy}
+        if self.options.repetition_penalty is not None:
+            search["repetition_penalty"] = self.options.repetition_penalty
+        if not greedy:
+            search |= self._sampling(request)
+        generator_params = og.GeneratorParams(self._model)
+        generator_params.set_search_options(**search)
+        if request.guidance is not None:
+            generator_params.set_guidance(*request.guidance)
+        return og.Generator(self._model, generator_params)
+
+    def _may_share(self, job: _Job) -> bool:
+        """True when a batch serves a job as well: the library masks every pad token in a batch's prompts, and
+        no row of it begins with what a kept session has seen."""
+        can_pad = self.pad >= 0 and self.pad not in job.prompt
+        return job.plain and can_pad and self.sessions.known(job.prompt) <= SLICE_TOKENS
+
+    def _budget(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """How many new tokens a request gets, at least 1."""
+        options, limit = self.options, self.context_tokens
+        wanted = max_tokens or 1
+        if prompt_tokens + wanted > limit:
+            parts = f"{prompt_tokens} of the prompt and {wanted} new"
+            raise RequestError("prompt_too_long", f"{parts} are more than the context of {limit} tokens")
+        if options.max_length:
+            limit = min(limit, options.max_length)
+        left = limit - prompt_tokens
+        if left < 1:
+            raise RequestError(
+                "prompt_too_long", f"{prompt_tokens} tokens leave nothing of the package's max_length {limit}"
+            )
+        open_end = left if options.max_length and not options.max_tokens else DEFAULT_MAX_TOKENS
+        return min(left, max_tokens or options.max_tokens or open_end)
+
+    def _temperature(self, request: _Request) -> float:
+        return self.options.temperature if request.temperature is None else request.temperature
+
+    def _sampling(self, request: _Request) -> dict[str, Any]:
+        sampling: dict[str, Any] = {"temperature": self._temperature(request)}
+        top_p = self.options.top_p if request.top_p is None else request.top_p
+        top_k = self.options.top_k if request.top_k is None else request.top_k
+        if top_p is not None:
+            sampling["top_p"] = top_p
+        if top_k is not None:
+            # With 0 (no bound) the library cuts off at top_p before it applies the temperature.
+            sampling["top_k"] = min(top_k or self._vocabulary, self._vocabulary)
+        if request.seed is not None:
+            # The library takes a C int, in which -1 means no seed.
+            sampling["random_seed"] = request.seed & 0x7FFF_FFFF
+        return sampling
+
+
+class _Lane:
+    """One generator and the jobs that it answers: one, or a batch. An iterator of steps.
+
+    A batch takes its prompts in one piece, admits nobody later and cannot be gone back in (so the library), and
+    a step of it costs the same for a row that is whole already: once half of the rows are, the others go on in
+    a smaller generator.
+
+    Attributes:
+        rows: which requests it answers, by their place in the call that opened it.
+    """
+
+    WORTH = 4  # running so many tokens again costs about as much as one step of a batch's superfluous rows
+
+    def __init__(self, engine: _Engine, jobs: Sequence[_Job], session: _Session) -> None:
+        self.rows = tuple(job.row for job in jobs)
+        self._engine = engine
+        self._live = list(jobs)
+        self._session = session
+        self._closed = False
+        self._steps = self._run()
+
+    def __iter__(self) -> _Lane:
+        return self
+
+    def __next__(self) -> list[tuple[int, Any]]:
+        """One prefill slice, or one token for each job: pairs of row and item, the items of `predict_stream`.
+
+        Raises:
+            RequestError: the jobs are at fault.
+        """
+        try:
+            return next(self._steps)
+        except StopIteration:
+            self.close()
+            raise
+        except Exception as error:
+            self._session.reusable = False  # what the library left in it is unknown
+            refusal = _refusal(error, self._live[0].request)
+            self.close()
+            if refusal:
+                raise refusal from error
+            raise
+
+    def close(self) -> None:
+        """Ends the lane, whatever it has done so far; may be called again."""
+        self._steps.close()
+        if not self._closed:
+            self._closed = True
+            self._engine.sessions.give_back(self._session)
+
+    def _run(self) -> Generator[list[tuple[int, Any]], None, None]:
+        for job in self._live:
+            job.prefill_started = time.perf_counter()
+        yield from self._prefill()
+        for job in self._live:
+            job.decode_started = time.perf_counter()
+        rows = len(self._live)
+        while self._live:
+            if len(self._live) * 2 <= rows and self._shrink():
+                rows = len(self._live)
+                yield from self._prefill()
+            yield self._decode()
+
+    def _prefill(self) -> Iterator[list[tuple[int, Any]]]:
+        """Runs what the generator has not seen yet: one row in slices, with a step after each."""
+        session, jobs = self._session, self._live
+        if session.generator is None:
+            session.generator = self._engine.generator(jobs, session.max_length)
+        if len(jobs) > 1:
+            prompts = np.full((len(jobs), max(len(job.tokens) for job in jobs)), self._engine.pad, np.int32)
+            for place, job in enumerate(jobs):
+                job.place, prompts[place, : len(job.tokens)] = place, job.tokens
+            session.generator.append_tokens(prompts)
+            yield []
+            return
+        jobs[0].place, tokens = 0, jobs[0].tokens
+        for start in range(len(session.tokens), len(tokens), SLICE_TOKENS):
+            part = tokens[start : start + SLICE_TOKENS]
+            session.generator.append_tokens(np.array(part, dtype=np.int32))
+            session.tokens += part
+            yield []
+
+    def _decode(self) -> list[tuple[int, Any]]:
+        session = self._session
+        if session.generator.is_done():
+            items = [(job.row, item) for job in self._live for item in job.end("stop")]
+        else:
+            session.generator.generate_next_token()
+            tokens = [int(token) for token in session.generator.get_next_tokens()]
+            items = []
+            for job in self._live:
+                is_end = tokens[job.place] in self._engine.eos
+                if session.reusable and not is_end:
+                    session.tokens.append(tokens[job.place])
+                items += [(job.row, item) for item in job.take(tokens[job.place], is_end=is_end)]
+        self._live = [job for job in self._live if not job.finish_reason]
+        return items
+
+    def _shrink(self) -> bool:
+        """A smaller generator for the jobs that are left, where that pays. Its prefill is still to be done."""
+        jobs = self._live
+        longest = max(len(job.tokens) for job in jobs)
+        if len(jobs) > 1 and longest * len(jobs) > BATCH_PREFILL_TOKENS:
+            return False
+        if max(job.max_new - len(job.answer) for job in jobs) * self.WORTH < longest:
+            return False
+        session = self._engine.session(jobs, beyond=True)
+        if session is None:
+            return False
+        self._engine.sessions.give_back(self._session)
+        self._session = session
+        return True
+
+
+class _Refused:
+    """The lane of a request that is at fault."""
+
+    def __init__(self, row: int, error: RequestError) -> None:
+        self.rows = (row,)
+        self._error = error
+
+    def __iter__(self) -> _Refused:
+        return self
+
+    def __next__(self) -> list[tuple[int, Any]]:
+        raise self._error
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
 class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """Answers chat or raw prompts with an ONNX folder made by the onnxruntime-genai model builder."""
 
     def load_context(self, context: Any) -> None:
         """Opens the model, the tokenizer and the generation defaults."""
-        folder = Path(context.artifacts[ARTIFACT])
-        self._options = _Options.parse(context.model_config or {})
-        described = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
-        config = og.Config(str(folder))
-        if self._options.threads:
-            session_options = {"intra_op_num_threads": int(self._options.threads)}
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
-        self._model = og.Model(config)
-        self._tokenizer = og.Tokenizer(self._model)
-        self._prompts = _Prompts(self._tokenizer, folder)
-        self._eos = frozenset(int(token) for token in self._tokenizer.eos_token_ids)
-        self._vocabulary = int(described["vocab_size"])
-        context_tokens = int(described["context_length"])
-        self._context_tokens = min(context_tokens, self._options.context_tokens or context_tokens)
-        self._kept: _Session | None = None
+        options = _Options.parse(context.model_config or {})
+        self._engine = _Engine(Path(context.artifacts[ARTIFACT]), options)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
         """Answers whole.
@@ -219,146 +639,37 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             raise RequestError("bad_request", f"a stream answers one row, not {len(rows)}")
         yield from self._answer(rows[0], params)
 
-    def _answer(self, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> Iterator[Any]:
-        started = time.perf_counter()
-        request = _Request.parse(row, params)
-        prompt = (
-            self._prompts.chat(request.messages) if request.messages else self._prompts.raw(request.prompt)
-        )
-        max_new = self._budget(len(prompt), request.max_tokens)
-        session: _Session | None = None
-        try:
-            session, cached = self._session(request, prompt, max_new)
-            yield from self._generate(session, request, prompt, cached, max_new, started)
-        except Exception as error:
-            session = None  # what the library left in it is unknown
-            if refusal := _refusal(error, request):
-                raise refusal from error
-            raise
-        finally:
-            if session is not None and session.reusable:
-                self._kept = session
+    def predict_streams(
+        self, requests: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]
+    ) -> list[_Lane | _Refused]:
+        """Begins to answer several requests, for a caller that takes turns between them.
 
-    def _budget(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """How many new tokens a request gets, at least 1."""
-        options, limit = self._options, self._context_tokens
-        wanted = max_tokens or 1
-        if prompt_tokens + wanted > limit:
-            parts = f"{prompt_tokens} of the prompt and {wanted} new"
-            raise RequestError("prompt_too_long", f"{parts} are more than the context of {limit} tokens")
-        if options.max_length:
-            limit = min(limit, options.max_length)
-        left = limit - prompt_tokens
-        if left < 1:
-            raise RequestError(
-                "prompt_too_long", f"{prompt_tokens} tokens leave nothing of the package's max_length {limit}"
-            )
-        open_end = left if options.max_length and not options.max_tokens else DEFAULT_MAX_TOKENS
-        return min(left, max_tokens or options.max_tokens or open_end)
+        What fits together shares one generator. Each lane is an iterator of steps and has to be closed; all of
+        them belong to one thread.
 
-    def _session(self, request: _Request, prompt: Sequence[int], max_new: int) -> tuple[_Session, int]:
-        """A generator for this request, and how many prompt tokens it has already.
+        Args:
+            requests: pairs of row and params, as in `predict_stream`.
 
-        Search options are fixed when a generator is made, and a sampler's state cannot be rewound: only
-        greedy generation without a grammar goes on in the kept generator. Taking it out leaves nothing for a
-        second thread to share.
+        Returns:
+            Lanes; `rows` says whom each one answers. Requests that none of them answers, always the last ones,
+            found no memory: they can be brought again when a lane is closed. Where none is open, one is found.
         """
-        kept, self._kept = self._kept, None
-        temperature = self._options.temperature if request.temperature is None else request.temperature
-        greedy = temperature == 0
-        reusable = greedy and request.guidance is None
-        needed = len(prompt) + max_new
-        shared = kept.shared(prompt) if kept is not None and reusable else 0
-        if kept is not None and shared and needed <= kept.max_length:
-            kept.rewind(shared)
-            return kept, shared
-        kept = None  # frees its memory before the next one takes its own
-        room = needed * 2 if shared else needed  # a chat that outgrew its generator will grow on
-        rounded = math.ceil(room / ROUND_TOKENS) * ROUND_TOKENS
-        max_length = min(self._context_tokens, rounded) if reusable else needed
-        search: dict[str, Any] = {"max_length": max_length, "num_beams": 1, "num_return_sequences": 1}
-        search["do_sample"] = not greedy
-        if self._options.repetition_penalty is not None:
-            search["repetition_penalty"] = self._options.repetition_penalty
-        if not greedy:
-            search |= self._sampling(request, temperature)
-        generator_params = og.GeneratorParams(self._model)
-        generator_params.set_search_options(**search)
-        if request.guidance is not None:
-            generator_params.set_guidance(*request.guidance)
-        generator = og.Generator(self._model, generator_params)
-        return _Session(generator=generator, max_length=max_length, reusable=reusable), 0
+        jobs: list[_Job] = []
+        refused: list[_Refused] = []
+        for number, (row, params) in enumerate(requests):
+            try:
+                jobs.append(self._engine.read(row, params, number))
+            except RequestError as error:
+                refused.append(_Refused(number, error))
+        return [*refused, *self._engine.lanes(jobs)]
 
-    def _sampling(self, request: _Request, temperature: float) -> dict[str, Any]:
-        sampling: dict[str, Any] = {"temperature": temperature}
-        top_p = self._options.top_p if request.top_p is None else request.top_p
-        top_k = self._options.top_k if request.top_k is None else request.top_k
-        if top_p is not None:
-            sampling["top_p"] = top_p
-        if top_k is not None:
-            sampling["top_k"] = min(top_k, self._vocabulary)
-        if request.seed is not None:
-            # The library takes a C int, in which -1 means no seed.
-            sampling["random_seed"] = request.seed & 0x7FFF_FFFF
-        return sampling
-
-    def _generate(
-        self,
-        session: _Session,
-        request: _Request,
-        prompt: Sequence[int],
-        cached: int,
-        max_new: int,
-        started: float,
-    ) -> Iterator[Any]:
-        generator, decoder = session.generator, _Decoder(self._tokenizer, self._prompts.control_ids)
-        stops = _StopFilter(request.stop)
-        prefill_started = time.perf_counter()
-        for start in range(cached, len(prompt), SLICE_TOKENS):
-            part = prompt[start : start + SLICE_TOKENS]
-            generator.append_tokens(np.array(part, dtype=np.int32))
-            session.tokens += part
-            yield ""
-        decode_started = time.perf_counter()
-        first_token = decode_started
-        new_tokens, finish_reason = 0, "length"
-        while new_tokens < max_new:
-            if generator.is_done():
-                finish_reason = "stop"
-                break
-            generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
-            if not new_tokens:
-                first_token = time.perf_counter()
-            if token in self._eos:
-                finish_reason = "stop"
-                break
-            session.tokens.append(token)
-            new_tokens += 1
-            delta = stops.push(decoder.push(token))
-            if stops.found:
-                finish_reason = "stop"
-                yield delta
-                break
-            yield delta
-        if not stops.found and (rest := stops.flush()):
-            yield rest
-        ended = time.perf_counter()
-        yield {
-            "finish_reason": finish_reason,
-            "usage": {
-                "prompt_tokens": len(prompt),
-                "completion_tokens": new_tokens,
-                "total_tokens": len(prompt) + new_tokens,
-                "cached_tokens": cached,
-            },
-            "timings": {
-                "first_token_ms": (first_token - started) * 1000,
-                "prefill_ms": (decode_started - prefill_started) * 1000,
-                "decode_ms": (ended - decode_started) * 1000,
-                "total_ms": (ended - started) * 1000,
-            },
-        }
+    def _answer(self, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> Iterator[Any]:
+        (lane,) = self._engine.lanes([self._engine.read(row, params, 0)], beyond=True)
+        try:
+            for step in lane:
+                yield from (item for _, item in step) if step else ("",)
+        finally:
+            lane.close()
 
     def _completion(self, text: str, last: Mapping[str, Any]) -> dict[str, Any]:
         """The seed's completion object: exactly its fields, so `cached_tokens` stays in the stream."""
@@ -368,10 +679,38 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion",
             "created": int(time.time()),
-            "model": self._options.model,
+            "model": self._engine.options.model,
             "choices": [{"index": 0, "message": message, "finish_reason": last["finish_reason"]}],
             "usage": usage,
         }
+
+
+def _groups(jobs: Sequence[_Job], may_share: Sequence[bool]) -> Iterator[list[_Job]]:
+    """Which jobs share a generator, in their order: a batch of what may share, everybody else alone."""
+    group: list[_Job] = []
+    for job, shares in zip(jobs, may_share, strict=True):
+        joined = [*group, job]
+        padded = max(len(member.prompt) for member in joined) * len(joined)
+        if group and not (shares and len(joined) <= MAX_BATCH and padded <= BATCH_PREFILL_TOKENS):
+            yield group
+            joined = [job]
+        group = joined
+        if not shares:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _batch_length(jobs: Sequence[_Job]) -> int:
+    """Tokens of one row: every prompt is as long as the longest, and each may have its whole answer."""
+    return max(len(job.prompt) for job in jobs) + max(job.max_new for job in jobs)
+
+
+def _kv_token_bytes(decoder: Mapping[str, Any]) -> int:
+    """Memory for keys and values of one token, at least 1."""
+    sizes = (decoder.get(key, 0) for key in ("num_hidden_layers", "num_key_value_heads", "head_size"))
+    return max(1, 2 * KV_ELEMENT_BYTES * math.prod(int(size) for size in sizes))
 
 
 class _Prompts:

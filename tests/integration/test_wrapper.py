@@ -15,32 +15,14 @@ import pytest
 
 from edge_agent.publishing import build_package
 from edge_agent.publishing.package import EXAMPLES
+from tests.support.wrapper import Answer, ask, forget, load, user
 
 MADRID = "The capital of Spain is Madrid."
 SLICE_TOKENS = 64
 
 
-def user(content: str, **options: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": content}], **options}
-
-
 SPAIN = user("What is the capital of Spain?")
 COUNT = user("Count to one hundred")
-
-
-class Answer:
-    """A stream, read to its end."""
-
-    def __init__(self, items: list[Any]) -> None:
-        self.deltas: list[str] = items[:-1]
-        self.last: dict[str, Any] = items[-1]
-        self.text = "".join(self.deltas)
-        self.finish_reason: str = self.last["finish_reason"]
-        self.usage: dict[str, int] = self.last["usage"]
-
-
-def ask(model: Any, row: dict[str, Any], **params: Any) -> Answer:
-    return Answer(list(model.predict_stream(row, params=params)))
 
 
 def error_code(model: Any, row: dict[str, Any], **params: Any) -> str:
@@ -50,12 +32,6 @@ def error_code(model: Any, row: dict[str, Any], **params: Any) -> str:
     code: str = caught.value.code  # type: ignore[attr-defined]
     assert str(caught.value).startswith(f"{code}: ")
     return code
-
-
-def load(folder: Path, **config: Any) -> Any:
-    import mlflow.pyfunc
-
-    return mlflow.pyfunc.load_model(str(folder), model_config=config)
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +122,9 @@ def test_prompt_and_new_tokens_beyond_the_context_are_refused_before_anything_is
     chat: Any,
 ) -> None:
     ask(chat, SPAIN)
-    kept = chat.unwrap_python_model()._kept
     assert error_code(chat, SPAIN, max_tokens=2048) == "prompt_too_long"
     assert error_code(chat, user("long " * 3000)) == "prompt_too_long"
-    assert chat.unwrap_python_model()._kept is kept
+    assert ask(chat, SPAIN).usage["cached_tokens"] > 0, "nothing had to make room"
     prompt_tokens = ask(chat, SPAIN).usage["prompt_tokens"]
     assert ask(chat, SPAIN, max_tokens=2048 - prompt_tokens).text == MADRID
 
@@ -227,11 +202,11 @@ def test_an_invalid_byte_costs_one_replacement_character_and_nothing_else(chat: 
     wrapper = chat.unwrap_python_model()
 
     def decoded(tokens: list[int]) -> str:
-        decoder = sys.modules[type(wrapper).__module__]._Decoder(wrapper._tokenizer, frozenset())
+        decoder = sys.modules[type(wrapper).__module__]._Decoder(wrapper._engine._tokenizer, frozenset())
         return "".join(map(decoder.push, tokens))
 
     def ids(text: str) -> list[int]:
-        return [int(token) for token in wrapper._tokenizer.encode(text)]
+        return [int(token) for token in wrapper._engine._tokenizer.encode(text)]
 
     emoji = ids("🙏")
     assert len(emoji) == 4
@@ -246,7 +221,7 @@ def test_an_invalid_byte_costs_one_replacement_character_and_nothing_else(chat: 
 
 
 def control_tokens(chat: Any, content: str) -> int:
-    prompts = chat.unwrap_python_model()._prompts
+    prompts = chat.unwrap_python_model()._engine.prompts
     return sum(token in prompts.control_ids for token in prompts.chat([{"role": "user", "content": content}]))
 
 
@@ -267,14 +242,14 @@ def control_tokens(chat: Any, content: str) -> int:
 def test_control_tokens_in_a_message_stay_text_that_the_model_can_read(chat: Any, content: str) -> None:
     assert control_tokens(chat, content) == control_tokens(chat, "harmless")
     wrapper = chat.unwrap_python_model()
-    tokens = wrapper._prompts.chat([{"role": "user", "content": content}])
-    assert content.replace("\ufdd0", "") in wrapper._tokenizer.decode(tokens)
+    tokens = wrapper._engine.prompts.chat([{"role": "user", "content": content}])
+    assert content.replace("\ufdd0", "") in wrapper._engine._tokenizer.decode(tokens)
 
 
 def test_a_raw_prompt_keeps_its_control_tokens(prompt: Any) -> None:
     wrapper = prompt.unwrap_python_model()
-    tokens = wrapper._prompts.raw(EXAMPLES["prompt"]["prompt"])
-    assert sum(token in wrapper._prompts.control_ids for token in tokens) == 5
+    tokens = wrapper._engine.prompts.raw(EXAMPLES["prompt"]["prompt"])
+    assert sum(token in wrapper._engine.prompts.control_ids for token in tokens) == 5
 
 
 @pytest.mark.parametrize(
@@ -376,6 +351,7 @@ def test_a_long_prompt_gives_a_chance_to_stop_after_each_slice(chat: Any) -> Non
 
 @pytest.mark.parametrize("after_items", [1, 2, 9, 15])
 def test_the_request_after_a_cancelled_one_is_right(chat: Any, after_items: int) -> None:
+    forget(chat)
     long_prompt = user("What is the capital of Nepal? " * 60)
     with contextlib.closing(chat.predict_stream(long_prompt)) as items:
         for _ in range(after_items):
@@ -384,7 +360,7 @@ def test_the_request_after_a_cancelled_one_is_right(chat: Any, after_items: int)
 
 
 def test_the_same_question_again_is_not_prefilled_again(chat: Any) -> None:
-    chat.unwrap_python_model()._kept = None
+    forget(chat)
     first, second = ask(chat, SPAIN), ask(chat, SPAIN)
     assert first.usage["cached_tokens"] == 0
     assert second.usage["cached_tokens"] == second.usage["prompt_tokens"] - 1
@@ -402,9 +378,9 @@ def test_a_running_chat_is_prefilled_from_its_last_answer_on(chat: Any) -> None:
         messages.append({"role": "assistant", "content": answer.text})
 
 
-def test_reuse_changes_no_answer(chat: Any) -> None:
-    """Each request is asked in the kept generator and in a fresh one, cancelled ones in between."""
-    wrapper = chat.unwrap_python_model()
+def test_reuse_changes_no_answer(chat: Any, chat_folder: Path) -> None:
+    """Each request is asked in a kept generator and in a fresh one, cancelled ones in between."""
+    other = load(chat_folder)
     grammar = json.dumps({"type": "regex", "regex": "(Madrid|Paris)"})
     reused = 0
     for number, row in enumerate(_varied_rows()):
@@ -416,9 +392,8 @@ def test_reuse_changes_no_answer(chat: Any) -> None:
                 next(items)
         answer = ask(chat, row, **params)
         reused += answer.usage["cached_tokens"] > 0
-        kept, wrapper._kept = wrapper._kept, None
-        fresh = ask(chat, row, **params)
-        wrapper._kept = kept
+        forget(other)
+        fresh = ask(other, row, **params)
         assert fresh.usage["cached_tokens"] == 0
         assert (answer.text, answer.finish_reason) == (fresh.text, fresh.finish_reason)
     assert reused > 10

@@ -1,0 +1,315 @@
+"""Several requests in one wrapper: lanes, batches, kept prefixes and their memory, with the sample model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.publishing import build_package
+from tests.support.wrapper import Answer, ask, forget, load, user
+
+COUNTRIES = ("Spain", "Japan", "France", "Italy", "Nepal", "India", "Peru", "Chile")
+QUESTIONS = [user(f"What is the capital of {country}?") for country in COUNTRIES]
+COUNT = user("Count to one hundred")
+TOKEN_BYTES = 2 * 4 * 4 * 4 * 32  # keys and values, layers, heads, head size, float32
+
+Request = tuple[dict[str, Any], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(sample_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("chat") / "package"
+    return build_package(sample_model, target, name="sample", signature="chat", options={}).folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Any:
+    return load(folder, kv_bytes=64 << 20)
+
+
+@pytest.fixture
+def model(loaded: Any) -> Any:
+    forget(loaded)
+    return loaded
+
+
+def lanes_of(model: Any, requests: Sequence[Request]) -> list[Any]:
+    lanes: list[Any] = model.unwrap_python_model().predict_streams(requests)
+    return lanes
+
+
+def in_turns(lanes: Sequence[Any], *, before: Sequence[tuple[int, Any]] = ()) -> dict[int, Answer]:
+    """Steps every lane in turn to its end; answers by row, with what came `before`."""
+    items: dict[int, list[Any]] = {row: [] for lane in lanes for row in lane.rows}
+    for row, item in before:
+        items.setdefault(row, []).append(item)
+    live = list(lanes)
+    while live:
+        for lane in list(live):
+            step = next(lane, None)
+            if step is None:
+                live.remove(lane)
+                lane.close()
+            for row, item in step or ():
+                items[row].append(item)
+    return {row: Answer(items[row]) for lane in lanes for row in lane.rows}
+
+
+def in_use(model: Any) -> int:
+    tokens: int = model.unwrap_python_model()._engine.sessions._in_use
+    return tokens
+
+
+def kept(model: Any) -> list[int]:
+    """Room of every kept session."""
+    return [session.room for session in model.unwrap_python_model()._engine.sessions._kept]
+
+
+# --- Batches --------------------------------------------------------------------------------------------
+
+
+def test_short_greedy_requests_share_a_generator_and_each_gets_what_it_gets_alone(model: Any) -> None:
+    requests: list[Request] = [
+        (QUESTIONS[0], {}),
+        (COUNT, {"max_tokens": 9}),
+        (QUESTIONS[1], {"stop": [" Tok"]}),
+        (user("Say hello in Nepali."), {}),
+        (user("Tell me a long story about what is far away. " * 3), {"max_tokens": 40}),
+    ]
+    lanes = lanes_of(model, requests)
+    assert [lane.rows for lane in lanes] == [(0, 1, 2, 3, 4)]
+    answers = in_turns(lanes)
+    assert in_use(model) == 0
+    for number, (row, params) in enumerate(requests):
+        forget(model)
+        alone = ask(model, row, **params)
+        assert answers[number].text == alone.text
+        assert answers[number].finish_reason == alone.finish_reason
+        assert answers[number].usage == {**alone.usage, "cached_tokens": 0}
+    assert answers[2].text == "The capital of Japan is"
+
+
+def test_what_differs_in_options_does_not_share_and_nobody_changes_anybodys_answer(model: Any) -> None:
+    sampled = {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "max_tokens": 20}
+    grammar = json.dumps({"type": "regex", "regex": "(Madrid|Paris), [0-9]{3}"})
+    requests: list[Request] = [
+        (COUNT, {**sampled, "seed": 1}),
+        (QUESTIONS[0], {}),
+        (QUESTIONS[1], {}),
+        (COUNT, {**sampled, "seed": 2}),
+        (QUESTIONS[0], {"response_format": grammar}),
+        (COUNT, {**sampled, "seed": 1}),
+        (user("What is the capital of Nepal? " * 80), {"max_tokens": 30}),
+    ]
+    lanes = lanes_of(model, requests)
+    assert [lane.rows for lane in lanes] == [(0,), (1, 2), (3,), (4,), (5,), (6,)]
+    answers = in_turns(lanes)
+    for number, (row, params) in enumerate(requests):
+        forget(model)
+        assert answers[number].text == ask(model, row, **params).text
+    assert answers[0].text == answers[5].text != answers[3].text
+    assert re.fullmatch("(Madrid|Paris), [0-9]{3}", answers[4].text)
+
+
+def test_a_newcomer_gets_its_turns_while_a_batch_runs(model: Any) -> None:
+    (batch,) = lanes_of(model, [(COUNT, {"max_tokens": 200}), (user("Tell me a long story"), {})])
+    for _ in range(5):
+        next(batch)
+    (newcomer,) = lanes_of(model, [(QUESTIONS[0], {})])
+    steps = 0
+    while next(newcomer, None) is not None:
+        steps += 1
+        assert next(batch)
+    newcomer.close()
+    batch.close()
+    assert 5 < steps < 40
+    assert in_use(model) == 0
+
+
+def test_a_batch_whose_rows_are_nearly_all_whole_goes_on_in_a_smaller_generator(model: Any) -> None:
+    short: list[Request] = [(question, {}) for question in QUESTIONS[:3]]
+    (batch,) = lanes_of(model, [(COUNT, {"max_tokens": 150}), *short])
+    batched_room = in_use(model)
+    answers = in_turns([batch])
+    forget(model)
+    assert answers[0].text == ask(model, COUNT, max_tokens=150).text
+    forget(model)
+    (again,) = lanes_of(model, [(COUNT, {"max_tokens": 150}), *short])
+    whole = 0
+    while whole < 3:
+        whole += sum(isinstance(item, dict) for _, item in next(again))
+    next(again)
+    next(again)
+    assert in_use(model) < batched_room / 2
+    again.close()
+    assert len(kept(model)) == 1, "alone again, it can be of use to others"
+
+
+def test_a_request_at_fault_is_refused_alone(model: Any) -> None:
+    refused, batch = lanes_of(model, [(QUESTIONS[0], {}), (COUNT, {"max_tokens": 0}), (QUESTIONS[1], {})])
+    assert refused.rows == (1,)
+    with pytest.raises(ValueError, match="bad_request: max_tokens"):
+        next(refused)
+    refused.close()
+    assert in_turns([batch])[2].text == "The capital of Japan is Tokyo."
+
+
+# --- Stopping -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 7])
+def test_a_lane_that_is_closed_gives_its_memory_back_and_disturbs_nobody(model: Any, steps: int) -> None:
+    sampled = {"temperature": 2.0, "seed": 3, "max_tokens": 25}
+    lanes = lanes_of(model, [(QUESTIONS[0], {}), (COUNT, {}), (COUNT, sampled), (QUESTIONS[1], {})])
+    assert len(lanes) == 3
+    before = [pair for _ in range(steps) for lane in lanes for pair in next(lane)]
+    lanes[0].close()
+    lanes[0].close()
+    answers = in_turns(lanes[1:], before=before)
+    assert answers[3].text == "The capital of Japan is Tokyo."
+    assert in_use(model) == 0
+    forget(model)
+    assert answers[2].text == ask(model, COUNT, **sampled).text
+
+
+def test_a_prompt_that_was_stopped_in_its_prefill_goes_on_where_it_was(model: Any) -> None:
+    long = user("What is the capital of Nepal? " * 60)
+    (lane,) = lanes_of(model, [(long, {"max_tokens": 20})])
+    for _ in range(4):
+        assert next(lane) == []
+    lane.close()
+    again = ask(model, long, max_tokens=20)
+    assert again.usage["cached_tokens"] == 4 * 64 - 1
+    forget(model)
+    assert again.text == ask(model, long, max_tokens=20).text
+
+
+# --- Kept prefixes --------------------------------------------------------------------------------------
+
+
+def test_chats_that_take_turns_keep_their_prefixes(model: Any) -> None:
+    chats = [[{"role": "system", "content": f"You are helper {number}. " * 12}] for number in range(3)]
+    for turn, country in enumerate(COUNTRIES[:4]):
+        for messages in chats:
+            messages.append({"role": "user", "content": f"What is the capital of {country}?"})
+            answer = ask(model, {"messages": messages}, max_tokens=30)
+            new_tokens = answer.usage["prompt_tokens"] - answer.usage["cached_tokens"]
+            assert turn == 0 or new_tokens < 30
+            messages.append({"role": "assistant", "content": answer.text})
+    assert len(kept(model)) == 3
+
+
+def test_a_fixed_system_prompt_is_prefilled_once(model: Any) -> None:
+    system = {"role": "system", "content": "You are a helpful assistant of few words. " * 20}
+    for number, question in enumerate(QUESTIONS):
+        answer = ask(model, {"messages": [system, *question["messages"]]}, max_tokens=20)
+        if number:
+            assert answer.usage["cached_tokens"] > 150
+            assert answer.usage["prompt_tokens"] - answer.usage["cached_tokens"] < 30
+
+
+def test_a_few_common_tokens_do_not_cost_a_long_chat_its_prefix(model: Any) -> None:
+    long = user("What is the capital of Nepal? " * 60)
+    ask(model, long, max_tokens=5)
+    ask(model, QUESTIONS[0])
+    again = ask(model, long, max_tokens=5)
+    assert again.usage["cached_tokens"] == again.usage["prompt_tokens"] - 1
+
+
+def test_kept_prefixes_and_running_ones_share_a_bounded_memory(folder: Path) -> None:
+    model = load(folder, kv_bytes=3000 * TOKEN_BYTES, context_tokens=1024)
+    sessions = model.unwrap_python_model()._engine.sessions
+    assert sessions.limit == 3000
+    for number in range(30):
+        ask(model, user(f"{number} is a number. " * (1 + number % 13 * 5)), max_tokens=16)
+        assert sum(kept(model)) <= 3000
+    assert len(kept(model)) > 2
+    requests = [(user(f"{number} and more. " * 60), {"max_tokens": 100}) for number in range(8)]
+    lanes = lanes_of(model, requests)
+    started = len(lanes)
+    assert 2 <= started < 8
+    assert in_use(model) + sum(kept(model)) <= 3000
+    assert lanes_of(model, requests[started:]) == []
+    lanes[0].close()
+    lanes.extend(lanes_of(model, requests[started:]))
+    assert len(lanes) == started + 1
+    for lane in lanes:
+        lane.close()
+
+
+def test_without_a_bound_of_its_own_one_context_is_the_bound(folder: Path) -> None:
+    model = load(folder, context_tokens=512)
+    assert model.unwrap_python_model()._engine.sessions.limit == 512
+    for question in QUESTIONS:
+        ask(model, question)
+    assert sum(kept(model)) <= 512
+
+
+# --- Features that have to hold together ----------------------------------------------------------------
+
+SCHEMAS: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 3},
+    {"enum": ["yes", "no", None]},
+    {
+        "type": "object",
+        "properties": {"a": {"type": "array", "items": {"type": "boolean"}}, "b": {"type": "number"}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    },
+]
+
+
+def formats() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    for number, schema in enumerate(SCHEMAS):
+        for options in ({}, {"temperature": 2.0, "seed": number}):
+            for max_tokens in (4, 300):
+                yield schema, {**options, "max_tokens": max_tokens}
+
+
+def test_a_guided_answer_parses_whenever_it_stopped_by_itself(model: Any) -> None:
+    stopped = cut = 0
+    for schema, options in formats():
+        response_format = json.dumps({"type": "json_schema", "json_schema": {"schema": schema}})
+        answer = ask(model, QUESTIONS[0], response_format=response_format, **options)
+        if answer.finish_reason == "stop":
+            stopped += 1
+            json.loads(answer.text)
+        else:
+            cut += 1
+            assert answer.usage["completion_tokens"] == options["max_tokens"]
+    assert stopped >= 4
+    assert cut >= 4
+
+
+def test_a_small_top_p_is_greedy_and_options_left_open_are_the_packages(
+    sample_model: Path, tmp_path: Path, model: Any
+) -> None:
+    greedy = ask(model, COUNT, max_tokens=20).text
+    assert ask(model, COUNT, temperature=5.0, top_p=0.001, top_k=0, max_tokens=20).text == greedy
+    options = {"temperature": 5.0, "top_k": 1}
+    package = build_package(sample_model, tmp_path / "hot", name="hot", signature="chat", options=options)
+    hot = load(package.folder)
+    assert ask(hot, COUNT, max_tokens=20).text == greedy
+    assert ask(hot, COUNT, temperature=0.0, max_tokens=20).text == greedy
+    wild = {ask(hot, COUNT, top_k=1000, top_p=1.0, seed=seed, max_tokens=20).text for seed in range(3)}
+    assert len(wild) > 1
+    assert wild == {
+        ask(hot, COUNT, top_k=1000, top_p=1.0, seed=seed, max_tokens=20).text for seed in range(3)
+    }
+
+
+def test_usage_counts_exactly_what_was_encoded_and_generated(model: Any) -> None:
+    engine = model.unwrap_python_model()._engine
+    for question in (*QUESTIONS[:3], COUNT):
+        answer = ask(model, question)
+        prompt = engine.prompts.chat(question["messages"])
+        assert answer.usage["prompt_tokens"] == len(prompt)
+        assert answer.usage["completion_tokens"] == len(engine._tokenizer.encode(answer.text))
+        assert 0 <= answer.usage["cached_tokens"] < len(prompt)
+        assert answer.usage["total_tokens"] == len(prompt) + answer.usage["completion_tokens"]
