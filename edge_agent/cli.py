@@ -496,6 +496,13 @@ def models_verify(invocation: Invocation, as_json: bool) -> None:
     "--registry", metavar="URI", help="http(s)://… or sqlite:///…; the settings' registry by default."
 )
 @click.option("--alias", help="Moved to the new version, as the last step.")
+@click.option(
+    "--flavor",
+    type=click.Choice(["onnx", "transformers"]),
+    default="onnx",
+    show_default=True,
+    help="What DIR is: the model builder's, or a Hugging Face folder with safetensors weights.",
+)
 @click.option("--signature", type=click.Choice(["chat", "prompt"]), default="chat", show_default=True)
 @click.option(
     "--option", "options", multiple=True, metavar="K=V", help="Generation default; may be repeated."
@@ -517,19 +524,21 @@ def publish(
     name: str,
     registry: str | None,
     alias: str | None,
+    flavor: Any,
     signature: Any,
     options: tuple[str, ...],
     golden: Path | None,
     sign_key: Path | None,
     as_json: bool,
 ) -> None:
-    """Package a folder made by the onnxruntime-genai model builder and register it.
+    """Package a folder made by the onnxruntime-genai model builder, or a Hugging Face folder, and register it.
 
     \b
     Examples:
       edge-agent publish ./phi3-int4 --name phi3-mini --alias prod --registry http://localhost:5000
       edge-agent publish ./phi3-int4 --name phi3-mini --registry sqlite:////srv/registry.db \\
           --signature prompt --option max_length=300 --option temperature=0.2
+      edge-agent publish ./phi3-hf --name phi3-hf --alias prod --flavor transformers
     """
     from edge_agent import publishing
 
@@ -542,6 +551,7 @@ def publish(
             name=name,
             registry_uri=uri,
             alias=alias,
+            flavor=flavor,
             signature=signature,
             options=dict(_key_value(option) for option in options),
             golden=golden,

@@ -1,10 +1,11 @@
-"""The MLflow package: the wrapper's file, the ONNX folder, the signature, the manifest.
+"""The MLflow package: the wrapper's file and the ONNX folder, or a Hugging Face folder; signature, manifest.
 
 Owns a package's content. No path of the machine that packs it gets in, and what it makes is held against the
 same policy that a device applies. Flow (`build_package`):
     source.check_*      what is asked for
     _save               MLmodel, wrapper, input example, requirements, by MLflow itself
-    _add_onnx           the folder, as hard links where the file system allows it
+                        (for the transformers flavor: hugging_face.py)
+    _add_files          the folder, as hard links where the file system allows it
     trial.try_out       one real answer and the golden prompts
     _write_manifest     every file with size and sha256; then the signature over all of it
 """
@@ -25,9 +26,10 @@ from edge_agent.errors import ContentError, PublishError
 from edge_agent.models import manifest as manifests
 from edge_agent.models import trust
 from edge_agent.models.manifest import Manifest, ManifestFile
+from edge_agent.publishing import hugging_face, trial
 from edge_agent.publishing import source as sources
-from edge_agent.publishing import trial
 
+Flavor = Literal["onnx", "transformers"]
 Progress = Callable[[str, int, int], None]
 """Called with the step's name, bytes done and bytes in all (0: not known)."""
 
@@ -68,6 +70,7 @@ def build_package(
     destination: Path,
     *,
     name: str,
+    flavor: Flavor = "onnx",
     signature: Literal["chat", "prompt"] = "chat",
     options: Mapping[str, object],
     golden: Path | Sequence[Mapping[str, Any]] | None = None,
@@ -77,7 +80,8 @@ def build_package(
     """Makes a package in `destination`, which must not exist yet.
 
     Args:
-        source_dir: folder made by the model builder; only read.
+        source_dir: folder made by the model builder, or by `save_pretrained`; only read.
+        flavor: which of the two it is.
         options: see `source.OPTIONS`.
         golden: see `source.read_golden`.
         sign_key: PEM private key; the package gets `model.sig`.
@@ -93,14 +97,23 @@ def build_package(
         _signing()
         if not sign_key.is_file():
             raise PublishError(f"signing key {sign_key} is not a file")
-    files = sources.check_folder(source_dir)
-    checked = sources.check_options(options)
-    sources.check_length(source_dir, checked)
-    prompts = sources.read_golden(golden)
-    _save(destination, name=name, signature=signature, options=checked, golden=prompts)
-    _add_onnx(source_dir, files, destination, report)
+    checked, prompts = sources.check_options(options), sources.read_golden(golden)
+    if flavor == "transformers":
+        trial.need_transformers()
+        checkpoint = hugging_face.check_checkpoint(source_dir, sources.list_files(source_dir))
+        sources.check_length(checkpoint.context_tokens, checked)
+        _save_checkpoint(destination, checkpoint, signature=signature, options=checked, golden=prompts)
+        files = {
+            target: path for target, path in checkpoint.files.items() if target not in checkpoint.rewritten
+        }
+    else:
+        found = sources.check_folder(source_dir)
+        sources.check_length(sources.context_of(source_dir), checked)
+        _save(destination, name=name, signature=signature, options=checked, golden=prompts)
+        files = {f"artifacts/{ARTIFACT}/{path.as_posix()}": source_dir / path for path in found}
+    _add_files(files, destination, report)
     report("try", 0, 0)
-    trial.try_out(destination, EXAMPLES[signature], prompts)
+    trial.try_out(destination, EXAMPLES[signature], prompts, flavor=flavor)
     manifest = _write_manifest(name, destination, report)
     try:
         trust.decide(destination, manifest, registered_name=name)
@@ -158,18 +171,39 @@ def _save(
     model.save(str(destination / "MLmodel"))
 
 
-def _add_onnx(source_dir: Path, files: Sequence[Path], destination: Path, report: Progress) -> None:
-    target = destination / "artifacts" / ARTIFACT
-    total = sum((source_dir / file).stat().st_size for file in files)
+def _save_checkpoint(
+    destination: Path,
+    checkpoint: hugging_face.Checkpoint,
+    *,
+    signature: str,
+    options: Mapping[str, int | float],
+    golden: list[dict[str, Any]],
+) -> None:
+    trial.calm_libraries()
+    from edge_agent.publishing.signature import seed_signature
+
+    hugging_face.save(
+        destination,
+        checkpoint,
+        signature=seed_signature(signature),
+        chat=signature == "chat",
+        options=options,
+        metadata={GOLDEN_KEY: golden} if golden else None,
+    )
+
+
+def _add_files(files: Mapping[str, Path], destination: Path, report: Progress) -> None:
+    """Puts each file where the package has it."""
+    total = sum(path.stat().st_size for path in files.values())
     done = 0
-    for file in files:
+    for target, path in files.items():
         report("copy", done, total)
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        (destination / target).parent.mkdir(parents=True, exist_ok=True)
         try:
-            _link_or_copy(source_dir / file, target / file)
+            _link_or_copy(path, destination / target)
         except OSError as error:
-            raise PublishError(f"{source_dir / file} cannot be copied: {error.strerror}") from error
-        done += (source_dir / file).stat().st_size
+            raise PublishError(f"{path} cannot be copied: {error.strerror}") from error
+        done += path.stat().st_size
     report("copy", done, total)
 
 

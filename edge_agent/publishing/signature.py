@@ -24,6 +24,12 @@ def model_signature(kind: str) -> ModelSignature:
     )
 
 
+def seed_signature(kind: str) -> ModelSignature:
+    """The same without params: MLflow's transformers flavor would hand each of them on to the library."""
+    declared = model_signature(kind)
+    return ModelSignature(inputs=declared.inputs, outputs=declared.outputs)
+
+
 def _params() -> ParamSchema:
     """Every option of a request; None, or an empty list, means not given."""
     return ParamSchema(

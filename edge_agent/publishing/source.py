@@ -79,9 +79,7 @@ def check_folder(folder: Path) -> list[Path]:
     Raises:
         PublishError: something is missing, or a device would refuse it; the file is named.
     """
-    if not folder.is_dir():
-        raise PublishError(f"{folder} is not a folder")
-    files = sorted(_files(folder))
+    files = list_files(folder)
     config_file = folder / genai_options.FILE_NAME
     if not config_file.is_file():
         raise PublishError(f"{folder} has no {genai_options.FILE_NAME}", remedy=_REBUILD)
@@ -98,15 +96,33 @@ def check_folder(folder: Path) -> list[Path]:
     return files
 
 
-def check_length(folder: Path, options: Mapping[str, int | float]) -> None:
-    """Refuses a `max_length` that the model has no context for.
+def list_files(folder: Path) -> list[Path]:
+    """Every file of a folder, relative to it and sorted.
 
     Raises:
-        PublishError: it is more than the model's context.
+        PublishError: it is no folder, or has something else than files and folders in it.
     """
+    if not folder.is_dir():
+        raise PublishError(f"{folder} is not a folder")
+    return sorted(_files(folder))
+
+
+def context_of(folder: Path) -> int:
+    """The longest context of a model builder's folder, in tokens."""
     model = json.loads((folder / genai_options.FILE_NAME).read_bytes()).get("model", {})
-    context_tokens = model.get("context_length", 0)
-    if options.get("max_length", 0) > context_tokens:
+    return int(model.get("context_length", 0))
+
+
+def check_length(context_tokens: int, options: Mapping[str, int | float]) -> None:
+    """Refuses a `max_length` that the model has no context for.
+
+    Args:
+        context_tokens: the model's own; 0 where nobody knows it.
+
+    Raises:
+        PublishError: it is more than that.
+    """
+    if 0 < context_tokens < options.get("max_length", 0):
         raise PublishError(
             f"option max_length={options['max_length']} is more than the model's context of {context_tokens}"
         )

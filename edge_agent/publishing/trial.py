@@ -1,19 +1,23 @@
 """One real answer before a package leaves this machine.
 
-Owns the check that a package loads and answers through plain `mlflow.pyfunc`, and that its golden prompts
-get the answers they expect. It runs in the publisher's process, which has imported everything already.
+Owns the check that a package loads and answers, through plain `mlflow.pyfunc` or as devices load it, and that its
+golden prompts get the answers they expect. It runs in the publisher's process, which has imported everything already.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import PublishError
+
+Ask = Callable[[Mapping[str, Any], int], str]
+"""(messages or prompt, new tokens at most) → the answer's text."""
 
 EXAMPLE_TOKENS = 16
 GOLDEN_TOKENS = 128
@@ -25,23 +29,36 @@ def calm_libraries() -> None:
     os.environ.update(ORT_DISABLE_TELEMETRY="1", MLFLOW_DISABLE_TELEMETRY="true", HF_HUB_OFFLINE="1")
 
 
-def try_out(folder: Path, example: Mapping[str, Any], golden: Sequence[Mapping[str, Any]]) -> None:
+def need_transformers() -> None:
+    """A package of the transformers flavor is tried out like every other.
+
+    Raises:
+        PublishError: the libraries for it are missing.
+    """
+    if missing := [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]:
+        raise PublishError(
+            f"publishing the transformers flavor tries the model out, and {' and '.join(missing)} is missing",
+            remedy="install edge-agent[transformers]",
+        )
+
+
+def try_out(
+    folder: Path, example: Mapping[str, Any], golden: Sequence[Mapping[str, Any]], *, flavor: str = "onnx"
+) -> None:
     """Loads the package and lets it answer.
 
     Raises:
         PublishError: it does not load, does not answer, or answers a golden prompt wrongly.
     """
     calm_libraries()
-    import mlflow.pyfunc
-
     try:
-        model = mlflow.pyfunc.load_model(str(folder))
-        _answer(model, example, EXAMPLE_TOKENS)
-        answers = [_answer(model, _input(entry), entry.get("max_tokens", GOLDEN_TOKENS)) for entry in golden]
+        ask = _asker(folder) if flavor == "onnx" else _device(folder)
+        ask(example, EXAMPLE_TOKENS)
+        answers = [ask(_input(entry), entry.get("max_tokens", GOLDEN_TOKENS)) for entry in golden]
     except Exception as error:  # the library may raise anything
         text = " ".join(str(error).split())[:600]
         raise PublishError(f"the model cannot answer: {type(error).__name__}: {text}") from error
-    del model
+    del ask
     gc.collect()  # its weights are not needed for the upload
     for number, (entry, answer) in enumerate(zip(golden, answers, strict=True), 1):
         if not re.search(entry["expect"], answer):
@@ -55,10 +72,30 @@ def _input(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: entry[key]}
 
 
-def _answer(model: Any, row: Mapping[str, Any], max_tokens: int) -> str:
-    params = {"max_tokens": max_tokens, "temperature": 0.0}
-    if set(row) <= set(model.metadata.get_input_schema().input_names()):
-        answer = model.predict(dict(row), params=params)
-    else:  # a form that the signature does not have: devices ask the wrapper itself, too
-        answer = model.unwrap_python_model().predict(None, dict(row), params)
-    return answer if isinstance(answer, str) else str(answer[0]["choices"][0]["message"]["content"])
+def _asker(folder: Path) -> Ask:
+    """Asks through plain MLflow, as any MLflow server does."""
+    import mlflow.pyfunc
+
+    model = mlflow.pyfunc.load_model(str(folder))
+
+    def ask(row: Mapping[str, Any], max_tokens: int) -> str:
+        params = {"max_tokens": max_tokens, "temperature": 0.0}
+        if set(row) <= set(model.metadata.get_input_schema().input_names()):
+            answer = model.predict(dict(row), params=params)
+        else:  # a form that the signature does not have: devices ask the wrapper itself, too
+            answer = model.unwrap_python_model().predict(None, dict(row), params)
+        return answer if isinstance(answer, str) else str(answer[0]["choices"][0]["message"]["content"])
+
+    return ask
+
+
+def _device(folder: Path) -> Ask:
+    """Asks as a device does: MLflow's own wrapper of the transformers flavor knows no greedy answer."""
+    from edge_agent.runner import loader
+
+    model = loader.load(folder, context_tokens=1 << 20, max_tokens=GOLDEN_TOKENS, threads=0)
+
+    def ask(row: Mapping[str, Any], max_tokens: int) -> str:
+        return model.ask({**row, "max_tokens": max_tokens, "temperature": 0.0})[0]
+
+    return ask

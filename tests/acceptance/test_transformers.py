@@ -1,6 +1,7 @@
 """A model logged with MLflow's transformers flavor, from the registry to the answer: the same contract as ONNX."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from edge_agent.models import manifest as manifests
+from edge_agent.models import trust
 from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support.client import Client, chat, connected
+from tests.support.keys import KeyPair, make_keys
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, clean_environment, running_daemon
@@ -48,6 +52,54 @@ def device(broker: Broker, mlflow_server: Server, pipeline: str) -> Iterator[Dae
     with running_daemon(settings) as daemon:
         wait_for_state(daemon, "ready", 180)
         yield daemon
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyPair:
+    return make_keys(tmp_path_factory.mktemp("keys"), "publisher")
+
+
+@pytest.fixture(scope="module")
+def released(
+    device: Daemon,
+    mlflow_server: Server,
+    pipeline: str,
+    keys: KeyPair,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Version 2, published by the command from a Hugging Face folder as a hub has it; its folder on the device."""
+    folder = tmp_path_factory.mktemp("release")
+    shutil.copytree(SAMPLE_HF, folder / "hf")
+    config = json.loads((SAMPLE_HF / "config.json").read_text())
+    remote = {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "_name_or_path": str(folder)}
+    (folder / "hf" / "config.json").write_text(json.dumps({**config, **remote}))
+    (folder / "hf" / "configuration_phi3.py").write_text("raise SystemExit('this must never run')")
+    (folder / "hf" / "LICENSE").write_text("whose it is")
+    golden = [{"messages": [{"role": "user", "content": SPAIN}], "expect": "Madrid"}]
+    (folder / "golden.json").write_text(json.dumps(golden))
+    result = device.cli(
+        *(
+            "publish",
+            str(folder / "hf"),
+            "--name",
+            pipeline,
+            "--alias",
+            "prod",
+            "--registry",
+            mlflow_server.uri,
+        ),
+        *("--flavor", "transformers", "--golden", str(folder / "golden.json"), "--option", "max_tokens=64"),
+        *("--sign-key", str(keys.private), "--json"),
+        timeout_s=300,
+    )
+    assert result.returncode == 0, result.stderr
+    published = json.loads(result.stdout)
+    assert (published["name"], published["version"], published["alias"]) == (pipeline, 2, "prod")
+    pulled = device.cli("models", "pull", "assistant", "--json", timeout_s=300)
+    assert pulled.returncode == 0, pulled.stderr
+    document = json.loads(pulled.stdout)
+    assert (document["version"], document["digest"]) == (2, published["digest"])
+    return device.state_dir / "models" / "versions" / "assistant" / f"2-{published['digest'][:12]}"
 
 
 @pytest.fixture
@@ -157,6 +209,54 @@ def test_a_deadline_ends_a_long_answer(client: Client, device: Daemon) -> None:
     assert answer.status == 408
     assert client.ask(chat(SPAIN, temperature=0)).text == MADRID
     assert [child.pid for child in device.runners()] == [runner.pid]
+
+
+def test_a_published_folder_takes_over_through_the_gate(
+    client: Client, device: Daemon, released: Path
+) -> None:
+    answer = client.ask(chat(SPAIN))
+    assert (answer.text, answer.properties["version"]) == (MADRID, "2")
+    model = device.status()["models"][0]
+    assert model["flavor"].startswith("transformers ")
+    assert model["previous"].startswith("1-")
+
+
+def test_a_published_folder_is_data_signed_and_says_nothing_of_its_maker(
+    released: Path, keys: KeyPair, pipeline: str
+) -> None:
+    manifest = manifests.parse((released / manifests.MANIFEST_NAME).read_bytes())
+    decision = trust.decide(released, manifest, registered_name=pipeline, public_keys=[str(keys.public)])
+    assert (decision.rule, decision.signed) == (trust.Rule.NO_CODE, True)
+    paths = {file.path for file in manifest.files}
+    assert {"MLmodel", "LICENSE", "model/model.safetensors", "components/tokenizer/tokenizer.json"} <= paths
+    assert not [path for path in paths if path.endswith(".py")]
+    weights = (released / "model" / "model.safetensors").read_bytes()
+    assert weights == (SAMPLE_HF / "model.safetensors").read_bytes()
+    own = (str(ROOT), str(Path.home()) + "/", "release", sys.prefix, "auto_map")
+    for file in released.rglob("*"):
+        if file.is_file() and file.suffix != ".safetensors":
+            assert not [text for text in own if text.encode() in file.read_bytes()], file
+
+
+def test_a_published_folder_answers_in_mlflow_alone(released: Path, tmp_path: Path) -> None:
+    """Where no agent is installed: what `mlflow models serve` does with it."""
+    program = (
+        "import json, sys, mlflow.pyfunc; model = mlflow.pyfunc.load_model(sys.argv[1]);"
+        "print(json.dumps(model.predict(json.loads(sys.argv[2]))))"
+    )
+    row = json.dumps({"messages": [{"role": "user", "content": SPAIN}], "max_tokens": 20})
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(released), row],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env=clean_environment({"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}),
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    (completion,) = json.loads(result.stdout.splitlines()[-1])
+    assert completion["choices"][0]["message"]["content"] == MADRID
 
 
 def test_the_runner_has_no_connection_but_its_own(device: Daemon) -> None:

@@ -66,9 +66,9 @@ def test_a_folder_gives_its_files_sorted(tmp_path: Path) -> None:
 
 def test_max_length_beyond_the_context_is_refused(tmp_path: Path) -> None:
     folder = genai_folder(tmp_path / "model")
-    source.check_length(folder, {"max_length": 128})
+    source.check_length(source.context_of(folder), {"max_length": 128})
     with pytest.raises(PublishError, match="max_length=129 is more than the model's context of 128"):
-        source.check_length(folder, {"max_length": 129})
+        source.check_length(source.context_of(folder), {"max_length": 129})
 
 
 def test_a_folder_that_is_no_model_is_refused_with_what_to_do(tmp_path: Path) -> None:

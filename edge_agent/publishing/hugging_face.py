@@ -1,0 +1,202 @@
+"""A Hugging Face folder as a package of MLflow's transformers flavor.
+
+Owns which files of such a folder travel, and the MLmodel that names them. The weights are not loaded and not
+rewritten for it: MLflow's own `save_model` would hold them in memory and write them again, and puts this
+machine's path into the package. Refuses pickled weights, and whatever devices refuse.
+
+`auto_map` in the configuration names Python files of its author. They do not travel, so neither does the key:
+transformers has classes of its own for the architectures that devices load.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_agent.errors import PublishError
+
+CONFIG = "config.json"
+MODEL_FOLDER, TOKENIZER_FOLDER = "model", "components/tokenizer"
+REQUIREMENTS = ("mlflow==3.17.*", "transformers>=5.0,<6", "torch>=2.6", "safetensors>=0.4")
+
+_MODEL_FILES = (CONFIG, "generation_config.json")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md")
+_FLAVOR_OPTIONS = {"max_tokens": "max_new_tokens"}
+_MAX_JSON_BYTES = 64 << 20
+_SAVE = "save it again with transformers: model.save_pretrained(DIR)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder that can be packaged.
+
+    Attributes:
+        files: where a file goes in the package → where it is now.
+        rewritten: where a file goes → its content without what must not travel.
+        architecture: the model's class in transformers.
+        context_tokens: the model's longest context, 0 where its configuration does not say.
+    """
+
+    files: Mapping[str, Path]
+    rewritten: Mapping[str, bytes]
+    architecture: str
+    context_tokens: int
+
+
+def check_checkpoint(folder: Path, files: Sequence[Path]) -> Checkpoint:
+    """Checks a folder made by `save_pretrained`, or downloaded from a hub.
+
+    Args:
+        files: its files, relative to it.
+
+    Raises:
+        PublishError: something is missing, or a device would refuse it; the file is named.
+    """
+    names = {path.name for path in files if path.parent == Path()}
+    if CONFIG not in names:
+        raise PublishError(f"{folder} has no {CONFIG}: it is no Hugging Face folder")
+    config = _read_object(folder / CONFIG)
+    if "adapter_config.json" in names:
+        raise PublishError(f"{folder} holds an adapter", remedy="merge it into its base model first")
+    if config.get("quantization_config"):
+        raise PublishError(
+            f"{folder / CONFIG} has a quantization_config, which needs more libraries than devices have",
+            remedy="publish the weights in float16 or bfloat16, or as ONNX for onnxruntime-genai",
+        )
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise PublishError(f"{folder / CONFIG} names no architecture", remedy=_SAVE)
+    if not names & set(_TOKENIZERS):
+        raise PublishError(f"{folder} has no tokenizer", remedy="tokenizer.save_pretrained(DIR)")
+    chosen = {f"{MODEL_FOLDER}/{name}": folder / name for name in (*_MODEL_FILES, *_weights(folder, names))}
+    chosen |= {f"{TOKENIZER_FOLDER}/{name}": folder / name for name in _TOKENIZER_FILES}
+    chosen |= {name: folder / name for name in _LICENSES}
+    chosen = {target: path for target, path in chosen.items() if path.name in names}
+    context_tokens = config.get("max_position_embeddings")
+    return Checkpoint(
+        files=chosen,
+        rewritten={
+            target: data
+            for target, path in chosen.items()
+            if path.name in (CONFIG, "tokenizer_config.json") and (data := _without_remote_code(path))
+        },
+        architecture=architectures[0],
+        context_tokens=context_tokens if isinstance(context_tokens, int) else 0,
+    )
+
+
+def save(
+    destination: Path,
+    checkpoint: Checkpoint,
+    *,
+    signature: Any,
+    chat: bool,
+    options: Mapping[str, int | float],
+    metadata: Mapping[str, Any] | None,
+) -> None:
+    """Writes MLmodel and the environment's files into a new folder; the checkpoint's files come beside them.
+
+    Args:
+        signature: MLflow's `ModelSignature`.
+        chat: whether MLflow itself serves it as llm/v1/chat, elsewhere than on a device.
+    """
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    destination.mkdir(parents=True)
+    config = {_FLAVOR_OPTIONS.get(name, name): value for name, value in options.items()}
+    if config.get("temperature"):
+        config["do_sample"] = True
+    else:
+        config.pop("temperature", None)  # the library refuses 0, and is greedy without it
+    python_version = platform.python_version()
+    model = Model(
+        signature=signature, metadata={**(metadata or {}), **({"task": "llm/v1/chat"} if chat else {})}
+    )
+    mlflow.pyfunc.add_to_model(
+        model,
+        loader_module="mlflow.transformers",
+        conda_env="conda.yaml",
+        python_env="python_env.yaml",
+        model_config=config or None,
+    )
+    model.flavors["python_function"]["python_version"] = python_version
+    model.add_flavor(
+        "transformers",
+        components=["tokenizer"],
+        instance_type="TextGenerationPipeline",
+        model_binary=MODEL_FOLDER,
+        pipeline_model_type=checkpoint.architecture,
+        task="text-generation",
+        tokenizer_type="AutoTokenizer",
+        transformers_version=_transformers_version(),
+        **({"inference_task": "llm/v1/chat"} if chat else {}),
+    )
+    model.save(str(destination / "MLmodel"))
+    lines = "".join(f"- {requirement}\n" for requirement in REQUIREMENTS)
+    (destination / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n")
+    (destination / "python_env.yaml").write_text(
+        f"python: {python_version}\nbuild_dependencies: []\ndependencies:\n- -r requirements.txt\n"
+    )
+    (destination / "conda.yaml").write_text(
+        f"name: mlflow-env\nchannels:\n- conda-forge\ndependencies:\n- python={python_version}\n- pip\n- pip:\n"
+        + "".join(f"  {line}\n" for line in lines.splitlines())
+    )
+    for target, data in checkpoint.rewritten.items():
+        (destination / target).parent.mkdir(parents=True, exist_ok=True)
+        (destination / target).write_bytes(data)
+
+
+def _weights(folder: Path, names: set[str]) -> list[str]:
+    """The safetensors files, and their index where there are several."""
+    index = "model.safetensors.index.json"
+    if index in names:
+        mapping = _read_object(folder / index).get("weight_map")
+        parts = sorted({str(name) for name in mapping.values()}) if isinstance(mapping, dict) else []
+        if missing := [name for name in parts if name not in names]:
+            raise PublishError(f"{folder / index} names {missing[0]!r}, which is not there")
+        found = [index, *parts]
+    else:
+        found = [name for name in ("model.safetensors",) if name in names]
+    if not found:
+        raise PublishError(f"{folder} has no safetensors weights", remedy=_SAVE)
+    return found
+
+
+def _without_remote_code(path: Path) -> bytes | None:
+    """A configuration without `auto_map` and without the place it came from; None where it has neither."""
+    document = _read_object(path)
+    cleaned = {key: value for key, value in document.items() if key not in ("auto_map", "_name_or_path")}
+    if cleaned == document:
+        return None
+    return json.dumps(cleaned, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise PublishError(f"{path} has more than {_MAX_JSON_BYTES} bytes")
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise PublishError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise PublishError(f"{path} is not JSON") from error
+    if not isinstance(document, dict):
+        raise PublishError(f"{path} is not an object")
+    return document
+
+
+def _transformers_version() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("transformers")

@@ -1,0 +1,93 @@
+"""Which Hugging Face folders can be published."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.errors import PublishError
+from edge_agent.publishing import hugging_face, source
+
+SAMPLE_HF = Path(__file__).parents[1] / "models" / "sample_hf"
+
+
+def check(folder: Path) -> hugging_face.Checkpoint:
+    return hugging_face.check_checkpoint(folder, source.list_files(folder))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(SAMPLE_HF, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_the_samples_files_go_to_their_places() -> None:
+    checkpoint = check(SAMPLE_HF)
+    assert sorted(checkpoint.files) == [
+        "components/tokenizer/chat_template.jinja",
+        "components/tokenizer/tokenizer.json",
+        "components/tokenizer/tokenizer_config.json",
+        "model/config.json",
+        "model/generation_config.json",
+        "model/model.safetensors",
+    ]
+    assert (checkpoint.architecture, checkpoint.context_tokens) == ("Phi3ForCausalLM", 2048)
+    assert checkpoint.rewritten == {}
+
+
+def test_what_is_no_part_of_the_model_stays_here(folder: Path) -> None:
+    for name in ("README.md", "modeling_phi3.py", "pytorch_model.bin", "training_args.bin", "LICENSE"):
+        (folder / name).write_text("x")
+    configure(folder, auto_map={"AutoConfig": "a.B"}, _name_or_path="/home/somebody")
+    checkpoint = check(folder)
+    assert set(checkpoint.files) - set(check(SAMPLE_HF).files) == {"LICENSE"}
+    (data,) = checkpoint.rewritten.values()
+    assert json.loads(data) == json.loads((SAMPLE_HF / "config.json").read_text())
+
+
+def test_weights_in_several_files_travel_with_their_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights = [path for path in check(folder).files if "safetensors" in path]
+    assert weights == ["model/model.safetensors.index.json", "model/model-00001-of-00001.safetensors"]
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def lost_part(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "it is no Hugging Face folder"),
+        (lambda folder: (folder / "config.json").write_text("["), "is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "is not an object"),
+        (lambda folder: configure(folder, architectures=None), "names no architecture"),
+        (lambda folder: configure(folder, quantization_config={"bits": 4}), "quantization_config"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge it into its base model"),
+        (lambda folder: (folder / "link").symlink_to("/etc/passwd"), "symbolic link"),
+        (pickle_only, "no safetensors weights; save it again"),
+        (lost_part, "'../other.safetensors', which is not there"),
+        (shutil.rmtree, "is not a folder"),
+    ],
+)
+def test_what_a_device_would_refuse_is_refused_here(
+    folder: Path, edit: Callable[[Path], object], reason: str
+) -> None:
+    edit(folder)
+    with pytest.raises(PublishError, match=reason):
+        check(folder)
