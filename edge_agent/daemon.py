@@ -37,7 +37,7 @@ from edge_agent.errors import (
     UnknownModel,
 )
 from edge_agent.models import choice
-from edge_agent.models.lifecycle import ModelLifecycle, Serving, lifecycle_of, quarantined
+from edge_agent.models.lifecycle import ModelLifecycle, Serving, lifecycles_of, quarantined
 from edge_agent.models.operations import Operations, run_operation
 from edge_agent.models.store import Store
 from edge_agent.models.updates import Updates
@@ -89,7 +89,7 @@ class Daemon:
         self._lock = _only_daemon(settings.state_dir)
         self._rebuilt = self._store.state().rebuilt
         self._journal = Journal(settings.state_dir / "journal.db", moment=clock.now())
-        self._lifecycles = {name: lifecycle_of(settings, name, self._store) for name in settings.models}
+        self._lifecycles = lifecycles_of(settings, self._store)
         self._updates = Updates(settings, self._store, self._lifecycles)
         self._operations = Operations(settings, self._store, self._lifecycles, self._updates)
         self._desired_problem = ""

@@ -181,6 +181,12 @@ class LoadFailed(RunnerError):
     code = "load_failed"
 
 
+class MemoryShort(EdgeAgentError):
+    """A model's weights alone take more memory than there is: no fault of the model."""
+
+    code = "memory_short"
+
+
 class PublishError(EdgeAgentError):
     """A folder cannot be packaged or registered."""
 

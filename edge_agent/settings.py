@@ -185,8 +185,15 @@ class TrustSettings(_Section):
 class InferenceSettings(_Section):
     """How models run."""
 
-    threads: int = Field(default=0, ge=0, le=1024, description="for one operation; 0: the library's choice")
-    memory_limit_bytes: Bytes = Field(default=0, description="a new version above it is reported; 0: none")
+    threads: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="for one operation; 0: measured once for each model, and remembered",
+    )
+    memory_limit_bytes: Bytes = Field(
+        default=0, description="of all runners together; 0: what the host and its cgroup allow"
+    )
     drain_s: Seconds = Field(default=20, description="at SIGTERM, for the running prompt")
 
 

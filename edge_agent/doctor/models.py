@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edge_agent.doctor.finding import Finding, fail, ok, warn
-from edge_agent.models.lifecycle import estimated_bytes
+from edge_agent.models.learned import Learned
+from edge_agent.models.memory_budget import MemoryBudget
 from edge_agent.models.store import Store
+from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.runner.memory import available_bytes
 from edge_agent.settings import Settings
 from edge_agent.terminal import human_bytes
@@ -22,11 +24,15 @@ def check(settings: Settings) -> Iterator[Finding]:
 def _check_memory(settings: Settings) -> Iterator[Finding]:
     """All models that load at start, together, and one more: an update is loaded beside the active version."""
     store = Store(settings.state_dir)
+    budget = MemoryBudget(0, learned=Learned(store.learned_file))
     found = {}
-    for name in settings.models:
+    for name, model in settings.models.items():
         records = store.versions(name)
         if records:
-            found[name] = max(estimated_bytes(record) for record in records)
+            found[name] = max(
+                budget.expected_bytes(record, store.folder(record), model.context_tokens)
+                for record in records
+            )
     if not found:
         yield ok(
             "models.memory", f"{human_bytes(available_bytes())} available; no version is in the cache yet"
@@ -35,7 +41,7 @@ def _check_memory(settings: Settings) -> Iterator[Finding]:
     # What the daemon has loaded already is not available any more: it must not be asked for twice.
     needed = sum(found.values())
     available = available_bytes() + loaded_bytes()
-    line = f"{human_bytes(needed)} estimated for {', '.join(found)}, {human_bytes(available)} available"
+    line = f"{human_bytes(needed)} expected for {', '.join(found)}, {human_bytes(available)} available"
     if needed > available:
         yield fail(
             "models.memory", line, "take a smaller model, or preload = false and idle_unload_s for some"
@@ -61,7 +67,25 @@ def _check_threads(settings: Settings) -> Iterator[Finding]:
     elif threads:
         yield ok("models.threads", f"{threads}, by inference.threads")
     else:
-        yield ok("models.threads", "the library's choice; inference.threads overrules it")
+        yield from _check_measured_threads(settings)
+
+
+def _check_measured_threads(settings: Settings) -> Iterator[Finding]:
+    store = Store(settings.state_dir)
+    choice = ThreadChoice(0, learned=Learned(store.learned_file))
+    state = store.state()
+    active = {name: state.model(name).active for name in settings.models}
+    records = [record for name, key in active.items() if key and (record := store.record(name, key))]
+    if not records:
+        yield ok("models.threads", "chosen when a model is loaded for the first time")
+    for record in records:
+        found = choice.candidates(record.digest)
+        said = (
+            f"{found[0]} threads"
+            if len(found) == 1
+            else f"not measured yet, one of {', '.join(map(str, found))}"
+        )
+        yield ok("models.threads", f"{record.name}: {said}; inference.threads overrules it")
 
 
 def loaded_bytes() -> int:

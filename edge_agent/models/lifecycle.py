@@ -15,27 +15,34 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 
 from edge_agent.errors import (
     ContentError,
     EdgeAgentError,
     LoadFailed,
+    MemoryShort,
     PolicyError,
+    PromptError,
     RunnerError,
     StoreError,
     VerificationError,
 )
 from edge_agent.models import fsck, trust
+from edge_agent.models.learned import Learned
+from edge_agent.models.memory_budget import MemoryBudget
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.state import ModelState
 from edge_agent.models.store import Store, check_file
-from edge_agent.runner.memory import available_bytes
+from edge_agent.models.thread_choice import ThreadChoice
+from edge_agent.runner.memory import peak_bytes, resident_bytes
 from edge_agent.runner.process import RunnerProcess, environment
 from edge_agent.runner.protocol import Load, Loaded
+from edge_agent.runner.threads import measure
 from edge_agent.settings import ModelSettings, Settings
 
 log = logging.getLogger(__name__)
@@ -43,6 +50,8 @@ log = logging.getLogger(__name__)
 LOAD_TIMEOUT_S = 600.0
 """A large model from a slow card."""
 GATE_TIMEOUT_S = 300.0
+THREADED_FLAVOR = "onnxruntime-genai"
+"""The flavor whose number of threads is measured."""
 MAX_TRIES = 3
 """A candidate that this many agents died trying is not tried again."""
 MAX_LOAD_FAILURES = 2
@@ -50,9 +59,8 @@ MAX_CRASHES = 3
 CRASH_WINDOW_S = 600.0
 RETRY_FIRST_S, RETRY_LAST_S = 1.0, 60.0
 
-_RUNNER_BYTES = 300 << 20
-_LOAD_FACTOR = 1.3
-"""A loaded model takes its files' size, a part of it twice, and what the libraries take."""
+_PEAK_GROWTH = 1.05
+"""A peak is written down again when it has grown by this much: a write is not free on a flash card."""
 
 
 class GateFailed(ContentError):
@@ -76,14 +84,16 @@ class Loading:
     """How versions are loaded: what lifecycles get from the settings.
 
     Attributes:
-        threads: for one operation; 0 leaves it to the library.
+        threads: how many threads a version runs on.
+        budget: memory, shared by all models of this process.
         verify: check every digest before a load.
         public_keys, allow_unsigned_code: `[trust]`, held against each version before each load.
-        memory_limit_bytes: for one runner; 0 for none.
+        memory_limit_bytes: for all runners; 0 for none.
     """
 
     settings: ModelSettings
-    threads: int
+    threads: ThreadChoice
+    budget: MemoryBudget
     verify: bool
     public_keys: tuple[str, ...]
     allow_unsigned_code: bool
@@ -110,11 +120,13 @@ class Lease:
 
 @dataclass(kw_only=True)
 class _Seat:
-    """A loaded version."""
+    """A loaded version; `peak_bytes` is the most memory that is written down of its runner."""
 
     runner: RunnerProcess
     record: VersionRecord
     loaded: Loaded
+    context_tokens: int
+    peak_bytes: int = 0
 
 
 class ModelLifecycle:
@@ -129,6 +141,7 @@ class ModelLifecycle:
 
     Attributes:
         gate_report: what the last gate measured that fell short without being an error, empty when nothing did.
+        memory_report: what the last load had to do without, empty when it had all that it wanted.
     """
 
     def __init__(
@@ -136,6 +149,7 @@ class ModelLifecycle:
     ) -> None:
         self.name = name
         self.gate_report = ""
+        self.memory_report = ""
         self._loading = loading
         self._store = store
         self._start_runner = start_runner
@@ -144,6 +158,7 @@ class ModelLifecycle:
         self._seat: _Seat | None = None
         self._starting: set[RunnerProcess] = set()
         self._leased = False
+        self._giving_up = False
         self._exchanging = False
         self._closed = False
         self._serving = Serving.ABSENT
@@ -155,6 +170,7 @@ class ModelLifecycle:
         self._remember(store.state().model(name))
         if self._active is not None:
             self._serving = Serving.LOADING if loading.settings.preload else Serving.IDLE
+        loading.budget.join(self)
 
     # --- The dispatcher's side -------------------------------------------------------------------------
 
@@ -212,10 +228,11 @@ class ModelLifecycle:
             log.info("candidate starts model=%s version=%s", self.name, key)
             if self._active is None:  # prompts wait for it instead of being told that there is nothing
                 self._set_unseated(None, Serving.LOADING, f"version {record.version} is being loaded")
-            if self._state.active not in (None, key) and not self._fits_beside(record):
-                log.info("memory holds one model only: the active one stops first model=%s", self.name)
-                self._vacate()
             try:
+                if self._state.active not in (None, key) and not self._fits_beside(record):
+                    self._loading.budget.check_weights(record)
+                    log.info("memory holds one model only: the active one stops first model=%s", self.name)
+                    self._vacate()
                 seat = self._load(record)
                 self._gate(seat)
                 self._exchange(seat)
@@ -273,19 +290,41 @@ class ModelLifecycle:
     def unload_when_idle(self) -> None:
         """Stops a runner that nobody has used for `idle_unload_s`; the dispatcher asks between prompts."""
         idle_s = self._loading.settings.idle_unload_s
+        idle = idle_s and not self._leased and time.monotonic() - self._used_at_s >= idle_s
+        if idle and self.give_up_memory():
+            log.info("unloaded when idle model=%s", self.name)
+
+    def give_up_memory(self) -> bool:
+        """Stops the runner: now, when nobody uses it, else after the running prompt. The next one loads it again.
+
+        Returns:
+            True when it was stopped.
+        """
         with self._changed:
-            if not idle_s or self._seat is None or self._leased or self._exchanging:
-                return
-            if time.monotonic() - self._used_at_s < idle_s:
-                return
-            seat, self._seat = self._seat, None
+            if self._seat is None or self._leased or self._exchanging:
+                self._giving_up = self._leased
+                return False
+            seat, self._seat, self._giving_up = self._seat, None, False
             self._serving = Serving.IDLE
-        log.info("unloaded when idle model=%s version=%s", self.name, seat.record.key)
+        self._note_peak(seat)
         seat.runner.stop()
+        return True
+
+    def last_used_s(self) -> float:
+        """Monotonic seconds."""
+        return self._used_at_s
+
+    def resident_bytes(self) -> int:
+        """What this model's runners have in memory now."""
+        with self._changed:
+            runners = {*self._starting, *([self._seat.runner] if self._seat else [])}
+        return sum(resident_bytes(runner.pid) for runner in runners)
 
     def wanted_now(self) -> bool:
-        """True when the active version should be loaded though no prompt waits."""
-        return self._loading.settings.preload and self._serving is not Serving.IDLE
+        """True when the active version should be loaded, and is not, though no prompt waits."""
+        seat = self._seat
+        loaded = seat is not None and seat.runner.alive
+        return self._loading.settings.preload and self._serving is not Serving.IDLE and not loaded
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -306,6 +345,7 @@ class ModelLifecycle:
             seat, self._seat = self._seat, None
             starting = list(self._starting)
             self._changed.notify_all()
+        self._loading.budget.leave(self)
         for runner in starting:
             runner.kill()
         if seat is not None:
@@ -348,7 +388,7 @@ class ModelLifecycle:
             "digest": record.digest if record else None,
             "flavor": seat.loaded.flavor if seat else None,
             "state": str(self._serving),
-            "reason": self._reason or self.gate_report,
+            "reason": self._reason or "; ".join(filter(None, (self.gate_report, self.memory_report))),
         }
 
     def versions(self) -> dict[str, object]:
@@ -386,7 +426,7 @@ class ModelLifecycle:
         another cause: then it is tried again, a bounded number of times.
         """
         reason = str(error)
-        if self._closed:
+        if self._closed or isinstance(error, MemoryShort):
             self._change(lambda state: state.given_up())
         elif isinstance(error, GateFailed | LoadFailed | PolicyError):
             self._change(lambda state: state.refused(key, reason))
@@ -397,7 +437,7 @@ class ModelLifecycle:
 
     def _take_seat(self) -> _Seat | None:
         with self._changed:
-            if self._closed or self._exchanging:
+            if self._closed or self._exchanging or self._giving_up:
                 return None
             if self._seat is not None and self._seat.runner.alive:
                 self._leased = True
@@ -425,6 +465,7 @@ class ModelLifecycle:
             return True
 
     def _give_back(self, seat: _Seat) -> None:
+        self._note_peak(seat)
         with self._changed:
             self._leased = False
             self._used_at_s = time.monotonic()
@@ -436,6 +477,8 @@ class ModelLifecycle:
                 self._seat = None
                 self._serving, self._reason = Serving.LOADING, "the runner died and is started again"
             self._changed.notify_all()
+        if self._giving_up:  # another model waits for the memory
+            self.give_up_memory()
 
     def _vacate(self) -> None:
         """Between two prompts, stops the runner and keeps the seat empty until `_resume`."""
@@ -502,7 +545,9 @@ class ModelLifecycle:
         try:
             if isinstance(error, VerificationError):
                 self._set_damage_aside(record)
-            if isinstance(error, VerificationError | PolicyError):
+            if isinstance(error, MemoryShort):
+                stepped = False  # another version would not help, or it would be the wrong one to keep
+            elif isinstance(error, VerificationError | PolicyError):
                 stepped = self._step_back(record, None, because=reason)
             else:
                 stepped = self._failures >= MAX_LOAD_FAILURES and self._step_back(
@@ -558,41 +603,90 @@ class ModelLifecycle:
             EdgeAgentError: damaged, or it does not load; no runner is left.
         """
         self._hold_to_policy(record)
-        with self._store.lease(record) as folder:
-            if self._loading.verify:
-                for file in record.files:
-                    check_file(folder / file.path, file)
-            started_s = time.monotonic()
-            settings = self._loading.settings
-            runner = self._start_runner()
-            with self._changed:
-                self._starting.add(runner)
-                closed = self._closed
+        wanted_tokens = self._loading.settings.context_tokens
+        with (
+            self._store.lease(record) as folder,
+            self._loading.budget.admit(self, record, folder, wanted_tokens) as admission,
+        ):
+            candidates = self._loading.threads.candidates(record.digest)
+            seat = self._start(record, folder, admission.context_tokens, candidates[0])
+            if len(candidates) > 1 and seat.loaded.flavor.startswith(THREADED_FLAVOR):
+                seat = self._choose_threads(seat, folder, candidates)
+            self.memory_report = admission.warning
+        return seat
+
+    def _choose_threads(self, seat: _Seat, folder: Path, candidates: Sequence[int]) -> _Seat:
+        """Measures a version that is new on this host with each number of threads, one after the other, so
+        that memory holds it once; the fastest stays."""
+        rates: dict[int, float] = {}
+        record, context_tokens = seat.record, seat.context_tokens
+        for threads in candidates:
+            if rates:
+                seat.runner.stop()
+                seat = self._start(record, folder, context_tokens, threads)
+            rates[threads] = self._measure(seat)
+        best = self._loading.threads.choose(record.digest, rates)
+        if best != threads:
+            seat.runner.stop()
+            seat = self._start(record, folder, context_tokens, best)
+        return seat
+
+    def _measure(self, seat: _Seat) -> float:
+        with self._kept_while_starting(seat.runner):
             try:
-                if closed:
-                    raise RunnerError("the agent is stopping")
+                return measure(seat.runner, signature=seat.loaded.signature)
+            except PromptError as error:  # too slow, or no room for a prompt: then nothing is learned
+                log.warning("speed not measured model=%s reason=%r", self.name, str(error))
+                return 0.0
+
+    def _start(self, record: VersionRecord, folder: Path, context_tokens: int, threads: int) -> _Seat:
+        """One runner with the version loaded. Its bytes are checked while it imports its libraries.
+
+        Raises:
+            EdgeAgentError: damaged, or it does not load; no runner is left.
+        """
+        started_s = time.monotonic()
+        runner = self._start_runner()
+        with self._kept_while_starting(runner):
+            try:
+                if self._loading.verify:
+                    for file in record.files:
+                        check_file(folder / file.path, file)
                 loaded = runner.load(
                     Load(
                         folder=str(folder),
-                        context_tokens=settings.context_tokens,
-                        max_tokens=settings.max_tokens,
-                        threads=self._loading.threads,
+                        context_tokens=context_tokens,
+                        max_tokens=self._loading.settings.max_tokens,
+                        threads=threads,
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
                 )
-            except BaseException as error:
-                runner.kill()
-                if isinstance(error, RunnerError) and not self._closed:
+            except RunnerError:
+                if not self._closed:
                     log.warning("runner output model=%s output=%r", self.name, runner.last_output())
                 raise
-            finally:
-                with self._changed:
-                    self._starting.discard(runner)
         log.info(
-            "model loaded model=%s version=%s flavor=%r pid=%d load_ms=%.0f",
-            self.name, record.key, loaded.flavor, runner.pid, (time.monotonic() - started_s) * 1000,
+            "model loaded model=%s version=%s flavor=%r pid=%d threads=%d load_ms=%.0f",
+            self.name, record.key, loaded.flavor, runner.pid, threads, (time.monotonic() - started_s) * 1000,
         )  # fmt: skip
-        return _Seat(runner=runner, record=record, loaded=loaded)
+        return _Seat(runner=runner, record=record, loaded=loaded, context_tokens=context_tokens)
+
+    @contextmanager
+    def _kept_while_starting(self, runner: RunnerProcess) -> Iterator[None]:
+        """`close` finds the runner though no seat has it yet; it is dead when the block fails."""
+        with self._changed:
+            self._starting.add(runner)
+            closed = self._closed
+        try:
+            if closed:
+                raise RunnerError("the agent is stopping")
+            yield
+        except BaseException:
+            runner.kill()
+            raise
+        finally:
+            with self._changed:
+                self._starting.discard(runner)
 
     def _hold_to_policy(self, record: VersionRecord) -> None:
         """Settings may have become stricter since the version was let in.
@@ -615,18 +709,11 @@ class ModelLifecycle:
         Raises:
             EdgeAgentError: a golden prompt failed, or the candidate died or took too long; its runner is gone.
         """
-        with self._changed:
-            self._starting.add(seat.runner)
-        try:
+        with self._kept_while_starting(seat.runner):
             tried = seat.runner.try_out(timeout_s=GATE_TIMEOUT_S)
             if tried.failures:
                 raise GateFailed("; ".join(tried.failures[:3]))
-        except BaseException:
-            seat.runner.kill()
-            raise
-        finally:
-            with self._changed:
-                self._starting.discard(seat.runner)
+        self._note_peak(seat)
         shortfalls = []
         least, limit_bytes = self._loading.settings.min_tokens_per_s, self._loading.memory_limit_bytes
         if least and tried.tokens_per_s < least:
@@ -639,7 +726,15 @@ class ModelLifecycle:
 
     def _fits_beside(self, record: VersionRecord) -> bool:
         """Whether memory is likely to hold a second model while the first goes on answering."""
-        return available_bytes() > estimated_bytes(record)
+        folder, tokens = self._store.folder(record), self._loading.settings.context_tokens
+        return self._loading.budget.fits_beside(record, folder, tokens)
+
+    def _note_peak(self, seat: _Seat) -> None:
+        """What the next load of this version should expect; of the runner's whole life so far."""
+        peak = peak_bytes(seat.runner.pid) if seat.runner.alive else 0
+        if peak > seat.peak_bytes * _PEAK_GROWTH:
+            seat.peak_bytes = peak
+            self._loading.budget.note_peak(seat.record, context_tokens=seat.context_tokens, peak_bytes=peak)
 
     def _set_unseated(self, record: VersionRecord | None, serving: Serving, reason: str) -> bool:
         """Notes what became of loading `record`, unless another version has been seated or chosen meanwhile."""
@@ -651,18 +746,27 @@ class ModelLifecycle:
             return True
 
 
-def estimated_bytes(record: VersionRecord) -> int:
-    """Memory that a runner of this version is likely to take."""
-    return round(record.total_bytes * _LOAD_FACTOR) + _RUNNER_BYTES
+def lifecycles_of(settings: Settings, store: Store) -> dict[str, ModelLifecycle]:
+    """The lifecycles of all configured models; they share one memory budget."""
+    budget = MemoryBudget(settings.inference.memory_limit_bytes, learned=Learned(store.learned_file))
+    return {name: lifecycle_of(settings, name, store, budget) for name in settings.models}
 
 
-def lifecycle_of(settings: Settings, name: str, store: Store) -> ModelLifecycle:
-    """The lifecycle of one configured model, with runners as the settings want them."""
+def lifecycle_of(
+    settings: Settings, name: str, store: Store, budget: MemoryBudget | None = None
+) -> ModelLifecycle:
+    """The lifecycle of one configured model, with runners as the settings want them.
+
+    Args:
+        budget: shared with other models; None for one of its own.
+    """
+    learned = Learned(store.learned_file)
     return ModelLifecycle(
         name,
         loading=Loading(
             settings=settings.models[name],
-            threads=settings.inference.threads,
+            threads=ThreadChoice(settings.inference.threads, learned=learned),
+            budget=budget or MemoryBudget(settings.inference.memory_limit_bytes, learned=learned),
             verify=settings.cache.verify_on_load,
             public_keys=settings.trust.public_keys,
             allow_unsigned_code=settings.trust.allow_unsigned_code,

@@ -13,7 +13,7 @@ from typing import Any
 
 from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
 from edge_agent.models import bundle, eviction, fsck
-from edge_agent.models.lifecycle import ModelLifecycle, lifecycle_of
+from edge_agent.models.lifecycle import ModelLifecycle, lifecycles_of
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.store import Store
 from edge_agent.models.sync_process import SyncResult
@@ -266,5 +266,5 @@ def without_daemon(settings: Settings) -> tuple[Operations, Mapping[str, ModelLi
     """The same operations in this process; the caller closes the lifecycles."""
     store = Store(settings.state_dir)
     store.create()
-    lifecycles = {name: lifecycle_of(settings, name, store) for name in settings.models}
+    lifecycles = lifecycles_of(settings, store)
     return Operations(settings, store, lifecycles, Updates(settings, store, lifecycles)), lifecycles

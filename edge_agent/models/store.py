@@ -56,6 +56,7 @@ class Store:
         self.staging_root = self.root / "staging"
         self.damaged_root = self.root / "damaged"
         self.prepared_root = self.root / "prepared"
+        self.learned_file = self.root / "learned.json"
         self._state_file = self.root / "state.json"
         self._lock_file = self.root / "lock"
 

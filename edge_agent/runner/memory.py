@@ -1,54 +1,54 @@
-"""How much memory a new runner may expect: what the host has free, within this process's cgroup."""
+"""Memory of this host and of a runner, as the kernel counts it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
+from edge_agent.runner import cgroup
+
+_NOT_KNOWN = 1 << 62
 
 
 def available_bytes() -> int:
-    """Bytes that can be taken without swapping. Source: proc(5) MemAvailable; cgroup v2 memory.max."""
-    limits = [_host_bytes(), *_cgroup_bytes()]
-    return max(0, min(limits))
+    """Bytes that can be taken without swapping, within this process's control groups.
+
+    Source: proc(5) MemAvailable.
+    """
+    in_groups = cgroup.memory_left_bytes()
+    host = _field(Path("/proc/meminfo"), "MemAvailable")
+    limits = [limit for limit in (host, in_groups) if limit is not None]
+    return min(limits, default=_NOT_KNOWN)
 
 
-def _host_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62
+def resident_bytes(pid: int) -> int:
+    """Bytes that a process has in memory now; 0 when it is gone."""
+    return _field(Path(f"/proc/{pid}/status"), "VmRSS") or 0
 
 
-def _cgroup_bytes() -> list[int]:
-    """What each cgroup v2 above this process still allows; none on a host without them."""
+def peak_bytes(pid: int) -> int:
+    """The most bytes that a process has had in memory at once; 0 when it is gone."""
+    return _field(Path(f"/proc/{pid}/status"), "VmHWM") or 0
+
+
+def _field(file: Path, name: str) -> int | None:
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        for line in file.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
     except OSError:
-        return []
-    path = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
-    if path is None:
-        return []
-    folder, found = _CGROUP_ROOT / path, []
-    while folder != _CGROUP_ROOT.parent:
-        maximum, current = _number(folder / "memory.max"), _number(folder / "memory.current")
-        if maximum is not None and current is not None:
-            found.append(maximum - current + _cache_bytes(folder))
-        folder = folder.parent
-    return found
+        return None
+    return None
 
 
-def _cache_bytes(folder: Path) -> int:
-    """File pages that the kernel would rather drop than refuse memory."""
-    try:
-        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
-
-
-def _number(file: Path) -> int | None:
-    try:
-        return int(file.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None  # missing, or "max"
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that still run."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name in parentheses may have anything in it.
+            fields = status.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z" and int(fields[1]) == pid:
+            found.append(int(status.parent.name))
+    return sorted(found)

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from edge_agent import settings as settings_module
 from edge_agent.publishing import Published, publish_folder
+from edge_agent.settings import Settings
 from tests.support.client import Client, connected
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
-from tests.support.processes import Daemon, running_daemon, wait_until
+from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
 
 SAMPLE = "sample"
 
@@ -64,3 +66,16 @@ def old_client(broker: Broker, agent: Daemon) -> Iterator[Client]:
     """A client that speaks MQTT 3.1.1."""
     with connected(broker, version5=False) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def pulled(mlflow_server: Server, published: Published, broker: Broker) -> Iterator[Settings]:
+    """Settings of a device whose cache has the sample model, and that no daemon works in. Tests leave it so."""
+    with short_folder() as folder:
+        device = Daemon(folder, settings_for(broker, mlflow_server.uri))
+        try:
+            result = device.cli("models", "pull", timeout_s=120)
+            assert result.returncode == 0, result.stderr
+            yield settings_module.load(device.config_file)
+        finally:
+            device.close()

@@ -1,0 +1,134 @@
+"""`learned.json`: what was measured on this device and is worth knowing at the next load.
+
+For each model version (by digest) on a host (by `runner.host.identity`): the number of threads that decodes
+fastest, and the peak memory of its runners by context. Nothing depends on it: a missing or damaged file is
+an empty one, and what it said is measured again. Bounded: the entries noted longest ago go first.
+
+Any thread and any process: each change reads the file, changes one entry and replaces the file whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edge_agent.models import durable
+
+log = logging.getLogger(__name__)
+
+MAX_ENTRIES = 64
+MAX_PEAKS = 8
+_MAX_BYTES = 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One version on one host.
+
+    Attributes:
+        threads: the number that was fastest, 0 when none was measured.
+        tokens_per_s: what each measured number of threads decoded.
+        peaks: bytes of resident memory, by the context in tokens that the runner was loaded with.
+        noted_at: seconds since the epoch.
+    """
+
+    digest: str
+    host: str
+    threads: int = 0
+    tokens_per_s: Mapping[int, float] = field(default_factory=dict)
+    peaks: Mapping[int, int] = field(default_factory=dict)
+    noted_at: float = 0.0
+
+
+class Learned:
+    """The file. Holds nothing but its place and a lock between this process's threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+
+    def entries(self) -> list[Entry]:
+        """Everything that is known, noted longest ago first."""
+        try:
+            with self._path.open("rb") as file:
+                data = file.read(_MAX_BYTES + 1)
+        except OSError:
+            return []
+        try:
+            if len(data) > _MAX_BYTES:
+                raise ValueError("too long")
+            document = json.loads(data)
+            if document["format"] != 1:
+                raise ValueError("format")
+            return [_entry(fields) for fields in document["entries"]]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+            log.warning(
+                "learned.json is damaged, everything is measured again reason=%s", type(error).__name__
+            )
+            return []
+
+    def of(self, digest: str, host: str) -> Entry:
+        """What is known of a version on a host; an empty entry when nothing is."""
+        known = (entry for entry in self.entries() if (entry.digest, entry.host) == (digest, host))
+        return next(known, Entry(digest=digest, host=host))
+
+    def note_threads(
+        self, digest: str, host: str, *, threads: int, tokens_per_s: Mapping[int, float]
+    ) -> None:
+        """Remembers the number of threads to take, and what it was chosen from."""
+        rates = {count: round(rate, 2) for count, rate in tokens_per_s.items()}
+        self._note(replace(self.of(digest, host), threads=threads, tokens_per_s=rates))
+
+    def note_peak(self, digest: str, host: str, *, context_tokens: int, peak_bytes: int) -> None:
+        """Remembers the most memory that a runner took, unless one has taken more."""
+        entry = self.of(digest, host)
+        if peak_bytes <= entry.peaks.get(context_tokens, 0):
+            return
+        others = {tokens: peak for tokens, peak in entry.peaks.items() if tokens != context_tokens}
+        kept = dict(list(others.items())[-(MAX_PEAKS - 1) :])
+        self._note(replace(entry, peaks={**kept, context_tokens: peak_bytes}))
+
+    def _note(self, entry: Entry) -> None:
+        with self._lock:
+            others = [e for e in self.entries() if (e.digest, e.host) != (entry.digest, entry.host)]
+            entries = [*others, replace(entry, noted_at=time.time())][-MAX_ENTRIES:]
+            document = {"format": 1, "entries": [_fields(each) for each in entries]}
+            try:
+                durable.make_folder(self._path.parent)
+                durable.write_file(self._path, json.dumps(document, indent=1).encode() + b"\n")
+            except OSError as error:  # it is measured again at the next load
+                log.warning("not remembered file=%s reason=%r", self._path, error.strerror)
+
+
+def _fields(entry: Entry) -> dict[str, Any]:
+    return {
+        "digest": entry.digest,
+        "host": entry.host,
+        "threads": entry.threads,
+        "tokens_per_s": {str(count): rate for count, rate in entry.tokens_per_s.items()},
+        "peaks": {str(tokens): peak for tokens, peak in entry.peaks.items()},
+        "noted_at": entry.noted_at,
+    }
+
+
+def _entry(fields: Any) -> Entry:
+    return Entry(
+        digest=str(fields["digest"]),
+        host=str(fields["host"]),
+        threads=_count(fields["threads"], least=0),
+        tokens_per_s={_count(int(key)): float(rate) for key, rate in fields["tokens_per_s"].items()},
+        peaks={_count(int(key)): _count(peak) for key, peak in fields["peaks"].items()},
+        noted_at=float(fields["noted_at"]),
+    )
+
+
+def _count(value: object, *, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 62:
+        raise ValueError("count")
+    return value

@@ -1,0 +1,204 @@
+"""What all runners of this process may take together, and who has to go when another one needs room.
+
+Flow of `admit`: need (what was measured, else the estimate) against what is free → the model that nobody has
+used for longest gives up its runner, and so on; one that answers gives it up after that prompt → a smaller
+context, with a warning → refused only where the weights alone do not fit. A load that was admitted keeps its
+need reserved until its runner is loaded.
+
+One condition orders the decisions. Models that are asked to give up memory take their own locks; none of them
+may ask for memory while it holds one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from edge_agent.errors import MemoryShort, RunnerError
+from edge_agent.models.footprint import Footprint, footprint_of
+from edge_agent.models.learned import Learned
+from edge_agent.models.record import VersionRecord
+from edge_agent.runner import host
+from edge_agent.runner.memory import available_bytes
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 60.0
+"""For others to finish a load or a prompt; then the load goes on with a warning."""
+_POLL_S = 0.1
+
+
+class Tenant(Protocol):
+    """A model whose runners take memory."""
+
+    name: str
+
+    def resident_bytes(self) -> int:
+        """What its runners have in memory now."""
+        ...
+
+    def last_used_s(self) -> float:
+        """Monotonic seconds."""
+        ...
+
+    def give_up_memory(self) -> bool:
+        """Stops the runner: now, or after the prompts that it answers now. The next prompt loads it again.
+
+        Returns:
+            True when it was stopped.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """How a version may be loaded.
+
+    Attributes:
+        warning: why the context is smaller than wanted, or memory may not do; empty when all is well.
+    """
+
+    context_tokens: int
+    warning: str = ""
+
+
+class MemoryBudget:
+    """Any thread.
+
+    Args:
+        limit_bytes: for all runners together; 0 leaves it to the host and its control groups.
+        available: what the host has left now, in bytes.
+    """
+
+    def __init__(
+        self, limit_bytes: int, *, learned: Learned, available: Callable[[], int] = available_bytes
+    ) -> None:
+        self._limit_bytes = limit_bytes
+        self._learned = learned
+        self._available = available
+        self._host = host.identity()
+        self._deciding = threading.Condition()
+        self._tenants: list[Tenant] = []
+        self._reserved: dict[object, int] = {}
+
+    def join(self, tenant: Tenant) -> None:
+        with self._deciding:
+            self._tenants.append(tenant)
+
+    def leave(self, tenant: Tenant) -> None:
+        """The tenant is closed: it waits for no memory any more."""
+        with self._deciding:
+            self._tenants = [each for each in self._tenants if each is not tenant]
+            self._deciding.notify_all()
+
+    def fits_beside(self, record: VersionRecord, folder: Path, context_tokens: int) -> bool:
+        """Whether a version fits beside all that is loaded now."""
+        with self._deciding:
+            return self.expected_bytes(record, folder, context_tokens) <= self._free()
+
+    def expected_bytes(self, record: VersionRecord, folder: Path, context_tokens: int) -> int:
+        """What a runner of this version is likely to take: what one took here, else the estimate."""
+        return self._need(record, footprint_of(record, folder), context_tokens)
+
+    def check_weights(self, record: VersionRecord) -> None:
+        """Refuses what could not be loaded even if everything else stopped.
+
+        Raises:
+            MemoryShort: the weights alone take more.
+        """
+        with self._deciding:
+            held = sum(each.resident_bytes() for each in self._tenants)
+            self._refuse_weights(record, self._free() + held)
+
+    @contextmanager
+    def admit(
+        self, tenant: Tenant, record: VersionRecord, folder: Path, context_tokens: int
+    ) -> Iterator[Admission]:
+        """Makes room for a version and keeps it reserved for the block.
+
+        Args:
+            context_tokens: what the settings want.
+
+        Raises:
+            MemoryShort: the weights alone do not fit.
+        """
+        load = object()
+        with self._deciding:
+            footprint = footprint_of(record, folder)
+            need = self._need(record, footprint, context_tokens)
+            self._make_room(tenant, need)
+            free = self._free()
+            self._refuse_weights(record, free)
+            admission = Admission(context_tokens=context_tokens)
+            if need > free:
+                smaller = footprint.context_that_fits(free, context_tokens)
+                admission = Admission(
+                    context_tokens=smaller, warning=_warning(need, free, context_tokens, smaller)
+                )
+                log.warning("memory model=%s version=%s %s", record.name, record.key, admission.warning)
+            self._reserved[load] = min(need, free)
+        try:
+            yield admission
+        finally:
+            with self._deciding:
+                del self._reserved[load]
+                self._deciding.notify_all()
+
+    def note_peak(self, record: VersionRecord, *, context_tokens: int, peak_bytes: int) -> None:
+        """What a runner really took: it replaces the estimate from now on."""
+        self._learned.note_peak(
+            record.digest, self._host, context_tokens=context_tokens, peak_bytes=peak_bytes
+        )
+
+    def _need(self, record: VersionRecord, footprint: Footprint, context_tokens: int) -> int:
+        known = self._learned.of(record.digest, self._host).peaks.get(context_tokens)
+        return known or footprint.needed_bytes(context_tokens)
+
+    def _free(self) -> int:
+        """Bytes for another runner. What is reserved may be taken in part already: it counts as not yet."""
+        free = self._available()
+        if self._limit_bytes:
+            held = sum(tenant.resident_bytes() for tenant in self._tenants)
+            free = min(free, self._limit_bytes - held)
+        return max(0, free - sum(self._reserved.values()))
+
+    def _make_room(self, tenant: Tenant, need: int) -> None:
+        """Waits, and has other models unloaded, as long as that may help. Lets go of the lock meanwhile.
+
+        Raises:
+            RunnerError: the tenant was closed.
+        """
+        limit_s = time.monotonic() + WAIT_S
+        while need > self._free():
+            if tenant not in self._tenants:
+                raise RunnerError("the agent is stopping")
+            others = [each for each in self._tenants if each is not tenant and each.resident_bytes()]
+            oldest = min(others, key=lambda each: each.last_used_s(), default=None)
+            if oldest is not None and oldest.give_up_memory():
+                log.info("unloaded to make room model=%s for=%s", oldest.name, tenant.name)
+            elif time.monotonic() > limit_s or not (others or self._reserved):
+                return
+            else:
+                self._deciding.wait(_POLL_S)
+
+    def _refuse_weights(self, record: VersionRecord, free: int) -> None:
+        if record.total_bytes > free:
+            raise MemoryShort(
+                f"version {record.version} of {record.name} has {record.total_bytes} bytes of weights, "
+                f"and {free} bytes of memory are free for it",
+                remedy="use a smaller model, stop other programs, or raise inference.memory_limit_bytes "
+                "and the service's MemoryMax",
+            )
+
+
+def _warning(need: int, free: int, wanted_tokens: int, tokens: int) -> str:
+    what = f"about {need >> 20} MiB of memory are needed, {free >> 20} MiB are free"
+    return (
+        what if tokens == wanted_tokens else f"{what}: context of {tokens} tokens instead of {wanted_tokens}"
+    )
