@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edge_agent import settings as settings_module
 from edge_agent import terminal
 from edge_agent.errors import DaemonNotRunning, EdgeAgentError
+from edge_agent.private_broker import child_process, private_broker, tail
 from edge_agent.transport import control
 
 SAMPLE_MODEL = Path(__file__).parent / "sample_model"
@@ -34,7 +31,6 @@ DEVICE = "demo"
 
 _START_TIMEOUT_S = 120.0
 _ANSWER_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 30.0
 
 
 class DemoError(EdgeAgentError):
@@ -51,21 +47,19 @@ def run_demo(question: str, *, stay: bool, quiet: bool) -> dict[str, Any]:
         quiet: print nothing on stdout.
 
     Raises:
-        DemoError: a part is missing or did not start.
+        EdgeAgentError: a part is missing or did not start.
     """
-    broker_program = _find_mosquitto()
     with tempfile.TemporaryDirectory(prefix="edge-agent-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         registry_uri = f"sqlite:///{folder / 'registry.db'}"
+        port = stack.enter_context(private_broker(folder))
+        _say(f"mosquitto listens on 127.0.0.1:{port}")
         _say("registering the sample model in an embedded registry")
         _publish(registry_uri)
-        port = _free_port()
-        _say(f"starting mosquitto on 127.0.0.1:{port}")
-        stack.enter_context(_broker(broker_program, folder, port))
         config = _write_config(folder, registry_uri, port)
         _say("starting the agent; it pulls the model and loads it")
         stack.enter_context(
-            _process(
+            child_process(
                 [sys.executable, "-m", "edge_agent", "--config", str(config), "run"], folder / "agent.log"
             )
         )
@@ -102,70 +96,6 @@ def _write_config(folder: Path, registry_uri: str, port: int) -> Path:
     return config
 
 
-def _find_mosquitto() -> str:
-    path = shutil.which("mosquitto", path=os.pathsep.join((settings_module.search_path(), "/usr/sbin")))
-    if path is None:
-        raise DemoError(
-            "mosquitto is not installed",
-            remedy="run `./build.sh demo`, which brings a private copy, or install it",
-        )
-    return path
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def _broker(program: str, folder: Path, port: int) -> Iterator[None]:
-    config = folder / "mosquitto.conf"
-    lines = [
-        f"listener {port} 127.0.0.1",
-        "allow_anonymous true",
-        "set_tcp_nodelay true",
-        "persistence false",
-    ]
-    if os.geteuid() == 0:
-        lines.append("user root")  # it would change to a user that may not exist here
-    config.write_text("\n".join(lines) + "\n")
-    with _process([program, "-c", str(config)], folder / "mosquitto.log") as process:
-        limit_s = time.monotonic() + 10
-        while not _listens(port):
-            if process.poll() is not None or time.monotonic() > limit_s:
-                raise DemoError(f"mosquitto did not start: {_tail(folder / 'mosquitto.log')}")
-            time.sleep(0.02)
-        yield
-
-
-def _listens(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1):
-            return True
-    except OSError:
-        return False
-
-
-@contextlib.contextmanager
-def _process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A child that ends with the block; what it prints goes to a file."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 def _await_ready(folder: Path) -> dict[str, Any]:
     limit_s = time.monotonic() + _START_TIMEOUT_S
     with terminal.progress_bar() as report:
@@ -179,7 +109,7 @@ def _await_ready(folder: Path) -> dict[str, Any]:
                     raise DemoError(f"the agent could not bring the model: {model['update_problem']}")
                 report("models in the cache", status["cache"]["bytes"], status["cache"]["bytes"])
             time.sleep(0.1)
-    raise DemoError(f"the agent was not ready in {_START_TIMEOUT_S:.0f} s: {_tail(folder / 'agent.log')}")
+    raise DemoError(f"the agent was not ready in {_START_TIMEOUT_S:.0f} s: {tail(folder / 'agent.log')}")
 
 
 def _status(path: Path) -> dict[str, Any] | None:
@@ -261,7 +191,3 @@ Still running. Ask more from another terminal, until you press Ctrl-C here:
 
 def _say(line: str) -> None:
     print(f"demo: {line}", file=sys.stderr, flush=True)
-
-
-def _tail(log: Path) -> str:
-    return " | ".join(log.read_text(errors="replace").splitlines()[-5:])

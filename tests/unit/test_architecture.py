@@ -51,8 +51,14 @@ def test_prompts_and_models_do_not_know_each_other(folder: str, other: str) -> N
 @pytest.mark.parametrize(
     ("package", "owners"),
     [
-        ("paho", {"transport/mqtt.py", "demo/__init__.py", "doctor/broker.py"}),
-        ("onnxruntime_genai", {"runner/genai_pyfunc.py", "runner/loader.py", "demo/make_sample_model.py"}),
+        (
+            "paho",
+            {"transport/mqtt.py", "demo/__init__.py", "doctor/broker.py", "bench/mqtt_client.py"},
+        ),
+        (
+            "onnxruntime_genai",
+            {"runner/genai_pyfunc.py", "runner/loader.py", "demo/make_sample_model.py", "bench/bare.py"},
+        ),
         ("sqlite3", {"chat/journal.py"}),
     ],
 )
@@ -73,7 +79,7 @@ def test_the_environment_is_read_in_one_place() -> None:
         if "os.environ" in path.read_text("utf-8") or "os.getenv" in path.read_text("utf-8")
     }
     own_processes = {"models/registry.py", "models/sync.py", "publishing/register.py", "publishing/trial.py"}
-    assert users - own_processes - {"demo/make_sample_model.py"} == {"settings.py"}
+    assert users - own_processes - {"demo/make_sample_model.py", "bench/bandwidth.py"} == {"settings.py"}
 
 
 def test_the_daemon_imports_nothing_heavy() -> None:

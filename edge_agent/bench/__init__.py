@@ -1,0 +1,147 @@
+"""`edge-agent bench`: what the active model does on this device, and what each layer of the agent adds.
+
+    prompts made by the bare library → for each launch: bare, its own threads, pyfunc, runner, MQTT in turn
+    → medians → ratios with both of their sides
+
+One side is loaded at a time, each launch in new processes, so that a device that holds the model once can run it
+and drifts of the host meet all sides alike. Nothing of it touches the running daemon or its cache: the MQTT side
+is a daemon of its own, with links to the same blobs. This process imports no model library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import edge_agent
+from edge_agent.bench import report, sides
+from edge_agent.bench.line_child import BenchError, LineChild
+from edge_agent.bench.measurements import Measured, Prompts, Together, measure, measure_together
+from edge_agent.bench.sides import MqttSide, Side, Subject
+from edge_agent.errors import ContentError, NoModel, UnknownModel
+from edge_agent.models import genai_options, onnx_graph
+from edge_agent.models.learned import Learned
+from edge_agent.models.record import VersionRecord
+from edge_agent.models.store import Store
+from edge_agent.models.thread_choice import ThreadChoice
+from edge_agent.private_broker import BrokerMissing
+from edge_agent.runner import host, memory
+from edge_agent.settings import Settings
+
+_LEAST_BANDWIDTH_BYTES, _MOST_BANDWIDTH_BYTES = 64 << 20, 1 << 30
+
+
+def run_bench(
+    settings: Settings, *, model: str | None, launches: int, tokens: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measures the active version of a model.
+
+    Args:
+        model: a configured name; None for the default one.
+        launches: how often each side is started.
+        tokens: new tokens of each answer.
+        say: gets a line for each step.
+
+    Returns:
+        The document that `report` describes.
+
+    Raises:
+        NoModel: nothing is in the cache for this model.
+        EdgeAgentError: the version is no ONNX package, or a side does not run.
+    """
+    store = Store(settings.state_dir)
+    record = _active(settings, store, model)
+    with store.lease(record) as folder:
+        subject = _subject(settings, store, record, folder)
+        measured, together, notes = _measure(subject, launches=launches, tokens=tokens, say=say)
+        say("memory bandwidth")
+        roofline = {"bandwidth_bytes_per_s": _bandwidth(subject), "model_bytes": _bytes_a_token(subject)}
+    head = {
+        "model": record.name,
+        "version": record.version,
+        "digest": record.digest,
+        "host": host.identity(),
+        "agent_version": edge_agent.__version__,
+        "threads": subject.threads,
+        "context_tokens": subject.context_tokens,
+        "launches": launches,
+        "tokens": tokens,
+    }
+    return report.document(head, measured, together, roofline, notes)
+
+
+def _measure(
+    subject: Subject, *, launches: int, tokens: int, say: Callable[[str], None]
+) -> tuple[dict[str, Measured], Together | None, list[str]]:
+    say("prompts")
+    with sides.bare(subject, subject.threads) as side:
+        prompts = Prompts.made_by(side, context_tokens=subject.context_tokens, new_tokens=tokens)
+    starts: dict[str, Callable[[], AbstractContextManager[Side]]] = {
+        report.BARE: lambda: sides.bare(subject, subject.threads),
+        report.BARE_DEFAULT: lambda: sides.bare(subject, 0),
+        report.PYFUNC: lambda: sides.pyfunc(subject),
+        report.RUNNER: lambda: sides.runner(subject),
+        report.MQTT: lambda: sides.mqtt(subject),
+    }
+    measured = {name: Measured() for name in starts}
+    together, notes = Together(), list[str]()
+    for launch in range(launches):
+        for name in list(starts):
+            say(f"launch {launch + 1} of {launches}: {report.SIDE_NAMES[name]}")
+            try:
+                with starts[name]() as side_now:
+                    measure(side_now, prompts, tokens, measured[name])
+                    if isinstance(side_now, MqttSide):
+                        measure_together(side_now, prompts, tokens, together)
+            except BrokerMissing as error:
+                del starts[name], measured[name]
+                notes.append(f"nothing was measured over MQTT: {error}")
+    return measured, together if report.MQTT in measured else None, notes
+
+
+def _active(settings: Settings, store: Store, model: str | None) -> VersionRecord:
+    name = model or settings.default_model
+    if name is None:
+        raise NoModel("no model is configured", remedy="add a [models.NAME] table to the settings")
+    if name not in settings.models:
+        raise UnknownModel(f"no model is called {name!r} here; there are {', '.join(settings.models)}")
+    key = store.state().model(name).active
+    record = store.record(name, key) if key else None
+    if record is None:
+        raise NoModel(f"model {name!r} has no active version", remedy="run `edge-agent models pull`")
+    return record
+
+
+def _subject(settings: Settings, store: Store, record: VersionRecord, folder: Path) -> Subject:
+    options = [file.path for file in record.files if Path(file.path).name == genai_options.FILE_NAME]
+    if len(options) != 1:
+        raise BenchError(f"version {record.version} of {record.name} is no onnxruntime-genai model")
+    choice = ThreadChoice(settings.inference.threads, learned=Learned(store.learned_file))
+    return Subject(
+        settings=settings,
+        store=store,
+        record=record,
+        folder=folder,
+        onnx=(folder / options[0]).parent,
+        threads=choice.candidates(record.digest)[0],
+    )
+
+
+def _bandwidth(subject: Subject) -> float:
+    size = min(_MOST_BANDWIDTH_BYTES, max(_LEAST_BANDWIDTH_BYTES, memory.available_bytes() // 4))
+    arguments = (str(size), str(subject.threads))
+    with LineChild("edge_agent.bench.bandwidth", *arguments, environment=subject.environment) as child:
+        return round(float(child.read(timeout_s=sides.LOAD_TIMEOUT_S)["bytes_per_s"]))
+
+
+def _bytes_a_token(subject: Subject) -> int:
+    """What decoding reads of the weights for one token: all, but for a table of which it reads one row."""
+    graphs = list(subject.onnx.glob("*.onnx"))
+    total = sum(file.stat().st_size for file in (*graphs, *subject.onnx.glob("*.onnx.data")))
+    try:
+        tables = sum(onnx_graph.read(graph).embedding_bytes for graph in graphs)
+    except ContentError:
+        tables = 0
+    return max(1, total - tables)

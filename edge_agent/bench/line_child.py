@@ -1,0 +1,92 @@
+"""A child process that answers JSON lines: how the benchmark keeps heavy libraries out of its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+from edge_agent.errors import EdgeAgentError
+
+MAX_LINE_BYTES = 1 << 20
+
+
+class BenchError(EdgeAgentError):
+    """A part of the benchmark does not run."""
+
+    code = "bench_failed"
+
+
+class LineChild:
+    """`python -m MODULE ARGUMENT…`, ended with the block.
+
+    Args:
+        environment: the child's whole environment.
+    """
+
+    def __init__(self, module: str, *arguments: str, environment: Mapping[str, str]) -> None:
+        self._module = module
+        self._buffer = b""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=dict(environment),
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, request: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
+        """Sends a line and reads the answer.
+
+        Raises:
+            BenchError: the child died, or did not answer in time.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise BenchError(f"{self._module} has ended") from error
+        return self.read(timeout_s=timeout_s)
+
+    def read(self, *, timeout_s: float) -> dict[str, Any]:
+        """The next line that the child writes.
+
+        Raises:
+            BenchError: the child died, wrote something else, or wrote nothing in time.
+        """
+        assert self._process.stdout is not None
+        descriptor, limit_s = self._process.stdout.fileno(), time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([descriptor], [], [], max(0.0, limit_s - time.monotonic()))
+            if not ready:
+                raise BenchError(f"{self._module} did not answer within {timeout_s:.0f} s")
+            data = os.read(descriptor, 1 << 16)
+            self._buffer += data
+            if not data or len(self._buffer) > MAX_LINE_BYTES:
+                raise BenchError(f"{self._module} ended with {self._process.poll()} before it answered")
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        try:
+            answer = json.loads(line)
+        except ValueError as error:
+            raise BenchError(f"{self._module} wrote a line that is no JSON") from error
+        if not isinstance(answer, dict):
+            raise BenchError(f"{self._module} wrote a line that is no object")
+        return answer

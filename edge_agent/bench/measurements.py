@@ -1,0 +1,128 @@
+"""What is asked of each side, and what is kept of the answers. One side at a time."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from edge_agent.bench.sides import ANSWER_TIMEOUT_S, LineSide, MqttSide, Side
+from edge_agent.bench.timing import Timing
+from edge_agent.runner import memory
+
+LENGTHS = (32, 256, 1024)
+"""Prompt tokens."""
+ROUNDS = {32: 5, 256: 2, 1024: 1}
+"""Prompts of each length in one launch."""
+AT_ONCE = (1, 2, 4, 8)
+NEWCOMERS = 3
+PREFIX_TOKENS = 1000
+_LATER_QUESTION = "And after that, what is the capital of Nepal?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Texts, made once: every side and every launch gets the same ones. No two begin alike.
+
+    Attributes:
+        by_length: `ROUNDS` texts for each length that the context has room for.
+        short: of 32 tokens, for prompts at once.
+        prefix: a long text; None where the context has no room for it.
+    """
+
+    by_length: Mapping[int, Sequence[str]]
+    short: Sequence[str]
+    prefix: str | None
+
+    @classmethod
+    def made_by(cls, bare: LineSide, *, context_tokens: int, new_tokens: int) -> Prompts:
+        lengths = [length for length in LENGTHS if length + new_tokens <= context_tokens]
+        needed = sum(AT_ONCE) + max(AT_ONCE) + NEWCOMERS * 4
+        has_room = PREFIX_TOKENS + 64 + new_tokens <= context_tokens
+        return cls(
+            by_length={n: [bare.prompt(n) for _ in range(ROUNDS[n])] for n in lengths},
+            short=[bare.prompt(LENGTHS[0]) for _ in range(needed)],
+            prefix=bare.prompt(PREFIX_TOKENS) if has_room else None,
+        )
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """Everything that one side said in all launches."""
+
+    timings: dict[int, list[Timing]] = field(default_factory=dict)
+    load_ms: list[float] = field(default_factory=list)
+    resident_bytes: list[int] = field(default_factory=list)
+    peak_bytes: list[int] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Together:
+    """What only the whole agent can be asked: several prompts at once, a newcomer, a known prefix."""
+
+    tokens_per_s: dict[int, list[float]] = field(default_factory=dict)
+    first_token_ms: dict[int, list[float]] = field(default_factory=dict)
+    in_turn_tokens_per_s: list[float] = field(default_factory=list)
+    newcomer_ms: list[float] = field(default_factory=list)
+    cold_ms: list[float] = field(default_factory=list)
+    known_ms: list[float] = field(default_factory=list)
+    daemon_bytes: list[int] = field(default_factory=list)
+
+
+def measure(side: Side, prompts: Prompts, new_tokens: int, measured: Measured) -> None:
+    """First token and decode at each length; then what memory that took."""
+    side.ask(prompts.short[0], 4)  # what a library does only once
+    for length, texts in prompts.by_length.items():
+        measured.timings.setdefault(length, []).extend(side.ask(text, new_tokens) for text in texts)
+    measured.load_ms.append(side.load_ms)
+    measured.resident_bytes.append(memory.resident_bytes(side.pid))
+    measured.peak_bytes.append(memory.peak_bytes(side.pid))
+
+
+def measure_together(side: MqttSide, prompts: Prompts, new_tokens: int, together: Together) -> None:
+    """Prompts at once, one after the other, a newcomer among others, and a question after a known prefix."""
+    fresh = iter(prompts.short)
+    for count in AT_ONCE:
+        _at_once(side, [next(fresh) for _ in range(count)], new_tokens, together)
+    started = time.perf_counter()
+    answers = [side.ask(next(fresh), new_tokens) for _ in range(4)]
+    together.in_turn_tokens_per_s.append(_rate(answers, started))
+    for _ in range(NEWCOMERS):
+        _newcomer(side, [next(fresh) for _ in range(4)], new_tokens, together)
+    if prompts.prefix is not None:
+        together.cold_ms.append(side.ask(prompts.prefix, new_tokens).first_token_ms)
+        later = f"{prompts.prefix} {_LATER_QUESTION}"
+        together.known_ms.append(side.ask(later, new_tokens).first_token_ms)
+    together.daemon_bytes.append(memory.resident_bytes(side.daemon_pid))
+
+
+def _at_once(side: MqttSide, texts: Sequence[str], new_tokens: int, together: Together) -> None:
+    started = time.perf_counter()
+    keys = [side.client.send(text, new_tokens) for text in texts]
+    answers = side.client.wait_all(keys, timeout_s=ANSWER_TIMEOUT_S)
+    together.tokens_per_s.setdefault(len(texts), []).append(_rate(answers, started))
+    firsts = [answer.first_token_ms for answer in answers]
+    together.first_token_ms.setdefault(len(texts), []).extend(firsts)
+
+
+def _newcomer(side: MqttSide, texts: Sequence[str], new_tokens: int, together: Together) -> None:
+    """Three prompts run; at a random time comes a fourth."""
+    keys = [side.client.send(text, new_tokens) for text in texts[:3]]
+    side.client.wait_first(keys[0], timeout_s=ANSWER_TIMEOUT_S)
+    time.sleep(random.uniform(0.0, 0.2))
+    newcomer = side.client.send(texts[3], new_tokens)
+    together.newcomer_ms.append(side.client.wait(newcomer, timeout_s=ANSWER_TIMEOUT_S).first_token_ms)
+    side.client.wait_all(keys, timeout_s=ANSWER_TIMEOUT_S)
+
+
+def _rate(answers: Sequence[Timing], started: float) -> float:
+    tokens = sum(answer.completion_tokens for answer in answers)
+    return tokens / (time.perf_counter() - started)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that `share` of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

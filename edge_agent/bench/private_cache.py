@@ -1,0 +1,61 @@
+"""A cache with one version in it, for the benchmark's own daemon: links to the device's blobs, no copies.
+
+It is `<state_dir>/bench`, a fixed name, so that a benchmark that was killed leaves nothing that grows: the next
+one removes it first. Where hard links are not allowed the files are copied.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edge_agent.bench.line_child import BenchError
+from edge_agent.models import durable
+from edge_agent.models.record import VersionRecord
+from edge_agent.models.store import Store, store_errors, try_flock
+
+
+@contextmanager
+def private_cache(store: Store, record: VersionRecord) -> Iterator[Path]:
+    """Gives a state directory in which `record` is the active version; it is removed with the block.
+
+    Args:
+        store: the device's cache.
+
+    Raises:
+        BenchError: another benchmark runs.
+        StoreError: the state directory cannot be written.
+    """
+    place = store.root.parent / "bench"
+    with store_errors("prepare the benchmark in", place):
+        durable.make_folder(place)
+        descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not try_flock(descriptor):
+            raise BenchError("another benchmark of this device is running")
+        with store_errors("prepare the benchmark in", place):
+            for old in place.iterdir():
+                durable.remove_tree(old)
+            _fill(Store(place), store.folder(record), record)
+        yield place
+    finally:
+        durable.remove_tree(place)
+        os.close(descriptor)
+
+
+def _fill(cache: Store, source: Path, record: VersionRecord) -> None:
+    cache.create()
+    tree = cache.staging_root / "bench"
+    for file in record.files:
+        target = tree / file.path
+        durable.make_folder(target.parent)
+        try:
+            durable.link(source / file.path, target)
+        except OSError:
+            shutil.copyfile(source / file.path, target)
+    with cache.lock():
+        cache.commit(record, tree)
+    cache.change_state(record.name, lambda state: state.switched(record.key))
