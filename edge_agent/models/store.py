@@ -55,7 +55,6 @@ class Store:
         self.versions_root = self.root / "versions"
         self.staging_root = self.root / "staging"
         self.damaged_root = self.root / "damaged"
-        self.prepared_root = self.root / "prepared"
         self.learned_file = self.root / "learned.json"
         self._state_file = self.root / "state.json"
         self._lock_file = self.root / "lock"
@@ -337,7 +336,7 @@ class Store:
 
     def used_bytes(self) -> int:
         """Everything that counts against the quota; hard-linked bytes count once."""
-        return _tree_bytes(self.blobs, self.staging_root, self.prepared_root, self.damaged_root)
+        return _tree_bytes(self.blobs, self.staging_root, self.damaged_root)
 
     def free_bytes(self) -> int:
         """Bytes that this user may still write on the cache's file system."""
