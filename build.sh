@@ -27,7 +27,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
   powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)
   check                ruff, formatting and mypy --strict
-  package              wheel and sdist into dist/
+  package [OPTION…]    wheel, sdist and the offline bundles into dist/; --arch A and --python V choose some
   sample-model         make the sample model and the tests' second model again (fetches torch)
   random-model OUT [ARG…]  a model of random weights and a real size, to measure with; --help lists its shapes
   lock                 make .ci/locks again from pyproject.toml
@@ -51,7 +51,7 @@ main() {
         powerloss) POWERLOSS_FAULTS=all run_tests tests/*/test_powerloss.py "$@" ;;
         chaos) chaos "$@" ;;
         check) check ;;
-        package) package ;;
+        package) package "$@" ;;
         sample-model) sample_model ;;
         random-model) random_model "$@" ;;
         lock) lock ;;
@@ -92,14 +92,36 @@ chaos() {
 
 check() {
     set_up dev
-    "$VENV/bin/python" -m ruff check edge_agent tests
-    "$VENV/bin/python" -m ruff format --check edge_agent tests
+    "$VENV/bin/python" -m ruff check edge_agent tests .ci
+    "$VENV/bin/python" -m ruff format --check edge_agent tests .ci
     "$VENV/bin/python" -m mypy --strict
 }
 
+# package [--arch A]… [--python V]…: everything into dist/. The bundles fetch wheels; the first time takes minutes.
 package() {
+    local archs=() pythons=() arch started=$SECONDS
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+            --arch) archs+=("${2:?--arch needs x86_64 or aarch64}") ;;
+            --python) pythons+=(--python "${2:?--python needs a version, 3.11 for one}") ;;
+            *) die "package: unknown option $1" ;;
+        esac
+        shift 2
+    done
+    [[ ${#archs[@]} -gt 0 ]] || archs=(x86_64 aarch64)
+    [[ ${#pythons[@]} -gt 0 ]] || pythons=(--python 3.11 --python 3.13) # Debian 12 and 13
     set_up dev
+    # The time of the last commit: the same sources give the same bytes.
+    SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 1767225600)}
+    export SOURCE_DATE_EPOCH
+    rm -rf -- "$ROOT/dist"
     "$VENV/bin/python" -m build --no-isolation --outdir "$ROOT/dist" "$ROOT"
+    for arch in "${archs[@]}"; do
+        "$VENV/bin/python" .ci/bundle.py --arch "$arch" "${pythons[@]}" --wheel "$ROOT"/dist/*.whl \
+            --cache "$TOOLS/wheelhouse" --out "$ROOT/dist"
+    done
+    (cd dist && sha256sum -- * >SHA256SUMS)
+    say "packaged in $((SECONDS - started)) s"
 }
 
 sample_model() {
@@ -133,6 +155,9 @@ lock() {
         < <(printf '%s\n' "${BUILD[@]}" "${TRANSFORMERS[@]}")
     compile runtime --extra local-registry --constraint "$LOCKS/dev.txt" pyproject.toml - \
         < <(printf '%s\n' "${BUILD[@]}")
+    # What the bundles for devices hold: no build backend, but what verifies signatures.
+    compile device --extra local-registry --extra signing --constraint "$LOCKS/dev.txt" pyproject.toml - \
+        <<<'pip>=25'
     compile train --constraint "$LOCKS/dev.txt" - < <(printf '%s\n' "${TRAINING[@]}")
     if grep -nEi '://|^(-i|--index|--extra-index|--find-links|torch==|nvidia-|triton==)' "$LOCKS"/*.txt; then
         die "a lock names an address or torch: see above"

@@ -14,7 +14,7 @@ pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parents[2]
 CONFTEST = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.conftest import *\n"
-LOCKS = ("runtime", "dev", "train")
+LOCKS = ("runtime", "dev", "train", "device")
 
 _PIN = re.compile(r"^([a-z0-9][a-z0-9.-]*)==(\S+)", re.MULTILINE)
 
@@ -58,8 +58,10 @@ def test_torch_stays_outside_the_locks(name: str) -> None:
     assert not {pin for pin in names if pin in ("torch", "triton") or pin.startswith("nvidia-")}
 
 
-def test_the_demo_and_the_tests_use_the_same_versions() -> None:
-    assert set(_PIN.findall(lock("runtime"))) <= set(_PIN.findall(lock("dev")))
+@pytest.mark.parametrize("name", ["runtime", "device"])
+def test_what_is_tested_is_what_runs(name: str) -> None:
+    pins = {pin for pin in _PIN.findall(lock(name)) if pin[0] != "pip"}  # it installs, and is not installed
+    assert pins <= set(_PIN.findall(lock("dev")))
 
 
 def test_the_locks_hold_every_direct_dependency_and_the_build_backend() -> None:
@@ -72,7 +74,8 @@ def test_the_locks_hold_every_direct_dependency_and_the_build_backend() -> None:
     ]
     transformers = [each for each in extras["transformers"] if not each.startswith("torch")]
     dev = [*runtime, *extras["signing"], *extras["dev"], *transformers]
-    for name, requirements in (("runtime", runtime), ("dev", dev)):
+    device = [*project["project"]["dependencies"], *extras["local-registry"], *extras["signing"], "pip"]
+    for name, requirements in (("runtime", runtime), ("dev", dev), ("device", device)):
         locked = {pin[0] for pin in _PIN.findall(lock(name))}
         wanted = {
             re.split(r"[<>=\[; ]", each, maxsplit=1)[0].lower().replace("_", "-") for each in requirements

@@ -1,0 +1,184 @@
+"""`install.sh` as an operator uses it: real Pythons, real pip, real environments, below a folder of the test.
+
+The bundles are real, and small: their one package is named as the agent, and answers `--version`. The agent
+itself, with systemd and as root, is installed by `./build.sh boot-test`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pip
+import pytest
+
+from tests.support.processes import clean_environment, short_folder
+from tests.support.wheels import make_wheel
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / ".ci"))
+
+import bundle  # noqa: E402
+from wheels import Wheel  # noqa: E402
+
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+class Host:
+    """A folder that stands for a device's root, and bundles for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = folder / "root"
+        self.base = self.root / "opt" / "edge-agent"
+        self.config = self.root / "etc" / "edge-agent" / "config.toml"
+        self.root.mkdir()
+        programs = folder / "bin"
+        programs.mkdir()
+        (programs / "python3").symlink_to(Path(sys.base_prefix) / "bin" / f"python{PYTHON}")
+        self.path = f"{programs}:/usr/bin:/bin:/usr/sbin:/sbin"
+
+    def bundle(
+        self, version: str, *, program: str = "print('edge-agent, version {version}')", **changes: str
+    ) -> Path:
+        """A bundle whose `edge-agent` runs `program`."""
+        stage = self.folder / f"bundle-{version}-{len(list(self.folder.iterdir()))}"
+        (stage / "wheels").mkdir(parents=True)
+        code = f"def main():\n    {program.format(version=version)}\n"
+        files = {
+            "edge_agent.py": code,
+            "onnxruntime_genai.py": "",
+            "mlflow/__init__.py": "",
+            "mlflow/pyfunc.py": "",
+        }
+        wheel = Wheel(
+            make_wheel(
+                stage / "wheels", "edge_agent", version, files, scripts={"edge-agent": "edge_agent:main"}
+            )
+        )
+        shutil.copy(pip_wheel(self.folder), stage / "wheels")
+        python = changes.get("python", PYTHON)
+        (stage / f"requirements-{python}.txt").write_text(
+            f"edge-agent=={version} --hash=sha256:{wheel.sha256}\n"
+        )
+        bundle.write_files(stage, version, changes.get("arch", platform.machine()))
+        return stage
+
+    def run(self, folder: Path, *arguments: str, user: int | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(folder / "install.sh"), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env=clean_environment({"PATH": self.path}),
+            user=user,
+        )
+
+    def install(self, folder: Path) -> str:
+        """Installs, and gives the current version's own word."""
+        result = self.run(folder, "--root", str(self.root))
+        assert result.returncode == 0, result.stdout + result.stderr
+        return self.version()
+
+    def refuse(self, folder: Path) -> str:
+        """Tries to install, and gives what it said when it did not."""
+        result = self.run(folder, "--root", str(self.root))
+        assert result.returncode == 1, result.stdout + result.stderr
+        return result.stderr
+
+    def version(self) -> str:
+        command = [str(self.base / "current" / "bin" / "edge-agent"), "--version"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    def versions(self) -> list[str]:
+        return sorted(path.name for path in self.base.iterdir() if path.is_dir() and not path.is_symlink())
+
+
+def pip_wheel(folder: Path) -> Path:
+    """pip as a wheel, from the one that runs here."""
+    wheel = folder / f"pip-{pip.__version__}-py3-none-any.whl"
+    if not wheel.exists():
+        source = Path(pip.__file__).parent
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for path in source.rglob("*.*"):
+                if "__pycache__" not in path.parts:
+                    archive.write(path, f"pip/{path.relative_to(source)}")
+    return wheel
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with short_folder() as folder:
+        folder.chmod(0o755)
+        yield Host(folder)
+
+
+def test_from_the_first_version_to_the_third_and_back_and_away(host: Host) -> None:
+    first = host.bundle("1.0.0")
+    assert host.install(first) == "edge-agent, version 1.0.0"
+    assert list(host.base.glob("1.0.0/lib/*/site-packages/__pycache__/edge_agent.*.pyc")), "bytecode is there"
+    assert "[mqtt]" in host.config.read_text()
+    assert (host.root / "etc/systemd/system/edge-agent.service").is_file()
+    host.config.write_text('device_id = "mine"\n')
+    assert host.install(host.bundle("1.1.0")) == "edge-agent, version 1.1.0"
+    assert host.config.read_text() == 'device_id = "mine"\n'
+    assert host.install(host.bundle("1.2.0")) == "edge-agent, version 1.2.0"
+    assert host.versions() == ["1.1.0", "1.2.0"], "the present one and the one before it"
+
+    own = host.base / "current"
+    assert host.run(own, "use", "1.1.0", "--root", str(host.root)).returncode == 0
+    assert host.version() == "edge-agent, version 1.1.0"
+    assert "there are: 1.1.0 1.2.0" in host.run(own, "use", "1.0.0", "--root", str(host.root)).stderr
+    before = (host.base / "current").resolve()
+    assert host.install(host.bundle("1.1.0", program="print('another build')")) == "another build"
+    assert before.is_dir(), "what runs does not change under the daemon"
+    assert (host.base / "current").resolve() != before
+
+    state = host.root / "var" / "lib" / "edge-agent" / "journal.db"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    assert host.run(own, "uninstall", "--root", str(host.root)).returncode == 0
+    assert (host.base.exists(), state.exists(), host.config.exists()) == (False, True, True)
+    assert host.run(first, "uninstall", "--purge", "--root", str(host.root)).returncode == 0
+    assert (state.exists(), host.config.exists()) == (False, False)
+
+
+def test_what_fails_leaves_the_running_version_as_it_is(host: Host) -> None:
+    host.install(host.bundle("1.0.0"))
+    damaged = host.bundle("1.1.0")
+    with next((damaged / "wheels").glob("edge_agent-*")).open("ab") as file:
+        file.write(b"x")
+    assert "the bundle is damaged" in host.refuse(damaged)
+    assert "this bundle is for Linux on sparc" in host.refuse(host.bundle("1.1.0", arch="sparc"))
+    assert "it has them for 2.7" in host.refuse(host.bundle("1.1.0", python="2.7"))
+    broken = host.refuse(host.bundle("1.1.0", program="raise SystemExit('no such luck')"))
+    assert "no such luck" in broken
+    assert "version 1.0.0 stays as it is" in broken
+    assert (host.version(), host.versions()) == ("edge-agent, version 1.0.0", ["1.0.0"])
+
+
+def test_only_root_installs_a_service(host: Host) -> None:
+    nobody = 65_534 if os.geteuid() == 0 else None
+    result = host.run(host.bundle("1.0.0"), user=nobody)
+    assert (result.returncode, "only root" in result.stderr) == (1, True)
+
+
+def test_help_and_wrong_usage() -> None:
+    script = ROOT / "systemd" / "install.sh"
+    shown = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=30, check=False)
+    assert (shown.returncode, "Examples:" in shown.stdout) == (0, True)
+    wrong = subprocess.run([script, "--force"], capture_output=True, text=True, timeout=30, check=False)
+    assert wrong.returncode == 2
+
+
+def test_a_script_without_its_bundle_says_where_it_belongs(host: Host) -> None:
+    script = host.folder / "install.sh"
+    shutil.copy(ROOT / "systemd" / "install.sh", script)
+    assert "there is no bundle" in host.refuse(host.folder)
