@@ -1,0 +1,76 @@
+"""docs/operating.md says what to do about every state and code that the program has."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import edge_agent
+from edge_agent import cli, daemon
+from edge_agent.errors import PROMPT_ERRORS
+from edge_agent.models.lifecycle import Serving
+from edge_agent.models.state import ModelState
+
+PAGE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text("utf-8")
+
+
+def described(section: str) -> set[str]:
+    """What stands first in the rows of a section's tables."""
+    (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"^\| `?(\w+)`?(?: \(\d+\))? \|", text, re.MULTILINE))
+
+
+def test_every_state_is_on_the_page() -> None:
+    (function,) = [
+        node
+        for node in tree_of(Path(daemon.__file__))
+        if isinstance(node, ast.FunctionDef) and node.name == "_state"
+    ]
+    of_the_device = {"offline", *strings(node for node in ast.walk(function) if isinstance(node, ast.Return))}
+    assert of_the_device == {"starting", "ready", "degraded", "offline"}, "the words of docs/mqtt.md"
+    model = ModelState(active="a", previous="b", candidate="c", quarantined={"d": ""}, pinned="e")
+    of_a_version = {model.role(key) for key in "abcdef"}
+    assert len(of_a_version) == 6
+    assert of_the_device | of_a_version | set(Serving) <= described("States")
+
+
+def test_every_error_code_is_on_the_page() -> None:
+    codes = {"internal"}
+    for path in sorted(Path(edge_agent.__file__).parent.rglob("*.py")):
+        for kind in tree_of(path):
+            if isinstance(kind, ast.ClassDef):
+                codes |= {code for node in kind.body for code in assigned_codes(node)}
+    assert set(PROMPT_ERRORS) < codes
+    assert len(codes) > 25
+    assert codes - described("Error codes") == set()
+
+
+def tree_of(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text("utf-8")))
+
+
+def strings(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
+        for value in ast.walk(node):
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield value.value
+
+
+def assigned_codes(node: ast.stmt) -> Iterator[str]:
+    """The string of `code = "…"` and of `code, status = "…", 400` in a class."""
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in (
+        "code",
+        "(code, status)",
+        "code, status",
+    ):
+        yield from strings([node.value])
+
+
+def test_every_exit_code_is_on_the_page() -> None:
+    constants = {cli.FAILED, cli.NOT_RUNNING, cli.NO_MODEL, cli.TIMED_OUT, cli.INVALID_SETTINGS}
+    interrupted = {
+        int(code) for code in re.findall(r"sys\.exit\((\d+)\)", Path(cli.__file__).read_text("utf-8"))
+    }
+    assert {str(code) for code in {0, 2, *constants, *interrupted}} <= described("Exit codes")
