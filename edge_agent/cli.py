@@ -341,6 +341,8 @@ def models_pull(invocation: Invocation, name: str | None, as_json: bool) -> None
             f"{result['name']} version {result['version']}: {terminal.human_bytes(result['bytes_fetched'])} fetched, "
             f"{terminal.human_bytes(result['bytes_reused'])} already here"
         )
+        if result["instead"]:
+            click.echo(f"  {result['instead']}")
 
 
 def _version_command(do: str, summary: str, example: str) -> None:
@@ -808,7 +810,7 @@ def _status_on_disk(settings: Settings) -> dict[str, Any]:
                 "digest": record.digest if record else None,
                 "flavor": None,
                 "state": "idle" if record else "absent",
-                "reason": "",
+                "reason": known.instead,
                 "tokens_per_s": None,
                 "previous": known.previous,
                 "candidate": known.candidate,

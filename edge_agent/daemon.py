@@ -491,6 +491,9 @@ class Daemon:
             yield "trust.allow_unsigned_code is on"
         if self._desired_problem:
             yield f"model/desired: {self._desired_problem}"
+        for name, lifecycle in self._lifecycles.items():
+            if lifecycle.instead:
+                yield f"model {name}: {lifecycle.instead}"
         for name, key, reason in quarantined(self._lifecycles):
             yield f"model {name}: version {key} is in quarantine: {reason}"
 

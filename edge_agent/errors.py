@@ -187,6 +187,12 @@ class MemoryShort(EdgeAgentError):
     code = "memory_short"
 
 
+class CannotRun(RunnerError):
+    """This host lacks what a version needs: a library, an architecture in it, memory. Nothing is wrong with it."""
+
+    code = "cannot_run"
+
+
 class PublishError(EdgeAgentError):
     """A folder cannot be packaged or registered."""
 

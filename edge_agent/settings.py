@@ -74,7 +74,7 @@ class ModelSettings(_Section):
     """One model that this device serves."""
 
     uri: str = Field(description="models:/NAME@ALIAS or models:/NAME/VERSION")
-    fallback: str = Field(default="", description="checked, not yet in use")
+    fallback: str = Field(default="", description="models:/…, served while no version of `uri` can run here")
     context_tokens: int = Field(
         default=2048, ge=16, le=1 << 20, description="tokens of prompt and answer together"
     )
@@ -104,6 +104,8 @@ class ModelSettings(_Section):
     def _has_uri(self) -> ModelSettings:
         if not self.uri:
             raise ValueError("uri is empty")
+        if self.fallback == self.uri:
+            raise ValueError("fallback is the same as uri")
         return self
 
     @property

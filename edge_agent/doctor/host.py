@@ -21,6 +21,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from edge_agent.doctor.finding import Finding, fail, ok, warn
+from edge_agent.models.needs import TRANSFORMERS
+from edge_agent.runner import capability
 from edge_agent.runner.process import environment
 from edge_agent.settings import Settings
 
@@ -87,11 +89,13 @@ def check_libraries(settings: Settings) -> Iterator[Finding]:
     except subprocess.TimeoutExpired:
         problem = f"they did not load within {_LIBRARY_TIMEOUT_S:.0f} s"
     if problem:
-        yield fail(
-            "host.libraries",
-            f"the inference libraries do not load: {problem[:300]}",
-            "install the agent again",
-        )
+        transformers = next(flavor for flavor in capability.flavors() if flavor.library == TRANSFORMERS)
+        line = f"the inference libraries do not load: {problem[:300]}"
+        if transformers.problem:
+            yield fail("host.libraries", line, "install the agent again")
+        else:
+            has = f"transformers {transformers.version} is here: models of that flavor run"
+            yield warn("host.libraries", f"{line}; {has}", "install onnxruntime-genai for ONNX models")
     else:
         names = ("onnxruntime-genai", "mlflow-skinny", "paho-mqtt")
         yield ok("host.libraries", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))

@@ -1,4 +1,4 @@
-"""The configured models: is there memory for them, and is the number of threads known?"""
+"""The configured models: is there memory for them, which flavor runs each, is the number of threads known?"""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from edge_agent.terminal import human_bytes
 
 def check(settings: Settings) -> Iterator[Finding]:
     yield from _check_memory(settings)
+    yield from _check_fallbacks(settings)
     yield from _check_threads(settings)
 
 
@@ -54,6 +55,20 @@ def _check_memory(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield ok("models.memory", line)
+
+
+def _check_fallbacks(settings: Settings) -> Iterator[Finding]:
+    """Which model is served by its fallback, and why its own version is not."""
+    state = Store(settings.state_dir).state()
+    for name, model in settings.models.items():
+        if why := state.model(name).instead:
+            yield warn(
+                "models.fallback",
+                f"{name}: its fallback {model.fallback} runs: {why}",
+                "mend what its own version misses here, or register a version that runs",
+            )
+        elif model.fallback:
+            yield ok("models.fallback", f"{name}: runs its own version; {model.fallback} is not needed")
 
 
 def _check_threads(settings: Settings) -> Iterator[Finding]:

@@ -11,7 +11,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from edge_agent.errors import ContentError, EdgeAgentError, SettingsError
+from edge_agent.errors import (
+    CacheBusy,
+    ContentError,
+    EdgeAgentError,
+    MemoryShort,
+    RunnerError,
+    SettingsError,
+    StoreError,
+)
 from edge_agent.models.reference import ModelRef
 from edge_agent.models.state import ModelState
 
@@ -33,6 +41,16 @@ class BadDesired(ContentError):
 def wanted_ref(settings_uri: str, state: ModelState) -> ModelRef:
     """What to ask the registry for: the desired reference, else the settings'."""
     return ModelRef.parse(state.desired or settings_uri)
+
+
+def needs_fallback(error: EdgeAgentError) -> bool:
+    """True where a model's own version cannot run here, as far as this error tells.
+
+    False where it was not looked at: the registry is out of reach or has no such version, another process works
+    on the cache, or the version is not for this device yet.
+    """
+    about_the_version = ContentError | RunnerError | MemoryShort | StoreError
+    return isinstance(error, about_the_version) and not isinstance(error, CacheBusy | BadDesired)
 
 
 def in_rollout(*, device_id: str, name: str, version: int, percent: float) -> bool:

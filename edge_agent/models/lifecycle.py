@@ -4,7 +4,7 @@ Owns the runner that answers, and which version of `state.json` it is. Flow of a
 written to the state → its runner starts beside the active one (or in its place, where memory holds one only)
 → the gate → between two prompts the runners are exchanged and the state is switched with one rename → the old
 runner stops. A candidate that fails leaves the active version alone and is quarantined. An active version
-that does not load, or whose runner crashes on several prompts, gives way to the previous one.
+that does not load, or whose runner crashes on several prompts, gives way to the previous one, or to the fallback.
 
 Refuses to load what is not verified: digests are checked before each load.
 """
@@ -22,6 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from edge_agent.errors import (
+    CannotRun,
     ContentError,
     EdgeAgentError,
     LoadFailed,
@@ -205,18 +206,22 @@ class ModelLifecycle:
 
     # --- Changes: the updates' thread and operators ----------------------------------------------------
 
-    def adopt(self, key: str, *, force: bool = False) -> None:
+    def adopt(self, key: str, *, force: bool = False, instead: str = "") -> None:
         """Makes a committed version the active one, if it passes the gate.
 
         Args:
             force: an operator wants it: quarantine does not hold it back.
+            instead: why it is one of the fallback, where it is.
 
         Raises:
             EdgeAgentError: it does not pass; the active version goes on.
         """
         with self._operating:
             record = self._record(key)
+            instead = _reason_of(record, instead or self._state.instead)
             if self._state.active == key and self._serving is not Serving.FAILED:
+                if instead != self._state.instead:
+                    self._change(lambda state: replace(state, instead=instead))
                 return
             if key in self._state.quarantined and not force:
                 raise GateFailed(f"version {key} is in quarantine: {self._state.quarantined[key]}")
@@ -235,7 +240,7 @@ class ModelLifecycle:
                     self._vacate()
                 seat = self._load(record)
                 self._gate(seat)
-                self._exchange(seat)
+                self._exchange(seat, instead)
             except EdgeAgentError as error:
                 if self._active is None:
                     self._resume()
@@ -255,7 +260,11 @@ class ModelLifecycle:
         if state.candidate and self._store.record(self.name, state.candidate):
             self.adopt(state.candidate)
         elif state.active is None:
-            usable = [r for r in self._store.versions(self.name) if r.key not in state.quarantined]
+            usable = [
+                record
+                for record in self._store.versions(self.name)
+                if record.key not in state.quarantined and not record.fallback
+            ]
             if usable:
                 self.adopt(usable[-1].key)
 
@@ -271,6 +280,20 @@ class ModelLifecycle:
         self.adopt(key, force=True)
         self.pin(key)
         return key
+
+    def set_aside(self, key: str, reason: str) -> None:
+        """A version of the model's own failed while the fallback answers: it is not tried again."""
+        if key not in self._state.quarantined:
+            self._change(lambda state: state.refused(key, reason))
+
+    def cached_fallback(self) -> VersionRecord | None:
+        """The newest version of the fallback that is here and may be tried."""
+        records = [
+            record
+            for record in self._store.versions(self.name)
+            if record.fallback and record.key not in self._state.quarantined
+        ]
+        return max(records, key=lambda record: record.created_at, default=None)
 
     def pin(self, key: str | None) -> None:
         """Fixes the version that runs, whatever the registry says; None lets it follow again."""
@@ -374,6 +397,19 @@ class ModelLifecycle:
         return self._serving
 
     @property
+    def runs_its_own(self) -> bool:
+        """True while a version of the model's own reference is active, and has not failed for good."""
+        return self._active is not None and not self._active.fallback and self._serving is not Serving.FAILED
+
+    @property
+    def instead(self) -> str:
+        """Which fallback runs and why, for people; empty where the model's own version does."""
+        record, state = self._active, self._state
+        if record is None or not state.instead:
+            return ""
+        return f"fallback {record.registered_name} version {record.version} runs: {state.instead}"
+
+    @property
     def reason(self) -> str:
         """Why it is not available, or what is wrong, for people."""
         return self._reason
@@ -388,7 +424,8 @@ class ModelLifecycle:
             "digest": record.digest if record else None,
             "flavor": seat.loaded.flavor if seat else None,
             "state": str(self._serving),
-            "reason": self._reason or "; ".join(filter(None, (self.gate_report, self.memory_report))),
+            "reason": self._reason
+            or "; ".join(filter(None, (self.instead, self.gate_report, self.memory_report))),
         }
 
     def versions(self) -> dict[str, object]:
@@ -423,10 +460,10 @@ class ModelLifecycle:
         """Notes why a candidate failed, and raises it.
 
         Only what the candidate itself did is held against it. A kill, a full disk or a busy lock may have had
-        another cause: then it is tried again, a bounded number of times.
+        another cause: then it is tried again, a bounded number of times. What this host lacks may come.
         """
         reason = str(error)
-        if self._closed or isinstance(error, MemoryShort):
+        if self._closed or isinstance(error, MemoryShort | CannotRun):
             self._change(lambda state: state.given_up())
         elif isinstance(error, GateFailed | LoadFailed | PolicyError):
             self._change(lambda state: state.refused(key, reason))
@@ -496,7 +533,7 @@ class ModelLifecycle:
             self._exchanging = False
             self._changed.notify_all()
 
-    def _exchange(self, seat: _Seat) -> None:
+    def _exchange(self, seat: _Seat, instead: str) -> None:
         """Between two prompts: the state says the new version, its runner takes the seat, the old one stops.
 
         The caller lets prompts in again with `_resume`.
@@ -505,7 +542,7 @@ class ModelLifecycle:
             self._exchanging = True
             self._changed.wait_for(lambda: not self._leased)
         try:
-            self._change(lambda state: state.switched(seat.record.key))
+            self._change(lambda state: state.switched(seat.record.key, instead=instead))
             with self._changed:
                 leaving, self._seat = (seat, None) if self._closed else (self._seat, seat)
                 self._serving, self._reason = Serving.READY, ""
@@ -547,7 +584,7 @@ class ModelLifecycle:
                 self._set_damage_aside(record)
             if isinstance(error, MemoryShort):
                 stepped = False  # another version would not help, or it would be the wrong one to keep
-            elif isinstance(error, VerificationError | PolicyError):
+            elif isinstance(error, VerificationError | PolicyError | CannotRun):
                 stepped = self._step_back(record, None, because=reason)
             else:
                 stepped = self._failures >= MAX_LOAD_FAILURES and self._step_back(
@@ -557,7 +594,8 @@ class ModelLifecycle:
             log.error("step back failed model=%s reason=%r", self.name, str(trouble))
             stepped = False
         if not stepped:
-            last = self._failures >= MAX_LOAD_FAILURES or isinstance(error, VerificationError | PolicyError)
+            for_good = VerificationError | PolicyError | CannotRun
+            last = self._failures >= MAX_LOAD_FAILURES or isinstance(error, for_good)
             self._set_unseated(record, Serving.FAILED if last else Serving.LOADING, reason)
 
     def _set_damage_aside(self, record: VersionRecord) -> None:
@@ -567,12 +605,18 @@ class ModelLifecycle:
             fsck.set_aside(self._store, found.damaged)
 
     def _step_back(self, record: VersionRecord, quarantine: str | None, *, because: str) -> bool:
-        """Makes the previous version active, if there is one that may run. The seat is empty."""
+        """Makes the previous version active, or one of the fallback, if there is one that may run.
+
+        The seat is empty.
+        """
         state = self._state
         previous = self._store.record(self.name, state.previous) if state.previous else None
-        if state.active != record.key or previous is None or previous.key in state.quarantined:
+        if previous is None or previous.key in state.quarantined:
+            previous = self.cached_fallback()
+        if state.active != record.key or previous is None or previous.key == record.key:
             return False
-        self._change(lambda current: current.stepped_back(quarantine))
+        to, instead = previous.key, _reason_of(previous, because)
+        self._change(lambda current: current.stepped_back(quarantine, to=to, instead=instead))
         log.warning(
             "rolled back model=%s from=%s to=%s reason=%r", self.name, record.key, previous.key, because
         )
@@ -750,6 +794,11 @@ def lifecycles_of(settings: Settings, store: Store) -> dict[str, ModelLifecycle]
     """The lifecycles of all configured models; they share one memory budget."""
     budget = MemoryBudget(settings.inference.memory_limit_bytes, learned=Learned(store.learned_file))
     return {name: lifecycle_of(settings, name, store, budget) for name in settings.models}
+
+
+def _reason_of(record: VersionRecord, reason: str) -> str:
+    """What the state says beside an active version: why it is one of the fallback; nothing for its own."""
+    return (reason or "it was chosen on this device") if record.fallback else ""
 
 
 def lifecycle_of(

@@ -20,7 +20,7 @@ CODE_LOADER = "mlflow.pyfunc.loaders.code_model"
 TRANSFORMERS_LOADER = "mlflow.transformers"
 PICKLE_LOADER = "mlflow.pyfunc.model"
 
-_MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 _MAX_NODES = 50_000
 
 _COMMON_KEYS = frozenset(("config", "env", "loader_module", "python_version", "streamable", "task"))
@@ -88,9 +88,18 @@ def read(tree: Path) -> MLmodel:
     path = tree / FILE_NAME
     if not path.is_file():
         raise PolicyError("the package has no MLmodel file: it is not an MLflow model")
-    if path.stat().st_size > _MAX_BYTES:
-        raise PolicyError(f"MLmodel has more than {_MAX_BYTES} bytes")
-    document = _mapping(_parse(path.read_bytes()), FILE_NAME)
+    if path.stat().st_size > MAX_BYTES:
+        raise PolicyError(f"MLmodel has more than {MAX_BYTES} bytes")
+    return parse(path.read_bytes())
+
+
+def parse(data: bytes) -> MLmodel:
+    """Reads the file's bytes.
+
+    Raises:
+        PolicyError: it is not plain YAML, or its loader is not allowed.
+    """
+    document = _mapping(_parse(data), FILE_NAME)
     flavors = _mapping(document.get("flavors"), "flavors of MLmodel")
     pyfunc = _mapping(flavors.get("python_function"), "flavor python_function of MLmodel")
     loader = pyfunc.get("loader_module")

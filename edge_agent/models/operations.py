@@ -179,7 +179,8 @@ class Operations:
         return problems
 
     def _pulled(self, name: str, on_event: OnEvent) -> dict[str, Any]:
-        return _brought(self._updates.check(name, on_event))
+        result = self._updates.check(name, on_event)
+        return {**_brought(result), "instead": self._lifecycle(name).instead}
 
     def _lifecycle(self, name: str) -> ModelLifecycle:
         lifecycle = self._lifecycles.get(name)

@@ -34,6 +34,7 @@ class VersionRecord:
         run_id: MLflow run, or empty.
         trust: why its content may run here.
         created_at: seconds since the epoch, when it was committed.
+        fallback: it came by the model's `fallback`, not by its own reference.
     """
 
     name: str
@@ -45,6 +46,7 @@ class VersionRecord:
     run_id: str
     trust: TrustDecision
     created_at: float
+    fallback: bool = False
 
     @property
     def digest(self) -> str:
@@ -81,6 +83,7 @@ class VersionRecord:
             "run_id": self.run_id,
             "trust": asdict(self.trust),
             "created_at": self.created_at,
+            "fallback": self.fallback,
         }
         return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
 
@@ -109,6 +112,7 @@ def parse(data: bytes) -> VersionRecord:
             run_id=str(document["run_id"]),
             trust=TrustDecision(**document["trust"]),
             created_at=float(document["created_at"]),
+            fallback=bool(document.get("fallback", False)),
         )
         if record.digest != document["digest"] or not KEY.fullmatch(record.key):
             raise ValueError("digest or version")

@@ -31,6 +31,7 @@ class ModelState:
         quarantined: key → why it is not tried again.
         pinned: key of the version that an operator fixed: it runs whatever the registry says.
         desired: `models:/…` that came over MQTT, stronger than the settings' uri; empty for none.
+        instead: why the active version is one of the model's fallback; empty where it is one of its own.
     """
 
     active: str | None = None
@@ -40,6 +41,7 @@ class ModelState:
     quarantined: Mapping[str, str] = field(default_factory=dict)
     pinned: str | None = None
     desired: str = ""
+    instead: str = ""
 
     def trying(self, key: str) -> ModelState:
         """Before a candidate's runner starts: written down, so that a death while it is tried is seen."""
@@ -56,28 +58,42 @@ class ModelState:
             return self.given_up()
         return replace(self.given_up(), quarantined={**self.quarantined, key: reason[:_MAX_REASON]})
 
-    def switched(self, key: str) -> ModelState:
-        """A version became the active one."""
+    def switched(self, key: str, *, instead: str = "") -> ModelState:
+        """A version became the active one.
+
+        Args:
+            instead: why it is one of the fallback; empty for one of the model's own.
+        """
         quarantined = {other: reason for other, reason in self.quarantined.items() if other != key}
         previous = self.active if self.active != key else self.previous
-        return replace(self.given_up(), active=key, previous=previous, quarantined=quarantined)
+        return replace(
+            self.given_up(),
+            active=key,
+            previous=previous,
+            quarantined=quarantined,
+            instead=instead[:_MAX_REASON],
+        )
 
-    def stepped_back(self, reason: str | None) -> ModelState:
+    def stepped_back(self, reason: str | None, *, to: str | None = None, instead: str = "") -> ModelState:
         """The previous version takes the active one's place.
 
         Args:
             reason: why the active one is quarantined; None when it is damaged only, and may come back.
+            to: one of the fallback, where there is no previous version.
+            instead: see `switched`.
         """
-        if self.active is None or self.previous is None:
+        to = to or self.previous
+        if self.active is None or to is None:
             raise ValueError("there is no version to go back to")
         quarantined = {**self.quarantined, self.active: reason[:_MAX_REASON]} if reason else self.quarantined
         pinned = None if self.pinned == self.active else self.pinned
         return replace(
             self.given_up(),
-            active=self.previous,
+            active=to,
             previous=None if reason else self.active,
             quarantined=quarantined,
             pinned=pinned,
+            instead=instead[:_MAX_REASON],
         )
 
     def without(self, key: str) -> ModelState:
@@ -134,6 +150,7 @@ class CacheState:
                     "quarantined": dict(model.quarantined),
                     "pinned": model.pinned,
                     "desired": model.desired,
+                    "instead": model.instead,
                 }
                 for name, model in self.models.items()
             },
@@ -160,13 +177,16 @@ def parse(data: bytes) -> CacheState:
 def rebuild(records: Iterable[VersionRecord], *, reason: str) -> CacheState:
     """A state from what is committed: each model's highest version active, the next one previous.
 
-    Of two commits with one version number, the later is the higher. Quarantine and pins are lost.
+    Of two commits with one version number, the later is the higher; one of the fallback is lower than all of
+    the model's own. Quarantine and pins are lost.
     """
     models: dict[str, ModelState] = {}
-    for record in sorted(records, key=lambda r: (r.version, r.created_at), reverse=True):
+    for record in sorted(records, key=lambda r: (not r.fallback, r.version, r.created_at), reverse=True):
         model = models.get(record.name)
         if model is None:
-            models[record.name] = ModelState(active=record.key)
+            models[record.name] = ModelState(
+                active=record.key, instead="no other version is here" if record.fallback else ""
+            )
         elif model.previous is None:
             models[record.name] = replace(model, previous=record.key)
     return CacheState(models=models, rebuilt=reason)
@@ -181,6 +201,7 @@ def _model(fields: Any) -> ModelState:
         quarantined={_key(key): str(reason)[:_MAX_REASON] for key, reason in fields["quarantined"].items()},
         pinned=_optional_key(fields["pinned"]),
         desired=str(fields.get("desired", ""))[:_MAX_URI],
+        instead=str(fields.get("instead", ""))[:_MAX_REASON],
     )
 
 

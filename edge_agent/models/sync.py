@@ -1,8 +1,9 @@
 """One check of one model, one process: `python -m edge_agent.models.sync`, a job on stdin, events on stdout.
 
-Flow: resolve → manifest → reserve → fetch what is missing → trust → stage → commit. `synchronise` below reads
-that way. It can be killed at any moment: what was fetched is continued, what was not committed does not
-count. Refuses jobs over a bound. Stdout has events and nothing else; whatever libraries print goes to stderr.
+Flow: resolve → manifest → can this host run it → reserve → fetch what is missing → trust → stage → commit.
+`synchronise` below reads that way. It can be killed at any moment: what was fetched is continued, what was
+not committed does not count. Refuses jobs over a bound. Stdout has events and nothing else; whatever
+libraries print goes to stderr.
 
 Events, one JSON object a line: `resolved {version, rollout}`, `progress {bytes, total_bytes, bytes_per_s,
 eta_s}` (at most five a second), then `done {…}` (fields of `SyncResult`), or `error {code, message, remedy}`.
@@ -22,11 +23,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edge_agent.errors import EdgeAgentError, ManifestError, VerificationError
-from edge_agent.models import eviction, fsck, trust
+from edge_agent.errors import CannotRun, EdgeAgentError, ManifestError, VerificationError
+from edge_agent.models import eviction, fsck, mlmodel, trust
 from edge_agent.models import manifest as manifests
 from edge_agent.models.fetch import Pace, fetch
 from edge_agent.models.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, ManifestFile
+from edge_agent.models.needs import MAX_CONFIG_BYTES, needs_of
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.reference import ROLLOUT_TAG, ModelRef, ModelVersion
 from edge_agent.models.registry import Listed, Package, Registry
@@ -34,6 +36,7 @@ from edge_agent.models.staging import Staging, folder_of, remove_staging, stagin
 from edge_agent.models.store import Store, check_file
 from edge_agent.models.sync_process import MAX_JOB_BYTES, SyncJob, SyncResult
 from edge_agent.models.trust import TrustDecision
+from edge_agent.runner import capability
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +96,8 @@ def bring(
     store.create()
     wanted = read_wanted(package, version, promised)
     known = committed(store, job, version, wanted)
+    if job.check_host and not (known and known.key == job.running):
+        check_host(job, package, wanted)
     if known and not fsck.quick_check(store, [known]).damaged:
         record = hold_to_policy(store, job, known)
         remove_staging(folder_of(store, job.name, version.version))  # of a process that died after the commit
@@ -117,9 +122,25 @@ def bring(
             run_id=version.run_id,
             trust=decision,
             created_at=time.time(),
+            fallback=job.fallback,
         )
         new = commit(store, record, tree, place)
     return _done(record, fetched_bytes=pace.fetched_bytes, new=new)
+
+
+def check_host(job: SyncJob, package: Package, wanted: Wanted) -> None:
+    """Holds what the version needs against this host, before the large files are paid for.
+
+    Raises:
+        CannotRun: something is missing here.
+        PolicyError: the package is none that this agent loads.
+    """
+    sizes = {file.path: file.size_bytes for file in wanted.listing}
+    if mlmodel.FILE_NAME not in sizes:
+        return  # refused later, with everything else that is wrong
+    needs = needs_of(sizes, lambda path: _read(package, path, MAX_CONFIG_BYTES))
+    if problem := capability.problem(needs, state_dir=Path(job.state_dir)):
+        raise CannotRun(f"this host cannot run {job.ref}: {problem}")
 
 
 def read_wanted(package: Package, version: ModelVersion, promised: Manifest | None = None) -> Wanted:
@@ -174,18 +195,20 @@ def committed(store: Store, job: SyncJob, version: ModelVersion, wanted: Wanted)
 
 
 def hold_to_policy(store: Store, job: SyncJob, record: VersionRecord) -> VersionRecord:
-    """A version that is here already must fit the trust settings of today, too.
+    """A version that is here already must fit the settings of today, too.
 
     Raises:
-        PolicyError: it does not, any more.
+        PolicyError: it may not run, any more.
     """
     policy = asdict(job.trust)
-    if trust.still_holds(record.trust, **policy):
+    decision = record.trust
+    if not trust.still_holds(decision, **policy):
+        decision = trust.decide(
+            store.folder(record), record.manifest, registered_name=record.registered_name, **policy
+        )
+    elif record.fallback == job.fallback:
         return record
-    decision = trust.decide(
-        store.folder(record), record.manifest, registered_name=record.registered_name, **policy
-    )
-    record = replace(record, trust=decision)
+    record = replace(record, trust=decision, fallback=job.fallback)
     with store.lock():
         store.rewrite(record)
     return record

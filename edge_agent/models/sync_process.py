@@ -25,6 +25,7 @@ from typing import IO, Any
 from edge_agent import settings
 from edge_agent.errors import (
     CacheBusy,
+    CannotRun,
     ContentError,
     EdgeAgentError,
     ManifestError,
@@ -70,6 +71,7 @@ _ERRORS: dict[str, type[EdgeAgentError]] = {
     kind.code: kind
     for kind in (
         CacheBusy,
+        CannotRun,
         ContentError,
         EdgeAgentError,
         ManifestError,
@@ -116,6 +118,9 @@ class SyncJob:
         name: the settings' model name.
         ref: what to resolve, `models:/…`.
         bundle: descriptor of an open file that has the version, None where the registry has it.
+        fallback: `ref` is the model's fallback.
+        check_host: ask whether this host can run the version, before it is fetched.
+        running: key of the active version, which this host can run; empty for none.
     """
 
     state_dir: str
@@ -125,6 +130,9 @@ class SyncJob:
     trust: TrustJob = TrustJob()
     cache: CacheJob = CacheJob()
     bundle: int | None = None
+    fallback: bool = False
+    check_host: bool = False
+    running: str = ""
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -189,6 +197,7 @@ def run_sync(
     Raises:
         TransportError: the registry is out of reach, the time is over, or `should_stop` said so.
         UnknownReference: the registry has no such model, alias or version.
+        CannotRun: this host lacks what the version needs.
         ContentError: the package breaks a rule (`ManifestError`, `VerificationError`, `PolicyError`).
         StoreError: the cache cannot take it.
         EdgeAgentError: the process died or broke the protocol.

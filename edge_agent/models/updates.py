@@ -18,6 +18,7 @@ from typing import Any
 from edge_agent.errors import (
     ContentError,
     EdgeAgentError,
+    LoadFailed,
     SettingsError,
     StoreError,
     TransportError,
@@ -25,7 +26,7 @@ from edge_agent.errors import (
     UnknownReference,
 )
 from edge_agent.models import bundle, choice, fsck
-from edge_agent.models.lifecycle import ModelLifecycle
+from edge_agent.models.lifecycle import ModelLifecycle, Serving
 from edge_agent.models.reference import ModelRef, ModelVersion
 from edge_agent.models.store import Store
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob, run_sync
@@ -100,15 +101,48 @@ class Updates:
         """
         with self._turn:
             lifecycle = self._lifecycles[name]
-            result = self._sync(name, on_event)
-            lifecycle.adopt(lifecycle.state.pinned or result.key)
+            key = ""
+            try:
+                result = self._sync(name, on_event)
+                key = lifecycle.state.pinned or result.key
+                lifecycle.adopt(key)
+            except EdgeAgentError as error:
+                return self._fall_back(name, error, failed=key, on_event=on_event)
             self.problems[name] = ""
             return result
 
     def fetch(self, name: str) -> SyncResult:
-        """Brings what one model wants, or what of it is missing or damaged; changes nothing else."""
+        """Brings what one model runs by, or what of it is missing or damaged; changes nothing else."""
         with self._turn:
-            return self._sync(name, lambda event: None)
+            fallback = bool(self._lifecycles[name].state.instead)
+            return self._sync(name, lambda event: None, fallback=fallback)
+
+    def _fall_back(self, name: str, error: EdgeAgentError, *, failed: str, on_event: OnEvent) -> SyncResult:
+        """Serves the fallback where no version of the model's own can run here, and none is pinned.
+
+        Args:
+            error: why its own version does not run.
+            failed: key of that version, where it got as far as the gate.
+
+        Raises:
+            EdgeAgentError: `error`, where there is no fallback or it is not needed; or the fallback's own.
+        """
+        lifecycle = self._lifecycles[name]
+        if not self._settings.models[name].fallback or not choice.needs_fallback(error):
+            raise error
+        if lifecycle.runs_its_own or lifecycle.state.pinned:
+            raise error
+        try:
+            result = self._sync(name, on_event, fallback=True)
+            lifecycle.adopt(result.key, instead=str(error))
+        except EdgeAgentError as trouble:
+            raise type(trouble)(
+                f"{error}; and its fallback: {trouble.message}", remedy=trouble.remedy
+            ) from error
+        if isinstance(error, ContentError | LoadFailed) and failed:
+            lifecycle.set_aside(failed, str(error))
+        self.problems[name] = str(error)
+        return result
 
     def take_in(
         self, file: int, *, name: str | None = None, on_event: OnEvent = lambda event: None
@@ -128,20 +162,26 @@ class Updates:
             version = bundle.read_version(file)
             name = self._taker(version, name)
             lifecycle, wanted = self._lifecycles[name], self._wanted(name)
+            fallback = version.name != wanted.name
+            if fallback:
+                wanted = ModelRef.parse(self._settings.models[name].fallback)
             job = replace(
-                self._job(name),
+                self._job(name, fallback=fallback),
                 registry=RegistryJob(uri=bundle.ORIGIN),
                 ref=str(wanted.at_version(version.version)),
                 bundle=file,
             )
             result = self._bring(job, on_event)
-            if lifecycle.state.pinned or wanted.version in (None, result.version):
+            if fallback:
+                if not (lifecycle.runs_its_own or lifecycle.state.pinned):
+                    lifecycle.adopt(result.key, instead="no version of its own runs here")
+            elif lifecycle.state.pinned or wanted.version in (None, result.version):
                 lifecycle.adopt(lifecycle.state.pinned or result.key)
             return result
 
     def _taker(self, version: ModelVersion, name: str | None) -> str:
         """The configured model that a version from a file is for."""
-        takers = [one for one in self._lifecycles if self._wanted(one).name == version.name]
+        takers = [one for one in self._lifecycles if version.name in self._registered_names(one)]
         if name is None and len(takers) == 1:
             return takers[0]
         if name in takers:
@@ -153,6 +193,11 @@ class Updates:
             + f"; there are: {there}",
             remedy="choose with --model" if takers else "add a [models.NAME] table with that model's uri",
         )
+
+    def _registered_names(self, name: str) -> set[str]:
+        """Of what a model follows, and of its fallback."""
+        fallback = self._settings.models[name].fallback
+        return {self._wanted(name).name, *([ModelRef.parse(fallback).name] if fallback else [])}
 
     def _note_desired(self) -> None:
         desired, self._desired = self._desired, None
@@ -171,7 +216,12 @@ class Updates:
                 lifecycle.adopt(lifecycle.state.pinned)
                 self.problems[name] = ""
                 return
-            lifecycle.catch_up()
+            try:
+                self._catch_up(lifecycle)
+            except EdgeAgentError as error:  # the registry may have a version that does run
+                if not self._settings.registry.uri or self._closing.is_set():
+                    raise
+                log.warning("cached version refused model=%s reason=%r", name, str(error))
             if self._settings.registry.uri:
                 self.check(name)
         except EdgeAgentError as error:
@@ -182,14 +232,24 @@ class Updates:
                 log.warning("update failed model=%s code=%s reason=%r", name, error.code, text)
             self.problems[name] = text
 
-    def _sync(self, name: str, on_event: OnEvent) -> SyncResult:
+    def _catch_up(self, lifecycle: ModelLifecycle) -> None:
+        """Takes up what is on disk already, one of the fallback where nothing else runs."""
+        try:
+            lifecycle.catch_up()
+        except EdgeAgentError as error:
+            record = lifecycle.cached_fallback()
+            if record is None or lifecycle.runs_its_own or not choice.needs_fallback(error):
+                raise
+            lifecycle.adopt(record.key, instead=str(error))
+
+    def _sync(self, name: str, on_event: OnEvent, *, fallback: bool = False) -> SyncResult:
         if not self._settings.registry.uri:
             raise SettingsError(
                 "registry.uri: no registry is configured", remedy="set registry.uri in the settings"
             )
 
         try:
-            result = self._bring(self._job(name), on_event)
+            result = self._bring(self._job(name, fallback=fallback), on_event)
         except (TransportError, UnknownReference, ContentError) as error:
             self._note(reachable=not isinstance(error, TransportError))
             raise
@@ -202,7 +262,7 @@ class Updates:
 
         def look(event: Mapping[str, Any]) -> None:
             if event.get("event") == "resolved":
-                self._check_rollout(name, event)
+                self._check_rollout(job, event)
             self.progress[name] = event
             on_event(event)
 
@@ -230,30 +290,39 @@ class Updates:
         except EdgeAgentError as error:
             log.warning("cache not tidied reason=%r", str(error))
 
-    def _check_rollout(self, name: str, event: Mapping[str, Any]) -> None:
+    def _check_rollout(self, job: SyncJob, event: Mapping[str, Any]) -> None:
         """A share of the devices follows an alias first; who asks for a version by number gets it."""
-        if self._wanted(name).alias is not None and self._state_version(name) != event["version"]:
-            choice.check_rollout(
-                event.get("rollout"),
-                device_id=self._settings.device_id,
-                name=name,
-                version=int(event["version"]),
-            )
+        lifecycle = self._lifecycles[job.name]
+        runs_it = lifecycle.status()["version"] == event["version"]
+        if ModelRef.parse(job.ref).alias is None or (runs_it and bool(lifecycle.instead) == job.fallback):
+            return
+        choice.check_rollout(
+            event.get("rollout"),
+            device_id=self._settings.device_id,
+            name=job.name,
+            version=int(event["version"]),
+        )
 
-    def _state_version(self, name: str) -> object:
-        return self._lifecycles[name].status()["version"]
+    def _running(self, name: str) -> str:
+        """Key of a version that loaded here: nobody has to be asked whether it can."""
+        lifecycle = self._lifecycles[name]
+        return lifecycle.state.active or "" if lifecycle.serving is not Serving.FAILED else ""
 
     def _wanted(self, name: str) -> ModelRef:
         return choice.wanted_ref(self._settings.models[name].uri, self._lifecycles[name].state)
 
-    def _job(self, name: str) -> SyncJob:
+    def _job(self, name: str, *, fallback: bool = False) -> SyncJob:
         """What the sync process has to know."""
         settings = self._settings
+        wanted = ModelRef.parse(settings.models[name].fallback) if fallback else self._wanted(name)
         return SyncJob(
             state_dir=str(settings.state_dir),
             registry=RegistryJob(uri=settings.registry.uri, timeout_s=settings.registry.timeout_s),
             name=name,
-            ref=str(self._wanted(name)),
+            ref=str(wanted),
+            fallback=fallback,
+            check_host=True,
+            running=self._running(name),
             trust=TrustJob(
                 public_keys=settings.trust.public_keys, allow_unsigned_code=settings.trust.allow_unsigned_code
             ),

@@ -29,6 +29,15 @@ def memory_left_bytes(proc: Path = PROC) -> int | None:
     return min(left, default=None)
 
 
+def memory_limit_bytes(proc: Path = PROC) -> int | None:
+    """The least that a group above this process allows at all, None where none limits memory."""
+    limits = []
+    for version, names in ((2, ("memory.max", "memory.high")), (1, ("memory.limit_in_bytes",))):
+        for group in _folders("memory", proc, version=version):
+            limits += [limit for name in names if (limit := _number(group / name)) is not None]
+    return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
+
+
 def cpu_quota(proc: Path = PROC) -> float | None:
     """The least number of CPUs whose time a group above this process allows, None where none limits it."""
     quotas = []

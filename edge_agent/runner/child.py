@@ -17,7 +17,17 @@ import time
 import traceback
 from pathlib import Path
 
-from edge_agent.errors import BadRequest, Cancelled, ModelFailed, PromptError, PromptTooLong, RunnerError
+from edge_agent.errors import (
+    BadRequest,
+    Cancelled,
+    CannotRun,
+    EdgeAgentError,
+    LoadFailed,
+    ModelFailed,
+    PromptError,
+    PromptTooLong,
+    RunnerError,
+)
 from edge_agent.runner import gate, loader
 from edge_agent.runner.protocol import (
     Cancel,
@@ -79,7 +89,8 @@ class Runner:
             model.warm_up()
         except Exception as error:
             _print_frames(error)
-            self._send(Failed(message=_describe(error)))
+            code = CannotRun.code if isinstance(error, CannotRun) else LoadFailed.code
+            self._send(Failed(message=_describe(error), code=code))
             raise _Ended from error
         gc.collect()
         gc.freeze()  # what a load leaves stays; later collections need not walk it
@@ -170,7 +181,8 @@ def _print_frames(error: BaseException, request: str = "-") -> None:
 
 def _describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:_MAX_MESSAGE]
+    named = text if isinstance(error, EdgeAgentError) else f"{type(error).__name__}: {text}"
+    return named[:_MAX_MESSAGE]
 
 
 def main() -> None:

@@ -14,9 +14,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from edge_agent.errors import RunnerError
+from edge_agent.errors import CannotRun
 from edge_agent.models import mlmodel, trust
 from edge_agent.models.mlmodel import TRANSFORMERS_LOADER, MLmodel
+from edge_agent.runner.capability import UNKNOWN_ARCHITECTURE
 from edge_agent.runner.model import End, Model
 
 __all__ = ["End", "Model", "load"]
@@ -35,7 +36,8 @@ def load(folder: Path, *, context_tokens: int, max_tokens: int, threads: int) ->
         threads: for one operation; 0 leaves it to the library.
 
     Raises:
-        RunnerError: it is no language model, or this host lacks what runs it.
+        CannotRun: this host lacks what runs it.
+        RunnerError: it is no language model.
         Exception: whatever MLflow, the package or the library raises; the runner reports it.
     """
     package = mlmodel.read(folder)
@@ -97,7 +99,12 @@ def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Mode
     _distrust_bytecode()
     signature = foreign_pyfunc.signature_of(mlflow.models.Model.load(str(folder)))
     if ours:
-        pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=config)
+        try:
+            pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=config)
+        except RuntimeError as error:
+            if UNKNOWN_ARCHITECTURE in str(error):  # the library tells its faults apart by text only
+                raise CannotRun(f"onnxruntime-genai: {' '.join(str(error).split())[:200]}") from error
+            raise
         flavor = f"onnxruntime-genai {importlib.metadata.version('onnxruntime-genai')}"
         return WrapperModel(pyfunc, flavor=flavor, signature=signature.form, golden=package.golden)
     own = package.pyfunc.get("config")
@@ -116,13 +123,13 @@ def _need(library: str, *, package: str) -> None:
     """Imports a library, with the bytecode that its installation made.
 
     Raises:
-        RunnerError: it is not here, or does not work here.
+        CannotRun: it is not here, or does not work here.
     """
     try:
         importlib.import_module(library)
     except Exception as error:  # a native library may fail in its own ways
         reason = " ".join(str(error).split())[:200]
-        raise RunnerError(
+        raise CannotRun(
             f"{library} cannot be imported on this host ({reason})", remedy=f"install {package}"
         ) from error
 

@@ -20,6 +20,12 @@ def available_bytes() -> int:
     return min(limits, default=_NOT_KNOWN)
 
 
+def total_bytes() -> int:
+    """Bytes that this process could have at most, were nothing else running. Source: proc(5) MemTotal."""
+    host, in_groups = _field(Path("/proc/meminfo"), "MemTotal"), cgroup.memory_limit_bytes()
+    return min((limit for limit in (host, in_groups) if limit is not None), default=_NOT_KNOWN)
+
+
 def resident_bytes(pid: int) -> int:
     """Bytes that a process has in memory now; 0 when it is gone."""
     return _field(Path(f"/proc/{pid}/status"), "VmRSS") or 0

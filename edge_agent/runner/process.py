@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent import settings
-from edge_agent.errors import PROMPT_ERRORS, Cancelled, DeadlineExceeded, LoadFailed, ModelFailed, RunnerError
+from edge_agent.errors import (
+    PROMPT_ERRORS,
+    Cancelled,
+    CannotRun,
+    DeadlineExceeded,
+    LoadFailed,
+    ModelFailed,
+    RunnerError,
+)
 from edge_agent.runner.protocol import (
     Cancel,
     Delta,
@@ -134,7 +142,8 @@ class RunnerProcess:
             return frame
         self.kill()
         if isinstance(frame, Failed):
-            raise LoadFailed(f"model does not load: {frame.message}")
+            kind = CannotRun if frame.code == CannotRun.code else LoadFailed
+            raise kind(f"model does not load: {frame.message}")
         raise RunnerError(
             f"model did not load within {timeout_s:.0f} s" if frame is None else "runner spoke out of turn"
         )

@@ -91,10 +91,15 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """The model cannot be loaded; the runner ends."""
+    """The model cannot be loaded; the runner ends.
+
+    Attributes:
+        code: `cannot_run` where this host lacks what it needs, else `load_failed`.
+    """
 
     type: ClassVar[str] = "failed"
     message: str
+    code: str = "load_failed"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ import transformers
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from edge_agent.errors import BadRequest, PromptTooLong, RunnerError
+from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, RunnerError
 from edge_agent.models.mlmodel import MLmodel
 from edge_agent.runner.model import End, Model
 from edge_agent.runner.stop import StopFilter
@@ -67,7 +67,8 @@ def load(folder: Path, package: MLmodel, *, context_tokens: int, max_tokens: int
         context_tokens, max_tokens, threads: see `loader.load`.
 
     Raises:
-        RunnerError: it is no language model of this flavor, or this version of transformers cannot load it.
+        CannotRun: this version of transformers does not know the architecture.
+        RunnerError: it is no language model of this flavor, or its weights are not those of its architecture.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -309,11 +310,11 @@ class _Decoder:
 def _load_weights(folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise RunnerError(
+        raise CannotRun(
             f"transformers {transformers.__version__} has no language model of the type {config.model_type!r}"
         )
     if getattr(config, "quantization_config", None):
-        raise RunnerError(
+        raise CannotRun(
             "the weights are quantized in a form that needs more libraries than transformers and torch",
             remedy="publish the weights as they were before, in float16 or bfloat16",
         )

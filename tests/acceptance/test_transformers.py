@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import pytest
 
 from edge_agent.models import manifest as manifests
 from edge_agent.models import trust
+from edge_agent.publishing import publish_folder
 from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support.client import Client, chat, connected
+from tests.support.host import python_without
 from tests.support.keys import KeyPair, make_keys
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
-from tests.support.processes import Daemon, clean_environment, running_daemon
+from tests.support.processes import Daemon, clean_environment, running_daemon, wait_until
 
 ROOT = Path(__file__).parents[2]
 SAMPLE_HF = ROOT / "tests" / "models" / "sample_hf"
@@ -257,6 +259,53 @@ def test_a_published_folder_answers_in_mlflow_alone(released: Path, tmp_path: Pa
     assert result.returncode == 0, result.stderr
     (completion,) = json.loads(result.stdout.splitlines()[-1])
     assert completion["choices"][0]["message"]["content"] == MADRID
+
+
+def test_a_host_without_onnxruntime_genai_serves_the_fallback_until_it_has_it(
+    new_daemon: Callable[..., Daemon],
+    broker: Broker,
+    mlflow_server: Server,
+    sample_model: Path,
+    pipeline: str,
+    short_dir: Path,
+) -> None:
+    publish_folder(sample_model, name="onnx-first", registry_uri=mlflow_server.uri, alias="prod")
+    settings = settings_for(broker, mlflow_server.uri, device="poor", inference={"threads": 1})
+    settings["models"] = {
+        "assistant": {"uri": "models:/onnx-first@prod", "fallback": f"models:/{pipeline}@prod"}
+    }
+    daemon = new_daemon(settings)
+    daemon.python = python_without("onnxruntime_genai", short_dir / "venv")
+    daemon.start()
+    wait_for_state(daemon, "degraded", 180)
+    wait_until(lambda: daemon.status()["models"][0]["flavor"], 180, "the fallback")
+    status = daemon.status()
+    model = status["models"][0]
+    assert model["flavor"].startswith("transformers ")
+    assert "this host has no onnxruntime_genai; install onnxruntime-genai" in model["reason"]
+    assert any("fallback seed-pipeline" in trouble for trouble in status["troubles"])
+    with connected(broker, device="poor") as client:
+        assert client.ask(chat(SPAIN, temperature=0)).text == MADRID
+        (version,) = json.loads(daemon.cli("models", "show", "assistant", "--json").stdout)["versions"]
+        assert version["registered_name"] == pipeline, "what cannot run here was fetched all the same"
+
+        daemon.python = sys.executable
+        daemon.restart()
+        wait_until(lambda: daemon.status()["models"][0]["reason"] == "", 180, "the model's own version")
+        model = daemon.status()["models"][0]
+        assert model["flavor"].startswith("onnxruntime-genai ")
+        answer = client.ask(chat(SPAIN))
+        assert (answer.text, answer.properties["version"]) == (MADRID, str(model["version"]))
+
+        # The library is gone again, and so is the registry: what is in the cache answers.
+        daemon.python = python_without("onnxruntime_genai", short_dir / "again")
+        daemon.config["registry"] = {"uri": "http://127.0.0.1:9"}
+        daemon.restart(timeout_s=180)
+        assert client.ask(chat(SPAIN, temperature=0)).text == MADRID
+        model = daemon.status()["models"][0]
+        assert model["flavor"].startswith("transformers ")
+        assert "onnxruntime_genai cannot be imported on this host" in model["reason"]
+        assert model["quarantined"] == {}, "nothing is wrong with the version"
 
 
 def test_the_runner_has_no_connection_but_its_own(device: Daemon) -> None:

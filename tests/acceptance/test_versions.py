@@ -1,6 +1,5 @@
 """Versions on a device: the gate, quarantine, rollback, pins, desired state, damage, bad releases under load."""
 
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support.client import Client, chat, connected
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
+from tests.support.packages import publish_broken
 from tests.support.processes import Daemon, wait_until
 
 SPAIN = "What is the capital of Spain?"
@@ -83,26 +83,9 @@ def golden(folder: Path, expect: str) -> Path:
 
 def bad_release(device: Device, source: Path, edit: Callable[[Path], None], folder: Path) -> None:
     """Registers a package whose content was changed after it was tried out: what a broken pipeline does."""
-    from edge_agent.models import manifest as manifests
-    from edge_agent.publishing.package import Package, build_package
-    from edge_agent.publishing.register import publish
-
-    package = build_package(source, folder / "package", name=device.name, signature="chat", options={})
-    edit(package.folder)
-    (package.folder / manifests.MANIFEST_NAME).unlink()
-    files = [
-        manifests.ManifestFile(
-            path=path.relative_to(package.folder).as_posix(),
-            size_bytes=path.stat().st_size,
-            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        )
-        for path in package.folder.rglob("*")
-        if path.is_file()
-    ]
-    manifest = manifests.make(device.name, files)
-    (package.folder / manifests.MANIFEST_NAME).write_bytes(manifest.encode())
-    changed = Package(folder=package.folder, manifest=manifest)
-    publish(changed, registry_uri=device.server.uri, name=device.name, alias="prod", progress=lambda *_: None)
+    publish_broken(
+        source, edit, folder / "package", registry_uri=device.server.uri, name=device.name, alias="prod"
+    )
 
 
 def truncate_weights(folder: Path) -> None:

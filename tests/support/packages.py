@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edge_agent.models import manifest as manifests
 from edge_agent.models.manifest import MANIFEST_NAME, OUTSIDE_MANIFEST, Manifest, ManifestFile
 from edge_agent.models.reference import MANIFEST_TAG
+from edge_agent.publishing import Package, Published, build_package, publish
 
 WEIGHTS = "artifacts/model/model.onnx.data"
 GENAI_CONFIG = "artifacts/model/genai_config.json"
@@ -128,6 +129,24 @@ def register(
     if tag:
         client.set_model_version_tag(name, version.version, MANIFEST_TAG, tag)
     return int(version.version)
+
+
+def publish_broken(
+    source: Path,
+    edit: Callable[[Path], None],
+    folder: Path,
+    *,
+    registry_uri: str,
+    name: str,
+    alias: str,
+) -> Published:
+    """Registers a package whose content was changed after it was tried out: what a broken pipeline does."""
+    package = build_package(source, folder, name=name, options={})
+    edit(package.folder)
+    (package.folder / MANIFEST_NAME).unlink()
+    add_manifest(package.folder, name)
+    changed = Package(folder=package.folder, manifest=manifest_of(package.folder, name))
+    return publish(changed, registry_uri=registry_uri, name=name, alias=alias)
 
 
 def copy_package(source: Path, target: Path) -> Path:

@@ -180,7 +180,8 @@ class Daemon:
     """`edge-agent run` as a process, the way systemd would start it.
 
     The settings come from `config` (keys as in the TOML file; change it before `start` or `restart`).
-    `state_dir` and `control_socket` default to places in `folder`, whose path must be short.
+    `state_dir` and `control_socket` default to places in `folder`, whose path must be short. `python` is the
+    interpreter; change it before `start` or `restart` for a host with other libraries.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class Daemon:
             **config,
         }
         self.env = dict(env or {})
+        self.python = sys.executable
         self.config_file = folder / "config.toml"
         self.notify = NotifySocket(folder / "n.sock")
         self._watchdog_s = watchdog_s
@@ -309,7 +311,7 @@ class Daemon:
         ]
 
     def _command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "edge_agent", "--config", str(self.config_file), *arguments]
+        return [self.python, "-m", "edge_agent", "--config", str(self.config_file), *arguments]
 
 
 @contextlib.contextmanager

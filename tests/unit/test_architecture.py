@@ -57,8 +57,13 @@ def test_prompts_and_models_do_not_know_each_other(folder: str, other: str) -> N
         ),
         (
             "onnxruntime_genai",
-            {"runner/genai_pyfunc.py", "runner/loader.py", "demo/make_sample_model.py", "bench/bare.py"},
+            {"runner/genai_pyfunc.py", "runner/capability.py", "demo/make_sample_model.py", "bench/bare.py"},
         ),
+        (
+            "transformers",
+            {"runner/transformers_flavor.py", "runner/capability.py", "demo/make_sample_model.py"},
+        ),
+        ("torch", {"runner/transformers_flavor.py", "demo/make_sample_model.py"}),
         ("sqlite3", {"chat/journal.py"}),
     ],
 )

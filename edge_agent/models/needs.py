@@ -1,0 +1,54 @@
+"""What a version asks of a host, read from its small files before the large ones are paid for. Pure.
+
+Two packages can be told apart early: our wrapper's needs onnxruntime-genai and an architecture that it knows,
+one of the transformers flavor needs torch and transformers. Other code says only when it runs what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from edge_agent.models import genai_options, mlmodel
+from edge_agent.models.mlmodel import PICKLE_LOADER, TRANSFORMERS_LOADER
+
+GENAI, TRANSFORMERS = "onnxruntime-genai", "transformers"
+WRAPPER_NAME = "genai_pyfunc.py"
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """One version's.
+
+    Attributes:
+        library: `GENAI`, `TRANSFORMERS`, or empty where nobody knows.
+        config: the file that names the architecture, as the library reads it; empty where there is none.
+        weight_bytes: of all its files; a host whose memory is smaller cannot load it.
+    """
+
+    library: str
+    config: bytes
+    weight_bytes: int
+
+
+def needs_of(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Needs:
+    """Reads a package's needs.
+
+    Args:
+        sizes: every file of the package, in bytes.
+        read: gives a small file whole.
+
+    Raises:
+        PolicyError: its MLmodel is none that this agent loads.
+    """
+    package = mlmodel.parse(read(mlmodel.FILE_NAME))
+    library, name = "", ""
+    if package.loader == TRANSFORMERS_LOADER:
+        library, name = TRANSFORMERS, f"{package.flavor('transformers').get('model_binary')}/config.json"
+    elif package.loader != PICKLE_LOADER and package.code_file == WRAPPER_NAME:
+        library = GENAI
+        name = next((path for path in sizes if PurePosixPath(path).name == genai_options.FILE_NAME), "")
+    has_config = 0 < sizes.get(name, 0) <= MAX_CONFIG_BYTES
+    return Needs(library=library, config=read(name) if has_config else b"", weight_bytes=sum(sizes.values()))

@@ -1,0 +1,138 @@
+"""What this host can run: libraries, architectures that they know, memory, cores.
+
+Asked before a download is paid for, and by the doctor. Owns no library: a native one may take seconds, or the
+process, with it, so another process asks it (`python -m edge_agent.runner.capability`). Where that one does
+not answer, nothing is known, and the version is tried for real.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_agent.models.needs import GENAI, TRANSFORMERS, Needs
+from edge_agent.runner.memory import total_bytes
+from edge_agent.runner.process import environment
+
+UNKNOWN_ARCHITECTURE = "Unsupported model_type"
+"""How onnxruntime-genai says so; it says it before it looks for the weights."""
+
+_MODULES = {GENAI: ("onnxruntime_genai",), TRANSFORMERS: ("torch", "transformers")}
+_REMEDIES = {GENAI: "install onnxruntime-genai", TRANSFORMERS: "install edge-agent[transformers]"}
+_TIMEOUT_S = 120.0
+_MAX_QUESTION_BYTES = 4 << 20
+_MAX_PROBLEM = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flavor:
+    """One way to run models on this host.
+
+    Attributes:
+        library: what it is called in a package's needs.
+        version: of the library, empty where it is missing.
+        problem: why it cannot be used here, with what to do; empty where it can.
+    """
+
+    library: str
+    version: str
+    problem: str
+
+
+def flavors() -> tuple[Flavor, ...]:
+    """Both ways, as far as it can be seen without loading a library: for status and the doctor."""
+    return tuple(_flavor(library) for library in (GENAI, TRANSFORMERS))
+
+
+def cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def problem(needs: Needs, *, state_dir: Path) -> str:
+    """Why a version cannot run on this host; empty where it can, and where nobody knows.
+
+    Args:
+        state_dir: for the environment of the process that asks the library.
+    """
+    if needs.library and (missing := _flavor(needs.library).problem):
+        return missing
+    if needs.weight_bytes > (memory_bytes := total_bytes()):
+        return f"its files have {needs.weight_bytes} bytes, this host's memory {memory_bytes}"
+    return _ask_library(needs, state_dir) if needs.library else ""
+
+
+def _flavor(library: str) -> Flavor:
+    missing = [module for module in _MODULES[library] if importlib.util.find_spec(module) is None]
+    if missing:
+        reason = f"this host has no {' and no '.join(missing)}; {_REMEDIES[library]}"
+        return Flavor(library=library, version="", problem=reason)
+    return Flavor(library=library, version=importlib.metadata.version(library), problem="")
+
+
+def _ask_library(needs: Needs, state_dir: Path) -> str:
+    question = json.dumps({"library": needs.library, "config": needs.config.decode("utf-8", "replace")})
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "edge_agent.runner.capability"],
+            input=question.encode(),
+            capture_output=True,
+            timeout=_TIMEOUT_S,
+            check=True,
+            cwd="/",
+            env={**environment(state_dir), "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        answer = json.loads(result.stdout[:_MAX_QUESTION_BYTES])["problem"]
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError):
+        return ""
+    return str(answer)[:_MAX_PROBLEM]
+
+
+def main() -> None:
+    """The process: one question on stdin, the answer on stdout."""
+    question = json.loads(sys.stdin.buffer.read(_MAX_QUESTION_BYTES))
+    library, config = str(question["library"]), str(question["config"])
+    try:
+        for module in _MODULES[library]:
+            importlib.import_module(module)
+    except Exception as error:  # noqa: BLE001 - a native library may fail in its own ways
+        reason = f"{module} cannot be imported on this host ({' '.join(str(error).split())[:200]})"
+        print(json.dumps({"problem": f"{reason}; {_REMEDIES[library]}"}))
+        return
+    known = _genai_knows if library == GENAI else _transformers_knows
+    print(json.dumps({"problem": known(config) if config else ""}))
+
+
+def _genai_knows(config: str) -> str:
+    """Opens a folder with the configuration alone: an architecture is refused before a weight is missed."""
+    import onnxruntime_genai
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "genai_config.json").write_text(config)
+        try:
+            onnxruntime_genai.Model(folder)
+        except Exception as error:  # noqa: BLE001 - the weights are missing, so there is one
+            return f"onnxruntime-genai: {error}" if UNKNOWN_ARCHITECTURE in str(error) else ""
+    return ""
+
+
+def _transformers_knows(config: str) -> str:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = json.loads(config).get("model_type")
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return ""
+    return f"transformers {transformers.__version__} has no language model of the type {kind!r}"
+
+
+if __name__ == "__main__":
+    main()
