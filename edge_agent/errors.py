@@ -193,6 +193,12 @@ class CannotRun(RunnerError):
     code = "cannot_run"
 
 
+class RunnerCrashed(RunnerError):
+    """What a runner did ended it: a signal that nobody sends."""
+
+    code = "runner_crashed"
+
+
 class PublishError(EdgeAgentError):
     """A folder cannot be packaged or registered."""
 

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +158,10 @@ def new_daemon() -> Iterator[Callable[..., Daemon]]:
             folder: Path | None = None,
             env: Mapping[str, str] | None = None,
             watchdog_s: float | None = None,
+            before: Sequence[str] = (),
         ) -> Daemon:
             place = folder or stack.enter_context(short_folder())
-            daemon = Daemon(place, config, env=env, watchdog_s=watchdog_s)
+            daemon = Daemon(place, config, env=env, watchdog_s=watchdog_s, before=before)
             stack.callback(daemon.close)
             return daemon
 

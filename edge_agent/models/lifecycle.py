@@ -29,6 +29,7 @@ from edge_agent.errors import (
     MemoryShort,
     PolicyError,
     PromptError,
+    RunnerCrashed,
     RunnerError,
     StoreError,
     VerificationError,
@@ -465,7 +466,7 @@ class ModelLifecycle:
         reason = str(error)
         if self._closed or isinstance(error, MemoryShort | CannotRun):
             self._change(lambda state: state.given_up())
-        elif isinstance(error, GateFailed | LoadFailed | PolicyError):
+        elif isinstance(error, GateFailed | LoadFailed | RunnerCrashed | PolicyError):
             self._change(lambda state: state.refused(key, reason))
         log.warning("candidate refused model=%s version=%s reason=%r", self.name, key, reason)
         raise error

@@ -2,18 +2,20 @@
 
 A package may bring golden prompts (MLmodel metadata `edge_agent.golden`): a list of
 `{prompt or messages, expect: regex, max_tokens}`, answered greedily. The patterns are the package's: a
-catastrophic one costs the candidate's process its time limit, never the daemon.
+catastrophic one costs the candidate `PATTERN_LIMIT_S`, and the daemon nothing.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 MAX_GOLDEN = 64
 MAX_GOLDEN_TOKENS = 1024
+PATTERN_LIMIT_S = 5.0
 _DEFAULT_MAX_TOKENS = 64
 _SPEED_TOKENS = 32
 _MAX_SHOWN = 80
@@ -70,10 +72,31 @@ def _try_one(entry: object, ask: Ask) -> tuple[str, int]:
         return "not understood", 0
     text, tokens = ask({**content, "max_tokens": max_tokens, "temperature": 0.0})
     try:
-        found = re.search(entry["expect"], text)
+        found = _found(entry["expect"], text)
     except re.error as error:
         return f"its pattern is not one: {error}", tokens
+    except TimeoutError:
+        return f"its pattern {_shown(entry['expect'])} found no end in {PATTERN_LIMIT_S:g} s", tokens
     return ("" if found else f"{_shown(text)} does not match {_shown(entry['expect'])}"), tokens
+
+
+def _found(pattern: str, text: str) -> bool:
+    """Whether the text has the pattern. In the main thread: `re` looks for signals while it searches.
+
+    Raises:
+        TimeoutError: it took too long.
+    """
+
+    def end(*_: object) -> NoReturn:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, PATTERN_LIMIT_S)
+    try:
+        return re.search(pattern, text) is not None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _shown(text: str) -> str:

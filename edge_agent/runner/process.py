@@ -32,6 +32,7 @@ from edge_agent.errors import (
     DeadlineExceeded,
     LoadFailed,
     ModelFailed,
+    RunnerCrashed,
     RunnerError,
 )
 from edge_agent.runner.protocol import (
@@ -60,6 +61,10 @@ CANCEL_GRACE_S = 30.0
 
 MAX_ANSWER_CHARACTERS = 4 << 20
 
+_OWN_SIGNALS = frozenset(
+    (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
+)
+"""A process brings these on itself. SIGKILL may have been the kernel, for want of memory."""
 _SEND_TIMEOUT_S = 30.0
 _TAIL_LINES = 40
 _TAIL_LINE_BYTES = 500
@@ -262,7 +267,8 @@ class RunnerProcess:
             return self._reader.read(max(0.0, deadline_s - time.monotonic()))
         except EOFError as error:
             self.kill()
-            raise RunnerError(f"runner died ({self._epitaph()})") from error
+            kind = RunnerCrashed if -(self._process.returncode or 0) in _OWN_SIGNALS else RunnerError
+            raise kind(f"runner died ({self._epitaph()})") from error
         except RunnerError:
             self.kill()
             raise

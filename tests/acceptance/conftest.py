@@ -1,6 +1,8 @@
 """The whole agent: a registry with the sample model, a broker, the daemon as a process."""
 
-from collections.abc import Iterator
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tests.support.client import Client, connected
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
+from tests.support.versions import FollowingDevice
 
 SAMPLE = "sample"
 
@@ -79,3 +82,33 @@ def pulled(mlflow_server: Server, published: Published, broker: Broker) -> Itera
             yield settings_module.load(device.config_file)
         finally:
             device.close()
+
+
+@pytest.fixture
+def follow(
+    new_daemon: Callable[..., Daemon],
+    broker: Broker,
+    mlflow_server: Server,
+    sample_model: Path,
+    request: pytest.FixtureRequest,
+) -> Iterator[Callable[..., FollowingDevice]]:
+    """Makes a device that runs version 1, the sample model, of a registered model of its own.
+
+    `follow(before=…, trust={…})`: what comes before the daemon's command, and more settings.
+    """
+    name = f"m{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]}"
+    with contextlib.ExitStack() as stack:
+
+        def make(*, before: Sequence[str] = (), **more: Any) -> FollowingDevice:
+            publish_folder(sample_model, name=name, registry_uri=mlflow_server.uri, alias="prod")
+            settings = settings_for(broker, mlflow_server.uri, device=name, **more)
+            settings["models"] = {"assistant": {"uri": f"models:/{name}@prod"}}
+            daemon = new_daemon(settings, before=before)
+            daemon.start()
+            client = stack.enter_context(connected(broker, device=name))
+            device = FollowingDevice(daemon, client, mlflow_server, name)
+            device.wait_model(lambda m: m["state"] == "ready", "version 1")
+            wait_until(lambda: daemon.status()["broker"]["connected"], 60, "the broker")
+            return device
+
+        yield make

@@ -43,7 +43,10 @@ def test_probe_direct_needs_no_daemon(agent: Daemon) -> None:
 
 
 def test_status_says_what_the_contract_says(agent: Daemon) -> None:
-    status = agent.status()
+    printed = agent.cli("status", "--json")
+    assert printed.returncode == 0, printed.stderr
+    status = json.loads(printed.stdout)
+    assert set(status) == set(agent.status())
     assert status["state"] == "ready"
     assert set(status["cache"]) >= {"bytes", "quota_bytes", "free_bytes"}
     assert status["registry"]["reachable"] is True

@@ -1,168 +1,34 @@
-"""Versions on a device: the gate, quarantine, rollback, pins, desired state, damage, bad releases under load."""
+"""Versions on a device: the switch, rollback, pins, desired state, poison prompts, damage."""
 
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from edge_agent.publishing import publish_folder
-from tests.acceptance.conftest import settings_for, wait_for_state
-from tests.support.client import Client, chat, connected
-from tests.support.mlflow_server import Server
-from tests.support.mosquitto import Broker
-from tests.support.packages import publish_broken
-from tests.support.processes import Daemon, wait_until
-
-SPAIN = "What is the capital of Spain?"
-MADRID, KATHMANDU = "The capital of Spain is Madrid.", "The capital of Spain is Kathmandu."
-
-
-class Device:
-    """A daemon that follows a registered model of its own, and a client that asks it."""
-
-    def __init__(self, daemon: Daemon, client: Client, server: Server, name: str) -> None:
-        self.daemon = daemon
-        self.client = client
-        self.server = server
-        self.name = name
-
-    def publish(self, folder: Path, **options: Any) -> None:
-        publish_folder(folder, name=self.name, registry_uri=self.server.uri, alias="prod", **options)
-
-    def sync(self) -> None:
-        self.client.publish(f"{self.client.root}/ctl/sync", b"")
-
-    def model(self) -> dict[str, Any]:
-        model: dict[str, Any] = self.daemon.status()["models"][0]
-        return model
-
-    def wait_model(self, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-        try:
-            wait_until(lambda: wanted(self.model()), 60, what)
-        except TimeoutError as error:
-            raise AssertionError(f"{error}: {self.model()}\n{self.daemon.log}") from error
-        return self.model()
-
-    def ask(self) -> str:
-        return self.client.ask(chat(SPAIN)).text
-
-    def do(self, *arguments: str, code: int = 0) -> Any:
-        result = self.daemon.cli("models", *arguments, "--json", timeout_s=120)
-        assert result.returncode == code, result.stderr
-        return json.loads(result.stdout) if result.stdout else result.stderr
+from tests.acceptance.conftest import wait_for_state
+from tests.support.client import chat
+from tests.support.processes import wait_until
+from tests.support.versions import KATHMANDU, MADRID, FollowingDevice, asking, check_switched_once, golden
 
 
 @pytest.fixture
-def device(
-    new_daemon: Callable[..., Daemon],
-    broker: Broker,
-    mlflow_server: Server,
-    sample_model: Path,
-    request: pytest.FixtureRequest,
-) -> Iterator[Device]:
-    """Runs version 1, the sample model."""
-    name = f"m{abs(hash(request.node.nodeid)) % 10**12}"
-    publish_folder(sample_model, name=name, registry_uri=mlflow_server.uri, alias="prod")
-    settings = settings_for(broker, mlflow_server.uri, device=name)
-    settings["models"] = {"assistant": {"uri": f"models:/{name}@prod"}}
-    daemon = new_daemon(settings)
-    daemon.start()
-    wait_for_state(daemon, "ready")
-    with connected(broker, device=name) as client:
-        yield Device(daemon, client, mlflow_server, name)
-
-
-def golden(folder: Path, expect: str) -> Path:
-    file = folder / "golden.json"
-    file.write_text(json.dumps([{"messages": [{"role": "user", "content": SPAIN}], "expect": expect}]))
-    return file
-
-
-def bad_release(device: Device, source: Path, edit: Callable[[Path], None], folder: Path) -> None:
-    """Registers a package whose content was changed after it was tried out: what a broken pipeline does."""
-    publish_broken(
-        source, edit, folder / "package", registry_uri=device.server.uri, name=device.name, alias="prod"
-    )
-
-
-def truncate_weights(folder: Path) -> None:
-    file = folder / "artifacts" / "onnx" / "model.onnx"
-    data = file.read_bytes()
-    file.unlink()
-    file.write_bytes(data[: len(data) // 2])
-
-
-def expect_lisbon(folder: Path) -> None:
-    """Golden prompts that this model cannot answer, put in after publish has tried the package."""
-    file = folder / "MLmodel"
-    text = file.read_text()
-    question = "<|user|>What is the capital of Spain?<|end|><|assistant|>"
-    entry = json.dumps({"edge_agent.golden": [{"prompt": question, "expect": "Lisbon"}]})
-    file.unlink()
-    file.write_text(f"{text}\nmetadata: {entry}\n")
-
-
-@pytest.mark.parametrize(("edit", "reason"), [(truncate_weights, "does not load"), (expect_lisbon, "Lisbon")])
-def test_a_bad_release_is_quarantined_and_nobody_notices(
-    device: Device, sample_model: Path, short_dir: Path, edit: Callable[[Path], None], reason: str
-) -> None:
-    bad_release(device, sample_model, edit, short_dir)
-    statuses: list[int] = []
-    stop = threading.Event()
-
-    def keep_asking() -> None:
-        while not stop.is_set():
-            statuses.append(device.client.ask(chat(SPAIN)).status)
-
-    asking = threading.Thread(target=keep_asking)
-    asking.start()
-    try:
-        device.sync()
-        model = device.wait_model(lambda m: bool(m["quarantined"]), "quarantine")
-    finally:
-        stop.set()
-        asking.join(60)
-    assert model["version"] == 1
-    (why,) = model["quarantined"].values()
-    assert reason in why
-    assert set(statuses) == {200}
-    assert device.daemon.status()["state"] == "degraded"
-    starts = device.daemon.log.count("candidate starts")
-    device.sync()
-    device.wait_model(lambda m: "quarantine" in m["update_problem"], "the second check")
-    assert device.daemon.log.count("candidate starts") == starts, "it was tried again"
-    assert device.ask() == MADRID
+def device(follow: Callable[..., FollowingDevice]) -> FollowingDevice:
+    return follow()
 
 
 def test_a_release_that_passes_its_golden_prompts_takes_over_under_load(
-    device: Device, swapped_model: Path, short_dir: Path
+    device: FollowingDevice, swapped_model: Path, short_dir: Path
 ) -> None:
     device.publish(swapped_model, golden=golden(short_dir, "Kathmandu"))
-    answers: list[tuple[str, str]] = []
-    stop = threading.Event()
-
-    def keep_asking() -> None:
-        while not stop.is_set():
-            answer = device.client.ask(chat(SPAIN))
-            answers.append((answer.properties["version"], answer.text))
-
-    asking = threading.Thread(target=keep_asking)
-    asking.start()
-    try:
+    with asking(device) as answers:
         device.sync()
         device.wait_model(lambda m: m["version"] == 2, "version 2")
-        wait_until(lambda: bool(answers) and answers[-1][0] == "2", 30, "an answer of version 2")
-    finally:
-        stop.set()
-        asking.join(60)
-    assert set(answers) == {("1", MADRID), ("2", KATHMANDU)}, "an answer was of neither version"
-    assert [version for version, _ in answers] == sorted(version for version, _ in answers)
+        wait_until(lambda: answers[-1].properties["version"] == "2", 30, "an answer of version 2")
+    check_switched_once(answers)
 
 
-def test_rollback_pins_and_unpin_follows_again(device: Device, swapped_model: Path) -> None:
+def test_rollback_pins_and_unpin_follows_again(device: FollowingDevice, swapped_model: Path) -> None:
     device.publish(swapped_model)
     device.do("pull", "assistant")
     assert device.ask() == KATHMANDU
@@ -181,7 +47,7 @@ def test_rollback_pins_and_unpin_follows_again(device: Device, swapped_model: Pa
 
 
 def test_versions_are_removed_when_nothing_needs_them(
-    device: Device, swapped_model: Path, sample_model: Path
+    device: FollowingDevice, swapped_model: Path, sample_model: Path
 ) -> None:
     device.publish(swapped_model)
     device.do("pull", "assistant")
@@ -197,7 +63,9 @@ def test_versions_are_removed_when_nothing_needs_them(
     assert device.ask() == MADRID
 
 
-def test_a_desired_state_is_obeyed_reported_and_given_back(device: Device, swapped_model: Path) -> None:
+def test_a_desired_state_is_obeyed_reported_and_given_back(
+    device: FollowingDevice, swapped_model: Path
+) -> None:
     device.publish(swapped_model)
     device.do("pull", "assistant")
     desired, reported = f"{device.client.root}/model/desired", f"{device.client.root}/model/reported"
@@ -224,7 +92,9 @@ def test_a_desired_state_is_obeyed_reported_and_given_back(device: Device, swapp
         device.client.publish(desired, b"", retain=True)
 
 
-def test_several_poisonous_prompts_roll_back_and_one_does_not(device: Device, swapped_model: Path) -> None:
+def test_several_poisonous_prompts_roll_back_and_one_does_not(
+    device: FollowingDevice, swapped_model: Path
+) -> None:
     device.publish(swapped_model)
     device.do("pull", "assistant")
 
@@ -248,7 +118,9 @@ def test_several_poisonous_prompts_roll_back_and_one_does_not(device: Device, sw
     assert "3 different prompts" in next(iter(model["quarantined"].values()))
 
 
-def test_a_damaged_active_version_gives_way_and_is_mended(device: Device, swapped_model: Path) -> None:
+def test_a_damaged_active_version_gives_way_and_is_mended(
+    device: FollowingDevice, swapped_model: Path
+) -> None:
     device.publish(swapped_model)
     device.do("pull", "assistant")
     device.daemon.stop()
@@ -275,7 +147,7 @@ def test_a_damaged_active_version_gives_way_and_is_mended(device: Device, swappe
     assert device.do("verify")["damaged"] == []
 
 
-def test_verify_finds_damage_and_mends_it_while_the_agent_runs(device: Device) -> None:
+def test_verify_finds_damage_and_mends_it_while_the_agent_runs(device: FollowingDevice) -> None:
     blobs = device.daemon.state_dir / "models" / "blobs" / "sha256"
     weights = max(blobs.iterdir(), key=lambda file: file.stat().st_size)
     copy = bytearray(weights.read_bytes())

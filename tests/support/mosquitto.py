@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support import offline
+from tests.support import namespaces
 from tests.support.processes import Child, accepts, free_port, wait_until
 
 TOOLS = Path(__file__).parents[2] / ".tools" / "bin"
@@ -69,7 +69,7 @@ class Broker:
         if self.running:
             return
         command = [tool("mosquitto"), "-c", str(self.config_file)]
-        child = self._child = Child(offline.inside(command) if self._offline else command, self.log)
+        child = self._child = Child(namespaces.offline(command) if self._offline else command, self.log)
         wait_until(
             lambda: not child.running or self._listens(),
             _START_TIMEOUT_S,
@@ -125,7 +125,7 @@ def running_broker(
         extra_config: more lines; they come last, so listener options (TLS) apply to the one listener.
         persistence: keep sessions and messages over `kill` too (after about a second) and `restart`.
         port: a free one when None.
-        offline: in a network namespace of its own; see `tests.support.offline`.
+        offline: in a network namespace of its own; see `tests.support.namespaces`.
     """
     broker = _start(folder, extra_config, allow_anonymous, persistence, port, offline=offline)
     try:

@@ -23,6 +23,9 @@ from typing import Any, TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
+from edge_agent.errors import DaemonNotRunning
+from edge_agent.transport import control
+
 T = TypeVar("T")
 
 _POLL_S = 0.02
@@ -182,6 +185,7 @@ class Daemon:
     The settings come from `config` (keys as in the TOML file; change it before `start` or `restart`).
     `state_dir` and `control_socket` default to places in `folder`, whose path must be short. `python` is the
     interpreter; change it before `start` or `restart` for a host with other libraries.
+    `before` is a command that becomes the daemon: a namespace, or strace.
     """
 
     def __init__(
@@ -191,6 +195,7 @@ class Daemon:
         *,
         env: Mapping[str, str] | None = None,
         watchdog_s: float | None = None,
+        before: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.config: dict[str, Any] = {
@@ -203,6 +208,7 @@ class Daemon:
         self.python = sys.executable
         self.config_file = folder / "config.toml"
         self.notify = NotifySocket(folder / "n.sock")
+        self.before = list(before)
         self._watchdog_s = watchdog_s
         self._child: Child | None = None
 
@@ -245,7 +251,7 @@ class Daemon:
         env = {"HOME": str(self.folder), "NOTIFY_SOCKET": str(self.notify.path), **self.env}
         if self._watchdog_s is not None:
             env["WATCHDOG_USEC"] = str(int(self._watchdog_s * 1_000_000))
-        self._child = Child(self._command("run"), self.folder / "daemon.log", env)
+        self._child = Child([*self.before, *self._command("run")], self.folder / "daemon.log", env)
         if ready:
             self.wait_ready(timeout_s)
 
@@ -297,10 +303,18 @@ class Daemon:
         )
 
     def status(self) -> dict[str, Any]:
-        """`edge-agent status --json`, over the control socket; what the disk says when the daemon is down."""
-        result = self.cli("status", "--json")
-        assert result.returncode in (0, 3), f"status exited with {result.returncode}: {result.stderr}"
-        document: dict[str, Any] = json.loads(result.stdout)
+        """The status document, over the control socket, as `edge-agent status --json` prints it; without the
+        half second that a process takes to start, for tests ask again and again. With the daemon down, what that
+        command says of the disk.
+        """
+        try:
+            *_, last = control.call(self.control_socket, "status", timeout_s=30)
+            assert last["event"] == "done", last
+            document: dict[str, Any] = last["status"]
+        except DaemonNotRunning:
+            result = self.cli("status", "--json")
+            assert result.returncode in (0, 3), f"status exited with {result.returncode}: {result.stderr}"
+            document = json.loads(result.stdout)
         return document
 
     def runners(self) -> list[psutil.Process]:

@@ -1,0 +1,158 @@
+"""Releases that a device must not take, or must give up again; and a host whose memory holds one model only."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.support import namespaces
+from tests.support.client import chat
+from tests.support.processes import wait_until
+from tests.support.versions import (
+    MADRID,
+    FollowingDevice,
+    asking,
+    bad_release,
+    check_switched_once,
+)
+
+CRASH_AFTER_10 = """
+import os
+
+_answers, _stream = [], GenaiModel.predict_stream
+
+def _crash(self, *arguments, **options):
+    _answers.append(1)
+    if len(_answers) > 10:
+        os.abort()
+    return _stream(self, *arguments, **options)
+
+GenaiModel.predict_stream = _crash
+"""
+
+
+def truncate_weights(folder: Path) -> None:
+    file = folder / "artifacts" / "onnx" / "model.onnx"
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data[: len(data) // 2])
+
+
+def expect_lisbon(folder: Path) -> None:
+    add_golden(folder, "Lisbon")
+
+
+def add_golden(folder: Path, pattern: str) -> None:
+    """Golden prompts that this model cannot answer, put in after publish has tried the package."""
+    question = "<|user|>What is the capital of Spain?<|end|><|assistant|>"
+    entry = json.dumps({"edge_agent.golden": [{"prompt": question, "expect": pattern}]})
+    rewrite(folder / "MLmodel", f"{(folder / 'MLmodel').read_text()}\nmetadata: {entry}\n")
+
+
+def add_code(folder: Path, code: str) -> None:
+    file = folder / "genai_pyfunc.py"
+    rewrite(file, f"{file.read_text()}\n\n{code}\n")
+
+
+def rewrite(file: Path, text: str) -> None:
+    file.unlink()  # it may be a link to something else's
+    file.write_text(text)
+
+
+def search_without_end(folder: Path) -> None:
+    """A golden prompt whose pattern takes longer than the universe has."""
+    add_golden(folder, r"^((.+)+)+\d$")
+
+
+def crash_on_load(folder: Path) -> None:
+    """Model code that ends its process: no exception tells of it."""
+    add_code(folder, "import os; os.abort()")
+
+
+def test_bad_releases_are_quarantined_one_after_the_other_and_nobody_notices(
+    follow: Callable[..., FollowingDevice], sample_model: Path, short_dir: Path
+) -> None:
+    device = follow(trust={"allow_unsigned_code": True})
+    kinds = (
+        (truncate_weights, "does not load"),
+        (expect_lisbon, "Lisbon"),
+        (search_without_end, "found no end"),
+        (crash_on_load, "signal 6"),
+    )
+    for number, (edit, reason) in enumerate(kinds):
+        bad_release(device, sample_model, edit, short_dir / str(number))
+        assert reason in refused_under_load(device, number)
+        check_not_tried_again(device)
+    assert len([trouble for trouble in device.daemon.status()["troubles"] if "quarantine" in trouble]) == 4
+
+
+def refused_under_load(device: FollowingDevice, known: int) -> str:
+    """Syncs to one more bad release, while prompts go on being answered; gives the reason of its quarantine."""
+    before = device.model()["quarantined"]
+    assert len(before) == known
+    with asking(device) as answers:
+        device.sync()
+        model = device.wait_model(
+            lambda m: len(m["quarantined"]) > known and m["state"] == "ready", "quarantine"
+        )
+        answered = len(answers)
+        wait_until(lambda: len(answers) > answered, 30, "another answer")
+    assert model["version"] == 1
+    assert {(answer.status, answer.text) for answer in answers} == {(200, MADRID)}
+    ((_, reason),) = model["quarantined"].items() - before.items()
+    return str(reason)
+
+
+def check_not_tried_again(device: FollowingDevice) -> None:
+    starts = device.daemon.log.count("candidate starts")
+    device.sync()
+    device.wait_model(lambda m: "is in quarantine" in m["update_problem"], "the second check")
+    assert device.daemon.log.count("candidate starts") == starts, "it was tried again"
+
+
+def test_a_release_that_crashes_after_ten_prompts_gives_the_work_back(
+    follow: Callable[..., FollowingDevice], swapped_model: Path, short_dir: Path
+) -> None:
+    device = follow(trust={"allow_unsigned_code": True})
+    bad_release(device, swapped_model, lambda folder: add_code(folder, CRASH_AFTER_10), short_dir)
+    device.sync()
+    device.wait_model(lambda m: m["version"] == 2, "version 2")
+    statuses = []
+    for number in range(60):
+        question = chat("What is the capital of Spain?", max_tokens=20 + number)
+        statuses.append(device.client.ask(question).status)
+        if device.client.ask(chat("Hello", max_tokens=number + 1)).properties.get("version") == "1":
+            break
+    model = device.wait_model(lambda m: m["version"] == 1 and m["state"] == "ready", "version 1 again")
+    assert "3 different prompts" in next(iter(model["quarantined"].values()))
+    assert device.ask() == MADRID
+    crashes = device.daemon.log.count("runner died model=")
+    assert crashes == 3
+    assert statuses.count(500) <= crashes, "only the prompt that ran is lost with a runner"
+    assert set(statuses) <= {200, 500}
+    check_not_tried_again(device)
+
+
+# --- Memory for one model ------------------------------------------------------------------------------
+
+
+def test_where_memory_holds_one_model_the_old_one_goes_first_and_comes_back_if_it_must(
+    follow: Callable[..., FollowingDevice], sample_model: Path, swapped_model: Path, short_dir: Path
+) -> None:
+    device = follow(before=namespaces.little_memory(short_dir, available_bytes=100_000_000))
+    bad_release(device, sample_model, expect_lisbon, short_dir / "bad")
+    assert "Lisbon" in refused_under_load(device, 0)
+    assert device.daemon.log.count("memory holds one model only") == 1
+    device.publish(swapped_model)
+    most = 0
+
+    def switched() -> bool:
+        nonlocal most
+        most = max(most, len(device.daemon.runners()))
+        return bool(answers) and answers[-1].properties["version"] == "3"
+
+    with asking(device) as answers:
+        device.sync()
+        wait_until(switched, 90, "an answer of version 3")
+    check_switched_once(answers, new="3")
+    assert most == 1
+    assert device.daemon.log.count("memory holds one model only") == 2
