@@ -109,7 +109,7 @@ def main(megabytes: int, rounds: int) -> None:
     with short_folder() as folder, running_mlflow_server(folder) as server:
         small = Device(server.uri, folder / "small")
         publish(small, "package", max(1, megabytes // 10), "mlflow\n")
-        small_run = sync(small.job())
+        small_run = sync(small.job(timeout_s=60))
         device = Device(server.uri, folder / "device")
         package = publish(device, "package", megabytes, "mlflow\n")
         url, sha256 = weights_url(server, package)
@@ -117,15 +117,15 @@ def main(megabytes: int, rounds: int) -> None:
         for number in range(rounds + 1):
             shutil.rmtree(device.store.root, ignore_errors=True)
             tools_once = curl(url, folder / "curl.out", sha256)
-            run = sync(device.job())
+            run = sync(device.job(timeout_s=60))
             assert run.result["new"]
             if number:  # both sides warm
                 tools_s.append(tools_once)
                 agent_s.append(run.seconds)
                 peaks.append(run.peak_mb)
-        idle = [sync(device.job()).seconds for _ in range(rounds)]
+        idle = [sync(device.job(timeout_s=60)).seconds for _ in range(rounds)]
         publish(device, "changed", megabytes, "mlflow # changed\n")
-        update = sync(device.job())
+        update = sync(device.job(timeout_s=60))
     tools, agent = statistics.median(tools_s), statistics.median(agent_s)
     print(f"{megabytes} MB, medians of {rounds}")
     print(f"curl + sync + sha256sum           {tools:7.2f} s")
