@@ -7,14 +7,18 @@ the store and the updates do.
 from __future__ import annotations
 
 import contextlib
+import os
+import pwd
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
 from edge_agent.models import bundle, eviction, fsck
 from edge_agent.models.lifecycle import ModelLifecycle, lifecycles_of
 from edge_agent.models.record import VersionRecord
+from edge_agent.models.reference import MODEL_NAME
 from edge_agent.models.store import Store
 from edge_agent.models.sync_process import SyncResult
 from edge_agent.models.updates import Updates
@@ -114,13 +118,13 @@ class Operations:
         """Removes a cached version that is not in use."""
         record = self._version(name, version)
         lifecycle = self._lifecycles.get(name)
-        state = self._store.state().model(name)
-        if record.key in (state.active, state.candidate, state.pinned):
-            raise StoreError(
-                f"version {version} of {name} is {state.role(record.key)}",
-                remedy="activate another one first",
-            )
-        with self._store.lock():
+        with self._store.lock():  # what it is to its model cannot change meanwhile
+            state = self._store.state_locked().model(name)
+            if record.key in (state.active, state.candidate, state.pinned):
+                raise StoreError(
+                    f"version {version} of {name} is {state.role(record.key)}",
+                    remedy="activate another one first",
+                )
             freed = self._store.remove(record)
         if lifecycle is not None:
             lifecycle.forget(record.key)
@@ -237,8 +241,8 @@ def run_operation(
     Raises:
         EdgeAgentError: the operation is unknown, its arguments are wrong, or it failed.
     """
-    if name is not None and not isinstance(name, str):
-        raise UnknownModel("the model's name is not a string")
+    if name is not None and not (isinstance(name, str) and MODEL_NAME.fullmatch(name)):
+        raise UnknownModel(f"{str(name)[:80]!r} is no name of a model")
     if do == "pull":
         return operations.pull(name, on_event)
     if do == "prune":
@@ -265,7 +269,30 @@ def run_operation(
 
 def without_daemon(settings: Settings) -> tuple[Operations, Mapping[str, ModelLifecycle]]:
     """The same operations in this process; the caller closes the lifecycles."""
+    check_owner(settings.state_dir, user_id=os.geteuid())
     store = Store(settings.state_dir)
     store.create()
     lifecycles = lifecycles_of(settings, store)
     return Operations(settings, store, lifecycles, Updates(settings, store, lifecycles)), lifecycles
+
+
+def check_owner(state_dir: Path, *, user_id: int) -> None:
+    """root may write anywhere; but what it makes in the agent's directory, the agent cannot read.
+
+    Raises:
+        StoreError: the directory is another user's.
+    """
+    try:
+        owner_id = state_dir.stat().st_uid
+    except OSError:
+        return  # it will be made, or the error will say more
+    if user_id != 0 or owner_id == 0:
+        return
+    try:
+        owner = pwd.getpwuid(owner_id).pw_name
+    except KeyError:
+        owner = f"#{owner_id}"
+    raise StoreError(
+        f"{state_dir} belongs to {owner}, who could not read what root puts there",
+        remedy=f"start the daemon, or use `sudo -u {owner} edge-agent …`",
+    )

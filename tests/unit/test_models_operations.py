@@ -1,0 +1,93 @@
+"""What operators may do to the cache, and what the control socket may ask for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
+from edge_agent.models.operations import Operations, check_owner, run_operation, without_daemon
+from edge_agent.models.state import ModelState
+from edge_agent.models.store import Store
+from edge_agent.settings import ModelSettings, Settings
+from tests.unit.test_models_store import commit
+
+
+@pytest.fixture
+def operations(tmp_path: Path) -> Iterator[tuple[Operations, Store]]:
+    settings = Settings(
+        device_id="dev",
+        state_dir=tmp_path / "state",
+        control_socket=tmp_path / "c.sock",
+        models={"assistant": ModelSettings(uri="models:/phi@prod")},
+    )
+    found, lifecycles = without_daemon(settings)
+    yield found, Store(settings.state_dir)
+    for lifecycle in lifecycles.values():
+        lifecycle.close()
+
+
+@pytest.mark.parametrize("role", ["active", "candidate", "pinned"])
+def test_what_a_model_needs_is_not_removed(operations: tuple[Operations, Store], role: str) -> None:
+    found, store = operations
+    record = commit(store, 3)
+    states = {
+        "active": ModelState(active=record.key),
+        "candidate": ModelState(candidate=record.key),
+        "pinned": ModelState(pinned=record.key),
+    }
+    store.change_state("assistant", lambda state: states[role])
+    with pytest.raises(StoreError, match=role):
+        run_operation(found, "rm", name="assistant", version=3)
+    assert store.versions() == [record]
+
+
+def test_what_nothing_needs_is_removed_and_forgotten(operations: tuple[Operations, Store]) -> None:
+    found, store = operations
+    record = commit(store, 3)
+    store.change_state(
+        "assistant", lambda state: replace(state, previous=record.key, quarantined={record.key: "x"})
+    )
+    assert run_operation(found, "rm", name="assistant", version=3)["bytes_freed"] > 0
+    assert store.versions() == []
+    state = store.state().model("assistant")
+    assert (state.previous, dict(state.quarantined)) == (None, {})
+
+
+@pytest.mark.parametrize("name", ["../../etc", "", "a/b", 7, ["x"], "x" * 65])
+@pytest.mark.parametrize("do", ["rm", "export", "activate", "pull", "unpin", "import"])
+def test_a_name_that_is_none_is_refused(operations: tuple[Operations, Store], do: str, name: object) -> None:
+    with pytest.raises(UnknownModel):
+        run_operation(operations[0], do, name=name, version=1)
+
+
+@pytest.mark.parametrize("version", [None, 0, -1, True, "1", 1.5])
+@pytest.mark.parametrize("do", ["rm", "export", "activate", "pin"])
+def test_a_version_that_is_none_is_refused(
+    operations: tuple[Operations, Store], do: str, version: object
+) -> None:
+    with pytest.raises(StoreError, match="whole number"):
+        run_operation(operations[0], do, name="assistant", version=version)
+
+
+@pytest.mark.parametrize("do", ["import", "export"])
+def test_without_a_file_there_is_nothing_to_read_or_write(
+    operations: tuple[Operations, Store], do: str
+) -> None:
+    found, store = operations
+    commit(store, 1)
+    with pytest.raises(EdgeAgentError, match="no file was given"):
+        run_operation(found, do, name="assistant", version=1)
+
+
+def test_root_does_not_write_into_another_user_s_cache(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(tmp_path, 1, 1)
+    with pytest.raises(StoreError, match="sudo -u"):
+        check_owner(tmp_path, user_id=0)
+    check_owner(tmp_path, user_id=tmp_path.stat().st_uid)
+    check_owner(tmp_path / "not there yet", user_id=0)
