@@ -8,8 +8,10 @@ with them an unreachable registry blocks for minutes: `fetch.py` has the one ret
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,9 +20,23 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
-from edge_agent.errors import ManifestError, PolicyError, TransportError, UnknownReference
-from edge_agent.models.manifest import MAX_FILES, OUTSIDE_MANIFEST, check_path, check_paths
+from edge_agent.errors import (
+    ManifestError,
+    PolicyError,
+    TransportError,
+    UnknownReference,
+    VerificationError,
+)
+from edge_agent.models import durable
+from edge_agent.models.manifest import (
+    MAX_FILES,
+    MAX_MANIFEST_BYTES,
+    OUTSIDE_MANIFEST,
+    check_path,
+    check_paths,
+)
 from edge_agent.models.reference import ModelRef, ModelVersion
+from edge_agent.models.store import store_error, store_errors
 
 CHUNK_BYTES = 1 << 20
 MIN_BYTES_PER_TIMEOUT = 4_096
@@ -132,8 +148,11 @@ class Registry:
             tags=dict(found.tags or {}),
         )
 
-    def package(self, version: ModelVersion) -> Package:
+    def package(self, version: ModelVersion, *, scratch: Path) -> Package:
         """Where the version's files are.
+
+        Args:
+            scratch: a folder to make, for stores that give whole files only.
 
         Raises:
             PolicyError: a remote registry names a folder of this device.
@@ -154,7 +173,7 @@ class Registry:
             return LocalPackage(Path(repository.artifact_dir))
         if isinstance(repository, HttpArtifactRepository):
             return _HttpPackage(repository, self)
-        return _OtherPackage(repository, self)
+        return _OtherPackage(repository, self, scratch)
 
     def _is_local(self) -> bool:
         url = urlsplit(self.uri)
@@ -338,27 +357,55 @@ class LocalPackage:
 
 
 class _OtherPackage:
-    """A store that MLflow reaches by itself (S3, Azure, …): whole files, through a temporary folder."""
+    """A store that MLflow reaches by itself (S3, Azure, …): each file whole, through a folder in staging.
 
-    def __init__(self, repository: Any, registry: Registry) -> None:
+    MLflow's clients of these stores have no resume and no bound. Here a file may not grow over its listed size,
+    and what it takes is in the cache's own file system, where the quota counts it.
+    """
+
+    def __init__(self, repository: Any, registry: Registry, scratch: Path) -> None:
         self._repository = repository
         self._registry = registry
+        self._scratch = scratch
+        self._sizes_bytes: dict[str, int] = {}
 
     def listing(self) -> list[Listed]:
         with self._registry._errors():
-            return _walk(self._repository)
+            found = _walk(self._repository)
+        self._sizes_bytes = {file.path: file.size_bytes for file in found}
+        return found
 
     @contextmanager
     def open(self, path: str, *, offset: int = 0, etag: str = "") -> Iterator[Stream]:
-        import tempfile
-
-        with tempfile.TemporaryDirectory(prefix="edge-agent-") as folder:
-            target = Path(folder) / "file"
-            with self._registry._errors():
-                self._repository._download_file(check_path(path), str(target))
+        target = self._scratch / "file"
+        try:
+            with store_errors("write", self._scratch):
+                durable.remove_tree(self._scratch)  # of a process that died
+                durable.make_folder(self._scratch)
+            self._download(check_path(path), target)
             with target.open("rb") as file:
-                target.unlink()
+                durable.unlink(target)  # the open file is enough, and goes with the process
                 yield Stream(start=0, etag="", chunks=iter(lambda: file.read(CHUNK_BYTES), b""))
+        finally:
+            durable.remove_tree(self._scratch)
+
+    def _download(self, path: str, target: Path) -> None:
+        limit_bytes = self._sizes_bytes.get(path, MAX_MANIFEST_BYTES)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+        try:
+            with self._registry._errors():
+                self._repository._download_file(path, str(target))
+        except TransportError as error:
+            cause = error.__cause__
+            number = cause.errno if isinstance(cause, OSError) else None
+            if number == errno.EFBIG:
+                raise VerificationError(f"{path!r} has more than the listed {limit_bytes} bytes") from error
+            if isinstance(cause, OSError) and number in (errno.ENOSPC, errno.EDQUOT):
+                raise store_error("write", target, cause) from cause
+            raise
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _walk(repository: Any) -> list[Listed]:

@@ -78,7 +78,8 @@ def synchronise(job: SyncJob, emit: Emit) -> SyncResult:
     registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s)
     version = registry.resolve(ModelRef.parse(job.ref))
     emit({"event": "resolved", "version": version.version, "rollout": version.tags.get(ROLLOUT_TAG, "")})
-    return bring(job, version, registry.package(version), emit)
+    scratch = folder_of(Store(Path(job.state_dir)), job.name, version.version) / "scratch"
+    return bring(job, version, registry.package(version, scratch=scratch), emit)
 
 
 def bring(

@@ -63,7 +63,13 @@ class Device:
             self.folder / f"package-{self._count}", trust.WRAPPER, changes, weights=weights
         )
         made = add_manifest(package, self.model) if manifest else ""
-        register(self.uri, self.model, package, tag=tag or made, artifacts=self._artifacts)
+        register(
+            self.uri,
+            self.model,
+            package,
+            tag=tag or made,
+            artifacts=self._artifacts.as_uri() if self._artifacts else "",
+        )
         return package
 
     @property

@@ -22,6 +22,9 @@ class Device:
     Args:
         uri: where packages are published.
         artifacts: where a `sqlite:///` registry keeps its files.
+
+    Attributes:
+        artifact_root: the same as a URI; empty where the registry knows.
     """
 
     def __init__(self, uri: str, folder: Path, *, artifacts: Path | None = None) -> None:
@@ -30,7 +33,7 @@ class Device:
         self.model = f"phi-{uuid.uuid4().hex[:8]}"
         self.store = Store(folder / "state")
         self.events: list[dict[str, Any]] = []
-        self._artifacts = artifacts
+        self.artifact_root = artifacts.as_uri() if artifacts else ""
         self._count = 0
 
     def publish(
@@ -45,7 +48,7 @@ class Device:
         return self.register(package, tag=tag or made)
 
     def register(self, package: Path, *, tag: str = "") -> Path:
-        register(self.uri, self.model, package, tag=tag, artifacts=self._artifacts)
+        register(self.uri, self.model, package, tag=tag, artifacts=self.artifact_root)
         return package
 
     def job(self, *, timeout_s: float = 10, uri: str = "", policy: TrustJob | None = None) -> SyncJob:

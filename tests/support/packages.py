@@ -101,12 +101,12 @@ def add_manifest(folder: Path, name: str) -> str:
 
 
 def register(
-    uri: str, name: str, folder: Path, *, alias: str = "prod", tag: str = "", artifacts: Path | None = None
+    uri: str, name: str, folder: Path, *, alias: str = "prod", tag: str = "", artifacts: str = ""
 ) -> int:
     """Logs a folder into a run, makes a version of it, sets the alias and the manifest's tag.
 
     Args:
-        artifacts: where a `sqlite:///` registry keeps its artifacts.
+        artifacts: URI of the place where a `sqlite:///` registry keeps its artifacts.
     """
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     from mlflow.tracking import MlflowClient
@@ -116,9 +116,7 @@ def register(
     experiment_id = (
         experiment.experiment_id
         if experiment
-        else client.create_experiment(
-            f"exp-{name}", artifact_location=artifacts.as_uri() if artifacts else None
-        )
+        else client.create_experiment(f"exp-{name}", artifact_location=artifacts or None)
     )
     run = client.create_run(experiment_id)
     client.log_artifacts(run.info.run_id, str(folder), "package")

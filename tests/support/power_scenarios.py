@@ -83,7 +83,13 @@ class Scenarios:
         )
         self._tags[version] = add_manifest(package, MODEL)
         if self._uri:
-            register(self._uri, MODEL, package, tag=self._tags[version], artifacts=self._folder / "artifacts")
+            register(
+                self._uri,
+                MODEL,
+                package,
+                tag=self._tags[version],
+                artifacts=(self._folder / "artifacts").as_uri(),
+            )
 
     def _package(self, version: int, model: str = MODEL) -> Path:
         return self._folder / f"{model}-{version}"

@@ -1,0 +1,146 @@
+"""Artifact stores that MLflow reaches by itself (S3, Azure, …): whole files, through staging, within bounds.
+
+The store here is a plugin as MLflow defines them: it shows the one interface that those stores have.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow.entities import FileInfo
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry
+
+from edge_agent.errors import StoreError, TransportError, VerificationError
+from edge_agent.models import fetch, fsck
+from tests.support.device import Device
+from tests.support.packages import WEIGHTS
+
+SCHEME = "elsewhere"
+CONTENT = random.Random(3).randbytes(2_000_000)
+Fault = Callable[[str, Path], None]
+
+
+def nothing(path: str, target: Path) -> None:
+    """A store that works."""
+
+
+class Elsewhere(ArtifactRepository):  # type: ignore[misc]
+    """A folder, behind the calls that an S3 store answers; `fault` sees each file that was downloaded."""
+
+    fault: Fault = staticmethod(nothing)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.artifact_uri.removeprefix(f"{SCHEME}:"))
+
+    def list_artifacts(self, path: str | None = None) -> list[FileInfo]:
+        return [
+            FileInfo(
+                entry.relative_to(self._folder).as_posix(),
+                entry.is_dir(),
+                None if entry.is_dir() else entry.stat().st_size,
+            )
+            for entry in sorted((self._folder / (path or "")).iterdir())
+        ]
+
+    def _download_file(self, remote_file_path: str, local_path: str) -> None:
+        shutil.copyfile(self._folder / remote_file_path, local_path)
+        Elsewhere.fault(remote_file_path, Path(local_path))
+
+    def log_artifact(self, local_file: str, artifact_path: str | None = None) -> None:
+        folder = self._folder / (artifact_path or "")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(local_file, folder / Path(local_file).name)
+
+    def log_artifacts(self, local_dir: str, artifact_path: str | None = None) -> None:
+        shutil.copytree(local_dir, self._folder / (artifact_path or ""), dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("registry")
+
+
+@pytest.fixture
+def device(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
+    for name in ("HTTP_REQUEST_MAX_RETRIES", "HTTP_REQUEST_TIMEOUT", "ENABLE_ARTIFACTS_PROGRESS_BAR"):
+        monkeypatch.setenv(f"MLFLOW_{name}", "1")  # a sync sets them; they are put back afterwards
+    monkeypatch.setattr(fetch, "_FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(Elsewhere, "fault", staticmethod(nothing))
+    monkeypatch.setitem(_artifact_repository_registry._registry, SCHEME, Elsewhere)
+    device = Device(f"sqlite:///{registry / 'mlflow.db'}", tmp_path)
+    device.artifact_root = f"{SCHEME}:{registry / 'bucket'}"
+    return device
+
+
+def test_a_version_comes_whole_and_leaves_nothing_in_staging(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Path] = []
+    monkeypatch.setattr(Elsewhere, "fault", staticmethod(lambda path, target: places.append(target)))
+    device.publish(weights=CONTENT)
+    assert device.sync().new
+    (record,) = device.store.versions()
+    assert (device.store.folder(record) / WEIGHTS).read_bytes() == CONTENT
+    assert fsck.verify(device.store).damaged == ()
+    assert len(places) == len(record.files)
+    assert all(place.is_relative_to(device.store.staging_root) for place in places)
+    assert list(device.store.staging_root.iterdir()) == []
+
+
+def test_a_file_that_grew_since_it_was_listed_is_refused(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.publish(weights=CONTENT)
+
+    def grow(path: str, target: Path) -> None:
+        if path == WEIGHTS:
+            with target.open("ab") as file:
+                file.write(b"x")
+
+    monkeypatch.setattr(Elsewhere, "fault", staticmethod(grow))
+    with pytest.raises(VerificationError, match="more than the listed 2000000 bytes"):
+        device.sync()
+    assert device.has_nothing_final()
+    monkeypatch.setattr(Elsewhere, "fault", staticmethod(nothing))
+    assert device.sync().new
+
+
+def test_a_full_disk_is_the_cache_s_error_and_frees_what_was_taken(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.publish(weights=CONTENT)
+
+    def fill(path: str, target: Path) -> None:
+        if path == WEIGHTS:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Elsewhere, "fault", staticmethod(fill))
+    with pytest.raises(StoreError, match="No space left"):
+        device.sync()
+    assert device.store.used_bytes() == 0
+
+
+def test_a_store_that_fails_is_asked_again_and_then_given_up(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.publish(weights=CONTENT)
+    asked: list[str] = []
+
+    def fail(path: str, target: Path) -> None:
+        if path == WEIGHTS:
+            asked.append(path)
+            raise ConnectionResetError("reset")
+
+    monkeypatch.setattr(Elsewhere, "fault", staticmethod(fail))
+    with pytest.raises(TransportError, match="reset"):
+        device.sync()
+    assert len(asked) == fetch.MAX_ATTEMPTS
+    assert device.has_nothing_final()
