@@ -126,8 +126,9 @@ package() {
 
 sample_model() {
     training_venv
-    "$TRAIN_VENV/bin/python" -m edge_agent.demo.make_sample_model --out edge_agent/demo/sample_model
-    "$TRAIN_VENV/bin/python" -m edge_agent.demo.make_sample_model --out tests/models/swapped --swap Spain,Nepal
+    # As a file: the package around it imports what the training environment does not have.
+    "$TRAIN_VENV/bin/python" edge_agent/demo/make_sample_model.py --out edge_agent/demo/sample_model
+    "$TRAIN_VENV/bin/python" edge_agent/demo/make_sample_model.py --out tests/models/swapped --swap Spain,Nepal
 }
 
 random_model() {
