@@ -127,7 +127,8 @@ package() {
 sample_model() {
     training_venv
     # As a file: the package around it imports what the training environment does not have.
-    "$TRAIN_VENV/bin/python" edge_agent/demo/make_sample_model.py --out edge_agent/demo/sample_model
+    "$TRAIN_VENV/bin/python" edge_agent/demo/make_sample_model.py --out edge_agent/demo/sample_model \
+        --hf-out tests/models/sample_hf
     "$TRAIN_VENV/bin/python" edge_agent/demo/make_sample_model.py --out tests/models/swapped --swap Spain,Nepal
 }
 
