@@ -196,7 +196,11 @@ class InferenceSettings(_Section):
     memory_limit_bytes: Bytes = Field(
         default=0, description="of all runners together; 0: what the host and its cgroup allow"
     )
-    drain_s: Seconds = Field(default=20, description="at SIGTERM, for the running prompt")
+    drain_s: Seconds = Field(default=20, description="at SIGTERM, for the running prompts")
+    parallel: int = Field(default=4, ge=1, le=16, description="prompts that one model answers at once")
+    kv_bytes: Bytes = Field(
+        default=512 << 20, description="of keys and values that a model keeps; one context fits in any case"
+    )
 
 
 class Settings(BaseSettings):

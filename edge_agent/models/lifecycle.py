@@ -15,7 +15,7 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -36,7 +36,7 @@ from edge_agent.errors import (
 )
 from edge_agent.models import fsck, trust
 from edge_agent.models.learned import Learned
-from edge_agent.models.memory_budget import MemoryBudget
+from edge_agent.models.memory_budget import Admission, MemoryBudget
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.state import ModelState
 from edge_agent.models.store import Store, check_file
@@ -91,11 +91,15 @@ class Loading:
         verify: check every digest before a load.
         public_keys, allow_unsigned_code: `[trust]`, held against each version before each load.
         memory_limit_bytes: for all runners; 0 for none.
+        parallel: prompts that one runner answers at once.
+        kv_bytes: for what one runner keeps in mind of running and earlier prompts.
     """
 
     settings: ModelSettings
     threads: ThreadChoice
     budget: MemoryBudget
+    parallel: int = 1
+    kv_bytes: int = 0
     verify: bool
     public_keys: tuple[str, ...]
     allow_unsigned_code: bool
@@ -107,13 +111,15 @@ class Lease:
     """The right to use a runner for one prompt; no exchange happens meanwhile.
 
     Attributes:
-        blame: called with the prompt's digest when the runner failed on it.
+        parallel: how many prompts the runner answers at once.
+        blame: called once for a runner that failed, with the digests of the prompts that may have been the cause.
     """
 
     runner: RunnerProcess
     record: VersionRecord
     flavor: str
-    blame: Callable[[bytes], None]
+    parallel: int
+    blame: Callable[[frozenset[bytes]], None]
 
     @property
     def version(self) -> int:
@@ -159,7 +165,7 @@ class ModelLifecycle:
         self._operating = threading.Lock()
         self._seat: _Seat | None = None
         self._starting: set[RunnerProcess] = set()
-        self._leased = False
+        self._leases = 0
         self._giving_up = False
         self._exchanging = False
         self._closed = False
@@ -168,7 +174,7 @@ class ModelLifecycle:
         self._failures = 0
         self._retry_at_s = 0.0
         self._used_at_s = time.monotonic()
-        self._crashes: collections.deque[tuple[float, bytes]] = collections.deque(maxlen=64)
+        self._crashes: collections.deque[tuple[float, frozenset[bytes]]] = collections.deque(maxlen=64)
         self._remember(store.state().model(name))
         if self._active is not None:
             self._serving = Serving.LOADING if loading.settings.preload else Serving.IDLE
@@ -186,15 +192,19 @@ class ModelLifecycle:
         if seat is None:
             yield None
             return
-        blamed: list[bytes] = []
+        blamed: list[frozenset[bytes]] = []
         try:
             yield Lease(
-                runner=seat.runner, record=seat.record, flavor=seat.loaded.flavor, blame=blamed.append
+                runner=seat.runner,
+                record=seat.record,
+                flavor=seat.loaded.flavor,
+                parallel=seat.loaded.parallel,
+                blame=blamed.append,
             )
         finally:
             self._give_back(seat)
-            for digest in blamed:
-                self._note_crash(seat, digest)
+            for digests in blamed:
+                self._note_crash(seat, digests)
 
     def wait_for_change(self, timeout_s: float) -> None:
         """Returns when a version came or went, or after `timeout_s`."""
@@ -314,7 +324,7 @@ class ModelLifecycle:
     def unload_when_idle(self) -> None:
         """Stops a runner that nobody has used for `idle_unload_s`; the dispatcher asks between prompts."""
         idle_s = self._loading.settings.idle_unload_s
-        idle = idle_s and not self._leased and time.monotonic() - self._used_at_s >= idle_s
+        idle = idle_s and not self._leases and time.monotonic() - self._used_at_s >= idle_s
         if idle and self.give_up_memory():
             log.info("unloaded when idle model=%s", self.name)
 
@@ -325,8 +335,8 @@ class ModelLifecycle:
             True when it was stopped.
         """
         with self._changed:
-            if self._seat is None or self._leased or self._exchanging:
-                self._giving_up = self._leased
+            if self._seat is None or self._leases or self._exchanging:
+                self._giving_up = self._leases > 0
                 return False
             seat, self._seat, self._giving_up = self._seat, None, False
             self._serving = Serving.IDLE
@@ -478,8 +488,10 @@ class ModelLifecycle:
             if self._closed or self._exchanging or self._giving_up:
                 return None
             if self._seat is not None and self._seat.runner.alive:
-                self._leased = True
+                self._leases += 1
                 return self._seat
+            if self._leases:  # it died under the prompts that run: they have to be given back first
+                return None
             dead, self._seat = self._seat, None
             if dead is None and time.monotonic() < self._retry_at_s:
                 return None
@@ -497,7 +509,7 @@ class ModelLifecycle:
         with self._changed:
             if self._closed or self._exchanging or self._seat is not None:
                 return False
-            self._seat, self._leased = seat, True
+            self._seat, self._leases = seat, 1
             self._serving, self._reason = Serving.READY, ""
             self._changed.notify_all()
             return True
@@ -505,7 +517,7 @@ class ModelLifecycle:
     def _give_back(self, seat: _Seat) -> None:
         self._note_peak(seat)
         with self._changed:
-            self._leased = False
+            self._leases -= 1
             self._used_at_s = time.monotonic()
             if not seat.runner.alive and self._seat is seat:
                 log.warning(
@@ -522,7 +534,7 @@ class ModelLifecycle:
         """Between two prompts, stops the runner and keeps the seat empty until `_resume`."""
         with self._changed:
             self._exchanging = True
-            self._changed.wait_for(lambda: not self._leased)
+            self._changed.wait_for(lambda: not self._leases)
             seat, self._seat = self._seat, None
             if self._active is not None:
                 self._serving = Serving.LOADING
@@ -541,7 +553,7 @@ class ModelLifecycle:
         """
         with self._changed:
             self._exchanging = True
-            self._changed.wait_for(lambda: not self._leased)
+            self._changed.wait_for(lambda: not self._leases)
         try:
             self._change(lambda state: state.switched(seat.record.key, instead=instead))
             with self._changed:
@@ -626,16 +638,14 @@ class ModelLifecycle:
         self._set_unseated(previous, Serving.LOADING, f"rolled back from version {record.version}: {because}")
         return True
 
-    def _note_crash(self, seat: _Seat, digest: bytes) -> None:
+    def _note_crash(self, seat: _Seat, suspects: frozenset[bytes]) -> None:
         """Several distinct prompts that a version's runner failed on roll it back; one poison prompt does not."""
         now_s = time.monotonic()
-        self._crashes.append((now_s, digest))
-        distinct = {known for at_s, known in self._crashes if now_s - at_s <= CRASH_WINDOW_S}
-        if len(distinct) < MAX_CRASHES:
+        self._crashes.append((now_s, suspects))
+        distinct = _distinct(known for at_s, known in self._crashes if now_s - at_s <= CRASH_WINDOW_S)
+        if distinct < MAX_CRASHES:
             return
-        reason = (
-            f"its runner failed on {len(distinct)} different prompts within {CRASH_WINDOW_S / 60:.0f} minutes"
-        )
+        reason = f"its runner failed on {distinct} different prompts within {CRASH_WINDOW_S / 60:.0f} minutes"
         try:
             self._step_back(seat.record, reason, because=reason)
         except EdgeAgentError as error:
@@ -654,26 +664,28 @@ class ModelLifecycle:
             self._loading.budget.admit(self, record, folder, wanted_tokens) as admission,
         ):
             candidates = self._loading.threads.candidates(record.digest)
-            seat = self._start(record, folder, admission.context_tokens, candidates[0])
+            seat = self._start(record, folder, admission, candidates[0])
             if len(candidates) > 1 and seat.loaded.flavor.startswith(THREADED_FLAVOR):
-                seat = self._choose_threads(seat, folder, candidates)
+                seat = self._choose_threads(seat, folder, admission, candidates)
             self.memory_report = admission.warning
         return seat
 
-    def _choose_threads(self, seat: _Seat, folder: Path, candidates: Sequence[int]) -> _Seat:
+    def _choose_threads(
+        self, seat: _Seat, folder: Path, admission: Admission, candidates: Sequence[int]
+    ) -> _Seat:
         """Measures a version that is new on this host with each number of threads, one after the other, so
         that memory holds it once; the fastest stays."""
         rates: dict[int, float] = {}
-        record, context_tokens = seat.record, seat.context_tokens
+        record = seat.record
         for threads in candidates:
             if rates:
                 seat.runner.stop()
-                seat = self._start(record, folder, context_tokens, threads)
+                seat = self._start(record, folder, admission, threads)
             rates[threads] = self._measure(seat)
         best = self._loading.threads.choose(record.digest, rates)
         if best != threads:
             seat.runner.stop()
-            seat = self._start(record, folder, context_tokens, best)
+            seat = self._start(record, folder, admission, best)
         return seat
 
     def _measure(self, seat: _Seat) -> float:
@@ -684,7 +696,7 @@ class ModelLifecycle:
                 log.warning("speed not measured model=%s reason=%r", self.name, str(error))
                 return 0.0
 
-    def _start(self, record: VersionRecord, folder: Path, context_tokens: int, threads: int) -> _Seat:
+    def _start(self, record: VersionRecord, folder: Path, admission: Admission, threads: int) -> _Seat:
         """One runner with the version loaded. Its bytes are checked while it imports its libraries.
 
         Raises:
@@ -700,9 +712,11 @@ class ModelLifecycle:
                 loaded = runner.load(
                     Load(
                         folder=str(folder),
-                        context_tokens=context_tokens,
+                        context_tokens=admission.context_tokens,
                         max_tokens=self._loading.settings.max_tokens,
                         threads=threads,
+                        parallel=self._loading.parallel,
+                        kv_bytes=min(self._loading.kv_bytes, admission.spare_bytes),
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
                 )
@@ -714,7 +728,7 @@ class ModelLifecycle:
             "model loaded model=%s version=%s flavor=%r pid=%d threads=%d load_ms=%.0f",
             self.name, record.key, loaded.flavor, runner.pid, threads, (time.monotonic() - started_s) * 1000,
         )  # fmt: skip
-        return _Seat(runner=runner, record=record, loaded=loaded, context_tokens=context_tokens)
+        return _Seat(runner=runner, record=record, loaded=loaded, context_tokens=admission.context_tokens)
 
     @contextmanager
     def _kept_while_starting(self, runner: RunnerProcess) -> Iterator[None]:
@@ -802,6 +816,17 @@ def _reason_of(record: VersionRecord, reason: str) -> str:
     return (reason or "it was chosen on this device") if record.fallback else ""
 
 
+def _distinct(crashes: Iterable[frozenset[bytes]]) -> int:
+    """How many different prompts are to blame at least, where each crash names those that may be its cause."""
+    explained: set[bytes] = set()
+    count = 0
+    for suspects in sorted(crashes, key=len):
+        if explained.isdisjoint(suspects):
+            explained |= suspects
+            count += 1
+    return count
+
+
 def lifecycle_of(
     settings: Settings, name: str, store: Store, budget: MemoryBudget | None = None
 ) -> ModelLifecycle:
@@ -817,6 +842,8 @@ def lifecycle_of(
             settings=settings.models[name],
             threads=ThreadChoice(settings.inference.threads, learned=learned),
             budget=budget or MemoryBudget(settings.inference.memory_limit_bytes, learned=learned),
+            parallel=settings.inference.parallel,
+            kv_bytes=settings.inference.kv_bytes,
             verify=settings.cache.verify_on_load,
             public_keys=settings.trust.public_keys,
             allow_unsigned_code=settings.trust.allow_unsigned_code,

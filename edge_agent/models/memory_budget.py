@@ -62,10 +62,12 @@ class Admission:
 
     Attributes:
         warning: why the context is smaller than wanted, or memory may not do; empty when all is well.
+        spare_bytes: what is free beyond that; more prompts, and remembered ones, may take of it.
     """
 
     context_tokens: int
     warning: str = ""
+    spare_bytes: int = 0
 
 
 class MemoryBudget:
@@ -135,7 +137,7 @@ class MemoryBudget:
             self._make_room(tenant, need)
             free = self._free()
             self._refuse_weights(record, free)
-            admission = Admission(context_tokens=context_tokens)
+            admission = Admission(context_tokens=context_tokens, spare_bytes=max(0, free - need))
             if need > free:
                 smaller = footprint.context_that_fits(free, context_tokens)
                 admission = Admission(

@@ -37,7 +37,7 @@ import pandas as pd
 ARTIFACT = "onnx"
 SLICE_TOKENS = 64  # a cancel is seen between two slices; smaller ones prefill slower
 ROUND_TOKENS = 256  # a kept generator takes memory in such steps, so that the next prompt fits in, too
-BATCH_PREFILL_TOKENS = 512  # a batch takes its prompts in one piece: nobody else gets a turn meanwhile
+BATCH_PREFILL_TOKENS = 256  # a batch takes its prompts in one piece: nobody else gets a turn meanwhile
 MAX_BATCH = 8
 KV_ELEMENT_BYTES = 4  # the model builder's int4 models for the CPU keep keys and values in float32
 DEFAULT_MAX_TOKENS = 256
@@ -260,10 +260,11 @@ class _Session:
 class _Sessions:
     """The memory of all generators: of those in use, and of those that are kept for their prefix.
 
-    Together they take at most `limit` tokens; kept ones go, least recently used first, when the room is needed.
-    Any thread may call it: a model server has several.
+    Together they take at most `limit` tokens; kept ones go, least recently used first, when the room is needed or
+    there are many. Any thread may call it: a model server has several.
     """
 
+    MAX_KEPT = 8
     WORTH = 3  # a kept session is gone back in when at least one part in so many of it stays of use
 
     def __init__(self, limit: int) -> None:
@@ -313,6 +314,7 @@ class _Sessions:
             self._in_use -= session.room
             if session.reusable and session.tokens:
                 self._kept.append(session)
+                del self._kept[: -self.MAX_KEPT]
 
     def forget(self) -> None:
         """Drops every kept session."""

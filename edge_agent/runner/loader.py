@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from edge_agent.errors import CannotRun
 from edge_agent.models import mlmodel, trust
 from edge_agent.models.mlmodel import TRANSFORMERS_LOADER, MLmodel
 from edge_agent.runner.capability import UNKNOWN_ARCHITECTURE
-from edge_agent.runner.model import End, Model
+from edge_agent.runner.model import End, Lane, Model
 
 __all__ = ["End", "Model", "load"]
 
@@ -27,13 +27,14 @@ PARAMS = ("temperature", "max_tokens", "stop", "top_p", "top_k", "seed", "respon
 _NO_BYTECODE = "/nonexistent/edge-agent"
 
 
-def load(folder: Path, *, context_tokens: int, max_tokens: int, threads: int) -> Model:
+def load(folder: Path, *, context_tokens: int, max_tokens: int, threads: int, kv_bytes: int = 0) -> Model:
     """Loads the package in `folder`.
 
     Args:
         context_tokens: prompt and answer together, at most.
         max_tokens: of an answer, when a request names none.
         threads: for one operation; 0 leaves it to the library.
+        kv_bytes: for the keys and values of running and remembered prompts together, where a package knows it.
 
     Raises:
         CannotRun: this host lacks what runs it.
@@ -53,13 +54,16 @@ def load(folder: Path, *, context_tokens: int, max_tokens: int, threads: int) ->
     config = {
         "context_tokens": context_tokens,
         "max_tokens": max_tokens,
+        "kv_bytes": kv_bytes,
         **({"threads": threads} if threads else {}),
     }
     return _load_pyfunc(folder, package, config)
 
 
 class WrapperModel(Model):
-    """A package with this agent's own wrapper over onnxruntime-genai."""
+    """A package with this agent's own wrapper over onnxruntime-genai: it answers several prompts at once."""
+
+    answers_several = True
 
     def __init__(self, pyfunc: Any, *, flavor: str, signature: str, golden: Any) -> None:
         self._pyfunc = pyfunc
@@ -68,18 +72,25 @@ class WrapperModel(Model):
         self.signature = signature
         self.golden = golden
 
+    def start(self, documents: Sequence[dict[str, Any]]) -> list[Lane]:
+        """See `Model.start`."""
+        # The wrapper checks every field itself: MLflow's schema would only cost a prompt some milliseconds.
+        return [
+            Lane(lane.rows, ([(row, _item(item)) for row, item in step] for step in lane), lane.close)
+            for lane in self._wrapper.predict_streams([_request(document) for document in documents])
+        ]
+
     def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
         """See `Model.stream`."""
-        key = "messages" if "messages" in document else "prompt"
-        params = {name: _param(document[name]) for name in PARAMS if name in document}
-        if key == ("messages" if self.signature == "chat" else "prompt"):
-            items = self._pyfunc.predict_stream({key: document[key]}, params=params)
+        row, params = _request(document)
+        if set(row) == {"messages" if self.signature == "chat" else "prompt"}:
+            items = self._pyfunc.predict_stream(row, params=params)
         else:
             # MLflow's schema admits one form only; the wrapper itself answers both.
-            items = self._wrapper.predict_stream(None, {key: document[key]}, params)
+            items = self._wrapper.predict_stream(None, row, params)
         try:
             for item in items:
-                yield item if isinstance(item, str) else _end(item)
+                yield _item(item)
         finally:
             items.close()
 
@@ -146,12 +157,20 @@ def _distrust_bytecode() -> None:
     sys.pycache_prefix, sys.dont_write_bytecode = _NO_BYTECODE, True
 
 
+def _request(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(row, params) as a wrapper takes them."""
+    key = "messages" if "messages" in document else "prompt"
+    return {key: document[key]}, {name: _param(document[name]) for name in PARAMS if name in document}
+
+
 def _param(value: Any) -> Any:
     """MLflow's params are scalars and lists: an object travels as JSON."""
     return json.dumps(value) if isinstance(value, dict) else value
 
 
-def _end(item: Any) -> End:
+def _item(item: Any) -> str | End:
+    if isinstance(item, str):
+        return item
     return End(
         finish_reason=item["finish_reason"], usage=dict(item["usage"]), timings=dict(item.get("timings", {}))
     )

@@ -1,13 +1,14 @@
 """A loaded model, whatever runs it: one shape for the runner's main.
 
 Owns the seam between the runner and its adapters (`loader.py` picks one): `stream` yields text deltas and one
-`End`. An adapter answers one prompt at a time.
+`End` for one prompt; `start` gives lanes, which the scheduler steps in turn. An adapter answers one prompt at a
+time unless it says otherwise.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,28 @@ class End:
     timings: dict[str, float] = field(default_factory=dict)
 
 
+Step = list[tuple[int, str | End]]
+"""What a lane has to say in one turn: pairs of row and item."""
+
+
+class Lane:
+    """One or more prompts that are answered together, a step at a time.
+
+    Args:
+        rows: which prompts, by their place in the call that started them.
+        steps: an item of `stream` for each row that has one; often none.
+        close: ends it; may be called at any time, and again.
+    """
+
+    def __init__(self, rows: Sequence[int], steps: Iterator[Step], close: Callable[[], None]) -> None:
+        self.rows = rows
+        self.close = close
+        self._steps = steps
+
+    def __next__(self) -> Step:
+        return next(self._steps)
+
+
 class Model(ABC):
     """One loaded package.
 
@@ -30,11 +53,13 @@ class Model(ABC):
         flavor: what runs it, with its library's version, for status.
         signature: `chat` or `prompt`: the form that the package is made for.
         golden: the package's golden prompts as they stand in its metadata; None when it has none.
+        answers_several: prompts can run at the same time; otherwise one ends before the next starts.
     """
 
     flavor: str
     signature: str
     golden: Any = None
+    answers_several = False
 
     @abstractmethod
     def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
@@ -42,6 +67,15 @@ class Model(ABC):
 
         Closing the iterator stops the generation.
         """
+
+    def start(self, documents: Sequence[dict[str, Any]]) -> list[Lane]:
+        """Begins to answer documents, from the first on, as many as there is memory for now.
+
+        Returns:
+            Lanes, to be stepped by one thread and closed; where none is open, at least one.
+        """
+        items = self.stream(documents[0])
+        return [Lane((0,), ([(0, item)] for item in items), items.close)]
 
     def ask(self, document: dict[str, Any]) -> tuple[str, int]:
         """Answers one document whole: (text, completion tokens)."""

@@ -1,16 +1,17 @@
 """The daemon's side of a runner: start, load, generate, cancel, stop, kill.
 
-Owns one child process and its socket. Refuses to trust it: every frame is checked, every wait is bounded, and
-a child that breaks the protocol, hangs or dies is killed and reported as `RunnerError`; whoever owns this
-object then starts another.
+Owns one child process, its socket and the memory in which it says whose turn it is. Refuses to trust it: every
+frame is checked, every wait is bounded, and a child that breaks the protocol, hangs or dies is killed and
+reported as `RunnerError`; whoever owns this object then starts another.
 
-    RunnerProcess(…) → load() → generate() … generate() → stop()
+    RunnerProcess(…) → load() → start(), start() → receive(), receive() … → stop()
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import logging
 import os
 import select
@@ -21,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from edge_agent.errors import (
     RunnerError,
 )
 from edge_agent.runner.protocol import (
+    TURN_BYTES,
     Cancel,
     Delta,
     Done,
@@ -49,6 +52,7 @@ from edge_agent.runner.protocol import (
     Stop,
     Tried,
     Try,
+    decode_turn,
     encode,
 )
 
@@ -87,12 +91,24 @@ def environment(state_dir: Path) -> dict[str, str]:
     }
 
 
+@dataclass(kw_only=True)
+class _Open:
+    """A prompt that the child has and has not ended."""
+
+    until_s: float
+    late: bool = False
+    characters: int = 0
+
+
 class RunnerProcess:
-    """One child process. One thread loads and generates; `cancel` and `kill` may come from any thread.
+    """One child process. One thread loads, starts and receives; `cancel` and `kill` may come from any thread.
 
     Args:
         model: configured name, for logs.
         environment: the child's whole environment.
+
+    Attributes:
+        suspects: after its death, the prompts whose turn it was, as far as the child said so.
 
     Raises:
         RunnerError: the host cannot start another process.
@@ -100,6 +116,8 @@ class RunnerProcess:
 
     def __init__(self, *, model: str, environment: dict[str, str]) -> None:
         self.model = model
+        self.suspects: frozenset[str] = frozenset()
+        self._open: dict[str, _Open] = {}
         ours, theirs = socket.socketpair()
         self._socket, self._reader = ours, FrameReader(ours)
         # A second object on the same socket: a sender must not wait for the reader's timeout.
@@ -107,7 +125,9 @@ class RunnerProcess:
         self._sender.setblocking(False)
         self._send_lock = threading.Lock()
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
-        command = [sys.executable, "-m", "edge_agent.runner.child", str(theirs.fileno())]
+        self._turn = _turn_memory()
+        numbers = (theirs.fileno(), self._turn)
+        command = [sys.executable, "-m", "edge_agent.runner.child", *map(str, numbers)]
         try:
             with theirs:
                 self._process = subprocess.Popen(
@@ -117,12 +137,13 @@ class RunnerProcess:
                     stderr=subprocess.STDOUT,
                     env=environment,
                     cwd="/",
-                    pass_fds=(theirs.fileno(),),
+                    pass_fds=numbers,
                     start_new_session=True,
                 )
         except OSError as error:
             ours.close()
             self._sender.close()
+            os.close(self._turn)
             raise RunnerError(f"no process can be started for model {model}: {error}") from error
         self._drain = threading.Thread(target=self._keep_tail, name=f"runner-output-{model}", daemon=True)
         self._drain.start()
@@ -170,10 +191,43 @@ class RunnerProcess:
             else "runner spoke out of turn"
         )
 
+    def fileno(self) -> int:
+        """For `select`: readable when `receive` has something, unless it has it already."""
+        return self._socket.fileno()
+
+    def start(self, prompt_id: str, document: dict[str, Any], *, timeout_s: float) -> None:
+        """Gives the child a prompt; what becomes of it comes from `receive`.
+
+        Args:
+            prompt_id: not given before.
+            timeout_s: until the prompt is stopped.
+
+        Raises:
+            RunnerError: the child is gone.
+        """
+        self._open[prompt_id] = _Open(until_s=time.monotonic() + timeout_s)
+        self._send(Generate(id=prompt_id, document=document))
+
+    def receive(self, timeout_s: float) -> Delta | Done | Refused | None:
+        """The next frame of any prompt, None when none comes within `timeout_s`. Done and Refused are a prompt's last.
+
+        Raises:
+            RunnerError: the child died, hung or broke the protocol; it is dead then, and with it every prompt.
+        """
+        limit_s = time.monotonic() + timeout_s
+        while True:
+            self._stop_the_late()
+            first_s = min((prompt.until_s for prompt in self._open.values()), default=limit_s)
+            frame = self._receive(min(limit_s, first_s))
+            if frame is not None:
+                return self._checked(frame)
+            if time.monotonic() >= limit_s:
+                return None
+
     def generate(
         self, prompt_id: str, document: dict[str, Any], *, timeout_s: float
     ) -> Iterator[Delta | Done]:
-        """Streams the answer of one prompt; the last item is `Done`.
+        """Streams the answer of a prompt that is the only one; the last item is `Done`.
 
         Args:
             timeout_s: until the prompt is stopped.
@@ -182,37 +236,19 @@ class RunnerProcess:
             PromptError: the model refused the prompt, it was cancelled, or `timeout_s` passed.
             RunnerError: the child died, hung or broke the protocol; it is dead then.
         """
-        deadline_s = time.monotonic() + timeout_s
-        self._send(Generate(id=prompt_id, document=document))
-        late, total = False, 0
+        self.start(prompt_id, document, timeout_s=timeout_s)
         while True:
-            frame = self._receive(deadline_s)
-            if frame is None or (time.monotonic() > deadline_s and not isinstance(frame, Done | Refused)):
-                if late:
-                    self.kill()
-                    raise RunnerError("runner did not stop when it was told to")
-                self.cancel(prompt_id)
-                late, deadline_s = True, time.monotonic() + CANCEL_GRACE_S
-            elif not isinstance(frame, Delta | Done | Refused) or frame.id != prompt_id:
-                self.kill()
-                raise RunnerError("runner spoke out of turn")
-            elif isinstance(frame, Refused):
-                if late and frame.code == Cancelled.code:
-                    raise DeadlineExceeded("the deadline passed before the answer was whole")
+            frame = self.receive(1.0)
+            if isinstance(frame, Refused):
                 raise PROMPT_ERRORS.get(frame.code, ModelFailed)(frame.message)
-            elif isinstance(frame, Done):
+            if frame is not None:
                 yield frame
+            if isinstance(frame, Done):
                 return
-            else:
-                total += len(frame.text)
-                if total > MAX_ANSWER_CHARACTERS:
-                    self.kill()
-                    raise RunnerError(f"the answer has more than {MAX_ANSWER_CHARACTERS} characters")
-                yield frame
 
     def cancel(self, prompt_id: str) -> None:
-        """Asks the child to end a prompt; `generate` then raises `Cancelled`. No effect on any other prompt."""
-        with contextlib.suppress(RunnerError):  # a dead child is reported by `generate`
+        """Asks the child to end a prompt; it is refused as cancelled then. No effect on any other prompt."""
+        with contextlib.suppress(RunnerError):  # a dead child is reported by `receive`
             self._send(Cancel(id=prompt_id))
 
     def stop(self) -> None:
@@ -238,8 +274,12 @@ class RunnerProcess:
             self._process.wait(KILL_WAIT_S)
         except subprocess.TimeoutExpired:
             log.error("runner cannot be killed model=%s pid=%d", self.model, self.pid)
-        self._socket.close()
-        self._sender.close()
+        with self._send_lock:
+            if self._socket.fileno() >= 0:  # not killed before
+                self.suspects = decode_turn(os.pread(self._turn, TURN_BYTES, 0))
+                os.close(self._turn)
+            self._socket.close()
+            self._sender.close()
         self._drain.join(1.0)
 
     def last_output(self) -> str:
@@ -273,6 +313,35 @@ class RunnerProcess:
             self.kill()
             raise
 
+    def _stop_the_late(self) -> None:
+        """Stops prompts whose time is over. A child that does not let go of one is killed."""
+        now_s = time.monotonic()
+        for prompt_id, prompt in self._open.items():
+            if now_s < prompt.until_s:
+                continue
+            if prompt.late:
+                self.kill()
+                raise RunnerError("runner did not stop when it was told to")
+            self.cancel(prompt_id)
+            prompt.late, prompt.until_s = True, now_s + CANCEL_GRACE_S
+
+    def _checked(self, frame: Frame) -> Delta | Done | Refused:
+        prompt = self._open.get(frame.id) if isinstance(frame, Delta | Done | Refused) else None
+        if prompt is None or not isinstance(frame, Delta | Done | Refused):
+            self.kill()
+            raise RunnerError("runner spoke out of turn")
+        if isinstance(frame, Delta):
+            prompt.characters += len(frame.text)
+            if prompt.characters > MAX_ANSWER_CHARACTERS:
+                self.kill()
+                raise RunnerError(f"the answer has more than {MAX_ANSWER_CHARACTERS} characters")
+            return frame
+        del self._open[frame.id]
+        if prompt.late and isinstance(frame, Refused) and frame.code == Cancelled.code:
+            late = DeadlineExceeded("the deadline passed before the answer was whole")
+            return Refused(id=frame.id, code=late.code, message=late.message)
+        return frame
+
     def _epitaph(self) -> str:
         code = self._process.poll()
         if code is None:
@@ -287,3 +356,11 @@ class RunnerProcess:
         with stream:
             while line := stream.readline(1 << 16):
                 self._tail.append(line[:_TAIL_LINE_BYTES].decode("utf-8", "replace").rstrip())
+
+
+def _turn_memory() -> int:
+    """Descriptor of `TURN_BYTES` shared with the child, which can neither grow nor shrink them."""
+    descriptor = os.memfd_create("turn", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, TURN_BYTES)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    return descriptor

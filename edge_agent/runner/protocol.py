@@ -1,7 +1,7 @@
 """The frames between the daemon and a runner: JSON, one a line, bounded. Pure but for `FrameReader.read`.
 
     daemon → runner   Load, Try, Generate, Cancel, Stop
-    runner → daemon   Loaded or Failed; Tried for Try; then Delta …, Done or Refused for each Generate
+    runner → daemon   Loaded or Failed; Tried for Try; then, for each Generate and by its id, Delta …, Done or Refused
 
 Both sides treat the other's bytes as input: an unknown type, a missing or wrong field or a line over the
 bound is a `RunnerError`. Nothing is ever unpickled.
@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, get_type_hints
 
 from edge_agent.errors import RunnerError
 
 MAX_FRAME_BYTES = 20 << 20
+TURN_BYTES = 4096
+"""Size of the memory in which a runner says whose turn it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,8 @@ class Load:
         context_tokens: prompt and answer together, at most.
         max_tokens: of an answer, when a request names none.
         threads: for one operation; 0 leaves it to the library.
+        parallel: prompts at once, at most.
+        kv_bytes: for the keys and values of running and remembered prompts together.
     """
 
     type: ClassVar[str] = "load"
@@ -35,6 +40,8 @@ class Load:
     context_tokens: int
     max_tokens: int
     threads: int
+    parallel: int = 1
+    kv_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +88,13 @@ class Stop:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """The model answers from now on."""
+    """The model answers from now on, `parallel` prompts at once."""
 
     type: ClassVar[str] = "loaded"
     flavor: str
     signature: str
     load_ms: float
+    parallel: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +187,16 @@ def decode(line: bytes) -> Frame:
     return frame
 
 
+def encode_turn(prompts: Iterable[str]) -> bytes:
+    """The ids of the prompts whose turn it is, `TURN_BYTES` long."""
+    return " ".join(prompts).encode()[:TURN_BYTES].ljust(TURN_BYTES, b"\0")
+
+
+def decode_turn(memory: bytes) -> frozenset[str]:
+    """Ids as `encode_turn` wrote them; whatever else may stand there is no error, and no id that anybody has."""
+    return frozenset(memory.rstrip(b"\0").decode("utf-8", "replace").split())
+
+
 class FrameReader:
     """Cuts a stream socket's bytes into frames. One owner thread.
 
@@ -202,8 +220,8 @@ class FrameReader:
             frame = self._cut()
             if frame is not None:
                 return frame
-            self._connection.settimeout(timeout_s)
             try:
+                self._connection.settimeout(timeout_s)
                 data = self._connection.recv(1 << 16)
             except (TimeoutError, BlockingIOError):
                 return None

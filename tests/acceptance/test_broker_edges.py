@@ -603,7 +603,7 @@ def test_a_broker_that_stands_still_slows_no_generation_and_gets_every_answer(
     assert after_bytes - before_bytes < 10 << 20
     for answer in answers:
         timings = answer.json["timings"]
-        assert timings["total_ms"] - timings["queue_ms"] < 4 * usual_ms + 1000
+        assert timings["total_ms"] - timings["queue_ms"] < 8 * usual_ms + 1000, "four at once"
 
 
 def test_parts_for_a_broker_that_stands_still_are_dropped_and_the_answer_is_not(short_dir: Path) -> None:

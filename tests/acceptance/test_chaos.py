@@ -383,6 +383,7 @@ class Chaos:
         self._asked: dict[str, Asked] = {}
         self._mids: list[dict[int, Asked]] = [{} for _ in clients]
         self._progress = 0
+        self._lived = 0  # characters of the log that earlier daemons wrote
 
     def strike(self, fault: Fault, *, burst: int) -> None:
         """One burst and one fault, at a drawn moment while prompts are in flight, some of them just sent."""
@@ -423,7 +424,9 @@ class Chaos:
     def _kill(self) -> bool:
         assert self._daemon.running, f"the daemon ended by itself:\n{self._daemon.log[-5000:]}"
         self._daemon.kill()
-        self.killed_while_running += bool(running_at_the_end(self._daemon.log))
+        log = self._daemon.log
+        self.killed_while_running += bool(running_at_the_end(log[self._lived :]))
+        self._lived = len(log)
         self._daemon.start(ready=False)
         if self._rng.random() < 0.5:  # otherwise the next burst meets a daemon that is still starting
             self._until(lambda: self._daemon.notify.got("READY=1"), "the daemon after a kill")
@@ -599,10 +602,11 @@ def second_generations(log: str) -> list[str]:
 
 
 def running_at_the_end(log: str) -> set[str]:
+    """Prompts that one daemon started and did not answer."""
     running: set[str] = set()
     for step, request_id in _STEP.findall(log):
         if step == "starts":
-            running = {request_id}  # one runner, one prompt
+            running.add(request_id)
         else:
             running.discard(request_id)
     return running

@@ -48,8 +48,11 @@ def test_a_runner_that_dies_costs_its_prompt_and_nothing_else(agent: Daemon, bro
         )
         running = client.send(long)
         client.wait(lambda m: m.topic == f"{client.replies}/stream" and m.correlation == running)
-        waiting = client.send(chat(SPAIN))
         (runner,) = agent.runners()
+        runner.suspend()  # what comes now has no turn any more
+        accepted = agent.log.count("prompt accepted")
+        waiting = client.send(chat(SPAIN))
+        wait_until(lambda: agent.log.count("prompt accepted") > accepted, 10, "the second prompt")
         runner.kill()
         failed = client.answer(running)
         assert (failed.status, failed.json["error"]["code"]) == (500, "model_failed")

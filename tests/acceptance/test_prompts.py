@@ -3,6 +3,8 @@
 import json
 import subprocess
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,6 +24,32 @@ SEED_PROMPT = (
 def long(**fields: Any) -> dict[str, Any]:
     """A request whose answer takes seconds: the grammar lets it end after 1,900 characters only."""
     return chat("Count", max_tokens=1950, response_format={"type": "regex", "regex": "(0|1){1900}"}, **fields)
+
+
+PARALLEL = 4  # the default of inference.parallel
+
+
+@contextmanager
+def occupied(client: Client) -> Iterator[list[bytes]]:
+    """Every place in the runner is taken, by prompts that run for seconds; they are cancelled in the end."""
+    running = [client.send(long(stream=True)) for _ in range(PARALLEL)]
+    for correlation in running:
+        client.wait(
+            lambda message, mine=correlation: (
+                message.topic == f"{client.replies}/stream" and message.correlation == mine
+            )
+        )
+    yield running
+    assert not any(client.answers(correlation) for correlation in running), "they ran all the time"
+    for correlation in running:
+        cancel(client, correlation)
+    assert {client.answer(correlation).status for correlation in running} == {499}
+
+
+def cancel(client: Client, correlation: bytes) -> None:
+    client.publish(
+        f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=correlation
+    )
 
 
 def test_a_chat_is_answered_with_the_seeds_completion_object(client: Client) -> None:
@@ -202,9 +230,7 @@ def test_a_running_prompt_is_cancelled(client: Client) -> None:
     client.wait(
         lambda message: message.topic == f"{client.replies}/stream" and message.correlation == correlation
     )
-    client.publish(
-        f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=correlation
-    )
+    cancel(client, correlation)
     answer = client.answer(correlation)
     assert (answer.status, answer.json["error"]["code"]) == (499, "cancelled")
     assert "choices" not in answer.json
@@ -217,21 +243,15 @@ def test_a_cancel_of_what_is_unknown_is_ignored(client: Client) -> None:
     assert client.ask(chat(SPAIN)).text == MADRID
 
 
-def test_a_waiting_prompt_is_cancelled_by_id(old_client: Client, client: Client) -> None:
-    running = client.send(long(stream=True))
-    client.wait(
-        lambda message: message.topic == f"{client.replies}/stream" and message.correlation == running
-    )
-    old_client.publish(
-        f"{old_client.root}/req/chat", json.dumps(chat(SPAIN, id="waits", reply_to=old_client.replies))
-    )
-    old_client.publish(
-        f"{old_client.root}/ctl/cancel", json.dumps({"id": "waits", "reply_to": old_client.replies})
-    )
-    assert old_client.wait_on(old_client.replies).status == 499
-    assert client.answers(running) == [], "the running prompt was not the one that was cancelled"
-    client.publish(f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=running)
-    assert client.answer(running).status == 499
+def test_a_waiting_prompt_is_cancelled_by_id(old_client: Client, client: Client, agent: Daemon) -> None:
+    with occupied(client):
+        request = chat(SPAIN, id="waits", reply_to=old_client.replies)
+        old_client.publish(f"{old_client.root}/req/chat", json.dumps(request))
+        old_client.publish(
+            f"{old_client.root}/ctl/cancel", json.dumps({"id": "waits", "reply_to": old_client.replies})
+        )
+        assert old_client.wait_on(old_client.replies).status == 499
+    assert "prompt starts request=waits" not in agent.log
 
 
 def test_a_running_prompt_ends_at_its_deadline(client: Client) -> None:
@@ -241,15 +261,9 @@ def test_a_running_prompt_ends_at_its_deadline(client: Client) -> None:
 
 
 def test_a_waiting_prompt_is_answered_at_its_deadline_and_never_starts(client: Client, agent: Daemon) -> None:
-    running = client.send(long(stream=True))
-    client.wait(
-        lambda message: message.topic == f"{client.replies}/stream" and message.correlation == running
-    )
-    waiting = client.send(chat(SPAIN, id="too-late", deadline_ms=300))
-    assert client.answer(waiting).status == 408
-    assert client.answers(running) == []
-    client.publish(f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=running)
-    client.answer(running)
+    with occupied(client):
+        waiting = client.send(chat(SPAIN, id="too-late", deadline_ms=300))
+        assert client.answer(waiting).status == 408
     assert "prompt starts request=too-late" not in agent.log
 
 

@@ -12,7 +12,7 @@ from edge_agent.runner import protocol
 from edge_agent.runner.protocol import Cancel, Delta, Done, Frame, FrameReader, Generate, Load, Refused, Stop
 
 FRAMES: list[Frame] = [
-    Load(folder="/m", context_tokens=64, max_tokens=8, threads=0),
+    Load(folder="/m", context_tokens=64, max_tokens=8, threads=0, parallel=4, kv_bytes=1 << 20),
     Generate(id="1.1", document={"prompt": "é\n\U0001f34e"}),
     Cancel(id="1.1"),
     Stop(),
@@ -82,3 +82,16 @@ def test_an_unencodable_frame_is_refused_at_the_sender(monkeypatch: pytest.Monke
     monkeypatch.setattr(protocol, "MAX_FRAME_BYTES", 100)
     with pytest.raises(RunnerError):
         protocol.encode(Delta(id="1", text=json.dumps("x" * 200)))
+
+
+@pytest.mark.parametrize("prompts", [[], ["a.1.1"], ["a.1.1", "b-c_d.2.1"]])
+def test_whose_turn_it_is_can_be_read_from_the_shared_memory(prompts: list[str]) -> None:
+    memory = protocol.encode_turn(prompts)
+    assert len(memory) == protocol.TURN_BYTES
+    assert protocol.decode_turn(memory) == set(prompts)
+
+
+def test_whatever_stands_in_the_shared_memory_is_no_error() -> None:
+    assert protocol.decode_turn(b"\xff\x00 \n" * 1000)
+    assert protocol.decode_turn(b"") == set()
+    assert len(protocol.encode_turn(["x" * 90] * 100)) == protocol.TURN_BYTES

@@ -1,0 +1,203 @@
+"""Whose turn it is: the prompts that run in a runner take turns, one step of a lane each. One thread.
+
+Owns the lanes (what the model answers with one generator) and the prompts that wait for memory. Knows nothing
+of tokens; the model says which prompts share a lane. Why it is this policy: docs/adr/0006.
+
+    add → waits → model.start: lanes → step, step, … → Delta … Done | Refused
+
+- A newcomer has the next turn, and then one in each round: it waits for a step of each lane, never for an answer.
+- Prompts that come together start together, and so may share a lane. One alone that has only begun its prefill
+  when others come starts again with them, once: what it loses is a step, what it gains is a batch.
+- Memory goes in the order in which prompts came: a small one does not overtake a large one for ever.
+"""
+
+from __future__ import annotations
+
+import collections
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from edge_agent.errors import BadRequest, Cancelled, ModelFailed, PromptError, PromptTooLong
+from edge_agent.runner.model import End, Lane, Model
+from edge_agent.runner.protocol import Delta, Done, Generate, Refused
+
+MAX_MESSAGE = 500
+_REQUEST_ERRORS = {"bad_request": BadRequest, "prompt_too_long": PromptTooLong}
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """A lane and those of its prompts that still wait for their end, by row."""
+
+    lane: Lane
+    prompts: dict[int, Generate]
+    turns: int = 0
+    begun: bool = False
+    """Something of an answer is there."""
+
+
+class Scheduler:
+    """The prompts of one runner, waiting and running. One thread.
+
+    Args:
+        limit: prompts that run at once, at most.
+        send: takes the frames for the daemon.
+        announce: told before each turn whose turn it is: they are the suspects if the process dies in it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        limit: int,
+        send: Callable[[Delta | Done | Refused], None],
+        announce: Callable[[Sequence[str]], None],
+    ) -> None:
+        self._model = model
+        self._limit = limit
+        self._send = send
+        self._announce = announce
+        self._waiting: collections.deque[Generate] = collections.deque()
+        self._lanes: collections.deque[_Running] = collections.deque()
+        self._regrouped: set[str] = set()
+        self._may_start = False
+
+    @property
+    def idle(self) -> bool:
+        """True when nobody waits and nothing runs."""
+        return not self._waiting and not self._lanes
+
+    def add(self, request: Generate) -> None:
+        """A prompt came."""
+        self._waiting.append(request)
+        self._may_start = True
+
+    def cancel(self, prompt_id: str) -> None:
+        """Refuses a prompt at once, waiting or running; unknown ids are ignored."""
+        error = Cancelled("the prompt was cancelled")
+        for request in list(self._waiting):
+            if request.id == prompt_id:
+                self._waiting.remove(request)
+                self._refuse(request, error)
+        for running in list(self._lanes):
+            for row, request in list(running.prompts.items()):
+                if request.id == prompt_id:
+                    self._refuse(running.prompts.pop(row), error)
+            if not running.prompts:
+                self._lanes.remove(running)
+                self._close(running)
+
+    def step(self) -> None:
+        """One turn: starts who can start, then one step of the lane whose turn it is."""
+        if self._may_start and self._waiting:
+            self._may_start = False
+            self._start()
+        if not self._lanes:
+            return
+        running = self._lanes.popleft()
+        self._announce([request.id for request in running.prompts.values()])
+        try:
+            items = next(running.lane)
+        except StopIteration:
+            self._end(running, ModelFailed("the model's stream ended without usage and finish_reason"))
+            return
+        except Exception as error:  # noqa: BLE001 - model code may raise anything
+            self._end(running, refusal_of(error, [request.id for request in running.prompts.values()]))
+            return
+        running.turns += 1
+        for row, item in items:
+            self._deliver(running, row, item)
+        if running.prompts:
+            self._lanes.append(running)
+        else:
+            self._close(running)
+
+    def close(self) -> None:
+        """Ends every lane."""
+        for running in self._lanes:
+            running.lane.close()
+        self._lanes.clear()
+
+    def _start(self) -> None:
+        room = self._limit - sum(len(running.prompts) for running in self._lanes)
+        if room <= 0:
+            return
+        coming = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        coming = [*self._take_back(), *coming]
+        self._announce([request.id for request in coming])
+        lanes = self._model.start([request.document for request in coming])
+        started: set[int] = set()
+        for lane in reversed(lanes):
+            started.update(lane.rows)
+            self._lanes.appendleft(_Running(lane=lane, prompts={row: coming[row] for row in lane.rows}))
+        self._waiting.extendleft(
+            request for row, request in reversed(list(enumerate(coming))) if row not in started
+        )
+
+    def _take_back(self) -> Iterator[Generate]:
+        """Prompts alone that have only just begun: they start again, together with who comes now."""
+        for running in list(self._lanes):
+            if running.begun or running.turns > 1 or len(running.lane.rows) > 1:
+                continue
+            (request,) = running.prompts.values()
+            if request.id in self._regrouped:
+                continue
+            self._lanes.remove(running)
+            running.lane.close()
+            self._regrouped.add(request.id)
+            yield request
+
+    def _deliver(self, running: _Running, row: int, item: str | End) -> None:
+        running.begun = True
+        request = running.prompts.get(row)
+        if request is None:  # it was cancelled, and its row runs out
+            return
+        if isinstance(item, str):
+            if item:
+                self._send(Delta(id=request.id, text=item))
+            return
+        del running.prompts[row]
+        self._regrouped.discard(request.id)
+        self._send(
+            Done(id=request.id, finish_reason=item.finish_reason, usage=item.usage, timings=item.timings)
+        )
+
+    def _end(self, running: _Running, error: PromptError) -> None:
+        for request in running.prompts.values():
+            self._refuse(request, error)
+        self._close(running)
+
+    def _close(self, running: _Running) -> None:
+        running.lane.close()
+        self._may_start = True  # there is memory again
+
+    def _refuse(self, request: Generate, error: PromptError) -> None:
+        self._regrouped.discard(request.id)
+        self._send(Refused(id=request.id, code=error.code, message=error.message[:MAX_MESSAGE]))
+
+
+def refusal_of(error: Exception, prompts: Sequence[str]) -> PromptError:
+    """What prompts get for what model code raised: its own refusal by code, else `model_failed`."""
+    if isinstance(error, PromptError):
+        return error
+    code = str(getattr(error, "code", ""))
+    if code in _REQUEST_ERRORS:
+        return _REQUEST_ERRORS[code](str(error).removeprefix(f"{code}: "))
+    print_frames(error, *prompts)
+    if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
+        # MLflow's schema check; its text has the prompt in it.
+        return BadRequest("the model's signature does not admit this request")
+    return ModelFailed(f"the model raised {type(error).__name__}")
+
+
+def print_frames(error: BaseException, *prompts: str) -> None:
+    """Where it went wrong, without the message: that may have the prompt in it, and this output is logged."""
+    print(
+        f"request={','.join(prompts) or '-'} {type(error).__name__}",
+        *traceback.format_tb(error.__traceback__),
+        sep="\n",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -1,0 +1,101 @@
+"""Several prompts in one runner: each with its own options, end and fate, over MQTT against the running agent."""
+
+from typing import Any
+
+from tests.support.client import Client, chat
+from tests.support.processes import Daemon, wait_until
+
+SPAIN = "What is the capital of Spain?"
+MADRID = "The capital of Spain is Madrid."
+
+
+def long(characters: int = 1900, **fields: Any) -> dict[str, Any]:
+    """A request whose answer has exactly so many characters, one token each."""
+    response_format = {"type": "regex", "regex": f"(0|1){{{characters}}}"}
+    return chat("Count", max_tokens=characters + 20, response_format=response_format, stream=True, **fields)
+
+
+def started(client: Client, *correlations: bytes) -> None:
+    """Returns when a part of each answer has come."""
+    for correlation in correlations:
+        client.wait(
+            lambda m, mine=correlation: m.topic == f"{client.replies}/stream" and m.correlation == mine
+        )
+
+
+def cancel(client: Client, correlation: bytes) -> None:
+    client.publish(
+        f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=correlation
+    )
+
+
+def test_each_of_several_at_once_gets_what_it_gets_alone(client: Client) -> None:
+    sampled = {"temperature": 1.5, "max_tokens": 30}
+    requests = [
+        chat(SPAIN),
+        chat(SPAIN, stop=[" Madrid"]),
+        chat("Count to one hundred", max_tokens=7),
+        chat("Tell me a long story", seed=1, **sampled),
+        chat("Tell me a long story", seed=2, **sampled),
+        chat(SPAIN, response_format={"type": "regex", "regex": "(yes|no)"}),
+        chat("Say hello in Nepali."),
+        {"prompt": "<|user|>Tell me a joke about atom<|end|><|assistant|>"},
+    ]
+    alone = [client.ask(request).json for request in requests]
+    for _ in range(2):
+        sent = [client.send({**request, "stream": True}) for request in requests]
+        for correlation, expected in zip(sent, alone, strict=True):
+            answer = client.answer(correlation).json
+            assert answer["choices"] == expected["choices"]
+            assert answer["usage"]["completion_tokens"] == expected["usage"]["completion_tokens"]
+            assert answer["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
+            parts = [m.json["choices"][0]["delta"]["content"] for m in client.chunks(correlation)]
+            whole: str = expected["choices"][0]["message"]["content"]
+            assert whole.startswith("".join(parts))
+
+
+def test_a_newcomer_waits_for_nobodys_whole_answer(client: Client) -> None:
+    running = [client.send(long()) for _ in range(3)]
+    started(client, *running)
+    for _ in range(3):
+        assert client.ask(chat(SPAIN)).text == MADRID
+        assert not any(client.answers(correlation) for correlation in running)
+    for correlation in running:
+        cancel(client, correlation)
+        assert client.answer(correlation).status == 499
+
+
+def test_a_cancel_and_a_deadline_end_their_own_prompt_only(client: Client) -> None:
+    cancelled, late, whole = (
+        client.send(long()),
+        client.send(long(deadline_ms=1500)),
+        client.send(long(600)),
+    )
+    started(client, cancelled, whole)
+    cancel(client, cancelled)
+    assert client.answer(cancelled).status == 499
+    assert client.answer(late).status == 408
+    answer = client.answer(whole)
+    assert answer.status == 200
+    assert len(answer.text) == 600
+    for correlation in (cancelled, late, whole):
+        assert len(client.answers(correlation)) == 1
+
+
+def test_a_runner_that_dies_costs_one_prompt_and_the_others_run_again(client: Client, agent: Daemon) -> None:
+    sent = [client.send(long(500)) for _ in range(3)]
+    started(client, *sent)
+    (runner,) = agent.runners()
+    runner.suspend()
+    assert not any(client.answers(correlation) for correlation in sent), "all three run"
+    put_back = agent.log.count("prompt put back")
+    runner.kill()
+    statuses = sorted(client.answer(correlation).status for correlation in sent)
+    assert statuses == [200, 200, 500]
+    assert agent.log.count("prompt put back") == put_back + 2
+    for correlation in sent:
+        answer = client.answer(correlation)
+        if answer.status == 200:
+            assert len(answer.text) == 500
+        assert len(client.answers(correlation)) == 1
+    wait_until(lambda: agent.status()["queue_depth"] == 0, 30, "an empty queue")
