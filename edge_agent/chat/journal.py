@@ -4,7 +4,9 @@ A prompt's life, each step committed before anybody is told of it:
 
     accept → queued → claim → running → answer → answered → delivered → (kept as long as answers are) → gone
 
-Owns `journal.db`. Every method is one short transaction behind one lock; any thread may call it. Refuses a
+Owns `journal.db`. Every method is one short transaction behind one lock; any thread may call it. What has been
+promised to somebody (accepted, answered) survives a loss of power; what was only noted on the way (claimed, put
+back, delivered) survives the death of the process: after a loss of power it is done again. Refuses a
 second answer for a row, a second row for an identity, and, with `JournalUnavailable`, all work that it cannot
 commit. What a damaged file still holds is carried over into a new one; the damaged one is set aside.
 Contract: docs/mqtt.md, *Delivery*.
@@ -244,7 +246,7 @@ class Journal:
 
     def claim(self, model: str) -> Prompt | None:
         """The oldest waiting prompt of a model, its attempt committed; None when none waits."""
-        with self._transaction() as db:
+        with self._transaction(durable=False) as db:
             for found in db.execute(
                 "SELECT * FROM prompts WHERE state=? AND model=? ORDER BY row", (State.QUEUED, model)
             ).fetchall():
@@ -275,8 +277,9 @@ class Journal:
         return found is not None and found["state"] == State.RUNNING
 
     def release(self, row: int) -> None:
-        """Puts a running prompt back into the queue, its attempt not counted: an orderly stop is no death."""
-        with self._transaction() as db:
+        """Puts a running prompt back into the queue, its attempt not counted: an orderly stop is no death, and
+        the death of a runner is none of those who were not its cause."""
+        with self._transaction(durable=False) as db:
             db.execute(
                 "UPDATE prompts SET state=?, attempts=attempts-1 WHERE row=? AND state=?",
                 (State.QUEUED, row, State.RUNNING),
@@ -334,7 +337,7 @@ class Journal:
 
     def delivered(self, row: int) -> None:
         """The broker has the answer (PUBACK), or the control connection took it."""
-        with self._transaction() as db:
+        with self._transaction(durable=False) as db:
             db.execute(
                 "UPDATE prompts SET state=? WHERE row=? AND state=?", (State.DELIVERED, row, State.ANSWERED)
             )
@@ -513,10 +516,15 @@ class Journal:
         return (found["row"], found["body_sha256"], State(found["state"])) if found else None
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One immediate transaction; SQLite's errors become `JournalUnavailable` and set `trouble`."""
+    def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """One immediate transaction; SQLite's errors become `JournalUnavailable` and set `trouble`.
+
+        Args:
+            durable: it waits for the disk. Without that it survives this process, and costs no milliseconds.
+        """
         with self._lock:
             try:
+                self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                 self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")
