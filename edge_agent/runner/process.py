@@ -34,6 +34,7 @@ from edge_agent.errors import (
     DeadlineExceeded,
     LoadFailed,
     ModelFailed,
+    PromptTooLong,
     RunnerCrashed,
     RunnerError,
 )
@@ -203,10 +204,15 @@ class RunnerProcess:
             timeout_s: until the prompt is stopped.
 
         Raises:
+            PromptTooLong: the prompt is more than a frame may hold.
             RunnerError: the child is gone.
         """
+        try:
+            line = encode(Generate(id=prompt_id, document=document))
+        except RunnerError as error:
+            raise PromptTooLong("the request is more than a runner takes") from error
         self._open[prompt_id] = _Open(until_s=time.monotonic() + timeout_s)
-        self._send(Generate(id=prompt_id, document=document))
+        self._write(line)
 
     def receive(self, timeout_s: float) -> Delta | Done | Refused | None:
         """The next frame of any prompt, None when none comes within `timeout_s`. Done and Refused are a prompt's last.
@@ -287,9 +293,12 @@ class RunnerProcess:
         return " | ".join(self._tail)
 
     def _send(self, frame: Frame) -> None:
+        self._write(encode(frame))
+
+    def _write(self, line: bytes) -> None:
         with self._send_lock:
             try:
-                view = memoryview(encode(frame))
+                view = memoryview(line)
                 limit_s = time.monotonic() + _SEND_TIMEOUT_S
                 while view:
                     try:

@@ -1,0 +1,115 @@
+"""The daemon's side of a runner, with a real child: what it says of its death, and what it does not take."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from edge_agent.errors import PromptTooLong, RunnerError
+from edge_agent.publishing import build_package
+from edge_agent.runner.process import RunnerProcess, environment
+from edge_agent.runner.protocol import Delta, Done, Load, Refused
+from tests.support.processes import wait_until
+
+
+@pytest.fixture(scope="module")
+def package(sample_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("chat") / "package"
+    return build_package(sample_model, target, name="sample", signature="chat", options={}).folder
+
+
+@pytest.fixture
+def runner(package: Path, tmp_path: Path) -> Iterator[RunnerProcess]:
+    running = RunnerProcess(model="assistant", environment=environment(tmp_path))
+    try:
+        load = Load(
+            folder=str(package), context_tokens=2048, max_tokens=64, threads=1, parallel=4, kv_bytes=8 << 20
+        )
+        assert running.load(load, timeout_s=120).parallel == 4
+        yield running
+    finally:
+        running.stop()
+
+
+def document(text: str = "What is the capital of Spain?", **options: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], **options}
+
+
+def long() -> dict[str, Any]:
+    return document("Count", max_tokens=600, response_format={"type": "regex", "regex": "(0|1){590}"})
+
+
+def ends(runner: RunnerProcess, count: int) -> dict[str, Done | Refused]:
+    """The last frames of so many prompts."""
+    found: dict[str, Done | Refused] = {}
+
+    def more() -> bool:
+        frame = runner.receive(1.0)
+        if isinstance(frame, Done | Refused):
+            found[frame.id] = frame
+        return len(found) == count
+
+    wait_until(more, 60, f"{count} ends")
+    return found
+
+
+def test_a_dead_runner_names_whose_turn_it_was_and_only_that(runner: RunnerProcess) -> None:
+    for name in ("a", "b", "c"):
+        runner.start(name, long(), timeout_s=60)
+    seen: set[str] = set()
+
+    def all_run() -> bool:
+        frame = runner.receive(1.0)
+        if isinstance(frame, Delta):
+            seen.add(frame.id)
+        return seen == {"a", "b", "c"}
+
+    wait_until(all_run, 30, "a part of each answer")
+    os.kill(runner.pid, signal.SIGKILL)
+    with pytest.raises(RunnerError, match="signal 9"):
+        while True:
+            runner.receive(1.0)
+    assert len(runner.suspects) == 1
+    assert runner.suspects < {"a", "b", "c"}
+
+
+def test_prompts_that_need_more_memory_than_there_is_wait_and_are_all_answered(
+    runner: RunnerProcess,
+) -> None:
+    for name in ("a", "b"):  # each one needs nearly all of one context's keys and values
+        runner.start(name, document(max_tokens=1500, temperature=1.0, seed=1), timeout_s=60)
+    runner.start("c", document(), timeout_s=60)
+    runner.start("late", long(), timeout_s=0.2)
+    found = ends(runner, 4)
+    assert {name: type(frame) for name, frame in found.items()} == {
+        "a": Done, "b": Done, "c": Done, "late": Refused,
+    }  # fmt: skip
+    late = found["late"]
+    assert isinstance(late, Refused)
+    assert late.code == "deadline_exceeded"
+
+
+def test_a_prompt_that_is_no_frame_is_refused_and_the_next_one_answered(runner: RunnerProcess) -> None:
+    with pytest.raises(PromptTooLong):
+        runner.start("huge", document("é" * (4 << 20)), timeout_s=10)
+    assert isinstance(list(runner.generate("next", document(), timeout_s=30))[-1], Done)
+
+
+def test_a_child_can_neither_grow_nor_shrink_the_memory_that_it_shares(runner: RunnerProcess) -> None:
+    (number,) = [int(entry) for entry in psutil.Process(runner.pid).cmdline()[-1:] if entry.isdecimal()]
+    descriptor = os.open(f"/proc/{runner.pid}/fd/{number}", os.O_RDWR)
+    try:
+        size = os.fstat(descriptor).st_size
+        for other in (0, size * 2):
+            with pytest.raises(PermissionError):
+                os.ftruncate(descriptor, other)
+        with pytest.raises(PermissionError):
+            os.pwrite(descriptor, b"x" * 10, size)
+    finally:
+        os.close(descriptor)
