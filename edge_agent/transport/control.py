@@ -173,9 +173,6 @@ def call(
         connection.settimeout(5.0)
         try:
             connection.connect(str(path))
-            line = _encode({"op": op, **fields})
-            sent = 0 if file is None else socket.send_fds(connection, [line], [file])
-            connection.sendall(line[sent:])
         except PermissionError as error:
             raise EdgeAgentError(
                 f"control socket {path} is not yours to use", remedy="join the group edge-agent, or use sudo"
@@ -185,8 +182,18 @@ def call(
                 f"no daemon answers on {path}",
                 remedy="start it with `edge-agent run` or `systemctl start edge-agent`",
             ) from error
+        # From here on a daemon is there, and may have done what it was asked: it must not be done again without it.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has closed: see what it said
+            _send_request(connection, _encode({"op": op, **fields}), file)
         connection.settimeout(timeout_s)
         yield from _lines(connection)
+
+
+def _send_request(connection: socket.socket, line: bytes, file: int | None) -> None:
+    if file is not None:
+        line = line[socket.send_fds(connection, [line], [file]) :]
+    if line:  # sending nothing, too, fails when the daemon has answered and closed
+        connection.sendall(line)
 
 
 def _lines(connection: socket.socket, files: list[int] | None = None) -> Iterator[dict[str, Any]]:
