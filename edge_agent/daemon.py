@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 STEP_S = 0.2
 STATUS_INTERVAL_S = 30.0
+PROGRESS_INTERVAL_S = 2.0
 METRICS_INTERVAL_S = 60.0
 PRUNE_INTERVAL_S = 60.0
 NETWORK_THREAD_STALE_S = 300.0
@@ -108,8 +109,8 @@ class Daemon:
             settings.control_socket,
             {"probe": self._on_probe, "status": self._on_status, "models": self._on_models},
         )
-        self._published = ""
-        self._status_at_s = self._metrics_at_s = self._prune_at_s = 0.0
+        self._published = self._published_reported = ""
+        self._status_at_s = self._reported_at_s = self._metrics_at_s = self._prune_at_s = 0.0
 
     def run(self) -> int:
         """Runs until SIGTERM or SIGINT. Returns the process's exit code."""
@@ -396,7 +397,7 @@ class Daemon:
         for model, entry in zip(self._lifecycles.values(), document["models"], strict=True):
             entry.update(model.versions())
             entry["update_problem"] = self._updates.problems.get(model.name, "")
-            entry["progress"] = self._updates.progress.get(model.name)
+            entry["progress"] = self._updates.progress_of(model.name)
         return {
             **document,
             "cache": {
@@ -423,6 +424,7 @@ class Daemon:
     def _publish_status(self, now_s: float) -> None:
         """At each change of what people act on; numbers that always change come along at intervals."""
         document = self._status_document(self._state())
+        self._publish_reported(now_s, document)
         lasting = {**document, "time": 0, "seq": 0, "queue_depth": 0}
         lasting["models"] = [{**model, "tokens_per_s": 0} for model in document["models"]]
         text = repr(lasting)
@@ -433,15 +435,28 @@ class Daemon:
             self._notifier.status(self._headline())
         self._published, self._status_at_s = text, now_s + STATUS_INTERVAL_S
         self._mqtt.set_retained(self._topics.status, messages.encode(document))
-        self._mqtt.set_retained(self._topics.reported, messages.encode(self._reported(document)))
+
+    def _publish_reported(self, now_s: float, document: dict[str, Any]) -> None:
+        """At each change; the progress of a fetch comes along at intervals, and once more when it has ended."""
+        reported = self._reported(document)
+        fetching = any(model["progress"] for model in reported["models"].values())
+        text = repr([{**model, "progress": fetching} for model in reported["models"].values()])
+        if text != self._published_reported or (fetching and now_s >= self._reported_at_s):
+            self._published_reported, self._reported_at_s = text, now_s + PROGRESS_INTERVAL_S
+            self._mqtt.set_retained(self._topics.reported, messages.encode(reported))
 
     def _reported(self, document: dict[str, Any]) -> dict[str, Any]:
-        """`model/reported`: what runs, and why it is not what was desired."""
+        """`model/reported`: what runs, why it is not what was desired, and how far a fetch is."""
         keys = ("uri", "version", "digest", "flavor", "state", "reason")
         models = {}
         for model in document["models"]:
             reason = model["reason"] or self._updates.problems.get(model["name"], "") or self._desired_problem
-            models[model["name"]] = {**{key: model[key] for key in keys}, "reason": reason}
+            progress = self._updates.progress_of(model["name"])
+            models[model["name"]] = {
+                **{key: model[key] for key in keys},
+                "reason": reason,
+                "progress": progress,
+            }
         return {"models": models}
 
     def _encode_status(self, state: str) -> bytes:

@@ -107,13 +107,23 @@ def print_status(status: Mapping[str, Any]) -> None:
             model["version"],
             model["uri"],
             model["flavor"],
-            model["reason"] or model.get("update_problem"),
+            _fetching(model.get("progress")) or model["reason"] or model.get("update_problem"),
         )
         for model in status["models"]
     ]
     if rows:
         print()
         print_table(("MODEL", "STATE", "VERSION", "URI", "FLAVOR", "REASON"), rows)
+
+
+def _fetching(progress: Mapping[str, Any] | None) -> str:
+    if not progress:
+        return ""
+    left = "" if progress["eta_s"] is None else f", {progress['eta_s']:.0f} s left"
+    return (
+        f"fetching {human_bytes(progress['bytes'])} of {human_bytes(progress['total_bytes'])}, "
+        f"{human_bytes(progress['bytes_per_s'])}/s{left}"
+    )
 
 
 def _reach(registry: Mapping[str, Any]) -> str:

@@ -50,7 +50,7 @@ class Updates:
         reachable: whether the registry answered the last check; None before the first one.
         checked_at: when that was, in seconds since 1970; None before the first one.
         problems: by model, why its last check brought nothing, empty when it was fine.
-        progress: by model, the last progress event of a running fetch.
+        progress: by model, the last event of a running fetch.
     """
 
     def __init__(self, settings: Settings, store: Store, lifecycles: Mapping[str, ModelLifecycle]) -> None:
@@ -86,6 +86,13 @@ class Updates:
     def check_now(self) -> None:
         """Tells the thread to check all models."""
         self._due.set()
+
+    def progress_of(self, name: str) -> dict[str, Any] | None:
+        """`bytes, total_bytes, bytes_per_s, eta_s` of a running fetch, None where none runs."""
+        event = self.progress.get(name)
+        if event is None or event.get("event") != "progress":
+            return None
+        return {key: event.get(key) for key in ("bytes", "total_bytes", "bytes_per_s", "eta_s")}
 
     def close(self) -> None:
         """Ends `run`; a running sync is killed (the next one goes on from what it has)."""

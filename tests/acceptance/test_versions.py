@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.acceptance.conftest import wait_for_state
-from tests.support.client import chat
+from tests.support.client import Message, chat
 from tests.support.processes import wait_until
 from tests.support.versions import KATHMANDU, MADRID, FollowingDevice, asking, check_switched_once, golden
 
@@ -74,10 +75,15 @@ def test_a_desired_state_is_obeyed_reported_and_given_back(
         wish = {"models": {"assistant": {"version": 1}}}
         device.client.publish(desired, json.dumps(wish), retain=True)
         device.wait_model(lambda m: m["version"] == 1, "the desired version")
-        came = device.client.wait(
-            lambda m: m.topic == reported and m.json["models"]["assistant"]["version"] == 1, timeout_s=60
+        uri = f"models:/{device.name}/1"
+        device.client.wait(  # the retained one may be of the time before
+            lambda m: (
+                m.topic == reported
+                and (m.json["models"]["assistant"]["version"], m.json["models"]["assistant"]["uri"])
+                == (1, uri)
+            ),
+            timeout_s=60,
         )
-        assert came.json["models"]["assistant"]["uri"] == f"models:/{device.name}/1"
         device.daemon.restart()
         wait_for_state(device.daemon, "ready")
         assert device.model()["version"] == 1
@@ -90,6 +96,30 @@ def test_a_desired_state_is_obeyed_reported_and_given_back(
         device.wait_model(lambda m: m["version"] == 2, "the settings' choice")
     finally:
         device.client.publish(desired, b"", retain=True)
+
+
+def test_the_progress_of_a_fetch_is_reported_and_its_end(
+    follow: Callable[..., FollowingDevice], swapped_model: Path
+) -> None:
+    device = follow(cache={"max_bytes_per_s": 300_000})
+    reported = f"{device.client.root}/model/reported"
+    device.client.subscribe(reported)
+    device.publish(swapped_model)
+    device.sync()
+
+    def progress(message: Message) -> dict[str, Any]:
+        found: dict[str, Any] = message.json["models"]["assistant"]["progress"]
+        return found
+
+    came = device.client.wait(lambda m: m.topic == reported and progress(m), timeout_s=60)
+    assert 0 < progress(came)["bytes"] <= progress(came)["total_bytes"] < 2_000_000
+    assert 0 < progress(came)["bytes_per_s"] < 1_000_000
+    printed = device.daemon.cli("status").stdout
+    assert "fetching" in printed or device.model()["version"] == 2
+    device.client.wait(
+        lambda m: m.topic == reported and m.json["models"]["assistant"]["version"] == 2 and not progress(m),
+        timeout_s=60,
+    )
 
 
 def test_several_poisonous_prompts_roll_back_and_one_does_not(
