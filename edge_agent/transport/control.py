@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -60,13 +61,15 @@ class Call:
             raise ClientGone from error
 
     def check(self) -> None:
-        """Raises ClientGone when the client has closed."""
+        """Raises ClientGone when the client has closed; does not wait.
+
+        Not MSG_DONTWAIT: on a socket with a timeout Python itself waits that long before it gives up.
+        """
         try:
-            if self._connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b"":
+            readable, _, _ = select.select([self._connection], [], [], 0)
+            if readable and self._connection.recv(1, socket.MSG_PEEK) == b"":
                 raise ClientGone
-        except (BlockingIOError, TimeoutError):
-            return
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ClientGone from error
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from edge_agent.errors import DaemonNotRunning
 from edge_agent.transport import control
-from edge_agent.transport.control import Call, ControlServer
+from edge_agent.transport.control import Call, ClientGone, ControlServer
 from tests.support.processes import wait_until
 
 
@@ -77,3 +77,18 @@ def test_a_daemon_that_closes_early_is_not_one_that_is_not_running(short_dir: Pa
         request = {"text": "x" * (4 << 20)}  # more than fits between the two
         assert list(control.call(short_dir / "c.sock", "say", timeout_s=10, **request)) == []
         thread.join(10)
+
+
+def test_looking_for_a_client_that_left_does_not_wait_for_one_that_is_silent() -> None:
+    """A prompt whose first text took a moment had its answer held back for as long as a send may take: 30 s."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(600)
+        call = Call(ours, {})
+        look = threading.Thread(target=call.check, daemon=True)
+        look.start()
+        look.join(30)
+        assert not look.is_alive()
+        theirs.close()
+        with pytest.raises(ClientGone):
+            call.check()
