@@ -74,8 +74,8 @@ def test_a_daemon_that_closes_early_is_not_one_that_is_not_running(short_dir: Pa
         listener.listen(1)
         thread = threading.Thread(target=lambda: listener.accept()[0].close())
         thread.start()
-        request = {"text": "x" * (4 << 20)}  # more than fits between the two
-        assert list(control.call(short_dir / "c.sock", "say", timeout_s=10, **request)) == []
+        much = "x" * (4 << 20)  # more than fits between the two
+        assert list(control.call(short_dir / "c.sock", "say", timeout_s=10, text=much)) == []
         thread.join(10)
 
 
