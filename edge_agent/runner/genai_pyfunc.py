@@ -37,7 +37,7 @@ import pandas as pd
 ARTIFACT = "onnx"
 SLICE_TOKENS = 64  # a cancel is seen between two slices; smaller ones prefill slower
 ROUND_TOKENS = 256  # a kept generator takes memory in such steps, so that the next prompt fits in, too
-BATCH_PREFILL_TOKENS = 256  # a batch takes its prompts in one piece: nobody else gets a turn meanwhile
+BATCH_PREFILL_TOKENS = 384  # a batch takes its prompts in one piece: nobody else gets a turn meanwhile
 MAX_BATCH = 8
 KV_ELEMENT_BYTES = 4  # the model builder's int4 models for the CPU keep keys and values in float32
 DEFAULT_MAX_TOKENS = 256
