@@ -58,6 +58,14 @@ def read_state(store: Store) -> CacheState | None:
         return states.parse(file.read(_MAX_STATE_BYTES))
 
 
+def state_as_it_is(store: Store) -> CacheState:
+    """The same for checks of other things: a damaged state, which is a finding already, is an empty one."""
+    try:
+        return read_state(store) or CacheState()
+    except StoreError:
+        return CacheState()
+
+
 def _check_owner(store: Store) -> Finding:
     """A command that root ran beside the daemon leaves files that the daemon's user cannot use."""
     state_dir = store.root.parent

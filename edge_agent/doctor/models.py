@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from edge_agent.doctor import cache
 from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.models.learned import Learned
 from edge_agent.models.memory_budget import MemoryBudget
@@ -59,7 +60,7 @@ def _check_memory(settings: Settings) -> Iterator[Finding]:
 
 def _check_fallbacks(settings: Settings) -> Iterator[Finding]:
     """Which model is served by its fallback, and why its own version is not."""
-    state = Store(settings.state_dir).state()
+    state = cache.state_as_it_is(Store(settings.state_dir))
     for name, model in settings.models.items():
         if why := state.model(name).instead:
             yield warn(
@@ -88,7 +89,7 @@ def _check_threads(settings: Settings) -> Iterator[Finding]:
 def _check_measured_threads(settings: Settings) -> Iterator[Finding]:
     store = Store(settings.state_dir)
     choice = ThreadChoice(0, learned=Learned(store.learned_file))
-    state = store.state()
+    state = cache.state_as_it_is(store)
     active = {name: state.model(name).active for name in settings.models}
     records = [record for name, key in active.items() if key and (record := store.record(name, key))]
     if not records:

@@ -27,6 +27,7 @@ from edge_agent.doctor import cache, service
 from edge_agent.doctor.finding import Finding
 from edge_agent.errors import EdgeAgentError, StoreError
 from edge_agent.models import durable
+from edge_agent.models.learned import Learned
 from edge_agent.models.store import Store
 from edge_agent.settings import Settings, credential_path, known_secrets, search_path
 from edge_agent.transport.mqtt import read_password
@@ -139,7 +140,8 @@ def _cache(settings: Settings) -> dict[str, Any]:
         }
         for record in store.versions()
     ]
-    return {"state": known, "versions": versions}
+    learned = [asdict(entry) for entry in Learned(store.learned_file).entries()]
+    return {"state": known, "versions": versions, "learned": learned}
 
 
 def _last_log_lines() -> str:

@@ -17,6 +17,7 @@ import pytest
 from edge_agent import settings as settings_module
 from edge_agent.doctor import broker as broker_check
 from edge_agent.doctor import cache as cache_check
+from edge_agent.doctor import models as models_check
 from edge_agent.doctor.finding import Finding, Level
 from edge_agent.settings import Settings
 from tests.acceptance.conftest import settings_for
@@ -208,6 +209,7 @@ def test_a_state_that_is_damaged_is_said_and_left_for_the_daemon(short_dir: Path
     (models / "state.json").write_text("{")
     found = levels(cache_check.check(settings))
     assert found["cache.state"] is Level.FAIL
+    assert "models.threads" in levels(models_check.check(settings))
     assert (models / "state.json").read_text() == "{"
 
 
