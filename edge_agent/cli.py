@@ -32,6 +32,7 @@ from edge_agent.errors import (
     UnknownModel,
 )
 from edge_agent.models import durable
+from edge_agent.owner import acting_as_owner_of
 from edge_agent.settings import Settings
 from edge_agent.transport import control
 
@@ -166,6 +167,7 @@ def probe(
     from edge_agent import probe as probing
 
     ask = probing.ask_direct if direct else probing.ask_daemon
+    whoever = acting_as_owner_of(settings.state_dir) if direct else contextlib.nullcontext()
     shown = False
 
     def show_text(delta: str) -> None:
@@ -174,7 +176,8 @@ def probe(
         show(delta)
 
     try:
-        result = ask(settings, question, model=model, timeout_s=timeout_s, on_text=show_text)
+        with whoever:
+            result = ask(settings, question, model=model, timeout_s=timeout_s, on_text=show_text)
     except EdgeAgentError:
         if shown and not as_json:
             click.echo()
@@ -204,7 +207,8 @@ def status(invocation: Invocation, as_json: bool, watch: bool) -> None:
         try:
             document, code = _events_result(settings, "status")["status"], 0
         except DaemonNotRunning:
-            document, code = _status_on_disk(settings), NOT_RUNNING
+            with acting_as_owner_of(settings.state_dir):
+                document, code = _status_on_disk(settings), NOT_RUNNING
         if watch and not as_json:
             click.clear()
         if as_json:
@@ -754,14 +758,15 @@ def _operate(
         except DaemonNotRunning:
             from edge_agent.models import operations
 
-            local, lifecycles = operations.without_daemon(settings)
-            try:
-                return operations.run_operation(
-                    local, do, name=name, version=version, file=file, on_event=on_event
-                )
-            finally:
-                for lifecycle in lifecycles.values():
-                    lifecycle.close()
+            with acting_as_owner_of(settings.state_dir):
+                local, lifecycles = operations.without_daemon(settings)
+                try:
+                    return operations.run_operation(
+                        local, do, name=name, version=version, file=file, on_event=on_event
+                    )
+                finally:
+                    for lifecycle in lifecycles.values():
+                        lifecycle.close()
 
 
 def _through_daemon(settings: Settings, on_event: Any, **fields: Any) -> Any:

@@ -348,6 +348,11 @@ def registry_credentials() -> dict[str, str]:
     return found
 
 
+def take_credentials_along() -> None:
+    """Puts the registry's credentials into the environment of this process, before it loses the right to read them."""
+    os.environ.update(registry_credentials())
+
+
 def known_secrets() -> list[str]:
     """Every secret of the registry that this process has or can read: what must not be in a text for others."""
     variables = [
