@@ -1,0 +1,415 @@
+"""The steps of the device's life. Each gives the line that is printed, or raises BootTestError."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.boot import DEVICE
+from tests.boot.container import STATE, BootTestError, Container, wait_until
+from tests.support.certificates import Authority
+
+QUESTION, ANSWER = "What is the capital of Spain?", "The capital of Spain is Madrid."
+EXPOSURE_LIMIT = 1.3
+
+CONFIG = f"""\
+device_id = "{DEVICE}"
+
+[models.assistant]
+uri = "models:/sample@prod"
+
+[mqtt]
+host = "localhost"
+port = 8883
+username = "{DEVICE}"
+ca_file = "/etc/edge-agent/ca.crt"
+cert_file = "/etc/edge-agent/device.crt"
+key_file = "/run/credentials/edge-agent.service/mqtt-key"
+
+[cache]
+min_free_bytes = 0
+"""
+BROKER = """\
+per_listener_settings true
+autosave_on_changes true
+autosave_interval 1
+
+listener 8883 127.0.0.1
+cafile /etc/mosquitto/certs/ca.crt
+certfile /etc/mosquitto/certs/server.crt
+keyfile /etc/mosquitto/certs/server.key
+require_certificate true
+allow_anonymous false
+password_file /etc/mosquitto/passwords
+
+listener 1883 127.0.0.1
+allow_anonymous true
+"""
+SECRET = "boot test's password"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """What the steps bring into the container.
+
+    Attributes:
+        bundle, newer, broken: bundles to install; `broken`'s daemon does not start.
+        model: a model version, made by `models export`.
+    """
+
+    bundle: Path
+    newer: Path
+    broken: Path
+    model: Path
+
+
+class Device:
+    """The steps, in their order."""
+
+    def __init__(self, container: Container, files: Files) -> None:
+        self._in = container
+        self._files = files
+
+    def steps(self) -> list[tuple[str, Callable[[], str]]]:
+        return [
+            ("boot", self.boot),
+            ("install without a network", self.install),
+            ("exposure of the unit", self.exposure),
+            ("broker, settings, credentials", self.configure),
+            ("import of the model", self.import_model),
+            ("probe", self.probe),
+            ("doctor", self.doctor),
+            ("runner killed", self.kill_runner),
+            ("daemon stopped, watchdog", self.stop_threads),
+            ("invalid settings", self.break_settings),
+            ("a file of root's in the cache", self.stray_file),
+            ("root beside a stopped service", self.work_as_root),
+            ("full disk", self.fill_disk),
+            ("upgrade while prompts run", self.upgrade),
+            ("upgrade that does not start", self.broken_upgrade),
+            ("going back", self.go_back),
+            ("reboot", self.reboot),
+            ("probe after the reboot", self.probe),
+            ("support bundle", self.support_bundle),
+            ("uninstall", self.uninstall),
+        ]
+
+    def boot(self) -> str:
+        self._in.boot()
+        system = self._in.run("systemctl", "is-system-running", check=False).stdout.strip()
+        return f"{system}; {self._in.run('systemctl', '--version').stdout.splitlines()[0]}"
+
+    def install(self) -> str:
+        devices = self._in.run("ls", "/sys/class/net").stdout.split()
+        expect(devices == ["lo"], f"network devices: {devices}")
+        ensurepip = self._in.run("python3", "-c", "import ensurepip", check=False).returncode == 0
+        self._install(self._files.bundle)
+        enabled = self._in.run("systemctl", "is-enabled", "edge-agent").stdout.strip()
+        expect(enabled == "enabled", f"the unit is {enabled}")
+        expect(self._in.unit("ActiveState") == "active", self._in.unit("ActiveState"))
+        user = self._in.run("id", "edge-agent").stdout.strip()
+        version = self._in.run("edge-agent", "--version").stdout.strip()
+        return f"{version}; devices: lo; ensurepip here: {ensurepip}; {user}; unit enabled and active"
+
+    def exposure(self) -> str:
+        said = self._in.run("systemd-analyze", "security", "--no-pager", "edge-agent").stdout
+        found = re.search(r"Overall exposure level for \S+: (\d+\.\d+)", said)
+        expect(found is not None and float(found[1]) <= EXPOSURE_LIMIT, said[-300:])
+        return found[0] if found else ""
+
+    def configure(self) -> str:
+        """TLS with the device's certificate, whose key is a credential, and a password, which is another."""
+        root = self._in.root
+        with tempfile.TemporaryDirectory() as folder:
+            authority = Authority(Path(folder), "boot test")
+            server, device = authority.server(("localhost", "127.0.0.1")), authority.client(DEVICE)
+            certificates = root / "etc/mosquitto/certs"
+            for source, target in (
+                (authority.file, certificates / "ca.crt"),
+                (server.certificate, certificates / "server.crt"),
+                (server.key, certificates / "server.key"),
+                (authority.file, root / "etc/edge-agent/ca.crt"),
+                (device.certificate, root / "etc/edge-agent/device.crt"),
+            ):
+                shutil.copyfile(source, target)
+                target.chmod(0o644)
+            self._credential("mqtt-key", device.key.read_text())
+        self._credential("mqtt-password", SECRET + "\n")
+        self._credential("mlflow-tracking-token", "a token")
+        (root / "etc/mosquitto/conf.d/edge-agent.conf").write_text(BROKER)
+        self._in.run("mosquitto_passwd", "-b", "-c", "/etc/mosquitto/passwords", DEVICE, SECRET)
+        self._in.run("chmod", "644", "/etc/mosquitto/passwords")
+        self._in.run("systemctl", "restart", "mosquitto")
+        self._settings(CONFIG)
+        self._in.run("systemctl", "restart", "edge-agent")
+        self._wait_connected()
+        names = self._in.run("ls", "/run/credentials/edge-agent.service").stdout.split()
+        shown = self._in.run("sh", "-c", "cat /proc/[0-9]*/cmdline").stdout + self._in.journal(1000)
+        expect(SECRET not in shown, "the password is in the process list or the journal")
+        return f"connected over TLS; credentials {' '.join(names)}; none in the process list or the journal"
+
+    def import_model(self) -> str:
+        shutil.copyfile(self._files.model, self._in.root / "root/model.tar")
+        said = self._in.run("edge-agent", "models", "import", "/root/model.tar").stdout.strip()
+        expect(self._status()["models"][0]["state"] == "ready", str(self._status()["models"]))
+        return said
+
+    def probe(self) -> str:
+        said = self._in.run("edge-agent", "probe", QUESTION).stdout.strip().splitlines()
+        expect(said[0] == ANSWER, str(said))
+        asked = (
+            "mosquitto_rr",
+            "-V",
+            "5",
+            "-W",
+            "60",
+            "-t",
+            f"edge/v1/{DEVICE}/req/chat",
+            "-e",
+            "replies/boot",
+        )
+        over_mqtt = self._in.run(*asked, "-m", QUESTION).stdout.strip()
+        expect(over_mqtt == ANSWER, over_mqtt)
+        return f"{said[0]} ({said[-1]}); the same over MQTT"
+
+    def doctor(self) -> str:
+        findings = self._findings(expected=0)
+        levels = [finding["level"] for finding in findings]
+        unit = next(finding["message"] for finding in findings if finding["check"] == "unit")
+        warnings = [finding["message"] for finding in findings if finding["level"] == "warn"]
+        return f"{levels.count('ok')} ok, {levels.count('fail')} failed; unit: {unit}; to look at: {warnings}"
+
+    def kill_runner(self) -> str:
+        daemon, runner = self._in.unit("MainPID"), self._runner()
+        began_s = time.monotonic()
+        self._in.run("sh", "-c", f"kill -KILL {runner}")
+        wait_until(lambda: self._runner() not in ("", runner), 60, "another runner")
+        self.probe()
+        took_s = time.monotonic() - began_s
+        expect(self._in.unit("MainPID") == daemon, "the daemon is another one")
+        return f"runner {runner} → {self._runner()}, daemon {daemon} stays, two answers {took_s:.1f} s later"
+
+    def stop_threads(self) -> str:
+        """SIGSTOP stops every thread of the daemon: nothing feeds the watchdog any more."""
+        daemon, restarts = self._in.unit("MainPID"), int(self._in.unit("NRestarts"))
+        began_s = time.monotonic()
+        self._in.run("sh", "-c", f"kill -STOP {daemon}")
+        wait_until(lambda: int(self._in.unit("NRestarts")) > restarts, 180, "a restart by the watchdog")
+        wait_until(lambda: self._in.unit("ActiveState") == "active", 120, "the service")
+        took_s = time.monotonic() - began_s
+        expect("Watchdog timeout" in self._in.journal(200), "no watchdog in the journal")
+        self._wait_ready()
+        self.probe()
+        return f"watchdog, daemon {daemon} → {self._in.unit('MainPID')} after {took_s:.0f} s, answers again"
+
+    def break_settings(self) -> str:
+        restarts = self._in.unit("NRestarts")
+        self._settings(CONFIG.replace("port = 8883", 'port = "the usual one"'))
+        self._in.run("systemctl", "restart", "edge-agent", check=False)
+        wait_until(lambda: self._in.unit("ActiveState") == "failed", 30, "the failure")
+        code = self._in.unit("ExecMainStatus")
+        time.sleep(12)  # more than two RestartSec: a restart would show
+        count, state = self._in.unit("NRestarts"), self._in.unit("ActiveState")
+        expect((code, state) == ("78", "failed"), f"exit {code}, then {state}")
+        expect(count in ("0", restarts), f"restarted {count} times")
+        expect("mqtt.port" in self._in.journal(), "the key is not named in the journal")
+        failures = [finding["check"] for finding in self._failures()]
+        expect({"settings", "unit"} <= set(failures), str(failures))
+        self._settings(CONFIG)
+        self._in.run("systemctl", "restart", "edge-agent")
+        self._wait_ready()
+        self.probe()
+        return f"exit 78, key named, no restart in 12 s, doctor fails {failures}; mended: answers again"
+
+    def stray_file(self) -> str:
+        stray = f"/{STATE}/models/stray"
+        self._in.run("touch", stray)
+        (found,) = self._failures()
+        self._in.run("sh", "-c", found["remedy"])
+        self._findings(expected=0)
+        self._in.run("rm", stray)
+        return f"doctor: {found['check']}, remedy {found['remedy']!r} works"
+
+    def work_as_root(self) -> str:
+        """What root does to the cache while the service is stopped must not lock the service out."""
+        self._in.run("systemctl", "stop", "edge-agent")
+        self._in.run("rm", "-f", f"/{STATE}/models/lock")
+        self._in.run("edge-agent", "models", "import", "/root/model.tar")
+        self._in.run("edge-agent", "models", "verify")
+        direct = self._in.run("edge-agent", "probe", "--direct", QUESTION).stdout.splitlines()[0]
+        expect(direct == ANSWER, direct)
+        owners = set(self._in.run("find", f"/{STATE}", "-printf", "%u\n").stdout.split())
+        expect(owners == {"edge-agent"}, f"owners in the state directory: {owners}")
+        self._in.run("systemctl", "start", "edge-agent")
+        self._wait_ready()
+        self._wait_connected()
+        self.probe()
+        return f"import, verify and probe --direct: everything is {owners.pop()}'s; the service answers"
+
+    def fill_disk(self) -> str:
+        """Twice: the journal gives up its reserve the first time, and has none the second time."""
+        daemon, seen = self._in.unit("MainPID"), []
+        for number in (1, 2):
+            filled = self._in.run("dd", "if=/dev/zero", f"of=/{STATE}/filler{number}", "bs=4k", check=False)
+            expect("No space left" in filled.stderr, filled.stderr)
+            result = self._ask(20)
+            expect(result.get("200", 0) + result.get("503", 0) == 20, str(result))
+            seen.append(f"{result.get('200', 0)} answered, {result.get('503', 0)} refused with 503")
+        state = self._status()["state"]
+        self._in.run("sh", "-c", f"rm /{STATE}/filler*")
+        wait_until(lambda: self._ask(1).get("200") == 1, 90, "an answer with space again")
+        wait_until(lambda: self._status()["state"] == "ready", 90, "the state ready")
+        expect(self._in.unit("MainPID") == daemon, "the daemon did not live through it")
+        self.probe()
+        return (
+            f"{'; without its reserve: '.join(seen)}; {state}; daemon {daemon} lives, ready with space again"
+        )
+
+    def upgrade(self) -> str:
+        before, daemon = self._current(), self._in.unit("MainPID")
+        client = self._in.beside(sys.executable, "-m", "tests.boot.prompts", "0")
+        try:
+            self._install(self._files.newer)
+            self._wait_ready()
+            result = json.loads(client.communicate("enough", timeout=300)[0])
+        finally:
+            client.kill()
+            client.wait()
+        expect(result["200"] == result["right"] == result["asked"] > 20, str(result))
+        expect(self._current() != before, "the version is the old one")
+        return f"{before} → {self._current()}, daemon {daemon} → {self._in.unit('MainPID')}: {result}"
+
+    def broken_upgrade(self) -> str:
+        before = self._current()
+        said = self._install(self._files.broken, fails=True)
+        expect(self._current() == before, f"current is {self._current()}")
+        self._wait_ready()
+        self.probe()
+        return f"{said[-1]}; answers again"
+
+    def go_back(self) -> str:
+        before = self._current()
+        self._in.run("/opt/edge-agent/current/install.sh", "use", version_of(self._files.bundle))
+        expect(self._current() == version_of(self._files.bundle), self._current())
+        self._wait_ready()
+        self.probe()
+        return f"{before} → {self._current()}, answers again"
+
+    def reboot(self) -> str:
+        self._in.reboot()
+        wait_until(lambda: self._in.unit("ActiveState") == "active", 60, "the service")
+        self._wait_ready()
+        self._wait_connected()
+        system = self._in.run("systemctl", "is-system-running", check=False).stdout.strip()
+        return f"{system}; service active by itself, connected to the broker"
+
+    def support_bundle(self) -> str:
+        self._in.run("edge-agent", "doctor", "--bundle", "/root/support.tar.gz")
+        text = self._in.run("tar", "xzOf", "/root/support.tar.gz").stdout
+        lines = self._in.run("tar", "xzOf", "/root/support.tar.gz", "edge-agent-support/log.txt").stdout
+        expect("answer delivered" in lines, lines[-500:])
+        planted = [SECRET, "a token", "PRIVATE KEY", QUESTION, ANSWER]
+        found = [secret for secret in planted if secret in text]
+        expect(not found, f"in the support bundle: {found}")
+        return f"{len(lines.splitlines())} log lines, no secret, no prompt"
+
+    def uninstall(self) -> str:
+        self._in.run("/opt/edge-agent/current/install.sh", "uninstall")
+        expect((self._in.root / STATE / "journal.db").exists(), "the state is gone")
+        expect(not (self._in.root / "opt/edge-agent").exists(), "the program is still there")
+        expect(self._in.unit("LoadState") == "not-found", self._in.unit("LoadState"))
+        self._install(self._files.bundle)
+        self._wait_ready()
+        self.probe()
+        self._in.run("/opt/edge-agent/current/install.sh", "uninstall", "--purge")
+        places = (
+            f"{STATE}/journal.db",
+            "etc/edge-agent",
+            "opt/edge-agent",
+            "etc/systemd/system/edge-agent.service",
+        )
+        left = [place for place in places if (self._in.root / place).exists()]
+        user = self._in.run("id", "edge-agent", check=False).returncode == 0
+        expect(not left and not user, f"left: {left}, user: {user}")
+        return "the state stays, and serves the next installation; with --purge nothing stays"
+
+    # --- Shared -----------------------------------------------------------------------------------------
+
+    def _install(self, bundle: Path, *, fails: bool = False) -> list[str]:
+        """Unpacks a bundle inside and runs its install.sh. Gives the lines that it said."""
+        folder = self._in.root / "root/bundle"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        subprocess.run(["tar", "xzf", bundle, "-C", folder, "--strip-components=1"], check=True)
+        result = self._in.run("/root/bundle/install.sh", check=not fails, timeout_s=600)
+        expect((result.returncode != 0) == fails, result.stdout + result.stderr)
+        return (result.stdout + result.stderr).strip().splitlines()
+
+    def _settings(self, content: str) -> None:
+        (self._in.root / "etc/edge-agent/config.toml").write_text(content)
+
+    def _credential(self, name: str, content: str) -> None:
+        file = self._in.root / "etc/credstore" / name
+        file.touch(mode=0o600)
+        file.write_text(content)
+
+    def _ask(self, count: int) -> dict[str, int]:
+        client = self._in.beside(sys.executable, "-m", "tests.boot.prompts", str(count))
+        try:
+            result: dict[str, int] = json.loads(client.communicate(timeout=300)[0])
+        finally:
+            client.kill()
+            client.wait()
+        return result
+
+    def _status(self) -> dict[str, Any]:
+        said = self._in.run("edge-agent", "status", "--json", check=False).stdout
+        document: dict[str, Any] = json.loads(said or '{"models": [], "broker": {"connected": false}}')
+        return document
+
+    def _wait_ready(self) -> None:
+        wait_until(lambda: self._status().get("state") in ("ready", "degraded"), 90, "a daemon that answers")
+        wait_until(self._runner, 60, "a runner")
+
+    def _wait_connected(self) -> None:
+        wait_until(lambda: self._status()["broker"]["connected"], 60, "the connection to the broker")
+
+    def _findings(self, *, expected: int) -> list[dict[str, str]]:
+        result = self._in.run("edge-agent", "doctor", "--json", check=False)
+        expect(
+            result.returncode == expected,
+            f"doctor ended with {result.returncode}: {result.stdout}{result.stderr}",
+        )
+        findings: list[dict[str, str]] = json.loads(result.stdout)["findings"]
+        return findings
+
+    def _failures(self) -> list[dict[str, str]]:
+        return [finding for finding in self._findings(expected=1) if finding["level"] == "fail"]
+
+    def _runner(self) -> str:
+        """The process that has the model loaded; empty while there is none."""
+        search = (  # the brackets keep the shell from finding itself
+            "for p in /proc/[0-9]*; do grep -qs [e]dge_agent.runner.child $p/cmdline && echo ${p#/proc/}; done"
+        )
+        return " ".join(self._in.run("sh", "-c", search, check=False).stdout.split())
+
+    def _current(self) -> str:
+        return self._in.run("readlink", "/opt/edge-agent/current").stdout.strip()
+
+
+def version_of(bundle: Path) -> str:
+    return bundle.name.split("-")[2]
+
+
+def expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise BootTestError(otherwise)
