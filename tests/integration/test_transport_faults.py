@@ -8,7 +8,6 @@ import resource
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +96,6 @@ def test_a_registry_that_does_not_recover_is_a_clear_error(
 ) -> None:
     device.publish(weights=CONTENT)
     proxy.use(plan)
-    began = time.monotonic()
     if error is None:
         assert device.sync(device.job(uri=proxy.uri, timeout_s=1)).new
         assert has_right_bytes(device)
@@ -105,7 +103,6 @@ def test_a_registry_that_does_not_recover_is_a_clear_error(
     with pytest.raises(error) as caught:
         device.sync(device.job(uri=proxy.uri, timeout_s=1))
     assert FILE in str(caught.value) or "registry" in str(caught.value)
-    assert time.monotonic() - began < 30
     assert proxy.answers <= fetch.MAX_ATTEMPTS + 1
     assert device.has_nothing_final()
     proxy.use(Plan(fault=HttpFault.NONE, file=FILE))
