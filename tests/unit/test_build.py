@@ -31,7 +31,17 @@ def build(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_has_a_line_for_each_command() -> None:
     result = build("help")
     assert result.returncode == 0
-    for command in ("demo", "test", "check", "package", "boot-test", "sample-model", "random-model", "lock", "help"):
+    for command in (
+        "demo",
+        "test",
+        "check",
+        "package",
+        "boot-test",
+        "sample-model",
+        "random-model",
+        "lock",
+        "help",
+    ):
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE), command
 
 
