@@ -101,6 +101,8 @@ def follow(
 
         def make(*, before: Sequence[str] = (), **more: Any) -> FollowingDevice:
             publish_folder(sample_model, name=name, registry_uri=mlflow_server.uri, alias="prod")
+            # Measuring how many threads are best would load each new version several times.
+            more["inference"] = {"threads": 1, **more.get("inference", {})}
             settings = settings_for(broker, mlflow_server.uri, device=name, **more)
             settings["models"] = {"assistant": {"uri": f"models:/{name}@prod"}}
             daemon = new_daemon(settings, before=before)

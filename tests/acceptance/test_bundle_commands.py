@@ -17,7 +17,7 @@ SPAIN, MADRID = "What is the capital of Spain?", "The capital of Spain is Madrid
 
 
 def offline(broker: Broker, device: str, models: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    settings = settings_for(broker, "", device=device)
+    settings = settings_for(broker, "", device=device, inference={"threads": 1})
     settings["models"] = models or settings["models"]
     return settings
 

@@ -81,7 +81,7 @@ def before(
 
 
 def settings(broker: Broker, server: Server) -> dict[str, Any]:
-    document = settings_for(broker, server.uri, device="powerloss")
+    document = settings_for(broker, server.uri, device="powerloss", inference={"threads": 1})
     document["models"] = {"assistant": {"uri": f"models:/{MODEL}@prod"}}
     return document
 
