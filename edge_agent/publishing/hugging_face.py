@@ -119,6 +119,8 @@ def save(
         config["do_sample"] = True
     else:
         config.pop("temperature", None)  # the library refuses 0, and is greedy without it
+    if not chat:
+        config["return_full_text"] = False  # MLflow elsewhere would answer with the question first
     python_version = platform.python_version()
     model = Model(
         signature=signature, metadata={**(metadata or {}), **({"task": "llm/v1/chat"} if chat else {})}

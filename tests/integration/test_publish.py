@@ -19,7 +19,8 @@ from edge_agent.errors import PublishError, VerificationError
 from edge_agent.models import manifest as manifests
 from edge_agent.models import mlmodel, trust
 from edge_agent.models.reference import MANIFEST_TAG
-from edge_agent.publishing import Published, build_package, publish_folder
+from edge_agent.publishing import Published, build_package, hugging_face, publish_folder
+from edge_agent.publishing import source as sources
 from edge_agent.publishing.package import EXAMPLES
 from tests.support.mlflow_server import Server
 from tests.support.processes import clean_environment, free_port
@@ -269,6 +270,34 @@ def test_the_source_folder_is_not_changed(sample_model: Path, tmp_path: Path) ->
     assert content(sample_model) == before
     wrapper = (package.folder / "genai_pyfunc.py").read_bytes()
     assert wrapper == trust.WRAPPER.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "config"),
+    [
+        ("chat", {}, None),
+        ("chat", {"temperature": 0.0, "max_tokens": 5}, {"max_new_tokens": 5}),
+        ("chat", {"temperature": 0.2}, {"temperature": 0.2, "do_sample": True}),
+        ("prompt", {}, {"return_full_text": False}),
+    ],
+)
+def test_options_of_the_transformers_flavor_are_those_of_its_library(
+    tmp_path: Path, kind: str, options: dict[str, float], config: dict[str, Any] | None
+) -> None:
+    """MLflow alone hands them to the pipeline; a device reads the same ones."""
+    from edge_agent.publishing.signature import seed_signature
+
+    source = ROOT / "tests" / "models" / "sample_hf"
+    checkpoint = hugging_face.check_checkpoint(source, sources.list_files(source))
+    hugging_face.save(
+        tmp_path / "package",
+        checkpoint,
+        signature=seed_signature(kind),
+        chat=kind == "chat",
+        options=options,
+        metadata=None,
+    )
+    assert mlmodel.read(tmp_path / "package").pyfunc.get("config") == config
 
 
 def test_publishing_is_imported_without_mlflow() -> None:
