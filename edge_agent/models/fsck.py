@@ -143,6 +143,25 @@ def mend_links(store: Store) -> list[Damage]:
     return mended
 
 
+def look_over(store: Store) -> tuple[Damage, ...]:
+    """At each boot: what a crash left is put in order, and damage that sizes and links show is set aside, so that
+    the next sync fetches it again. Gives that damage.
+    """
+    with store.lock():
+        prune(store)
+        damaged = quick_check(store).damaged
+        set_aside(store, damaged)
+    for damage in damaged:
+        log.warning(
+            "damaged model=%s version=%s path=%r reason=%r",
+            damage.name,
+            damage.key,
+            damage.path,
+            damage.reason,
+        )
+    return damaged
+
+
 def prune(store: Store, *, now: float | None = None, max_partial_age_s: float = MAX_PARTIAL_AGE_S) -> int:
     """Removes what no record needs: trees and blobs of a crash, old downloads, old or replaced damage.
 

@@ -706,9 +706,8 @@ class ModelLifecycle:
         runner = self._start_runner()
         with self._kept_while_starting(runner):
             try:
-                if self._loading.verify:
-                    for file in record.files:
-                        check_file(folder / file.path, file)
+                for file in record.files:
+                    check_file(folder / file.path, file, read=self._loading.verify)
                 loaded = runner.load(
                     Load(
                         folder=str(folder),

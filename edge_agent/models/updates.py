@@ -67,7 +67,13 @@ class Updates:
         self._desired: Mapping[str, str] | None = None
 
     def run(self) -> None:
-        """The thread: checks all models now, then every `registry.poll_interval_s`, or when told to."""
+        """The thread: looks the cache over, checks all models, then again every `registry.poll_interval_s`, or when
+        told to.
+        """
+        try:
+            fsck.look_over(self._store)
+        except EdgeAgentError as error:
+            log.warning("cache not looked over reason=%r", str(error))
         while not self._closing.is_set():
             self._due.clear()
             self._note_desired()

@@ -16,7 +16,7 @@ from edge_agent.models import state as states
 from edge_agent.models.manifest import Manifest, ManifestFile
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.state import CacheState, ModelState
-from edge_agent.models.store import Store
+from edge_agent.models.store import Store, check_file
 from edge_agent.models.trust import TrustDecision
 from tests.support.packages import WEIGHTS, make_package, manifest_of
 
@@ -179,6 +179,34 @@ def test_a_damaged_blob_is_set_aside_and_repaired_in_every_version(store: Store,
         (file,) = [file for file in first.files if file.sha256 == digest]
         assert store.repair(good, file) == [first, second]
     assert fsck.verify(store).damaged == ()
+
+
+def test_the_look_over_at_boot_mends_links_and_sets_short_files_aside(store: Store) -> None:
+    first, second = commit(store, 1, weights=b"1" * 10_000), commit(store, 2, weights=b"2" * 10_000)
+    lost, short = store.folder(first) / "requirements.txt", store.folder(second) / WEIGHTS
+    lost.unlink()
+    short.chmod(0o600)
+    os.truncate(short, 9_999)
+    (damage,) = fsck.look_over(store)
+    assert (damage.key, damage.path) == (second.key, WEIGHTS)
+    blob = next(file.sha256 for file in first.files if file.path == "requirements.txt")
+    assert lost.samefile(store.blob(blob))
+    assert not store.blob(damage.sha256).exists()
+    assert (store.damaged_root / damage.sha256).exists()
+
+
+def test_a_check_that_does_not_read_finds_a_short_file_and_not_a_flipped_bit(store: Store) -> None:
+    record = commit(store, 1)
+    file = next(file for file in record.files if file.path == WEIGHTS)
+    weights = store.folder(record) / WEIGHTS
+    weights.chmod(0o600)
+    weights.write_bytes(bytes(file.size_bytes))
+    check_file(weights, file, read=False)
+    with pytest.raises(VerificationError, match="sha256"):
+        check_file(weights, file)
+    os.truncate(weights, 5)
+    with pytest.raises(VerificationError, match="has 5 bytes"):
+        check_file(weights, file, read=False)
 
 
 @pytest.mark.parametrize("path", ["__pycache__/genai_pyfunc.cpython-311.pyc", "extra.txt"])
