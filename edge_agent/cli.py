@@ -640,7 +640,9 @@ def demo(once: bool, as_json: bool, question: str) -> None:
       edge-agent demo --once --json
     """
     from edge_agent.demo import run_demo
+    from edge_agent.private_broker import end_in_order
 
+    end_in_order()
     result = run_demo(question, stay=not (once or as_json), quiet=as_json)
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))
@@ -678,6 +680,9 @@ def bench(invocation: Invocation, model: str | None, launches: int, tokens: int,
       edge-agent bench --model assistant --launches 5 --json
     """
     from edge_agent.bench import report, run_bench
+    from edge_agent.private_broker import end_in_order
+
+    end_in_order()
 
     def say(line: str) -> None:
         click.echo(f"bench: {line}", err=True)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -78,6 +79,15 @@ def child_process(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def end_in_order() -> None:
+    """From now on SIGTERM and SIGHUP end this process as an exit does, so that what it started ends with it.
+
+    For commands that own other processes; called in the main thread.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def tail(log: Path) -> str:
