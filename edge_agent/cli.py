@@ -547,6 +547,7 @@ def publish(
       edge-agent publish ./phi3-hf --name phi3-hf --alias prod --flavor transformers
     """
     from edge_agent import publishing
+    from edge_agent.models import build_advice
 
     uri = registry or invocation.settings().registry.uri
     if not uri:
@@ -579,6 +580,8 @@ def publish(
     else:
         click.echo(f"{name} version {published.version} registered{f', alias {alias}' if alias else ''}")
         click.echo(f"digest {published.digest}")
+    for line in build_advice.of_folder(folder):
+        click.echo(f"edge-agent: {folder.name}: {line} (docs/models.md)", err=True)
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""The configured models: is there memory for them, which flavor runs each, is the number of threads known?"""
+"""The configured models: is there memory, which flavor runs each, on how many threads, is it built to be quick?"""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edge_agent.doctor import cache
-from edge_agent.doctor.finding import Finding, fail, ok, warn
+from edge_agent.doctor.finding import Finding, ok, warn
+from edge_agent.models import build_advice, genai_options
 from edge_agent.models.learned import Learned
 from edge_agent.models.memory_budget import MemoryBudget
+from edge_agent.models.record import VersionRecord
 from edge_agent.models.store import Store
 from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.runner.memory import available_bytes
@@ -21,6 +23,7 @@ def check(settings: Settings) -> Iterator[Finding]:
     yield from _check_memory(settings)
     yield from _check_fallbacks(settings)
     yield from _check_threads(settings)
+    yield from _check_builds(settings)
 
 
 def _check_memory(settings: Settings) -> Iterator[Finding]:
@@ -44,10 +47,14 @@ def _check_memory(settings: Settings) -> Iterator[Finding]:
     needed = sum(found.values())
     available = available_bytes() + loaded_bytes()
     line = f"{human_bytes(needed)} expected for {', '.join(found)}, {human_bytes(available)} available"
-    if needed > available:
-        yield fail(
-            "models.memory", line, "take a smaller model, or preload = false and idle_unload_s for some"
+    if needed > available and len(found) > 1:
+        yield warn(
+            "models.memory",
+            f"{line}: models take turns, each load costs its prompt seconds",
+            "take smaller models, or fewer",
         )
+    elif needed > available:
+        yield warn("models.memory", f"{line}: its context may be smaller than wanted", "take a smaller model")
     elif needed + max(found.values()) > available:
         yield warn(
             "models.memory",
@@ -89,9 +96,7 @@ def _check_threads(settings: Settings) -> Iterator[Finding]:
 def _check_measured_threads(settings: Settings) -> Iterator[Finding]:
     store = Store(settings.state_dir)
     choice = ThreadChoice(0, learned=Learned(store.learned_file))
-    state = cache.state_as_it_is(store)
-    active = {name: state.model(name).active for name in settings.models}
-    records = [record for name, key in active.items() if key and (record := store.record(name, key))]
+    records = _active(settings)
     if not records:
         yield ok("models.threads", "chosen when a model is loaded for the first time")
     for record in records:
@@ -102,6 +107,27 @@ def _check_measured_threads(settings: Settings) -> Iterator[Finding]:
             else f"not measured yet, one of {', '.join(map(str, found))}"
         )
         yield ok("models.threads", f"{record.name}: {said}; inference.threads overrules it")
+
+
+def _check_builds(settings: Settings) -> Iterator[Finding]:
+    """Whether the active versions were built in the way that is quick on CPUs."""
+    for record in _active(settings):
+        folder = Store(settings.state_dir).folder(record)
+        options = [file.path for file in record.files if Path(file.path).name == genai_options.FILE_NAME]
+        lines = [line for path in options for line in build_advice.of_folder((folder / path).parent)]
+        for line in lines:
+            yield warn(
+                "models.build", f"{record.name}: {line}", "build and publish it again, see docs/models.md"
+            )
+        if options and not lines:
+            yield ok("models.build", f"{record.name} is built as recommended")
+
+
+def _active(settings: Settings) -> list[VersionRecord]:
+    store = Store(settings.state_dir)
+    state = cache.state_as_it_is(store)
+    active = {name: state.model(name).active for name in settings.models}
+    return [record for name, key in active.items() if key and (record := store.record(name, key))]
 
 
 def loaded_bytes() -> int:

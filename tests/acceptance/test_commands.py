@@ -146,7 +146,7 @@ def test_a_misspelt_variable_is_an_error_too(new_daemon: Callable[..., Daemon]) 
     "command",
     [
         (),
-        *(("run",), ("probe",), ("status",), ("publish",), ("demo",), ("doctor",), ("models",)),
+        *(("run",), ("probe",), ("status",), ("publish",), ("demo",), ("doctor",), ("bench",), ("models",)),
         *(("models", name) for name in ("list", "show", "pull", "verify", "export", "import")),
     ],
     ids=" ".join,
@@ -183,6 +183,7 @@ def test_publish_registers_a_version_and_moves_the_alias(
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["version"] == 1
+    assert "prune_lm_head=true" in result.stderr, "the sample is built in a slow way, and that is said"
     wrong = agent.cli("publish", "/nonexistent", "--name", "x", "--registry", mlflow_server.uri)
     assert wrong.returncode == 1
     assert "/nonexistent" in wrong.stderr

@@ -1,0 +1,58 @@
+"""Whether an ONNX folder was built in a way that is slow on CPUs, and what to build instead.
+
+Pure rules over `OnnxGraph`; the figures behind them and their price in accuracy are in docs/models.md.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from pathlib import Path
+
+from edge_agent.errors import ContentError
+from edge_agent.models import genai_options, onnx_graph
+from edge_agent.models.onnx_graph import OnnxGraph
+
+GOOD_BLOCK_SIZES = (64, 128)
+INT8_ACCURACY_LEVEL = 4
+_LARGE_TABLE_BYTES = 256 << 20
+"""Smaller ones are not worth the price in accuracy; a table is hardly ever in memory as a whole."""
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+def of_folder(folder: Path) -> list[str]:
+    """What could be built better in a model builder's folder, one sentence each; empty when nothing could.
+
+    A folder that cannot be read, or is no decoder of one graph, gets no advice.
+    """
+    try:
+        with (folder / genai_options.FILE_NAME).open("rb") as stream:
+            name = json.loads(stream.read(_MAX_CONFIG_BYTES + 1))["model"]["decoder"]["filename"]
+        return advice(onnx_graph.read(folder / name))
+    except (ContentError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def advice(graph: OnnxGraph) -> list[str]:
+    """The same, for a graph that has been read."""
+    found = []
+    if not graph.matmuls:
+        return ["its weights are not quantized: build with -p int4"] if graph.float_matmuls else []
+    if levels := {m.accuracy_level for m in graph.matmuls} - {INT8_ACCURACY_LEVEL}:
+        found.append(
+            f"it computes with accuracy_level={min(levels)}: accuracy_level=4 is 1.5 times as fast or more"
+        )
+    sizes = collections.Counter(matmul.block_size for matmul in graph.matmuls)
+    most, _ = sizes.most_common(1)[0]
+    if most < GOOD_BLOCK_SIZES[0]:
+        found.append(
+            f"it has block_size={most}: 64 is faster and takes less memory, 128 more so, at a price in accuracy"
+        )
+    if not graph.prunes_head:
+        found.append("it computes logits for every prompt token: prune_lm_head=true saves memory and time")
+    if graph.embedding_quantized is False and graph.embedding_bytes >= _LARGE_TABLE_BYTES:
+        found.append(
+            f"its embeddings take {graph.embedding_bytes >> 20} MiB unquantized: "
+            "op_types_to_quantize=MatMul/Gather makes the download smaller, at a price in accuracy"
+        )
+    return found

@@ -1,0 +1,82 @@
+"""What an ONNX folder says about its build, and that damaged or hostile files say nothing worse than an error."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent.errors import ContentError
+from edge_agent.models import build_advice, onnx_graph
+from edge_agent.models.onnx_graph import OnnxGraph, QuantizedMatMul
+
+GOOD = OnnxGraph(
+    matmuls=(QuantizedMatMul(name="q", bits=4, block_size=64, accuracy_level=4),),
+    float_matmuls=0,
+    embedding_bytes=512 << 20,
+    embedding_quantized=True,
+    prunes_head=True,
+)
+
+
+def with_matmul(**changes: int) -> OnnxGraph:
+    return replace(GOOD, matmuls=(replace(GOOD.matmuls[0], **changes),))  # type: ignore[arg-type]
+
+
+def test_the_sample_models_build_is_read_from_its_graph(sample_model: Path) -> None:
+    graph = onnx_graph.read(sample_model / "model.onnx")
+    assert len(graph.matmuls) == 21  # qkv, o, gate, up and down of four layers, and the head
+    assert {(m.bits, m.block_size, m.accuracy_level) for m in graph.matmuls} == {(4, 32, 4)}
+    assert graph.float_matmuls == 0
+    assert graph.embedding_bytes == 1152 * 128 * 4
+    assert graph.embedding_quantized is False
+    assert not graph.prunes_head
+
+
+def test_a_good_build_gets_no_advice() -> None:
+    assert build_advice.advice(GOOD) == []
+    assert build_advice.advice(replace(GOOD, embedding_quantized=False, embedding_bytes=128 << 20)) == []
+
+
+@pytest.mark.parametrize(
+    ("graph", "word"),
+    [
+        (with_matmul(block_size=32), "block_size=32"),
+        (with_matmul(accuracy_level=1), "accuracy_level=4"),
+        (replace(GOOD, prunes_head=False), "prune_lm_head=true"),
+        (replace(GOOD, embedding_quantized=False), "MatMul/Gather"),
+        (replace(GOOD, matmuls=(), float_matmuls=9), "not quantized"),
+    ],
+)
+def test_each_slow_way_has_its_advice(graph: OnnxGraph, word: str) -> None:
+    (line,) = build_advice.advice(graph)
+    assert word in line
+
+
+def test_a_folder_is_read_by_its_configuration(sample_model: Path, tmp_path: Path) -> None:
+    assert ["block_size=32" in line for line in build_advice.of_folder(sample_model)] == [True, False]
+    folder = tmp_path / "model"
+    shutil.copytree(sample_model, folder)
+    (folder / "model.onnx").write_bytes(b"not a model")
+    assert build_advice.of_folder(folder) == []
+    assert build_advice.of_folder(tmp_path) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(cut=st.integers(0, 100_000), at=st.integers(0, 100_000), byte=st.integers(0, 255))
+def test_a_damaged_file_is_an_error_or_a_graph(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, at: int, byte: int
+) -> None:
+    source = Path(__file__).parents[2] / "edge_agent" / "demo" / "sample_model" / "model.onnx"
+    data = bytearray(source.read_bytes())
+    data[at % len(data)] = byte
+    file = tmp_path_factory.getbasetemp() / "damaged.onnx"
+    file.write_bytes(data[: cut % (len(data) + 1)])
+    try:
+        assert isinstance(onnx_graph.read(file), OnnxGraph)
+    except ContentError as error:
+        assert "not an ONNX file" in error.message
