@@ -148,6 +148,7 @@ class Device:
         (root / "etc/mosquitto/conf.d/edge-agent.conf").write_text(BROKER)
         self._in.run("mosquitto_passwd", "-b", "-c", "/etc/mosquitto/passwords", DEVICE, SECRET)
         self._in.run("chmod", "644", "/etc/mosquitto/passwords")
+        self._in.run("systemctl", "enable", "mosquitto")
         self._in.run("systemctl", "restart", "mosquitto")
         self._settings(CONFIG)
         self._in.run("systemctl", "restart", "edge-agent")
