@@ -1,4 +1,4 @@
-"""What this host can run: libraries, architectures that they know, memory, cores.
+"""What this host can run: libraries, architectures that they know, memory. The number of cores refuses nothing.
 
 Asked before a download is paid for, and by the doctor. Owns no library: a native one may take seconds, or the
 process, with it, so another process asks it (`python -m edge_agent.runner.capability`). Where that one does
@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -50,11 +49,6 @@ class Flavor:
 def flavors() -> tuple[Flavor, ...]:
     """Both ways, as far as it can be seen without loading a library: for status and the doctor."""
     return tuple(_flavor(library) for library in (GENAI, TRANSFORMERS))
-
-
-def cores() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def problem(needs: Needs, *, state_dir: Path) -> str:
