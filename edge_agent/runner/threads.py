@@ -37,7 +37,10 @@ class Generator(Protocol):
 def candidates(
     *, cpus: Path = CPUS, allowed: Set[int] | None = None, quota: float | None = None
 ) -> tuple[int, ...]:
-    """Numbers of threads to try, the best guess first: physical cores, the fastest of them, all CPUs.
+    """Numbers of threads to try, the best guess first: physical cores, the fastest of them, all CPUs, half of them.
+
+    Half is the library's own choice. Where other programs keep the CPUs busy it can be the fastest by far: each step
+    of a token waits for the last thread (docs/models.md).
 
     Args:
         cpus: the kernel's description of the CPUs.
@@ -50,7 +53,8 @@ def candidates(
     cores = {_core(cpus, cpu) for cpu in allowed}
     capacities = {cpu: _capacity(cpus, cpu) for cpu in allowed}
     fastest = {_core(cpus, cpu) for cpu in allowed if capacities[cpu] == max(capacities.values())}
-    return tuple(dict.fromkeys(min(most, len(found)) for found in (cores, fastest, allowed)))
+    counts = (len(cores), len(fastest), len(allowed), max(1, most // 2))
+    return tuple(dict.fromkeys(min(most, count) for count in counts))
 
 
 def measure(runner: Generator, *, signature: str) -> float:

@@ -116,7 +116,7 @@ class Device:
     def start(self, limit_bytes: int, *names: str, **model: Any) -> None:
         uri = f"models:/{SAMPLE}@prod"
         self.daemon.config["models"] = {name: {"uri": uri, **model} for name in names}
-        self.daemon.config["inference"] = {"memory_limit_bytes": limit_bytes}
+        self.daemon.config["inference"] = {"memory_limit_bytes": limit_bytes, "threads": 1}
         self.daemon.restart()
 
     def wait_model(self, wanted: Callable[[dict[str, Any]], bool], what: str) -> None:

@@ -203,6 +203,8 @@ class Daemon:
             "state_dir": str(folder / "state"),
             "control_socket": str(folder / "c.sock"),
             **config,
+            # Measuring how many threads are best would load each new version several times.
+            "inference": {"threads": 1, **config.get("inference", {})},
         }
         self.env = dict(env or {})
         self.python = sys.executable

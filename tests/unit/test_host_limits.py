@@ -116,20 +116,20 @@ def test_two_cpus_of_one_core_are_one_and_two_candidates(kernel: Kernel) -> None
 
 def test_the_fast_cores_of_a_mixed_cpu_are_a_candidate(kernel: Kernel) -> None:
     for cpu in range(8):
-        kernel.cpu(cpu, core=cpu, capacity=1024 if cpu >= 4 else 500)
-    assert threads.candidates(cpus=kernel.cpus, allowed=set(range(8)), quota=8) == (8, 4)
+        kernel.cpu(cpu, core=cpu, capacity=1024 if cpu >= 6 else 500)
+    assert threads.candidates(cpus=kernel.cpus, allowed=set(range(8)), quota=8) == (8, 2, 4)
 
 
-def test_the_quota_caps_every_candidate_and_equal_cores_leave_one(kernel: Kernel) -> None:
+def test_the_quota_caps_every_candidate_and_half_is_always_one(kernel: Kernel) -> None:
     for cpu in range(4):
         kernel.cpu(cpu, core=cpu)
-    assert threads.candidates(cpus=kernel.cpus, allowed=set(range(4)), quota=4) == (4,)
-    assert threads.candidates(cpus=kernel.cpus, allowed=set(range(4)), quota=1.5) == (2,)
+    assert threads.candidates(cpus=kernel.cpus, allowed=set(range(4)), quota=4) == (4, 2)
+    assert threads.candidates(cpus=kernel.cpus, allowed=set(range(4)), quota=1.5) == (2, 1)
     assert threads.candidates(cpus=kernel.cpus, allowed=set(range(4)), quota=0.5) == (1,)
 
 
 def test_cpus_that_the_kernel_does_not_describe_are_cores(kernel: Kernel) -> None:
-    assert threads.candidates(cpus=kernel.cpus, allowed={0, 1, 2}, quota=3) == (3,)
+    assert threads.candidates(cpus=kernel.cpus, allowed={0, 1, 2}, quota=3) == (3, 1)
 
 
 def test_more_threads_are_taken_only_when_they_are_clearly_faster() -> None:
