@@ -328,7 +328,13 @@ uninstall() {
     fi
     rm -rf -- "$base"
     if [[ $purge == yes ]]; then
-        rm -rf -- "$root/var/lib/edge-agent" "$root/etc/edge-agent" "$root/etc/systemd/system/edge-agent.service.d"
+        # State on a file system of its own: it is emptied, and stays mounted.
+        if mountpoint -q "$root/var/lib/edge-agent"; then
+            find "$root/var/lib/edge-agent" -xdev -mindepth 1 -delete
+        else
+            rm -rf -- "$root/var/lib/edge-agent"
+        fi
+        rm -rf -- "$root/etc/edge-agent" "$root/etc/systemd/system/edge-agent.service.d"
         if [[ -z $root ]]; then
             userdel edge-agent 2>/dev/null || true
             groupdel edge-agent 2>/dev/null || true
