@@ -67,6 +67,8 @@ class _PlainProgress:
         self._printed: dict[str, float] = {}
 
     def __call__(self, what: str, done: float, total: float) -> None:
+        if not total:
+            return  # how much it will be is not known yet
         last = self._printed.get(what)
         if last is None or done - last >= _LINE_EVERY_BYTES or (done >= total and last < done):
             self._printed[what] = done

@@ -98,17 +98,19 @@ def _write_config(folder: Path, registry_uri: str, port: int) -> Path:
 
 def _await_ready(folder: Path) -> dict[str, Any]:
     limit_s = time.monotonic() + _START_TIMEOUT_S
-    with terminal.progress_bar() as report:
-        while time.monotonic() < limit_s:
-            status = _status(folder / "control.sock")
-            if status is not None:
-                model = status["models"][0]
-                if status["state"] == "ready" and status["broker"]["connected"]:
-                    return status
-                if model["update_problem"]:
-                    raise DemoError(f"the agent could not bring the model: {model['update_problem']}")
-                report("models in the cache", status["cache"]["bytes"], status["cache"]["bytes"])
-            time.sleep(0.1)
+    cached_bytes = 0
+    while time.monotonic() < limit_s:
+        status = _status(folder / "control.sock")
+        if status is not None:
+            model = status["models"][0]
+            if status["cache"]["bytes"] and not cached_bytes:
+                cached_bytes = status["cache"]["bytes"]
+                _say(f"{terminal.human_bytes(cached_bytes)} are in the cache, verified; the model loads")
+            if status["state"] == "ready" and status["broker"]["connected"]:
+                return status
+            if model["update_problem"]:
+                raise DemoError(f"the agent could not bring the model: {model['update_problem']}")
+        time.sleep(0.1)
     raise DemoError(f"the agent was not ready in {_START_TIMEOUT_S:.0f} s: {tail(folder / 'agent.log')}")
 
 
