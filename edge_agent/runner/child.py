@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import socket
 import sys
 import time
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_agent.errors import CannotRun, EdgeAgentError, LoadFailed, RunnerError
-from edge_agent.runner import gate, loader
+from edge_agent.runner import gate, loader, memory
 from edge_agent.runner.protocol import (
     Cancel,
     Failed,
@@ -114,7 +113,8 @@ class Runner:
         except Exception as error:  # noqa: BLE001 - a candidate may fail in any way; the daemon decides
             print_frames(error)
             failures, tokens_per_s = [_describe(error)], 0.0
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Not getrusage: its peak begins with the parent's, which had the memory until exec.
+        peak_bytes = memory.peak_bytes(os.getpid())
         self._send(Tried(failures=failures, tokens_per_s=tokens_per_s, memory_bytes=peak_bytes))
 
     def _next(self) -> Frame:
