@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
-SLICE_TOKENS, ROUND_TOKENS = 64, 256  # as in edge_agent.runner.genai_pyfunc
+# As in edge_agent.runner.genai_pyfunc; a test compares them.
+SLICE_TOKENS = 64
+ROUND_TOKENS = 256
 _WORDS = "the capital of Spain is Madrid and a joke about atoms helps to count to one hundred"
 _REQUEST = "Tell me a long story."
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+import edge_agent
 from edge_agent.bench.measurements import Measured, Together, percentile
 from edge_agent.bench.report import BARE, BARE_DEFAULT, MQTT, RUNNER, document
 from edge_agent.bench.timing import Timing, summary
@@ -77,3 +81,14 @@ def test_each_ratio_has_both_sides_and_without_a_broker_there_are_fewer() -> Non
     assert ratios["four prompts, at once / one after the other"] == 1.5
     assert ratios["first token, known 1,000-token prefix / cold"] == 0.05
     assert ratios["memory, daemon"] == 40.0
+
+
+def test_the_bare_side_prefills_and_rounds_as_the_wrapper_does() -> None:
+    # The bare side must not import the wrapper: its process would have MLflow's memory, too.
+    package = Path(edge_agent.__file__).parent
+    bare, wrapper = (
+        re.findall(r"^(?:SLICE|ROUND)_TOKENS = \d+", (package / name).read_text("utf-8"), re.MULTILINE)
+        for name in ("bench/bare.py", "runner/genai_pyfunc.py")
+    )
+    assert bare == wrapper
+    assert len(bare) == 2
