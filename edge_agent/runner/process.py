@@ -261,6 +261,8 @@ class RunnerProcess:
         """Ends the child in order, or kills it after a grace time; what it started goes with it."""
         with contextlib.suppress(RunnerError):
             self._send(Stop())
+        with contextlib.suppress(OSError):  # nobody reads any more: a child that waits for that sees it end
+            self._socket.shutdown(socket.SHUT_RD)
         # WNOWAIT leaves a zombie: as long as it is there, its process group cannot be somebody else's.
         limit_s = time.monotonic() + STOP_GRACE_S
         while self._process.returncode is None and time.monotonic() < limit_s:

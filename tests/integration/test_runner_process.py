@@ -113,3 +113,20 @@ def test_a_child_can_neither_grow_nor_shrink_the_memory_that_it_shares(runner: R
             os.pwrite(descriptor, b"x" * 10, size)
     finally:
         os.close(descriptor)
+
+
+def test_a_runner_that_waits_for_its_reader_stops_in_order(
+    runner: RunnerProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(4):
+        runner.start(f"p{number}", long(), timeout_s=60)
+    child, used_s = psutil.Process(runner.pid), [-1.0]
+
+    def stands_still() -> bool:
+        used_s.append(child.cpu_times().user)
+        return child.status() == psutil.STATUS_SLEEPING and used_s[-1] == used_s[-2] > 0
+
+    wait_until(stands_still, 60, "the runner to wait for its reader")
+    runner.stop()
+    assert not caplog.records  # it was not killed
+    assert not runner.alive
