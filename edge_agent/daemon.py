@@ -37,8 +37,9 @@ from edge_agent.errors import (
     UnknownModel,
 )
 from edge_agent.models import choice
-from edge_agent.models.lifecycle import ModelLifecycle, Serving, lifecycles_of, quarantined
+from edge_agent.models.lifecycle import ModelLifecycle, lifecycles_of
 from edge_agent.models.operations import Operations, run_operation
+from edge_agent.models.seat import Serving
 from edge_agent.models.store import Store
 from edge_agent.models.updates import Updates
 from edge_agent.sd_notify import Notifier
@@ -509,8 +510,9 @@ class Daemon:
         for name, lifecycle in self._lifecycles.items():
             if lifecycle.instead:
                 yield f"model {name}: {lifecycle.instead}"
-        for name, key, reason in quarantined(self._lifecycles):
-            yield f"model {name}: version {key} is in quarantine: {reason}"
+        for name, lifecycle in self._lifecycles.items():
+            for key, reason in lifecycle.state.quarantined.items():
+                yield f"model {name}: version {key} is in quarantine: {reason}"
 
     def _headline(self) -> str:
         parts = [f"{life.name}={life.serving}" for life in self._lifecycles.values()]

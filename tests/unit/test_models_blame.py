@@ -1,8 +1,22 @@
-"""How many prompts are to blame when a runner dies with several in it."""
+"""What is held against a version, and how many prompts are to blame when a runner dies with several in it."""
 
 import pytest
 
-from edge_agent.models.lifecycle import _distinct
+from edge_agent.errors import (
+    CacheBusy,
+    CannotRun,
+    EdgeAgentError,
+    LoadFailed,
+    MemoryShort,
+    PolicyError,
+    RunnerCrashed,
+    RunnerError,
+    StoreError,
+    VerificationError,
+)
+from edge_agent.models import blame
+from edge_agent.models.blame import Crashes, LoadFailures, LoadVerdict, distinct
+from edge_agent.models.gate import GateFailed
 
 
 @pytest.mark.parametrize(
@@ -20,4 +34,61 @@ from edge_agent.models.lifecycle import _distinct
     ],
 )
 def test_one_poison_prompt_is_not_counted_as_several(crashes: list[str], expected: int) -> None:
-    assert _distinct(frozenset(key.encode() for key in crash) for crash in crashes) == expected
+    assert distinct(frozenset(key.encode() for key in crash) for crash in crashes) == expected
+
+
+def test_crashes_of_long_ago_are_not_counted() -> None:
+    crashes = Crashes()
+    assert [
+        crashes.add(frozenset({key}), at_s) for key, at_s in ((b"a", 0.0), (b"b", 300.0), (b"c", 601.0))
+    ] == [
+        1,
+        2,
+        2,
+    ]
+    crashes.clear()
+    assert crashes.add(frozenset({b"d"}), 602.0) == 1
+
+
+@pytest.mark.parametrize("error", [GateFailed, LoadFailed, RunnerCrashed, PolicyError])
+def test_what_a_candidate_did_is_held_against_it(error: type[EdgeAgentError]) -> None:
+    assert (blame.is_the_candidates(error("x")), blame.is_the_hosts(error("x"))) == (True, False)
+
+
+@pytest.mark.parametrize("error", [MemoryShort, CannotRun])
+def test_what_the_host_lacks_is_not(error: type[EdgeAgentError]) -> None:
+    assert (blame.is_the_candidates(error("x")), blame.is_the_hosts(error("x"))) == (False, True)
+
+
+@pytest.mark.parametrize("error", [StoreError, CacheBusy, RunnerError, VerificationError])
+def test_what_may_have_had_another_cause_is_held_against_nobody(error: type[EdgeAgentError]) -> None:
+    assert (blame.is_the_candidates(error("x")), blame.is_the_hosts(error("x"))) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "expected"),
+    [
+        (VerificationError, 1, LoadVerdict(step_back=True, quarantine=False, final=True)),
+        (PolicyError, 1, LoadVerdict(step_back=True, quarantine=False, final=True)),
+        (CannotRun, 1, LoadVerdict(step_back=True, quarantine=False, final=True)),
+        (LoadFailed, 1, LoadVerdict(step_back=False, quarantine=True, final=False)),
+        (LoadFailed, 2, LoadVerdict(step_back=True, quarantine=True, final=True)),
+        (MemoryShort, 1, LoadVerdict(step_back=False, quarantine=True, final=False)),
+        (MemoryShort, 2, LoadVerdict(step_back=False, quarantine=True, final=True)),
+    ],
+)
+def test_an_active_version_steps_back_when_another_attempt_would_end_the_same_way(
+    error: type[EdgeAgentError], failures: int, expected: LoadVerdict
+) -> None:
+    assert blame.of_load(error("x"), failures) == expected
+
+
+def test_the_wait_for_the_next_attempt_doubles_up_to_a_minute() -> None:
+    failures = LoadFailures()
+    waits = []
+    for _ in range(8):
+        failures.add(100.0)
+        waits.append(failures.retry_at_s - 100.0)
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    failures.clear()
+    assert (failures.count, failures.retry_at_s) == (0, 0.0)

@@ -22,7 +22,7 @@ from edge_agent.errors import (
 )
 from edge_agent.models import choice, record, state
 from edge_agent.models.choice import NotInRollout
-from edge_agent.models.lifecycle import GateFailed
+from edge_agent.models.gate import GateFailed
 from edge_agent.models.needs import GENAI, TRANSFORMERS, needs_of
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.state import CacheState, ModelState

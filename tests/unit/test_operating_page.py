@@ -10,7 +10,7 @@ from pathlib import Path
 import edge_agent
 from edge_agent import cli, daemon
 from edge_agent.errors import PROMPT_ERRORS
-from edge_agent.models.lifecycle import Serving
+from edge_agent.models.seat import Serving
 from edge_agent.models.state import ModelState
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text("utf-8")
