@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import edge_agent
-from edge_agent import cli, daemon
+from edge_agent import daemon
+from edge_agent.cli import command
 from edge_agent.errors import PROMPT_ERRORS
 from edge_agent.models.seat import Serving
 from edge_agent.models.state import ModelState
@@ -69,8 +70,16 @@ def assigned_codes(node: ast.stmt) -> Iterator[str]:
 
 
 def test_every_exit_code_is_on_the_page() -> None:
-    constants = {cli.FAILED, cli.NOT_RUNNING, cli.NO_MODEL, cli.TIMED_OUT, cli.INVALID_SETTINGS}
-    interrupted = {
-        int(code) for code in re.findall(r"sys\.exit\((\d+)\)", Path(cli.__file__).read_text("utf-8"))
+    constants = {
+        command.FAILED,
+        command.NOT_RUNNING,
+        command.NO_MODEL,
+        command.TIMED_OUT,
+        command.INVALID_SETTINGS,
     }
+    commands = Path(command.__file__).parent.glob("*.py")
+    interrupted = {
+        int(code) for file in commands for code in re.findall(r"sys\.exit\((\d+)\)", file.read_text("utf-8"))
+    }
+    assert interrupted
     assert {str(code) for code in {0, 2, *constants, *interrupted}} <= described("Exit codes")

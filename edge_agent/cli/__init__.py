@@ -1,0 +1,42 @@
+"""The `edge-agent` command; one file for each of its commands.
+
+Owns the words of the command line; exit codes are in `command.py`. Results go to stdout, with `--json` as one
+document and nothing else; logs, progress and errors go to stderr. What is heavy is imported when a command needs it.
+Contract: docs/cli.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import edge_agent
+from edge_agent.cli import bench, demo, doctor, models, probe, publish, run, status
+from edge_agent.cli.command import Group, Invocation
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings file (TOML).")
+@click.version_option(edge_agent.__version__, prog_name="edge-agent")
+@click.pass_context
+def main(context: click.Context, config: Path | None) -> None:
+    """Keeps registered MLflow language models on this device and answers prompts over MQTT.
+
+    \b
+    Examples:
+      edge-agent demo --once
+      edge-agent --config /etc/edge-agent/config.toml run
+      edge-agent probe "What is the capital of Nepal?"
+    """
+    context.obj = Invocation(config=config)
+
+
+main.add_command(run.run)
+main.add_command(probe.probe)
+main.add_command(status.status)
+main.add_command(models.models)
+main.add_command(publish.publish)
+main.add_command(doctor.doctor)
+main.add_command(bench.bench)
+main.add_command(demo.demo)

@@ -1,0 +1,45 @@
+"""`edge-agent bench`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from edge_agent.cli.command import Command, Invocation
+
+
+@click.command(cls=Command)
+@click.option("--model", metavar="NAME", help="A [models.NAME] of the settings; the first one by default.")
+@click.option(
+    "--launches", type=click.IntRange(1, 100), default=3, show_default=True, help="Starts of each side."
+)
+@click.option(
+    "--tokens", type=click.IntRange(2, 1024), default=64, show_default=True, help="New tokens of each answer."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def bench(invocation: Invocation, model: str | None, launches: int, tokens: int, as_json: bool) -> None:
+    """Measure the active version: first token, decode, several prompts at once, memory.
+
+    The bare library, MLflow, the agent's runner and the whole agent over MQTT, one after the other, so that
+    each layer's price is seen. Needs mosquitto for the last one. Takes minutes with a large model.
+
+    \b
+    Examples:
+      edge-agent bench
+      edge-agent bench --model assistant --launches 5 --json
+    """
+    from edge_agent.bench import report, run_bench
+    from edge_agent.private_broker import end_in_order
+
+    end_in_order()
+
+    def say(line: str) -> None:
+        click.echo(f"bench: {line}", err=True)
+
+    result = run_bench(invocation.settings(), model=model, launches=launches, tokens=tokens, say=say)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        report.print_report(result)

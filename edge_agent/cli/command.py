@@ -1,0 +1,85 @@
+"""What all commands share: the options before them, their exit codes, and errors in the words of this project.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not running, 4 no model ready, 5 timed out, 78 settings invalid.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from edge_agent import settings as settings_module
+from edge_agent.errors import (
+    DaemonNotRunning,
+    DeadlineExceeded,
+    EdgeAgentError,
+    NoModel,
+    SettingsError,
+    UnknownModel,
+)
+from edge_agent.settings import Settings
+
+FAILED, NOT_RUNNING, NO_MODEL, TIMED_OUT, INVALID_SETTINGS = 1, 3, 4, 5, 78
+
+_EXIT_CODES: dict[str, int] = {
+    SettingsError.code: INVALID_SETTINGS,
+    DaemonNotRunning.code: NOT_RUNNING,
+    NoModel.code: NO_MODEL,
+    UnknownModel.code: NO_MODEL,
+    DeadlineExceeded.code: TIMED_OUT,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invocation:
+    """What the options before the command say; settings are read when a command needs them."""
+
+    config: Path | None
+
+    def settings(self) -> Settings:
+        return settings_module.load(self.config)
+
+
+class DaemonError(EdgeAgentError):
+    """An error that the daemon reported over the control socket; it keeps the daemon's code."""
+
+    def __init__(self, event: Mapping[str, Any]) -> None:
+        super().__init__(str(event.get("message")), remedy=str(event.get("remedy") or ""))
+        self.reported_code = str(event.get("code"))
+
+
+class Command(click.Command):
+    """Keeps examples in `--help` as they are written, and turns this project's errors into exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeAgentError as error:
+            _fail(error)
+        except TimeoutError:
+            click.echo("edge-agent: timed out", err=True)
+            sys.exit(TIMED_OUT)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(FAILED)
+
+
+class Group(click.Group):
+    command_class = Command
+    group_class = type
+
+
+def _fail(error: EdgeAgentError) -> NoReturn:
+    click.echo(f"edge-agent: {error.message}", err=True)
+    if error.remedy:
+        click.echo(f"            {error.remedy}", err=True)
+    code = error.reported_code if isinstance(error, DaemonError) else error.code
+    sys.exit(_EXIT_CODES.get(code, FAILED))

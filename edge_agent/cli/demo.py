@@ -1,0 +1,33 @@
+"""`edge-agent demo`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from edge_agent.cli.command import Command
+
+
+@click.command(cls=Command)
+@click.option("--once", is_flag=True, help="Ask one question, print the answer, stop everything.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document; implies --once.")
+@click.option("--question", default="What is the capital of Spain?", show_default=True, help="What to ask.")
+def demo(once: bool, as_json: bool, question: str) -> None:
+    """Run everything on this machine with nothing configured.
+
+    An embedded registry, a mosquitto of its own on a free port, the sample model published, pulled and
+    answering over MQTT.
+
+    \b
+    Examples:
+      edge-agent demo
+      edge-agent demo --once --json
+    """
+    from edge_agent.demo import run_demo
+    from edge_agent.private_broker import end_in_order
+
+    end_in_order()
+    result = run_demo(question, stay=not (once or as_json), quiet=as_json)
+    if as_json:
+        click.echo(json.dumps(result, ensure_ascii=False))

@@ -1,0 +1,319 @@
+"""`edge-agent models …`: what is in the cache, and what an operator does to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_agent import terminal
+from edge_agent.cli.command import FAILED, Group, Invocation
+from edge_agent.cli.operation import operate
+from edge_agent.errors import EdgeAgentError, UnknownModel
+from edge_agent.models import durable
+from edge_agent.settings import Settings
+
+if TYPE_CHECKING:
+    from edge_agent.models.store import Store
+
+
+@click.group(cls=Group)
+def models() -> None:
+    """See and change what is in the cache.
+
+    \b
+    Examples:
+      edge-agent models list
+      edge-agent models pull assistant
+    """
+
+
+@models.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_list(invocation: Invocation, as_json: bool) -> None:
+    """List the versions in the cache.
+
+    \b
+    Example:
+      edge-agent models list --json
+    """
+    store = _store(invocation.settings())
+    state = store.state()
+    records = [(record, state.model(record.name).role(record.key)) for record in store.versions()]
+    if as_json:
+        keys = ("name", "version", "digest", "bytes", "state")
+        click.echo(
+            json.dumps(
+                [
+                    dict(zip(keys, (r.name, r.version, r.digest, r.total_bytes, role), strict=True))
+                    for r, role in records
+                ]
+            )
+        )
+    elif records:
+        terminal.print_table(
+            ("NAME", "VERSION", "STATE", "SIZE", "DIGEST"),
+            [
+                (r.name, r.version, role, terminal.human_bytes(r.total_bytes), r.digest[:12])
+                for r, role in records
+            ],
+        )
+    else:
+        click.echo("no versions yet; `edge-agent models pull` brings them")
+
+
+@models.command("show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_show(invocation: Invocation, name: str, as_json: bool) -> None:
+    """Show one model: its versions, where they came from and why they may run.
+
+    \b
+    Example:
+      edge-agent models show assistant
+    """
+    settings = invocation.settings()
+    store = _store(settings)
+    state = store.state().model(name)
+    records = store.versions(name)
+    if name not in settings.models and not records:
+        raise EdgeAgentError(f"no model is called {name!r} here", remedy="see `edge-agent models list`")
+    versions = [
+        {
+            "version": record.version,
+            "digest": record.digest,
+            "bytes": record.total_bytes,
+            "files": len(record.files),
+            "state": state.role(record.key),
+            "registered_name": record.registered_name,
+            "registry_uri": record.registry_uri,
+            "run_id": record.run_id,
+            "trust": record.trust.reason,
+        }
+        for record in records
+    ]
+    document = {
+        "name": name,
+        "uri": settings.models[name].uri if name in settings.models else None,
+        "active": state.active,
+        "previous": state.previous,
+        "quarantined": dict(state.quarantined),
+        "versions": versions,
+    }
+    if as_json:
+        click.echo(json.dumps(document))
+        return
+    click.echo(f"model   {name}\nuri     {document['uri']}\nactive  {state.active}")
+    for version in versions:
+        click.echo(f"\nversion {version['version']}   {version['state']}")
+        for key in ("digest", "bytes", "files", "registered_name", "registry_uri", "run_id", "trust"):
+            click.echo(f"  {key:<16}{version[key]}")
+
+
+@models.command("pull")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_pull(invocation: Invocation, name: str | None, as_json: bool) -> None:
+    """Ask the registry now and bring NAME, or every model, up to date.
+
+    Goes through the running daemon, or works by itself when there is none.
+
+    \b
+    Examples:
+      edge-agent models pull
+      edge-agent models pull assistant --json
+    """
+    settings = invocation.settings()
+    if name is not None and name not in settings.models:
+        raise UnknownModel(
+            f"no model is called {name!r} here", remedy="add a [models.NAME] table to the settings"
+        )
+    results = operate(settings, "pull", name=name)
+    if as_json:
+        click.echo(json.dumps(results[0] if len(results) == 1 else results))
+        return
+    for result in results:
+        click.echo(
+            f"{result['name']} version {result['version']}: {terminal.human_bytes(result['bytes_fetched'])} fetched, "
+            f"{terminal.human_bytes(result['bytes_reused'])} already here"
+        )
+        if result["instead"]:
+            click.echo(f"  {result['instead']}")
+
+
+def _version_command(do: str, summary: str, example: str) -> None:
+    """The commands that take NAME VERSION and change what runs."""
+
+    @models.command(do, help=f"{summary}\n\n\b\nExample:\n  {example}")
+    @click.argument("name")
+    @click.argument("version", type=click.IntRange(min=1))
+    @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+    @click.pass_obj
+    def command(invocation: Invocation, name: str, version: int, as_json: bool) -> None:
+        _show_operation(operate(invocation.settings(), do, name=name, version=version), as_json)
+
+
+def _name_command(do: str, summary: str, example: str) -> None:
+    """The commands that take NAME and change what runs."""
+
+    @models.command(do, help=f"{summary}\n\n\b\nExample:\n  {example}")
+    @click.argument("name")
+    @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+    @click.pass_obj
+    def command(invocation: Invocation, name: str, as_json: bool) -> None:
+        _show_operation(operate(invocation.settings(), do, name=name), as_json)
+
+
+_version_command(
+    "activate",
+    "Make a cached VERSION active, through the gate, and pin it; quarantine does not hold it back.",
+    "edge-agent models activate assistant 6",
+)
+_version_command(
+    "pin", "Fix the VERSION that runs, whatever the registry says.", "edge-agent models pin assistant 6"
+)
+_version_command("rm", "Remove a cached VERSION that is not in use.", "edge-agent models rm assistant 5")
+_name_command(
+    "rollback", "Make the previous version active again, and pin it.", "edge-agent models rollback assistant"
+)
+_name_command("unpin", "Let a model follow its reference again.", "edge-agent models unpin assistant")
+
+
+@models.command("prune")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_prune(invocation: Invocation, as_json: bool) -> None:
+    """Remove every version that nothing needs, and what crashes left.
+
+    \b
+    Example:
+      edge-agent models prune
+    """
+    document = operate(invocation.settings(), "prune")
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        click.echo(
+            f"{len(document['removed'])} versions removed, {terminal.human_bytes(document['bytes_freed'])} freed"
+        )
+
+
+@models.command("export")
+@click.argument("name")
+@click.argument("version", type=click.IntRange(min=1))
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_export(invocation: Invocation, name: str, version: int, file: Path, as_json: bool) -> None:
+    """Write a cached VERSION into one FILE, for a device without a network.
+
+    Every byte is verified on its way. FILE is there when all of it is, and not before; one that is there is
+    replaced. Any tar program lists it.
+
+    \b
+    Example:
+      edge-agent models export assistant 6 /media/stick/phi3-mini-6.tar
+    """
+    settings = invocation.settings()
+    if file.is_dir():
+        raise EdgeAgentError(f"{file} is a folder", remedy="name a file in it")
+    with _file_errors("write", file), durable.replacing(file) as descriptor:
+        document = operate(settings, "export", name=name, version=version, file=descriptor, doing="exporting")
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        click.echo(f"{name} version {version}: {terminal.human_bytes(document['bytes'])} in {file}")
+
+
+@models.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", "name", metavar="NAME", help="The [models.NAME] that takes it, where several could.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_import(invocation: Invocation, file: Path, name: str | None, as_json: bool) -> None:
+    """Bring the version in FILE, made by `models export`, into the cache.
+
+    It is verified and judged as a version from the registry, and goes through the same gate; then it is
+    active, unless another one is pinned or asked for by its number. It goes to the model whose uri has the
+    registered name that is in the file. No registry is needed; where there is one, its word at the next check
+    counts again.
+
+    \b
+    Example:
+      edge-agent models import /media/stick/phi3-mini-6.tar
+    """
+    settings = invocation.settings()
+    with _file_errors("read", file):
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        document = operate(settings, "import", name=name, file=descriptor, doing="importing")
+    finally:
+        os.close(descriptor)
+    if as_json:
+        click.echo(json.dumps(document))
+        return
+    pinned = f"; the model is pinned to {document['pinned']}" if document["pinned"] else ""
+    click.echo(
+        f"{document['name']} version {document['version']}: {terminal.human_bytes(document['bytes_fetched'])} "
+        f"imported, {terminal.human_bytes(document['bytes_reused'])} already here; {document['state']}{pinned}"
+    )
+
+
+@models.command("verify")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def models_verify(invocation: Invocation, as_json: bool) -> None:
+    """Read every byte in the cache again and compare it with what was verified.
+
+    Damaged files are set aside and fetched again, only they. Exit 1 when damage remains.
+
+    \b
+    Example:
+      edge-agent models verify
+    """
+    document = operate(invocation.settings(), "verify")
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        for kind in ("damaged", "repaired"):
+            for entry in document[kind]:
+                click.echo(f"{kind:<9}{entry['name']} {entry['version']}  {entry['path']}  {entry['reason']}")
+        for name, problem in document.get("problems", {}).items():
+            click.echo(f"{name} was not fetched again: {problem}", err=True)
+        repaired, damaged = len(document["repaired"]), len(document["damaged"])
+        click.echo(f"{document['checked']} files checked, {repaired} repaired, {damaged} damaged")
+    sys.exit(FAILED if document["damaged"] else 0)
+
+
+def _store(settings: Settings) -> Store:
+    from edge_agent.models.store import Store
+
+    return Store(settings.state_dir)
+
+
+def _show_operation(document: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(document))
+    elif "bytes_freed" in document:
+        click.echo(f"{terminal.human_bytes(document['bytes_freed'])} freed")
+    else:
+        pinned = f", pinned to {document['pinned']}" if document.get("pinned") else ""
+        click.echo(f"{document['name']}: version {document['version']} is active{pinned}")
+
+
+@contextmanager
+def _file_errors(action: str, file: Path) -> Iterator[None]:
+    """The operating system's errors about a file that the command line names."""
+    try:
+        yield
+    except OSError as error:
+        raise EdgeAgentError(f"cannot {action} {file}: {error.strerror or error}") from error

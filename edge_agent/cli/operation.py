@@ -1,0 +1,65 @@
+"""One operation on the cache: through the running daemon, or by this process when there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edge_agent import settings as settings_module
+from edge_agent import terminal
+from edge_agent.cli.command import DaemonError
+from edge_agent.errors import DaemonNotRunning, EdgeAgentError
+from edge_agent.owner import acting_as_owner_of
+from edge_agent.settings import Settings
+from edge_agent.transport import control
+
+
+def operate(
+    settings: Settings,
+    do: str,
+    *,
+    name: str | None = None,
+    version: int | None = None,
+    file: int | None = None,
+    doing: str = "fetching",
+) -> Any:
+    """Runs an operation by its name, with its progress on the terminal; gives the document for `--json`.
+
+    Args:
+        file: descriptor of an open file, where the operation has one.
+        doing: what the progress is of, in one word.
+
+    Raises:
+        EdgeAgentError: it failed, here or in the daemon.
+    """
+    with terminal.progress_bar() as report:
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            if event.get("event") == "progress":
+                report(doing, event["bytes"], event["total_bytes"])
+
+        try:
+            return _through_daemon(settings, on_event, do=do, name=name, version=version, file=file)
+        except DaemonNotRunning:
+            from edge_agent.models import operations
+
+            with acting_as_owner_of(settings.state_dir):
+                local, lifecycles = operations.without_daemon(settings)
+                try:
+                    return operations.run_operation(
+                        local, do, name=name, version=version, file=file, on_event=on_event
+                    )
+                finally:
+                    for lifecycle in lifecycles.values():
+                        lifecycle.close()
+
+
+def _through_daemon(settings: Settings, on_event: Any, **fields: Any) -> Any:
+    for event in control.call(settings_module.find_control_socket(settings), "models", **fields):
+        if event.get("event") == "progress":
+            on_event(event["progress"])
+        elif event.get("event") == "done":
+            return event["result"]
+        elif event.get("event") == "error":
+            raise DaemonError(event)
+    raise EdgeAgentError("the daemon closed the connection without an answer")

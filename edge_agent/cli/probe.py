@@ -1,0 +1,87 @@
+"""`edge-agent probe`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+
+import click
+
+from edge_agent import terminal
+from edge_agent.cli.command import Command, Invocation
+from edge_agent.errors import EdgeAgentError
+from edge_agent.owner import acting_as_owner_of
+
+
+@click.command(cls=Command)
+@click.argument("text", required=False)
+@click.option("--model", metavar="NAME", help="A [models.NAME] of the settings; the first one by default.")
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=0.001), metavar="S", help="Seconds to wait."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--direct", is_flag=True, help="Load the model here, without a daemon.")
+@click.pass_obj
+def probe(
+    invocation: Invocation,
+    text: str | None,
+    model: str | None,
+    timeout_s: float | None,
+    as_json: bool,
+    direct: bool,
+) -> None:
+    """Send one prompt through the running daemon and stream the answer.
+
+    TEXT is read from standard input when it is -.
+
+    \b
+    Examples:
+      edge-agent probe "What is the capital of Japan?"
+      echo "What is 2 plus 3?" | edge-agent probe - --json
+      edge-agent probe --direct "Hello"
+    """
+    settings = invocation.settings()
+    question = _question(text, settings.limits.payload_bytes)
+
+    def show(delta: str) -> None:
+        if not as_json:
+            click.echo(delta, nl=False)
+            sys.stdout.flush()
+
+    from edge_agent import probe as probing
+
+    ask = probing.ask_direct if direct else probing.ask_daemon
+    whoever = acting_as_owner_of(settings.state_dir) if direct else contextlib.nullcontext()
+    shown = False
+
+    def show_text(delta: str) -> None:
+        nonlocal shown
+        shown = True
+        show(delta)
+
+    try:
+        with whoever:
+            result = ask(settings, question, model=model, timeout_s=timeout_s, on_text=show_text)
+    except EdgeAgentError:
+        if shown and not as_json:
+            click.echo()
+        raise
+    if as_json:
+        click.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        click.echo(f"\n\n{terminal.answer_line(result)}")
+
+
+def _question(text: str | None, limit_bytes: int) -> str:
+    if text == "-":
+        data = sys.stdin.buffer.read(limit_bytes + 1)
+        if len(data) > limit_bytes:
+            raise click.UsageError(f"standard input has more than {limit_bytes} bytes (limits.payload_bytes)")
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise click.UsageError("standard input is not UTF-8") from error
+    if not text or not text.strip():
+        raise click.UsageError("give TEXT, or - to read it from standard input")
+    return text

@@ -1,0 +1,108 @@
+"""`edge-agent publish`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_agent import terminal
+from edge_agent.cli.command import Command, Invocation
+
+
+@click.command(cls=Command)
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--name", required=True, help="Registered model's name; made when it is not there.")
+@click.option(
+    "--registry", metavar="URI", help="http(s)://… or sqlite:///…; the settings' registry by default."
+)
+@click.option("--alias", help="Moved to the new version, as the last step.")
+@click.option(
+    "--flavor",
+    type=click.Choice(["onnx", "transformers"]),
+    default="onnx",
+    show_default=True,
+    help="What DIR is: the model builder's, or a Hugging Face folder with safetensors weights.",
+)
+@click.option("--signature", type=click.Choice(["chat", "prompt"]), default="chat", show_default=True)
+@click.option(
+    "--option", "options", multiple=True, metavar="K=V", help="Generation default; may be repeated."
+)
+@click.option(
+    "--golden",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="JSON list of prompts that devices try first.",
+)
+@click.option(
+    "--sign-key", type=click.Path(path_type=Path), metavar="PEM", help="Private key to sign the package with."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def publish(
+    invocation: Invocation,
+    folder: Path,
+    name: str,
+    registry: str | None,
+    alias: str | None,
+    flavor: Any,
+    signature: Any,
+    options: tuple[str, ...],
+    golden: Path | None,
+    sign_key: Path | None,
+    as_json: bool,
+) -> None:
+    """Package a folder made by the onnxruntime-genai model builder, or a Hugging Face folder, and register it.
+
+    \b
+    Examples:
+      edge-agent publish ./phi3-int4 --name phi3-mini --alias prod --registry http://localhost:5000
+      edge-agent publish ./phi3-int4 --name phi3-mini --registry sqlite:////srv/registry.db \\
+          --signature prompt --option max_length=300 --option temperature=0.2
+      edge-agent publish ./phi3-hf --name phi3-hf --alias prod --flavor transformers
+    """
+    from edge_agent import publishing
+    from edge_agent.models import build_advice
+
+    uri = registry or invocation.settings().registry.uri
+    if not uri:
+        raise click.UsageError("give --registry URI, or set registry.uri in the settings")
+    with terminal.progress_bar() as report:
+        published = publishing.publish_folder(
+            folder,
+            name=name,
+            registry_uri=uri,
+            alias=alias,
+            flavor=flavor,
+            signature=signature,
+            options=dict(_key_value(option) for option in options),
+            golden=golden,
+            sign_key=sign_key,
+            progress=report,
+        )
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "name": name,
+                    "version": published.version,
+                    "digest": published.digest,
+                    "run_id": published.run_id,
+                    "alias": alias,
+                }
+            )
+        )
+    else:
+        click.echo(f"{name} version {published.version} registered{f', alias {alias}' if alias else ''}")
+        click.echo(f"digest {published.digest}")
+    for line in build_advice.of_folder(folder):
+        click.echo(f"edge-agent: {folder.name}: {line} (docs/models.md)", err=True)
+
+
+def _key_value(option: str) -> tuple[str, str]:
+    key, separator, value = option.partition("=")
+    if not separator or not key:
+        raise click.UsageError(f"--option {option!r} is not K=V")
+    return key, value

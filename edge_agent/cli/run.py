@@ -1,0 +1,31 @@
+"""`edge-agent run`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from edge_agent import settings as settings_module
+from edge_agent.cli.command import Command, Invocation
+
+
+@click.command(cls=Command)
+@click.pass_obj
+def run(invocation: Invocation) -> None:
+    """Run the daemon in the foreground, as systemd does.
+
+    \b
+    Example:
+      edge-agent --config ./config.toml run
+    """
+    from edge_agent import daemon, logs
+
+    settings = invocation.settings()
+    logs.configure(settings.log_format, journal=settings_module.logs_to_journal())
+    if invocation.config is None and settings_module.find_config() is None:
+        click.echo(
+            "edge-agent: no settings file was found; see docs/settings.md for where it is looked for",
+            err=True,
+        )
+    sys.exit(daemon.run(settings))

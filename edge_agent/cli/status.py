@@ -1,0 +1,106 @@
+"""`edge-agent status`: what the daemon says or, with the daemon down, what the disk says."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import click
+
+import edge_agent
+from edge_agent import settings as settings_module
+from edge_agent import terminal
+from edge_agent.cli.command import NOT_RUNNING, Command, DaemonError, Invocation
+from edge_agent.errors import DaemonNotRunning, EdgeAgentError
+from edge_agent.owner import acting_as_owner_of
+from edge_agent.settings import Settings
+from edge_agent.transport import control
+
+
+@click.command(cls=Command)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--watch", is_flag=True, help="Again every second, until interrupted.")
+@click.pass_obj
+def status(invocation: Invocation, as_json: bool, watch: bool) -> None:
+    """Show state, models, queue, cache, registry and broker.
+
+    With the daemon down, shows what the disk says and exits with 3.
+
+    \b
+    Examples:
+      edge-agent status
+      edge-agent status --json | jq .state
+    """
+    settings = invocation.settings()
+    while True:
+        try:
+            document, code = _status_of_daemon(settings), 0
+        except DaemonNotRunning:
+            with acting_as_owner_of(settings.state_dir):
+                document, code = _status_on_disk(settings), NOT_RUNNING
+        if watch and not as_json:
+            click.clear()
+        if as_json:
+            click.echo(json.dumps(document, ensure_ascii=False))
+        else:
+            if code:
+                click.echo("edge-agent: the daemon is not running; this is what the disk says", err=True)
+            terminal.print_status(document)
+        if not watch:
+            sys.exit(code)
+        time.sleep(1.0)
+
+
+def _status_of_daemon(settings: Settings) -> dict[str, Any]:
+    for event in control.call(settings_module.find_control_socket(settings), "status", timeout_s=30.0):
+        if event.get("event") == "done":
+            return dict(event["status"])
+        if event.get("event") == "error":
+            raise DaemonError(event)
+    raise EdgeAgentError("the daemon closed the connection without an answer")
+
+
+def _status_on_disk(settings: Settings) -> dict[str, Any]:
+    """The status document as far as the disk knows it."""
+    from edge_agent.models.store import Store
+
+    store = Store(settings.state_dir)
+    state = store.state()
+    entries = []
+    for name, model in settings.models.items():
+        known = state.model(name)
+        record = store.record(name, known.active) if known.active else None
+        entries.append(
+            {
+                "name": name,
+                "uri": model.uri,
+                "version": record.version if record else None,
+                "digest": record.digest if record else None,
+                "flavor": None,
+                "state": "idle" if record else "absent",
+                "reason": known.instead,
+                "tokens_per_s": None,
+                "previous": known.previous,
+                "candidate": known.candidate,
+                "pinned": known.pinned,
+                "quarantined": dict(known.quarantined),
+            }
+        )
+    return {
+        "state": "offline",
+        "time": int(time.time()),
+        "boot_id": None,
+        "seq": 0,
+        "agent_version": edge_agent.__version__,
+        "queue_depth": 0,
+        "models": entries,
+        "cache": {
+            "bytes": store.used_bytes(),
+            "quota_bytes": settings.cache.quota_bytes,
+            "free_bytes": store.free_bytes(),
+        },
+        "registry": {"uri": settings.registry.uri, "reachable": None, "last_check": None},
+        "broker": {"host": settings.mqtt.host, "port": settings.mqtt.port, "connected": False},
+    }
