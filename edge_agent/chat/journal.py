@@ -4,32 +4,29 @@ A prompt's life, each step committed before anybody is told of it:
 
     accept → queued → claim → running → answer → answered → delivered → (kept as long as answers are) → gone
 
-Owns `journal.db`. Every method is one short transaction behind one lock; any thread may call it. What has been
-promised to somebody (accepted, answered) survives a loss of power; what was only noted on the way (claimed, put
-back, delivered) survives the death of the process: after a loss of power it is done again. Refuses a
-second answer for a row, a second row for an identity, and, with `JournalUnavailable`, all work that it cannot
-commit. What a damaged file still holds is carried over into a new one; the damaged one is set aside.
-Contract: docs/mqtt.md, *Delivery*.
+Owns what the rows of `journal.db` say; the file, full disks and damage are `journal_file.py`'s. Every method is one
+short transaction behind one lock; any thread may call it. What has been promised to somebody (accepted, answered)
+survives a loss of power; what was only noted on the way (claimed, put back, delivered) survives the death of the
+process: after a loss of power it is done again. Refuses a second answer for a row, a second row for an identity,
+and, with `JournalUnavailable`, all work that it cannot commit. Contract: docs/mqtt.md, *Delivery*.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import sqlite3
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_agent.chat import messages
 from edge_agent.chat.clock import Moment
+from edge_agent.chat.journal_file import JournalFile
 from edge_agent.errors import IdReused, JournalUnavailable, ModelFailed, PromptError, QueueFull
+
+if TYPE_CHECKING:
+    import sqlite3
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +35,6 @@ MAX_ATTEMPTS = 2
 
 MAX_FINISHED = 10_000
 MAX_FINISHED_BYTES = 64 << 20
-RESERVE_BYTES = 4 << 20
-_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_MAX_DAMAGED_KEPT = 3
-_MAX_SALVAGE_ROWS = 200_000
 
 
 class State(StrEnum):
@@ -149,28 +142,10 @@ class Acceptance:
     state: State
 
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS prompts(
-  row INTEGER PRIMARY KEY AUTOINCREMENT,
-  id TEXT NOT NULL, identity BLOB, body_sha256 BLOB NOT NULL,
-  source TEXT NOT NULL, model TEXT NOT NULL, document TEXT NOT NULL, form TEXT NOT NULL, stream INTEGER NOT NULL,
-  answer_topic TEXT NOT NULL, topic_made INTEGER NOT NULL, correlation BLOB, session TEXT, mid INTEGER,
-  state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
-  boot_id TEXT NOT NULL, accepted_boot_s REAL NOT NULL, accepted_wall_s REAL NOT NULL, deadline_boot_s REAL NOT NULL,
-  answer BLOB, properties TEXT, answered_boot_id TEXT, answered_boot_s REAL, answered_wall_s REAL
-);
-CREATE UNIQUE INDEX IF NOT EXISTS prompts_identity ON prompts(identity) WHERE identity IS NOT NULL;
-CREATE INDEX IF NOT EXISTS prompts_state ON prompts(state, model, row);
-CREATE INDEX IF NOT EXISTS prompts_mid ON prompts(session, mid) WHERE mid IS NOT NULL;
-CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
-
-
 class Journal:
     """The only owner of `journal.db`; safe to call from any thread.
 
     Attributes:
-        trouble: why nothing can be committed or accepted, None when all is well; status says `degraded` then.
         dropped_answers: answers that were forgotten before they could be delivered.
     """
 
@@ -182,26 +157,25 @@ class Journal:
             JournalUnavailable: the folder cannot hold a journal.
         """
         self.path = path
-        self.trouble: str | None = None
         self.dropped_answers = 0
-        self._lock = threading.RLock()
-        self._damaged = False
-        self._reserve = path.with_name(path.name + ".reserve")
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                self._db = _open_or_salvage(path)
-            except sqlite3.OperationalError:  # a full disk has room for the answers in the reserve
-                self._reserve.unlink(missing_ok=True)
-                self._db = _open_or_salvage(path)
-        except (sqlite3.Error, OSError) as error:
-            raise JournalUnavailable(f"journal {path} cannot be opened: {error}") from error
-        self._keep_reserve()
+        self._file = JournalFile(path)
         self._take_up_again(moment)
 
     def close(self) -> None:
-        with self._lock:
-            self._db.close()
+        self._file.close()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be committed or accepted, None when all is well; status says `degraded` then."""
+        return self._file.trouble
+
+    def mend(self) -> None:
+        """Opens a journal that turned out damaged again, with what it still holds.
+
+        Raises:
+            JournalUnavailable: it cannot be opened; the next call tries again.
+        """
+        self._file.mend()
 
     def accept(
         self,
@@ -225,7 +199,7 @@ class Journal:
             QueueFull: `queue_depth` prompts wait or run already.
             JournalUnavailable: nothing can be committed now.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             known = self._find_repeated(db, arrival)
             if known is not None:
                 row, body_sha256, state = known
@@ -237,7 +211,7 @@ class Journal:
                 return Acceptance(row=row, new=False, state=state)
             if refusal is not None:
                 raise refusal
-            if not self._keep_reserve():
+            if not self._file.keep_reserve():
                 raise JournalUnavailable("the disk is full", remedy="free some space on the agent's disk")
             depth = _count_unanswered(db)
             if depth >= queue_depth:
@@ -246,7 +220,7 @@ class Journal:
 
     def claim(self, model: str) -> Prompt | None:
         """The oldest waiting prompt of a model, its attempt committed; None when none waits."""
-        with self._transaction(durable=False) as db:
+        with self._file.transaction(durable=False) as db:
             for found in db.execute(
                 "SELECT * FROM prompts WHERE state=? AND model=? ORDER BY row", (State.QUEUED, model)
             ).fetchall():
@@ -263,14 +237,14 @@ class Journal:
 
     def waiting(self, model: str) -> bool:
         """True when a prompt of this model waits."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             query = "SELECT 1 FROM prompts WHERE state=? AND model=? LIMIT 1"
             return db.execute(query, (State.QUEUED, model)).fetchone() is not None
 
     def running(self, row: int) -> bool:
         """True when a prompt is claimed and has no answer yet; True too when nobody can tell."""
         try:
-            with self._transaction() as db:
+            with self._file.transaction() as db:
                 found = db.execute("SELECT state FROM prompts WHERE row=?", (row,)).fetchone()
         except JournalUnavailable:
             return True
@@ -279,7 +253,7 @@ class Journal:
     def release(self, row: int) -> None:
         """Puts a running prompt back into the queue, its attempt not counted: an orderly stop is no death, and
         the death of a runner is none of those who were not its cause."""
-        with self._transaction(durable=False) as db:
+        with self._file.transaction(durable=False) as db:
             db.execute(
                 "UPDATE prompts SET state=?, attempts=attempts-1 WHERE row=? AND state=?",
                 (State.QUEUED, row, State.RUNNING),
@@ -295,7 +269,7 @@ class Journal:
             False when the prompt has an answer already (it was cancelled, or its deadline passed): the caller's
             answer is void and must not be sent.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             cursor = db.execute(
                 "UPDATE prompts SET state=?, answer=?, properties=?, answered_boot_id=?, answered_boot_s=?,"
                 " answered_wall_s=? WHERE row=? AND (state=? OR (state=? AND ? IS NULL))"
@@ -309,7 +283,7 @@ class Journal:
 
     def replace_answer(self, row: int, answer: Answer) -> None:
         """Puts another answer in the place of one that the broker can never take (too large)."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute(
                 "UPDATE prompts SET answer=?, properties=? WHERE row=? AND state=?",
                 (answer.payload, json.dumps(answer.properties), row, State.ANSWERED),
@@ -317,7 +291,7 @@ class Journal:
 
     def outbox(self, source: Source, *, limit: int, skip: frozenset[int] = frozenset()) -> list[Outgoing]:
         """Up to `limit` undelivered answers, oldest first, without the rows in `skip`."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             rows = db.execute(
                 "SELECT row, id, answer_topic, correlation, form, answer, properties FROM prompts"
                 " WHERE state=? AND source=? ORDER BY row LIMIT ?",
@@ -327,7 +301,7 @@ class Journal:
 
     def outgoing(self, row: int) -> Outgoing | None:
         """The answer of one row, None while it has none."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             found = db.execute(
                 "SELECT row, id, answer_topic, correlation, form, answer, properties FROM prompts"
                 " WHERE row=? AND answer IS NOT NULL",
@@ -337,26 +311,26 @@ class Journal:
 
     def delivered(self, row: int) -> None:
         """The broker has the answer (PUBACK), or the control connection took it."""
-        with self._transaction(durable=False) as db:
+        with self._file.transaction(durable=False) as db:
             db.execute(
                 "UPDATE prompts SET state=? WHERE row=? AND state=?", (State.DELIVERED, row, State.ANSWERED)
             )
 
     def find(self, identity: bytes) -> Prompt | None:
         """The prompt of an identity: how a cancel finds its request."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             found = db.execute("SELECT * FROM prompts WHERE identity=?", (identity,)).fetchone()
         return _prompt(found) if found else None
 
     def prompt(self, row: int) -> Prompt | None:
         """One row, None when it is gone."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             found = db.execute("SELECT * FROM prompts WHERE row=?", (row,)).fetchone()
         return _prompt(found) if found else None
 
     def overdue(self, moment: Moment) -> list[Prompt]:
         """Unanswered prompts whose deadline has passed."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             rows = db.execute(
                 "SELECT * FROM prompts WHERE state IN (?, ?) AND deadline_boot_s <= ? ORDER BY row",
                 (State.QUEUED, State.RUNNING, moment.boot_s),
@@ -365,40 +339,20 @@ class Journal:
 
     def depth(self) -> int:
         """Prompts that wait or run."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             return _count_unanswered(db)
 
     def undelivered(self) -> int:
         """Answers that wait for their PUBACK."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             return int(
                 db.execute("SELECT count(*) FROM prompts WHERE state=?", (State.ANSWERED,)).fetchone()[0]
             )
 
-    def mend(self) -> None:
-        """Opens a journal that turned out damaged again, with what it still holds.
-
-        Raises:
-            JournalUnavailable: it cannot be opened; the next call tries again.
-        """
-        with self._lock:
-            if not self._damaged and self.path.exists():
-                return
-            if not self.path.exists():
-                log.warning("journal removed path=%s: what it held is lost", self.path)
-            try:
-                self._db.close()
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._db = _open_or_salvage(self.path)
-            except (sqlite3.Error, OSError) as error:
-                raise JournalUnavailable(f"journal {self.path} cannot be opened: {error}") from error
-            self._damaged = False
-            self.trouble = None
-
     def prune(self, *, moment: Moment, ttl_s: float) -> None:
         """Forgets old answers, by age, number and bytes; undelivered ones that go are counted."""
-        self._keep_reserve()
-        with self._transaction() as db:
+        self._file.keep_reserve()
+        with self._file.transaction() as db:
             # The wall clock of a device without a battery becomes right after the boot: what this boot wrote
             # with a wrong one is put right, so that the next boot can tell its age.
             db.execute(
@@ -430,20 +384,16 @@ class Journal:
                 ):
                     db.execute("DELETE FROM prompts WHERE row=?", (row["row"],))
                     self.dropped_answers += row["state"] == State.ANSWERED
-        with (
-            self._lock,
-            contextlib.suppress(sqlite3.Error),
-        ):  # gives pages back when it can; nothing depends on it
-            self._db.executescript("PRAGMA incremental_vacuum(256)")
+        self._file.shrink()
 
     def note(self, key: str) -> str:
         """Something small to remember over restarts; empty when it was never noted."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             found = db.execute("SELECT value FROM meta WHERE key=?", (key,)).fetchone()
         return str(found["value"]) if found else ""
 
     def set_note(self, key: str, value: str) -> None:
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta(key, value) VALUES(?, ?)", (key, value))
 
     def broker_session(self) -> str:
@@ -452,7 +402,7 @@ class Journal:
 
     def begin_broker_session(self, name: str) -> None:
         """The broker has forgotten our session: mids of the old one mean nothing any more."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta(key, value) VALUES('broker_session', ?)", (name,))
             db.execute("UPDATE prompts SET session=NULL, mid=NULL WHERE mid IS NOT NULL")
 
@@ -461,7 +411,7 @@ class Journal:
 
         A control connection dies with its daemon, so its prompts have nobody to answer.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute(
                 "DELETE FROM prompts WHERE source=? AND state IN (?, ?, ?)",
                 (Source.CONTROL, State.QUEUED, State.RUNNING, State.ANSWERED),
@@ -515,158 +465,6 @@ class Journal:
             )
         return (found["row"], found["body_sha256"], State(found["state"])) if found else None
 
-    @contextmanager
-    def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """One immediate transaction; SQLite's errors become `JournalUnavailable` and set `trouble`.
-
-        Args:
-            durable: it waits for the disk. Without that it survives this process, and costs no milliseconds.
-        """
-        with self._lock:
-            try:
-                self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-                self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
-                self._db.execute("COMMIT")
-                self.trouble = (
-                    None if self._reserve.is_file() else "the disk is full: no prompts are accepted"
-                )
-            except PromptError:
-                self._roll_back()
-                raise
-            except (sqlite3.Error, OSError) as error:
-                self._roll_back()
-                self._note_failure(error)
-                raise JournalUnavailable(f"the journal cannot be written: {error}") from error
-            except BaseException:
-                self._roll_back()
-                raise
-
-    def _roll_back(self) -> None:
-        with contextlib.suppress(
-            sqlite3.Error
-        ):  # a failed disk may not even roll back; the next BEGIN says so
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-
-    def _note_failure(self, error: sqlite3.Error | OSError) -> None:
-        """A full disk gets the reserve, a damaged file is mended by the next `mend`."""
-        if self.trouble is None:
-            log.warning("journal failed path=%s error=%s", self.path, error)
-        self.trouble = str(error)
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
-        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):  # over a disk quota, SQLite says I/O error
-            with contextlib.suppress(OSError):
-                self._reserve.unlink(missing_ok=True)
-        self._damaged = self._damaged or code in _DAMAGED
-
-    def _keep_reserve(self) -> bool:
-        """Space that is given up when the disk is full, so that accepted prompts can still be answered.
-
-        Returns:
-            False when there is no room for it: nothing new may be accepted.
-        """
-        try:
-            if self._reserve.is_file():
-                return True
-            with open(self._reserve, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
-        except OSError as error:
-            log.warning("journal reserve cannot be kept path=%s error=%s", self._reserve, error)
-            with contextlib.suppress(OSError):
-                self._reserve.unlink(missing_ok=True)
-            return False
-        return True
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
-    db.row_factory = sqlite3.Row
-    try:
-        db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        db.execute(f"PRAGMA journal_size_limit={RESERVE_BYTES}")
-        if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise sqlite3.DatabaseError("quick_check found damage")
-        db.executescript(_SCHEMA)
-        path.chmod(0o600)
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _open_or_salvage(path: Path) -> sqlite3.Connection:
-    try:
-        return _connect(path)
-    except sqlite3.OperationalError:
-        raise  # locked, full or not permitted: the content is not in doubt
-    except sqlite3.DatabaseError as error:
-        log.warning("journal damaged path=%s error=%s", path, error)
-    aside = _set_aside(path)
-    db = _connect(path)
-    carried = 0
-    for values in _readable_rows(aside):
-        columns = ", ".join(values)
-        try:
-            db.execute(
-                f"INSERT INTO prompts({columns}) VALUES({', '.join('?' * len(values))})",
-                tuple(values.values()),
-            )
-            carried += 1
-        except sqlite3.Error:
-            log.warning("journal row lost row=%s", values.get("row"))
-    log.warning("journal rebuilt rows=%d damaged_file=%s", carried, aside)
-    return db
-
-
-def _set_aside(path: Path) -> Path:
-    """Moves the damaged file and its write-ahead log to a name of their own; keeps the newest few."""
-    number = 1
-    while path.with_name(f"{path.name}.damaged-{number}").exists():
-        number += 1
-    aside = path.with_name(f"{path.name}.damaged-{number}")
-    for suffix in ("-wal", "-shm", ""):
-        part = path.with_name(path.name + suffix)
-        if part.exists():
-            part.rename(aside.with_name(aside.name + suffix))
-    for old in range(1, number - _MAX_DAMAGED_KEPT + 1):
-        for suffix in ("-wal", "-shm", ""):
-            path.with_name(f"{path.name}.damaged-{old}{suffix}").unlink(missing_ok=True)
-    return aside
-
-
-def _readable_rows(aside: Path) -> Iterator[dict[str, Any]]:
-    """Every row that can still be read: by number, so that a bad page costs its own rows only."""
-    db = sqlite3.connect(aside, isolation_level=None)
-    db.row_factory = sqlite3.Row
-    try:
-        columns = {row["name"] for row in db.execute("PRAGMA table_info(prompts)")}
-        first = _readable(db, "SELECT row FROM prompts ORDER BY row ASC LIMIT 1")
-        last = _readable(db, "SELECT row FROM prompts ORDER BY row DESC LIMIT 1") or _readable(
-            db, "SELECT seq FROM sqlite_sequence WHERE name='prompts'"
-        )
-        if last is None or "row" not in columns:
-            return
-        for number in range(max(first[0] if first else 1, last[0] - _MAX_SALVAGE_ROWS), last[0] + 1):
-            row = _readable(db, "SELECT * FROM prompts WHERE row=?", number)
-            if row is not None:
-                yield dict(row)
-    except sqlite3.Error as error:
-        log.warning("journal salvage ended error=%s", error)
-    finally:
-        db.close()
-
-
-def _readable(db: sqlite3.Connection, query: str, *values: int) -> sqlite3.Row | None:
-    """The first row of a query; None where there is none, or none that can be read."""
-    try:
-        row: sqlite3.Row | None = db.execute(query, values).fetchone()
-    except sqlite3.Error:
-        return None
-    return row
-
 
 def _insert(db: sqlite3.Connection, arrival: Arrival, moment: Moment) -> int:
     delivery = arrival.delivery
@@ -682,8 +480,7 @@ def _insert(db: sqlite3.Connection, arrival: Arrival, moment: Moment) -> int:
             moment.boot_id, moment.boot_s, moment.wall_s, moment.boot_s + arrival.deadline_s,
         ),
     )  # fmt: skip
-    if cursor.lastrowid is None:  # pragma: no cover - an INSERT has a row
-        raise sqlite3.DatabaseError("no row was inserted")
+    assert cursor.lastrowid is not None  # an INSERT has a row
     return cursor.lastrowid
 
 

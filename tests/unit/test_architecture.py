@@ -64,7 +64,7 @@ def test_prompts_and_models_do_not_know_each_other(folder: str, other: str) -> N
             {"runner/transformers_flavor.py", "runner/capability.py", "demo/make_sample_model.py"},
         ),
         ("torch", {"runner/transformers_flavor.py", "demo/make_sample_model.py"}),
-        ("sqlite3", {"chat/journal.py"}),
+        ("sqlite3", {"chat/journal_file.py"}),
     ],
 )
 def test_a_library_has_its_owners(package: str, owners: set[str]) -> None:

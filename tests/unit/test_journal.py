@@ -179,7 +179,7 @@ def test_an_answer_given_before_the_clock_was_right_is_not_old_after_a_reboot(jo
 
 def test_a_row_that_cannot_be_read_stops_nobody(journal: Journal) -> None:
     bad, good = accept(journal, arrival(1)), accept(journal, arrival(2))
-    journal._db.execute("UPDATE prompts SET document='{broken' WHERE row=?", (bad,))
+    journal._file._db.execute("UPDATE prompts SET document='{broken' WHERE row=?", (bad,))
     claimed = journal.claim("assistant")
     assert claimed is not None
     assert claimed.row == good
@@ -332,8 +332,8 @@ def test_a_file_that_is_no_database_gives_way_to_a_new_journal(tmp_path: Path) -
 
 def test_on_a_full_disk_nothing_is_accepted_and_what_was_accepted_is_answered(journal: Journal) -> None:
     row = accept(journal, arrival(1))
-    pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
-    journal._db.execute(f"PRAGMA max_page_count={pages}")  # SQLite's own "database or disk is full"
+    pages = journal._file._db.execute("PRAGMA page_count").fetchone()[0]
+    journal._file._db.execute(f"PRAGMA max_page_count={pages}")  # SQLite's own "database or disk is full"
     large = Answer(payload=b"x" * 100_000, properties={"status": "200"})
     with pytest.raises(JournalUnavailable):
         journal.answer(row, large, moment=START)
@@ -343,7 +343,7 @@ def test_on_a_full_disk_nothing_is_accepted_and_what_was_accepted_is_answered(jo
     reserve.mkdir()  # no room for it yet
     with pytest.raises(JournalUnavailable, match="full"):
         accept(journal, arrival(2))
-    journal._db.execute("PRAGMA max_page_count=1000000")
+    journal._file._db.execute("PRAGMA max_page_count=1000000")
     assert journal.answer(row, large, moment=START)
     reserve.rmdir()
     assert accept(journal, arrival(2)) != row
@@ -352,9 +352,9 @@ def test_on_a_full_disk_nothing_is_accepted_and_what_was_accepted_is_answered(jo
 
 def test_damage_that_shows_while_the_agent_runs_is_mended(journal: Journal) -> None:
     rows = [accept(journal, arrival(number), depth=1000) for number in range(200)]
-    journal._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    journal._file._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     damage_one_page(journal.path)
-    journal._db.execute("PRAGMA shrink_memory").fetchall()
+    journal._file._db.execute("PRAGMA shrink_memory").fetchall()
     with pytest.raises(JournalUnavailable):
         for row in rows:
             journal.prompt(row)
@@ -366,7 +366,7 @@ def test_damage_that_shows_while_the_agent_runs_is_mended(journal: Journal) -> N
 
 def test_a_journal_that_cannot_commit_says_so_and_recovers(journal: Journal) -> None:
     with sqlite3.connect(journal.path, isolation_level=None) as other:
-        journal._db.execute("PRAGMA busy_timeout=50")
+        journal._file._db.execute("PRAGMA busy_timeout=50")
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(JournalUnavailable):
             accept(journal, arrival())

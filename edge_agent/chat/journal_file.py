@@ -1,0 +1,252 @@
+"""The journal's file: SQLite that outlives a full disk and its own damage.
+
+Owns `journal.db`, its tables, the lock before it, and the space that is kept for the day the disk is full: that is
+given up so that accepted prompts can still be answered. What a damaged file still holds is carried over into a new
+one, and the damaged one is set aside, the newest few of them kept. What a row means is `journal.py`'s. SQLite's
+errors become `JournalUnavailable`. The only importer of sqlite3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edge_agent.errors import JournalUnavailable
+
+log = logging.getLogger(__name__)
+
+RESERVE_BYTES = 4 << 20
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_MAX_DAMAGED_KEPT = 3
+_MAX_SALVAGE_ROWS = 200_000
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS prompts(
+  row INTEGER PRIMARY KEY AUTOINCREMENT,
+  id TEXT NOT NULL, identity BLOB, body_sha256 BLOB NOT NULL,
+  source TEXT NOT NULL, model TEXT NOT NULL, document TEXT NOT NULL, form TEXT NOT NULL, stream INTEGER NOT NULL,
+  answer_topic TEXT NOT NULL, topic_made INTEGER NOT NULL, correlation BLOB, session TEXT, mid INTEGER,
+  state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+  boot_id TEXT NOT NULL, accepted_boot_s REAL NOT NULL, accepted_wall_s REAL NOT NULL, deadline_boot_s REAL NOT NULL,
+  answer BLOB, properties TEXT, answered_boot_id TEXT, answered_boot_s REAL, answered_wall_s REAL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS prompts_identity ON prompts(identity) WHERE identity IS NOT NULL;
+CREATE INDEX IF NOT EXISTS prompts_state ON prompts(state, model, row);
+CREATE INDEX IF NOT EXISTS prompts_mid ON prompts(session, mid) WHERE mid IS NOT NULL;
+CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+class JournalFile:
+    """One connection behind one lock; any thread.
+
+    Attributes:
+        trouble: why nothing can be committed or accepted, None when all is well.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens or makes the file.
+
+        Raises:
+            JournalUnavailable: the folder cannot hold one.
+        """
+        self.path = path
+        self.trouble: str | None = None
+        self._lock = threading.RLock()
+        self._damaged = False
+        self._reserve = path.with_name(path.name + ".reserve")
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                self._db = _open_or_salvage(path)
+            except sqlite3.OperationalError:  # a full disk has room for the answers in the reserve
+                self._reserve.unlink(missing_ok=True)
+                self._db = _open_or_salvage(path)
+        except (sqlite3.Error, OSError) as error:
+            raise JournalUnavailable(f"journal {path} cannot be opened: {error}") from error
+        self.keep_reserve()
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """One immediate transaction; SQLite's errors become `JournalUnavailable` and set `trouble`.
+
+        Args:
+            durable: it waits for the disk. Without that it survives this process, and costs no milliseconds.
+        """
+        with self._lock:
+            try:
+                self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+                self._db.execute("COMMIT")
+                self.trouble = (
+                    None if self._reserve.is_file() else "the disk is full: no prompts are accepted"
+                )
+            except (sqlite3.Error, OSError) as error:
+                self._roll_back()
+                self._note_failure(error)
+                raise JournalUnavailable(f"the journal cannot be written: {error}") from error
+            except BaseException:
+                self._roll_back()
+                raise
+
+    def keep_reserve(self) -> bool:
+        """Space that is given up when the disk is full, so that accepted prompts can still be answered.
+
+        Returns:
+            False when there is no room for it: nothing new may be accepted.
+        """
+        try:
+            if self._reserve.is_file():
+                return True
+            with open(self._reserve, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+        except OSError as error:
+            log.warning("journal reserve cannot be kept path=%s error=%s", self._reserve, error)
+            with contextlib.suppress(OSError):
+                self._reserve.unlink(missing_ok=True)
+            return False
+        return True
+
+    def mend(self) -> None:
+        """Opens a journal that turned out damaged again, with what it still holds.
+
+        Raises:
+            JournalUnavailable: it cannot be opened; the next call tries again.
+        """
+        with self._lock:
+            if not self._damaged and self.path.exists():
+                return
+            if not self.path.exists():
+                log.warning("journal removed path=%s: what it held is lost", self.path)
+            try:
+                self._db.close()
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._db = _open_or_salvage(self.path)
+            except (sqlite3.Error, OSError) as error:
+                raise JournalUnavailable(f"journal {self.path} cannot be opened: {error}") from error
+            self._damaged = False
+            self.trouble = None
+
+    def shrink(self) -> None:
+        """Gives pages back to the disk when it can; nothing depends on it."""
+        with self._lock, contextlib.suppress(sqlite3.Error):
+            self._db.executescript("PRAGMA incremental_vacuum(256)")
+
+    def _roll_back(self) -> None:
+        with contextlib.suppress(
+            sqlite3.Error
+        ):  # a failed disk may not even roll back; the next BEGIN says so
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+
+    def _note_failure(self, error: sqlite3.Error | OSError) -> None:
+        """A full disk gets the reserve, a damaged file is mended by the next `mend`."""
+        if self.trouble is None:
+            log.warning("journal failed path=%s error=%s", self.path, error)
+        self.trouble = str(error)
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):  # over a disk quota, SQLite says I/O error
+            with contextlib.suppress(OSError):
+                self._reserve.unlink(missing_ok=True)
+        self._damaged = self._damaged or code in _DAMAGED
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+    db.row_factory = sqlite3.Row
+    try:
+        db.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        db.execute(f"PRAGMA journal_size_limit={RESERVE_BYTES}")
+        if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("quick_check found damage")
+        db.executescript(_SCHEMA)
+        path.chmod(0o600)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _open_or_salvage(path: Path) -> sqlite3.Connection:
+    try:
+        return _connect(path)
+    except sqlite3.OperationalError:
+        raise  # locked, full or not permitted: the content is not in doubt
+    except sqlite3.DatabaseError as error:
+        log.warning("journal damaged path=%s error=%s", path, error)
+    aside = _set_aside(path)
+    db = _connect(path)
+    carried = 0
+    for values in _readable_rows(aside):
+        columns = ", ".join(values)
+        try:
+            db.execute(
+                f"INSERT INTO prompts({columns}) VALUES({', '.join('?' * len(values))})",
+                tuple(values.values()),
+            )
+            carried += 1
+        except sqlite3.Error:
+            log.warning("journal row lost row=%s", values.get("row"))
+    log.warning("journal rebuilt rows=%d damaged_file=%s", carried, aside)
+    return db
+
+
+def _set_aside(path: Path) -> Path:
+    """Moves the damaged file and its write-ahead log to a name of their own; keeps the newest few."""
+    number = 1
+    while path.with_name(f"{path.name}.damaged-{number}").exists():
+        number += 1
+    aside = path.with_name(f"{path.name}.damaged-{number}")
+    for suffix in ("-wal", "-shm", ""):
+        part = path.with_name(path.name + suffix)
+        if part.exists():
+            part.rename(aside.with_name(aside.name + suffix))
+    for old in range(1, number - _MAX_DAMAGED_KEPT + 1):
+        for suffix in ("-wal", "-shm", ""):
+            path.with_name(f"{path.name}.damaged-{old}{suffix}").unlink(missing_ok=True)
+    return aside
+
+
+def _readable_rows(aside: Path) -> Iterator[dict[str, Any]]:
+    """Every row that can still be read: by number, so that a bad page costs its own rows only."""
+    db = sqlite3.connect(aside, isolation_level=None)
+    db.row_factory = sqlite3.Row
+    try:
+        columns = {row["name"] for row in db.execute("PRAGMA table_info(prompts)")}
+        first = _readable(db, "SELECT row FROM prompts ORDER BY row ASC LIMIT 1")
+        last = _readable(db, "SELECT row FROM prompts ORDER BY row DESC LIMIT 1") or _readable(
+            db, "SELECT seq FROM sqlite_sequence WHERE name='prompts'"
+        )
+        if last is None or "row" not in columns:
+            return
+        for number in range(max(first[0] if first else 1, last[0] - _MAX_SALVAGE_ROWS), last[0] + 1):
+            row = _readable(db, "SELECT * FROM prompts WHERE row=?", number)
+            if row is not None:
+                yield dict(row)
+    except sqlite3.Error as error:
+        log.warning("journal salvage ended error=%s", error)
+    finally:
+        db.close()
+
+
+def _readable(db: sqlite3.Connection, query: str, *values: int) -> sqlite3.Row | None:
+    """The first row of a query; None where there is none, or none that can be read."""
+    try:
+        row: sqlite3.Row | None = db.execute(query, values).fetchone()
+    except sqlite3.Error:
+        return None
+    return row
