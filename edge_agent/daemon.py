@@ -27,7 +27,8 @@ from edge_agent import settings as settings_module
 from edge_agent.chat import clock, messages
 from edge_agent.chat.dispatcher import Dispatcher, Outlet
 from edge_agent.chat.intake import Intake, identity, make_id
-from edge_agent.chat.journal import Answer, Journal, Source
+from edge_agent.chat.journal import Journal
+from edge_agent.chat.prompt import Answer, Source
 from edge_agent.errors import (
     BadRequest,
     DaemonRunning,

@@ -27,7 +27,8 @@ from typing import Any, Protocol
 
 from edge_agent.chat import messages
 from edge_agent.chat.clock import Moment
-from edge_agent.chat.journal import Answer, Journal, Prompt, Source
+from edge_agent.chat.journal import Journal
+from edge_agent.chat.prompt import Answer, Prompt, Source
 from edge_agent.errors import (
     PROMPT_ERRORS,
     DeadlineExceeded,

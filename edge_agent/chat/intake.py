@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from edge_agent.chat.clock import Moment
-from edge_agent.chat.journal import Acceptance, Answer, Arrival, Delivery, Journal, Source
+from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Request
+from edge_agent.chat.prompt import Acceptance, Answer, Arrival, Delivery, Source
 from edge_agent.errors import Cancelled, DeadlineExceeded, NoModel, PromptError, UnknownModel
 
 log = logging.getLogger(__name__)

@@ -34,8 +34,9 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from edge_agent.chat.journal import Answer, Delivery, Journal, Outgoing, Prompt, Source
+from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form, encode
+from edge_agent.chat.prompt import Answer, Delivery, Outgoing, Prompt, Source
 from edge_agent.errors import AnswerTooLarge, JournalUnavailable, SettingsError
 from edge_agent.settings import MqttSettings
 from edge_agent.transport.topics import Topics

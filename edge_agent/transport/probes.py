@@ -15,7 +15,8 @@ from typing import Any
 
 from edge_agent.chat import clock, messages
 from edge_agent.chat.intake import Intake, make_id
-from edge_agent.chat.journal import Journal, Prompt, Source
+from edge_agent.chat.journal import Journal
+from edge_agent.chat.prompt import Prompt, Source
 from edge_agent.errors import Cancelled
 from edge_agent.transport.control import Call, ClientGone
 

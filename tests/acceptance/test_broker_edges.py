@@ -21,8 +21,9 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from edge_agent.chat import clock
-from edge_agent.chat.journal import Answer, Arrival, Journal, Prompt, Source
+from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
+from edge_agent.chat.prompt import Answer, Arrival, Prompt, Source
 from edge_agent.settings import MqttSettings
 from edge_agent.transport import mqtt
 from edge_agent.transport.mqtt import Handler, Inbound, MqttTransport, read_password

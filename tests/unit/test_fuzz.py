@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from edge_agent import settings as settings_module
 from edge_agent.chat import clock, messages
 from edge_agent.chat.intake import identity
-from edge_agent.chat.journal import Answer, Arrival, Delivery, Journal, Source
+from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form, Request
+from edge_agent.chat.prompt import Answer, Arrival, Delivery, Source
 from edge_agent.daemon import Daemon
 from edge_agent.errors import BadRequest, ModelFailed, PromptError, PromptTooLong
 from edge_agent.runner import protocol

@@ -9,16 +9,9 @@ import pytest
 
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.intake import identity
-from edge_agent.chat.journal import (
-    MAX_ATTEMPTS,
-    Answer,
-    Arrival,
-    Delivery,
-    Journal,
-    Source,
-    State,
-)
+from edge_agent.chat.journal import MAX_ATTEMPTS, Journal
 from edge_agent.chat.messages import Form
+from edge_agent.chat.prompt import Answer, Arrival, Delivery, Source, State
 from edge_agent.errors import IdReused, JournalUnavailable, NoModel, QueueFull
 
 START = Moment(boot_id="boot-1", boot_s=100.0, wall_s=1_000_000.0)
