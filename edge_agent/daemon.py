@@ -46,7 +46,8 @@ from edge_agent.models.updates import Updates
 from edge_agent.sd_notify import Notifier
 from edge_agent.settings import Settings
 from edge_agent.transport.control import Call, ControlServer
-from edge_agent.transport.mqtt import Inbound, MqttTransport, read_password
+from edge_agent.transport.credentials import read_password
+from edge_agent.transport.mqtt import Inbound, MqttTransport
 from edge_agent.transport.probes import Probes
 from edge_agent.transport.topics import Topics
 

@@ -30,7 +30,7 @@ from edge_agent.models import durable
 from edge_agent.models.learned import Learned
 from edge_agent.models.store import Store
 from edge_agent.settings import Settings, credential_path, known_secrets, search_path
-from edge_agent.transport.mqtt import read_password
+from edge_agent.transport.credentials import read_password
 
 REMOVED = "[removed]"
 _LOG_LINES = 5_000

@@ -15,7 +15,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import random
 import select
 import socket
 import ssl
@@ -24,7 +23,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from paho.mqtt import client as paho
@@ -39,6 +37,8 @@ from edge_agent.chat.messages import Form, encode
 from edge_agent.chat.prompt import Answer, Delivery, Outgoing, Prompt, Source
 from edge_agent.errors import AnswerTooLarge, JournalUnavailable, SettingsError
 from edge_agent.settings import MqttSettings
+from edge_agent.transport.credentials import tls_context
+from edge_agent.transport.reconnect import TAKEN_OVER_S, Ending, Reconnect
 from edge_agent.transport.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -50,14 +50,9 @@ MAX_CHUNKS = 256
 
 _CONNECT_TIMEOUT_S = 10.0
 _TURN_S = 1.0
-_RETRY_FIRST_S, _RETRY_LAST_S = 0.5, 60.0
-_TAKEN_OVER_S = 120.0
-_STEADY_S = 300.0
-"""A connection that lasted this long was a good one: the next wait starts from the beginning."""
 _CONNACK_S = 15.0
 _OUTBOX_LOOK_S = 2.0
 _REFUSED_RETRY_S = 60.0
-_HANG_UPS = 3
 _MIN_PACKET_BYTES = 1 << 20
 _PACKET_OVERHEAD_BYTES = 128
 _TAKEN_OVER = 0x8E
@@ -128,6 +123,17 @@ class _Connection:
     refused_rows: set[int] = field(default_factory=set)
     refused_at_s: float = 0.0
 
+    def ending(self, now_s: float) -> Ending:
+        """What the next connection should know of this one."""
+        return Ending(
+            lasted_s=now_s - self.started_s,
+            connected=self.connected,
+            refused=self.refused,
+            unsupported=self.unsupported,
+            silent=self.silent,
+            taken_over=self.taken_over,
+        )
+
 
 class MqttTransport:
     """The agent's connection to the broker; `run` is its thread.
@@ -159,13 +165,11 @@ class MqttTransport:
         self._handlers = handlers
         self._will = will
         self._client_id = f"edge-agent-{topics.device_id}"
-        self._version5 = settings.protocol != "3.1.1"
-        self._hang_ups = 0
-        self._by_hang_up = False
         self._place = f"{settings.host}:{settings.port}"
-        self._speaks_5 = False
+        speaks_5 = False
         with contextlib.suppress(JournalUnavailable):
-            self._speaks_5 = journal.note("broker_speaks_5") == self._place
+            speaks_5 = journal.note("broker_speaks_5") == self._place
+        self._reconnect = Reconnect(settings.protocol, speaks_5=speaks_5)
         # Room above the limit, so that ordinary excess is answered (413) and not just cut off.
         self._max_packet_bytes = max(_MIN_PACKET_BYTES, 4 * max_payload_bytes)
         self._connection: _Connection | None = None
@@ -185,7 +189,6 @@ class MqttTransport:
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
         self._tls = tls_context(settings)
-        self._retry_s = _RETRY_FIRST_S
         self.counters: collections.Counter[str] = collections.Counter()
         self.turned_s = time.monotonic()
         self.problem = ""
@@ -269,11 +272,11 @@ class MqttTransport:
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=self._client_id,
-            protocol=paho.MQTTv5 if self._version5 else paho.MQTTv311,
+            protocol=paho.MQTTv5 if self._reconnect.version5 else paho.MQTTv311,
             manual_ack=True,
-            clean_session=None if self._version5 else False,
+            clean_session=None if self._reconnect.version5 else False,
         )
-        connection = _Connection(client=client, version5=self._version5, started_s=time.monotonic())
+        connection = _Connection(client=client, version5=self._reconnect.version5, started_s=time.monotonic())
         self._attach(connection)
         try:
             if self._tls is not None:
@@ -283,7 +286,7 @@ class MqttTransport:
             client.connect_timeout = _CONNECT_TIMEOUT_S
             client.max_inflight_messages_set(MAX_IN_FLIGHT)
             client.will_set(self._topics.status, self._will, qos=1, retain=True)
-            if self._version5:
+            if self._reconnect.version5:
                 properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
                 properties.SessionExpiryInterval = settings.session_expiry_s
                 properties.ReceiveMaximum = RECEIVE_MAXIMUM
@@ -486,9 +489,9 @@ class MqttTransport:
             if not flags.session_present:
                 self._journal.begin_broker_session(uuid.uuid4().hex)
             connection.session = self._journal.broker_session()
-            if connection.version5 and not self._speaks_5:
+            if connection.version5 and not self._reconnect.speaks_5:
                 self._journal.set_note("broker_speaks_5", self._place)
-                self._speaks_5 = True
+                self._reconnect.speaks_5 = True
         connection.max_packet_bytes = getattr(properties, "MaximumPacketSize", connection.max_packet_bytes)
         connection.max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT))
         self._subscribe(connection)
@@ -566,82 +569,28 @@ class MqttTransport:
 
     def _wait_to_reconnect(self, connection: _Connection | None) -> None:
         now_s = time.monotonic()
+        ending = None
         if connection is not None:
             self._note_failure(connection.ended)
-            if connection.connected and now_s - connection.started_s > _STEADY_S:
-                self._retry_s = _RETRY_FIRST_S
-            if self._settings.protocol == "auto":
-                self._choose_protocol(connection)
-        wait_s = _TAKEN_OVER_S if connection is not None and connection.taken_over else self._retry_s
-        if connection is not None and connection.taken_over:
+            ending = connection.ending(now_s)
+        if ending is not None and ending.taken_over:
             log.warning(
                 "session taken over client_id=%s wait_s=%.0f remedy='has another device this device_id?'",
-                self._client_id, wait_s,
+                self._client_id, TAKEN_OVER_S,
             )  # fmt: skip
-        self._retry_s = min(_RETRY_LAST_S, self._retry_s * 2)
-        limit_s = now_s + wait_s * random.uniform(0.5, 1.5)
+        limit_s = now_s + self._reconnect.wait_after(ending)
         while not self._closing.is_set() and (left_s := limit_s - time.monotonic()) > 0:
             self.turned_s = time.monotonic()
             self._closing.wait(min(left_s, _TURN_S))
 
-    def _choose_protocol(self, connection: _Connection) -> None:
-        """Which protocol the next connect offers.
-
-        A broker that speaks no MQTT 5 says so, or just hangs up. A hang-up has many causes, so several in a row
-        bring one attempt with 3.1.1, and a connection that was made that way is followed by one with 5 again.
-        """
-        if connection.unsupported:
-            self._version5, self._retry_s = not connection.version5, _RETRY_FIRST_S
-        elif connection.connected:
-            self._hang_ups = 0
-            self._version5 = self._version5 or self._by_hang_up
-        elif not connection.refused and not connection.silent and not self._speaks_5:
-            self._hang_ups += 1
-            self._by_hang_up = self._hang_ups % (_HANG_UPS + 1) == _HANG_UPS
-            self._version5 = not self._by_hang_up
-
     def _note_failure(self, reason: str) -> None:
         self.counters["failed_connections"] += 1
         self.problem = reason
-        log.warning("broker disconnected reason=%r retry_s=%.1f", reason, self._retry_s)
+        log.warning("broker disconnected reason=%r retry_s=%.1f", reason, self._reconnect.retry_s)
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake_write.send(b"\0")
-
-
-def read_password(settings: MqttSettings, credential: Path | None) -> str | None:
-    """The broker's password: `mqtt.password_file`, else the systemd credential `mqtt-password`.
-
-    Raises:
-        SettingsError: the file cannot be read.
-    """
-    path = Path(settings.password_file) if settings.password_file else credential
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8").rstrip("\r\n")[:65_535]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"mqtt.password_file: {path} cannot be read: {error}") from error
-
-
-def tls_context(settings: MqttSettings) -> ssl.SSLContext | None:
-    """TLS when `mqtt.ca_file` is set: the broker's certificate and name are always verified.
-
-    Raises:
-        SettingsError: a file cannot be loaded; its key is named.
-    """
-    if not settings.ca_file:
-        return None
-    key = "mqtt.ca_file"
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file)
-        if settings.cert_file:
-            key = "mqtt.cert_file, mqtt.key_file"
-            context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: "")
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"{key}: cannot be loaded: {error}") from error
-    return context
 
 
 def _inbound(connection: _Connection, message: paho.MQTTMessage) -> Inbound:

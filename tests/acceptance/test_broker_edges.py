@@ -25,8 +25,9 @@ from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Arrival, Prompt, Source
 from edge_agent.settings import MqttSettings
-from edge_agent.transport import mqtt
-from edge_agent.transport.mqtt import Handler, Inbound, MqttTransport, read_password
+from edge_agent.transport import reconnect
+from edge_agent.transport.credentials import read_password
+from edge_agent.transport.mqtt import Handler, Inbound, MqttTransport
 from edge_agent.transport.topics import Topics
 from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support.client import Client, Message, chat, connected
@@ -381,8 +382,8 @@ def test_two_agents_with_one_name_do_not_fight(own_broker: Broker, short_dir: Pa
             wait_until(lambda: connects() >= 4, 20, "the beginning of the fight")
             with pytest.raises(TimeoutError):
                 wait_until(lambda: connects() > 12, 6, "a fight")
-    longest_wait_s = 1.5 * mqtt._RETRY_LAST_S
-    assert longest_wait_s < mqtt._STEADY_S, "else a connection between two blows counts as a good one"
+    longest_wait_s = 1.5 * reconnect.RETRY_LAST_S
+    assert longest_wait_s < reconnect.STEADY_S, "else a connection between two blows counts as a good one"
 
 
 def test_a_hundred_prompts_at_once_are_all_answered_in_the_end(caller: Client) -> None:

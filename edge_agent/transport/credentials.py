@@ -1,0 +1,43 @@
+"""How the agent proves to the broker who it is, and the broker to the agent: the password and TLS."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+from edge_agent.errors import SettingsError
+from edge_agent.settings import MqttSettings
+
+
+def read_password(settings: MqttSettings, credential: Path | None) -> str | None:
+    """The broker's password: `mqtt.password_file`, else the systemd credential `mqtt-password`.
+
+    Raises:
+        SettingsError: the file cannot be read.
+    """
+    path = Path(settings.password_file) if settings.password_file else credential
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").rstrip("\r\n")[:65_535]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"mqtt.password_file: {path} cannot be read: {error}") from error
+
+
+def tls_context(settings: MqttSettings) -> ssl.SSLContext | None:
+    """TLS when `mqtt.ca_file` is set: the broker's certificate and name are always verified.
+
+    Raises:
+        SettingsError: a file cannot be loaded; its key is named.
+    """
+    if not settings.ca_file:
+        return None
+    key = "mqtt.ca_file"
+    try:
+        context = ssl.create_default_context(cafile=settings.ca_file)
+        if settings.cert_file:
+            key = "mqtt.cert_file, mqtt.key_file"
+            context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: "")
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"{key}: cannot be loaded: {error}") from error
+    return context

@@ -1,0 +1,88 @@
+"""When the next connection to the broker is tried, and which protocol it offers. Rules apart from I/O.
+
+A device waits longer from attempt to attempt, with jitter, so that a fleet does not come back at once; longest where
+another client took its session over: two devices of one name must not fight for ever.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+RETRY_FIRST_S, RETRY_LAST_S = 0.5, 60.0
+TAKEN_OVER_S = 120.0
+STEADY_S = 300.0
+"""A connection that lasted this long was a good one: the next wait starts from the beginning."""
+_HANG_UPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a connection ended that reached the broker's port.
+
+    Attributes:
+        connected: the broker had accepted it.
+        refused: the broker said no, with a reason.
+        unsupported: the reason was the protocol.
+        silent: the broker said nothing at all until the limit.
+        taken_over: another client of the same name came.
+    """
+
+    lasted_s: float
+    connected: bool = False
+    refused: bool = False
+    unsupported: bool = False
+    silent: bool = False
+    taken_over: bool = False
+
+
+class Reconnect:
+    """One broker's. Only the network thread touches it.
+
+    Args:
+        protocol: `mqtt.protocol`; only `auto` changes from connection to connection.
+        speaks_5: the broker is known to speak MQTT 5.
+
+    Attributes:
+        version5: the next connection offers MQTT 5, else 3.1.1.
+        retry_s: the next wait, without its jitter.
+    """
+
+    def __init__(self, protocol: str, *, speaks_5: bool) -> None:
+        self.version5 = protocol != "3.1.1"
+        self.speaks_5 = speaks_5
+        self.retry_s = RETRY_FIRST_S
+        self._auto = protocol == "auto"
+        self._hang_ups = 0
+        self._by_hang_up = False
+
+    def wait_after(self, ending: Ending | None) -> float:
+        """How many seconds to wait before the next attempt.
+
+        Args:
+            ending: of the last connection; None where the broker's port was not even reached.
+        """
+        if ending is not None:
+            if ending.connected and ending.lasted_s > STEADY_S:
+                self.retry_s = RETRY_FIRST_S
+            if self._auto:
+                self._choose_protocol(ending)
+        wait_s = TAKEN_OVER_S if ending is not None and ending.taken_over else self.retry_s
+        self.retry_s = min(RETRY_LAST_S, self.retry_s * 2)
+        return wait_s * random.uniform(0.5, 1.5)
+
+    def _choose_protocol(self, ending: Ending) -> None:
+        """Which protocol the next connect offers.
+
+        A broker that speaks no MQTT 5 says so, or just hangs up. A hang-up has many causes, so several in a row
+        bring one attempt with 3.1.1, and a connection that was made that way is followed by one with 5 again.
+        """
+        if ending.unsupported:
+            self.version5, self.retry_s = not self.version5, RETRY_FIRST_S
+        elif ending.connected:
+            self._hang_ups = 0
+            self.version5 = self.version5 or self._by_hang_up
+        elif not ending.refused and not ending.silent and not self.speaks_5:
+            self._hang_ups += 1
+            self._by_hang_up = self._hang_ups % (_HANG_UPS + 1) == _HANG_UPS
+            self.version5 = not self._by_hang_up
