@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edge_agent import settings
+from edge_agent.errors import StoreError
 
 
 @contextmanager
@@ -21,6 +22,9 @@ def acting_as_owner_of(state_dir: Path) -> Iterator[None]:
 
     The registry's credentials, which only root can read, are taken along in the environment. Not for a process
     with threads: they would all change.
+
+    Raises:
+        StoreError: the owner is no user of this host.
     """
     owner = _other_owner(state_dir) if os.geteuid() == 0 else None
     if owner is None:
@@ -41,7 +45,22 @@ def acting_as_owner_of(state_dir: Path) -> Iterator[None]:
 
 def _other_owner(state_dir: Path) -> pwd.struct_passwd | None:
     try:
-        uid = state_dir.stat().st_uid
-        return pwd.getpwuid(uid) if uid else None
-    except (OSError, KeyError):
-        return None
+        user_id = state_dir.stat().st_uid
+    except OSError:
+        return None  # it will be made, or the error will say more
+    return _user(user_id, state_dir) if user_id else None
+
+
+def _user(user_id: int, state_dir: Path) -> pwd.struct_passwd:
+    """Root cannot become somebody who has no name and no groups here, and must not write in their place.
+
+    Raises:
+        StoreError: there is no such user.
+    """
+    try:
+        return pwd.getpwuid(user_id)
+    except KeyError as error:
+        raise StoreError(
+            f"{state_dir} belongs to #{user_id}, who could not read what root puts there",
+            remedy=f"start the daemon, or use `sudo -u '#{user_id}' edge-agent …`",
+        ) from error

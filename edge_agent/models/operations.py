@@ -7,11 +7,8 @@ the store and the updates do.
 from __future__ import annotations
 
 import contextlib
-import os
-import pwd
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
@@ -268,31 +265,8 @@ def run_operation(
 
 
 def without_daemon(settings: Settings) -> tuple[Operations, Mapping[str, ModelLifecycle]]:
-    """The same operations in this process; the caller closes the lifecycles."""
-    check_owner(settings.state_dir, user_id=os.geteuid())
+    """The same operations in this process, which acts as the cache's owner; the caller closes the lifecycles."""
     store = Store(settings.state_dir)
     store.create()
     lifecycles = lifecycles_of(settings, store)
     return Operations(settings, store, lifecycles, Updates(settings, store, lifecycles)), lifecycles
-
-
-def check_owner(state_dir: Path, *, user_id: int) -> None:
-    """root may write anywhere; but what it makes in the agent's directory, the agent cannot read.
-
-    Raises:
-        StoreError: the directory is another user's.
-    """
-    try:
-        owner_id = state_dir.stat().st_uid
-    except OSError:
-        return  # it will be made, or the error will say more
-    if user_id != 0 or owner_id == 0:
-        return
-    try:
-        owner = pwd.getpwuid(owner_id).pw_name
-    except KeyError:
-        owner = f"#{owner_id}"
-    raise StoreError(
-        f"{state_dir} belongs to {owner}, who could not read what root puts there",
-        remedy=f"start the daemon, or use `sudo -u {owner} edge-agent …`",
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
-from edge_agent.models.operations import Operations, check_owner, run_operation, without_daemon
+from edge_agent.models.operations import Operations, run_operation, without_daemon
 from edge_agent.models.state import ModelState
 from edge_agent.models.store import Store
 from edge_agent.settings import ModelSettings, Settings
@@ -82,12 +81,3 @@ def test_without_a_file_there_is_nothing_to_read_or_write(
     commit(store, 1)
     with pytest.raises(EdgeAgentError, match="no file was given"):
         run_operation(found, do, name="assistant", version=1)
-
-
-def test_root_does_not_write_into_another_user_s_cache(tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        os.chown(tmp_path, 1, 1)
-    with pytest.raises(StoreError, match="sudo -u"):
-        check_owner(tmp_path, user_id=0)
-    check_owner(tmp_path, user_id=tmp_path.stat().st_uid)
-    check_owner(tmp_path / "not there yet", user_id=0)

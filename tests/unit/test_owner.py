@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.owner import acting_as_owner_of
+from edge_agent.errors import StoreError
+from edge_agent.owner import _user, acting_as_owner_of
 
+NAMELESS = next(uid for uid in range(50_000, 65_000) if uid not in {entry.pw_uid for entry in pwd.getpwall()})
 OWNER = 65_534 if os.geteuid() == 0 else os.geteuid()  # nobody
 
 
@@ -48,3 +51,13 @@ def test_a_state_directory_that_is_not_there_changes_nothing(tmp_path: Path) -> 
     before = os.getresuid()
     with acting_as_owner_of(tmp_path / "none"):
         assert os.getresuid() == before
+
+
+def test_root_does_not_write_into_the_cache_of_an_owner_without_a_name(state_dir: Path) -> None:
+    with pytest.raises(StoreError, match="sudo -u"):
+        _user(NAMELESS, state_dir)
+    if os.geteuid() == 0:
+        os.chown(state_dir, NAMELESS, NAMELESS)
+        with pytest.raises(StoreError, match=f"#{NAMELESS}"), acting_as_owner_of(state_dir):
+            (state_dir / "lock").touch()
+        assert list(state_dir.iterdir()) == []
