@@ -11,7 +11,7 @@ from typing import Any
 
 from edge_agent.chat import messages
 from edge_agent.errors import PROMPT_ERRORS, EdgeAgentError, ModelFailed, NoModel, UnknownModel
-from edge_agent.models.lifecycle import lifecycle_of
+from edge_agent.models.lifecycle import budget_of, lifecycle_of
 from edge_agent.models.store import Store
 from edge_agent.runner.process import RunnerProcess
 from edge_agent.runner.protocol import Done
@@ -76,7 +76,8 @@ def ask_direct(
     body = messages.encode({"messages": [{"role": "user", "content": question}]})
     request = messages.parse(body, limit_bytes=settings.limits.payload_bytes)
     document = messages.with_system(request.document, settings.models[name].system)
-    lifecycle = lifecycle_of(settings, name, Store(settings.state_dir))
+    store = Store(settings.state_dir)
+    lifecycle = lifecycle_of(settings, name, store, budget_of(settings, store))
     try:
         with lifecycle.lease() as lease:
             if lease is None:

@@ -280,10 +280,6 @@ class Settings(BaseSettings):
         """The first model's name."""
         return next(iter(self.models), None)
 
-    @property
-    def topic_root(self) -> str:
-        return f"{self.mqtt.prefix}/v1/{self.device_id}"
-
 
 def load(config: Path | None = None, **options: Any) -> Settings:
     """Reads and checks all settings.

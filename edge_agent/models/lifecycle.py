@@ -483,30 +483,27 @@ class ModelLifecycle:
 
 def lifecycles_of(settings: Settings, store: Store) -> dict[str, ModelLifecycle]:
     """The lifecycles of all configured models; they share one memory budget."""
-    budget = MemoryBudget(settings.inference.memory_limit_bytes, learned=Learned(store.learned_file))
+    budget = budget_of(settings, store)
     return {name: lifecycle_of(settings, name, store, budget) for name in settings.models}
 
 
-def _reason_of(record: VersionRecord, reason: str) -> str:
-    """What the state says beside an active version: why it is one of the fallback; nothing for its own."""
-    return (reason or "it was chosen on this device") if record.fallback else ""
+def budget_of(settings: Settings, store: Store) -> MemoryBudget:
+    """What the runners of this process may take together."""
+    return MemoryBudget(settings.inference.memory_limit_bytes, learned=Learned(store.learned_file))
 
 
-def lifecycle_of(
-    settings: Settings, name: str, store: Store, budget: MemoryBudget | None = None
-) -> ModelLifecycle:
+def lifecycle_of(settings: Settings, name: str, store: Store, budget: MemoryBudget) -> ModelLifecycle:
     """The lifecycle of one configured model, with runners as the settings want them.
 
     Args:
-        budget: shared with other models; None for one of its own.
+        budget: shared with the other models.
     """
-    learned = Learned(store.learned_file)
     return ModelLifecycle(
         name,
         loading=Loading(
             settings=settings.models[name],
-            threads=ThreadChoice(settings.inference.threads, learned=learned),
-            budget=budget or MemoryBudget(settings.inference.memory_limit_bytes, learned=learned),
+            threads=ThreadChoice(settings.inference.threads, learned=Learned(store.learned_file)),
+            budget=budget,
             parallel=settings.inference.parallel,
             kv_bytes=settings.inference.kv_bytes,
             verify=settings.cache.verify_on_load,
@@ -517,3 +514,8 @@ def lifecycle_of(
         store=store,
         start_runner=lambda: RunnerProcess(model=name, environment=environment(settings.state_dir)),
     )
+
+
+def _reason_of(record: VersionRecord, reason: str) -> str:
+    """What the state says beside an active version: why it is one of the fallback; nothing for its own."""
+    return (reason or "it was chosen on this device") if record.fallback else ""

@@ -238,18 +238,6 @@ class Store:
         except OSError:
             return False
 
-    def add_blob(self, source: Path, file: ManifestFile) -> Path:
-        """Verifies a file's size and sha256, then moves it in under its digest.
-
-        Raises:
-            VerificationError: the bytes are not those of `file`; nothing was moved.
-        """
-        check_file(source, file)
-        with store_errors("add a blob", source):
-            target = self._move_in(source, file)
-            durable.sync_folder(self.blobs)
-        return target
-
     def repair(self, source: Path, file: ManifestFile) -> list[VersionRecord]:
         """Puts verified bytes in the place of a damaged or missing blob, and relinks every version with it.
 

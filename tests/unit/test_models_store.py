@@ -134,8 +134,8 @@ def test_bytes_that_are_not_promised_get_no_final_name(store: Store, tmp_path: P
         ManifestFile(path="a", size_bytes=4, sha256="0" * 64),
         ManifestFile(path="a", size_bytes=3, sha256="0" * 64),
     ):
-        with pytest.raises(VerificationError, match="'a'"):
-            store.add_blob(source, wrong)
+        with store.lock(), pytest.raises(VerificationError, match="'a'"):
+            store.repair(source, wrong)
     assert list(store.blobs.iterdir()) == []
 
 
