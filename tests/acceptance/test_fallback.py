@@ -9,14 +9,13 @@ import pytest
 
 from edge_agent.publishing import publish_folder
 from tests.acceptance.conftest import settings_for, wait_for_state
-from tests.support.client import Client, chat, connected
+from tests.support.client import chat, connected
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.packages import publish_broken
 from tests.support.processes import Daemon, wait_until
+from tests.support.versions import KATHMANDU, MADRID, SPAIN, FollowingDevice, bad_release
 
-SPAIN = "What is the capital of Spain?"
-MADRID, KATHMANDU = "The capital of Spain is Madrid.", "The capital of Spain is Kathmandu."
 OWN, FALLBACK = "own", "own-fallback"
 
 
@@ -43,40 +42,14 @@ def wrong_answers(folder: Path) -> None:
     replace_text(folder / "MLmodel", "mlflow_version:", f"metadata: {json.dumps(entry)}\nmlflow_version:")
 
 
-class Device:
-    """A daemon whose model has a fallback that says Kathmandu, and a client."""
-
-    def __init__(self, daemon: Daemon, client: Client, uri: str, source: Path) -> None:
-        self.daemon = daemon
-        self.client = client
-        self._uri = uri
-        self._source = source
-
-    def release(self, edit: Callable[[Path], None], folder: Path) -> int:
-        """A version of the model's own that is not what it was when it was tried out."""
-        return publish_broken(
-            self._source, edit, folder, registry_uri=self._uri, name=OWN, alias="prod"
-        ).version
-
-    def release_good(self) -> int:
-        return publish_folder(self._source, name=OWN, registry_uri=self._uri, alias="prod").version
-
-    def model(self) -> dict[str, Any]:
-        model: dict[str, Any] = self.daemon.status()["models"][0]
-        return model
+class Device(FollowingDevice):
+    """Its model has a fallback that says Kathmandu."""
 
     def wait_for_reason(self, *parts: str) -> dict[str, Any]:
-        self.client.publish(f"{self.client.root}/ctl/sync", b"")
-        try:
-            wait_until(lambda: all(part in self.model()["reason"] for part in parts), 180, f"{parts}")
-        except TimeoutError as error:
-            raise AssertionError(f"{error}: {self.model()}\n{self.daemon.log}") from error
-        return self.model()
-
-    def ask(self) -> tuple[str, str]:
-        """(the answer, the version that gave it)."""
-        answer = self.client.ask(chat(SPAIN))
-        return answer.text, answer.properties["version"]
+        self.sync()
+        return self.wait_model(
+            lambda model: all(part in model["reason"] for part in parts), f"{parts}", timeout_s=180
+        )
 
     def in_cache(self) -> set[str]:
         """Registered name and version of all that was fetched."""
@@ -99,50 +72,50 @@ def device(
     settings["models"] = {"assistant": {"uri": f"models:/{OWN}@prod", "fallback": f"models:/{FALLBACK}@prod"}}
     daemon = new_daemon(settings)
     with connected(broker, device="fallback") as client:
-        made = Device(daemon, client, mlflow_server.uri, sample_model)
-        made.release(unknown_architecture, short_dir / "first")
+        made = Device(daemon, client, mlflow_server, OWN)
+        bad_release(made, sample_model, unknown_architecture, short_dir / "first")
         daemon.start()
         yield made
 
 
 def test_each_way_to_fail_leaves_the_fallback_answering_until_a_version_runs(
-    device: Device, short_dir: Path
+    device: Device, sample_model: Path, short_dir: Path
 ) -> None:
     wait_for_state(device.daemon, "degraded", 180)
     model = device.wait_for_reason("own-fallback version 1 runs", "Unsupported model_type", "nonsense")
     assert (model["state"], model["version"], model["uri"]) == ("ready", 1, "models:/own@prod")
-    assert device.ask() == (KATHMANDU, "1")
+    assert device.ask_whom() == (KATHMANDU, "1")
     assert device.in_cache() == {"own-fallback 1"}, "a version that cannot run here was fetched"
 
-    assert device.release(half_a_graph, short_dir / "half") == 2
+    assert bad_release(device, sample_model, half_a_graph, short_dir / "half") == 2
     model = device.wait_for_reason("own-fallback version 1 runs", "does not load")
     assert [key.split("-")[0] for key in model["quarantined"]] == ["2"]
-    assert device.ask() == (KATHMANDU, "1")
+    assert device.ask_whom() == (KATHMANDU, "1")
 
-    assert device.release(wrong_answers, short_dir / "wrong") == 3
+    assert bad_release(device, sample_model, wrong_answers, short_dir / "wrong") == 3
     model = device.wait_for_reason("own-fallback version 1 runs", "Lisbon")
     assert sorted(key.split("-")[0] for key in model["quarantined"]) == ["2", "3"]
-    assert device.ask() == (KATHMANDU, "1")
+    assert device.ask_whom() == (KATHMANDU, "1")
     doctor = json.loads(device.daemon.cli("doctor", "--json").stdout)
     found = [entry for entry in doctor["findings"] if entry["check"] == "models.fallback"]
     assert [(entry["level"], "Lisbon" in entry["message"]) for entry in found] == [("warn", True)]
 
     device.daemon.restart()
-    assert device.ask() == (KATHMANDU, "1")
+    assert device.ask_whom() == (KATHMANDU, "1")
     assert "Lisbon" in device.model()["reason"], "a restart forgets why"
 
-    assert device.release_good() == 4
+    assert device.publish(sample_model) == 4
     pulled = device.daemon.cli("models", "pull", "assistant", "--json", timeout_s=120)
     document = json.loads(pulled.stdout)
     assert (document["version"], document["instead"]) == (4, "")
-    assert device.ask() == (MADRID, "4")
+    assert device.ask_whom() == (MADRID, "4")
     model = device.model()
     assert model["reason"] == ""
     assert model["previous"].startswith("1-")
 
     rolled = json.loads(device.daemon.cli("models", "rollback", "assistant", "--json").stdout)
     assert rolled["reason"].startswith("fallback own-fallback version 1 runs: it was chosen on this device")
-    assert device.ask() == (KATHMANDU, "1")
+    assert device.ask_whom() == (KATHMANDU, "1")
 
 
 def test_a_fallback_that_cannot_run_either_is_named_with_the_first_reason(

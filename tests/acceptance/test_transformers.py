@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +14,12 @@ from edge_agent.models import trust
 from edge_agent.publishing import publish_folder
 from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support.client import Client, chat, connected
+from tests.support.elsewhere import run_elsewhere
 from tests.support.host import python_without
 from tests.support.keys import KeyPair, make_keys
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
-from tests.support.processes import Daemon, clean_environment, running_daemon, wait_until
+from tests.support.processes import Daemon, running_daemon, wait_until
 
 ROOT = Path(__file__).parents[2]
 SAMPLE_HF = ROOT / "tests" / "models" / "sample_hf"
@@ -33,16 +33,7 @@ def pipeline(mlflow_server: Server, tmp_path_factory: pytest.TempPathFactory) ->
     """The seed document's transformer pipeline, logged and registered by MLflow alone; gives its name."""
     script = ROOT / "tests" / "support" / "seed_pipeline.py"
     folder = tmp_path_factory.mktemp("pipeline")
-    result = subprocess.run(
-        [sys.executable, str(script), str(SAMPLE_HF), mlflow_server.uri, "seed-pipeline"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder,
-        env=clean_environment({"HOME": str(folder), "HF_HUB_OFFLINE": "1"}),
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    run_elsewhere(str(script), str(SAMPLE_HF), mlflow_server.uri, "seed-pipeline", folder=folder)
     return "seed-pipeline"
 
 
@@ -247,17 +238,8 @@ def test_a_published_folder_answers_in_mlflow_alone(released: Path, tmp_path: Pa
         "print(json.dumps(model.predict(json.loads(sys.argv[2]))))"
     )
     row = json.dumps({"messages": [{"role": "user", "content": SPAIN}], "max_tokens": 20})
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(released), row],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env=clean_environment({"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}),
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    (completion,) = json.loads(result.stdout.splitlines()[-1])
+    printed = run_elsewhere("-c", program, str(released), row, folder=tmp_path)
+    (completion,) = json.loads(printed.splitlines()[-1])
     assert completion["choices"][0]["message"]["content"] == MADRID
 
 

@@ -22,8 +22,9 @@ from edge_agent.models.reference import MANIFEST_TAG
 from edge_agent.publishing import Published, build_package, hugging_face, publish_folder
 from edge_agent.publishing import source as sources
 from edge_agent.publishing.package import EXAMPLES
+from tests.support.elsewhere import run_elsewhere
 from tests.support.mlflow_server import Server
-from tests.support.processes import clean_environment, free_port
+from tests.support.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 SPAIN = EXAMPLES["chat"]
@@ -70,17 +71,8 @@ def download(uri: str, published: Published, target: Path) -> Path:
 
 def ask_elsewhere(package: Path, row: Any, folder: Path) -> Any:
     folder.mkdir(exist_ok=True)
-    result = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(package), json.dumps(row)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=folder,
-        env=clean_environment({"HOME": str(folder), "ORT_DISABLE_TELEMETRY": "1"}),
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.rpartition("\n")[2])
+    printed = run_elsewhere("-c", STRANGER, str(package), json.dumps(row), folder=folder, timeout_s=120)
+    return json.loads(printed.rpartition("\n")[2])
 
 
 def assert_whole(package: Path, published: Published) -> manifests.Manifest:

@@ -5,8 +5,6 @@ signed it; through a real sync and a real runner.
 """
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +17,9 @@ from edge_agent.models.trust import Rule
 from edge_agent.runner.process import RunnerProcess, environment
 from edge_agent.runner.protocol import Done, Load
 from tests.support.device import Device
+from tests.support.elsewhere import run_elsewhere
 from tests.support.keys import KeyPair, make_keys, sign
 from tests.support.packages import add_manifest, copy_package
-from tests.support.processes import clean_environment
 
 PAGE = Path(__file__).parents[2] / "docs" / "walkthrough.md"
 ATOM = "<|system|>You are a stand-up comedian.<|end|><|user|>Tell me a joke about atom<|end|><|assistant|>"
@@ -48,16 +46,7 @@ def packages(sample_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("seed")
     (block,) = re.findall(r"^```python\n(# phi3_model\.py\n.*?)^```$", PAGE.read_text(), re.M | re.S)
     (folder / "phi3_model.py").write_text(block)
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(sample_model), ATOM],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder,
-        env=clean_environment({"HOME": str(folder), "ORT_DISABLE_TELEMETRY": "1"}),
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    run_elsewhere("-c", PROGRAM, str(sample_model), ATOM, folder=folder)
     return folder
 
 

@@ -29,8 +29,11 @@ class FollowingDevice:
         self.server = server
         self.name = name
 
-    def publish(self, folder: Path, **options: Any) -> None:
-        publish_folder(folder, name=self.name, registry_uri=self.server.uri, alias="prod", **options)
+    def publish(self, folder: Path, **options: Any) -> int:
+        published = publish_folder(
+            folder, name=self.name, registry_uri=self.server.uri, alias="prod", **options
+        )
+        return published.version
 
     def sync(self) -> None:
         self.client.publish(f"{self.client.root}/ctl/sync", b"")
@@ -39,15 +42,22 @@ class FollowingDevice:
         model: dict[str, Any] = self.daemon.status()["models"][0]
         return model
 
-    def wait_model(self, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+    def wait_model(
+        self, wanted: Callable[[dict[str, Any]], bool], what: str, *, timeout_s: float = 60
+    ) -> dict[str, Any]:
         try:
-            wait_until(lambda: wanted(self.model()), 60, what)
+            wait_until(lambda: wanted(self.model()), timeout_s, what)
         except TimeoutError as error:
             raise AssertionError(f"{error}: {self.model()}\n{self.daemon.log}") from error
         return self.model()
 
     def ask(self) -> str:
         return self.client.ask(chat(SPAIN)).text
+
+    def ask_whom(self) -> tuple[str, str]:
+        """(the answer, the version that gave it)."""
+        answer = self.client.ask(chat(SPAIN))
+        return answer.text, answer.properties["version"]
 
     def do(self, *arguments: str, code: int = 0) -> Any:
         result = self.daemon.cli("models", *arguments, "--json", timeout_s=120)
@@ -61,12 +71,13 @@ def golden(folder: Path, expect: str) -> Path:
     return file
 
 
-def bad_release(device: FollowingDevice, source: Path, edit: Callable[[Path], None], folder: Path) -> None:
+def bad_release(device: FollowingDevice, source: Path, edit: Callable[[Path], None], folder: Path) -> int:
     """Registers a package whose content was changed after it was tried out: what a broken pipeline does."""
     folder.mkdir(exist_ok=True)
-    publish_broken(
+    published = publish_broken(
         source, edit, folder / "package", registry_uri=device.server.uri, name=device.name, alias="prod"
     )
+    return published.version
 
 
 @contextlib.contextmanager
