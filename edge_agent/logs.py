@@ -1,17 +1,29 @@
 """Logs: one line an event on stderr, key=value or JSON. Never prompt text, answers or secrets.
 
+Of an exception that nobody foresaw they have its kind and the places it went through, not its message: that
+may quote what was being worked on. This holds for every logger, and for what ends the process or a thread.
+
 Under systemd the line begins with its priority, and the journal has the time already.
 Source: sd-daemon(3), "SD_ERR" and the others.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
-from typing import Literal
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Literal
+
+log = logging.getLogger(__name__)
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+_MAX_CAUSES = 5
+_MAX_PLACES = 30
+"""A recursion without end has a thousand; the last ones tell."""
 
 
 def configure(log_format: Literal["text", "json"], *, journal: bool) -> None:
@@ -23,9 +35,58 @@ def configure(log_format: Literal["text", "json"], *, journal: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter(journal=journal))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    sys.excepthook = _log_end_of_process
+    threading.excepthook = _log_end_of_thread
 
 
-class _TextFormatter(logging.Formatter):
+def describe(error: BaseException) -> str:
+    """Kind and places of an exception and of what caused it, without a word of theirs: a line for each place."""
+    return "\n".join(_lines(error))
+
+
+def _lines(error: BaseException | None) -> Iterator[str]:
+    for number in range(_MAX_CAUSES):
+        if error is None:
+            return
+        yield f"{'caused by ' if number else ''}{_kind(error)}"
+        for code, line in _places(error.__traceback__)[-_MAX_PLACES:]:
+            yield f"  at {code.co_filename}:{line}:{code.co_qualname}"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _kind(error: BaseException) -> str:
+    """Its class; where the system or SQLite gave a number, its name: no words of anybody."""
+    number = error.errno if isinstance(error, OSError) else None
+    name = errno.errorcode.get(number or 0, "") or getattr(error, "sqlite_errorname", "")
+    return f"{type(error).__module__}.{type(error).__qualname__}{f' {name}' if name else ''}"
+
+
+def _places(traceback: TracebackType | None) -> list[tuple[Any, int]]:
+    places = []
+    while traceback is not None:
+        places.append((traceback.tb_frame.f_code, traceback.tb_lineno))
+        traceback = traceback.tb_next
+    return places
+
+
+def _log_end_of_process(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    log.critical("process failed", exc_info=(kind, error, traceback))
+
+
+def _log_end_of_thread(ended: threading.ExceptHookArgs) -> None:
+    if ended.exc_value is not None and not isinstance(ended.exc_value, SystemExit):
+        name = ended.thread.name if ended.thread else ""
+        log.critical("thread failed name=%s", name, exc_info=ended.exc_value)
+
+
+class _Formatter(logging.Formatter):
+    def formatException(self, ei: Any) -> str:
+        return describe(ei[1])
+
+
+class _TextFormatter(_Formatter):
     def __init__(self, *, journal: bool) -> None:
         super().__init__(
             "%(name)s: %(message)s" if journal else "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -40,7 +101,7 @@ class _TextFormatter(logging.Formatter):
         return "\n".join(f"<{priority}>{line}" for line in text.splitlines())
 
 
-class _JsonFormatter(logging.Formatter):
+class _JsonFormatter(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         document = {
             "time": record.created,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from edge_agent.chat import messages
-from edge_agent.errors import PROMPT_ERRORS, EdgeAgentError, ModelFailed, NoModel, UnknownModel
+from edge_agent.errors import PROMPT_ERRORS, EdgeAgentError, ModelFailed, NoModel, RunnerError, UnknownModel
 from edge_agent.models.lifecycle import budget_of, lifecycle_of
 from edge_agent.models.store import Store
 from edge_agent.runner.process import RunnerProcess
@@ -67,6 +67,7 @@ def ask_direct(
     Raises:
         NoModel: nothing is in the cache for this model, or it does not load.
         PromptError: the model's refusal.
+        RunnerError: the runner died. Its last words are in the message: they are shown to who asked, not logged.
     """
     name = model or settings.default_model
     if name is None:
@@ -84,13 +85,16 @@ def ask_direct(
                 raise NoModel(
                     f"model {name!r} cannot answer: {lifecycle.reason}", remedy="run `edge-agent models pull`"
                 )
-            answer = _generate(
-                lease.runner,
-                document,
-                model=name,
-                timeout_s=timeout_s or settings.limits.deadline_s,
-                on_text=on_text,
-            )
+            try:
+                answer = _generate(
+                    lease.runner,
+                    document,
+                    model=name,
+                    timeout_s=timeout_s or settings.limits.deadline_s,
+                    on_text=on_text,
+                )
+            except RunnerError as error:
+                raise type(error)(f"{error.message}; it printed: {lease.runner.last_output()}") from error
             return _result(question, answer, version=lease.version, flavor=lease.flavor)
     finally:
         lifecycle.close()

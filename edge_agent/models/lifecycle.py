@@ -114,10 +114,8 @@ class ModelLifecycle:
     def _give_back(self, version: LoadedVersion) -> None:
         self._loader.note_peak(version)
         if self._seat.give_back(version):
-            log.warning(
-                "runner died model=%s version=%s output=%r",
-                self.name, version.record.key, version.runner.last_output(),
-            )  # fmt: skip
+            how = version.runner.epitaph()
+            log.warning("runner died model=%s version=%s how=%r", self.name, version.record.key, how)
         if self._seat.leaving:  # another model waits for the memory
             self.give_up_memory()
 

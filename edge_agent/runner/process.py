@@ -291,7 +291,7 @@ class RunnerProcess:
         self._drain.join(1.0)
 
     def last_output(self) -> str:
-        """The end of what the child printed, for a log line about its death."""
+        """The end of what the child printed. Not for a log once it was given a prompt: model code may print one."""
         return " | ".join(self._tail)
 
     def _send(self, frame: Frame) -> None:
@@ -310,7 +310,7 @@ class RunnerProcess:
                             raise
                         select.select([], [self._sender], [], 0.1)
             except (OSError, ValueError) as error:  # ValueError: closed meanwhile
-                raise RunnerError(f"runner is gone ({self._epitaph()})") from error
+                raise RunnerError(f"runner is gone ({self.epitaph()})") from error
 
     def _receive(self, deadline_s: float) -> Frame | None:
         """The next frame, None at the deadline."""
@@ -319,7 +319,7 @@ class RunnerProcess:
         except EOFError as error:
             self.kill()
             kind = RunnerCrashed if -(self._process.returncode or 0) in _OWN_SIGNALS else RunnerError
-            raise kind(f"runner died ({self._epitaph()})") from error
+            raise kind(f"runner died ({self.epitaph()})") from error
         except RunnerError:
             self.kill()
             raise
@@ -353,7 +353,8 @@ class RunnerProcess:
             return Refused(id=frame.id, code=late.code, message=late.message)
         return frame
 
-    def _epitaph(self) -> str:
+    def epitaph(self) -> str:
+        """How the child ended; no word of its own."""
         code = self._process.poll()
         if code is None:
             return "connection closed"

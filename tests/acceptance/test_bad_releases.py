@@ -22,7 +22,8 @@ _answers, _stream = [], GenaiModel.predict_stream
 
 def _crash(self, *arguments, **options):
     _answers.append(1)
-    if len(_answers) > 10:
+    print("planted-words of model code, heard", arguments, options, flush=True)
+    if len(_answers) > 10 or "abort" in repr(options or arguments):
         os.abort()
     return _stream(self, *arguments, **options)
 
@@ -116,6 +117,11 @@ def test_a_release_that_crashes_after_ten_prompts_gives_the_work_back(
     bad_release(device, swapped_model, lambda folder: add_code(folder, CRASH_AFTER_10), short_dir)
     device.sync()
     device.wait_model(lambda m: m["version"] == 2, "version 2")
+    direct = device.daemon.cli("probe", "--direct", "Please abort.", timeout_s=120)
+    assert direct.returncode == 1
+    assert "signal 6" in direct.stderr and "planted-words" in direct.stderr, (
+        "who asks by hand sees its last words"
+    )
     statuses = []
     for number in range(60):
         question = chat("What is the capital of Spain?", max_tokens=20 + number)
@@ -127,6 +133,8 @@ def test_a_release_that_crashes_after_ten_prompts_gives_the_work_back(
     assert device.ask() == MADRID
     crashes = device.daemon.log.count("runner died model=")
     assert crashes == 3
+    assert device.daemon.log.count("how='signal 6'") == 3
+    assert "planted-words" not in device.daemon.log, "what model code prints may have a prompt in it"
     assert statuses.count(500) <= crashes, "only the prompt that ran is lost with a runner"
     assert set(statuses) <= {200, 500}
     check_not_tried_again(device)

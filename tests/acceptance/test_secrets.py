@@ -6,6 +6,7 @@ Others may see the log, the process list, the status, the metrics and the suppor
 from __future__ import annotations
 
 import contextlib
+import sys
 import tarfile
 import threading
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from tests.acceptance.conftest import settings_for, wait_for_state
+from tests.support import unforeseen
 from tests.support.client import Client, chat, connected
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
@@ -49,7 +51,9 @@ def test_nothing_that_others_may_see_has_a_secret_or_a_prompt_in_it(
             "AWS_SECRET_ACCESS_KEY": SECRETS["the artifact store's key"],
         }
         with (
-            running_daemon(config, folder=folder, env=env) as daemon,
+            running_daemon(
+                config, folder=folder, env=env, before=[sys.executable, unforeseen.__file__]
+            ) as daemon,
             connected(broker, device="audited") as client,
         ):
             client.subscribe(f"{client.root}/status")
@@ -98,6 +102,11 @@ def use(daemon: Daemon, client: Client, commands: Commands) -> None:
         chat(words, response_format={"type": "regex", "regex": f"({words}"}),
     ):
         assert client.ask(wrong).status >= 400
+    for place in (unforeseen.ON_ACCEPTANCE, unforeseen.ON_THE_WAY):
+        known = daemon.log.count("builtins.ValueError")
+        failed = client.ask(chat(f"{words}, {place}"))
+        assert (failed.status, failed.json["error"]["code"]) == (500, "model_failed")
+        assert daemon.log.count("builtins.ValueError") == known + 1, "it happened, and its kind is in the log"
     late = client.ask(chat(words, deadline_ms=1))
     assert late.status == 408
     cancelled = client.send(chat(words, **LONG))

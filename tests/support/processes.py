@@ -337,13 +337,14 @@ def running_daemon(
     folder: Path | None = None,
     env: Mapping[str, str] | None = None,
     watchdog_s: float | None = None,
+    before: Sequence[str] = (),
     ready: bool = True,
     timeout_s: float = 60,
 ) -> Iterator[Daemon]:
     """A started daemon, in a short temporary folder when none is given; everything ends with the block."""
     with contextlib.ExitStack() as stack:
         place = folder or stack.enter_context(short_folder())
-        daemon = Daemon(place, config, env=env, watchdog_s=watchdog_s)
+        daemon = Daemon(place, config, env=env, watchdog_s=watchdog_s, before=before)
         stack.callback(daemon.close)
         daemon.start(ready=ready, timeout_s=timeout_s)
         yield daemon
