@@ -38,6 +38,8 @@ REGISTRY_CREDENTIALS = (
     "aws-secret-access-key",
 )
 """Names of systemd credentials; each is the variable of the same name for the sync process."""
+CREDENTIALS = ("mqtt-password", "mqtt-key", *REGISTRY_CREDENTIALS)
+"""All that the unit names."""
 
 _MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un has 108 with the final NUL
 _MAX_CONFIG_BYTES = 1 << 20

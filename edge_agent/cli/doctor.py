@@ -46,8 +46,8 @@ def doctor(invocation: Invocation, as_json: bool, bundle: Path | None) -> None:
     from edge_agent import doctor as doctors
 
     found = []
-    has_file = (invocation.config or settings_module.find_config()) is not None
-    for finding in doctors.diagnose(invocation.settings, has_file=has_file):
+    config = invocation.config or settings_module.find_config()
+    for finding in doctors.diagnose(invocation.settings, config=config):
         found.append(finding)
         if not as_json:
             terminal.print_finding(finding.level, finding.check, finding.message, finding.remedy)

@@ -3,7 +3,7 @@
 Owns the order of the checks. Each one looks at the real thing, within a time limit, changes nothing that
 lasts, and works with the daemon up and down:
 
-    host → settings → daemon and unit → broker → registry → cache → models
+    host → settings and their files → daemon and unit → broker → registry → cache → models
 
 With the daemon up and connected the broker is not connected to a second time: under a broker that names
 sessions after users (docs/broker.md) that would end the daemon's session.
@@ -12,8 +12,10 @@ sessions after users (docs/broker.md) that would end the daemon's session.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from edge_agent.doctor import broker, cache, host, models, registry, service
+from edge_agent import logs
+from edge_agent.doctor import broker, cache, certificates, files, host, models, registry, service
 from edge_agent.doctor.finding import Finding, Level, fail, failed, ok, warn
 from edge_agent.errors import EdgeAgentError, SettingsError
 from edge_agent.settings import Settings
@@ -21,16 +23,16 @@ from edge_agent.settings import Settings
 __all__ = ["Finding", "Level", "diagnose"]
 
 
-def diagnose(load: Callable[[], Settings], *, has_file: bool) -> Iterator[Finding]:
+def diagnose(load: Callable[[], Settings], *, config: Path | None) -> Iterator[Finding]:
     """Runs every check; a finding comes as soon as it is known.
 
     Args:
         load: reads the settings; without valid ones only the host and the unit are looked at.
-        has_file: a settings file was found.
+        config: the settings file; None where there is none.
     """
     yield from _each("host", host.check_processor, host.check_clock)
     try:
-        settings = load()
+        settings = files.with_stored_credentials(load())
     except SettingsError as error:
         yield failed(
             "settings", error, "correct the key in the settings file; docs/settings.md lists all of them"
@@ -38,7 +40,9 @@ def diagnose(load: Callable[[], Settings], *, has_file: bool) -> Iterator[Findin
         yield from _each("unit", service.check_unit)
         return
     status = service.ask_daemon(settings)
-    yield from _each("settings", lambda: _check_settings(settings, has_file))
+    yield from _each("settings", lambda: _check_settings(settings, config))
+    yield from _each("settings.files", lambda: files.check(settings, config, service.unit_properties()))
+    yield from _each("settings.tls", lambda: certificates.check(settings.mqtt))
     yield from _each("libraries", lambda: host.check_libraries(settings))
     yield from _each("unit", service.check_unit)
     yield from _each("daemon", lambda: service.check_daemon(settings, status))
@@ -49,14 +53,13 @@ def diagnose(load: Callable[[], Settings], *, has_file: bool) -> Iterator[Findin
     yield from _each("models", lambda: models.check(settings))
 
 
-def _check_settings(settings: Settings, has_file: bool) -> Iterator[Finding]:
-    if not has_file:
+def _check_settings(settings: Settings, config: Path | None) -> Iterator[Finding]:
+    if config is None:
         yield warn("settings", "no settings file was found: all defaults", "write one; see docs/settings.md")
     elif not settings.models:
         yield warn("settings", "no model is configured", "add a [models.NAME] table to the settings")
     else:
         yield ok("settings", f"valid; device {settings.device_id}, models {', '.join(settings.models)}")
-    yield from host.check_secret_files(settings)
 
 
 def _each(name: str, *checks: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -72,3 +75,6 @@ def _each(name: str, *checks: Callable[[], Iterator[Finding]]) -> Iterator[Findi
                 f"cannot be looked at: {error}",
                 "run it as root, or as a member of the group edge-agent",
             )
+        except Exception as error:  # noqa: BLE001 - whatever is broken on this device, the other checks go on
+            places = " ".join(logs.describe(error).split())
+            yield fail(name, f"the check itself failed: {places}", "report it, with a support bundle")

@@ -1,4 +1,4 @@
-"""The host: processor, clock, libraries, names on the network, files with secrets.
+"""The host: processor, clock, libraries, names on the network.
 
 Source: proc(5) /proc/cpuinfo; adjtimex(2); onnxruntime's int4 kernels (MLAS) for the processor's features.
 """
@@ -125,16 +125,6 @@ def check_names(settings: Settings) -> Iterator[Finding]:
                 f"{name} ({key}) has no address",
                 "check the name, /etc/resolv.conf and the network",
             )
-
-
-def check_secret_files(settings: Settings) -> Iterator[Finding]:
-    """Files that only their owner should be able to read."""
-    for key, name in (
-        ("mqtt.password_file", settings.mqtt.password_file),
-        ("mqtt.key_file", settings.mqtt.key_file),
-    ):
-        if name and Path(name).exists() and Path(name).stat().st_mode & 0o004:
-            yield warn("settings.files", f"{name} ({key}) can be read by everybody", f"chmod o= {name}")
 
 
 def _cpu_flags() -> set[str]:

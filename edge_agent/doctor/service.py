@@ -19,6 +19,7 @@ _SYSTEMCTL_TIMEOUT_S = 10.0
 _INVALID_SETTINGS = 78
 _PROPERTIES = (
     "LoadState",
+    "User",
     "ActiveState",
     "SubState",
     "UnitFileState",

@@ -17,6 +17,8 @@ import pytest
 from edge_agent import settings as settings_module
 from edge_agent.doctor import broker as broker_check
 from edge_agent.doctor import cache as cache_check
+from edge_agent.doctor import certificates as certificates_check
+from edge_agent.doctor import files as files_check
 from edge_agent.doctor import models as models_check
 from edge_agent.doctor.finding import Finding, Level
 from edge_agent.settings import Settings
@@ -30,8 +32,10 @@ from tests.acceptance.test_tls import (
     documented_broker,
     tls_settings,
 )
+from tests.support.certificates import HOUR, Authority
 from tests.support.mosquitto import Broker, running_broker
 from tests.support.processes import Daemon, free_port, short_folder, to_toml, wait_until
+from tests.unit.test_owner import OWNER
 
 
 def doctor(daemon: Daemon, *options: str) -> tuple[int, dict[str, dict[str, str]]]:
@@ -129,6 +133,84 @@ def test_a_registry_that_is_out_of_reach_is_a_failure_for_a_device_that_has_noth
     code, found = doctor(daemon)
     assert (code, found["registry.reach"]["level"]) == (1, "fail")
     assert found["broker.publish"]["level"] == "ok"
+
+
+# --- Files and certificates -----------------------------------------------------------------------------
+
+DAY = 24 * HOUR
+YEAR = 365 * DAY
+
+
+def certificates_of(folder: Path, mqtt: dict[str, Any]) -> list[Finding]:
+    return list(certificates_check.check(settings_of(folder, {"mqtt": mqtt}).mqtt))
+
+
+def test_certificates_that_ended_or_will_soon_and_a_key_of_another_pair_are_found_out(
+    short_dir: Path,
+) -> None:
+    authority = Authority(short_dir, lasts=YEAR)
+    good, soon = authority.client("good", lasts=YEAR), authority.client("soon", lasts=10 * DAY)
+    ended = authority.client("ended", lasts=-HOUR)
+    for pair, level in ((good, Level.OK), (soon, Level.WARN), (ended, Level.FAIL)):
+        of_authority, of_device = certificates_of(short_dir, tls_settings(authority, pair))
+        assert (of_authority.level, of_device.level) == (Level.OK, level), of_device
+        assert "mqtt.cert_file" in of_device.message
+    mixed = {**tls_settings(authority, good), "key_file": str(soon.key)}
+    mismatch = certificates_of(short_dir, mixed)[0]
+    assert mismatch.level is Level.FAIL
+    assert f"{soon.key} is not that of the certificate {good.certificate}" in mismatch.message
+    good.key.write_text("no key")
+    assert certificates_of(short_dir, tls_settings(authority, good))[0].level is Level.FAIL
+    # The authority's next certificate is beside its last one, which has ended.
+    old = Authority(short_dir, "old", lasts=-HOUR)
+    assert certificates_of(short_dir, tls_settings(old))[0].level is Level.FAIL
+    old.file.write_bytes(old.file.read_bytes() + authority.file.read_bytes())
+    assert certificates_of(short_dir, tls_settings(old))[0].level is Level.OK
+
+
+def test_files_that_are_missing_empty_or_open_to_everybody_are_found_out(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(short_dir))
+    short_dir.chmod(0o755)
+    password = short_dir / "mqtt-password"
+    settings = settings_of(
+        short_dir, {"mqtt": {"password_file": str(password)}, "trust": {"public_keys": ["/none.pem"]}}
+    )
+
+    def found() -> str:
+        return "\n".join(finding.message for finding in files_check.check(settings, None, {}))
+
+    assert f"{password} (mqtt.password_file): No such file" in found()
+    assert "/none.pem (trust.public_keys[0]): No such file" in found()
+    password.write_text("\n")
+    password.chmod(0o644)
+    assert f"{password} (mqtt.password_file) can be read by everybody" in found()
+    assert f"{password} is empty" in found()
+
+
+def test_what_the_services_user_cannot_read_or_write_is_found_out_by_that_user(short_dir: Path) -> None:
+    """As root, the service is another user's: the state directory says whose. Any other user has nobody to ask for."""
+    short_dir.chmod(0o755)
+    password = short_dir / "password"
+    password.write_text("secret")
+    password.chmod(0o600)
+    settings = settings_of(short_dir, {"mqtt": {"password_file": str(password)}})
+    settings.state_dir.mkdir()
+    config = short_dir / "doctor.toml"
+    if os.geteuid() != 0:
+        assert list(files_check.check(settings, config, {})) == []
+        return
+    os.chown(settings.state_dir, OWNER, OWNER)
+    (refused,) = files_check.check(settings, config, {})
+    assert (refused.check, refused.level) == ("settings.access", Level.FAIL)
+    assert refused.message.endswith(f"cannot read {password}")
+    os.chown(password, OWNER, OWNER)
+    (fine,) = files_check.check(settings, config, {})
+    assert fine.level is Level.OK, fine
+    settings.state_dir.chmod(0o500)
+    (refused,) = files_check.check(settings, config, {})
+    assert refused.message.endswith(f"cannot write to {settings.state_dir}")
 
 
 # --- The broker -----------------------------------------------------------------------------------------

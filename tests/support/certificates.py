@@ -31,13 +31,13 @@ class Authority:
         file: its own certificate, PEM: what `mqtt.ca_file` and mosquitto's `cafile` take.
     """
 
-    def __init__(self, folder: Path, name: str = "Test CA") -> None:
+    def __init__(self, folder: Path, name: str = "Test CA", *, lasts: datetime.timedelta = 24 * HOUR) -> None:
         self._folder = folder
         self._name = _common_name(name)
         self._key = ec.generate_private_key(ec.SECP256R1())
         self.file = folder / f"{name.replace(' ', '-').lower()}.crt"
         unsigned = (
-            _builder(self._name, self._name, self._key.public_key(), lasts=24 * HOUR)
+            _builder(self._name, self._name, self._key.public_key(), lasts=lasts)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(signs_certificates=True), critical=True)
         )
@@ -60,9 +60,9 @@ class Authority:
         names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
         return self._issue(name, hosts[0], ExtendedKeyUsageOID.SERVER_AUTH, lasts, names)
 
-    def client(self, common_name: str) -> Pair:
+    def client(self, common_name: str, *, lasts: datetime.timedelta = 24 * HOUR) -> Pair:
         """A client's certificate; its common name is who it is."""
-        return self._issue(common_name, common_name, ExtendedKeyUsageOID.CLIENT_AUTH, 24 * HOUR, None)
+        return self._issue(common_name, common_name, ExtendedKeyUsageOID.CLIENT_AUTH, lasts, None)
 
     def _issue(
         self,
