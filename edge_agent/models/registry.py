@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -43,6 +44,10 @@ MIN_BYTES_PER_TIMEOUT = 4_096
 """Fewer bytes than these while waiting for the whole of `timeout_s`: the transfer has stalled."""
 _MAX_LISTED = MAX_FILES + len(OUTSIDE_MANIFEST)
 _LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
+_CREDENTIALS = (
+    "write /etc/credstore/mlflow-tracking-token, or mlflow-tracking-username and mlflow-tracking-password, and restart "
+    "the service; without systemd set MLFLOW_TRACKING_TOKEN, or the other two"
+)
 _TRY_AGAIN = frozenset((408, 429))
 
 
@@ -200,6 +205,13 @@ class Registry:
                 ) from error
             if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
                 raise self._unauthorised() from error
+            if (
+                isinstance(error, RestException) and "error_code" not in error.json
+            ):  # its status is not known, too
+                raise TransportError(
+                    f"registry {self.uri} is behind something else that answered: {_first_line(error)}",
+                    remedy=f"see what stands before it; where it asks who this device is: {_CREDENTIALS}",
+                ) from error
             kind = "answered with an error" if isinstance(error, RestException) else "cannot be reached"
             raise TransportError(f"registry {self.uri} {kind}: {_first_line(error)}") from error
         except ImportError as error:
@@ -213,7 +225,7 @@ class Registry:
     def _unauthorised(self) -> RequestRefused:
         return RequestRefused(
             f"registry {self.uri} refuses this device",
-            remedy="set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+            remedy=_CREDENTIALS,
         )
 
 
@@ -453,4 +465,6 @@ def _range_start(response: Any, offset: int) -> int:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    """Short, and without the queries of addresses: an artifact store's may be a signature that lets anybody in."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"(https?://[^\s?]+)\?[^\s'\"]+", r"\1?…", line)[:300]

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edge_agent import logs
 from edge_agent.errors import CannotRun, EdgeAgentError, ManifestError, VerificationError
 from edge_agent.models import eviction, fsck, mlmodel, trust
 from edge_agent.models import manifest as manifests
@@ -437,7 +438,7 @@ def work(run: Callable[[SyncJob, Emit], SyncResult]) -> int:
             {
                 "event": "error",
                 "code": "internal",
-                "message": f"{type(error).__name__}: {error}",
+                "message": f"unforeseen: {' '.join(logs.describe(error).split())}"[:2000],
                 "remedy": "",
             }
         )

@@ -221,17 +221,33 @@ def environment() -> dict[str, str]:
     """The sync process's whole environment: the allow-list, systemd's credentials, and no reports to MLflow.
 
     Raises:
-        SettingsError: a credential cannot be read.
+        SettingsError: a credential cannot be read, or cannot be sent.
     """
     return {
-        **settings.inherited_environment(*ENVIRONMENT_NAMES, prefixes=ENVIRONMENT_PREFIXES),
-        **settings.registry_credentials(),
+        **_sendable(
+            {
+                **settings.inherited_environment(*ENVIRONMENT_NAMES, prefixes=ENVIRONMENT_PREFIXES),
+                **settings.registry_credentials(),
+            }
+        ),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+
+
+def _sendable(variables: dict[str, str]) -> dict[str, str]:
+    """The same. What cannot stand in an HTTP header, the client's library quotes in its error, secret or not."""
+    for name in ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        value = variables.get(name, "")
+        if not value.isprintable() or (name.endswith("TOKEN") and not value.isascii()):
+            raise SettingsError(
+                f"{name}, or the credential of that name, has a character that cannot be sent",
+                remedy="write it again: one line, without a line break, and a token in ASCII",
+            )
+    return variables
 
 
 @contextlib.contextmanager

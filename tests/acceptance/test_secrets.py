@@ -131,8 +131,9 @@ class Commands:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="commands")
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Commands:
         self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()

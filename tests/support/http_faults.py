@@ -1,7 +1,8 @@
 """A bad proxy before a real MLflow server: it knows HTTP, and spoils the answers that carry one file.
 
 Requests for anything else pass through unchanged. Each fault spoils the first `times` answers of the file, so
-that a test can see both a registry that recovers and one that does not.
+that a test can see both a registry that recovers and one that does not. With `authorization`, it is one that lets
+nobody in who does not have that header.
 """
 
 from __future__ import annotations
@@ -78,6 +79,9 @@ class FaultyProxy:
         plan: may be exchanged at any time.
         body_bytes: sent to clients for the plan's file.
         answers: number of answers for the plan's file.
+        authorization: what every request must have in its Authorization header; None for no rule.
+        refusal: status and body of the answer to one that has not.
+        refused: number of those.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -85,6 +89,9 @@ class FaultyProxy:
         self.body_bytes = 0
         self.answers = 0
         self.ranges: list[str] = []
+        self.authorization: str | None = None
+        self.refusal = (401, b"You are not authenticated.")
+        self.refused = 0
         self.released = threading.Event()
         self._etags = itertools.count()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(host, port))
@@ -129,11 +136,22 @@ class FaultyProxy:
         if fault is HttpFault.OTHER_ETAG:
             headers.pop("If-Range", None)
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        if self.authorization not in (None, request.headers.get("Authorization")):
+            self._turn_away(request)
+            return
         with contextlib.closing(http.client.HTTPConnection(host, port, timeout=_TIMEOUT_S)) as upstream:
             upstream.request(request.command, request.path, body, headers)
             answer = upstream.getresponse()
             with contextlib.suppress(ConnectionError, TimeoutError):
                 self._answer(request, answer, fault)
+
+    def _turn_away(self, request: BaseHTTPRequestHandler) -> None:
+        self.refused += 1
+        status, body = self.refusal
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
 
     def _fault(self, request: BaseHTTPRequestHandler) -> HttpFault | None:
         """What to do to this answer; None for a file that the plan is not about."""

@@ -1,0 +1,104 @@
+"""A registry that lets nobody in without credentials: the real one behind a proxy that asks for them."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.acceptance.conftest import settings_for, wait_for_state
+from tests.acceptance.test_doctor import doctor
+from tests.acceptance.test_secrets import Commands, contents
+from tests.support.http_faults import FaultyProxy, faulty_proxy
+from tests.support.mlflow_server import Server
+from tests.support.mosquitto import Broker
+from tests.support.processes import Daemon, running_daemon, short_folder
+
+RIGHT, WRONG = "planted-right-token", "planted-wrong-token"
+USER, PASSWORD = "press-3", "planted-password"
+BASIC = f"Basic {base64.b64encode(f'{USER}:{PASSWORD}'.encode()).decode()}"
+
+
+@pytest.fixture
+def guarded(mlflow_server: Server, published: object) -> Iterator[FaultyProxy]:
+    with faulty_proxy(mlflow_server.host, mlflow_server.port) as proxy:
+        proxy.authorization = f"Bearer {RIGHT}"
+        yield proxy
+
+
+def pull(daemon: Daemon) -> tuple[int, str]:
+    result = daemon.cli("models", "pull", timeout_s=120)
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_the_token_of_the_service_opens_the_registry_and_is_seen_nowhere(
+    guarded: FaultyProxy, broker: Broker
+) -> None:
+    with short_folder() as folder:
+        credentials = folder / "credentials"
+        credentials.mkdir()
+        config = settings_for(broker, guarded.uri, device="guarded")
+        env = {"CREDENTIALS_DIRECTORY": str(credentials)}
+        with running_daemon(config, folder=folder, env=env) as daemon, Commands(daemon) as commands:
+            seen = [check_refused(daemon)]
+            token = credentials / "mlflow-tracking-token"
+            token.write_text(f"{WRONG}\n")
+            seen.append(check_refused(daemon))
+            assert guarded.refused >= 4, "each of them was turned away"
+            token.write_text(f"{RIGHT}\n")
+            before = guarded.refused
+            code, said = pull(daemon)
+            assert code == 0, said
+            wait_for_state(daemon, "ready")
+            code, found = doctor(daemon, "--bundle", str(folder / "support.tar.gz"))
+            assert (code, found["registry.reach"]["level"]) == (0, "ok"), found
+            assert guarded.refused == before
+            seen += [said, json.dumps(found), json.dumps(daemon.status())]
+            daemon.stop()
+            seen += [daemon.log, contents(folder / "support.tar.gz")]
+        assert any("models.sync" in line for line in commands.seen), "the process with the token was seen"
+        assert [text for text in (*seen, *commands.seen) if RIGHT in text or WRONG in text] == []
+
+
+def check_refused(daemon: Daemon) -> str:
+    """The command and doctor say that the registry refuses, and what to do; gives all that they said."""
+    code, said = pull(daemon)
+    assert code == 1
+    assert "refuses this device" in said and "/etc/credstore/mlflow-tracking-token" in said
+    code, found = doctor(daemon)
+    assert (code, found["registry.reach"]["level"]) == (1, "fail")
+    assert "mlflow-tracking-token" in found["registry.reach"]["remedy"]
+    return said + json.dumps(found)
+
+
+def test_mlflows_own_variables_open_it_where_there_is_no_service(
+    guarded: FaultyProxy, broker: Broker, new_daemon: Callable[..., Daemon]
+) -> None:
+    guarded.authorization = BASIC
+    device = new_daemon(settings_for(broker, guarded.uri, device="variables"))
+    device.env = {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": WRONG}
+    assert pull(device)[0] == 1
+    device.env["MLFLOW_TRACKING_PASSWORD"] = PASSWORD
+    assert pull(device)[0] == 0
+
+
+@pytest.mark.parametrize("token", [f"{RIGHT}\nand more", f"{RIGHT}…"], ids=["two lines", "not ASCII"])
+def test_a_token_that_cannot_be_sent_is_refused_before_a_library_quotes_it(
+    guarded: FaultyProxy, broker: Broker, new_daemon: Callable[..., Daemon], token: str
+) -> None:
+    device = new_daemon(settings_for(broker, guarded.uri, device="unsendable"))
+    device.env = {"MLFLOW_TRACKING_TOKEN": token}
+    code, said = pull(device)
+    assert (code, "MLFLOW_TRACKING_TOKEN" in said) == (78, True), said
+    assert (RIGHT in said, guarded.refused) == (False, 0)
+
+
+def test_a_gateway_that_refuses_in_words_of_its_own_is_told_from_the_registry(
+    guarded: FaultyProxy, broker: Broker, new_daemon: Callable[..., Daemon]
+) -> None:
+    guarded.refusal = (401, b'{"message": "Unauthorized"}')
+    device = new_daemon(settings_for(broker, guarded.uri, device="gateway"))
+    code, said = pull(device)
+    assert (code, "Unauthorized" in said, "mlflow-tracking-token" in said) == (1, True, True), said
