@@ -81,6 +81,7 @@ main() {
     mkdir -p -- "$base"
     exec 9>"$base/.lock"
     flock -w 60 9 || die "another install.sh is at work"
+    [[ $base/.lock -ef /dev/fd/9 ]] || die "another install.sh has just uninstalled: start this one again"
     case $command in
         install) install_bundle ;;
         use) use_version "$wanted" ;;
@@ -95,7 +96,7 @@ install_bundle() {
     check_bundle
     python=$(find_python)
     target=$(folder_for "$version")
-    if [[ -f $target/.complete ]]; then
+    if [[ -s $target/.complete ]]; then # and it works: folder_for has tried it
         say "version ${target##*/} is here already"
     else
         make_version "$python" "$target"
@@ -133,17 +134,20 @@ check_bundle() {
 
 # A Python that the bundle has wheels for.
 find_python() {
-    local path name has
+    local path name has lacking=''
     has=$(cd -- "$here" && printf '%s\n' requirements-*.txt | sed 's/requirements-\(.*\)\.txt/\1/' | sort -V | xargs)
     for name in python3 python3.14 python3.13 python3.12 python3.11; do
         path=$(command -v "$name" || true)
         if [[ -n $path && " $has " == *" $(python_version "$path") "* ]]; then
-            "$path" -c 'import venv, ssl, sqlite3, ctypes' 2>/dev/null ||
-                die "$path lacks a module of the standard library: install python3 in full (venv, ssl, sqlite3)"
-            printf '%s\n' "$path"
-            return
+            if "$path" -c 'import venv, ssl, sqlite3, ctypes' 2>/dev/null; then
+                printf '%s\n' "$path"
+                return
+            fi
+            lacking=$path
         fi
     done
+    [[ -z $lacking ]] ||
+        die "$lacking lacks a module of the standard library: install python3 in full (venv, ssl, sqlite3)"
     path=$(command -v python3 || true)
     die "no Python that this bundle has libraries for: it has them for $has," \
         "here is ${path:-no python3}${path:+ $(python_version "$path")}; install one of them, or make a bundle with" \
@@ -154,16 +158,39 @@ python_version() {
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
 }
 
-# folder_for VERSION: where it goes. Another build of the same version gets a folder of its own: what runs from
-# the first one must not change under it.
+# folder_for VERSION: where it goes; where it is, when this build of it is here and works. Another build of the same
+# version gets a folder of its own, and so does one that does not work any more, after another Python came with the
+# system for one: what runs from the first folder must not change under it.
 folder_for() {
-    local digest
+    local digest folder
     digest=$(sha256sum <"$here/SHA256SUMS" | cut -c 1-12)
-    if [[ -f $base/$1/.complete && $(<"$base/$1/.complete") != "$digest" ]]; then
-        printf '%s\n' "$base/$1-$digest"
-    else
-        printf '%s\n' "$base/$1"
-    fi
+    for folder in "$base/$1" "$base/$1-$digest"; do
+        if [[ $(complete "$folder") == "$digest" ]] && works "$folder" >/dev/null 2>&1; then
+            printf '%s\n' "$folder"
+            return
+        fi
+    done
+    for folder in "$base/$1" "$base/$1-$digest"; do
+        if [[ $folder -ef $base/current ]]; then continue; fi
+        if [[ $(complete "$folder") == "" || $(complete "$folder") == "$digest" ]]; then
+            rm -f -- "$folder/.complete"
+            printf '%s\n' "$folder"
+            return
+        fi
+    done
+    die "there is no room for version $1 beside other builds of it: use another version, or uninstall first"
+}
+
+# complete FOLDER: the digest of the bundle that it was made from; nothing for one that is not whole.
+complete() {
+    if [[ -s $1/.complete ]]; then cat -- "$1/.complete"; fi
+}
+
+# works FOLDER: its program and its libraries start on this host. Says why not.
+works() {
+    "$1/bin/edge-agent" --version 2>&1 || return
+    ORT_DISABLE_TELEMETRY=1 MLFLOW_DISABLE_TELEMETRY=true PYTHONDONTWRITEBYTECODE=1 HOME=/nonexistent \
+        "$1/bin/python" -I -c 'import onnxruntime_genai, mlflow.pyfunc' 2>&1
 }
 
 # make_version PYTHON FOLDER: a virtual environment with everything in it, tried; whole or not there.
@@ -172,7 +199,6 @@ make_version() {
     version=$(python_version "$python")
     free_kb=$(df -Pk -- "$base" | awk 'NR == 2 { print $4 }')
     [[ $free_kb -ge 700000 ]] || die "$base has $((free_kb / 1000)) MB of free space; 700 MB are needed"
-    [[ $(readlink -f -- "$base/current") != "$target" ]] || die "$target runs now, and is not whole: uninstall first"
     rm -rf -- "$target"
     making=$target # global: what is not whole is removed, however this ends
     trap 'rm -rf -- "$making"; rm -f -- "$base/.log"' EXIT
@@ -192,15 +218,27 @@ make_version() {
     install -m 0644 -- "$here/edge-agent.service" "$here/edge-agent.sysusers.conf" "$target/share/edge-agent/"
     install -m 0755 -- "$here/install.sh" "$target/install.sh"
     say "trying it"
-    "$target/bin/edge-agent" --version >"$log" 2>&1 || failed "the program does not start"
-    ORT_DISABLE_TELEMETRY=1 MLFLOW_DISABLE_TELEMETRY=true PYTHONDONTWRITEBYTECODE=1 HOME=/nonexistent \
-        "$target/bin/python" -I -c 'import onnxruntime_genai, mlflow.pyfunc' >"$log" 2>&1 ||
-        failed "the libraries do not load on this host"
+    works "$target" >"$log" || failed "the program, or a library of its, does not start on this host"
+    # All of it is on the medium before it is called complete, and that before the link leads there.
+    flush
     sha256sum <"$here/SHA256SUMS" | cut -c 1-12 >"$target/.complete"
-    # On the medium before the link leads there; a trial is not worth the wait.
-    [[ -n $root ]] || sync -f -- "$target" 2>/dev/null || sync
+    flush
     trap - EXIT
     rm -f -- "$log"
+}
+
+# A trial is not worth the wait.
+flush() {
+    [[ -n $root ]] || sync -f -- "$base" 2>/dev/null || sync
+}
+
+# put SOURCE TARGET: replaced by one rename, so that a power cut leaves the old file or the new one.
+put() {
+    local new
+    new=$(dirname -- "$2")/.${2##*/}.new
+    install -m 0644 -- "$1" "$new"
+    [[ -n $root ]] || sync -- "$new" 2>/dev/null || sync
+    mv -T -- "$new" "$2"
 }
 
 failed() {
@@ -217,7 +255,8 @@ still_running() {
 }
 
 make_user() {
-    install -D -m 0644 -- "$target/share/edge-agent/edge-agent.sysusers.conf" /etc/sysusers.d/edge-agent.conf
+    mkdir -p /etc/sysusers.d
+    put "$target/share/edge-agent/edge-agent.sysusers.conf" /etc/sysusers.d/edge-agent.conf
     if command -v systemd-sysusers >/dev/null; then
         systemd-sysusers /etc/sysusers.d/edge-agent.conf
     else
@@ -232,7 +271,7 @@ write_settings() {
     if [[ -e $root/etc/edge-agent/config.toml ]]; then
         say "settings are there already, and stay as they are"
     else
-        install -m 0644 -- "$here/config.toml" "$root/etc/edge-agent/config.toml"
+        put "$here/config.toml" "$root/etc/edge-agent/config.toml"
     fi
     [[ -d $root/etc/credstore ]] || install -d -m 0700 -- "$root/etc/credstore"
 }
@@ -245,27 +284,27 @@ switch_to() {
     local target=$1 old=''
     if [[ -L $base/current ]]; then old=$(readlink -- "$base/current"); fi
     point_to "${target##*/}"
-    if [[ -n $root ]]; then
-        mkdir -p -- "$root/etc/systemd/system"
-        install -m 0644 -- "$target/share/edge-agent/edge-agent.service" "$root/etc/systemd/system/"
-        return
-    fi
+    write_unit "$target"
+    if [[ -n $root ]]; then return; fi
     mkdir -p /usr/local/bin
     ln -sfn -- "$base/current/bin/edge-agent" /usr/local/bin/edge-agent
-    write_unit "$target"
     systemctl --quiet enable edge-agent.service
     if [[ $start == no ]]; then return; fi
     say "starting the service"
     if systemctl restart edge-agent.service; then return; fi
     show_trouble
-    if [[ -z $old || $old == "${target##*/}" || ! -f $base/$old/.complete ]]; then
+    if [[ -z $old || $old == "${target##*/}" || ! -s $base/$old/.complete ]]; then
         die "the service does not start: see above; mend it, then: systemctl restart edge-agent"
     fi
     say "going back to $old"
     point_to "$old"
     write_unit "$base/$old"
-    systemctl restart edge-agent.service || show_trouble
-    die "version ${target##*/} did not start: see above; version $old is back"
+    if systemctl restart edge-agent.service; then
+        die "version ${target##*/} did not start: see above; version $old is back"
+    fi
+    show_trouble
+    die "neither version ${target##*/} nor version $old, which is back, starts: see above" \
+        "mend it, then: systemctl restart edge-agent"
 }
 
 # One rename: at every moment the link is there and whole.
@@ -276,10 +315,10 @@ point_to() {
 }
 
 write_unit() {
-    if ! cmp -s -- "$1/share/edge-agent/edge-agent.service" /etc/systemd/system/edge-agent.service; then
-        install -m 0644 -- "$1/share/edge-agent/edge-agent.service" /etc/systemd/system/edge-agent.service
-    fi
-    systemctl daemon-reload
+    local unit=$root/etc/systemd/system/edge-agent.service
+    mkdir -p -- "${unit%/*}"
+    cmp -s -- "$1/share/edge-agent/edge-agent.service" "$unit" || put "$1/share/edge-agent/edge-agent.service" "$unit"
+    [[ -n $root ]] || systemctl daemon-reload
 }
 
 show_trouble() {
@@ -289,7 +328,7 @@ show_trouble() {
 
 use_version() {
     local target=$base/$1
-    [[ -f $target/.complete ]] || die "version $1 is not installed; there are: $(list | xargs)"
+    [[ -s $target/.complete ]] || die "version $1 is not installed; there are: $(list | xargs)"
     switch_to "$target"
     say "edge-agent $1 is the current version"
 }
@@ -297,21 +336,34 @@ use_version() {
 list() {
     local folder
     for folder in "$base"/*/; do
-        if [[ -f $folder/.complete && ! -L ${folder%/} ]]; then basename -- "$folder"; fi
+        if [[ -s $folder/.complete && ! -L ${folder%/} ]]; then basename -- "$folder"; fi
     done
 }
 
-# The current version and the one before it stay.
+# The current version, the one before it, and the one that runs stay: with --no-start that may be a third.
 remove_old_versions() {
-    local name current previous=''
+    local folder name current previous='' running
     current=$(readlink -- "$base/current")
     if [[ -f $base/.previous ]]; then previous=$(<"$base/.previous"); fi
-    for name in $(cd -- "$base" && printf '%s\n' */ | tr -d /); do
-        if [[ -L $base/$name || $name == "$current" || $name == "$previous" ]]; then continue; fi
-        [[ -f $base/$name/pyvenv.cfg ]] || continue
+    running=$(running_version)
+    for folder in "$base"/*/; do
+        name=$(basename -- "$folder")
+        if [[ -L ${folder%/} || $name == "$current" || $name == "$previous" || $name == "$running" ]]; then continue; fi
+        [[ -f $folder/pyvenv.cfg ]] || continue
         say "removing $name"
-        rm -rf -- "${base:?}/$name"
+        rm -f -- "$folder/.complete" # first: half of it must not pass for a version
+        rm -rf -- "$folder"
     done
+}
+
+# The folder whose Python is the service's main process.
+running_version() {
+    local pid python
+    if [[ -n $root ]]; then return; fi
+    pid=$(systemctl show --property=MainPID --value edge-agent.service 2>/dev/null || true)
+    python=$(tr '\0' '\n' 2>/dev/null <"/proc/${pid:-0}/cmdline" | head -n 1 || true)
+    python=${python#"$base/"}
+    printf '%s\n' "${python%%/*}"
 }
 
 # --- uninstall --------------------------------------------------------------------------------------------
@@ -326,6 +378,7 @@ uninstall() {
     else
         rm -f -- "$root/etc/systemd/system/edge-agent.service"
     fi
+    rm -f -- "$base"/*/.complete # first: what a power cut leaves must not pass for a version
     rm -rf -- "$base"
     if [[ $purge == yes ]]; then
         # State on a file system of its own: it is emptied, and stays mounted.

@@ -6,6 +6,7 @@ itself, with systemd and as root, is installed by `./build.sh boot-test`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -182,3 +183,104 @@ def test_a_script_without_its_bundle_says_where_it_belongs(host: Host) -> None:
     script = host.folder / "install.sh"
     shutil.copy(ROOT / "systemd" / "install.sh", script)
     assert "there is no bundle" in host.refuse(host.folder)
+
+
+# --- Cut half way ---------------------------------------------------------------------------------------
+
+
+def cut_at(host: Host, program: str, pattern: str, before: str = ":") -> Path:
+    """From now on the install ends as by a power cut where it starts `program` with arguments like `pattern`.
+
+    Args:
+        before: shell for what of the step is done all the same.
+
+    Returns:
+        the file that tells that it happened.
+    """
+    fired = host.folder / f"cut-{program}"
+    script = host.folder / "bin" / program
+    real = shutil.which(program, path="/usr/bin:/bin")
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in {pattern}) {before}; : >"{fired}"; kill -KILL 0 ;; esac\nexec {real} "$@"\n'
+    )
+    script.chmod(0o755)
+    return fired
+
+
+def cut_install(host: Host, folder: Path, program: str, pattern: str, before: str = ":") -> None:
+    fired = cut_at(host, program, pattern, before)
+    result = subprocess.run(
+        [str(folder / "install.sh"), "--root", str(host.root)],
+        capture_output=True,
+        timeout=120,
+        check=False,
+        env=clean_environment({"PATH": host.path}),
+        start_new_session=True,
+    )
+    assert (result.returncode, fired.exists()) == (-9, True), result.stderr
+    fired.unlink()
+    (host.folder / "bin" / program).unlink()
+
+
+def test_an_install_that_is_cut_at_any_step_leaves_a_whole_version_and_goes_on_the_next_time(
+    host: Host,
+) -> None:
+    first, second = host.bundle("1.0.0"), host.bundle("1.1.0")
+    (second / "edge-agent.service").write_text("[Unit]\nDescription=the second\n")
+    add_up(second)
+    host.install(first)
+    unit = host.root / "etc/systemd/system/edge-agent.service"
+    units = unit.read_text(), (second / "edge-agent.service").read_text()
+    for program, pattern, before in (
+        ("install", "*share/edge-agent/*", ":"),  # the environment is there, and not complete
+        ("ln", "*.current", ":"),
+        ("mv", "*.current*", ":"),
+        ("install", "*edge-agent.service.new", 'for last; do :; done; : >"$last"'),  # an empty file
+        ("mv", "*edge-agent.service.new*", ":"),
+    ):
+        cut_install(host, second, program, pattern, before)
+        current = (host.base / "current").resolve().name
+        assert host.version() == f"edge-agent, version {current}"
+        assert unit.read_text() in units
+        assert set(listed(host)) <= {"1.0.0", "1.1.0"}
+        assert ("1.1.0" in listed(host)) == (pattern != "*share/edge-agent/*")
+    assert host.install(second) == "edge-agent, version 1.1.0"
+    assert unit.read_text() == units[1]
+    assert host.versions() == ["1.0.0", "1.1.0"]
+
+
+def test_a_version_that_is_removed_by_half_is_none_any_more(host: Host) -> None:
+    host.install(host.bundle("1.0.0"))
+    host.install(host.bundle("1.1.0"))
+    third = host.bundle("1.2.0")
+    cut_install(host, third, "rm", "*-rf*1.0.0*", f"/bin/rm -rf {host.base}/1.0.0/lib")
+    assert listed(host) == ["1.1.0", "1.2.0"]
+    assert host.install(third) == "edge-agent, version 1.2.0"
+    assert host.versions() == ["1.1.0", "1.2.0"]
+
+
+def test_installing_a_version_again_mends_it(host: Host) -> None:
+    """Another Python may have come with the system since, or the disk lost a file."""
+    first = host.bundle("1.0.0")
+    host.install(first)
+    assert "is here already" in host.run(first, "--root", str(host.root)).stdout
+    broken = (host.base / "current").resolve()
+    next(broken.glob("lib/*/site-packages/edge_agent.py")).unlink()
+    shutil.rmtree(next(broken.glob("lib/*/site-packages/__pycache__")))
+    assert host.install(first) == "edge-agent, version 1.0.0"
+    assert (host.base / "current").resolve() != broken, "what runs does not change under the daemon"
+
+
+def add_up(folder: Path) -> None:
+    """SHA256SUMS of a bundle that a test has changed."""
+    sums = folder / "SHA256SUMS"
+    names = [line.split("  ", 1)[1] for line in sums.read_text().splitlines()]
+    sums.write_text(
+        "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+    )
+
+
+def listed(host: Host) -> list[str]:
+    shown = host.run(host.base / "current", "list", "--root", str(host.root))
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout.split()
