@@ -206,9 +206,11 @@ class Store:
             self._replace_link(record, file)
 
     def remove_stray(self, record: VersionRecord, path: str) -> None:
-        """Removes a file that a version should not have. The caller has the lock."""
-        with store_errors("remove", self.folder(record) / path):
-            durable.unlink(self.folder(record) / path)
+        """Removes a file that a version should not have, durably. The caller has the lock."""
+        stray = self.folder(record) / path
+        with store_errors("remove", stray):
+            durable.unlink(stray)
+            durable.sync_folder(stray.parent)
 
     def remove(self, record: VersionRecord) -> int:
         """Takes a version away: record, tree, blobs that nothing else links. The caller has the lock.

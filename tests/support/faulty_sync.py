@@ -6,7 +6,8 @@
 The first form prints one JSON object: for each scenario its points, for each fault how many were tried, how many
 different folders they left, and what went wrong. One run of the scenario goes past all points; at each one the
 folder is copied as the fault would leave it there, looked at, started from, and looked at again. What equals the
-folder of an earlier point is not looked at twice. At every Nth point a process is really killed, too: it must
+folder of an earlier point is not started from twice; that it has what was reported done by then, and after the
+last point, too, is looked at all the same. At every Nth point a process is really killed, too: it must
 leave the folder that was copied there. A full disk is a run of its own for each point.
 
 The second form runs `update` once, with a real registry, undisturbed; for strace. The calls as `Power` numbers
@@ -36,7 +37,7 @@ from edge_agent.errors import EdgeAgentError, StoreError
 from edge_agent.models import fetch, fsck, record, registry
 from edge_agent.models.store import Store
 from tests.support.power import Fault, Power, Torn
-from tests.support.power_scenarios import CHUNK_BYTES, NAME, Scenario, Scenarios, copy_state
+from tests.support.power_scenarios import CHUNK_BYTES, NAME, Reported, Scenario, Scenarios, copy_state
 
 SCENARIOS = ("update", "first", "plain", "repair", "shared", "import")
 _RUN_LIMIT_S = 60
@@ -103,6 +104,7 @@ class Trial:
 
     def _cut_everywhere(self, found: dict[Fault, Findings], kill_every: int) -> None:
         state, left, seen = self._folder / "running", self._folder / "left", set[str]()
+        reported, kept = Reported(), set[tuple[str, str]]()
         copy_state(self._base, state)
         power = Power(state, medium=True, watch=lambda at, call, torn: watch(at, torn))
 
@@ -115,6 +117,9 @@ class Trial:
                 if fault is Fault.KILL and kill_every and at % kill_every == 0:
                     self._noting(findings, fault, at, lambda: self._compare_with_killed(at, left), count=0)
                 mark = _mark(left)
+                if (mark, repr(reported)) not in kept:
+                    kept.add((mark, repr(reported)))
+                    self._noting(findings, fault, at, lambda: self._check_reported(left, reported), count=0)
                 if mark in seen:
                     findings.tried += 1
                     continue
@@ -123,8 +128,12 @@ class Trial:
                 self._noting(findings, fault, at, lambda: self._start_again(left))
 
         with power.installed():
-            self.scenario.run(state)
+            self.scenario.run(state, reported)
         assert power.medium
+        for fault in found.keys() & {Fault.DROP}:
+            shutil.rmtree(left)
+            power.medium.write(left)
+            self._noting(found[fault], fault, -1, lambda: self._check_end(left, reported), count=0)
         power.medium.close()
         if power.calls != self.calls:
             raise Wrong("a second run of the scenario makes other calls")
@@ -168,7 +177,7 @@ class Trial:
         power = Power(state, at=at, fault=Fault.FULL)
         try:
             with power.installed():
-                self.scenario.run(state)
+                self.scenario.run(state, Reported())
         except StoreError:
             pass
         if len(power.calls) <= at:
@@ -184,7 +193,7 @@ class Trial:
             copy_state(self._base, state)
         power = Power(state, at=at, fault=fault)
         with power.installed():
-            self.scenario.run(state)
+            self.scenario.run(state, Reported())
         return power
 
     def _noting(
@@ -194,7 +203,8 @@ class Trial:
         try:
             check()
         except (Wrong, EdgeAgentError, OSError) as error:
-            findings.wrong.append(f"{self.scenario.name} {fault} at {at} ({self.calls[at]}): {error}")
+            where = f"at {at} ({self.calls[at]})" if at >= 0 else "after the last call"
+            findings.wrong.append(f"{self.scenario.name} {fault} {where}: {error}")
 
     def _check_after_cut(self, state: Path) -> None:
         """Final names have verified bytes, and what was active is whole: all that was so before still is."""
@@ -223,6 +233,26 @@ class Trial:
             raise Wrong(f"version {active} is active")
         if active and active not in keys:
             raise Wrong(f"version {active} is active and not committed")
+
+    def _check_reported(self, state: Path, reported: Reported) -> None:
+        """What was said before the cut is so after it, with no start in between that could make up for it."""
+        store = Store(state)
+        records = {record.key: record for record in store.versions(NAME)}
+        for key in reported.committed:
+            if key not in records:
+                raise Wrong(f"version {key} was reported committed, and its record is not there")
+            if damaged := fsck.verify(store, [records[key]]).damaged:
+                raise Wrong(f"version {key} was reported committed, and is damaged: {damaged[0]}")
+        active = store.state().model(NAME).active
+        if reported.active not in (None, active):
+            raise Wrong(f"version {reported.active} was reported active, and {active} is")
+
+    def _check_end(self, state: Path, reported: Reported) -> None:
+        """The power is cut when all is done: that is the state to stay in."""
+        self._check_reported(state, reported)
+        if reported.active != self._active:
+            raise Wrong(f"the scenario reported version {reported.active} active")
+        _check_verified(Store(state))
 
     def _check_after_start(self, state: Path) -> None:
         """All is as if nothing had happened."""
@@ -339,7 +369,7 @@ def _traced(folder: Path, file: Path) -> None:
     before.rename(state)  # what happened before has another name in strace's log
     power = Power(state, really_sync=True)
     with power.installed():
-        scenario.run(state)
+        scenario.run(state, Reported())
     file.write_text(json.dumps([[call.name, call.path] for call in power.calls]))
 
 

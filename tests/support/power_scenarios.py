@@ -1,7 +1,7 @@
 """What the power is cut in: an update from fetch to eviction, a first pull, a repair, and others.
 
 Each scenario has a state folder to begin with, and steps that may be repeated: a device that was cut off
-starts again and does the same.
+starts again and does the same. What a step has reported as done must survive every cut that comes later.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edge_agent.models import bundle, durable, eviction, fsck, trust
@@ -34,18 +34,31 @@ _PART_BYTES = 20_000
 _OLD_S = 8 * 86_400
 
 
+@dataclass
+class Reported:
+    """What a device has said so far, to who asked for it or in its status: nobody may find it undone.
+
+    Attributes:
+        committed: keys of versions that are in the cache, whole.
+        active: key of the version that answers, None before that was said.
+    """
+
+    committed: set[str] = field(default_factory=set)
+    active: str | None = None
+
+
 @dataclass(frozen=True)
 class Scenario:
     """What happens on a device, from one state folder to another.
 
     Attributes:
         prepare: fills an empty folder with the state before.
-        run: what the device does; it may be repeated, and at its end all is well.
+        run: what the device does, and what it reports meanwhile; it may be repeated, and at its end all is well.
     """
 
     name: str
     prepare: Callable[[Path], None]
-    run: Callable[[Path], None]
+    run: Callable[[Path, Reported], None]
 
 
 class Scenarios:
@@ -100,7 +113,13 @@ class Scenarios:
     # --- Steps of a device -----------------------------------------------------------------------------
 
     def _sync_and_adopt(
-        self, state: Path, version: int, *, model: str = MODEL, quota_bytes: int = 1 << 40
+        self,
+        state: Path,
+        version: int,
+        reported: Reported,
+        *,
+        model: str = MODEL,
+        quota_bytes: int = 1 << 40,
     ) -> None:
         """A sync, and the two changes of state that make its version the active one."""
         job = SyncJob(
@@ -110,7 +129,7 @@ class Scenarios:
             ref=f"models:/{model}/{version}",
             cache=CacheJob(min_free_bytes=0, quota_bytes=quota_bytes),
         )
-        _adopt(Store(state), self._sync(job, model, version))
+        _adopt(Store(state), self._sync(job, model, version), reported)
 
     def _sync(self, job: SyncJob, model: str, number: int) -> str:
         if self._uri:
@@ -120,19 +139,19 @@ class Scenarios:
         version = ModelVersion(name=model, version=number, run_id="", source=folder.as_uri(), tags=tags)
         return bring(job, version, LocalPackage(folder), lambda event: None).key
 
-    def _pull(self, state: Path) -> None:
-        self._sync_and_adopt(state, 4)
+    def _pull(self, state: Path, reported: Reported) -> None:
+        self._sync_and_adopt(state, 4, reported)
         _tidy(Store(state))
 
-    def _pull_plain(self, state: Path) -> None:
-        self._sync_and_adopt(state, 1, model=PLAIN_MODEL)
+    def _pull_plain(self, state: Path, reported: Reported) -> None:
+        self._sync_and_adopt(state, 1, reported, model=PLAIN_MODEL)
         _tidy(Store(state))
 
     # --- update: there is room only when version 1 goes; version 2 goes at the end -----------------------
 
     def _before_update(self, state: Path) -> None:
         for version in (1, 2, 3):
-            self._sync_and_adopt(state, version)
+            self._sync_and_adopt(state, version, Reported())
         store = Store(state)
         store.change_state(NAME, lambda model: replace(model, previous=None))
         for age_s, record in zip((300, 200, 100), store.versions(NAME), strict=True):
@@ -145,11 +164,11 @@ class Scenarios:
         for path in (stale, stale.parent, stale.parent.parent):
             os.utime(path, (time.time() - _OLD_S,) * 2)
 
-    def _update(self, state: Path) -> None:
+    def _update(self, state: Path, reported: Reported) -> None:
         store = Store(state)
         package = sum(path.stat().st_size for path in self._package(4).rglob("*") if path.is_file())
         older = sum(self._weights(version).stat().st_size for version in (1, 2, 3))
-        self._sync_and_adopt(state, 4, quota_bytes=package + older + (1 << 20) - 10_000)
+        self._sync_and_adopt(state, 4, reported, quota_bytes=package + older + (1 << 20) - 10_000)
         with store.lock():
             for record in eviction.evictable(store):
                 store.remove(record)
@@ -174,7 +193,7 @@ class Scenarios:
 
     def _before_repair(self, state: Path) -> None:
         for version in (3, 4):
-            self._sync_and_adopt(state, version)
+            self._sync_and_adopt(state, version, Reported())
         store = Store(state)
         record = store.versions(NAME)[-1]
         folder = store.folder(record)
@@ -184,16 +203,16 @@ class Scenarios:
         store.blob(_sha256((folder / "artifacts/more/notes/read.txt").read_bytes())).unlink()
         (folder / "artifacts/stray.txt").write_text("stray")
 
-    def _repair(self, state: Path) -> None:
+    def _repair(self, state: Path, reported: Reported) -> None:
         store = Store(state)
         with store.lock():
             fsck.set_aside(store, fsck.verify(store).damaged)
-        self._pull(state)
+        self._pull(state, reported)
 
     # --- shared: the next version needs a blob that was damaged since --------------------------------------
 
     def _before_shared(self, state: Path) -> None:
-        self._sync_and_adopt(state, 3)
+        self._sync_and_adopt(state, 3, Reported())
         store = Store(state)
         _flip(store.folder(store.versions(NAME)[-1]) / "artifacts/model/model.onnx")
 
@@ -201,13 +220,13 @@ class Scenarios:
 
     def _before_import(self, state: Path) -> None:
         elsewhere = self._folder / "elsewhere"
-        self._sync_and_adopt(elsewhere, 4)
+        self._sync_and_adopt(elsewhere, 4, Reported())
         store = Store(elsewhere)
         with durable.replacing(self._folder / "file.bundle") as descriptor:
             bundle.export_version(store, store.versions(NAME)[0], descriptor)
-        self._sync_and_adopt(state, 3)
+        self._sync_and_adopt(state, 3, Reported())
 
-    def _import(self, state: Path) -> None:
+    def _import(self, state: Path, reported: Reported) -> None:
         job = SyncJob(
             state_dir=str(state),
             registry=RegistryJob(uri=bundle.ORIGIN),
@@ -217,15 +236,18 @@ class Scenarios:
         )
         with (self._folder / "file.bundle").open("rb") as stream:
             key = bundle.import_bundle(job, stream.fileno()).key
-        _adopt(Store(state), key)
+        _adopt(Store(state), key, reported)
         _tidy(Store(state))
 
 
-def _adopt(store: Store, key: str) -> None:
+def _adopt(store: Store, key: str, reported: Reported) -> None:
+    """A version that was just brought becomes the active one."""
+    reported.committed.add(key)
     active = store.state().model(NAME).active
     if active != key:
         store.change_state(NAME, lambda model: replace(model, candidate=key))
         store.change_state(NAME, lambda model: replace(model, active=key, previous=active, candidate=None))
+    reported.active = key
 
 
 def _tidy(store: Store) -> None:
