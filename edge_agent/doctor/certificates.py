@@ -13,7 +13,7 @@ from pathlib import Path
 from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.errors import SettingsError
 from edge_agent.settings import MqttSettings
-from edge_agent.transport.mqtt import tls_context
+from edge_agent.transport.credentials import tls_context
 
 Period = tuple[datetime, datetime]
 """From when until when a certificate is valid."""
