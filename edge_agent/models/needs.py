@@ -6,9 +6,12 @@ one of the transformers flavor needs torch and transformers. Other code says onl
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from edge_agent.models import genai_options, mlmodel
 from edge_agent.models.mlmodel import PICKLE_LOADER, TRANSFORMERS_LOADER
@@ -16,6 +19,7 @@ from edge_agent.models.mlmodel import PICKLE_LOADER, TRANSFORMERS_LOADER
 GENAI, TRANSFORMERS = "onnxruntime-genai", "transformers"
 WRAPPER_NAME = "genai_pyfunc.py"
 MAX_CONFIG_BYTES = 1 << 20
+_ARCHITECTURE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +28,13 @@ class Needs:
 
     Attributes:
         library: `GENAI`, `TRANSFORMERS`, or empty where nobody knows.
-        config: the file that names the architecture, as the library reads it; empty where there is none.
+        architecture: the library's word for it, `phi3` for one; empty where there is none. It is all that anybody
+            tells the library about a package that nobody has judged yet.
         weight_bytes: of all its files; a host whose memory is smaller cannot load it.
     """
 
     library: str
-    config: bytes
+    architecture: str
     weight_bytes: int
 
 
@@ -45,10 +50,22 @@ def needs_of(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Needs:
     """
     package = mlmodel.parse(read(mlmodel.FILE_NAME))
     library, name = "", ""
+    keys: tuple[str, ...] = ("model_type",)
     if package.loader == TRANSFORMERS_LOADER:
         library, name = TRANSFORMERS, f"{package.flavor('transformers').get('model_binary')}/config.json"
     elif package.loader != PICKLE_LOADER and package.code_file == WRAPPER_NAME:
-        library = GENAI
+        library, keys = GENAI, ("model", "type")
         name = next((path for path in sizes if PurePosixPath(path).name == genai_options.FILE_NAME), "")
     has_config = 0 < sizes.get(name, 0) <= MAX_CONFIG_BYTES
-    return Needs(library=library, config=read(name) if has_config else b"", weight_bytes=sum(sizes.values()))
+    architecture = _architecture(read(name), keys) if has_config else ""
+    return Needs(library=library, architecture=architecture, weight_bytes=sum(sizes.values()))
+
+
+def _architecture(config: bytes, keys: tuple[str, ...]) -> str:
+    try:
+        found: Any = json.loads(config)
+    except (ValueError, RecursionError):
+        return ""  # refused later, with everything else that is wrong
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, str) and _ARCHITECTURE.fullmatch(found) else ""

@@ -2,7 +2,8 @@
 
 Asked before a download is paid for, and by the doctor. Owns no library: a native one may take seconds, or the
 process, with it, so another process asks it (`python -m edge_agent.runner.capability`). Where that one does
-not answer, nothing is known, and the version is tried for real.
+not answer, nothing is known, and the version is tried for real. The package has not been judged yet: the library
+gets the name of its architecture, never its files, which could have it write or load something.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _flavor(library: str) -> Flavor:
 
 
 def _ask_library(needs: Needs, state_dir: Path) -> str:
-    question = json.dumps({"library": needs.library, "config": needs.config.decode("utf-8", "replace")})
+    question = json.dumps({"library": needs.library, "architecture": needs.architecture})
     try:
         result = subprocess.run(
             [sys.executable, "-m", "edge_agent.runner.capability"],
@@ -93,7 +94,7 @@ def _ask_library(needs: Needs, state_dir: Path) -> str:
 def main() -> None:
     """The process: one question on stdin, the answer on stdout."""
     question = json.loads(sys.stdin.buffer.read(_MAX_QUESTION_BYTES))
-    library, config = str(question["library"]), str(question["config"])
+    library, architecture = str(question["library"]), str(question["architecture"])
     try:
         for module in _MODULES[library]:
             importlib.import_module(module)
@@ -102,30 +103,30 @@ def main() -> None:
         print(json.dumps({"problem": f"{reason}; {_REMEDIES[library]}"}))
         return
     known = _genai_knows if library == GENAI else _transformers_knows
-    print(json.dumps({"problem": known(config) if config else ""}))
+    print(json.dumps({"problem": known(architecture) if architecture else ""}))
 
 
-def _genai_knows(config: str) -> str:
-    """Opens a folder with the configuration alone: an architecture is refused before a weight is missed."""
+def _genai_knows(architecture: str) -> str:
+    """Opens a folder without a model: an architecture is refused before a file is missed."""
     import onnxruntime_genai
 
+    config = json.dumps({"model": {"type": architecture, "context_length": 1}})
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "genai_config.json").write_text(config)
         try:
             onnxruntime_genai.Model(folder)
-        except Exception as error:  # noqa: BLE001 - the weights are missing, so there is one
+        except Exception as error:  # noqa: BLE001 - the model is missing, so there is one
             return f"onnxruntime-genai: {error}" if UNKNOWN_ARCHITECTURE in str(error) else ""
     return ""
 
 
-def _transformers_knows(config: str) -> str:
+def _transformers_knows(architecture: str) -> str:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind = json.loads(config).get("model_type")
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return ""
-    return f"transformers {transformers.__version__} has no language model of the type {kind!r}"
+    return f"transformers {transformers.__version__} has no language model of the type {architecture!r}"
 
 
 if __name__ == "__main__":

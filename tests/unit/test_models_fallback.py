@@ -23,7 +23,7 @@ from edge_agent.errors import (
 from edge_agent.models import choice, record, state
 from edge_agent.models.choice import NotInRollout
 from edge_agent.models.gate import GateFailed
-from edge_agent.models.needs import GENAI, TRANSFORMERS, needs_of
+from edge_agent.models.needs import GENAI, TRANSFORMERS, Needs, needs_of
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.state import CacheState, ModelState
 from edge_agent.models.trust import TrustDecision
@@ -31,6 +31,7 @@ from edge_agent.runner import capability
 from tests.support.packages import CONFIG, GENAI_CONFIG, MLMODEL, make_package, manifest_of
 
 OWN, OTHER = "3-aaaaaaaaaaaa", "9-bbbbbbbbbbbb"
+SAMPLE_CONFIG = Path(capability.__file__).parents[1] / "demo" / "sample_model" / "genai_config.json"
 
 
 @pytest.mark.parametrize(
@@ -109,11 +110,7 @@ def test_what_a_version_needs_is_read_from_its_small_files() -> None:
     files = {"MLmodel": MLMODEL.encode(), GENAI_CONFIG: json.dumps(CONFIG).encode(), "w": b"12345"}
     sizes = {path: len(data) for path, data in files.items()}
     needs = needs_of(sizes, files.__getitem__)
-    assert (needs.library, needs.config, needs.weight_bytes) == (
-        GENAI,
-        files[GENAI_CONFIG],
-        sum(sizes.values()),
-    )
+    assert needs == Needs(library=GENAI, architecture="phi3", weight_bytes=sum(sizes.values()))
 
 
 def test_other_code_says_nothing_of_its_needs() -> None:
@@ -129,7 +126,27 @@ flavors:
 """
     files = {"MLmodel": document, "model/config.json": b'{"model_type": "phi3"}'}
     needs = needs_of({path: len(data) for path, data in files.items()}, files.__getitem__)
-    assert (needs.library, needs.config) == (TRANSFORMERS, files["model/config.json"])
+    assert (needs.library, needs.architecture) == (TRANSFORMERS, "phi3")
+
+
+@pytest.mark.parametrize(
+    "config", ["no JSON", "[]", '{"model": {"type": 3}}', '{"model": {"type": "../phi3"}}']
+)
+def test_what_is_no_name_of_an_architecture_is_told_to_no_library(config: str) -> None:
+    files = {"MLmodel": MLMODEL.encode(), GENAI_CONFIG: config.encode()}
+    sizes = {path: len(data) for path, data in files.items()}
+    assert needs_of(sizes, files.__getitem__).architecture == ""
+
+
+def test_a_package_that_nobody_has_judged_makes_the_library_write_nothing(tmp_path: Path) -> None:
+    config = json.loads(SAMPLE_CONFIG.read_text())
+    config["model"]["decoder"]["session_options"]["enable_profiling"] = str(tmp_path / "written")
+    files = {"MLmodel": MLMODEL.encode(), GENAI_CONFIG: json.dumps(config).encode()}
+    sizes = {path: len(data) for path, data in files.items()}
+    state_dir = tmp_path / "state"
+    state_dir.mkdir()
+    assert capability.problem(needs_of(sizes, files.__getitem__), state_dir=state_dir) == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
 @pytest.mark.parametrize(
@@ -143,8 +160,7 @@ flavors:
 def test_the_library_itself_says_which_architectures_it_knows(
     tmp_path: Path, kind: str, bytes_: int, problem: str
 ) -> None:
-    sample = Path(capability.__file__).parents[1] / "demo" / "sample_model" / "genai_config.json"
-    config = json.loads(sample.read_text())
+    config = json.loads(SAMPLE_CONFIG.read_text())
     config["model"]["type"] = kind
     files = {"MLmodel": MLMODEL.encode(), GENAI_CONFIG: json.dumps(config).encode()}
     sizes = {path: len(data) for path, data in files.items()} | {"weights": bytes_}
