@@ -1,7 +1,7 @@
 """`edge-agent bench`: what the active model does on this device, and what each layer of the agent adds.
 
-    prompts made by the bare library → for each launch: bare, its own threads, pyfunc, runner, MQTT in turn
-    → medians → ratios with both of their sides
+    policy and digests, as before each load → prompts made by the bare library
+    → for each launch: bare, its own threads, pyfunc, runner, MQTT in turn → medians → ratios with both of their sides
 
 One side is loaded at a time, each launch in new processes, so that a device that holds the model once can run it
 and drifts of the host meet all sides alike. Nothing of it touches the running daemon or its cache: the MQTT side
@@ -21,10 +21,10 @@ from edge_agent.bench.line_child import BenchError, LineChild
 from edge_agent.bench.measurements import Measured, Prompts, Together, measure, measure_together
 from edge_agent.bench.sides import MqttSide, Side, Subject
 from edge_agent.errors import ContentError, NoModel, UnknownModel
-from edge_agent.models import genai_options, onnx_graph
+from edge_agent.models import genai_options, onnx_graph, trust
 from edge_agent.models.learned import Learned
 from edge_agent.models.record import VersionRecord
-from edge_agent.models.store import Store
+from edge_agent.models.store import Store, check_files
 from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.private_broker import BrokerMissing
 from edge_agent.runner import host, memory
@@ -49,11 +49,16 @@ def run_bench(
 
     Raises:
         NoModel: nothing is in the cache for this model.
+        PolicyError, VerificationError: the version may not run, or is damaged.
         EdgeAgentError: the version is no ONNX package, or a side does not run.
     """
     store = Store(settings.state_dir)
     record = _active(settings, store, model)
+    policy = settings.trust
+    trust.hold(record.trust, public_keys=policy.public_keys, allow_unsigned_code=policy.allow_unsigned_code)
     with store.lease(record) as folder:
+        say("digests")
+        check_files(folder, record)
         subject = _subject(settings, store, record, folder)
         measured, together, notes = _measure(subject, launches=launches, tokens=tokens, say=say)
         say("memory bandwidth")

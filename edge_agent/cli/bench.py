@@ -7,6 +7,7 @@ import json
 import click
 
 from edge_agent.cli.command import Command, Invocation
+from edge_agent.owner import acting_as_owner_of
 
 
 @click.command(cls=Command)
@@ -38,7 +39,9 @@ def bench(invocation: Invocation, model: str | None, launches: int, tokens: int,
     def say(line: str) -> None:
         click.echo(f"bench: {line}", err=True)
 
-    result = run_bench(invocation.settings(), model=model, launches=launches, tokens=tokens, say=say)
+    settings = invocation.settings()
+    with acting_as_owner_of(settings.state_dir):
+        result = run_bench(settings, model=model, launches=launches, tokens=tokens, say=say)
     if as_json:
         click.echo(json.dumps(result))
     else:

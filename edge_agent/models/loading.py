@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_agent.errors import PolicyError, PromptError, RunnerError
+from edge_agent.errors import PromptError, RunnerError
 from edge_agent.models import trust
 from edge_agent.models.memory_budget import Admission, MemoryBudget, Tenant
 from edge_agent.models.record import VersionRecord
-from edge_agent.models.store import Store, check_file
+from edge_agent.models.store import Store, check_files
 from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.runner.memory import peak_bytes
 from edge_agent.runner.process import RunnerProcess
@@ -108,7 +108,10 @@ class VersionLoader:
         Raises:
             EdgeAgentError: damaged, or it does not load; no runner is left.
         """
-        self._hold_to_policy(record)
+        loading = self._loading
+        trust.hold(
+            record.trust, public_keys=loading.public_keys, allow_unsigned_code=loading.allow_unsigned_code
+        )
         wanted_tokens = self._loading.settings.context_tokens
         with (
             self._store.lease(record) as folder,
@@ -120,21 +123,6 @@ class VersionLoader:
                 version = self._choose_threads(version, folder, admission, candidates)
             self.memory_report = admission.warning
         return version
-
-    def _hold_to_policy(self, record: VersionRecord) -> None:
-        """Settings may have become stricter since the version was let in.
-
-        Raises:
-            PolicyError: it may not run any more.
-        """
-        loading = self._loading
-        if not trust.still_holds(
-            record.trust, public_keys=loading.public_keys, allow_unsigned_code=loading.allow_unsigned_code
-        ):
-            raise PolicyError(
-                f"version {record.version} was let in as {record.trust.reason!r}, which [trust] no longer allows",
-                remedy="publish it signed, or change [trust] in the settings",
-            )
 
     def _choose_threads(
         self, version: LoadedVersion, folder: Path, admission: Admission, candidates: Sequence[int]
@@ -174,8 +162,7 @@ class VersionLoader:
         runner = self._start_runner()
         with self.in_reach(runner):
             try:
-                for file in record.files:
-                    check_file(folder / file.path, file, read=self._loading.verify)
+                check_files(folder, record, read=self._loading.verify)
                 told = runner.load(
                     Load(
                         folder=str(folder),

@@ -402,6 +402,19 @@ class Store:
             os.close(descriptor)
 
 
+def check_files(folder: Path, record: VersionRecord, *, read: bool = True) -> None:
+    """Checks every file of a version in its folder: what is done before it is loaded.
+
+    Args:
+        read: False leaves the sha256 out: microseconds.
+
+    Raises:
+        VerificationError: one is not what was committed; it is named.
+    """
+    for file in record.files:
+        check_file(folder / file.path, file, read=read)
+
+
 def check_file(path: Path, file: ManifestFile, *, read: bool = True) -> None:
     """Checks a file's kind, size and sha256 on disk.
 

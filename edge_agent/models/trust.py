@@ -148,6 +148,21 @@ def still_holds(
     return allow_unsigned_code or not decision.unsigned_code
 
 
+def hold(
+    decision: TrustDecision, *, public_keys: Sequence[str] = (), allow_unsigned_code: bool = False
+) -> None:
+    """Before a version runs: the settings may have become stricter since it was let in.
+
+    Raises:
+        PolicyError: it may not run any more.
+    """
+    if not still_holds(decision, public_keys=public_keys, allow_unsigned_code=allow_unsigned_code):
+        raise PolicyError(
+            f"the version was let in as {decision.reason!r}, which [trust] no longer allows",
+            remedy="publish it signed, or change [trust] in the settings",
+        )
+
+
 def check_signature(tree: Path, manifest: Manifest, public_keys: Sequence[str]) -> str:
     """Checks an OpenSSF Model Signing bundle: one of the keys signed every file of the package.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from edge_agent.bench import report
 from edge_agent.models import onnx_graph
 from edge_agent.settings import Settings
+from tests.support.keys import make_keys
 from tests.support.processes import clean_environment
 
 TOKENS = 4
@@ -69,6 +71,27 @@ def test_every_layer_is_measured_and_nothing_is_left_behind(
     assert all(name in printed for name in report.SIDE_NAMES.values())
     assert "bench: launch 1 of 1: over MQTT" in result.stderr
     assert sorted(path.name for path in pulled.state_dir.iterdir()) == before
+
+
+def test_what_may_not_run_is_not_measured(pulled: Settings, short_dir: Path) -> None:
+    state, config, ran = short_dir / "state", short_dir / "config.toml", short_dir / "ran"
+    shutil.copytree(pulled.state_dir, state)
+    own = (pulled.state_dir.parent / "config.toml").read_text().replace(str(pulled.state_dir), str(state))
+    config.write_text(own)
+    (wrapper,) = state.glob("models/versions/*/*/*.py")
+    code = wrapper.read_text()
+    wrapper.chmod(0o600)
+    wrapper.write_text(f"{code}\nopen({str(ran)!r}, 'w').close()\n")
+    result = bench(config, "--launches", "1", "--tokens", "2")
+    assert (result.returncode, ran.exists()) == (1, False)
+    assert wrapper.name in result.stderr
+
+    wrapper.write_text(code)
+    key = make_keys(short_dir, "signer").public
+    config.write_text(f'{own}\n[trust]\npublic_keys = ["{key}"]\n')
+    result = bench(config, "--launches", "1", "--tokens", "2")
+    assert result.returncode == 1
+    assert "[trust] no longer allows" in result.stderr
 
 
 def test_a_device_without_a_model_has_nothing_to_measure(short_dir: Path) -> None:
