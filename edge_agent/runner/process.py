@@ -71,6 +71,7 @@ _OWN_SIGNALS = frozenset(
 )
 """A process brings these on itself. SIGKILL may have been the kernel, for want of memory."""
 _SEND_TIMEOUT_S = 30.0
+_SEND_BYTES = 1 << 16
 _TAIL_LINES = 40
 _TAIL_LINE_BYTES = 500
 
@@ -124,7 +125,8 @@ class RunnerProcess:
         # A second object on the same socket: a sender must not wait for the reader's timeout.
         self._sender = ours.dup()
         self._sender.setblocking(False)
-        self._send_lock = threading.Lock()
+        self._send_lock = threading.Lock()  # never held while somebody waits
+        self._unsent = bytearray()
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._turn = _turn_memory()
         numbers = (theirs.fileno(), self._turn)
@@ -205,7 +207,7 @@ class RunnerProcess:
 
         Raises:
             PromptTooLong: the prompt is more than a frame may hold.
-            RunnerError: the child is gone.
+            RunnerError: the child is gone, or took nothing for `_SEND_TIMEOUT_S`.
         """
         try:
             line = encode(Generate(id=prompt_id, document=document))
@@ -222,6 +224,8 @@ class RunnerProcess:
         """
         limit_s = time.monotonic() + timeout_s
         while True:
+            with contextlib.suppress(RunnerError):  # a child that is gone is seen at the end of what it said
+                self._send_rest()
             self._stop_the_late()
             first_s = min((prompt.until_s for prompt in self._open.values()), default=limit_s)
             frame = self._receive(min(limit_s, first_s))
@@ -253,14 +257,17 @@ class RunnerProcess:
                 return
 
     def cancel(self, prompt_id: str) -> None:
-        """Asks the child to end a prompt; it is refused as cancelled then. No effect on any other prompt."""
+        """Asks the child to end a prompt; it is refused as cancelled then. No effect on any other prompt.
+
+        Never waits: a child that takes nothing now is asked with the next `receive`.
+        """
         with contextlib.suppress(RunnerError):  # a dead child is reported by `receive`
-            self._send(Cancel(id=prompt_id))
+            self._post(encode(Cancel(id=prompt_id)))
 
     def stop(self) -> None:
         """Ends the child in order, or kills it after a grace time; what it started goes with it."""
         with contextlib.suppress(RunnerError):
-            self._send(Stop())
+            self._post(encode(Stop()))
         with contextlib.suppress(OSError):  # nobody reads any more: a child that waits for that sees it end
             self._socket.shutdown(socket.SHUT_RD)
         # WNOWAIT leaves a zombie: as long as it is there, its process group cannot be somebody else's.
@@ -298,18 +305,33 @@ class RunnerProcess:
         self._write(encode(frame))
 
     def _write(self, line: bytes) -> None:
+        """Returns when the child has taken the line."""
+        limit_s = time.monotonic() + _SEND_TIMEOUT_S
+        self._post(line)
+        while self._unsent:
+            if time.monotonic() > limit_s:
+                self.kill()  # it may have half of the line: what comes behind it would be no frame
+                raise RunnerError(f"runner took nothing for {_SEND_TIMEOUT_S:.0f} s")
+            with contextlib.suppress(OSError, ValueError):  # closed meanwhile: the next line finds out
+                select.select([], [self._sender], [], 0.1)
+            self._send_rest()
+
+    def _post(self, line: bytes) -> None:
+        """Sends as much as the child takes now; the rest goes before anything else."""
+        with self._send_lock:
+            self._unsent += line
+        self._send_rest()
+
+    def _send_rest(self) -> None:
         with self._send_lock:
             try:
-                view = memoryview(line)
-                limit_s = time.monotonic() + _SEND_TIMEOUT_S
-                while view:
-                    try:
-                        view = view[self._sender.send(view, socket.MSG_NOSIGNAL) :]
-                    except BlockingIOError:
-                        if time.monotonic() > limit_s:
-                            raise
-                        select.select([], [self._sender], [], 0.1)
-            except (OSError, ValueError) as error:  # ValueError: closed meanwhile
+                while self._unsent:
+                    sent = self._sender.send(self._unsent[:_SEND_BYTES], socket.MSG_NOSIGNAL)
+                    del self._unsent[:sent]
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._unsent.clear()
                 raise RunnerError(f"runner is gone ({self.epitaph()})") from error
 
     def _receive(self, deadline_s: float) -> Frame | None:

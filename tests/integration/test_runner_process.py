@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,19 @@ def test_a_runner_that_waits_for_its_reader_stops_in_order(
     runner.stop()
     assert not caplog.records  # it was not killed
     assert not runner.alive
+
+
+def test_a_cancel_does_not_wait_for_a_runner_that_reads_nothing(runner: RunnerProcess) -> None:
+    child = psutil.Process(runner.pid)
+    child.suspend()
+    large = document("é" * 50_000)  # more than the socket holds
+    starting = threading.Thread(target=runner.start, args=("large", large), kwargs={"timeout_s": 60})
+    starting.start()
+    wait_until(lambda: bool(runner._unsent), 10, "the socket to be full")
+    runner.cancel("nobody")
+    assert starting.is_alive(), "the cancel came back while the prompt still waits"
+    child.resume()
+    starting.join(30)
+    assert ends(runner, 1)["large"].type == "refused"
+    runner.start("next", document(), timeout_s=60)
+    assert ends(runner, 1)["next"].type == "done", "nothing in the stream was torn"
