@@ -275,9 +275,11 @@ class Dispatcher:
             return False
         self._may_claim = False  # before the journal is asked: what comes later sets it again
         with ExitStack() as stack:
-            lease = stack.enter_context(self._host.lease())
+            lease = stack.enter_context(self._host.lease())  # a load may take minutes
             if lease is None:
                 return None
+            if self._stopping.is_set():
+                return False
             prompt = self._claim()
             if prompt is None:
                 return False
@@ -353,9 +355,16 @@ class Dispatcher:
             run.answer = self._fail(run, error)
 
     def _on_death(self, runner: Runner, error: RunnerError) -> None:
-        """The prompts whose turn it was get 500, since they may be the cause; the others run again."""
+        """The prompts whose turn it was get 500, since they may be the cause; the others run again.
+
+        When the agent stops, all of them run again: it ends runners itself, and nobody is to blame.
+        """
         runs = [run for run in self._runs.values() if run.live]
         if not runs:
+            return
+        if self._stopping.is_set():
+            for run in runs:
+                run.put_back = True
             return
         suspects = [run for run in runs if run.name in runner.suspects] or runs
         suspects[0].lease.blame(frozenset(_digest(run.prompt.document) for run in suspects))
