@@ -148,6 +148,7 @@ def look_over(store: Store) -> tuple[Damage, ...]:
     the next sync fetches it again. Gives that damage.
     """
     with store.lock():
+        store.settle()
         prune(store)
         damaged = quick_check(store).damaged
         set_aside(store, damaged)

@@ -334,6 +334,18 @@ class Store:
             status = os.statvfs(self.root if self.root.exists() else _existing_parent(self.root))
         return status.f_bavail * status.f_frsize
 
+    # --- After a crash ---------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Makes durable what has its final name already: whoever gave it may have died before the folder was synced.
+
+        Without this, `state.json` could come to name, durably, a version whose record a power cut takes away.
+        """
+        with store_errors("sync", self.root):
+            for folder in (self.blobs, *_children(self.versions_root), self.versions_root, self.root):
+                if folder.is_dir():
+                    durable.sync_folder(folder)
+
     # --- Inside ----------------------------------------------------------------------------------------
 
     def _read_record(self, file: Path) -> VersionRecord | None:

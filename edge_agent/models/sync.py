@@ -102,6 +102,7 @@ def bring(
         check_host(job, package, wanted)
     if known and not fsck.quick_check(store, [known]).damaged:
         record = hold_to_policy(store, job, known)
+        store.settle()  # the process that committed it may have died in the middle
         remove_staging(folder_of(store, job.name, version.version))  # of a process that died after the commit
         return _done(record, fetched_bytes=0, new=False)
     with store.fetching(), staging(store, job.name, version.version) as place:

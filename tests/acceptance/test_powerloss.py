@@ -1,7 +1,8 @@
 """Power loss on the whole daemon: killed with all its processes at a change of its cache, and started again.
 
-What the cache does at every single point is in `tests/integration/test_powerloss.py`; here are the real daemon,
-its real sync, runners and registry. The default run takes ten points, `./build.sh powerloss` all.
+At each point two folders are started from: what the killed processes leave, and what a disk leaves that kept only
+what was synced. What the cache does at every single point is in `tests/integration/test_powerloss.py`; here are the
+real daemon, its real sync, runners and registry. The default run takes ten points, `./build.sh powerloss` all.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from tests.support.faulty_daemon import FaultyDaemon, Point
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.power import Call
-from tests.support.power_scenarios import copy_state
 from tests.support.processes import Daemon, short_folder, wait_until
+from tests.support.state_folder import mark
 
 MODEL = "powerloss"
 SPAIN = "What is the capital of Spain?"
@@ -47,6 +48,24 @@ TEN = {
     "the candidate is loaded": Point("utime", rf"{VERSIONS}/2-\w+\.json"),
     "the switch": Point("rename", r"models/state\.json", 2),
 }
+
+
+@dataclass
+class Tried:
+    """What was started from so far.
+
+    Attributes:
+        killed: points at which all processes were killed.
+        dropped: points at which the power was cut, too.
+        folders: marks of the caches that these cuts left; one that is among them is not started from again.
+    """
+
+    killed: int = 0
+    dropped: int = 0
+    folders: set[str] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        return f"{self.killed} killed, {self.dropped} dropped in {len(self.folders)} folders"
 
 
 @dataclass(frozen=True)
@@ -72,7 +91,7 @@ def before(
     with short_folder() as folder:
         publish_folder(sample_model, name=MODEL, registry_uri=mlflow_server.uri, alias="prod")
         document = settings(broker, mlflow_server)
-        daemon = FaultyDaemon(folder, document)
+        daemon = Daemon(folder, document)
         pulled = daemon.cli("models", "pull", timeout_s=120)
         daemon.close()
         assert pulled.returncode == 0, pulled.stderr
@@ -119,11 +138,15 @@ def check_nothing_unverified(state: Path) -> None:
     assert not store.state().rebuilt
 
 
-def cut_and_start_again(before: Before, point: Point) -> None:
-    """Kills the daemon at the point of its update; then it answers, and the update comes to its end."""
+@pytest.fixture(scope="module")
+def tried() -> Tried:
+    return Tried()
+
+
+def cut_and_start_again(before: Before, point: Point, tried: Tried) -> None:
+    """Stops the daemon at the point of its update, and goes on from both folders that this may leave."""
     with short_folder() as folder:
-        copy_state(before.state, folder / "state")
-        daemon = FaultyDaemon(folder, before.idle)
+        daemon = FaultyDaemon(folder, before.idle, state=before.state)
         try:
             daemon.stop_at(point)
             daemon.start()
@@ -132,41 +155,79 @@ def cut_and_start_again(before: Before, point: Point) -> None:
             except TimeoutError as error:
                 raise AssertionError(f"{point} did not fire; log:\n{daemon.log}") from error
             daemon.cut_power()
-            check_nothing_unverified(daemon.state_dir)
-            daemon.stop_at(None)
-            daemon.config["models"] = before.settings["models"]
-            daemon.start()
-            version, text = ask(daemon)
-            assert text == ANSWERS[version]
-            wait_for_version(daemon, 2)
-            assert ask(daemon) == (2, ANSWERS[2])
-            check_nothing_unverified(daemon.state_dir)
+            daemon.write_dropped(folder / "dropped")
+            finish_the_update(daemon, before)
+            tried.killed += 1
+        finally:
+            daemon.close()
+        folder_mark = mark(folder / "dropped" / "models", of_any_run=True)
+        if folder_mark not in tried.folders:
+            tried.folders.add(folder_mark)
+            go_on_from(folder / "dropped", before)
+        tried.dropped += 1
+
+
+def go_on_from(dropped: Path, before: Before) -> None:
+    with short_folder() as folder:
+        daemon = FaultyDaemon(folder, before.settings, state=dropped)
+        try:
+            finish_the_update(daemon, before)
         finally:
             daemon.close()
 
 
+def finish_the_update(daemon: FaultyDaemon, before: Before) -> None:
+    """After the cut nothing is wrong; then the daemon answers, the update comes to its end, and stays."""
+    check_nothing_unverified(daemon.state_dir)
+    daemon.stop_at(None)
+    daemon.config["models"] = before.settings["models"]
+    daemon.start()
+    version, text = ask(daemon)
+    assert text == ANSWERS[version]
+    wait_for_version(daemon, 2)
+    assert ask(daemon) == (2, ANSWERS[2])
+    check_nothing_unverified(daemon.state_dir)
+    check_it_stays(daemon)
+
+
+def check_it_stays(daemon: FaultyDaemon) -> None:
+    """The version that answered is the active one after a power cut, too."""
+    daemon.cut_power()
+    assert not daemon.medium.trouble, daemon.medium.trouble
+    assert daemon.medium.synced["."], "nobody told the medium that state.json was written"
+    dropped = daemon.folder / "stays"
+    daemon.write_dropped(dropped)
+    check_nothing_unverified(dropped)
+    active = Store(dropped).state().model("assistant").active
+    assert active and active.startswith("2-"), f"version 2 answered, and after a power cut {active} is active"
+    assert Store(dropped).record("assistant", active), f"{active} is active, and its record is gone"
+
+
 @pytest.mark.parametrize("point", TEN.values(), ids=TEN.keys())
-def test_killed_at_a_change_the_daemon_answers_again_and_finishes_its_update(
-    before: Before, point: Point
+def test_cut_off_at_a_change_the_daemon_answers_again_and_finishes_its_update(
+    before: Before, point: Point, tried: Tried, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cut_and_start_again(before, point)
+    cut_and_start_again(before, point, tried)
+    with capsys.disabled():
+        print(f"\nso far {tried}", end="")
 
 
 if EVERYTHING in os.environ:
 
-    def test_killed_at_any_change_the_daemon_answers_again_and_finishes_its_update(
+    def test_cut_off_at_any_change_the_daemon_answers_again_and_finishes_its_update(
         before: Before, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        points = all_points(before)
+        points, tried = all_points(before), Tried()
         wrong = []
         for number, point in enumerate(points):
             with capsys.disabled():
-                print(f"\n{number + 1} of {len(points)}: {point}", end="", flush=True)
+                print(f"\n{number + 1} of {len(points)}: {point}; so far {tried}", end="", flush=True)
             try:
-                cut_and_start_again(before, point)
+                cut_and_start_again(before, point, tried)
             except AssertionError as error:
                 wrong.append(f"{point}: {error}")
         assert not wrong, "\n".join(wrong)
+        assert tried.killed == tried.dropped == len(points)
 
 
 def all_points(before: Before) -> list[Point]:
@@ -174,12 +235,12 @@ def all_points(before: Before) -> list[Point]:
     the first two are taken: how many there are, the network decides.
     """
     with short_folder() as folder:
-        copy_state(before.state, folder / "state")
-        daemon = FaultyDaemon(folder, before.idle)
+        daemon = FaultyDaemon(folder, before.idle, state=before.state)
         try:
             daemon.stop_at(None)
             daemon.start()
             wait_for_version(daemon, 2)
+            check_it_stays(daemon)
         finally:
             daemon.close()
         seen, points = Counter[Call](), []

@@ -6,6 +6,9 @@ The daemon and each sync that it starts write their changes, in the order in whi
 At the one that `FOLDER/point` names, the process that is about to make it writes `FOLDER/fired` and waits: then
 the test kills all of them at once, as a power cut does. Without that file, nothing stops.
 
+Beside the folder there is what a disk would hold of the cache: the test's process keeps it, in
+`tests.support.medium_server`. It knows nothing of `journal.db`, whose durability is SQLite's own.
+
 Runs as a script, because a sync's interpreter is started with an environment that names no path of the tests.
 """
 
@@ -17,19 +20,26 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import psutil  # type: ignore[import-untyped]
 
-from tests.support.power import Call, Power, Torn
+from tests.support.medium_server import MediumServer, RemoteMedium
+from tests.support.power import Call, Power
 from tests.support.processes import Daemon, wait_until
+from tests.support.state_folder import copy_state
+
+_CACHE = "models"
+_MEDIUM = "m.sock"
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,23 @@ class Point:
 
 
 class FaultyDaemon(Daemon):
-    """A daemon that stands still at a point; the folder of its settings is the faults' folder, too."""
+    """A daemon that stands still at a point; the folder of its settings is the faults' folder, too.
+
+    Args:
+        state: copied, for the daemon to begin with.
+
+    Attributes:
+        medium: what a disk would hold of the cache, through every start.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, state: Path) -> None:
+        super().__init__(folder, config)
+        copy_state(state, self.state_dir)
+        self.medium = MediumServer(self.state_dir / _CACHE, folder / _MEDIUM)
+
+    def close(self) -> None:
+        super().close()
+        self.medium.close()
 
     def stop_at(self, point: Point | None) -> None:
         """Chooses the point for the next start; None only writes down the calls."""
@@ -60,16 +86,30 @@ class FaultyDaemon(Daemon):
 
         Raises:
             TimeoutError: the point did not come.
+            AssertionError: the medium failed.
         """
-        wait_until((self.folder / "fired").exists, timeout_s, "the point")
+        fired = self.folder / "fired"
+        wait_until(lambda: fired.exists() or self.medium.trouble, timeout_s, "the point")
+        assert not self.medium.trouble, self.medium.trouble
 
     def cut_power(self) -> None:
         """Kills the daemon and all that it started."""
         daemon = psutil.Process(self.pid)
         daemon.suspend()  # it starts nothing while its children are looked up
-        for process in [daemon, *daemon.children(recursive=True)]:
+        children = daemon.children(recursive=True)
+        for process in children:
+            process.suspend()  # and none gets the turn of one that was killed before it
+        for process in [daemon, *children]:
             process.kill()
         self.child.process.wait(10)
+
+    def write_dropped(self, target: Path) -> None:
+        """Makes the state folder that a power cut leaves now: of the cache, what the medium holds. All else goes as
+        it is; of it the journal's durability is SQLite's own, and tested with the journal.
+        """
+        copy_state(self.state_dir, target)
+        shutil.rmtree(target / _CACHE)
+        self.medium.write(target / _CACHE)
 
     def calls(self) -> list[Call]:
         """All changes since `stop_at`, in their order."""
@@ -83,8 +123,8 @@ class FaultyDaemon(Daemon):
 
 
 def _watch(folder: Path, call: Call) -> None:
-    """Before each change of any of the processes: one at a time."""
-    with _turn(folder), (folder / "calls").open("a+") as calls:
+    """Before each change of any of the processes, which has the turn."""
+    with (folder / "calls").open("a+") as calls:
         calls.write(json.dumps([call.name, call.path]) + "\n")
         if not (folder / "point").exists():
             return
@@ -103,6 +143,7 @@ def _watch(folder: Path, call: Call) -> None:
 
 @contextmanager
 def _turn(folder: Path) -> Iterator[None]:
+    """One change at a time, of all the processes: with it the medium sees them in their order."""
     descriptor = os.open(folder / "turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -126,14 +167,16 @@ def _own_interpreter(folder: Path) -> str:
 
 def main() -> None:
     folder, module, arguments = Path(sys.argv[1]), sys.argv[3], sys.argv[4:]
-
-    def watch(number: int, call: Call, torn: Torn | None) -> None:
-        _watch(folder, call)
-
     if module == "edge_agent":
         sys.executable = _own_interpreter(folder)
     sys.argv = [module, *arguments]
-    with Power(folder / "state", watch=watch).installed():
+    power = Power(
+        folder / "state",
+        watch=lambda number, call, torn: _watch(folder, call),
+        medium=RemoteMedium(folder / _MEDIUM),
+        turn=lambda: _turn(folder),
+    )
+    with power.installed():
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

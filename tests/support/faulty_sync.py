@@ -36,14 +36,14 @@ from typing import Any
 from edge_agent.errors import EdgeAgentError, StoreError
 from edge_agent.models import fetch, fsck, record, registry
 from edge_agent.models.store import Store
-from tests.support.power import Fault, Power, Torn
-from tests.support.power_scenarios import CHUNK_BYTES, NAME, Reported, Scenario, Scenarios, copy_state
+from tests.support.power import Fault, Medium, Power, Torn
+from tests.support.power_scenarios import CHUNK_BYTES, NAME, Reported, Scenario, Scenarios
+from tests.support.state_folder import copy_state, mark
 
 SCENARIOS = ("update", "first", "plain", "repair", "shared", "import")
 _RUN_LIMIT_S = 60
 _PR_SET_PDEATHSIG = 1
 _NOT_FIRED, _BROKEN = 4, 5
-_SEEN_AGE_S = 50  # runs differ in when "now" is; what was made old on purpose is older
 
 
 class Wrong(Exception):
@@ -106,47 +106,48 @@ class Trial:
         state, left, seen = self._folder / "running", self._folder / "left", set[str]()
         reported, kept = Reported(), set[tuple[str, str]]()
         copy_state(self._base, state)
-        power = Power(state, medium=True, watch=lambda at, call, torn: watch(at, torn))
+        medium = Medium(state)
+        power = Power(state, medium=medium, watch=lambda at, call, torn: watch(at, torn))
 
         def watch(at: int, torn: Torn | None) -> None:
             for fault, findings in found.items():
                 if fault is Fault.TEAR and torn is None:
                     continue
                 shutil.rmtree(left, ignore_errors=True)
-                self._leave(left, state, power, fault, at, torn)
+                self._leave(left, state, medium, fault, at, torn)
                 if fault is Fault.KILL and kill_every and at % kill_every == 0:
                     self._noting(findings, fault, at, lambda: self._compare_with_killed(at, left), count=0)
-                mark = _mark(left)
-                if (mark, repr(reported)) not in kept:
-                    kept.add((mark, repr(reported)))
+                state_mark = mark(left)
+                if (state_mark, repr(reported)) not in kept:
+                    kept.add((state_mark, repr(reported)))
                     self._noting(findings, fault, at, lambda: self._check_reported(left, reported), count=0)
-                if mark in seen:
+                if state_mark in seen:
                     findings.tried += 1
                     continue
-                seen.add(mark)
+                seen.add(state_mark)
                 findings.states += 1
                 self._noting(findings, fault, at, lambda: self._start_again(left))
 
         with power.installed():
             self.scenario.run(state, reported)
-        assert power.medium
         for fault in found.keys() & {Fault.DROP}:
             shutil.rmtree(left)
-            power.medium.write(left)
+            medium.write(left)
             self._noting(found[fault], fault, -1, lambda: self._check_end(left, reported), count=0)
-        power.medium.close()
+        medium.close()
         if power.calls != self.calls:
             raise Wrong("a second run of the scenario makes other calls")
 
-    def _leave(self, left: Path, state: Path, power: Power, fault: Fault, at: int, torn: Torn | None) -> None:
+    def _leave(
+        self, left: Path, state: Path, medium: Medium, fault: Fault, at: int, torn: Torn | None
+    ) -> None:
         """Makes the folder that the fault leaves at this point."""
         if fault in (Fault.DROP, Fault.MIX):
-            assert power.medium
-            power.medium.write(left, seed=at if fault is Fault.MIX else None)
+            medium.write(left, seed=at if fault is Fault.MIX else None)
             return
         copy_state(state, left)
         if torn and fault is Fault.TEAR:
-            with (left / power.calls[at].path).open("r+b") as file:
+            with (left / self.calls[at].path).open("r+b") as file:
                 file.seek(torn.offset)
                 file.write(torn.data)
 
@@ -225,10 +226,7 @@ class Trial:
         keys = {record.key for record in store.versions()}
         if unread := [file.name for file in store.record_files() if file.stem not in keys]:
             raise Wrong(f"record {unread[0]} cannot be read")
-        current = store.state()
-        if current.rebuilt:
-            raise Wrong(f"state.json was lost: {current.rebuilt}")
-        active = current.model(NAME).active
+        active = _active(store, state)
         if active not in (self._active_before, self._active):
             raise Wrong(f"version {active} is active")
         if active and active not in keys:
@@ -243,7 +241,7 @@ class Trial:
                 raise Wrong(f"version {key} was reported committed, and its record is not there")
             if damaged := fsck.verify(store, [records[key]]).damaged:
                 raise Wrong(f"version {key} was reported committed, and is damaged: {damaged[0]}")
-        active = store.state().model(NAME).active
+        active = _active(store, state)
         if reported.active not in (None, active):
             raise Wrong(f"version {reported.active} was reported active, and {active} is")
 
@@ -269,6 +267,15 @@ class Trial:
             if found.get(path) != wanted.get(path):
                 what = "is missing" if path not in found else "differs" if path in wanted else "is left"
                 raise Wrong(f"{path} {what} {when}")
+
+
+def _active(store: Store, state: Path) -> str | None:
+    """What `state.json` says; a damaged one is set aside, and those are no calls of the run that was cut."""
+    with Power(state).installed():
+        current = store.state()
+    if current.rebuilt:
+        raise Wrong(f"state.json was lost: {current.rebuilt}")
+    return current.model(NAME).active
 
 
 def _check_verified(store: Store) -> None:
@@ -307,16 +314,6 @@ def _sha256(path: Path) -> str:
 def _has_times(path: str) -> bool:
     """A record or a state: two runs at different times write different ones."""
     return path.removesuffix(".tmp").endswith(".json")
-
-
-def _mark(state: Path) -> str:
-    """The same for two folders that a start cannot tell apart."""
-    lines, inodes = [], dict[int, int]()
-    for path in sorted(state.rglob("*")):
-        status = path.lstat()
-        what = "" if path.is_dir() else f"{_sha256(path)} {inodes.setdefault(status.st_ino, len(inodes))}"
-        lines.append(f"{path.relative_to(state)} {status.st_mode} {status.st_mtime // _SEEN_AGE_S} {what}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _forked(action: Callable[[], int]) -> int:

@@ -19,11 +19,11 @@ import os
 import signal
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from edge_agent.models import durable
 
@@ -65,6 +65,17 @@ class Torn:
 Watch = Callable[[int, Call, Torn | None], None]
 """Called before each call with its number; with what is there when a write is torn."""
 
+
+class Disk(Protocol):
+    """What is told of the calls that decide what outlives a power cut: a `Medium`, or the way to one."""
+
+    def synced(self, descriptor: int) -> object: ...
+
+    def renamed(self, source: Path, target: Path) -> object: ...
+
+    def hold(self, path: Path) -> object: ...
+
+
 _TAKES_SPACE = frozenset(("open", "write", "mkdir", "link", "rename", "fsync"))
 
 
@@ -77,6 +88,7 @@ class Power:
         fault: `KILL` ends this process, `FULL` lets calls fail; None only counts.
         watch: called before each call.
         medium: keeps what the disk would hold, too.
+        turn: around each call, where several processes write to the folder.
         really_sync: False leaves out the wait for a real disk, which nobody here cuts off.
     """
 
@@ -87,11 +99,13 @@ class Power:
         at: int = -1,
         fault: Fault | None = None,
         watch: Watch | None = None,
-        medium: bool = False,
+        medium: Disk | None = None,
+        turn: Callable[[], AbstractContextManager[object]] = nullcontext,
         really_sync: bool = False,
     ) -> None:
         self.calls: list[Call] = []
-        self.medium = Medium(state) if medium else None
+        self._medium = medium
+        self._turn = turn
         self._state = state
         self._at = at
         self._fault = fault
@@ -117,60 +131,66 @@ class Power:
     def open(self, path: Path, flags: int, mode: int = 0o777) -> int:
         if not flags & (os.O_CREAT | os.O_TRUNC):
             return os.open(path, flags, mode)
-        self._before("open", path)
-        return os.open(path, flags, mode)
+        with self._call("open", path):
+            return os.open(path, flags, mode)
 
     def write(self, descriptor: int, data: memoryview) -> int:
         torn = Torn(os.lseek(descriptor, 0, os.SEEK_CUR), bytes(data[: len(data) // 2]))
-        self._before("write", _path_of(descriptor), torn)
-        return os.write(descriptor, data)
+        with self._call("write", _path_of(descriptor), torn):
+            return os.write(descriptor, data)
 
     def ftruncate(self, descriptor: int, length: int) -> None:
-        self._before("ftruncate", _path_of(descriptor))
-        os.ftruncate(descriptor, length)
+        with self._call("ftruncate", _path_of(descriptor)):
+            os.ftruncate(descriptor, length)
 
     def fsync(self, descriptor: int) -> None:
-        self._before("fsync", _path_of(descriptor))
-        if self._really_sync:
-            os.fsync(descriptor)
-        if self.medium:
-            self.medium.synced(descriptor)
+        with self._call("fsync", _path_of(descriptor)):
+            if self._really_sync:
+                os.fsync(descriptor)
+            if self._medium:
+                self._medium.synced(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        self._before("rename", target)
-        os.rename(source, target)
-        if self.medium:
-            self.medium.renamed(source, target)
+        with self._call("rename", target):
+            os.rename(source, target)
+            if self._medium:
+                self._medium.renamed(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        self._before("link", target)
-        os.link(source, target)
+        with self._call("link", target):
+            os.link(source, target)
 
     def unlink(self, path: Path) -> None:
-        self._before("unlink", path)
-        if self.medium:
-            self.medium.hold(path)
-        os.unlink(path)
+        with self._call("unlink", path):
+            if self._medium:
+                self._medium.hold(path)
+            os.unlink(path)
 
     def rmdir(self, path: Path) -> None:
-        self._before("rmdir", path)
-        os.rmdir(path)
+        with self._call("rmdir", path):
+            os.rmdir(path)
 
     def mkdir(self, path: Path, mode: int) -> None:
-        self._before("mkdir", path)
-        os.mkdir(path, mode)
+        with self._call("mkdir", path):
+            os.mkdir(path, mode)
 
     def chmod(self, path: Path, mode: int) -> None:
-        self._before("chmod", path)
-        os.chmod(path, mode)
+        with self._call("chmod", path):
+            os.chmod(path, mode)
 
     def utime(self, path: Path) -> None:
-        self._before("utime", path)
-        os.utime(path)
+        with self._call("utime", path):
+            os.utime(path)
 
     # --- The fault -------------------------------------------------------------------------------------
 
-    def _before(self, name: str, path: Path, torn: Torn | None = None) -> None:
+    @contextmanager
+    def _call(self, name: str, path: Path, torn: Torn | None = None) -> Iterator[None]:
+        with self._turn():
+            self._before(name, path, torn)
+            yield
+
+    def _before(self, name: str, path: Path, torn: Torn | None) -> None:
         if not path.is_relative_to(self._state):
             raise AssertionError(f"durable changes {path}, which is not under {self._state}")
         number, call = len(self.calls), Call(name, path.relative_to(self._state).as_posix())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -268,28 +267,3 @@ def _sha256(data: bytes) -> str:
 
 def _bytes(seed: int, count: int) -> bytes:
     return random.Random(seed).randbytes(count)
-
-
-def copy_state(source: Path, target: Path) -> None:
-    """A copy with the same hard links, and the same modes and times of files."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
-    copied: dict[int, Path] = {}
-    for folder, folders, names in os.walk(source):
-        place = target / Path(folder).relative_to(source)
-        for name in folders:
-            (place / name).mkdir(mode=0o700)
-        for name in names:
-            inode = (Path(folder) / name).stat().st_ino
-            if inode in copied:
-                (place / name).hardlink_to(copied[inode])
-            else:
-                _copy(Path(folder) / name, place / name)
-                copied[inode] = place / name
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.write_bytes(source.read_bytes())
-    status = source.stat()
-    target.chmod(status.st_mode & 0o777)
-    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
