@@ -145,6 +145,12 @@ class PolicyError(ContentError):
     code = "code_refused"
 
 
+class Quarantined(ContentError):
+    """The version failed on this device before, and is not tried again until its digest or the operator changes."""
+
+    code = "quarantined"
+
+
 class TransportError(EdgeAgentError):
     """The registry could not be reached, or ended the conversation. Trying later may help."""
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from edge_agent.errors import EdgeAgentError, StoreError, VerificationError
+from edge_agent.errors import EdgeAgentError, Quarantined, StoreError, VerificationError
 from edge_agent.models import blame, fsck, gate
 from edge_agent.models.blame import Crashes, LoadFailures
 from edge_agent.models.gate import GateFailed
@@ -152,8 +152,8 @@ class ModelLifecycle:
                 if instead != self.state.instead:
                     self._standing.change(lambda state: replace(state, instead=instead))
                 return
-            if key in self.state.quarantined and not force:
-                raise GateFailed(f"version {key} is in quarantine: {self.state.quarantined[key]}")
+            if not force:
+                self.refuse_quarantined(key)
             self._standing.change(lambda state: state.trying(key))
             if self.state.candidate_tries > blame.MAX_TRIES and not force:
                 self._refuse(
@@ -237,6 +237,14 @@ class ModelLifecycle:
         leaving = self._seat.empty(comes_back=self._standing.active is not None)
         if leaving is not None:
             leaving.runner.stop()
+
+    def refuse_quarantined(self, key: str) -> None:
+        """
+        Raises:
+            Quarantined: the version failed before, and why.
+        """
+        if key in self.state.quarantined:
+            raise Quarantined(f"version {key} is in quarantine: {self.state.quarantined[key]}")
 
     def catch_up(self) -> None:
         """Takes up what is on disk already: a candidate that an earlier daemon did not get to try, or, where

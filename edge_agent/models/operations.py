@@ -180,7 +180,7 @@ class Operations:
         return problems
 
     def _pulled(self, name: str, on_event: OnEvent) -> dict[str, Any]:
-        result = self._updates.check(name, on_event)
+        result = self._updates.check(name, on_event, asked_for=True)
         return {**_brought(result), "instead": self._lifecycle(name).instead}
 
     def _lifecycle(self, name: str) -> ModelLifecycle:

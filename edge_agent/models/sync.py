@@ -1,12 +1,14 @@
 """One check of one model, one process: `python -m edge_agent.models.sync`, a job on stdin, events on stdout.
 
-Flow: resolve → manifest → can this host run it → reserve → fetch what is missing → trust → stage → commit.
+Flow: resolve → manifest → is it to be tried, can this host run it → reserve → fetch what is missing → trust →
+stage → commit.
 `synchronise` below reads that way. It can be killed at any moment: what was fetched is continued, what was
 not committed does not count. Refuses jobs over a bound. Stdout has events and nothing else; whatever
 libraries print goes to stderr.
 
 Events, one JSON object a line: `resolved {version, rollout}`, `progress {bytes, total_bytes, bytes_per_s,
-eta_s}` (at most five a second), then `done {…}` (fields of `SyncResult`), or `error {code, message, remedy}`.
+eta_s}` (at most five a second), `quarantined {key}` before the error of that name; then `done {…}` (fields of
+`SyncResult`), or `error {code, message, remedy}`.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent import logs
-from edge_agent.errors import CannotRun, EdgeAgentError, ManifestError, VerificationError
+from edge_agent.errors import CannotRun, EdgeAgentError, ManifestError, Quarantined, VerificationError
 from edge_agent.models import eviction, fsck, mlmodel, trust
 from edge_agent.models import manifest as manifests
 from edge_agent.models.fetch import Pace, fetch
 from edge_agent.models.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, ManifestFile
 from edge_agent.models.needs import MAX_CONFIG_BYTES, needs_of
-from edge_agent.models.record import VersionRecord
+from edge_agent.models.record import VersionRecord, key_of
 from edge_agent.models.reference import ROLLOUT_TAG, ModelRef, ModelVersion
 from edge_agent.models.registry import Listed, Package, Registry
 from edge_agent.models.staging import Staging, folder_of, remove_staging, staging
@@ -98,10 +100,13 @@ def bring(
     store.create()
     wanted = read_wanted(package, version, promised)
     known = committed(store, job, version, wanted)
+    whole = known if known and not fsck.quick_check(store, [known]).damaged else None
+    if whole is None:
+        refuse_quarantined(job, version, wanted, emit)
     if job.check_host and not (known and known.key == job.running):
         check_host(job, package, wanted)
-    if known and not fsck.quick_check(store, [known]).damaged:
-        record = hold_to_policy(store, job, known)
+    if whole:
+        record = hold_to_policy(store, job, whole)
         store.settle()  # the process that committed it may have died in the middle
         remove_staging(folder_of(store, job.name, version.version))  # of a process that died after the commit
         return _done(record, fetched_bytes=0, new=False)
@@ -129,6 +134,21 @@ def bring(
         )
         new = commit(store, record, tree, place)
     return _done(record, fetched_bytes=pace.fetched_bytes, new=new)
+
+
+def refuse_quarantined(job: SyncJob, version: ModelVersion, wanted: Wanted, emit: Emit) -> None:
+    """A version that failed here, and was removed or damaged since, is not paid for once more.
+
+    Of a package without a manifest the digest is known only when its bytes are here: that one comes again, and
+    the lifecycle does not try it.
+
+    Raises:
+        Quarantined: it is the one that failed.
+    """
+    key = key_of(version.version, wanted.manifest) if wanted.manifest else ""
+    if key in job.quarantined:
+        emit({"event": "quarantined", "key": key})
+        raise Quarantined(f"version {key} is in quarantine, and is not fetched again")
 
 
 def check_host(job: SyncJob, package: Package, wanted: Wanted) -> None:

@@ -30,6 +30,7 @@ from edge_agent.errors import (
     EdgeAgentError,
     ManifestError,
     PolicyError,
+    Quarantined,
     SettingsError,
     StoreError,
     TransportError,
@@ -76,6 +77,7 @@ _ERRORS: dict[str, type[EdgeAgentError]] = {
         EdgeAgentError,
         ManifestError,
         PolicyError,
+        Quarantined,
         SettingsError,
         StoreError,
         TransportError,
@@ -121,6 +123,7 @@ class SyncJob:
         fallback: `ref` is the model's fallback.
         check_host: ask whether this host can run the version, before it is fetched.
         running: key of the active version, which this host can run; empty for none.
+        quarantined: keys of versions that are not fetched: they would not be tried.
     """
 
     state_dir: str
@@ -133,6 +136,7 @@ class SyncJob:
     fallback: bool = False
     check_host: bool = False
     running: str = ""
+    quarantined: tuple[str, ...] = ()
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -153,6 +157,7 @@ class SyncJob:
                 registry=RegistryJob(**fields.pop("registry")),
                 trust=TrustJob(**{**trust, "public_keys": tuple(trust.get("public_keys", ()))}),
                 cache=CacheJob(**fields.pop("cache", {})),
+                quarantined=tuple(fields.pop("quarantined", ())),
                 **fields,
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -191,7 +196,7 @@ def run_sync(
 
     Args:
         timeout_s: for the whole sync; a big model on a slow line needs hours.
-        on_event: gets `resolved` and `progress` events in this thread; keep it quick.
+        on_event: gets all events but the last in this thread; keep it quick.
         should_stop: asked about five times a second; True ends the process.
 
     Raises:
@@ -199,6 +204,7 @@ def run_sync(
         UnknownReference: the registry has no such model, alias or version.
         CannotRun: this host lacks what the version needs.
         ContentError: the package breaks a rule (`ManifestError`, `VerificationError`, `PolicyError`).
+        Quarantined: the job says that this version is not to be fetched.
         StoreError: the cache cannot take it.
         EdgeAgentError: the process died or broke the protocol.
     """

@@ -106,8 +106,13 @@ class Updates:
         self._closing.set()
         self._due.set()
 
-    def check(self, name: str, on_event: OnEvent = lambda event: None) -> SyncResult:
+    def check(
+        self, name: str, on_event: OnEvent = lambda event: None, *, asked_for: bool = False
+    ) -> SyncResult:
         """Brings what one model wants from the registry, and makes it active unless another version is pinned.
+
+        Args:
+            asked_for: by an operator: a version in quarantine is fetched, too, for `activate` to take.
 
         Raises:
             EdgeAgentError: the registry, the package, the cache or the gate says no, or it is not for this
@@ -117,7 +122,7 @@ class Updates:
             lifecycle = self._lifecycles[name]
             key = ""
             try:
-                result = self._sync(name, on_event)
+                result = self._sync(name, on_event, asked_for=asked_for)
                 key = lifecycle.state.pinned or result.key
                 lifecycle.adopt(key)
             except EdgeAgentError as error:
@@ -256,14 +261,19 @@ class Updates:
                 raise
             lifecycle.adopt(record.key, instead=str(error))
 
-    def _sync(self, name: str, on_event: OnEvent, *, fallback: bool = False) -> SyncResult:
+    def _sync(
+        self, name: str, on_event: OnEvent, *, fallback: bool = False, asked_for: bool = False
+    ) -> SyncResult:
         if not self._settings.registry.uri:
             raise SettingsError(
                 "registry.uri: no registry is configured", remedy="set registry.uri in the settings"
             )
 
+        job = self._job(name, fallback=fallback)
+        if not asked_for:
+            job = replace(job, quarantined=tuple(self._lifecycles[name].state.quarantined))
         try:
-            result = self._bring(self._job(name, fallback=fallback), on_event)
+            result = self._bring(job, on_event)
         except (TransportError, UnknownReference, ContentError) as error:
             self._note(reachable=not isinstance(error, TransportError))
             raise
@@ -277,6 +287,8 @@ class Updates:
         def look(event: Mapping[str, Any]) -> None:
             if event.get("event") == "resolved":
                 self._check_rollout(job, event)
+            elif event.get("event") == "quarantined":
+                self._lifecycles[name].refuse_quarantined(str(event["key"]))
             self.progress[name] = event
             on_event(event)
 

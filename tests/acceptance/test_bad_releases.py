@@ -84,6 +84,7 @@ def test_bad_releases_are_quarantined_one_after_the_other_and_nobody_notices(
         assert reason in refused_under_load(device, number)
         check_not_tried_again(device)
     assert len([trouble for trouble in device.daemon.status()["troubles"] if "quarantine" in trouble]) == 4
+    check_not_fetched_again(device)
 
 
 def refused_under_load(device: FollowingDevice, known: int) -> str:
@@ -108,6 +109,21 @@ def check_not_tried_again(device: FollowingDevice) -> None:
     device.sync()
     device.wait_model(lambda m: "is in quarantine" in m["update_problem"], "the second check")
     assert device.daemon.log.count("candidate starts") == starts, "it was tried again"
+
+
+def check_not_fetched_again(device: FollowingDevice) -> None:
+    """Its files may go: they come back when an operator asks for them, and not before."""
+    removed = device.do("prune")["removed"]
+    assert 5 in [entry["version"] for entry in removed]
+    used_bytes = device.daemon.status()["cache"]["bytes"]
+    checks = device.daemon.status()["registry"]["last_check"]
+    device.sync()
+    wait_until(lambda: device.daemon.status()["registry"]["last_check"] != checks, 60, "another check")
+    assert "is in quarantine" in device.model()["update_problem"]
+    assert "signal 6" in device.model()["update_problem"]
+    assert device.daemon.status()["cache"]["bytes"] == used_bytes
+    assert "is in quarantine" in device.do("pull", "assistant", code=1)
+    assert 5 in [entry["version"] for entry in device.do("list")]
 
 
 def test_a_release_that_crashes_after_ten_prompts_gives_the_work_back(

@@ -26,6 +26,7 @@ from edge_agent.errors import (
     EdgeAgentError,
     ManifestError,
     PolicyError,
+    Quarantined,
     StoreError,
     TransportError,
     UnknownReference,
@@ -158,6 +159,36 @@ def test_a_plain_mlflow_package_gets_its_digests_on_arrival(device: Device) -> N
     assert first.new
     assert fsck.verify(device.store).damaged == ()
     assert device.sync().bytes_fetched == 0
+
+
+def test_a_version_in_quarantine_is_not_fetched_again_when_it_is_gone(device: Device) -> None:
+    device.publish(weights=bytes(100_000))
+    result = device.sync()
+    quarantined = replace(device.job, quarantined=(result.key,))
+    assert device.sync(quarantined).bytes_fetched == 0, "it is here: the lifecycle refuses it"
+    (record,) = device.store.versions()
+    with device.store.lock():
+        device.store.remove(record)
+    with pytest.raises(Quarantined, match=result.key):
+        device.sync(quarantined)
+    assert device.events == [
+        {"event": "resolved", "version": 1, "rollout": ""},
+        {"event": "quarantined", "key": result.key},
+    ]
+    assert device.has_nothing_final()
+    assert device.store.used_bytes() == 0
+    device.publish(weights=bytes(100_001))
+    assert device.sync(quarantined).version == 2, "another digest is tried"
+
+
+def test_a_plain_package_in_quarantine_is_recognised_once_its_digest_is_known(device: Device) -> None:
+    device.publish(manifest=False)
+    result = device.sync()
+    quarantined = replace(device.job, quarantined=(result.key,))
+    (record,) = device.store.versions()
+    with device.store.lock():
+        device.store.remove(record)
+    assert device.sync(quarantined).key == result.key
 
 
 def test_a_version_number_can_be_asked_for(device: Device) -> None:
