@@ -17,18 +17,17 @@ import os
 import signal
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import edge_agent
 from edge_agent import settings as settings_module
 from edge_agent.chat import clock, messages
 from edge_agent.chat.dispatcher import Dispatcher, Outlet
 from edge_agent.chat.intake import Intake, identity, make_id
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Answer, Source
+from edge_agent.device_status import DeviceStatus
 from edge_agent.errors import (
     BadRequest,
     DaemonRunning,
@@ -38,9 +37,8 @@ from edge_agent.errors import (
     UnknownModel,
 )
 from edge_agent.models import choice
-from edge_agent.models.lifecycle import ModelLifecycle, lifecycles_of
+from edge_agent.models.lifecycle import lifecycles_of
 from edge_agent.models.operations import Operations, run_operation
-from edge_agent.models.seat import Serving
 from edge_agent.models.store import Store
 from edge_agent.models.updates import Updates
 from edge_agent.sd_notify import Notifier
@@ -78,9 +76,6 @@ class Daemon:
     def __init__(self, settings: Settings, notifier: Notifier) -> None:
         self._settings = settings
         self._notifier = notifier
-        self._boot_id = uuid.uuid4().hex
-        self._seq = 0
-        self._ready = False
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._topics = Topics(
@@ -91,12 +86,20 @@ class Daemon:
         self._store = Store(settings.state_dir)
         self._store.create()
         self._lock = _only_daemon(settings.state_dir)
-        self._rebuilt = self._store.state().rebuilt
+        rebuilt = self._store.state().rebuilt
         self._journal = Journal(settings.state_dir / "journal.db", moment=clock.now())
         self._lifecycles = lifecycles_of(settings, self._store)
         self._updates = Updates(settings, self._store, self._lifecycles)
         self._operations = Operations(settings, self._store, self._lifecycles, self._updates)
-        self._desired_problem = ""
+        self._status = DeviceStatus(
+            settings,
+            store=self._store,
+            journal=self._journal,
+            lifecycles=self._lifecycles,
+            updates=self._updates,
+            rebuilt=rebuilt,
+            tokens_per_s=lambda name: self._dispatchers[name].tokens_per_s,
+        )
         self._probes = Probes(self._journal, flavor_of=lambda name: self._lifecycles[name].flavor)
         self._mqtt = self._make_mqtt()
         self._dispatchers = {name: self._make_dispatcher(name) for name in settings.models}
@@ -128,8 +131,8 @@ class Daemon:
             log.critical("thread ended name=%s", dead)
             code = 1
         elif not self._stop.is_set():
-            self._ready = True
-            self._notifier.ready(self._headline())
+            self._status.ready = True
+            self._notifier.ready(self._status.headline())
             log.info("started device=%s models=%d", self._settings.device_id, len(self._lifecycles))
             self._start("mqtt", self._mqtt.run)
             self._start("updates", self._updates.run)
@@ -187,7 +190,7 @@ class Daemon:
         for thread in self._threads:
             if not thread.is_alive():
                 return thread.name
-        stalled = self._ready and now_s - self._mqtt.turned_s > NETWORK_THREAD_STALE_S
+        stalled = self._status.ready and now_s - self._mqtt.turned_s > NETWORK_THREAD_STALE_S
         return "mqtt (stalled)" if stalled else None
 
     def _shut_down(self) -> None:
@@ -203,7 +206,7 @@ class Daemon:
             dispatcher.stop_claiming()
         for dispatcher in self._dispatchers.values():
             dispatcher.drain(max(0.0, limit_s - time.monotonic()))
-        self._mqtt.set_retained(self._topics.status, self._encode_status("offline"))
+        self._mqtt.set_retained(self._topics.status, messages.encode(self._status.document("offline")))
         self._mqtt.close()
         for lifecycle in self._lifecycles.values():
             lifecycle.close()
@@ -231,7 +234,7 @@ class Daemon:
                 topics.sync: self._on_sync,
                 topics.desired: self._on_desired,
             },
-            will=self._encode_status("offline"),
+            will=messages.encode(self._status.document("offline")),
         )
 
     def _make_dispatcher(self, name: str) -> Dispatcher:
@@ -354,16 +357,16 @@ class Daemon:
         try:
             desired = choice.parse_desired(message.payload, uris=uris)
         except choice.BadDesired as error:
-            self._desired_problem = str(error)
+            self._status.desired_problem = str(error)
             log.warning("desired state refused reason=%r", str(error))
             return
-        self._desired_problem = ""
+        self._status.desired_problem = ""
         self._updates.desire(desired)
 
     # --- The control socket ----------------------------------------------------------------------------
 
     def _on_status(self, call: Call) -> None:
-        call.send("done", status=self.full_status())
+        call.send("done", status=self._status.full(broker=self._broker_document()))
 
     def _on_probe(self, call: Call) -> None:
         fields = call.request
@@ -393,40 +396,19 @@ class Daemon:
 
     # --- Status and metrics ----------------------------------------------------------------------------
 
-    def full_status(self) -> dict[str, Any]:
-        """The status topic's object and what only the CLI shows."""
-        settings = self._settings
-        document = self._status_document(self._state())
-        for model, entry in zip(self._lifecycles.values(), document["models"], strict=True):
-            entry.update(model.versions())
-            entry["update_problem"] = self._updates.problems.get(model.name, "")
-            entry["progress"] = self._updates.progress_of(model.name)
+    def _broker_document(self) -> dict[str, Any]:
         return {
-            **document,
-            "cache": {
-                "bytes": self._store.used_bytes(),
-                "quota_bytes": settings.cache.quota_bytes,
-                "free_bytes": self._store.free_bytes(),
-            },
-            "registry": {
-                "uri": settings.registry.uri,
-                "reachable": self._updates.reachable,
-                "last_check": self._updates.checked_at,
-            },
-            "broker": {
-                "host": settings.mqtt.host,
-                "port": settings.mqtt.port,
-                "connected": self._mqtt.connected,
-                "problem": self._mqtt.problem,
-                "refused_topics": list(self._mqtt.refused_topics),
-                "answers_refused": self._mqtt.counters["answers_refused"],
-            },
-            "troubles": list(self._troubles()),
+            "host": self._settings.mqtt.host,
+            "port": self._settings.mqtt.port,
+            "connected": self._mqtt.connected,
+            "problem": self._mqtt.problem,
+            "refused_topics": list(self._mqtt.refused_topics),
+            "answers_refused": self._mqtt.counters["answers_refused"],
         }
 
     def _publish_status(self, now_s: float) -> None:
         """At each change of what people act on; numbers that always change come along at intervals."""
-        document = self._status_document(self._state())
+        document = self._status.document()
         self._publish_reported(now_s, document)
         lasting = {**document, "time": 0, "seq": 0, "queue_depth": 0}
         lasting["models"] = [{**model, "tokens_per_s": 0} for model in document["models"]]
@@ -434,97 +416,23 @@ class Daemon:
         if text == self._published and now_s < self._status_at_s:
             return
         if text != self._published:
-            log.info("status %s %s", document["state"], self._headline())
-            self._notifier.status(self._headline())
+            log.info("status %s %s", document["state"], self._status.headline())
+            self._notifier.status(self._status.headline())
         self._published, self._status_at_s = text, now_s + STATUS_INTERVAL_S
         self._mqtt.set_retained(self._topics.status, messages.encode(document))
 
     def _publish_reported(self, now_s: float, document: dict[str, Any]) -> None:
         """At each change; the progress of a fetch comes along at intervals, and once more when it has ended."""
-        reported = self._reported(document)
+        reported = self._status.reported(document)
         fetching = any(model["progress"] for model in reported["models"].values())
         text = repr([{**model, "progress": fetching} for model in reported["models"].values()])
         if text != self._published_reported or (fetching and now_s >= self._reported_at_s):
             self._published_reported, self._reported_at_s = text, now_s + PROGRESS_INTERVAL_S
             self._mqtt.set_retained(self._topics.reported, messages.encode(reported))
 
-    def _reported(self, document: dict[str, Any]) -> dict[str, Any]:
-        """`model/reported`: what runs, why it is not what was desired, and how far a fetch is."""
-        keys = ("uri", "version", "digest", "flavor", "state", "reason")
-        models = {}
-        for model in document["models"]:
-            reason = model["reason"] or self._updates.problems.get(model["name"], "") or self._desired_problem
-            progress = self._updates.progress_of(model["name"])
-            models[model["name"]] = {
-                **{key: model[key] for key in keys},
-                "reason": reason,
-                "progress": progress,
-            }
-        return {"models": models}
-
-    def _encode_status(self, state: str) -> bytes:
-        return messages.encode(self._status_document(state))
-
-    def _status_document(self, state: str) -> dict[str, Any]:
-        self._seq += 1
-        return {
-            "state": state,
-            "time": int(time.time()),
-            "boot_id": self._boot_id,
-            "seq": self._seq,
-            "agent_version": edge_agent.__version__,
-            "queue_depth": self._depth(),
-            "models": [self._model_document(name, life) for name, life in self._lifecycles.items()],
-        }
-
-    def _model_document(self, name: str, lifecycle: ModelLifecycle) -> dict[str, Any]:
-        document = lifecycle.status()
-        if lifecycle.serving is Serving.ABSENT and self._ready:
-            document["reason"] = self._updates.problems.get(name) or document["reason"]
-        return {**document, "tokens_per_s": self._dispatchers[name].tokens_per_s if self._ready else None}
-
-    def _depth(self) -> int:
-        try:
-            return self._journal.depth()
-        except JournalUnavailable:  # it is in the status
-            return 0
-
-    def _state(self) -> str:
-        default = next(iter(self._lifecycles.values()), None)
-        if not self._ready:
-            return "starting"
-        if default is None or default.serving is Serving.FAILED or next(self._troubles(), None):
-            return "degraded"
-        if default.serving is Serving.ABSENT and self._updates.problems.get(default.name):
-            return "degraded"
-        return "ready" if default.serving in (Serving.READY, Serving.IDLE) else "starting"
-
-    def _troubles(self) -> Iterator[str]:
-        """What somebody should look at, though prompts are answered."""
-        if self._journal.trouble:
-            yield f"journal: {self._journal.trouble}"
-        if self._rebuilt:
-            yield f"cache: state.json was rebuilt ({self._rebuilt})"
-        if self._settings.trust.allow_unsigned_code:
-            yield "trust.allow_unsigned_code is on"
-        if self._desired_problem:
-            yield f"model/desired: {self._desired_problem}"
-        for name, lifecycle in self._lifecycles.items():
-            if lifecycle.instead:
-                yield f"model {name}: {lifecycle.instead}"
-        for name, lifecycle in self._lifecycles.items():
-            for key, reason in lifecycle.state.quarantined.items():
-                yield f"model {name}: version {key} is in quarantine: {reason}"
-
-    def _headline(self) -> str:
-        parts = [f"{life.name}={life.serving}" for life in self._lifecycles.values()]
-        return " ".join(parts) or "no model configured"
-
     def _metrics(self) -> dict[str, Any]:
         return {
-            "time": int(time.time()),
-            "boot_id": self._boot_id,
-            "queue_depth": self._depth(),
+            **self._status.stamp(),
             "answered": {name: dispatcher.answered for name, dispatcher in self._dispatchers.items()},
             "answers_dropped": self._journal.dropped_answers,
             "counters": dict(self._mqtt.counters),

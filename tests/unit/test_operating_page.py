@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import edge_agent
-from edge_agent import daemon
+from edge_agent import device_status
 from edge_agent.cli import command
 from edge_agent.errors import PROMPT_ERRORS
 from edge_agent.models.seat import Serving
@@ -26,7 +26,7 @@ def described(section: str) -> set[str]:
 def test_every_state_is_on_the_page() -> None:
     (function,) = [
         node
-        for node in tree_of(Path(daemon.__file__))
+        for node in tree_of(Path(device_status.__file__))
         if isinstance(node, ast.FunctionDef) and node.name == "_state"
     ]
     of_the_device = {"offline", *strings(node for node in ast.walk(function) if isinstance(node, ast.Return))}

@@ -1,0 +1,165 @@
+"""What the device says of itself: the status document, what it reports of its models, and what somebody should look at.
+
+Owns the number of the document and what boot it is of. Reads everybody else; changes nothing. Contract: docs/mqtt.md,
+*Status*.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import edge_agent
+from edge_agent.chat.journal import Journal
+from edge_agent.errors import JournalUnavailable
+from edge_agent.models.lifecycle import ModelLifecycle
+from edge_agent.models.seat import Serving
+from edge_agent.models.store import Store
+from edge_agent.models.updates import Updates
+from edge_agent.settings import Settings
+
+
+class DeviceStatus:
+    """Asked by the main thread and by control threads; the main thread and the network thread set its attributes.
+
+    Args:
+        rebuilt: why `state.json` had to be rebuilt; empty when it had not.
+        tokens_per_s: of a model, by its configured name; asked once the device is ready.
+
+    Attributes:
+        ready: every preloaded model has been loaded, or has failed to.
+        desired_problem: why `model/desired` is not obeyed; empty when it is.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        store: Store,
+        journal: Journal,
+        lifecycles: Mapping[str, ModelLifecycle],
+        updates: Updates,
+        rebuilt: str,
+        tokens_per_s: Callable[[str], float | None],
+    ) -> None:
+        self.ready = False
+        self.desired_problem = ""
+        self._settings = settings
+        self._store = store
+        self._journal = journal
+        self._lifecycles = lifecycles
+        self._updates = updates
+        self._rebuilt = rebuilt
+        self._tokens_per_s = tokens_per_s
+        self._boot_id = uuid.uuid4().hex
+        self._seq = 0
+
+    def document(self, state: str = "") -> dict[str, Any]:
+        """The status topic's object.
+
+        Args:
+            state: said instead of what it is now; the last will is `offline`.
+        """
+        state = state or self._state()
+        self._seq += 1
+        stamp = self.stamp()
+        return {
+            "state": state,
+            "time": stamp["time"],
+            "boot_id": stamp["boot_id"],
+            "seq": self._seq,
+            "agent_version": edge_agent.__version__,
+            "queue_depth": stamp["queue_depth"],
+            "models": [self._of_model(name, lifecycle) for name, lifecycle in self._lifecycles.items()],
+        }
+
+    def full(self, *, broker: Mapping[str, Any]) -> dict[str, Any]:
+        """The status topic's object and what only the CLI shows."""
+        document = self.document()
+        for lifecycle, entry in zip(self._lifecycles.values(), document["models"], strict=True):
+            entry.update(lifecycle.versions())
+            entry["update_problem"] = self._updates.problems.get(lifecycle.name, "")
+            entry["progress"] = self._updates.progress_of(lifecycle.name)
+        return {
+            **document,
+            "cache": {
+                "bytes": self._store.used_bytes(),
+                "quota_bytes": self._settings.cache.quota_bytes,
+                "free_bytes": self._store.free_bytes(),
+            },
+            "registry": {
+                "uri": self._settings.registry.uri,
+                "reachable": self._updates.reachable,
+                "last_check": self._updates.checked_at,
+            },
+            "broker": dict(broker),
+            "troubles": list(self._troubles()),
+        }
+
+    def reported(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """`model/reported`: what runs, why it is not what was desired, and how far a fetch is.
+
+        Args:
+            document: the status topic's object.
+        """
+        keys = ("uri", "version", "digest", "flavor", "state", "reason")
+        models = {}
+        for model in document["models"]:
+            reason = model["reason"] or self._updates.problems.get(model["name"], "") or self.desired_problem
+            progress = self._updates.progress_of(model["name"])
+            models[model["name"]] = {
+                **{key: model[key] for key in keys},
+                "reason": reason,
+                "progress": progress,
+            }
+        return {"models": models}
+
+    def headline(self) -> str:
+        """In one line, for the log and the service manager."""
+        parts = [f"{name}={lifecycle.serving}" for name, lifecycle in self._lifecycles.items()]
+        return " ".join(parts) or "no model configured"
+
+    def stamp(self) -> dict[str, Any]:
+        """When, of which boot, and how many prompts wait: what status and metrics have in common."""
+        return {"time": int(time.time()), "boot_id": self._boot_id, "queue_depth": self._depth()}
+
+    def _of_model(self, name: str, lifecycle: ModelLifecycle) -> dict[str, Any]:
+        document = lifecycle.status()
+        if lifecycle.serving is Serving.ABSENT and self.ready:
+            document["reason"] = self._updates.problems.get(name) or document["reason"]
+        return {**document, "tokens_per_s": self._tokens_per_s(name) if self.ready else None}
+
+    def _depth(self) -> int:
+        try:
+            return self._journal.depth()
+        except JournalUnavailable:  # it is in the status
+            return 0
+
+    def _state(self) -> str:
+        default = next(iter(self._lifecycles.values()), None)
+        if not self.ready:
+            return "starting"
+        if default is None or default.serving is Serving.FAILED or next(self._troubles(), None):
+            return "degraded"
+        if default.serving is Serving.ABSENT and self._updates.problems.get(default.name):
+            return "degraded"
+        return "ready" if default.serving in (Serving.READY, Serving.IDLE) else "starting"
+
+    def _troubles(self) -> Iterator[str]:
+        """What somebody should look at, though prompts are answered."""
+        if self._journal.trouble:
+            yield f"journal: {self._journal.trouble}"
+        if self._rebuilt:
+            yield f"cache: state.json was rebuilt ({self._rebuilt})"
+        if self._settings.trust.allow_unsigned_code:
+            yield "trust.allow_unsigned_code is on"
+        if self.desired_problem:
+            yield f"model/desired: {self.desired_problem}"
+        for name, lifecycle in self._lifecycles.items():
+            if lifecycle.instead:
+                yield f"model {name}: {lifecycle.instead}"
+        for name, lifecycle in self._lifecycles.items():
+            for key, reason in lifecycle.state.quarantined.items():
+                yield f"model {name}: version {key} is in quarantine: {reason}"
