@@ -9,6 +9,7 @@ This is the only module that reads the environment. Source: the table in docs/se
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -358,7 +359,12 @@ def known_secrets() -> list[str]:
         for key, value in os.environ.items()
         if re.search("TOKEN|PASSWORD|SECRET|CREDENTIAL|KEY", key) and not Path(value).is_absolute()
     ]
-    return [*variables, *registry_credentials().values()]
+    files = []
+    for name in REGISTRY_CREDENTIALS:
+        with contextlib.suppress(SettingsError):  # what cannot be read is in nobody's text
+            if path := credential_path(name):
+                files.append(read_credential(path))
+    return [*variables, *files]
 
 
 def read_credential(path: Path) -> str:

@@ -67,6 +67,8 @@ def _each(name: str, *checks: Callable[[], Iterator[Finding]]) -> Iterator[Findi
     for check in checks:
         try:
             yield from check()
+        except SettingsError as error:
+            yield failed(name, error, "correct the key, or the file, that is named")
         except EdgeAgentError as error:
             yield failed(name, error, "see `edge-agent status`")
         except OSError as error:

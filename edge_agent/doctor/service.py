@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import edge_agent
 from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.errors import DaemonNotRunning, EdgeAgentError
 from edge_agent.settings import Settings, find_control_socket, search_path
@@ -26,6 +27,10 @@ _PROPERTIES = (
     "NRestarts",
     "Result",
     "ExecMainStatus",
+    "ActiveEnterTimestamp",
+    "MemoryCurrent",
+    "MemoryMax",
+    "DropInPaths",
 )
 
 
@@ -84,6 +89,12 @@ def check_daemon(settings: Settings, status: DaemonStatus) -> Iterator[Finding]:
         )
     else:
         yield ok("daemon", line)
+    if document["agent_version"] != edge_agent.__version__:
+        yield warn(
+            "daemon.version",
+            f"version {document['agent_version']} runs, {edge_agent.__version__} is installed",
+            "`systemctl restart edge-agent`",
+        )
 
 
 def check_unit() -> Iterator[Finding]:

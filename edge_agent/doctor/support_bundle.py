@@ -1,6 +1,7 @@
 """`doctor --bundle FILE`: what somebody far away needs to help, in one file that may be sent.
 
-A tar.gz with the findings, the status, the settings, versions, what is in the cache and the last log lines.
+A tar.gz with the findings, the status, the settings, versions, the host, what is in the cache, the last log lines
+and what the kernel says of memory and disks. On a device where one of them cannot be made, it has the others.
 It has no prompt and no answer (the journal is left out, and so are system prompts), no key and no password: each
 member is made here from values that are known, and what this process knows to be secret is taken out of every
 text once more. Nothing is copied as it lies on the disk.
@@ -10,30 +11,41 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import itertools
 import json
+import os
 import platform
 import shutil
+import stat
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import edge_agent
+from edge_agent import logs
 from edge_agent.doctor import cache, service
 from edge_agent.doctor.finding import Finding
 from edge_agent.errors import EdgeAgentError, StoreError
 from edge_agent.models import durable
 from edge_agent.models.learned import Learned
 from edge_agent.models.store import Store
+from edge_agent.runner import host, memory
 from edge_agent.settings import Settings, credential_path, known_secrets, search_path
 from edge_agent.transport.credentials import read_password
 
 REMOVED = "[removed]"
-_LOG_LINES = 5_000
+_LOG = ("--lines=5000", f"--unit={service.UNIT}")
+_KERNEL_LOG = (
+    *("--dmesg", "--lines=200"),
+    "--grep=out of memory|oom-kill|killed process|segfault|i/o error|fs error|read-only|under-voltage|mmc.*error",
+)
+"""What takes memory, processor and disk away from the daemon without its knowing."""
+_MAX_FILES = 2_000
 _MAX_LOG_BYTES = 8 << 20
 _JOURNALCTL_TIMEOUT_S = 30.0
 _MIN_SECRET_CHARACTERS = 4
@@ -70,22 +82,32 @@ def write(path: Path, findings: Sequence[Finding], settings: Settings | None) ->
 def _members(
     findings: Sequence[Finding], settings: Settings | None, secrets: Sequence[str]
 ) -> Iterator[tuple[str, bytes]]:
-    documents: dict[str, Any] = {
-        "doctor.json": [asdict(finding) for finding in findings],
-        "versions.json": _versions(),
+    documents: dict[str, Callable[[], Any]] = {
+        "doctor.json": lambda: [asdict(finding) for finding in findings],
+        "versions.json": _versions,
+        "host.json": lambda: _host(settings),
     }
     if settings is not None:
-        status = service.ask_daemon(settings).document
         documents |= {
-            "settings.json": redacted_settings(settings),
-            "status.json": status or {"state": "offline"},
-            "cache.json": _cache(settings),
+            "settings.json": lambda: redacted_settings(settings),
+            "status.json": lambda: service.ask_daemon(settings).document or {"state": "offline"},
+            "cache.json": lambda: _cache(settings),
+            "files.json": lambda: _files(settings.state_dir),
         }
-    documents["unit.json"] = service.unit_properties()
-    for name, document in documents.items():
-        text = json.dumps(_without(document, secrets), indent=2, ensure_ascii=False, default=str)
+    documents["unit.json"] = service.unit_properties
+    for name, make in documents.items():
+        text = json.dumps(_without(_made(make), secrets), indent=2, ensure_ascii=False, default=str)
         yield name, text.encode("utf-8", "replace")
-    yield "log.txt", _without(_last_log_lines(), secrets).encode("utf-8", "replace")
+    for name, selection in (("log.txt", _LOG), ("kernel.txt", _KERNEL_LOG)):
+        yield name, _without(_log_lines(selection), secrets).encode("utf-8", "replace")
+
+
+def _made(make: Callable[[], Any]) -> Any:
+    """A member; on a device where one cannot be made, the others are needed all the more."""
+    try:
+        return make()
+    except Exception as error:  # noqa: BLE001 - whatever is broken on this device
+        return {"problem": logs.describe(error).splitlines()}
 
 
 def redacted_settings(settings: Settings) -> dict[str, Any]:
@@ -120,6 +142,44 @@ def _versions() -> dict[str, Any]:
     }
 
 
+def _host(settings: Settings | None) -> dict[str, Any]:
+    """When this was, on what, and how much of it is left."""
+    document: dict[str, Any] = {
+        "time": int(time.time()),
+        "up_s": int(time.clock_gettime(time.CLOCK_BOOTTIME)),
+        "load": os.getloadavg(),
+        "identity": host.identity(),
+        "memory_bytes": {"total": memory.total_bytes(), "available": memory.available_bytes()},
+    }
+    if settings is not None:
+        disk = shutil.disk_usage(next(path for path in _upwards(settings.state_dir) if path.exists()))
+        document["disk_bytes"] = {"total": disk.total, "free": disk.free}
+    return document
+
+
+def _upwards(path: Path) -> Iterator[Path]:
+    yield path
+    yield from path.parents
+
+
+def _files(folder: Path) -> list[dict[str, Any]]:
+    """What is in the state directory: names, sizes, owners; not a byte of content."""
+    found = []
+    for path in itertools.islice(folder.rglob("*"), _MAX_FILES):
+        status = path.lstat()
+        found.append(
+            {
+                "path": str(path.relative_to(folder)),
+                "bytes": status.st_size,
+                "mode": stat.filemode(status.st_mode),
+                "uid": status.st_uid,
+                "links": status.st_nlink,
+                "changed": int(status.st_mtime),
+            }
+        )
+    return found
+
+
 def _cache(settings: Settings) -> dict[str, Any]:
     """What is in the cache, and `state.json` as this agent understands it."""
     store = Store(settings.state_dir)
@@ -144,18 +204,12 @@ def _cache(settings: Settings) -> dict[str, Any]:
     return {"state": known, "versions": versions, "learned": learned}
 
 
-def _last_log_lines() -> str:
-    """The unit's last lines from the journal; why there are none, where there are none."""
+def _log_lines(selection: Sequence[str]) -> str:
+    """Lines of the journal; why there are none, where there are none."""
     journalctl = shutil.which("journalctl", path=search_path())
     if journalctl is None:
         return "no journalctl on this host\n"
-    command = [
-        journalctl,
-        "--no-pager",
-        "--output=short-iso",
-        f"--lines={_LOG_LINES}",
-        f"--unit={service.UNIT}",
-    ]
+    command = [journalctl, "--no-pager", "--output=short-iso", *selection]
     try:
         result = subprocess.run(
             command, capture_output=True, timeout=_JOURNALCTL_TIMEOUT_S, check=False, cwd="/"
@@ -168,13 +222,15 @@ def _last_log_lines() -> str:
 def _secrets(settings: Settings | None) -> Iterator[str]:
     found = [*known_secrets()]
     if settings is not None:
+        found.append(urlsplit(settings.registry.uri).query)
         found += [model.system for model in settings.models.values()]
         found.append(settings.mqtt.username)
         try:
             found.append(read_password(settings.mqtt, credential_path("mqtt-password")) or "")
         except EdgeAgentError:
             pass  # one that this process cannot read cannot be in what it writes
-    yield from (secret for secret in found if len(secret) >= _MIN_SECRET_CHARACTERS)
+    lines = (line.strip() for secret in found for line in (secret, *secret.splitlines()))
+    yield from (line for line in lines if len(line) >= _MIN_SECRET_CHARACTERS)
 
 
 def _without(value: Any, secrets: Iterable[str]) -> Any:

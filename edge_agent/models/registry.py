@@ -212,15 +212,18 @@ class Registry:
                     f"registry {self.uri} is behind something else that answered: {_first_line(error)}",
                     remedy=f"see what stands before it; where it asks who this device is: {_CREDENTIALS}",
                 ) from error
-            kind = "answered with an error" if isinstance(error, RestException) else "cannot be reached"
-            raise TransportError(f"registry {self.uri} {kind}: {_first_line(error)}") from error
+            if isinstance(error, RestException):
+                raise TransportError(
+                    f"registry {self.uri} answered with an error: {_first_line(error)}"
+                ) from error
+            raise TransportError(f"registry {self.uri} cannot be reached: {_reason(error)}") from error
         except ImportError as error:
             raise TransportError(
                 f"registry {self.uri} needs a library that is missing: {error.name}",
                 remedy="install edge-agent[local-registry] for sqlite, or the artifact store's library",
             ) from error
         except OSError as error:  # requests' exceptions are OSErrors
-            raise TransportError(f"registry {self.uri} cannot be reached: {_first_line(error)}") from error
+            raise TransportError(f"registry {self.uri} cannot be reached: {_reason(error)}") from error
 
     def _unauthorised(self) -> RequestRefused:
         return RequestRefused(
@@ -462,6 +465,16 @@ def _range_start(response: Any, offset: int) -> int:
         if start == offset:
             return start
     raise TransportError("the registry answered with another range than was asked for")
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said first: HTTP libraries put three times its length before it."""
+    first = error
+    while (before := first.__cause__ or first.__context__) is not None:
+        first = before
+    if isinstance(first, TimeoutError):
+        return "timed out"
+    return first.strerror if isinstance(first, OSError) and first.strerror else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -319,17 +319,22 @@ def test_the_support_bundle_has_what_helps_and_nothing_secret(agent: Daemon, sho
         *(
             "doctor.json",
             "versions.json",
+            "host.json",
             "settings.json",
             "status.json",
             "cache.json",
+            "files.json",
             "unit.json",
             "log.txt",
+            "kernel.txt",
         )
     }
     assert json.loads(members["status.json"])["state"] == "ready"
     assert json.loads(members["settings.json"])["models"]["assistant"]["uri"] == "models:/sample@prod"
     assert json.loads(members["cache.json"])["state"]["models"]["assistant"]["active"].startswith("1-")
     assert "onnxruntime-genai" in json.loads(members["versions.json"])["packages"]
+    assert "journal.db" in {file["path"] for file in json.loads(members["files.json"])}
+    assert json.loads(members["host.json"])["disk_bytes"]["free"] > 0
 
 
 def test_a_support_bundle_of_a_device_with_invalid_settings(new_daemon: Callable[..., Daemon]) -> None:
@@ -339,3 +344,27 @@ def test_a_support_bundle_of_a_device_with_invalid_settings(new_daemon: Callable
         assert code == 1
         with tarfile.open(folder / "s.tar.gz") as archive:
             assert "edge-agent-support/doctor.json" in archive.getnames()
+
+
+def test_a_support_bundle_of_a_device_that_is_broken_in_several_places(
+    new_daemon: Callable[..., Daemon], short_dir: Path
+) -> None:
+    """A credential that is no text, and a cache that is a file: what can be known is in it."""
+    (short_dir / "mlflow-tracking-token").write_bytes(b"\xff planted")
+    (short_dir / "state").mkdir()
+    (short_dir / "state" / "models").touch()
+    daemon = new_daemon(
+        {"registry": {"uri": "http://127.0.0.1:1"}, "models": {"assistant": {"uri": "models:/m@prod"}}},
+        folder=short_dir,
+    )
+    daemon.env["CREDENTIALS_DIRECTORY"] = str(short_dir)
+    file = short_dir / "s.tar.gz"
+    code, found = doctor(daemon, "--bundle", str(file))
+    assert code == 1
+    assert "mlflow-tracking-token" in found["registry"]["message"]
+    assert "mlflow-tracking-token" in found["settings.files"]["message"]
+    with tarfile.open(file) as archive:
+        cached = archive.extractfile("edge-agent-support/cache.json")
+        assert cached is not None
+        assert json.load(cached)
+        assert "edge-agent-support/files.json" in archive.getnames()

@@ -14,7 +14,7 @@ from tests.acceptance.test_secrets import Commands, contents
 from tests.support.http_faults import FaultyProxy, faulty_proxy
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
-from tests.support.processes import Daemon, running_daemon, short_folder
+from tests.support.processes import Daemon, free_port, running_daemon, short_folder
 
 RIGHT, WRONG = "planted-right-token", "planted-wrong-token"
 USER, PASSWORD = "press-3", "planted-password"
@@ -102,3 +102,18 @@ def test_a_gateway_that_refuses_in_words_of_its_own_is_told_from_the_registry(
     device = new_daemon(settings_for(broker, guarded.uri, device="gateway"))
     code, said = pull(device)
     assert (code, "Unauthorized" in said, "mlflow-tracking-token" in said) == (1, True, True), said
+
+
+@pytest.mark.parametrize(
+    ("registry", "reason"),
+    [
+        ("http://127.0.0.1:{free}", "Connection refused"),
+        ("https://127.0.0.1:{plain}", "wrong version number"),
+    ],
+)
+def test_why_a_registry_is_not_reached_is_said_in_the_systems_words(
+    guarded: FaultyProxy, broker: Broker, new_daemon: Callable[..., Daemon], registry: str, reason: str
+) -> None:
+    uri = registry.format(free=free_port(), plain=guarded.uri.rsplit(":", 1)[1])
+    code, said = pull(new_daemon(settings_for(broker, uri, device="away")))
+    assert (code, said.count("\n") <= 2, reason in said) == (1, True, True), said
