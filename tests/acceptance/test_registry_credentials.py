@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from edge_agent import settings as settings_module
+from edge_agent.doctor import registry as registry_check
+from edge_agent.doctor.finding import Level
 from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.acceptance.test_doctor import doctor
 from tests.acceptance.test_secrets import Commands, contents
@@ -34,22 +37,22 @@ def pull(daemon: Daemon) -> tuple[int, str]:
 
 
 def test_the_token_of_the_service_opens_the_registry_and_is_seen_nowhere(
-    guarded: FaultyProxy, broker: Broker
+    guarded: FaultyProxy, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with short_folder() as folder:
-        credentials = folder / "credentials"
-        credentials.mkdir()
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
         config = settings_for(broker, guarded.uri, device="guarded")
-        env = {"CREDENTIALS_DIRECTORY": str(credentials)}
-        with running_daemon(config, folder=folder, env=env) as daemon, Commands(daemon) as commands:
+        env = {"CREDENTIALS_DIRECTORY": str(folder)}
+        with running_daemon(config, folder=folder, env=env) as daemon:
             seen = [check_refused(daemon)]
-            token = credentials / "mlflow-tracking-token"
+            token = folder / "mlflow-tracking-token"
             token.write_text(f"{WRONG}\n")
             seen.append(check_refused(daemon))
             assert guarded.refused >= 4, "each of them was turned away"
             token.write_text(f"{RIGHT}\n")
-            before = guarded.refused
-            code, said = pull(daemon)
+            before, commands = guarded.refused, Commands(daemon)
+            with commands:
+                code, said = pull(daemon)
             assert code == 0, said
             wait_for_state(daemon, "ready")
             code, found = doctor(daemon, "--bundle", str(folder / "support.tar.gz"))
@@ -58,8 +61,8 @@ def test_the_token_of_the_service_opens_the_registry_and_is_seen_nowhere(
             seen += [said, json.dumps(found), json.dumps(daemon.status())]
             daemon.stop()
             seen += [daemon.log, contents(folder / "support.tar.gz")]
-        assert any("models.sync" in line for line in commands.seen), "the process with the token was seen"
-        assert [text for text in (*seen, *commands.seen) if RIGHT in text or WRONG in text] == []
+    assert any("models.sync" in line for line in commands.seen), "the process with the token was seen"
+    assert [text for text in (*seen, *commands.seen) if RIGHT in text or WRONG in text] == []
 
 
 def check_refused(daemon: Daemon) -> str:
@@ -67,10 +70,10 @@ def check_refused(daemon: Daemon) -> str:
     code, said = pull(daemon)
     assert code == 1
     assert "refuses this device" in said and "/etc/credstore/mlflow-tracking-token" in said
-    code, found = doctor(daemon)
-    assert (code, found["registry.reach"]["level"]) == (1, "fail")
-    assert "mlflow-tracking-token" in found["registry.reach"]["remedy"]
-    return said + json.dumps(found)
+    (finding,) = registry_check.check(settings_module.load(daemon.config_file))
+    assert (finding.check, finding.level) == ("registry.reach", Level.FAIL)
+    assert "mlflow-tracking-token" in finding.remedy
+    return f"{said}{finding}"
 
 
 def test_mlflows_own_variables_open_it_where_there_is_no_service(

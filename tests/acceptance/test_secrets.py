@@ -131,9 +131,8 @@ class Commands:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="commands")
 
-    def __enter__(self) -> Commands:
+    def __enter__(self) -> None:
         self._thread.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
