@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edge_agent import settings
-from edge_agent.errors import StoreError
 
 
 @contextmanager
@@ -22,9 +21,6 @@ def acting_as_owner_of(state_dir: Path) -> Iterator[None]:
 
     The registry's credentials, which only root can read, are taken along in the environment. Not for a process
     with threads: they would all change.
-
-    Raises:
-        StoreError: the owner is no user of this host.
     """
     owner = _other_owner(state_dir) if os.geteuid() == 0 else None
     if owner is None:
@@ -32,9 +28,10 @@ def acting_as_owner_of(state_dir: Path) -> Iterator[None]:
         return
     settings.take_credentials_along()
     groups = os.getgroups()
-    os.initgroups(owner.pw_name, owner.pw_gid)
-    os.setresgid(owner.pw_gid, owner.pw_gid, 0)
-    os.setresuid(owner.pw_uid, owner.pw_uid, 0)  # the saved 0 is lost to every process that is started
+    group_id, owner_groups = _groups_of(owner)
+    os.setgroups(owner_groups)
+    os.setresgid(group_id, group_id, 0)
+    os.setresuid(owner.st_uid, owner.st_uid, 0)  # the saved 0 is lost to every process that is started
     try:
         yield
     finally:
@@ -43,24 +40,19 @@ def acting_as_owner_of(state_dir: Path) -> Iterator[None]:
         os.setgroups(groups)
 
 
-def _other_owner(state_dir: Path) -> pwd.struct_passwd | None:
+def _other_owner(state_dir: Path) -> os.stat_result | None:
     try:
-        user_id = state_dir.stat().st_uid
+        status = state_dir.stat()
     except OSError:
         return None  # it will be made, or the error will say more
-    return _user(user_id, state_dir) if user_id else None
+    return status if status.st_uid else None
 
 
-def _user(user_id: int, state_dir: Path) -> pwd.struct_passwd:
-    """Root cannot become somebody who has no name and no groups here, and must not write in their place.
-
-    Raises:
-        StoreError: there is no such user.
-    """
+def _groups_of(owner: os.stat_result) -> tuple[int, list[int]]:
+    """The owner's own group and all of their groups; of one who is no user of this host (a container's volume), the
+    state directory's."""
     try:
-        return pwd.getpwuid(user_id)
-    except KeyError as error:
-        raise StoreError(
-            f"{state_dir} belongs to #{user_id}, who could not read what root puts there",
-            remedy=f"start the daemon, or use `sudo -u '#{user_id}' edge-agent …`",
-        ) from error
+        user = pwd.getpwuid(owner.st_uid)
+    except KeyError:
+        return owner.st_gid, [owner.st_gid]
+    return user.pw_gid, os.getgrouplist(user.pw_name, user.pw_gid)
