@@ -24,6 +24,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from edge_agent.errors import SettingsError
 from edge_agent.models.reference import MODEL_NAME, ModelRef
+from edge_agent.transport.topics import can_be_published
 
 APPLICATION = "edge-agent"
 ENV_PREFIX = "EDGE_AGENT_"
@@ -155,8 +156,10 @@ class MqttSettings(_Section):
     @classmethod
     def _plain_reply_prefixes(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
         for prefix in prefixes:
-            if not prefix or prefix.startswith("$") or set(prefix) & set("+#\0") or len(prefix) > 200:
-                raise ValueError(f"{prefix!r} must be a topic's beginning, without wildcards and not '$…'")
+            if not can_be_published(prefix) or len(prefix) > 200:
+                raise ValueError(
+                    f"{prefix!r} must be a topic's beginning, without wildcards and control characters and not '$…'"
+                )
         return prefixes
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 
 from edge_agent.errors import BadRequest
@@ -11,6 +12,21 @@ MAX_LEVELS = 8
 MAX_TOPIC_BYTES = 256
 
 _AGENT_BRANCHES = ("req", "ctl", "status", "model", "metrics")
+
+
+def can_be_published(topic: str) -> bool:
+    """True for a topic, or the beginning of one, that a broker takes: no wildcard, and only characters of text.
+
+    A broker may end the connection over a control character or a noncharacter, and must over NUL and a surrogate.
+    Source: MQTT 5.0 §1.5.4 and §4.7, MQTT 3.1.1 §1.5.3.
+    """
+    return bool(topic) and not topic.startswith("$") and not any(map(_is_forbidden, topic))
+
+
+def _is_forbidden(character: str) -> bool:
+    code = ord(character)
+    noncharacter = 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE
+    return noncharacter or character in "+#" or unicodedata.category(character) in ("Cc", "Cs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +86,13 @@ class Topics:
         """Gives back a topic that a client named for its answer.
 
         Raises:
-            BadRequest: not under a reply prefix, with wildcards, too long, or one that agents listen to.
+            BadRequest: not under a reply prefix, with wildcards or control characters, too long, or one that
+                agents listen to.
         """
-        if not topic or set(topic) & set("+#\0") or topic.startswith("$"):
-            raise BadRequest("the answer topic has wildcards or starts with '$'")
+        if not can_be_published(topic):
+            raise BadRequest(
+                "the answer topic is empty, has wildcards or characters that are no text, or starts with '$'"
+            )
         if len(self.stream(topic).encode()) > MAX_TOPIC_BYTES or self.stream(topic).count("/") >= MAX_LEVELS:
             raise BadRequest(f"the answer topic has more than {MAX_LEVELS - 2} slashes, or is too long")
         if not topic.startswith((*self.reply_prefixes, f"{self.root}/rsp/")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -186,6 +187,21 @@ def test_a_schema_nested_deep_costs_its_sender_a_400_and_nobody_else(
     assert client.ask(payload).json["error"]["code"] == "bad_request"
     assert client.ask(chat(SPAIN)).text == MADRID
     assert agent.running and agent.pid == pid
+
+
+@pytest.mark.parametrize("character", ["\x01", "\ufffe", "\ud800"], ids=ascii)
+def test_an_answer_topic_that_no_broker_takes_is_refused_and_costs_no_connection(
+    agent: Daemon, client: Client, character: str
+) -> None:
+    client.subscribe(f"{client.root}/rsp/#")
+    request_id = uuid.uuid4().hex
+    log_before = len(agent.log)
+    request = {"prompt": "x", "id": request_id, "reply_to": f"replies/{character}"}
+    client.publish(f"{client.root}/req/chat", json.dumps(request))
+    assert client.wait_on(f"{client.root}/rsp/{request_id}", timeout_s=20).status == 400
+    assert client.ask(chat(SPAIN)).text == MADRID
+    log = agent.log[log_before:]
+    assert "broker disconnected" not in log and "Traceback" not in log
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "seed", "max_tokens", "deadline_ms"])

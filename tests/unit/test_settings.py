@@ -51,6 +51,7 @@ def test_systemds_directories_are_used(tmp_path: Path, monkeypatch: pytest.Monke
         ({"mqtt": {"prefix": "a/+"}}, "mqtt.prefix"),
         ({"mqtt": {"prefix": "a/b/c/d"}}, "mqtt.prefix"),
         ({"mqtt": {"reply_prefixes": ["#"]}}, "mqtt.reply_prefixes"),
+        ({"mqtt": {"reply_prefixes": ["replies/\ufffe"]}}, "mqtt.reply_prefixes"),
         ({"mqtt": {"cert_file": "x"}}, "mqtt"),
         ({"registry": {"uri": "http://user:secret@host"}}, "registry.uri"),
         ({"registry": {"poll_interval_s": 0}}, "registry.poll_interval_s"),
