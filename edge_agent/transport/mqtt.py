@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -77,6 +77,29 @@ class Inbound:
     delivery: Delivery | None
 
 
+class _Client(paho.Client):
+    """paho, but for a message whose properties it cannot read: that one is acked and passed over.
+
+    paho itself ends the connection, and the broker brings the message again, for ever. It takes U+FEFF for
+    malformed, which MQTT 5.0 §1.5.4 allows and brokers pass on.
+
+    Attributes:
+        on_unreadable: told the error.
+    """
+
+    on_unreadable: Callable[[Exception], None]
+
+    def _handle_publish(self) -> MQTTErrorCode:
+        try:
+            return super()._handle_publish()
+        except Exception as error:  # noqa: BLE001 - only decoding is unguarded, and it raises whatever it likes
+            packet = self._in_packet["packet"]
+            topic_end = 2 + int.from_bytes(packet[:2], "big")
+            mid = int.from_bytes(packet[topic_end : topic_end + 2], "big")
+            self.on_unreadable(error)
+            return self.ack(mid, (self._in_packet["command"] & 0x06) >> 1)
+
+
 class Handler(Protocol):
     """What the daemon does with a message; called in the network thread.
 
@@ -102,7 +125,7 @@ class _Reply:
 class _Connection:
     """One paho client from CONNECT to its end. Only the network thread touches it."""
 
-    client: paho.Client
+    client: _Client
     version5: bool
     started_s: float
     connected: bool = False
@@ -269,7 +292,7 @@ class MqttTransport:
     def _connect(self) -> _Connection | None:
         settings = self._settings
         self.turned_s = time.monotonic()
-        client = paho.Client(
+        client = _Client(
             CallbackAPIVersion.VERSION2,
             client_id=self._client_id,
             protocol=paho.MQTTv5 if self._reconnect.version5 else paho.MQTTv311,
@@ -320,6 +343,7 @@ class MqttTransport:
             lambda _c, _u, mid, code, _properties: self._on_publish(connection, mid, code)
         )
         client.on_subscribe = _guarded(lambda _c, _u, _mid, codes, _properties: self._on_subscribe(codes))
+        client.on_unreadable = self._on_unreadable
 
     def _turn(self, connection: _Connection) -> None:
         """One turn: waits for the socket or a wake-up, reads, writes, sends what is due."""
@@ -564,6 +588,10 @@ class MqttTransport:
             self._ack_later = False
         if not self._ack_later:
             connection.client.ack(message.mid, message.qos)
+
+    def _on_unreadable(self, error: Exception) -> None:
+        self.counters["unreadable"] += 1
+        log.warning("message unreadable error=%s", type(error).__name__)
 
     # --- Waiting ---------------------------------------------------------------------------------------
 

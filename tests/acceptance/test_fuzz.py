@@ -204,6 +204,19 @@ def test_an_answer_topic_that_no_broker_takes_is_refused_and_costs_no_connection
     assert "broker disconnected" not in log and "Traceback" not in log
 
 
+def test_a_message_whose_properties_the_library_takes_for_malformed_costs_no_connection(
+    agent: Daemon, client: Client
+) -> None:
+    """U+FEFF is a character like others for the specification and for mosquitto."""
+    log_before = len(agent.log)
+    for qos in (0, 1):
+        client.publish(f"{client.root}/req/chat", SPAIN, qos=qos, UserProperty=[("mark", "\ufeff")])
+    assert client.ask(chat(SPAIN)).text == MADRID
+    log = agent.log[log_before:]
+    assert log.count("message unreadable") == 2
+    assert "broker disconnected" not in log
+
+
 @pytest.mark.parametrize("field", ["temperature", "top_p", "seed", "max_tokens", "deadline_ms"])
 def test_a_number_of_four_hundred_digits_is_refused_by_name(client: Client, field: str) -> None:
     answer = client.ask(b'{"prompt": "x", "%s": %s}' % (field.encode(), b"9" * 400))
