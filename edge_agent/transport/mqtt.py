@@ -196,7 +196,7 @@ class MqttTransport:
         # Room above the limit, so that ordinary excess is answered (413) and not just cut off.
         self._max_packet_bytes = max(_MIN_PACKET_BYTES, 4 * max_payload_bytes)
         self._connection: _Connection | None = None
-        self._refusals: collections.deque[_Reply] = collections.deque(maxlen=MAX_REFUSALS)
+        self._refusals: collections.deque[_Reply] = collections.deque()
         self._chunks: collections.deque[tuple[str, bytes | None, bytes]] = collections.deque(
             maxlen=MAX_CHUNKS
         )
@@ -250,6 +250,8 @@ class MqttTransport:
             _Reply(topic=topic, correlation=correlation, form=form, answer=answer, refused_mid=mid)
         )
         self._ack_later = mid is not None
+        if len(self._refusals) > MAX_REFUSALS:
+            self._drop_refusal()
         self._wake()
 
     def set_retained(self, topic: str, document: bytes) -> None:
@@ -402,6 +404,17 @@ class MqttTransport:
                 connection.client.publish(self._topics.metrics, self._metrics, qos=0)
             self._metrics = None
         self._send_outbox(connection)
+
+    def _drop_refusal(self) -> None:
+        """The oldest one of QoS 0; without any, the oldest, and its message is acked: un-acked messages up to the
+        Receive Maximum, which no refusal will ever follow, would end all delivery."""
+        of_qos_0 = (at for at, reply in enumerate(self._refusals) if reply.refused_mid is None)
+        at = next(of_qos_0, 0)
+        dropped = self._refusals[at]
+        del self._refusals[at]
+        self.counters["refusals_dropped"] += 1
+        if dropped.refused_mid is not None and self._connection is not None:
+            self._connection.client.ack(dropped.refused_mid, 1)
 
     def _fits(self, connection: _Connection, topic: str, payload: bytes) -> bool:
         """False for what the broker would end the connection over. It is left out, and counted."""

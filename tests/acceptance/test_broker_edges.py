@@ -25,7 +25,7 @@ from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Arrival, Prompt, Source
 from edge_agent.settings import MqttSettings
-from edge_agent.transport import reconnect
+from edge_agent.transport import mqtt, reconnect
 from edge_agent.transport.credentials import read_password
 from edge_agent.transport.mqtt import Handler, Inbound, MqttTransport
 from edge_agent.transport.topics import Topics
@@ -345,6 +345,45 @@ def test_a_full_disk_costs_a_503_and_nothing_else(device: Daemon, caller: Client
 def states(message: Message) -> list[str]:
     """The state that a status message says; nothing for another message."""
     return [message.json["state"]] if message.topic.endswith("/status") else []
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+def test_a_burst_of_refusals_leaves_no_message_without_its_ack(
+    own_broker: Broker, short_dir: Path, monkeypatch: pytest.MonkeyPatch, qos: int
+) -> None:
+    """16 un-acked messages are the Receive Maximum: after them the broker delivers nothing of QoS 1 any more."""
+    monkeypatch.setattr(mqtt, "MAX_REFUSALS", 4)
+    device, come, started = f"burst{qos}", threading.Event(), threading.Event()
+    waiting, burst = 20, 8  # the first of QoS 0 fill the window of what may be in flight
+    log = own_broker.log_text
+
+    def refuse(message: Inbound) -> None:
+        started.set()
+        come.wait(30)
+        answer = Answer(payload=b"refused", properties={"status": "503"})
+        agent.transport.refuse(
+            topic="replies/nobody", correlation=None, form=Form.JSON, answer=answer, delivery=message.delivery
+        )
+
+    with (
+        Agent(short_dir, {"req/chat": refuse}, device=device, **settings_of(own_broker)) as agent,
+        connected(own_broker, device=device) as client,
+    ):
+        wait_until(lambda: f"Sending SUBACK to edge-agent-{device}" in log(), 20, "the subscription")
+        client.publish(agent.topics.chat, b"first", qos=0)
+        assert started.wait(20)
+        for _ in range(waiting):
+            client.publish(agent.topics.chat, b"q0", qos=0)
+        for _ in range(burst):
+            client.publish(agent.topics.chat, b"q1", qos=1)
+            client.publish(agent.topics.chat, b"q", qos=qos)
+        sent = 1 + waiting + 2 * burst
+        wait_until(lambda: log().count(f"Sending PUBLISH to edge-agent-{device}") == sent, 20, "the burst")
+        come.set()
+        acks = burst * (1 + qos)
+        wait_until(lambda: log().count(f"Received PUBACK from edge-agent-{device}") == acks, 20, "every ack")
+        assert agent.transport.counters["refusals_dropped"] > 0
+        assert agent.transport.connected
 
 
 # --- Other clients -------------------------------------------------------------------------------------
