@@ -435,6 +435,7 @@ class Daemon:
             **self._status.stamp(),
             "answered": {name: dispatcher.answered for name, dispatcher in self._dispatchers.items()},
             "answers_dropped": self._journal.dropped_answers,
+            "prompts_damaged": self._journal.damaged_rows,
             "counters": dict(self._mqtt.counters),
         }
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edge_agent.chat import messages
 from edge_agent.chat.clock import Moment
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     import sqlite3
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_ATTEMPTS = 2
 """A prompt that was running at this many daemon deaths is not run again."""
@@ -41,6 +45,7 @@ class Journal:
 
     Attributes:
         dropped_answers: answers that were forgotten before they could be delivered.
+        damaged_rows: prompts whose row could not be read: answered 500, or removed where not even that could be.
     """
 
     def __init__(self, path: Path, *, moment: Moment) -> None:
@@ -52,6 +57,8 @@ class Journal:
         """
         self.path = path
         self.dropped_answers = 0
+        self.damaged_rows = 0
+        self._moment = moment  # the last one that somebody told: close enough for a damaged row's
         self._file = JournalFile(path)
         self._take_up_again(moment)
 
@@ -115,19 +122,17 @@ class Journal:
     def claim(self, model: str) -> Prompt | None:
         """The oldest waiting prompt of a model, its attempt committed; None when none waits."""
         with self._file.transaction(durable=False) as db:
-            for found in db.execute(
+            waiting = db.execute(
                 "SELECT * FROM prompts WHERE state=? AND model=? ORDER BY row", (State.QUEUED, model)
-            ).fetchall():
-                db.execute(
-                    "UPDATE prompts SET state=?, attempts=attempts+1 WHERE row=?",
-                    (State.RUNNING, found["row"]),
-                )
-                try:
-                    return _prompt(found, state=State.RUNNING, attempts=found["attempts"] + 1)
-                except (ValueError, TypeError):  # carried over from a damaged file, and damaged itself
-                    log.warning("prompt unreadable row=%s", found["row"])
-                    db.execute("DELETE FROM prompts WHERE row=?", (found["row"],))
-            return None
+            )
+            prompt = next(self._read(db, waiting, _prompt), None)
+            if prompt is None:
+                return None
+            attempts = prompt.attempts + 1
+            db.execute(
+                "UPDATE prompts SET state=?, attempts=? WHERE row=?", (State.RUNNING, attempts, prompt.row)
+            )
+            return replace(prompt, state=State.RUNNING, attempts=attempts)
 
     def waiting(self, model: str) -> bool:
         """True when a prompt of this model waits."""
@@ -187,21 +192,16 @@ class Journal:
         """Up to `limit` undelivered answers, oldest first, without the rows in `skip`."""
         with self._file.transaction() as db:
             rows = db.execute(
-                "SELECT row, id, answer_topic, correlation, form, answer, properties FROM prompts"
-                " WHERE state=? AND source=? ORDER BY row LIMIT ?",
+                "SELECT * FROM prompts WHERE state=? AND source=? ORDER BY row LIMIT ?",
                 (State.ANSWERED, source, limit + len(skip)),
             ).fetchall()
-        return [_outgoing(row) for row in rows if row["row"] not in skip][:limit]
+            return list(self._read(db, (row for row in rows if row["row"] not in skip), _outgoing))[:limit]
 
     def outgoing(self, row: int) -> Outgoing | None:
         """The answer of one row, None while it has none."""
         with self._file.transaction() as db:
-            found = db.execute(
-                "SELECT row, id, answer_topic, correlation, form, answer, properties FROM prompts"
-                " WHERE row=? AND answer IS NOT NULL",
-                (row,),
-            ).fetchone()
-        return _outgoing(found) if found else None
+            found = db.execute("SELECT * FROM prompts WHERE row=? AND answer IS NOT NULL", (row,))
+            return next(self._read(db, found, _outgoing), None)
 
     def delivered(self, row: int) -> None:
         """The broker has the answer (PUBACK), or the control connection took it."""
@@ -213,23 +213,24 @@ class Journal:
     def find(self, identity: bytes) -> Prompt | None:
         """The prompt of an identity: how a cancel finds its request."""
         with self._file.transaction() as db:
-            found = db.execute("SELECT * FROM prompts WHERE identity=?", (identity,)).fetchone()
-        return _prompt(found) if found else None
+            found = db.execute("SELECT * FROM prompts WHERE identity=?", (identity,))
+            return next(self._read(db, found, _prompt), None)
 
     def prompt(self, row: int) -> Prompt | None:
         """One row, None when it is gone."""
         with self._file.transaction() as db:
-            found = db.execute("SELECT * FROM prompts WHERE row=?", (row,)).fetchone()
-        return _prompt(found) if found else None
+            found = db.execute("SELECT * FROM prompts WHERE row=?", (row,))
+            return next(self._read(db, found, _prompt), None)
 
     def overdue(self, moment: Moment) -> list[Prompt]:
         """Unanswered prompts whose deadline has passed."""
+        self._moment = moment
         with self._file.transaction() as db:
             rows = db.execute(
                 "SELECT * FROM prompts WHERE state IN (?, ?) AND deadline_boot_s <= ? ORDER BY row",
                 (State.QUEUED, State.RUNNING, moment.boot_s),
-            ).fetchall()
-        return [_prompt(row) for row in rows]
+            )
+            return list(self._read(db, rows, _prompt))
 
     def depth(self) -> int:
         """Prompts that wait or run."""
@@ -257,9 +258,16 @@ class Journal:
                 "UPDATE prompts SET accepted_wall_s = ? - (? - accepted_boot_s) WHERE boot_id=? AND answer IS NULL",
                 (moment.wall_s, moment.boot_s, moment.boot_id),
             )
+            db.execute(
+                "UPDATE prompts SET answered_boot_id=?, answered_boot_s=?, answered_wall_s=? WHERE state IN (?, ?)"
+                " AND (typeof(answered_boot_id), typeof(answered_boot_s), typeof(answered_wall_s))"
+                " != ('text', 'real', 'real')",
+                (moment.boot_id, moment.boot_s, moment.wall_s, State.ANSWERED, State.DELIVERED),
+            )
             rows = db.execute(
                 "SELECT row, state, answered_boot_id, answered_boot_s, answered_wall_s,"
-                " length(answer) + length(document) + 512 AS bytes FROM prompts WHERE state IN (?, ?)"
+                " ifnull(length(answer), 0) + ifnull(length(document), 0) + 512 AS bytes"
+                " FROM prompts WHERE state IN (?, ?)"
                 " ORDER BY state=? DESC, answered_wall_s DESC, row DESC",
                 (State.ANSWERED, State.DELIVERED, State.ANSWERED),
             ).fetchall()
@@ -310,28 +318,72 @@ class Journal:
                 "DELETE FROM prompts WHERE source=? AND state IN (?, ?, ?)",
                 (Source.CONTROL, State.QUEUED, State.RUNNING, State.ANSWERED),
             )
-            for row in db.execute(
+            lost = db.execute(
+                f"SELECT * FROM prompts WHERE state NOT IN ({_any(State)}) OR source NOT IN ({_any(Source)})",
+                (*State, *Source),
+            )
+            for _ in self._read(db, lost, _prompt):
+                pass  # no other query would find it: none of them can be read
+            unanswered = db.execute(
                 "SELECT * FROM prompts WHERE state IN (?, ?)", (State.QUEUED, State.RUNNING)
-            ).fetchall():
-                accepted = Moment(
-                    boot_id=row["boot_id"], boot_s=row["accepted_boot_s"], wall_s=row["accepted_wall_s"]
-                )
+            )
+            dead = []
+            for prompt, accepted in self._read(db, unanswered, lambda row: (_prompt(row), _accepted(row))):
                 accepted_boot_s = moment.boot_s - moment.since(accepted)
-                deadline_boot_s = accepted_boot_s + row["deadline_boot_s"] - row["accepted_boot_s"]
+                deadline_boot_s = accepted_boot_s + prompt.deadline_boot_s - prompt.accepted_boot_s
                 db.execute(
                     "UPDATE prompts SET state=?, boot_id=?, accepted_boot_s=?, deadline_boot_s=? WHERE row=?",
-                    (State.QUEUED, moment.boot_id, accepted_boot_s, deadline_boot_s, row["row"]),
+                    (State.QUEUED, moment.boot_id, accepted_boot_s, deadline_boot_s, prompt.row),
                 )
-            dead = db.execute(
-                "SELECT row, id, form FROM prompts WHERE state=? AND attempts>=?",
-                (State.QUEUED, MAX_ATTEMPTS),
-            ).fetchall()
-        for row in dead:
+                if prompt.attempts >= MAX_ATTEMPTS:
+                    dead.append(prompt)
+        for prompt in dead:
             error = ModelFailed(f"the agent died {MAX_ATTEMPTS} times while this prompt was running")
-            self.answer(
-                row["row"], Answer.of_error(row["id"], messages.Form(row["form"]), error), moment=moment
-            )
-            log.warning("prompt given up request=%s attempts=%d", row["id"], MAX_ATTEMPTS)
+            self.answer(prompt.row, Answer.of_error(prompt.id, prompt.form, error), moment=moment)
+            log.warning("prompt given up request=%s attempts=%d", prompt.id, MAX_ATTEMPTS)
+
+    def _read(
+        self, db: sqlite3.Connection, rows: Iterable[sqlite3.Row], read: Callable[[sqlite3.Row], T]
+    ) -> Iterator[T]:
+        """What rows say. SQLite has no checksums: one that a flipped bit has made nonsense gets its answer, once."""
+        for row in list(rows):
+            try:
+                value = read(row)
+            except (ValueError, TypeError, RecursionError):
+                self._give_up(db, row)
+            else:
+                yield value
+
+    def _give_up(self, db: sqlite3.Connection, row: sqlite3.Row) -> None:
+        """Answers a damaged row with 500; removes one that has been answered, or whose client nobody can tell."""
+        try:
+            outgoing = _outgoing(row)
+        except (ValueError, TypeError, RecursionError):
+            outgoing = None
+        if outgoing is not None and row["state"] in (State.ANSWERED, State.DELIVERED) and _is_known(row):
+            return  # its answer is as it was, and all that is needed of it
+        self.damaged_rows += 1
+        log.warning("prompt damaged row=%s state=%r", row["row"], row["state"])
+        try:
+            prompt_id, form = _typed(row, "id", str), messages.Form(_typed(row, "form", str))
+            _typed(row, "answer_topic", str)
+        except (ValueError, TypeError):
+            prompt_id = None
+        if prompt_id is None or row["state"] == State.DELIVERED:
+            db.execute("DELETE FROM prompts WHERE row=?", (row["row"],))
+            return
+        error = ModelFailed("what the agent had noted of this prompt is damaged")
+        answer = outgoing.answer if outgoing else Answer.of_error(prompt_id, form, error)
+        correlation = row["correlation"] if isinstance(row["correlation"], bytes) else None
+        source = row["source"] if row["source"] in tuple(Source) else Source.MQTT
+        db.execute(
+            "UPDATE prompts SET state=?, source=?, correlation=?, answer=?, properties=?, answered_boot_id=?,"
+            " answered_boot_s=?, answered_wall_s=? WHERE row=?",
+            (
+                State.ANSWERED, source, correlation, answer.payload, json.dumps(answer.properties),
+                self._moment.boot_id, self._moment.boot_s, self._moment.wall_s, row["row"],
+            ),
+        )  # fmt: skip
 
     def _find_repeated(self, db: sqlite3.Connection, arrival: Arrival) -> tuple[int, bytes, State] | None:
         """The row that an arrival repeats: by identity, else by the broker's own redelivery."""
@@ -386,31 +438,77 @@ def _count_unanswered(db: sqlite3.Connection) -> int:
     )
 
 
-def _prompt(row: sqlite3.Row, *, state: State | None = None, attempts: int | None = None) -> Prompt:
+def _any(values: Iterable[object]) -> str:
+    return ", ".join("?" for _ in values)
+
+
+# --- Rows, and what they must be: SQLite promises no type ----------------------------------------------
+
+
+def _prompt(row: sqlite3.Row) -> Prompt:
+    """The prompt of a row.
+
+    Raises:
+        ValueError, TypeError, RecursionError: it is damaged.
+    """
     return Prompt(
         row=row["row"],
-        id=row["id"],
+        id=_typed(row, "id", str),
         source=Source(row["source"]),
-        model=row["model"],
-        document=json.loads(row["document"]),
+        model=_typed(row, "model", str),
+        document=_object(row, "document"),
         form=messages.Form(row["form"]),
         stream=bool(row["stream"]),
-        answer_topic=row["answer_topic"],
-        correlation=row["correlation"],
-        state=state or State(row["state"]),
-        attempts=row["attempts"] if attempts is None else attempts,
-        accepted_wall_s=row["accepted_wall_s"],
-        accepted_boot_s=row["accepted_boot_s"],
-        deadline_boot_s=row["deadline_boot_s"],
+        answer_topic=_typed(row, "answer_topic", str),
+        correlation=_correlation(row),
+        state=State(row["state"]),
+        attempts=_typed(row, "attempts", int),
+        accepted_wall_s=_typed(row, "accepted_wall_s", float),
+        accepted_boot_s=_typed(row, "accepted_boot_s", float),
+        deadline_boot_s=_typed(row, "deadline_boot_s", float),
+    )
+
+
+def _accepted(row: sqlite3.Row) -> Moment:
+    return Moment(
+        boot_id=_typed(row, "boot_id", str),
+        boot_s=_typed(row, "accepted_boot_s", float),
+        wall_s=_typed(row, "accepted_wall_s", float),
     )
 
 
 def _outgoing(row: sqlite3.Row) -> Outgoing:
+    """The answer of a row; raises as `_prompt` does."""
+    properties = _object(row, "properties")
+    if not all(isinstance(value, str) for value in properties.values()):
+        raise TypeError("properties")
     return Outgoing(
         row=row["row"],
-        id=row["id"],
-        topic=row["answer_topic"],
-        correlation=row["correlation"],
+        id=_typed(row, "id", str),
+        topic=_typed(row, "answer_topic", str),
+        correlation=_correlation(row),
         form=messages.Form(row["form"]),
-        answer=Answer(payload=row["answer"], properties=json.loads(row["properties"])),
+        answer=Answer(payload=_typed(row, "answer", bytes), properties=properties),
     )
+
+
+def _is_known(row: sqlite3.Row) -> bool:
+    return row["state"] in tuple(State) and row["source"] in tuple(Source)
+
+
+def _typed(row: sqlite3.Row, column: str, kind: type[T]) -> T:
+    value = row[column]
+    if not isinstance(value, kind):
+        raise TypeError(column)
+    return value
+
+
+def _object(row: sqlite3.Row, column: str) -> dict[str, Any]:
+    value = json.loads(_typed(row, column, str))
+    if not isinstance(value, dict):
+        raise TypeError(column)
+    return value
+
+
+def _correlation(row: sqlite3.Row) -> bytes | None:
+    return None if row["correlation"] is None else _typed(row, "correlation", bytes)

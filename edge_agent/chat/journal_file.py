@@ -166,19 +166,30 @@ class JournalFile:
 def _connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
     db.row_factory = sqlite3.Row
+    db.text_factory = _text
     try:
         db.execute("PRAGMA auto_vacuum=INCREMENTAL")
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         db.execute(f"PRAGMA journal_size_limit={RESERVE_BYTES}")
-        if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise sqlite3.DatabaseError("quick_check found damage")
+        # Not quick_check: an index that says something else than its table makes every later change fail.
+        if db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("integrity_check found damage")
         db.executescript(_SCHEMA)
         path.chmod(0o600)
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _text(value: bytes) -> str | bytes:
+    """A text column; damaged text comes as bytes, which its reader knows, where SQLite's own error would name no row
+    and end the whole query."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def _open_or_salvage(path: Path) -> sqlite3.Connection:

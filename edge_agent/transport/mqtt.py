@@ -39,7 +39,7 @@ from edge_agent.errors import AnswerTooLarge, JournalUnavailable, SettingsError
 from edge_agent.settings import MqttSettings
 from edge_agent.transport.credentials import tls_context
 from edge_agent.transport.reconnect import TAKEN_OVER_S, Ending, Reconnect
-from edge_agent.transport.topics import Topics
+from edge_agent.transport.topics import Topics, can_be_published
 
 log = logging.getLogger(__name__)
 
@@ -450,6 +450,9 @@ class MqttTransport:
         return len(connection.in_flight) < connection.max_in_flight and not connection.client.want_write()
 
     def _publish_row(self, connection: _Connection, outgoing: Outgoing) -> None:
+        if not can_be_published(outgoing.topic):  # a flipped bit in the journal: it would end each connection
+            self._note_refused(connection, outgoing.row, outgoing.id, "its topic is damaged")
+            return
         answer = outgoing.answer
         size = _packet_bytes(outgoing.topic, answer)
         if size > connection.max_packet_bytes:
@@ -574,15 +577,18 @@ class MqttTransport:
             return
         request_id = connection.delivering.pop(row, "")
         if code.is_failure:
-            self.counters["answers_refused"] += 1
-            connection.refused_rows.add(row)
-            connection.refused_at_s = time.monotonic()
-            log.warning("answer refused by the broker request=%s row=%d reason=%s", request_id, row, code)
+            self._note_refused(connection, row, request_id, str(code))
             return
         log.info("answer delivered request=%s row=%d", request_id, row)
         with contextlib.suppress(JournalUnavailable):  # it will be sent again: a repeat, not a loss
             self._journal.delivered(row)
         self._outbox_due = True
+
+    def _note_refused(self, connection: _Connection, row: int, request_id: str, reason: str) -> None:
+        self.counters["answers_refused"] += 1
+        connection.refused_rows.add(row)
+        connection.refused_at_s = time.monotonic()
+        log.warning("answer refused by the broker request=%s row=%d reason=%s", request_id, row, reason)
 
     def _on_message(self, connection: _Connection, message: paho.MQTTMessage) -> None:
         """Handles, then acks. A handler that fails in an unforeseen way does not get the message again."""

@@ -561,6 +561,27 @@ def test_nothing_over_the_brokers_packet_size_costs_the_connection(short_dir: Pa
         assert broker.log_text().count("as edge-agent-bare ") == 1, "the connection was kept"
 
 
+@pytest.mark.parametrize("topic", ["replies/#", "replies/\x01"], ids=ascii)
+def test_an_answer_topic_that_was_damaged_in_the_journal_costs_no_connection(
+    own_broker: Broker, short_dir: Path, topic: str
+) -> None:
+    device = f"topic{len(topic.encode('unicode_escape'))}"
+    with (
+        Agent(short_dir, {"req/chat": Recorder()}, device=device, **settings_of(own_broker)) as agent,
+        connected(own_broker, device=device) as client,
+    ):
+        agent.wait_connected()
+        damaged, good = agent.accept(client.replies), agent.accept(client.replies)
+        with agent.journal._file.transaction() as db:
+            db.execute("UPDATE prompts SET answer_topic=? WHERE row=?", (topic, damaged.row))
+        agent.answer(damaged, b"damaged")
+        agent.answer(good, b"good")
+        client.wait(lambda message: message.payload == b"good", timeout_s=20)
+        wait_until(lambda: agent.journal.undelivered() == 1, 10, "the ack")
+        assert agent.transport.counters["answers_refused"] == 1
+        assert own_broker.log_text().count(f"as edge-agent-{device} ") == 1, "one connection all along"
+
+
 def test_a_broker_that_takes_two_at_a_time_gets_all_answers(short_dir: Path) -> None:
     with (
         short_folder() as folder,

@@ -170,12 +170,91 @@ def test_an_answer_given_before_the_clock_was_right_is_not_old_after_a_reboot(jo
     assert journal.undelivered() == 1
 
 
-def test_a_row_that_cannot_be_read_stops_nobody(journal: Journal) -> None:
+def test_a_row_that_cannot_be_read_stops_nobody_and_is_answered_500(journal: Journal) -> None:
     bad, good = accept(journal, arrival(1)), accept(journal, arrival(2))
     journal._file._db.execute("UPDATE prompts SET document='{broken' WHERE row=?", (bad,))
     claimed = journal.claim("assistant")
     assert claimed is not None
     assert claimed.row == good
+    (outgoing,) = journal.outbox(Source.MQTT, limit=8)
+    assert (outgoing.row, outgoing.topic) == (bad, "replies/a")
+    assert b'"status":500' in outgoing.answer.payload
+    assert journal.damaged_rows == 1
+
+
+def settle_all(journal: Journal) -> list[int]:
+    """All that a daemon asks of the journal, until nothing is left to do. Gives the rows whose answer went out."""
+    late = later(1e12)
+    while (prompt := journal.claim("assistant")) is not None:
+        journal.answer(prompt.row, ANSWER, moment=late, attempt=prompt.attempts)
+    for prompt in journal.overdue(late):
+        assert journal.prompt(prompt.row) is not None
+        journal.answer(prompt.row, ANSWER, moment=late)
+    for number in range(5):
+        journal.find(identity("replies/a", None, f"id-{number}") or b"")
+    sent = []
+    for _ in range(3):  # one that is damaged comes with the next look
+        for outgoing in journal.outbox(Source.MQTT, limit=32):
+            sent.append(outgoing.row)
+            journal.delivered(outgoing.row)
+    journal.prune(moment=later(1), ttl_s=60)
+    assert (journal.depth(), journal.undelivered()) == (0, 0), "nothing stays behind"
+    return sent
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("nonsense", ["CAST(x'ff' AS TEXT)", "'jsoo'", "x'00'"])
+def test_whatever_is_damaged_in_a_row_it_is_answered_once_or_removed(
+    journal: Journal, state: State, nonsense: str
+) -> None:
+    columns = [column["name"] for column in journal._file._db.execute("PRAGMA table_info(prompts)")][1:]
+    rows = {}
+    for number, column in enumerate(columns):
+        rows[column] = accept(journal, arrival(number))
+        if state is not State.QUEUED:
+            journal.claim("assistant")
+        if state in (State.ANSWERED, State.DELIVERED):
+            journal.answer(rows[column], ANSWER, moment=START)
+        if state is State.DELIVERED:
+            journal.delivered(rows[column])
+    for column, row in rows.items():
+        journal._file._db.execute(f"UPDATE prompts SET {column}={nonsense} WHERE row=?", (row,))
+    journal = reopened(journal, later(1))
+    sent = settle_all(journal)
+    if state is State.DELIVERED:
+        assert set(sent) <= {rows["state"], rows["source"]}, "a repeat where nobody can tell"
+    else:
+        without = {rows[column] for column in ("id", "form", "answer_topic")}
+        assert set(rows.values()) - set(sent) <= without
+    assert len(sent) == len(set(sent))
+    assert journal.damaged_rows > 0
+    journal = reopened(journal, later(2))
+    assert settle_all(journal) == []
+    journal.close()
+
+
+def test_no_flipped_bit_on_the_disk_keeps_the_agent_from_its_work(tmp_path: Path) -> None:
+    path = tmp_path / "whole.db"
+    journal = Journal(path, moment=START)
+    for number in range(3):
+        accept(journal, arrival(number))
+    journal.claim("assistant")
+    journal.answer(accept(journal, arrival(3)), ANSWER, moment=START)
+    journal.close()
+    whole = path.read_bytes()
+    first, last = whole.rindex(b"id-3"), whole.rindex(b"boot-1") + 60
+    assert 500 < last - first < 4096, "one page has all rows"
+    damaged = 0
+    for at in range(first - 40, last, 17):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        path = tmp_path / f"{at}.db"
+        path.write_bytes(flipped)
+        journal = Journal(path, moment=later(1))
+        assert len(settle_all(journal)) <= 4
+        damaged += journal.damaged_rows
+        journal.close()
+    assert damaged > 3
 
 
 def test_the_same_text_twice_without_an_id_is_two_prompts(journal: Journal) -> None:
