@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 RESERVE_BYTES = 4 << 20
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_PARTS = ("-wal", "-shm", "")
+"""What a database consists of, itself last."""
 _MAX_DAMAGED_KEPT = 3
 _MAX_SALVAGE_ROWS = 200_000
 
@@ -164,19 +166,32 @@ class JournalFile:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
-    db.row_factory = sqlite3.Row
-    db.text_factory = _text
+    db = _open(path)
     try:
-        db.execute("PRAGMA auto_vacuum=INCREMENTAL")
         db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
         db.execute(f"PRAGMA journal_size_limit={RESERVE_BYTES}")
         # Not quick_check: an index that says something else than its table makes every later change fail.
         if db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("integrity_check found damage")
         db.executescript(_SCHEMA)
-        path.chmod(0o600)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """A connection to a file that only its owner can read: SQLite gives -wal and -shm the mode that it finds."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    for suffix in _PARTS:
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).chmod(0o600)
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+    db.row_factory = sqlite3.Row
+    db.text_factory = _text
+    try:
+        db.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        db.execute("PRAGMA synchronous=FULL")
     except BaseException:
         db.close()
         raise
@@ -193,27 +208,68 @@ def _text(value: bytes) -> str | bytes:
 
 
 def _open_or_salvage(path: Path) -> sqlite3.Connection:
+    """Opens the journal; a damaged one is replaced by what it still holds.
+
+    At each moment either the old file or a whole new one (`.new`) is there, and the next open goes on from it:
+
+        build .rebuilding → rename to .new → old one aside → .new takes its name
+    """
+    _put_in_place(path)
     try:
         return _connect(path)
     except sqlite3.OperationalError:
         raise  # locked, full or not permitted: the content is not in doubt
     except sqlite3.DatabaseError as error:
         log.warning("journal damaged path=%s error=%s", path, error)
+    _rebuild(path)
+    _put_in_place(path)
+    return _connect(path)
+
+
+def _put_in_place(path: Path) -> None:
+    """Gives a rebuilt journal the name of the damaged one, which goes aside. Goes on where another was cut off."""
+    new = path.with_name(path.name + ".new")
+    if not new.exists():
+        return
     aside = _set_aside(path)
-    db = _connect(path)
+    _sync_folder(path.parent)  # an old write-ahead log beside the new file would be played into it
+    new.rename(path)
+    _sync_folder(path.parent)
+    log.warning("journal replaced by what it held path=%s damaged_file=%s", path, aside)
+
+
+def _rebuild(path: Path) -> None:
+    """Writes what a damaged journal still holds to `.new`, in one transaction."""
+    rebuilding = path.with_name(path.name + ".rebuilding")
+    for suffix in ("", "-journal"):
+        rebuilding.with_name(rebuilding.name + suffix).unlink(missing_ok=True)
     carried = 0
-    for values in _readable_rows(aside):
-        columns = ", ".join(values)
-        try:
-            db.execute(
-                f"INSERT INTO prompts({columns}) VALUES({', '.join('?' * len(values))})",
-                tuple(values.values()),
-            )
-            carried += 1
-        except sqlite3.Error:
-            log.warning("journal row lost row=%s", values.get("row"))
-    log.warning("journal rebuilt rows=%d damaged_file=%s", carried, aside)
-    return db
+    with contextlib.closing(_open(rebuilding)) as db:
+        db.executescript(_SCHEMA)
+        known = _columns(db)
+        db.execute("BEGIN IMMEDIATE")
+        for table, row in _readable_rows(path):
+            values = {name: value for name, value in row.items() if table == "meta" or name in known}
+            try:
+                db.execute(
+                    f"INSERT INTO {table}({', '.join(values)}) VALUES({', '.join('?' * len(values))})",
+                    tuple(values.values()),
+                )
+                carried += 1
+            except sqlite3.IntegrityError:
+                log.warning("journal row lost table=%s row=%s", table, values.get("row"))
+        db.execute("COMMIT")
+    rebuilding.rename(path.with_name(path.name + ".new"))
+    _sync_folder(path.parent)
+    log.warning("journal rebuilt rows=%d", carried)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _set_aside(path: Path) -> Path:
@@ -222,36 +278,53 @@ def _set_aside(path: Path) -> Path:
     while path.with_name(f"{path.name}.damaged-{number}").exists():
         number += 1
     aside = path.with_name(f"{path.name}.damaged-{number}")
-    for suffix in ("-wal", "-shm", ""):
+    for suffix in _PARTS:
         part = path.with_name(path.name + suffix)
         if part.exists():
             part.rename(aside.with_name(aside.name + suffix))
     for old in range(1, number - _MAX_DAMAGED_KEPT + 1):
-        for suffix in ("-wal", "-shm", ""):
+        for suffix in _PARTS:
             path.with_name(f"{path.name}.damaged-{old}{suffix}").unlink(missing_ok=True)
     return aside
 
 
-def _readable_rows(aside: Path) -> Iterator[dict[str, Any]]:
-    """Every row that can still be read: by number, so that a bad page costs its own rows only."""
-    db = sqlite3.connect(aside, isolation_level=None)
-    db.row_factory = sqlite3.Row
-    try:
-        columns = {row["name"] for row in db.execute("PRAGMA table_info(prompts)")}
+def _readable_rows(damaged: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every (table, row) that can still be read: prompts by number, so that a bad page costs its own rows only."""
+    with contextlib.closing(sqlite3.connect(damaged, isolation_level=None)) as db:
+        db.row_factory = sqlite3.Row
+        db.text_factory = _text
+        if "row" not in _columns(db):
+            return
         first = _readable(db, "SELECT row FROM prompts ORDER BY row ASC LIMIT 1")
         last = _readable(db, "SELECT row FROM prompts ORDER BY row DESC LIMIT 1") or _readable(
             db, "SELECT seq FROM sqlite_sequence WHERE name='prompts'"
         )
-        if last is None or "row" not in columns:
-            return
-        for number in range(max(first[0] if first else 1, last[0] - _MAX_SALVAGE_ROWS), last[0] + 1):
+        start = max(first[0] if first else 1, last[0] - _MAX_SALVAGE_ROWS) if last else 0
+        for number in range(start, last[0] + 1 if last else 0):
             row = _readable(db, "SELECT * FROM prompts WHERE row=?", number)
             if row is not None:
-                yield dict(row)
-    except sqlite3.Error as error:
-        log.warning("journal salvage ended error=%s", error)
-    finally:
-        db.close()
+                yield "prompts", dict(row)
+        try:
+            notes = db.execute("SELECT key, value FROM meta").fetchall()
+        except sqlite3.Error as error:
+            log.warning("journal notes lost error=%s", error)
+            return
+        for note in notes:
+            yield "meta", dict(note)
+
+
+def _columns(db: sqlite3.Connection) -> set[str]:
+    """Of the prompts; none where the file is no database.
+
+    Raises:
+        sqlite3.OperationalError: it cannot be read now (a full disk): that says nothing of its content.
+    """
+    try:
+        return {column["name"] for column in db.execute("PRAGMA table_info(prompts)")}
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError:
+        return set()
 
 
 def _readable(db: sqlite3.Connection, query: str, *values: int) -> sqlite3.Row | None:

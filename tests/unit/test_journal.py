@@ -1,6 +1,11 @@
 """The journal's promise: one answer for each accepted prompt, over restarts, damage and clocks that jump."""
 
+import os
+import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -392,6 +397,85 @@ def test_a_damaged_journal_is_set_aside_and_what_was_readable_is_kept(journal: J
     assert journal.path.with_name("journal.db.damaged-1").exists()
     accept(journal, arrival(1000), depth=1000)
     journal.close()
+
+
+CUT_OFF = """
+import os, signal, sys
+from pathlib import Path
+from edge_agent.chat import journal_file
+from edge_agent.chat.clock import Moment
+from edge_agent.chat.journal import Journal
+
+point, calls = int(sys.argv[2]), 0
+
+def count(function):
+    def call(*arguments):
+        global calls
+        calls += 1
+        if calls == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return call
+
+def rows(path, readable=journal_file._readable_rows):
+    for number, row in enumerate(readable(path)):
+        if point == 0 and number == 50:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield row
+
+journal_file._readable_rows = rows
+Path.rename, journal_file._sync_folder = count(Path.rename), count(journal_file._sync_folder)
+Journal(Path(sys.argv[1]), moment=Moment(boot_id="boot-1", boot_s=100.0, wall_s=1e6)).close()
+"""
+
+
+def test_a_rebuild_that_is_killed_at_any_step_loses_no_prompt(journal: Journal, tmp_path: Path) -> None:
+    for number in range(150):
+        accept(journal, arrival(number), depth=1000)
+    journal.begin_broker_session("s")
+    journal._file._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    accept(journal, arrival(150), depth=1000)  # in the write-ahead log
+    damage_one_page(journal.path)
+
+    def copied(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for part in ("journal.db", "journal.db-wal"):
+            shutil.copy(tmp_path / part, folder / part)
+        return folder / "journal.db"
+
+    def reopened_ids(path: Path) -> tuple[set[str], str]:
+        after = Journal(path, moment=START)
+        ids = {prompt.id for prompt in after.overdue(later(1000))}
+        session = after.broker_session()
+        after.close()
+        return ids, session
+
+    expected, session = reopened_ids(copied("whole"))
+    assert 75 < len(expected) < 151 and "id-150" in expected and session == "s"
+    for point in range(20):
+        path = copied(str(point))
+        command = [sys.executable, "-c", CUT_OFF, str(path), str(point)]
+        status = subprocess.run(command, timeout=60, check=False).returncode
+        assert reopened_ids(path) == (expected, session), f"cut off at {point}"
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+    assert 5 < point < 19, "every step had its turn"
+
+
+def test_nobody_else_can_read_any_file_of_the_journal(tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        for start in range(2):
+            journal = Journal(tmp_path / "journal.db", moment=START)
+            accept(journal, arrival(start))
+            names = ("journal.db", "journal.db-wal", "journal.db-shm")
+            assert {(tmp_path / name).stat().st_mode & 0o777 for name in names} == {0o600}
+            journal.close()
+            (tmp_path / "journal.db").chmod(0o644)
+    finally:
+        os.umask(mask)
 
 
 def test_a_file_that_is_no_database_gives_way_to_a_new_journal(tmp_path: Path) -> None:
