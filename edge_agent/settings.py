@@ -67,7 +67,7 @@ class RegistrySettings(_Section):
     @field_validator("uri")
     @classmethod
     def _without_credentials(cls, uri: str) -> str:
-        if re.match(r"[a-z+]+://[^/]*@", uri):
+        if re.match(r"\s*[a-z][a-z0-9+.-]*://[^/]*@", uri, re.IGNORECASE):
             raise ValueError(
                 "has credentials in it; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )

@@ -54,6 +54,8 @@ def test_systemds_directories_are_used(tmp_path: Path, monkeypatch: pytest.Monke
         ({"mqtt": {"reply_prefixes": ["replies/\ufffe"]}}, "mqtt.reply_prefixes"),
         ({"mqtt": {"cert_file": "x"}}, "mqtt"),
         ({"registry": {"uri": "http://user:secret@host"}}, "registry.uri"),
+        ({"registry": {"uri": "HTTP://user:secret@host"}}, "registry.uri"),
+        ({"registry": {"uri": "postgresql+psycopg2://user:secret@host"}}, "registry.uri"),
         ({"registry": {"poll_interval_s": 0}}, "registry.poll_interval_s"),
         ({"models": {"a/b": {"uri": "models:/a@b"}}}, "models"),
         ({"models": {"a": {"uri": "models:/a/latest"}}}, "models.a.uri"),
