@@ -36,6 +36,7 @@ T = TypeVar("T")
 MAX_ATTEMPTS = 2
 """A prompt that was running at this many daemon deaths is not run again."""
 
+WALL_CLOCK_STEP_S = 5.0
 MAX_FINISHED = 10_000
 MAX_FINISHED_BYTES = 64 << 20
 
@@ -249,14 +250,18 @@ class Journal:
         self._file.keep_reserve()
         with self._file.transaction() as db:
             # The wall clock of a device without a battery becomes right after the boot: what this boot wrote
-            # with a wrong one is put right, so that the next boot can tell its age.
+            # with a wrong one is put right, so that the next boot can tell its age. Small steps of the clock (NTP)
+            # are left alone: they would write every row again each time.
+            booted_s = moment.wall_s - moment.boot_s
             db.execute(
-                "UPDATE prompts SET answered_wall_s = ? - (? - answered_boot_s) WHERE answered_boot_id=?",
-                (moment.wall_s, moment.boot_s, moment.boot_id),
+                "UPDATE prompts SET answered_wall_s = ? + answered_boot_s WHERE answered_boot_id=?"
+                " AND abs(answered_wall_s - answered_boot_s - ?) > ?",
+                (booted_s, moment.boot_id, booted_s, WALL_CLOCK_STEP_S),
             )
             db.execute(
-                "UPDATE prompts SET accepted_wall_s = ? - (? - accepted_boot_s) WHERE boot_id=? AND answer IS NULL",
-                (moment.wall_s, moment.boot_s, moment.boot_id),
+                "UPDATE prompts SET accepted_wall_s = ? + accepted_boot_s WHERE boot_id=? AND answer IS NULL"
+                " AND abs(accepted_wall_s - accepted_boot_s - ?) > ?",
+                (booted_s, moment.boot_id, booted_s, WALL_CLOCK_STEP_S),
             )
             db.execute(
                 "UPDATE prompts SET answered_boot_id=?, answered_boot_s=?, answered_wall_s=? WHERE state IN (?, ?)"

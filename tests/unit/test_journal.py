@@ -175,6 +175,17 @@ def test_an_answer_given_before_the_clock_was_right_is_not_old_after_a_reboot(jo
     assert journal.undelivered() == 1
 
 
+def test_a_look_at_old_answers_writes_nothing_that_has_not_changed(journal: Journal) -> None:
+    for number in range(5):
+        journal.answer(accept(journal, arrival(number)), ANSWER, moment=START)
+    accept(journal, arrival(5))
+    before = journal._file._db.total_changes
+    journal.prune(moment=later(60, replace(START, wall_s=START.wall_s + 0.2)), ttl_s=86_400)
+    assert journal._file._db.total_changes == before
+    journal.prune(moment=later(60, replace(START, wall_s=START.wall_s + 100)), ttl_s=86_400)
+    assert journal._file._db.total_changes == before + 6, "a clock that was put right"
+
+
 def test_a_row_that_cannot_be_read_stops_nobody_and_is_answered_500(journal: Journal) -> None:
     bad, good = accept(journal, arrival(1)), accept(journal, arrival(2))
     journal._file._db.execute("UPDATE prompts SET document='{broken' WHERE row=?", (bad,))
