@@ -34,6 +34,7 @@ from edge_agent.errors import (
     JournalUnavailable,
     ModelFailed,
     PromptError,
+    StoreError,
     UnknownModel,
 )
 from edge_agent.models import choice
@@ -446,8 +447,16 @@ def _only_daemon(state_dir: Path) -> int:
     Raises:
         DaemonRunning: another daemon has it. It must be known before the journal is opened: opening takes up
             again what a dead daemon left, and that one is not dead.
+        StoreError: the lock cannot be opened.
     """
-    descriptor = os.open(state_dir / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = state_dir / "daemon.lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreError(
+            f"lock {path} cannot be opened: {error.strerror}",
+            remedy="run as the user that owns state_dir, or give it its files back with chown",
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

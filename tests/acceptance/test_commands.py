@@ -157,6 +157,15 @@ def test_every_command_has_help_with_an_example(agent: Daemon, command: tuple[st
     assert "edge-agent" in text.split("Example")[1]
 
 
+def test_a_lock_that_cannot_be_opened_is_a_clear_error(new_daemon: Callable[..., Daemon]) -> None:
+    daemon = new_daemon({"mqtt": {"host": "127.0.0.1"}})
+    (daemon.state_dir / "daemon.lock").mkdir(parents=True)  # for root, too, who may open every file
+    result = daemon.cli("run")
+    assert result.returncode == 1
+    assert "daemon.lock cannot be opened" in result.stderr and "chown" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_environment_overrules_the_file(new_daemon: Callable[..., Daemon], broker: Broker) -> None:
     device = new_daemon(
         {"mqtt": {"host": "127.0.0.1", "port": 1}}, env={"EDGE_AGENT_MQTT__PORT": str(broker.port)}
