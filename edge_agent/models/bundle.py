@@ -144,6 +144,8 @@ class _Member:
 class BundlePackage:
     """A package in an open bundle; see `registry.Package`."""
 
+    whole_files = False
+
     def __init__(self, stream: IO[bytes], record: VersionRecord, members: Mapping[str, _Member]) -> None:
         self._stream = stream
         self._files = {file.path: file for file in record.files}

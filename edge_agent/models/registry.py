@@ -87,7 +87,13 @@ class Stream:
 
 
 class Package(Protocol):
-    """Where the files of one version are."""
+    """Where the files of one version are.
+
+    Attributes:
+        whole_files: each file is in staging whole before its first byte can be read, and once more as it is read.
+    """
+
+    whole_files: bool
 
     def listing(self) -> list[Listed]:
         """All files, sorted by path; MLflow's own `registered_model_meta` is left out.
@@ -235,6 +241,8 @@ class Registry:
 class _HttpPackage:
     """Artifacts that the MLflow server hands through; resumed where it honours Range and If-Range."""
 
+    whole_files = False
+
     def __init__(self, repository: Any, registry: Registry) -> None:
         self._repository = repository
         self._registry = registry
@@ -319,6 +327,8 @@ class _HttpPackage:
 class LocalPackage:
     """A folder on this host: the embedded registry's artifacts."""
 
+    whole_files = False
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
@@ -374,9 +384,13 @@ class LocalPackage:
 class _OtherPackage:
     """A store that MLflow reaches by itself (S3, Azure, …): each file whole, through a folder in staging.
 
-    MLflow's clients of these stores have no resume and no bound. Here a file may not grow over its listed size,
-    and what it takes is in the cache's own file system, where the quota counts it.
+    MLflow's clients of these stores have no resume and no bound: the one call that all of them share takes a
+    remote path and a local one, and no offset. So files that are whole are kept over an interruption, and the one
+    that was interrupted comes again. Here it may not grow over its listed size, and what it takes is in the cache's
+    own file system, where the quota counts it.
     """
+
+    whole_files = True
 
     def __init__(self, repository: Any, registry: Registry, scratch: Path) -> None:
         self._repository = repository

@@ -111,9 +111,9 @@ def bring(
         remove_staging(folder_of(store, job.name, version.version))  # of a process that died after the commit
         return _done(record, fetched_bytes=0, new=False)
     with store.fetching(), staging(store, job.name, version.version) as place:
-        reserve(store, job, wanted, place, known)
+        reserve(store, job, package, wanted, place, known)
         pace = Pace(
-            total_bytes=_missing_bytes(store, wanted),
+            total_bytes=sum(_missing_sizes(store, wanted).values()),
             max_bytes_per_s=job.cache.max_bytes_per_s,
             report=_Progress(emit, lambda: keep_room(store, job)),
         )
@@ -237,13 +237,24 @@ def hold_to_policy(store: Store, job: SyncJob, record: VersionRecord) -> Version
     return record
 
 
-def reserve(store: Store, job: SyncJob, wanted: Wanted, place: Staging, known: VersionRecord | None) -> None:
+def reserve(
+    store: Store,
+    job: SyncJob,
+    package: Package,
+    wanted: Wanted,
+    place: Staging,
+    known: VersionRecord | None,
+) -> None:
     """Makes sure that everything fits, before the first byte is fetched.
 
     Raises:
         StoreError: it does not, even after eviction.
     """
-    needed = max(0, _missing_bytes(store, wanted) - place.fetched_bytes()) + _BOOKKEEPING_BYTES
+    sizes = _missing_sizes(store, wanted)
+    needed = max(0, sum(sizes.values()) - place.fetched_bytes()) + _BOOKKEEPING_BYTES
+    if package.whole_files:  # one file at a time is there twice
+        to_come = [size for digest, size in sizes.items() if not place.verified(digest).exists()]
+        needed += max(to_come, default=0)
     with store.lock():
         fsck.prune(store)
         eviction.make_room(
@@ -348,15 +359,15 @@ def _is_verified(place: Staging, file: ManifestFile) -> bool:
     return True
 
 
-def _missing_bytes(store: Store, wanted: Wanted) -> int:
-    """What must come over the network; equal files count once."""
+def _missing_sizes(store: Store, wanted: Wanted) -> dict[str, int]:
+    """What must come over the network, in bytes: by digest, or by path where that is unknown."""
     sizes = {}
     for listed in wanted.listing:
         sha256 = wanted.sha256(listed.path)
         file = ManifestFile(path=listed.path, size_bytes=listed.size_bytes, sha256=sha256 or listed.path)
         if not sha256 or not store.has_blob(file):
             sizes[file.sha256] = file.size_bytes
-    return sum(sizes.values())
+    return sizes
 
 
 def _read(package: Package, path: str, limit: int) -> bytes:

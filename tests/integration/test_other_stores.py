@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,49 @@ def test_a_file_that_grew_since_it_was_listed_is_refused(
     assert device.has_nothing_final()
     monkeypatch.setattr(Elsewhere, "fault", staticmethod(nothing))
     assert device.sync().new
+
+
+def test_the_second_copy_of_the_largest_file_is_reserved_before_anything_is_fetched(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: list[str] = []
+    monkeypatch.setattr(Elsewhere, "fault", staticmethod(lambda path, target: came.append(path)))
+    package = device.publish(weights=CONTENT)
+    package_bytes = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
+    job = device.job()
+    once = replace(job.cache, quota_bytes=package_bytes + (1 << 20) + len(CONTENT) // 2)
+    with pytest.raises(StoreError, match="do not fit"):
+        device.sync(replace(job, cache=once))
+    assert WEIGHTS not in came
+    twice = replace(job.cache, quota_bytes=package_bytes + (1 << 20) + len(CONTENT))
+    assert device.sync(replace(job, cache=twice)).new
+    assert WEIGHTS in came
+
+
+def test_a_fetch_that_was_interrupted_keeps_the_files_that_are_whole(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: list[str] = []
+
+    def fail(path: str, target: Path) -> None:
+        came.append(path)
+        if path == WEIGHTS:
+            raise ConnectionResetError("reset")
+
+    monkeypatch.setattr(Elsewhere, "fault", staticmethod(fail))
+    package = device.publish(weights=CONTENT, manifest=True)
+    with pytest.raises(TransportError, match="reset"):
+        device.sync()
+    before = set(came) - {WEIGHTS}
+    assert "MLmodel" in before
+    came.clear()
+    monkeypatch.setattr(Elsewhere, "fault", staticmethod(lambda path, target: came.append(path)))
+    assert device.sync().new
+    listed = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
+    assert WEIGHTS in came
+    again = {path for path in came if path in before}
+    assert again <= {"manifest.json"}, "what was whole came again"
+    assert before | set(came) == listed
 
 
 def test_a_full_disk_is_the_cache_s_error_and_frees_what_was_taken(
