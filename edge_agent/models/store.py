@@ -339,12 +339,15 @@ class Store:
     def settle(self) -> None:
         """Makes durable what has its final name already: whoever gave it may have died before the folder was synced.
 
-        Without this, `state.json` could come to name, durably, a version whose record a power cut takes away.
+        Without this, `state.json` could come to name, durably, a version whose record a power cut takes away. The
+        caller has the lock.
         """
         with store_errors("sync", self.root):
-            for folder in (self.blobs, *_children(self.versions_root), self.versions_root, self.root):
-                if folder.is_dir():
+            for kept in (self.versions_root, self.blobs.parent):
+                for folder in (kept, *_folders(kept)):
                     durable.sync_folder(folder)
+            for folder in (self.root, self.root.parent):
+                durable.sync_folder(folder)
 
     # --- Inside ----------------------------------------------------------------------------------------
 

@@ -97,7 +97,8 @@ def bring(
         EdgeAgentError: the package, the way to it, or the cache.
     """
     store = Store(Path(job.state_dir))
-    store.create()
+    with store.lock():
+        store.settle()
     wanted = read_wanted(package, version, promised)
     known = committed(store, job, version, wanted)
     whole = known if known and not fsck.quick_check(store, [known]).damaged else None
@@ -107,7 +108,6 @@ def bring(
         check_host(job, package, wanted)
     if whole:
         record = hold_to_policy(store, job, whole)
-        store.settle()  # the process that committed it may have died in the middle
         remove_staging(folder_of(store, job.name, version.version))  # of a process that died after the commit
         return _done(record, fetched_bytes=0, new=False)
     with store.fetching(), staging(store, job.name, version.version) as place:

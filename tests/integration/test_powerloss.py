@@ -127,7 +127,7 @@ def test_strace_sees_no_change_of_the_cache_that_is_not_a_point(
 
 
 def _changes(log: Path, state: Path) -> list[Call]:
-    """The calls in strace's log that change something below the state folder, or try to, in their order."""
+    """The calls in strace's log that change something in the state folder, or try to, in their order."""
     found = []
     for line in _joined(log):
         match = re.match(r"\d+ +(\w+)\((.*)\) += ", line)
@@ -137,7 +137,8 @@ def _changes(log: Path, state: Path) -> list[Call]:
         if name in ("open", "openat", "openat2") and not _CREATES.search(arguments):
             continue
         paths = re.findall(r'"([^"]+)"', arguments) or re.findall(r"\d+<(/[^>]*)>", arguments)
-        inside = [Path(path) for path in paths if state in Path(path).parents]
+        syncs = name == "fsync"  # its names; that it has one itself is from before
+        inside = [p for p in map(Path, paths) if state in p.parents or (syncs and p == state)]
         if inside:
             path = inside[-1].relative_to(state).as_posix()
             found.append(Call(_ONE_NAME.get(name, name), path))

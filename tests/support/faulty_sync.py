@@ -7,8 +7,9 @@ The first form prints one JSON object: for each scenario its points, for each fa
 different folders they left, and what went wrong. One run of the scenario goes past all points; at each one the
 folder is copied as the fault would leave it there, looked at, started from, and looked at again. What equals the
 folder of an earlier point is not started from twice; that it has what was reported done by then, and after the
-last point, too, is looked at all the same. At every Nth point a process is really killed, too: it must
-leave the folder that was copied there. A full disk is a run of its own for each point.
+last point, too, is looked at all the same. What was started again after a kill has its power cut at its end: then
+it must have what it reported, though it found half of it done. At every Nth point a process is really killed,
+too: it must leave the folder that was copied there. A full disk is a run of its own for each point.
 
 The second form runs `update` once, with a real registry, undisturbed; for strace. The calls as `Power` numbers
 them are written to FILE.
@@ -29,6 +30,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,9 @@ class Trial:
                     continue
                 seen.add(state_mark)
                 findings.states += 1
-                self._noting(findings, fault, at, lambda: self._start_again(left))
+                goes_on = closing(medium.carried_to(left)) if fault is Fault.KILL else nullcontext()
+                with goes_on as carried:
+                    self._noting(findings, fault, at, functools.partial(self._start_again, left, carried))
 
         with power.installed():
             self.scenario.run(state, reported)
@@ -165,10 +169,17 @@ class Trial:
             raise Wrong(f"the point did not fire: status {status}")
         self._check_same(_contents(state), _contents(left), "as a killed process leaves it")
 
-    def _start_again(self, left: Path) -> None:
+    def _start_again(self, left: Path, medium: Medium | None = None) -> None:
+        """Checks, starts, checks; with a medium, also what that holds at the end."""
         self._check_after_cut(left)
-        self._run(left)
+        reported = Reported()
+        self._run(left, medium=medium, reported=reported)
         self._check_after_start(left)
+        if medium:
+            cut = self._folder / "cut"
+            shutil.rmtree(cut, ignore_errors=True)
+            medium.write(cut)
+            self._check_end(cut, reported)
 
     # --- A full disk -------------------------------------------------------------------------------------
 
@@ -189,12 +200,21 @@ class Trial:
 
     # --- Both --------------------------------------------------------------------------------------------
 
-    def _run(self, state: Path, *, copy: bool = False, at: int = -1, fault: Fault | None = None) -> Power:
+    def _run(
+        self,
+        state: Path,
+        *,
+        copy: bool = False,
+        at: int = -1,
+        fault: Fault | None = None,
+        medium: Medium | None = None,
+        reported: Reported | None = None,
+    ) -> Power:
         if copy:
             copy_state(self._base, state)
-        power = Power(state, at=at, fault=fault)
+        power = Power(state, at=at, fault=fault, medium=medium)
         with power.installed():
-            self.scenario.run(state, Reported())
+            self.scenario.run(state, reported or Reported())
         return power
 
     def _noting(

@@ -93,9 +93,10 @@ class MediumServer:
     def _take(self, call: str, *paths: str, descriptors: list[int]) -> None:
         if call == "synced":
             (descriptor,) = descriptors
-            self._medium.synced(descriptor)
             path = Path(f"/proc/self/fd/{descriptor}").readlink()
-            self.synced[path.relative_to(self._root).as_posix()] += 1
+            if path != self._root.parent:  # where the root's name was before all this
+                self._medium.synced(descriptor)
+                self.synced[path.relative_to(self._root).as_posix()] += 1
         elif call == "renamed":
             self._medium.renamed(*map(Path, paths))
         elif call == "hold":

@@ -255,6 +255,26 @@ class Medium:
         medium = self if seed is None else self._with_some(seed)
         medium._write(target, self._root.lstat().st_ino, {})
 
+    def carried_to(self, copy: Path) -> Medium:
+        """The same for a copy of the folder, whose processes go on from here: a kill is no sync."""
+        other = object.__new__(Medium)
+        other._root, other._nodes = copy, {}
+        twins: dict[int, int] = {}
+        for folder, _, names in os.walk(self._root):
+            for path in (Path(folder), *(Path(folder, name) for name in names)):
+                twins[self.hold(path)] = other.hold(copy / path.relative_to(self._root))
+        for inode, node in self._nodes.items():
+            twin = twins.setdefault(inode, -inode)  # negative: removed, and on the medium still
+            descriptor = other._nodes[twin].descriptor if twin > 0 else os.dup(node.descriptor)
+            other._nodes[twin] = replace(node, descriptor=descriptor)
+        for node in other._nodes.values():
+            node.names = {name: twins[child] for name, child in node.names.items()}
+        other._renames = [
+            (twins[origin], twins[target], name, twins[moved])
+            for origin, target, name, moved in self._renames
+        ]
+        return other
+
     def close(self) -> None:
         for node in self._nodes.values():
             os.close(node.descriptor)
