@@ -157,6 +157,12 @@ class TransportError(EdgeAgentError):
     code = "registry_unreachable"
 
 
+class SyncStopped(EdgeAgentError):
+    """A check was ended for something more urgent; what it fetched is kept for the next one."""
+
+    code = "sync_stopped"
+
+
 class UnknownReference(EdgeAgentError):
     """The registry answers, and has no such model, alias or version."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,8 @@ def operate(
         def on_event(event: Mapping[str, Any]) -> None:
             if event.get("event") == "progress":
                 report(doing, event["bytes"], event["total_bytes"])
+            elif event.get("event") == "waiting":
+                print(f"waiting for the end of {event['for']}", file=sys.stderr, flush=True)
 
         try:
             return _through_daemon(settings, on_event, do=do, name=name, version=version, file=file)

@@ -402,13 +402,11 @@ class ModelLifecycle:
             runners.add(version.runner)
         return sum(resident_bytes(runner.pid) for runner in runners)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Keeps the model unloaded for the block, so that its files can be mended; prompts wait meanwhile."""
+    def reload(self) -> None:
+        """Stops the runner between two prompts; the next one loads the files that are there now."""
         with self._operating:
-            self._vacate()
             try:
-                yield
+                self._vacate()
             finally:
                 self._failures.clear()
                 self._seat.open()

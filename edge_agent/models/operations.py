@@ -6,7 +6,6 @@ the store and the updates do.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -139,9 +138,9 @@ class Operations:
                 removed.append({"name": record.name, "version": record.version})
         return {"bytes_freed": freed, "removed": removed}
 
-    def verify(self, on_file: Callable[[Any], None] = lambda file: None) -> dict[str, Any]:
+    def verify(self, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
         """Reads every byte; sets damaged blobs aside, and fetches them again where the registry can be reached."""
-        found = fsck.verify(self._store, on_file=on_file)
+        found = fsck.verify(self._store)
         document: dict[str, Any] = {
             "checked": found.checked,
             "damaged": [
@@ -152,15 +151,9 @@ class Operations:
         }
         if not found.damaged:
             return document
-        names = sorted({damage.name for damage in found.damaged})
-        with contextlib.ExitStack() as stack:
-            for name in names:
-                if name in self._lifecycles:
-                    stack.enter_context(self._lifecycles[name].paused())
-            with self._store.lock():
-                fsck.set_aside(self._store, found.damaged)
-            if self._settings.registry.uri:
-                document["problems"] = self._fetch_again(names)
+        problems = self._updates.repair(found.damaged, on_event)
+        if self._settings.registry.uri:
+            document["problems"] = problems
         left = fsck.verify(self._store).damaged
         remaining = {(damage.name, damage.key, damage.path) for damage in left}
         for damage, entry in zip(found.damaged, list(document["damaged"]), strict=True):
@@ -168,16 +161,6 @@ class Operations:
                 document["damaged"].remove(entry)
                 document["repaired"].append(entry)
         return document
-
-    def _fetch_again(self, names: list[str]) -> dict[str, str]:
-        problems = {}
-        for name in names:
-            if name in self._lifecycles:
-                try:
-                    self._updates.fetch(name)
-                except EdgeAgentError as error:
-                    problems[name] = str(error)
-        return problems
 
     def _pulled(self, name: str, on_event: OnEvent) -> dict[str, Any]:
         result = self._updates.check(name, on_event, asked_for=True)
@@ -245,7 +228,7 @@ def run_operation(
     if do == "prune":
         return operations.prune()
     if do == "verify":
-        return operations.verify()
+        return operations.verify(on_event)
     if do == "import":
         return operations.take_in(name, file, on_event)
     if name is None:

@@ -33,6 +33,7 @@ from edge_agent.errors import (
     Quarantined,
     SettingsError,
     StoreError,
+    SyncStopped,
     TransportError,
     UnknownReference,
     VerificationError,
@@ -200,7 +201,8 @@ def run_sync(
         should_stop: asked about five times a second; True ends the process.
 
     Raises:
-        TransportError: the registry is out of reach, the time is over, or `should_stop` said so.
+        SyncStopped: `should_stop` said so.
+        TransportError: the registry is out of reach, or the time is over.
         UnknownReference: the registry has no such model, alias or version.
         CannotRun: this host lacks what the version needs.
         ContentError: the package breaks a rule (`ManifestError`, `VerificationError`, `PolicyError`).
@@ -337,7 +339,7 @@ def _lines(
             selector.register(_descriptor(pipe), selectors.EVENT_READ)
         while selector.get_map():
             if should_stop():
-                raise TransportError(f"the sync of {job.name} was stopped")
+                raise SyncStopped(f"the sync of {job.name} was stopped")
             if time.monotonic() >= deadline:
                 raise TransportError(
                     f"the sync of {job.name} took too long and was ended",

@@ -2,7 +2,8 @@
 
 Owns the one thread that syncs: one model after the other, so that one fetch and one candidate at a time is
 all that the device has to carry. Flow of a check: what is wanted → sync process → committed version →
-lifecycle.adopt. A registry that is out of reach is a normal day: it is noted, and asked again.
+lifecycle.adopt. A registry that is out of reach is a normal day: it is noted, and asked again. Operators' threads
+come in between: `turn.py` says who waits for whom.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -21,16 +23,19 @@ from edge_agent.errors import (
     LoadFailed,
     SettingsError,
     StoreError,
+    SyncStopped,
     TransportError,
     UnknownModel,
     UnknownReference,
 )
 from edge_agent.models import bundle, choice, fsck
+from edge_agent.models.fsck import Damage
 from edge_agent.models.lifecycle import ModelLifecycle
 from edge_agent.models.reference import ModelRef, ModelVersion
 from edge_agent.models.seat import Serving
 from edge_agent.models.store import Store
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob, run_sync
+from edge_agent.models.turn import Turn
 from edge_agent.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -45,7 +50,7 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 
 
 class Updates:
-    """`run` is the thread; `check` may be called from any, and waits for its turn.
+    """`run` is the thread; `check`, `take_in` and `repair` may be called from any, and wait for their turn.
 
     Attributes:
         reachable: whether the registry answered the last check; None before the first one.
@@ -58,9 +63,10 @@ class Updates:
         self._settings = settings
         self._store = store
         self._lifecycles = lifecycles
-        self._turn = threading.Lock()
+        self._turn = Turn()
         self._due = threading.Event()
         self._closing = threading.Event()
+        self._changed = threading.Event()  # what MQTT asks for: the running poll is for something else
         self.reachable: bool | None = None
         self.checked_at: float | None = None
         self.problems: dict[str, str] = {}
@@ -86,8 +92,13 @@ class Updates:
                 self._due.wait(_WAIT_S)
 
     def desire(self, uris: Mapping[str, str]) -> None:
-        """What MQTT asks for: by model `models:/…`, or empty. The thread writes it down, and then checks."""
+        """What MQTT asks for: by model `models:/…`, or empty. The thread writes it down, and then checks.
+
+        It comes again with each connection to the broker: only what is new to a model ends the running poll.
+        """
         self._desired = dict(uris)
+        if any(self._lifecycles[name].state.desired != uri for name, uri in uris.items()):
+            self._changed.set()
         self._due.set()
 
     def check_now(self) -> None:
@@ -112,13 +123,15 @@ class Updates:
         """Brings what one model wants from the registry, and makes it active unless another version is pinned.
 
         Args:
-            asked_for: by an operator: a version in quarantine is fetched, too, for `activate` to take.
+            asked_for: by an operator: a running poll gives way to it, and a version in quarantine is fetched, too, for
+                `activate` to take.
 
         Raises:
             EdgeAgentError: the registry, the package, the cache or the gate says no, or it is not for this
                 device yet.
+            SyncStopped: it is a poll, and something more urgent came.
         """
-        with self._turn:
+        with self._operators_turn("`models pull`", on_event) if asked_for else self._polls_turn(name):
             lifecycle = self._lifecycles[name]
             key = ""
             try:
@@ -130,11 +143,53 @@ class Updates:
             self.problems[name] = ""
             return result
 
-    def fetch(self, name: str) -> SyncResult:
-        """Brings what one model runs by, or what of it is missing or damaged; changes nothing else."""
-        with self._turn:
-            fallback = bool(self._lifecycles[name].state.instead)
-            return self._sync(name, lambda event: None, fallback=fallback)
+    def repair(self, damaged: Sequence[Damage], on_event: OnEvent = lambda event: None) -> Mapping[str, str]:
+        """Sets damaged blobs aside, and fetches them again where there is a registry.
+
+        A model goes on meanwhile with what it has loaded, which was whole then: no prompt waits for a download.
+        At the end it loads again, what is there now; an active version that is still damaged gives way.
+
+        Args:
+            damaged: what a check found; it is looked at again, as an update may have changed it since.
+
+        Returns:
+            By model, why its files were not fetched again.
+        """
+        with self._operators_turn("`models verify`", on_event):
+            keys = sorted({(damage.name, damage.key) for damage in damaged})
+            records = [record for name, key in keys if (record := self._store.record(name, key))]
+            found = fsck.verify(self._store, records)
+            with self._store.lock():
+                fsck.set_aside(self._store, found.damaged)
+            names = {record.name for record in records if found.of(record)} & set(self._lifecycles)
+            problems = self._fetch_again(sorted(names)) if self._settings.registry.uri else {}
+            for record in records:
+                lifecycle = self._lifecycles.get(record.name)
+                if lifecycle and lifecycle.state.active == record.key and found.of(record):
+                    lifecycle.reload()
+        self.check_now()  # a version that gave way meanwhile may be whole again
+        return problems
+
+    def _fetch_again(self, names: Sequence[str]) -> dict[str, str]:
+        problems = {}
+        for name in names:
+            try:
+                self._sync(name, lambda event: None, fallback=bool(self._lifecycles[name].state.instead))
+            except EdgeAgentError as error:
+                problems[name] = str(error)
+        return problems
+
+    def _operators_turn(self, what: str, on_event: OnEvent) -> AbstractContextManager[None]:
+        return self._turn.of_operator(
+            what, on_wait=lambda before: on_event({"event": "waiting", "for": before})
+        )
+
+    def _polls_turn(self, name: str) -> AbstractContextManager[None]:
+        return self._turn.of_poll(f"the check of {name}", should_stop=self._gives_way)
+
+    def _gives_way(self) -> bool:
+        """Whether a poll ends now: for an operator, or for what MQTT asks for instead."""
+        return self._closing.is_set() or self._turn.wanted or self._changed.is_set()
 
     def _fall_back(self, name: str, error: EdgeAgentError, *, failed: str, on_event: OnEvent) -> SyncResult:
         """Serves the fallback where no version of the model's own can run here, and none is pinned.
@@ -177,9 +232,9 @@ class Updates:
         Raises:
             EdgeAgentError: the file, the package in it, the cache or the gate says no.
         """
-        with self._turn:
-            version = bundle.read_version(file)
-            name = self._taker(version, name)
+        version = bundle.read_version(file)
+        name = self._taker(version, name)
+        with self._operators_turn("`models import`", on_event):
             lifecycle, wanted = self._lifecycles[name], self._wanted(name)
             fallback = version.name != wanted.name
             if fallback:
@@ -219,6 +274,7 @@ class Updates:
         return {self._wanted(name).name, *([ModelRef.parse(fallback).name] if fallback else [])}
 
     def _note_desired(self) -> None:
+        self._changed.clear()
         desired, self._desired = self._desired, None
         try:
             for name, uri in (desired or {}).items():
@@ -243,6 +299,9 @@ class Updates:
                 log.warning("cached version refused model=%s reason=%r", name, str(error))
             if self._settings.registry.uri:
                 self.check(name)
+        except SyncStopped as stop:
+            log.info("check put off model=%s reason=%r", name, str(stop))
+            self._due.set()
         except EdgeAgentError as error:
             if self._closing.is_set():
                 return
@@ -292,8 +351,9 @@ class Updates:
             self.progress[name] = event
             on_event(event)
 
+        should_stop = self._gives_way if self._turn.is_polls else self._closing.is_set
         try:
-            result = run_sync(job, timeout_s=SYNC_TIMEOUT_S, on_event=look, should_stop=self._closing.is_set)
+            result = run_sync(job, timeout_s=SYNC_TIMEOUT_S, on_event=look, should_stop=should_stop)
         except (
             OSError
         ) as error:  # no memory, no descriptors, no space to start a process: not the model's fault

@@ -28,6 +28,7 @@ from edge_agent.errors import (
     PolicyError,
     Quarantined,
     StoreError,
+    SyncStopped,
     TransportError,
     UnknownReference,
     VerificationError,
@@ -380,7 +381,7 @@ def test_a_stopped_sync_ends_at_once_and_leaves_no_process(device: Device) -> No
         if event["event"] == "progress":
             stop.set()
 
-    with pytest.raises(TransportError, match="stopped"):
+    with pytest.raises(SyncStopped, match="stopped"):
         run_sync(slow, timeout_s=60, on_event=on_event, should_stop=stop.is_set)
 
 
