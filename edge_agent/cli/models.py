@@ -181,7 +181,11 @@ _version_command(
 _version_command(
     "pin", "Fix the VERSION that runs, whatever the registry says.", "edge-agent models pin assistant 6"
 )
-_version_command("rm", "Remove a cached VERSION that is not in use.", "edge-agent models rm assistant 5")
+_version_command(
+    "rm",
+    "Remove a cached VERSION that is not in use; forget the quarantine of one that the cache no longer has.",
+    "edge-agent models rm assistant 5",
+)
 _name_command(
     "rollback", "Make the previous version active again, and pin it.", "edge-agent models rollback assistant"
 )
@@ -303,6 +307,8 @@ def _store(settings: Settings) -> Store:
 def _show_operation(document: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(document))
+    elif document.get("forgotten"):
+        click.echo(f"version {document['version']} is not in the cache; it is no longer in quarantine")
     elif "bytes_freed" in document:
         click.echo(f"{terminal.human_bytes(document['bytes_freed'])} freed")
     else:

@@ -151,6 +151,7 @@ class ModelLifecycle:
             if self.state.active == key and self.serving is not Serving.FAILED:
                 if instead != self.state.instead:
                     self._standing.change(lambda state: replace(state, instead=instead))
+                self._standing.note_served()
                 return
             if not force:
                 self.refuse_quarantined(key)
@@ -176,6 +177,7 @@ class ModelLifecycle:
                 self._refuse(key, error)
             finally:
                 self._seat.open()
+            self._standing.note_served()
 
     def _make_way(self, record: VersionRecord) -> None:
         """Stops the active version first where memory cannot hold both."""

@@ -111,9 +111,12 @@ class Operations:
         return self._described(lifecycle)
 
     def remove(self, name: str, version: int) -> dict[str, Any]:
-        """Removes a cached version that is not in use."""
+        """Removes a cached version that is not in use; of one that is only in quarantine, forgets that."""
+        if forgotten := self._only_quarantined(name, version):
+            for key in forgotten:
+                self._forget(name, key)
+            return {"name": name, "version": version, "bytes_freed": 0, "forgotten": forgotten}
         record = self._version(name, version)
-        lifecycle = self._lifecycles.get(name)
         with self._store.lock():  # what it is to its model cannot change meanwhile
             state = self._store.state_locked().model(name)
             if record.key in (state.active, state.candidate, state.pinned):
@@ -122,11 +125,8 @@ class Operations:
                     remedy="activate another one first",
                 )
             freed = self._store.remove(record)
-        if lifecycle is not None:
-            lifecycle.forget(record.key)
-        else:
-            self._store.change_state(name, lambda model: model.without(record.key))
-        return {"name": name, "version": version, "bytes_freed": freed}
+        self._forget(name, record.key)
+        return {"name": name, "version": version, "bytes_freed": freed, "forgotten": []}
 
     def prune(self) -> dict[str, Any]:
         """Removes every version that nothing needs, and what crashes left."""
@@ -165,6 +165,19 @@ class Operations:
     def _pulled(self, name: str, on_event: OnEvent) -> dict[str, Any]:
         result = self._updates.check(name, on_event, asked_for=True)
         return {**_brought(result), "instead": self._lifecycle(name).instead}
+
+    def _only_quarantined(self, name: str, version: int) -> list[str]:
+        """Keys in quarantine of a version number that the cache has not, any more."""
+        if any(record.version == version for record in self._store.versions(name)):
+            return []
+        quarantined = self._store.state().model(name).quarantined
+        return [key for key in quarantined if int(key.split("-")[0]) == version]
+
+    def _forget(self, name: str, key: str) -> None:
+        if (lifecycle := self._lifecycles.get(name)) is not None:
+            lifecycle.forget(key)
+        else:
+            self._store.change_state(name, lambda model: model.without(key))
 
     def _lifecycle(self, name: str) -> ModelLifecycle:
         lifecycle = self._lifecycles.get(name)

@@ -35,6 +35,7 @@ class VersionRecord:
         trust: why its content may run here.
         created_at: seconds since the epoch, when it was committed.
         fallback: it came by the model's `fallback`, not by its own reference.
+        served: it has been the active version here, and was not put into quarantine since.
     """
 
     name: str
@@ -47,6 +48,7 @@ class VersionRecord:
     trust: TrustDecision
     created_at: float
     fallback: bool = False
+    served: bool = False
 
     @property
     def digest(self) -> str:
@@ -84,6 +86,7 @@ class VersionRecord:
             "trust": asdict(self.trust),
             "created_at": self.created_at,
             "fallback": self.fallback,
+            "served": self.served,
         }
         return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
 
@@ -113,6 +116,7 @@ def parse(data: bytes) -> VersionRecord:
             trust=TrustDecision(**document["trust"]),
             created_at=float(document["created_at"]),
             fallback=bool(document.get("fallback", False)),
+            served=bool(document.get("served", False)),
         )
         if record.digest != document["digest"] or not KEY.fullmatch(record.key):
             raise ValueError("digest or version")

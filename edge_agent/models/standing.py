@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from edge_agent.errors import StoreError
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.state import ModelState
 from edge_agent.models.store import Store
+
+log = logging.getLogger(__name__)
 
 
 class Standing:
@@ -27,7 +30,16 @@ class Standing:
 
     def change(self, change: Callable[[ModelState], ModelState]) -> None:
         """Writes a change down with one rename, then remembers it."""
+        before = self.state.quarantined
         self._remember(self._store.change_state(self._name, change))
+        for key in self.state.quarantined.keys() - before.keys():
+            self._note_served(key, served=False)
+
+    def note_served(self) -> None:
+        """The active version came through the gate: its record says so, for the case that `state.json` is lost."""
+        if self.active is not None and not self.active.served:
+            self._note_served(self.active.key, served=True)
+            self._remember(self.state)
 
     def record(self, key: str) -> VersionRecord:
         """A committed version.
@@ -65,6 +77,12 @@ class Standing:
         if previous is None or previous.key in self.state.quarantined:
             return self.fallback()
         return previous
+
+    def _note_served(self, key: str, *, served: bool) -> None:
+        try:
+            self._store.note_served(self._name, key, served=served)
+        except StoreError as error:  # the state itself is written
+            log.warning("record not changed model=%s version=%s reason=%r", self._name, key, str(error))
 
     def _usable(self) -> list[VersionRecord]:
         return [

@@ -15,6 +15,10 @@ from edge_agent.errors import StoreError
 from edge_agent.models.record import KEY, VersionRecord
 from edge_agent.models.reference import MODEL_NAME
 
+MAX_QUARANTINED = 32
+"""Of one model; those that were noted longest ago go first. With the lengths below, `state.json` stays far under what
+the store reads of it, whatever comes."""
+_MAX_QUARANTINE_REASON = 200
 _MAX_REASON = 1_000
 _MAX_URI = 600
 
@@ -28,7 +32,7 @@ class ModelState:
         previous: key of the version to go back to.
         candidate: key of the version that is being tried.
         candidate_tries: how often it was; a number that stays high was written by agents that died trying.
-        quarantined: key → why it is not tried again.
+        quarantined: key → why it is not tried again; noted longest ago first.
         pinned: key of the version that an operator fixed: it runs whatever the registry says.
         desired: `models:/…` that came over MQTT, stronger than the settings' uri; empty for none.
         instead: why the active version is one of the model's fallback; empty where it is one of its own.
@@ -56,7 +60,7 @@ class ModelState:
         """A candidate failed: it is not tried again, unless nothing else could ever answer."""
         if self.active in (None, key):
             return self.given_up()
-        return replace(self.given_up(), quarantined={**self.quarantined, key: reason[:_MAX_REASON]})
+        return replace(self.given_up(), quarantined=_with(self.quarantined, key, reason))
 
     def switched(self, key: str, *, instead: str = "") -> ModelState:
         """A version became the active one.
@@ -85,7 +89,7 @@ class ModelState:
         to = to or self.previous
         if self.active is None or to is None:
             raise ValueError("there is no version to go back to")
-        quarantined = {**self.quarantined, self.active: reason[:_MAX_REASON]} if reason else self.quarantined
+        quarantined = _with(self.quarantined, self.active, reason) if reason else self.quarantined
         pinned = None if self.pinned == self.active else self.pinned
         return replace(
             self.given_up(),
@@ -155,7 +159,7 @@ class CacheState:
                 for name, model in self.models.items()
             },
         }
-        return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
+        return json.dumps(document, indent=1).encode() + b"\n"
 
 
 def parse(data: bytes) -> CacheState:
@@ -177,28 +181,42 @@ def parse(data: bytes) -> CacheState:
 def rebuild(records: Iterable[VersionRecord], *, reason: str) -> CacheState:
     """A state from what is committed: each model's highest version active, the next one previous.
 
-    Of two commits with one version number, the later is the higher; one of the fallback is lower than all of
-    the model's own. Quarantine and pins are lost.
+    Where some of a model's versions have served, it is one of them: the others may be in quarantine, or never came
+    through the gate. Of two commits with one version number, the later is the higher; one of the fallback is lower
+    than all of the model's own. Quarantine and pins are lost.
     """
+    known = list(records)
+    with_served = {record.name for record in known if record.served}
     models: dict[str, ModelState] = {}
-    for record in sorted(records, key=lambda r: (not r.fallback, r.version, r.created_at), reverse=True):
+    for record in sorted(known, key=lambda r: (not r.fallback, r.version, r.created_at), reverse=True):
+        if record.name in with_served and not record.served:
+            continue
         model = models.get(record.name)
         if model is None:
             models[record.name] = ModelState(
-                active=record.key, instead="no other version is here" if record.fallback else ""
+                active=record.key, instead="no other version is known to run" if record.fallback else ""
             )
         elif model.previous is None:
             models[record.name] = replace(model, previous=record.key)
     return CacheState(models=models, rebuilt=reason)
 
 
+def _with(quarantined: Mapping[str, str], key: str, reason: str) -> dict[str, str]:
+    """One more, and no more than the bound."""
+    others = [(other, why) for other, why in quarantined.items() if other != key]
+    return dict([*others, (key, reason[:_MAX_QUARANTINE_REASON])][-MAX_QUARANTINED:])
+
+
 def _model(fields: Any) -> ModelState:
+    quarantined: dict[str, str] = {}
+    for key, reason in fields["quarantined"].items():
+        quarantined = _with(quarantined, _key(key), str(reason))
     return ModelState(
         active=_optional_key(fields["active"]),
         previous=_optional_key(fields["previous"]),
         candidate=_optional_key(fields["candidate"]),
         candidate_tries=int(fields.get("candidate_tries", 0)),
-        quarantined={_key(key): str(reason)[:_MAX_REASON] for key, reason in fields["quarantined"].items()},
+        quarantined=quarantined,
         pinned=_optional_key(fields["pinned"]),
         desired=str(fields.get("desired", ""))[:_MAX_URI],
         instead=str(fields.get("instead", ""))[:_MAX_REASON],

@@ -23,6 +23,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
@@ -199,6 +200,13 @@ class Store:
         """Replaces the record of a committed version (a new trust decision). The caller has the lock."""
         with store_errors("write", self.record_file(record)):
             durable.write_file(self.record_file(record), record.encode())
+
+    def note_served(self, name: str, key: str, *, served: bool) -> None:
+        """Writes into a version's record whether it has served, where it does not say so yet."""
+        with self.lock():
+            record = self.record(name, key)
+            if record is not None and record.served != served:
+                self.rewrite(replace(record, served=served))
 
     def relink(self, record: VersionRecord, file: ManifestFile) -> None:
         """Makes one file of a version a link to its blob again. The caller has the lock."""

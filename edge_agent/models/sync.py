@@ -329,7 +329,8 @@ def _mend(store: Store, record: VersionRecord) -> None:
     damaged = {damage.path for damage in fsck.quick_check(store, [record]).of(record)}
     for path in damaged - {file.path for file in record.files}:
         store.remove_stray(record, path)
-    store.rewrite(record)
+    known = store.record(record.name, record.key)
+    store.rewrite(replace(record, served=known is not None and known.served))
 
 
 def _is_whole(store: Store, file: ManifestFile) -> bool:

@@ -144,12 +144,14 @@ def test_a_second_import_changes_nothing(tmp_path: Path, other: Store) -> None:
 def test_an_import_mends_a_damaged_version(tmp_path: Path, other: Store) -> None:
     made = export(tmp_path)
     record = bring_in(other, made.file)
+    other.note_served(record.name, record.key, served=True)
     weights = other.folder(record) / WEIGHTS
     weights.chmod(0o600)
     weights.write_bytes(bytes(20_000))
     with other.lock():
         fsck.set_aside(other, fsck.verify(other).damaged)
     assert bring_in(other, made.file).key == record.key
+    assert [known.served for known in other.versions()] == [True], "what it was here stays known"
     assert fsck.verify(other).damaged == ()
 
 

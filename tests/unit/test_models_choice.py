@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from edge_agent.errors import EdgeAgentError
 from edge_agent.models import choice
 from edge_agent.models.choice import BadDesired, NotInRollout
-from edge_agent.models.state import ModelState
+from edge_agent.models.state import MAX_QUARANTINED, CacheState, ModelState, parse
 
 URIS = {"assistant": "models:/phi3@prod"}
 A, B, C = "1-aaaaaaaaaaaa", "2-bbbbbbbbbbbb", "3-cccccccccccc"
@@ -95,6 +95,22 @@ def test_a_candidate_counts_how_often_it_was_tried() -> None:
 def test_a_refused_candidate_is_quarantined_unless_nothing_else_answers() -> None:
     assert ModelState(active=A).trying(B).refused(B, "bad").quarantined == {B: "bad"}
     assert ModelState().trying(B).refused(B, "bad").quarantined == {}
+
+
+def test_the_quarantine_keeps_the_newest_and_the_state_stays_small_enough_to_be_read() -> None:
+    model = ModelState(active=A)
+    keys = [f"{number}-{number:012x}" for number in range(1_500, 0, -1)]
+    for key in keys:
+        model = model.trying(key).refused(key, "\N{PERSONAL COMPUTER}" * 1_000)
+    assert list(model.quarantined) == keys[-MAX_QUARANTINED:]
+    state = CacheState(models={f"model-{number}": model for number in range(10)})
+    assert len(state.encode()) < 1 << 20, "what the store reads"
+    read = parse(state.encode())
+    assert read == state
+    assert list(read.model("model-0").quarantined) == list(model.quarantined), "the order is kept"
+    again = model.trying(keys[-3]).refused(keys[-3], "again")
+    assert list(again.quarantined)[-1] == keys[-3]
+    assert len(again.quarantined) == MAX_QUARANTINED
 
 
 def test_a_switch_remembers_the_previous_version_and_frees_from_quarantine() -> None:

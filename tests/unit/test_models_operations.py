@@ -57,6 +57,37 @@ def test_what_nothing_needs_is_removed_and_forgotten(operations: tuple[Operation
     assert (state.previous, dict(state.quarantined)) == (None, {})
 
 
+def test_a_quarantined_version_that_the_cache_no_longer_has_can_be_forgotten(
+    operations: tuple[Operations, Store],
+) -> None:
+    found, store = operations
+    record = commit(store, 3)
+    gone, other = "2-aaaaaaaaaaaa", "20-bbbbbbbbbbbb"
+    store.change_state("assistant", lambda state: replace(state, quarantined={gone: "x", other: "y"}))
+    document = run_operation(found, "rm", name="assistant", version=2)
+    assert (document["bytes_freed"], document["forgotten"]) == (0, [gone])
+    assert dict(store.state().model("assistant").quarantined) == {other: "y"}
+    assert store.versions() == [record]
+    with pytest.raises(StoreError, match="not in the cache"):
+        run_operation(found, "rm", name="assistant", version=2)
+
+
+def test_the_record_of_a_version_that_serves_says_so(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state")
+    record = commit(store, 3)
+    store.change_state("assistant", lambda state: state.switched(record.key))
+    settings = Settings(
+        device_id="dev",
+        state_dir=tmp_path / "state",
+        control_socket=tmp_path / "c.sock",
+        models={"assistant": ModelSettings(uri="models:/phi@prod")},
+    )
+    _, lifecycles = without_daemon(settings)
+    lifecycles["assistant"].adopt(record.key)
+    assert store.versions() == [replace(record, served=True)]
+    lifecycles["assistant"].close()
+
+
 @pytest.mark.parametrize("name", ["../../etc", "", "a/b", 7, ["x"], "x" * 65])
 @pytest.mark.parametrize("do", ["rm", "export", "activate", "pull", "unpin", "import"])
 def test_a_name_that_is_none_is_refused(operations: tuple[Operations, Store], do: str, name: object) -> None:

@@ -15,6 +15,7 @@ from edge_agent.models import eviction, fsck, trust
 from edge_agent.models import state as states
 from edge_agent.models.manifest import Manifest, ManifestFile
 from edge_agent.models.record import VersionRecord
+from edge_agent.models.standing import Standing
 from edge_agent.models.state import CacheState, ModelState
 from edge_agent.models.store import Store, check_file
 from edge_agent.models.trust import TrustDecision
@@ -261,6 +262,24 @@ def test_a_damaged_state_is_rebuilt_from_what_is_committed(store: Store, damage:
     assert store.state() == state
     assert len(list(store.damaged_root.iterdir())) == 1
     assert low in store.versions()
+
+
+def serve(standing: Standing, record: VersionRecord) -> None:
+    standing.change(lambda state: state.switched(record.key))
+    standing.note_served()
+
+
+def test_a_lost_state_does_not_activate_a_version_that_never_served_or_failed_since(store: Store) -> None:
+    older, good, failed, refused = (
+        commit(store, version, weights=bytes([version])) for version in (1, 2, 3, 4)
+    )
+    standing = Standing(store, "assistant")
+    for record in (older, good, failed):
+        serve(standing, record)
+    standing.change(lambda state: state.stepped_back("crashes"))
+    standing.change(lambda state: state.trying(refused.key).refused(refused.key, "wrong answers"))
+    (store.root / "state.json").write_bytes(b"damaged")
+    assert store.state().model("assistant") == ModelState(active=good.key, previous=older.key)
 
 
 def test_a_rebuilt_state_has_each_model() -> None:
