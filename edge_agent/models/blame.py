@@ -27,6 +27,7 @@ MAX_LOAD_FAILURES = 2
 MAX_CRASHES = 3
 CRASH_WINDOW_S = 600.0
 RETRY_FIRST_S, RETRY_LAST_S = 1.0, 60.0
+_MAX_LACKS = 32
 
 
 def is_the_hosts(error: EdgeAgentError) -> bool:
@@ -67,6 +68,55 @@ def of_load(error: EdgeAgentError, failures: int) -> LoadVerdict:
         quarantine=not certain,
         final=certain or repeated,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lack:
+    """What this host lacked when a candidate was tried.
+
+    Attributes:
+        error: what the attempt ended with.
+        host: `runner.host.identity` of then.
+        wanted_bytes: of attainable memory, for another attempt; 0 where it was not memory.
+    """
+
+    error: EdgeAgentError
+    host: str
+    wanted_bytes: int = 0
+
+
+class Lacks:
+    """Candidates that were refused for what this host lacks: an attempt may cost the active version its seat, so it is
+    not made again before the host is another one.
+
+    Its model's lifecycle owns it; whoever operates on the model adds and asks. A restart forgets it.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[str, Lack] = {}
+
+    def add(self, key: str, lack: Lack) -> None:
+        others = [(other, known) for other, known in self._of.items() if other != key]
+        self._of = dict([*others, (key, lack)][-_MAX_LACKS:])
+
+    def still(self, key: str, *, host: str, attainable_bytes: int) -> EdgeAgentError | None:
+        """The error of the last attempt, where another one would end the same way."""
+        lack = self._of.get(key)
+        if lack is None or host != lack.host or (lack.wanted_bytes and attainable_bytes >= lack.wanted_bytes):
+            return None
+        return type(lack.error)(lack.error.message, remedy=lack.error.remedy)
+
+
+def memory_for_another_attempt(weight_bytes: int, *, before_bytes: int, after_bytes: int) -> int:
+    """How much memory must be attainable for a version to be tried again that did not fit.
+
+    Args:
+        before_bytes: what was attainable when the attempt began; a part of it may have been counted twice, as runners
+            share pages.
+        after_bytes: what was, when the others had stopped.
+    """
+    short_bytes = max(0, weight_bytes - after_bytes)
+    return before_bytes + short_bytes + weight_bytes // 16  # what is free comes and goes a little
 
 
 class LoadFailures:

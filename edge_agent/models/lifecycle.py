@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from edge_agent.errors import EdgeAgentError, Quarantined, StoreError, VerificationError
+from edge_agent.errors import EdgeAgentError, MemoryShort, Quarantined, StoreError, VerificationError
 from edge_agent.models import blame, fsck, gate
-from edge_agent.models.blame import Crashes, LoadFailures
+from edge_agent.models.blame import Crashes, Lack, Lacks, LoadFailures
 from edge_agent.models.gate import GateFailed
 from edge_agent.models.learned import Learned
 from edge_agent.models.loading import LoadedVersion, Loading, VersionLoader
@@ -32,6 +32,7 @@ from edge_agent.models.standing import Standing
 from edge_agent.models.state import ModelState
 from edge_agent.models.store import Store
 from edge_agent.models.thread_choice import ThreadChoice
+from edge_agent.runner import host
 from edge_agent.runner.memory import resident_bytes
 from edge_agent.runner.process import RunnerProcess, environment
 from edge_agent.settings import Settings
@@ -66,6 +67,7 @@ class ModelLifecycle:
         if self._standing.active is not None:
             self._seat.serving = Serving.LOADING if loading.settings.preload else Serving.IDLE
         self._operating = threading.Lock()
+        self._lacks = Lacks()
         self._failures = LoadFailures()
         self._crashes = Crashes()
         loading.budget.join(self)
@@ -135,11 +137,12 @@ class ModelLifecycle:
 
     # --- Candidate → gate → active: the updates' thread and operators ----------------------------------
 
-    def adopt(self, key: str, *, force: bool = False, instead: str = "") -> None:
+    def adopt(self, key: str, *, force: bool = False, asked_for: bool = False, instead: str = "") -> None:
         """Makes a committed version the active one, if it passes the gate.
 
         Args:
             force: an operator wants it: quarantine does not hold it back.
+            asked_for: an operator wants to know: what this host lacked is looked for again.
             instead: why it is one of the fallback, where it is.
 
         Raises:
@@ -155,6 +158,9 @@ class ModelLifecycle:
                 return
             if not force:
                 self.refuse_quarantined(key)
+            attainable_bytes = self._loading.budget.attainable_bytes()
+            if not (force or asked_for):
+                self._hold_off(key, attainable_bytes)
             self._standing.change(lambda state: state.trying(key))
             if self.state.candidate_tries > blame.MAX_TRIES and not force:
                 self._refuse(
@@ -174,10 +180,29 @@ class ModelLifecycle:
                 if self._standing.active is None:
                     self._seat.open()
                     self._note(None, Serving.ABSENT, f"version {record.version} failed: {error}")
+                elif blame.is_the_hosts(error):
+                    self._note_lack(record, error, attainable_bytes)
                 self._refuse(key, error)
             finally:
                 self._seat.open()
             self._standing.note_served()
+
+    def _hold_off(self, key: str, attainable_bytes: int) -> None:
+        """Raises what the last attempt ended with, where this host is still what it was then."""
+        lack = self._lacks.still(key, host=host.identity(), attainable_bytes=attainable_bytes)
+        if lack is not None and self.state.active not in (None, key):
+            raise lack
+
+    def _note_lack(self, record: VersionRecord, error: EdgeAgentError, before_bytes: int) -> None:
+        """So that the active version does not stop for the same candidate at each poll."""
+        wanted_bytes = 0
+        if isinstance(error, MemoryShort):
+            wanted_bytes = blame.memory_for_another_attempt(
+                record.total_bytes,
+                before_bytes=before_bytes,
+                after_bytes=self._loading.budget.attainable_bytes(),
+            )
+        self._lacks.add(record.key, Lack(error=error, host=host.identity(), wanted_bytes=wanted_bytes))
 
     def _make_way(self, record: VersionRecord) -> None:
         """Stops the active version first where memory cannot hold both."""

@@ -108,6 +108,11 @@ class MemoryBudget:
         """What a runner of this version is likely to take: what one took here, else the estimate."""
         return self._need(record, footprint_of(record, folder), context_tokens)
 
+    def attainable_bytes(self) -> int:
+        """What a runner could have if everything else stopped; more than that is not had by stopping."""
+        with self._deciding:
+            return self._attainable()
+
     def check_weights(self, record: VersionRecord) -> None:
         """Refuses what could not be loaded even if everything else stopped.
 
@@ -115,8 +120,7 @@ class MemoryBudget:
             MemoryShort: the weights alone take more.
         """
         with self._deciding:
-            held = sum(each.resident_bytes() for each in self._tenants)
-            self._refuse_weights(record, self._free() + held)
+            self._refuse_weights(record, self._attainable())
 
     @contextmanager
     def admit(
@@ -169,6 +173,9 @@ class MemoryBudget:
             held = sum(tenant.resident_bytes() for tenant in self._tenants)
             free = min(free, self._limit_bytes - held)
         return max(0, free - sum(self._reserved.values()))
+
+    def _attainable(self) -> int:
+        return self._free() + sum(each.resident_bytes() for each in self._tenants)
 
     def _make_room(self, tenant: Tenant, need: int) -> None:
         """Waits, and has other models unloaded, as long as that may help. Lets go of the lock meanwhile.

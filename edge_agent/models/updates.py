@@ -137,7 +137,7 @@ class Updates:
             try:
                 result = self._sync(name, on_event, asked_for=asked_for)
                 key = lifecycle.state.pinned or result.key
-                lifecycle.adopt(key)
+                lifecycle.adopt(key, asked_for=asked_for)
             except EdgeAgentError as error:
                 return self._fall_back(name, error, failed=key, on_event=on_event)
             self.problems[name] = ""
@@ -250,7 +250,7 @@ class Updates:
                 if not (lifecycle.runs_its_own or lifecycle.state.pinned):
                     lifecycle.adopt(result.key, instead="no version of its own runs here")
             elif lifecycle.state.pinned or wanted.version in (None, result.version):
-                lifecycle.adopt(lifecycle.state.pinned or result.key)
+                lifecycle.adopt(lifecycle.state.pinned or result.key, asked_for=True)
             return result
 
     def _taker(self, version: ModelVersion, name: str | None) -> str:

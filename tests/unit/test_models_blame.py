@@ -15,7 +15,7 @@ from edge_agent.errors import (
     VerificationError,
 )
 from edge_agent.models import blame
-from edge_agent.models.blame import Crashes, LoadFailures, LoadVerdict, distinct
+from edge_agent.models.blame import Crashes, Lack, Lacks, LoadFailures, LoadVerdict, distinct
 from edge_agent.models.gate import GateFailed
 
 
@@ -92,3 +92,25 @@ def test_the_wait_for_the_next_attempt_doubles_up_to_a_minute() -> None:
     assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
     failures.clear()
     assert (failures.count, failures.retry_at_s) == (0, 0.0)
+
+
+def test_a_lack_of_memory_lasts_until_as_much_is_there_as_was_short() -> None:
+    """Before the attempt 1000 bytes could be had, but 100 of them were counted twice: 900 of 950 were there."""
+    wanted = blame.memory_for_another_attempt(950, before_bytes=1_000, after_bytes=900)
+    lacks = Lacks()
+    lacks.add("2-b", Lack(error=MemoryShort("950 bytes", remedy="less"), host="this", wanted_bytes=wanted))
+    error = lacks.still("2-b", host="this", attainable_bytes=1_049)
+    assert isinstance(error, MemoryShort)
+    assert (error.message, error.remedy) == ("950 bytes", "less")
+    assert lacks.still("2-b", host="this", attainable_bytes=wanted) is None
+    assert lacks.still("2-b", host="another", attainable_bytes=0) is None
+    assert lacks.still("3-c", host="this", attainable_bytes=0) is None
+
+
+def test_a_lack_of_anything_else_lasts_as_long_as_the_host_is_the_same() -> None:
+    lacks = Lacks()
+    for number in range(100):
+        lacks.add(f"{number}-b", Lack(error=CannotRun("no library"), host="this"))
+    assert isinstance(lacks.still("99-b", host="this", attainable_bytes=1 << 60), CannotRun)
+    assert lacks.still("99-b", host="another", attainable_bytes=0) is None
+    assert lacks.still("0-b", host="this", attainable_bytes=0) is None, "no more are kept than may come"
