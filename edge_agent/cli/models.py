@@ -196,7 +196,7 @@ _name_command("unpin", "Let a model follow its reference again.", "edge-agent mo
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def models_prune(invocation: Invocation, as_json: bool) -> None:
-    """Remove every version that nothing needs, and what crashes left.
+    """Remove every version that nothing needs, downloads that do not go on now, and what crashes left.
 
     \b
     Example:

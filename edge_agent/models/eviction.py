@@ -36,7 +36,7 @@ def make_room(
     Raises:
         StoreError: it does not fit, and nothing more may go; nothing is removed in vain.
     """
-    excess = _excess_bytes(store, needed_bytes, quota_bytes, min_free_bytes)
+    excess = excess_bytes(store, needed_bytes, quota_bytes, min_free_bytes)
     if excess <= 0:
         return []
     candidates = evictable(store, keep=keep)
@@ -48,7 +48,7 @@ def make_room(
         )
     removed: list[VersionRecord] = []
     for record in candidates:
-        if _excess_bytes(store, needed_bytes, quota_bytes, min_free_bytes) <= 0:
+        if excess_bytes(store, needed_bytes, quota_bytes, min_free_bytes) <= 0:
             break
         try:
             freed = store.remove(record)
@@ -56,7 +56,7 @@ def make_room(
             continue
         log.info("version evicted model=%s version=%s freed_bytes=%d", record.name, record.key, freed)
         removed.append(record)
-    if (excess := _excess_bytes(store, needed_bytes, quota_bytes, min_free_bytes)) > 0:
+    if (excess := excess_bytes(store, needed_bytes, quota_bytes, min_free_bytes)) > 0:
         raise StoreError(f"the cache is {excess} bytes short, and every version in it is in use or protected")
     return removed
 
@@ -82,7 +82,8 @@ def _protected(state: CacheState, records: list[VersionRecord]) -> set[tuple[str
     return protected | {(record.name, record.key) for record in newest.values()}
 
 
-def _excess_bytes(store: Store, needed_bytes: int, quota_bytes: int, min_free_bytes: int) -> int:
+def excess_bytes(store: Store, needed_bytes: int, quota_bytes: int, min_free_bytes: int) -> int:
+    """How many of `needed_bytes` more do not fit; not above 0 where all do."""
     over_quota = store.used_bytes() + needed_bytes - quota_bytes
     too_little_free = needed_bytes + min_free_bytes - store.free_bytes()
     return max(over_quota, too_little_free)

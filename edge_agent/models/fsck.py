@@ -163,7 +163,13 @@ def look_over(store: Store) -> tuple[Damage, ...]:
     return damaged
 
 
-def prune(store: Store, *, now: float | None = None, max_partial_age_s: float = MAX_PARTIAL_AGE_S) -> int:
+def prune(
+    store: Store,
+    *,
+    now: float | None = None,
+    max_partial_age_s: float = MAX_PARTIAL_AGE_S,
+    all_partial: bool = False,
+) -> int:
     """Removes what no record needs: trees and blobs of a crash, old downloads, old or replaced damage.
 
     What a crash left half mended is mended first. A tree whose record is there but unreadable stays. The
@@ -171,6 +177,7 @@ def prune(store: Store, *, now: float | None = None, max_partial_age_s: float = 
 
     Args:
         now: seconds since the epoch.
+        all_partial: of any age, unless a process fetches it now.
 
     Returns:
         Bytes that became free.
@@ -184,7 +191,7 @@ def prune(store: Store, *, now: float | None = None, max_partial_age_s: float = 
                 durable.unlink(path)
         for folder in _children(store.staging_root):
             newest = _newest_file(folder)
-            if newest is None or now - newest >= max_partial_age_s:
+            if all_partial or newest is None or now - newest >= max_partial_age_s:
                 remove_staging(folder)
         for name in _children(store.versions_root):
             for path in _children(name):

@@ -129,10 +129,10 @@ class Operations:
         return {"name": name, "version": version, "bytes_freed": freed, "forgotten": []}
 
     def prune(self) -> dict[str, Any]:
-        """Removes every version that nothing needs, and what crashes left."""
+        """Removes every version that nothing needs, downloads that do not go on now, and what crashes left."""
         removed = []
         with self._store.lock():
-            freed = fsck.prune(self._store)
+            freed = fsck.prune(self._store, all_partial=True)
             for record in eviction.evictable(self._store):
                 freed += self._store.remove(record)
                 removed.append({"name": record.name, "version": record.version})

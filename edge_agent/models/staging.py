@@ -169,6 +169,13 @@ def remove_staging(folder: Path) -> bool:
         os.close(descriptor)
 
 
+def remove_superseded(store: Store, name: str, *, keep: Path) -> None:
+    """Removes what was fetched of other versions of a model than the one in `keep`, unless a process has it."""
+    for folder in sorted(store.staging_root.iterdir()):
+        if folder != keep and folder.name.rpartition("-")[0] == name:
+            remove_staging(folder)
+
+
 def _is_same(folder: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(folder.stat(), os.fstat(descriptor))

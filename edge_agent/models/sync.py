@@ -35,7 +35,7 @@ from edge_agent.models.needs import MAX_CONFIG_BYTES, needs_of
 from edge_agent.models.record import VersionRecord, key_of
 from edge_agent.models.reference import ROLLOUT_TAG, ModelRef, ModelVersion
 from edge_agent.models.registry import Listed, Package, Registry
-from edge_agent.models.staging import Staging, folder_of, remove_staging, staging
+from edge_agent.models.staging import Staging, folder_of, remove_staging, remove_superseded, staging
 from edge_agent.models.store import Store, check_file
 from edge_agent.models.sync_process import MAX_JOB_BYTES, SyncJob, SyncResult
 from edge_agent.models.trust import TrustDecision
@@ -245,7 +245,8 @@ def reserve(
     place: Staging,
     known: VersionRecord | None,
 ) -> None:
-    """Makes sure that everything fits, before the first byte is fetched.
+    """Makes sure that everything fits, before the first byte is fetched: superseded downloads go before
+    versions.
 
     Raises:
         StoreError: it does not, even after eviction.
@@ -257,6 +258,8 @@ def reserve(
         needed += max(to_come, default=0)
     with store.lock():
         fsck.prune(store)
+        if eviction.excess_bytes(store, needed, job.cache.quota_bytes, job.cache.min_free_bytes) > 0:
+            remove_superseded(store, job.name, keep=place.folder)
         eviction.make_room(
             store,
             needed_bytes=needed,
