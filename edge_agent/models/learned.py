@@ -4,27 +4,32 @@ For each model version (by digest) on a host (by `runner.host.identity`): the nu
 fastest, and the peak memory of its runners by context. Nothing depends on it: a missing or damaged file is
 an empty one, and what it said is measured again. Bounded: the entries noted longest ago go first.
 
-Any thread and any process: each change reads the file, changes one entry and replaces the file whole.
+Any thread and any process: each change reads the file, changes one entry and replaces the file whole, under a lock on
+its folder.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import threading
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edge_agent.models import durable
+from edge_agent.models.store import try_flock
 
 log = logging.getLogger(__name__)
 
 MAX_ENTRIES = 64
 MAX_PEAKS = 8
 _MAX_BYTES = 1 << 18
+_LOCK_WAIT_S = 5.0
+_LOCK_POLL_S = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +52,10 @@ class Entry:
 
 
 class Learned:
-    """The file. Holds nothing but its place and a lock between this process's threads."""
+    """The file. Holds nothing but its place: there may be any number of them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.Lock()
 
     def entries(self) -> list[Entry]:
         """Everything that is known, noted longest ago first."""
@@ -83,27 +87,48 @@ class Learned:
     ) -> None:
         """Remembers the number of threads to take, and what it was chosen from."""
         rates = {count: round(rate, 2) for count, rate in tokens_per_s.items()}
-        self._note(replace(self.of(digest, host), threads=threads, tokens_per_s=rates))
+        self._note(digest, host, lambda entry: replace(entry, threads=threads, tokens_per_s=rates))
 
     def note_peak(self, digest: str, host: str, *, context_tokens: int, peak_bytes: int) -> None:
         """Remembers the most memory that a runner took, unless one has taken more."""
-        entry = self.of(digest, host)
-        if peak_bytes <= entry.peaks.get(context_tokens, 0):
-            return
-        others = {tokens: peak for tokens, peak in entry.peaks.items() if tokens != context_tokens}
-        kept = dict(list(others.items())[-(MAX_PEAKS - 1) :])
-        self._note(replace(entry, peaks={**kept, context_tokens: peak_bytes}))
 
-    def _note(self, entry: Entry) -> None:
-        with self._lock:
-            others = [e for e in self.entries() if (e.digest, e.host) != (entry.digest, entry.host)]
-            entries = [*others, replace(entry, noted_at=time.time())][-MAX_ENTRIES:]
-            document = {"format": 1, "entries": [_fields(each) for each in entries]}
-            try:
-                durable.make_folder(self._path.parent)
+        def change(entry: Entry) -> Entry:
+            if peak_bytes <= entry.peaks.get(context_tokens, 0):
+                return entry
+            others = {tokens: peak for tokens, peak in entry.peaks.items() if tokens != context_tokens}
+            kept = dict(list(others.items())[-(MAX_PEAKS - 1) :])
+            return replace(entry, peaks={**kept, context_tokens: peak_bytes})
+
+        self._note(digest, host, change)
+
+    def _note(self, digest: str, host: str, change: Callable[[Entry], Entry]) -> None:
+        try:
+            durable.make_folder(self._path.parent)
+            with self._locked():
+                before = self.of(digest, host)
+                entry = change(before)
+                if entry == before:
+                    return
+                others = [e for e in self.entries() if (e.digest, e.host) != (digest, host)]
+                entries = [*others, replace(entry, noted_at=time.time())][-MAX_ENTRIES:]
+                document = {"format": 1, "entries": [_fields(each) for each in entries]}
                 durable.write_file(self._path, json.dumps(document, indent=1).encode() + b"\n")
-            except OSError as error:  # it is measured again at the next load
-                log.warning("not remembered file=%s reason=%r", self._path, error.strerror)
+        except OSError as error:  # it is measured again at the next load
+            log.warning("not remembered file=%s reason=%r", self._path, error.strerror or str(error))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One writer, among all threads and processes: they share the name of the temporary file, too."""
+        descriptor = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            limit_s = time.monotonic() + _LOCK_WAIT_S
+            while not try_flock(descriptor):
+                if time.monotonic() >= limit_s:
+                    raise TimeoutError("another process has its lock")
+                time.sleep(_LOCK_POLL_S)
+            yield
+        finally:
+            os.close(descriptor)
 
 
 def _fields(entry: Entry) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,28 @@ def test_the_contexts_of_one_version_are_bounded(learned: Learned) -> None:
     for tokens in range(1, MAX_PEAKS + 5):
         learned.note_peak("d1", "host", context_tokens=tokens, peak_bytes=1)
     assert set(learned.of("d1", "host").peaks) == set(range(5, MAX_PEAKS + 5))
+
+
+def test_several_that_write_at_once_lose_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """So it is in a daemon: each model has one, the memory budget another."""
+    file = tmp_path / "models" / "learned.json"
+    begin = threading.Barrier(3)
+
+    def write(number: int) -> None:
+        own = Learned(file)
+        begin.wait(10)
+        for count in range(1, 11):
+            own.note_peak(f"d{number}-{count}", "host", context_tokens=1, peak_bytes=count)
+            own.note_peak("shared", "host", context_tokens=number + 1, peak_bytes=count)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(Learned(file).entries()) == 31
+    assert Learned(file).of("shared", "host").peaks == {1: 10, 2: 10, 3: 10}
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(
