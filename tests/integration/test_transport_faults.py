@@ -16,6 +16,7 @@ import pytest
 
 from edge_agent.errors import CacheBusy, StoreError, TransportError, VerificationError
 from edge_agent.models import fetch, fsck, sync_process
+from edge_agent.models.store import Store
 from edge_agent.models.sync_process import CacheJob
 from tests.support.device import Device
 from tests.support.http_faults import FaultyProxy, HttpFault, Plan, faulty_proxy
@@ -197,8 +198,11 @@ def test_a_fetch_stops_before_it_takes_the_last_space_of_others(
 ) -> None:
     device.publish(weights=CONTENT)
     free = device.store.free_bytes()
-    answers = iter([free])
-    monkeypatch.setattr(type(device.store), "free_bytes", lambda store: next(answers, 400_000_000))
+
+    def others_write_meanwhile(store: Store) -> int:
+        return 400_000_000 if any(store.staging_root.glob("*/parts/*.part")) else free
+
+    monkeypatch.setattr(type(device.store), "free_bytes", others_write_meanwhile)
     with pytest.raises(StoreError, match="min_free_bytes"):
         device.sync(replace(device.job(), cache=CacheJob(min_free_bytes=1_000_000_000)))
     assert device.store.used_bytes() == 0
