@@ -21,13 +21,13 @@ from edge_agent.bench.line_child import BenchError, LineChild
 from edge_agent.bench.measurements import Measured, Prompts, Together, measure, measure_together
 from edge_agent.bench.sides import MqttSide, Side, Subject
 from edge_agent.errors import ContentError, NoModel, UnknownModel
+from edge_agent.host import identity, memory
 from edge_agent.models import genai_options, onnx_graph, trust
 from edge_agent.models.learned import Learned
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.store import Store, check_files
 from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.private_broker import BrokerMissing
-from edge_agent.runner import host, memory
 from edge_agent.settings import Settings
 
 _LEAST_BANDWIDTH_BYTES, _MOST_BANDWIDTH_BYTES = 64 << 20, 1 << 30
@@ -67,7 +67,7 @@ def run_bench(
         "model": record.name,
         "version": record.version,
         "digest": record.digest,
-        "host": host.identity(),
+        "host": identity.of_host(),
         "agent_version": edge_agent.__version__,
         "threads": subject.threads,
         "context_tokens": subject.context_tokens,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from edge_agent.bench.sides import ANSWER_TIMEOUT_S, LineSide, MqttSide, Side
 from edge_agent.bench.timing import Timing
-from edge_agent.runner import memory
+from edge_agent.host import memory
 
 LENGTHS = (32, 256, 1024)
 """Prompt tokens."""

@@ -31,10 +31,10 @@ from edge_agent import logs
 from edge_agent.doctor import cache, service
 from edge_agent.doctor.finding import Finding
 from edge_agent.errors import EdgeAgentError, StoreError
+from edge_agent.host import identity, memory
 from edge_agent.models import durable
 from edge_agent.models.learned import Learned
 from edge_agent.models.store import Store
-from edge_agent.runner import host, memory
 from edge_agent.settings import Settings, credential_path, known_secrets, search_path
 from edge_agent.transport.credentials import read_password
 
@@ -148,7 +148,7 @@ def _host(settings: Settings | None) -> dict[str, Any]:
         "time": int(time.time()),
         "up_s": int(time.clock_gettime(time.CLOCK_BOOTTIME)),
         "load": os.getloadavg(),
-        "identity": host.identity(),
+        "identity": identity.of_host(),
         "memory_bytes": {"total": memory.total_bytes(), "available": memory.available_bytes()},
     }
     if settings is not None:

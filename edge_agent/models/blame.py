@@ -76,7 +76,7 @@ class Lack:
 
     Attributes:
         error: what the attempt ended with.
-        host: `runner.host.identity` of then.
+        host: `host.identity.of_host` of then.
         wanted_bytes: of attainable memory, for another attempt; 0 where it was not memory.
     """
 

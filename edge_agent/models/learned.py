@@ -1,6 +1,6 @@
 """`learned.json`: what was measured on this device and is worth knowing at the next load.
 
-For each model version (by digest) on a host (by `runner.host.identity`): the number of threads that decodes
+For each model version (by digest) on a host (by `host.identity.of_host`): the number of threads that decodes
 fastest, and the peak memory of its runners by context. Nothing depends on it: a missing or damaged file is
 an empty one, and what it said is measured again. Bounded: the entries noted longest ago go first.
 

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from edge_agent.errors import EdgeAgentError, MemoryShort, Quarantined, StoreError, VerificationError
+from edge_agent.host import identity
+from edge_agent.host.memory import resident_bytes
 from edge_agent.models import blame, fsck, gate
 from edge_agent.models.blame import Crashes, Lack, Lacks, LoadFailures
 from edge_agent.models.gate import GateFailed
@@ -32,8 +34,6 @@ from edge_agent.models.standing import Standing
 from edge_agent.models.state import ModelState
 from edge_agent.models.store import Store
 from edge_agent.models.thread_choice import ThreadChoice
-from edge_agent.runner import host
-from edge_agent.runner.memory import resident_bytes
 from edge_agent.runner.process import RunnerProcess, environment
 from edge_agent.settings import Settings
 
@@ -189,7 +189,7 @@ class ModelLifecycle:
 
     def _hold_off(self, key: str, attainable_bytes: int) -> None:
         """Raises what the last attempt ended with, where this host is still what it was then."""
-        lack = self._lacks.still(key, host=host.identity(), attainable_bytes=attainable_bytes)
+        lack = self._lacks.still(key, host=identity.of_host(), attainable_bytes=attainable_bytes)
         if lack is not None and self.state.active not in (None, key):
             raise lack
 
@@ -202,7 +202,7 @@ class ModelLifecycle:
                 before_bytes=before_bytes,
                 after_bytes=self._loading.budget.attainable_bytes(),
             )
-        self._lacks.add(record.key, Lack(error=error, host=host.identity(), wanted_bytes=wanted_bytes))
+        self._lacks.add(record.key, Lack(error=error, host=identity.of_host(), wanted_bytes=wanted_bytes))
 
     def _make_way(self, record: VersionRecord) -> None:
         """Stops the active version first where memory cannot hold both."""

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Protocol
 
 from edge_agent.errors import MemoryShort, RunnerError
+from edge_agent.host import identity
+from edge_agent.host.memory import available_bytes
 from edge_agent.models.footprint import Footprint, footprint_of
 from edge_agent.models.learned import Learned
 from edge_agent.models.record import VersionRecord
-from edge_agent.runner import host
-from edge_agent.runner.memory import available_bytes
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class MemoryBudget:
         self._limit_bytes = limit_bytes
         self._learned = learned
         self._available = available
-        self._host = host.identity()
+        self._host = identity.of_host()
         self._deciding = threading.Condition()
         self._tenants: list[Tenant] = []
         self._reserved: dict[object, int] = {}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from edge_agent.host import cpus, identity
 from edge_agent.models.learned import Learned
-from edge_agent.runner import host, threads
+from edge_agent.runner import threads
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +26,13 @@ class ThreadChoice:
         self._measurable = measurable
         self._configured = configured
         self._learned = learned
-        self._host = host.identity()
+        self._host = identity.of_host()
 
     def candidates(self, digest: str) -> tuple[int, ...]:
         """The numbers to measure; one where there is nothing to measure, or it is known already."""
         if known := self._configured or self._learned.of(digest, self._host).threads:
             return (known,)
-        return self._measurable or threads.candidates()
+        return self._measurable or cpus.thread_counts()
 
     def choose(self, digest: str, rates: Mapping[int, float]) -> int:
         """The number to take, and remembered, by measured tokens a second (0: could not be measured)."""

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_agent.errors import CannotRun, EdgeAgentError, LoadFailed, RunnerError
-from edge_agent.runner import gate, loader, memory
+from edge_agent.host import memory
+from edge_agent.runner import gate, loader
 from edge_agent.runner.protocol import (
     Cancel,
     Failed,

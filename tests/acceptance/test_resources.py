@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edge_agent.host import identity, memory
 from edge_agent.models.learned import Learned
 from edge_agent.models.lifecycle import ModelLifecycle
 from edge_agent.models.loading import Loading
@@ -15,7 +16,6 @@ from edge_agent.models.memory_budget import MemoryBudget
 from edge_agent.models.store import Store
 from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.publishing import Published
-from edge_agent.runner import host, memory
 from edge_agent.runner.process import RunnerProcess, environment
 from edge_agent.runner.protocol import Done, Load
 from edge_agent.settings import Settings
@@ -67,10 +67,10 @@ def test_threads_are_measured_once_and_remembered(pulled: Settings) -> None:
 
     digest = store.versions("assistant")[0].digest
     assert runners_for_a_load(configured=1) == 1
-    assert learned.of(digest, host.identity()).threads == 0, "a configured number is not measured"
+    assert learned.of(digest, identity.of_host()).threads == 0, "a configured number is not measured"
 
     assert runners_for_a_load() in (2, 3)  # one for each number, and another when the first was faster
-    entry = learned.of(digest, host.identity())
+    entry = learned.of(digest, identity.of_host())
     assert entry.threads in (1, 2)
     assert set(entry.tokens_per_s) == {1, 2}
     assert all(rate > 1 for rate in entry.tokens_per_s.values())

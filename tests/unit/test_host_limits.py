@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.runner import cgroup, host, memory, threads
+from edge_agent.host import cgroup, cpus, identity, memory
+from edge_agent.runner import threads
 
 V2 = "26 1 0:24 / {mount} rw,nosuid - cgroup2 cgroup2 rw\n"
 V1_MEMORY = "32 31 0:29 / {mount} rw - cgroup cgroup rw,memory\n"
@@ -110,26 +111,26 @@ def test_this_host_has_memory_and_this_process_takes_some() -> None:
 def test_two_cpus_of_one_core_are_one_and_two_candidates(kernel: Kernel) -> None:
     for cpu in range(8):
         kernel.cpu(cpu, core=cpu // 2)
-    assert threads.candidates(cpus=kernel.cpus, allowed=set(range(8)), quota=8) == (4, 8)
-    assert threads.candidates(cpus=kernel.cpus, allowed={0, 1}, quota=8) == (1, 2)
+    assert cpus.thread_counts(cpus=kernel.cpus, allowed=set(range(8)), quota=8) == (4, 8)
+    assert cpus.thread_counts(cpus=kernel.cpus, allowed={0, 1}, quota=8) == (1, 2)
 
 
 def test_the_fast_cores_of_a_mixed_cpu_are_a_candidate(kernel: Kernel) -> None:
     for cpu in range(8):
         kernel.cpu(cpu, core=cpu, capacity=1024 if cpu >= 6 else 500)
-    assert threads.candidates(cpus=kernel.cpus, allowed=set(range(8)), quota=8) == (8, 2, 4)
+    assert cpus.thread_counts(cpus=kernel.cpus, allowed=set(range(8)), quota=8) == (8, 2, 4)
 
 
 def test_the_quota_caps_every_candidate_and_half_is_always_one(kernel: Kernel) -> None:
     for cpu in range(4):
         kernel.cpu(cpu, core=cpu)
-    assert threads.candidates(cpus=kernel.cpus, allowed=set(range(4)), quota=4) == (4, 2)
-    assert threads.candidates(cpus=kernel.cpus, allowed=set(range(4)), quota=1.5) == (2, 1)
-    assert threads.candidates(cpus=kernel.cpus, allowed=set(range(4)), quota=0.5) == (1,)
+    assert cpus.thread_counts(cpus=kernel.cpus, allowed=set(range(4)), quota=4) == (4, 2)
+    assert cpus.thread_counts(cpus=kernel.cpus, allowed=set(range(4)), quota=1.5) == (2, 1)
+    assert cpus.thread_counts(cpus=kernel.cpus, allowed=set(range(4)), quota=0.5) == (1,)
 
 
 def test_cpus_that_the_kernel_does_not_describe_are_cores(kernel: Kernel) -> None:
-    assert threads.candidates(cpus=kernel.cpus, allowed={0, 1, 2}, quota=3) == (3, 1)
+    assert cpus.thread_counts(cpus=kernel.cpus, allowed={0, 1, 2}, quota=3) == (3, 1)
 
 
 def test_more_threads_are_taken_only_when_they_are_clearly_faster() -> None:
@@ -141,9 +142,9 @@ def test_more_threads_are_taken_only_when_they_are_clearly_faster() -> None:
 def test_the_host_is_named_by_its_cpu_and_library(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nmodel name\t: Some CPU\n")
-    named = host.identity(cpuinfo)
+    named = identity.of_host(cpuinfo)
     assert "Some CPU" in named
     assert "onnxruntime-genai 0.18" in named
-    assert named == host.identity(cpuinfo)
+    assert named == identity.of_host(cpuinfo)
     cpuinfo.write_text("processor\t: 0\nCPU part\t: 0xd08\n")
-    assert host.identity(cpuinfo) != named
+    assert identity.of_host(cpuinfo) != named

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.errors import MemoryShort, RunnerError
+from edge_agent.host import identity
 from edge_agent.models.footprint import LEAST_CONTEXT_TOKENS, RUNNER_BYTES, Footprint, footprint_of
 from edge_agent.models.learned import Learned
 from edge_agent.models.manifest import ManifestFile
@@ -17,7 +18,6 @@ from edge_agent.models.manifest import make as make_manifest
 from edge_agent.models.memory_budget import MemoryBudget
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.trust import TrustDecision
-from edge_agent.runner import host
 from tests.support.packages import GENAI_CONFIG
 
 MIB = 1 << 20
@@ -134,7 +134,7 @@ def test_a_measured_peak_replaces_the_estimate(tmp_path: Path, folder: Path) -> 
     shared.note_peak(version(), context_tokens=CONTEXT, peak_bytes=140 * MIB)
     assert shared.fits_beside(version(), folder, CONTEXT)
     assert not shared.fits_beside(version(), folder, CONTEXT // 2), "another context is another measurement"
-    known = Learned(tmp_path / "learned.json").of(version().digest, host.identity())
+    known = Learned(tmp_path / "learned.json").of(version().digest, identity.of_host())
     assert known.peaks == {CONTEXT: 140 * MIB}
 
 

@@ -6,12 +6,12 @@ import importlib.metadata
 import os
 from pathlib import Path
 
-from edge_agent.runner import cgroup
+from edge_agent.host import cgroup
 
 _CPU_NAMES = ("model name", "Model", "Hardware", "CPU part")
 
 
-def identity(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def of_host(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """One line that changes when what was measured on this host no longer holds."""
     allowed = sorted(os.sched_getaffinity(0))
     quota = cgroup.cpu_quota()

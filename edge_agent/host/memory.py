@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edge_agent.runner import cgroup
+from edge_agent.host import cgroup
 
 _NOT_KNOWN = 1 << 62
 
