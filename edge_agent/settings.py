@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from edge_agent.errors import SettingsError
-from edge_agent.models.reference import MODEL_NAME, ModelRef
+from edge_agent.package.reference import MODEL_NAME, ModelRef
 from edge_agent.transport.topics import can_be_published
 
 APPLICATION = "edge-agent"

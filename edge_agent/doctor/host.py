@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from edge_agent.doctor.finding import Finding, fail, ok, warn
-from edge_agent.models.needs import TRANSFORMERS
+from edge_agent.package.needs import TRANSFORMERS
 from edge_agent.runner import capability
 from edge_agent.runner.process import environment
 from edge_agent.settings import Settings

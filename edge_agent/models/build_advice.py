@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 from edge_agent.errors import ContentError
-from edge_agent.models import genai_options, onnx_graph
-from edge_agent.models.onnx_graph import OnnxGraph
+from edge_agent.package import genai_options, onnx_graph
+from edge_agent.package.onnx_graph import OnnxGraph
 
 GOOD_BLOCK_SIZES = (64, 128)
 INT8_ACCURACY_LEVEL = 4

@@ -31,15 +31,15 @@ from typing import IO
 
 from edge_agent.errors import ContentError, ManifestError, StoreError, VerificationError
 from edge_agent.models import durable
-from edge_agent.models import manifest as manifests
 from edge_agent.models import record as records
-from edge_agent.models.manifest import ManifestFile
 from edge_agent.models.record import VersionRecord
-from edge_agent.models.reference import ModelRef, ModelVersion
 from edge_agent.models.registry import CHUNK_BYTES, Listed, PastTheEnd, RequestRefused, Stream
 from edge_agent.models.store import Store
 from edge_agent.models.sync import Emit, bring, work
 from edge_agent.models.sync_process import SyncJob, SyncResult
+from edge_agent.package import manifest as manifests
+from edge_agent.package.manifest import ManifestFile
+from edge_agent.package.reference import ModelRef, ModelVersion
 
 HEADER_NAME = "version.json"
 BLOB_PREFIX = "blobs/"

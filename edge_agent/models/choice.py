@@ -20,8 +20,8 @@ from edge_agent.errors import (
     SettingsError,
     StoreError,
 )
-from edge_agent.models.reference import ModelRef
 from edge_agent.models.state import ModelState
+from edge_agent.package.reference import ModelRef
 
 MAX_DESIRED_BYTES = 64 << 10
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from edge_agent.errors import TransportError, VerificationError
 from edge_agent.models import durable
-from edge_agent.models.manifest import MAX_FILE_BYTES, ManifestFile
 from edge_agent.models.registry import (
     CHUNK_BYTES,
     MIN_BYTES_PER_TIMEOUT,
@@ -27,6 +26,7 @@ from edge_agent.models.registry import (
 )
 from edge_agent.models.staging import Note, Staging
 from edge_agent.models.store import store_errors
+from edge_agent.package.manifest import MAX_FILE_BYTES, ManifestFile
 
 MAX_ATTEMPTS = 4
 """In a row that brought next to nothing; progress starts the count again."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_agent.models import genai_options
 from edge_agent.models.record import VersionRecord
+from edge_agent.package import genai_options
 
 RUNNER_BYTES = 200 << 20
 LOAD_FACTOR = 1.2

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from edge_agent.errors import PromptError, RunnerError
 from edge_agent.host.memory import peak_bytes
-from edge_agent.models import trust
 from edge_agent.models.memory_budget import Admission, MemoryBudget, Tenant
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.store import Store, check_files
 from edge_agent.models.thread_choice import ThreadChoice
+from edge_agent.package import trust
 from edge_agent.runner.process import RunnerProcess
 from edge_agent.runner.protocol import Load, Loaded
 from edge_agent.runner.threads import measure

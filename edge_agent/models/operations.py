@@ -14,10 +14,10 @@ from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
 from edge_agent.models import bundle, eviction, fsck
 from edge_agent.models.lifecycle import ModelLifecycle, lifecycles_of
 from edge_agent.models.record import VersionRecord
-from edge_agent.models.reference import MODEL_NAME
 from edge_agent.models.store import Store
 from edge_agent.models.sync_process import SyncResult
 from edge_agent.models.updates import Updates
+from edge_agent.package.reference import MODEL_NAME
 from edge_agent.settings import Settings
 
 OnEvent = Callable[[Mapping[str, Any]], None]

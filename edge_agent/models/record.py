@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edge_agent.errors import ManifestError, StoreError
-from edge_agent.models import manifest as manifests
-from edge_agent.models.manifest import Manifest, ManifestFile
-from edge_agent.models.reference import MODEL_NAME
-from edge_agent.models.trust import TrustDecision
+from edge_agent.package import manifest as manifests
+from edge_agent.package.manifest import Manifest, ManifestFile
+from edge_agent.package.reference import MODEL_NAME
+from edge_agent.package.trust import TrustDecision
 
 KEY = re.compile(r"[1-9][0-9]{0,17}-[0-9a-f]{12}")
 """`<version>-<first 12 hex digits of its digest>`: a version's folder, and its name in state.json."""

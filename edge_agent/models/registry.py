@@ -29,15 +29,15 @@ from edge_agent.errors import (
     VerificationError,
 )
 from edge_agent.models import durable
-from edge_agent.models.manifest import (
+from edge_agent.models.store import store_error, store_errors
+from edge_agent.package.manifest import (
     MAX_FILES,
     MAX_MANIFEST_BYTES,
     OUTSIDE_MANIFEST,
     check_path,
     check_paths,
 )
-from edge_agent.models.reference import ModelRef, ModelVersion
-from edge_agent.models.store import store_error, store_errors
+from edge_agent.package.reference import ModelRef, ModelVersion
 
 CHUNK_BYTES = 1 << 20
 MIN_BYTES_PER_TIMEOUT = 4_096

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from edge_agent.errors import CacheBusy, StoreError
 from edge_agent.models import durable
-from edge_agent.models.manifest import ManifestFile
 from edge_agent.models.store import Store, store_errors, try_flock
+from edge_agent.package.manifest import ManifestFile
 
 _MAX_NOTE_BYTES = 2_000
 _MAX_ETAG = 1_000

@@ -13,7 +13,7 @@ from typing import Any
 
 from edge_agent.errors import StoreError
 from edge_agent.models.record import KEY, VersionRecord
-from edge_agent.models.reference import MODEL_NAME
+from edge_agent.package.reference import MODEL_NAME
 
 MAX_QUARANTINED = 32
 """Of one model; those that were noted longest ago go first. With the lengths below, `state.json` stays far under what

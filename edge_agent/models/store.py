@@ -30,10 +30,10 @@ from edge_agent.errors import CacheBusy, StoreError, VerificationError
 from edge_agent.models import durable
 from edge_agent.models import record as records
 from edge_agent.models import state as states
-from edge_agent.models.manifest import ManifestFile
 from edge_agent.models.record import KEY, VersionRecord
-from edge_agent.models.reference import MODEL_NAME
 from edge_agent.models.state import CacheState, ModelState
+from edge_agent.package.manifest import ManifestFile
+from edge_agent.package.reference import MODEL_NAME
 
 log = logging.getLogger(__name__)
 

@@ -27,18 +27,19 @@ from typing import Any
 
 from edge_agent import logs
 from edge_agent.errors import CannotRun, EdgeAgentError, ManifestError, Quarantined, VerificationError
-from edge_agent.models import eviction, fsck, mlmodel, trust
-from edge_agent.models import manifest as manifests
+from edge_agent.models import eviction, fsck
 from edge_agent.models.fetch import Pace, fetch
-from edge_agent.models.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, ManifestFile
-from edge_agent.models.needs import MAX_CONFIG_BYTES, needs_of
 from edge_agent.models.record import VersionRecord, key_of
-from edge_agent.models.reference import ROLLOUT_TAG, ModelRef, ModelVersion
 from edge_agent.models.registry import Listed, Package, Registry
 from edge_agent.models.staging import Staging, folder_of, remove_staging, remove_superseded, staging
 from edge_agent.models.store import Store, check_file
 from edge_agent.models.sync_process import MAX_JOB_BYTES, SyncJob, SyncResult
-from edge_agent.models.trust import TrustDecision
+from edge_agent.package import manifest as manifests
+from edge_agent.package import mlmodel, trust
+from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, ManifestFile
+from edge_agent.package.needs import MAX_CONFIG_BYTES, needs_of
+from edge_agent.package.reference import ROLLOUT_TAG, ModelRef, ModelVersion
+from edge_agent.package.trust import TrustDecision
 from edge_agent.runner import capability
 
 log = logging.getLogger(__name__)

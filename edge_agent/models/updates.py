@@ -31,11 +31,11 @@ from edge_agent.errors import (
 from edge_agent.models import bundle, choice, fsck
 from edge_agent.models.fsck import Damage
 from edge_agent.models.lifecycle import ModelLifecycle
-from edge_agent.models.reference import ModelRef, ModelVersion
 from edge_agent.models.seat import Serving
 from edge_agent.models.store import Store
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob, run_sync
 from edge_agent.models.turn import Turn
+from edge_agent.package.reference import ModelRef, ModelVersion
 from edge_agent.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge_agent.errors import ContentError, PublishError
-from edge_agent.models import manifest as manifests
-from edge_agent.models import trust
-from edge_agent.models.manifest import Manifest, ManifestFile
+from edge_agent.package import manifest as manifests
+from edge_agent.package import trust
+from edge_agent.package.manifest import Manifest, ManifestFile
 from edge_agent.publishing import hugging_face, trial
 from edge_agent.publishing import source as sources
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import PublishError, SettingsError
-from edge_agent.models.manifest import MANIFEST_NAME
-from edge_agent.models.reference import MANIFEST_TAG, ModelRef
+from edge_agent.package.manifest import MANIFEST_NAME
+from edge_agent.package.reference import MANIFEST_TAG, ModelRef
 from edge_agent.publishing.package import Package, Progress, no_progress
 
 EXPERIMENT = "edge-agent"

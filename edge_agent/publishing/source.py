@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import ContentError, PublishError
-from edge_agent.models import genai_options
+from edge_agent.package import genai_options
 
 MAX_GOLDEN = 32
 MAX_GOLDEN_BYTES = 1 << 20

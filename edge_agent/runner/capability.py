@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.host.memory import total_bytes
-from edge_agent.models.needs import GENAI, TRANSFORMERS, Needs
+from edge_agent.package.needs import GENAI, TRANSFORMERS, Needs
 from edge_agent.runner.process import environment
 
 UNKNOWN_ARCHITECTURE = "Unsupported model_type"

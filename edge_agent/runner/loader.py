@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import CannotRun
-from edge_agent.models import mlmodel, trust
-from edge_agent.models.mlmodel import TRANSFORMERS_LOADER, MLmodel
+from edge_agent.package import mlmodel, trust
+from edge_agent.package.mlmodel import TRANSFORMERS_LOADER, MLmodel
 from edge_agent.runner.capability import UNKNOWN_ARCHITECTURE
 from edge_agent.runner.model import End, Lane, Model
 

@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, RunnerError
-from edge_agent.models.mlmodel import MLmodel
+from edge_agent.package.mlmodel import MLmodel
 from edge_agent.runner.model import End, Model
 from edge_agent.runner.stop import StopFilter
 from edge_agent.runner.worker import Put, Worker

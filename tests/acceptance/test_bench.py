@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edge_agent.bench import report
-from edge_agent.models import onnx_graph
+from edge_agent.package import onnx_graph
 from edge_agent.settings import Settings
 from tests.support.keys import make_keys
 from tests.support.processes import clean_environment

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from edge_agent.models import manifest as manifests
-from edge_agent.models import trust
+from edge_agent.package import manifest as manifests
+from edge_agent.package import trust
 from edge_agent.publishing import publish_folder
 from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support.client import Client, chat, connected

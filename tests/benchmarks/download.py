@@ -24,8 +24,9 @@ from urllib.parse import quote
 
 import psutil  # type: ignore[import-untyped]
 
-from edge_agent.models import sync_process, trust
+from edge_agent.models import sync_process
 from edge_agent.models.sync_process import SyncJob
+from edge_agent.package import trust
 from tests.support.device import Device
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.packages import WEIGHTS, add_manifest, make_package

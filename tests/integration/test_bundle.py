@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.errors import ContentError, EdgeAgentError, PolicyError, StoreError, VerificationError
-from edge_agent.models import durable, fsck, trust
+from edge_agent.models import durable, fsck
 from edge_agent.models.bundle import (
     BLOB_PREFIX,
     HEADER_NAME,
@@ -26,11 +26,12 @@ from edge_agent.models.bundle import (
     read_version,
 )
 from edge_agent.models.record import VersionRecord
-from edge_agent.models.reference import MANIFEST_TAG, ModelVersion
 from edge_agent.models.registry import LocalPackage
 from edge_agent.models.store import Store
 from edge_agent.models.sync import bring
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, TrustJob
+from edge_agent.package import trust
+from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
 from tests.support.keys import make_keys, sign
 from tests.support.packages import WEIGHTS, add_manifest, make_package
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from edge_agent.errors import ContentError, ManifestError, PolicyError, VerificationError
-from edge_agent.models import fsck, trust
+from edge_agent.models import fsck
 from edge_agent.models.sync_process import TrustJob
+from edge_agent.package import trust
 from tests.support.device import Changes, Device
 from tests.support.keys import KeyPair, make_keys, sign
 from tests.support.packages import CONFIG, GENAI_CONFIG, MLMODEL, WEIGHTS, add_manifest, make_package

@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edge_agent.errors import PublishError, VerificationError
-from edge_agent.models import manifest as manifests
-from edge_agent.models import mlmodel, trust
-from edge_agent.models.reference import MANIFEST_TAG
+from edge_agent.package import manifest as manifests
+from edge_agent.package import mlmodel, trust
+from edge_agent.package.reference import MANIFEST_TAG
 from edge_agent.publishing import Published, build_package, hugging_face, publish_folder
 from edge_agent.publishing import source as sources
 from edge_agent.publishing.package import EXAMPLES

@@ -13,7 +13,7 @@ import pytest
 
 from edge_agent.errors import PolicyError
 from edge_agent.models.sync_process import TrustJob
-from edge_agent.models.trust import Rule
+from edge_agent.package.trust import Rule
 from edge_agent.runner.process import RunnerProcess, environment
 from edge_agent.runner.protocol import Done, Load
 from tests.support.device import Device

@@ -33,10 +33,11 @@ from edge_agent.errors import (
     UnknownReference,
     VerificationError,
 )
-from edge_agent.models import fsck, sync_process, trust
+from edge_agent.models import fsck, sync_process
 from edge_agent.models.store import Store
 from edge_agent.models.sync import synchronise
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, run_sync
+from edge_agent.package import trust
 from tests.support.mlflow_server import Server
 from tests.support.packages import GENAI_CONFIG, MLMODEL, WEIGHTS, add_manifest, make_package, register
 from tests.support.processes import free_port, wait_until
@@ -458,7 +459,7 @@ def test_the_environment_has_no_secrets_of_others(monkeypatch: pytest.MonkeyPatc
 
 def test_the_daemon_s_side_imports_nothing_heavy() -> None:
     code = (
-        "import sys, edge_agent.models.store, edge_agent.models.trust, edge_agent.models.fsck,"
+        "import sys, edge_agent.models.store, edge_agent.package.trust, edge_agent.models.fsck,"
         " edge_agent.models.eviction, edge_agent.models.sync_process;"
         "print([m for m in ('mlflow', 'numpy', 'pandas', 'yaml', 'model_signing') if m in sys.modules])"
     )

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_agent.models import trust
 from edge_agent.models.store import Store
 from edge_agent.models.sync import synchronise
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
+from edge_agent.package import trust
 from tests.support.packages import add_manifest, make_package, register
 
 Changes = Mapping[str, bytes | str | None]

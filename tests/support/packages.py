@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from edge_agent.models import manifest as manifests
-from edge_agent.models.manifest import MANIFEST_NAME, OUTSIDE_MANIFEST, Manifest, ManifestFile
-from edge_agent.models.reference import MANIFEST_TAG
+from edge_agent.package import manifest as manifests
+from edge_agent.package.manifest import MANIFEST_NAME, OUTSIDE_MANIFEST, Manifest, ManifestFile
+from edge_agent.package.reference import MANIFEST_TAG
 from edge_agent.publishing import Package, Published, build_package, publish
 
 WEIGHTS = "artifacts/model/model.onnx.data"

@@ -23,10 +23,10 @@ from edge_agent.errors import (
 from edge_agent.models import choice, record, state
 from edge_agent.models.choice import NotInRollout
 from edge_agent.models.gate import GateFailed
-from edge_agent.models.needs import GENAI, TRANSFORMERS, Needs, needs_of
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.state import CacheState, ModelState
-from edge_agent.models.trust import TrustDecision
+from edge_agent.package.needs import GENAI, TRANSFORMERS, Needs, needs_of
+from edge_agent.package.trust import TrustDecision
 from edge_agent.runner import capability
 from tests.support.packages import CONFIG, GENAI_CONFIG, MLMODEL, make_package, manifest_of
 

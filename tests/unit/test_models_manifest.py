@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.errors import ManifestError
-from edge_agent.models import manifest as manifests
-from edge_agent.models.manifest import ManifestFile, check_path, check_paths
+from edge_agent.package import manifest as manifests
+from edge_agent.package.manifest import ManifestFile, check_path, check_paths
 
 DIGEST = "0" * 64
 PARTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
-from edge_agent.models import eviction, fsck, trust
+from edge_agent.models import eviction, fsck
 from edge_agent.models import state as states
-from edge_agent.models.manifest import Manifest, ManifestFile
 from edge_agent.models.record import VersionRecord
 from edge_agent.models.standing import Standing
 from edge_agent.models.state import CacheState, ModelState
 from edge_agent.models.store import Store, check_file
-from edge_agent.models.trust import TrustDecision
+from edge_agent.package import trust
+from edge_agent.package.manifest import Manifest, ManifestFile
+from edge_agent.package.trust import TrustDecision
 from tests.support.packages import WEIGHTS, make_package, manifest_of
 
 DECISION = TrustDecision(rule=trust.Rule.NO_CODE, signed_by="", unsigned_code=False, reason="a test")

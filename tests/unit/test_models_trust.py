@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from edge_agent.errors import PolicyError, SettingsError, VerificationError
-from edge_agent.models import trust
-from edge_agent.models.trust import Rule, TrustDecision
+from edge_agent.package import trust
+from edge_agent.package.trust import Rule, TrustDecision
 from tests.support.packages import CONFIG, GENAI_CONFIG, MLMODEL, add_manifest, make_package, manifest_of
 
 SHIPPED = trust.WRAPPER

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.errors import PolicyError
-from edge_agent.models import trust
+from edge_agent.package import trust
 from tests.support.packages import MLMODEL, WEIGHTS, make_package, manifest_of
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edge_agent.errors import PublishError
-from edge_agent.models import trust
+from edge_agent.package import trust
 from edge_agent.publishing import source
 from edge_agent.publishing.register import check_target
 

@@ -25,9 +25,9 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 from edge_agent.errors import PolicyError, SettingsError, VerificationError
-from edge_agent.models import genai_options, mlmodel
-from edge_agent.models.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
-from edge_agent.models.mlmodel import CODE_LOADER, TRANSFORMERS_LOADER, MLmodel
+from edge_agent.package import genai_options, mlmodel
+from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
+from edge_agent.package.mlmodel import CODE_LOADER, TRANSFORMERS_LOADER, MLmodel
 
 WRAPPER = Path(__file__).parents[1] / "runner" / "genai_pyfunc.py"
 SHIPPED_WRAPPERS: tuple[str, ...] = ()

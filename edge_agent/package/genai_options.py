@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import ManifestError, PolicyError
-from edge_agent.models.manifest import check_path
+from edge_agent.package.manifest import check_path
 
 FILE_NAME = "genai_config.json"
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from edge_agent.models import genai_options, mlmodel
-from edge_agent.models.mlmodel import PICKLE_LOADER, TRANSFORMERS_LOADER
+from edge_agent.package import genai_options, mlmodel
+from edge_agent.package.mlmodel import PICKLE_LOADER, TRANSFORMERS_LOADER
 
 GENAI, TRANSFORMERS = "onnxruntime-genai", "transformers"
 WRAPPER_NAME = "genai_pyfunc.py"

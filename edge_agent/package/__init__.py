@@ -1,0 +1,1 @@
+"""What a package is, and what it may do: references, manifests, MLmodel, options, needs and trust."""
