@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent import settings as settings_module
+from edge_agent.cache.store import Store
 from edge_agent.chat import clock, messages
 from edge_agent.chat.dispatcher import Dispatcher, Outlet
 from edge_agent.chat.intake import Intake, identity, make_id
@@ -40,7 +41,6 @@ from edge_agent.errors import (
 from edge_agent.models import choice
 from edge_agent.models.lifecycle import lifecycles_of
 from edge_agent.models.operations import Operations, run_operation
-from edge_agent.models.store import Store
 from edge_agent.models.updates import Updates
 from edge_agent.sd_notify import Notifier
 from edge_agent.settings import Settings

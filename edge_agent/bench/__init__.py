@@ -20,11 +20,11 @@ from edge_agent.bench import report, sides
 from edge_agent.bench.line_child import BenchError, LineChild
 from edge_agent.bench.measurements import Measured, Prompts, Together, measure, measure_together
 from edge_agent.bench.sides import MqttSide, Side, Subject
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.store import Store, check_files
 from edge_agent.errors import ContentError, NoModel, UnknownModel
 from edge_agent.host import identity, memory
 from edge_agent.models.learned import Learned
-from edge_agent.models.record import VersionRecord
-from edge_agent.models.store import Store, check_files
 from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.package import genai_options, onnx_graph, trust
 from edge_agent.private_broker import BrokerMissing

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edge_agent.bench.line_child import BenchError
-from edge_agent.models import durable
-from edge_agent.models.record import VersionRecord
-from edge_agent.models.store import Store, store_errors, try_flock
+from edge_agent.cache import durable
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.store import Store, store_errors, try_flock
 
 
 @contextmanager

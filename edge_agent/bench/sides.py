@@ -21,10 +21,10 @@ from edge_agent.bench.line_child import BenchError, LineChild
 from edge_agent.bench.mqtt_client import MqttClient
 from edge_agent.bench.private_cache import private_cache
 from edge_agent.bench.timing import Timing
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.store import Store
 from edge_agent.errors import DaemonNotRunning
 from edge_agent.host import memory
-from edge_agent.models.record import VersionRecord
-from edge_agent.models.store import Store
 from edge_agent.private_broker import child_process, private_broker, tail
 from edge_agent.runner.process import RunnerProcess, environment
 from edge_agent.runner.protocol import Delta, Done, Load

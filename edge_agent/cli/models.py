@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_agent import terminal
+from edge_agent.cache import durable
 from edge_agent.cli.command import FAILED, Group, Invocation
 from edge_agent.cli.operation import operate
 from edge_agent.errors import EdgeAgentError, UnknownModel
-from edge_agent.models import durable
 from edge_agent.settings import Settings
 
 if TYPE_CHECKING:
-    from edge_agent.models.store import Store
+    from edge_agent.cache.store import Store
 
 
 @click.group(cls=Group)
@@ -299,7 +299,7 @@ def models_verify(invocation: Invocation, as_json: bool) -> None:
 
 
 def _store(settings: Settings) -> Store:
-    from edge_agent.models.store import Store
+    from edge_agent.cache.store import Store
 
     return Store(settings.state_dir)
 

@@ -64,7 +64,7 @@ def _status_of_daemon(settings: Settings) -> dict[str, Any]:
 
 def _status_on_disk(settings: Settings) -> dict[str, Any]:
     """The status document as far as the disk knows it."""
-    from edge_agent.models.store import Store
+    from edge_agent.cache.store import Store
 
     store = Store(settings.state_dir)
     state = store.state()

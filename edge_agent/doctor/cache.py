@@ -10,12 +10,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from edge_agent.cache import durable, fsck
+from edge_agent.cache import state as states
+from edge_agent.cache.state import CacheState
+from edge_agent.cache.store import Store
 from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
 from edge_agent.errors import StoreError
-from edge_agent.models import durable, fsck
-from edge_agent.models import state as states
-from edge_agent.models.state import CacheState
-from edge_agent.models.store import Store
 from edge_agent.settings import Settings
 from edge_agent.terminal import human_bytes
 

@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.store import Store
 from edge_agent.doctor import cache
 from edge_agent.doctor.finding import Finding, ok, warn
 from edge_agent.host.memory import available_bytes
 from edge_agent.models import build_advice
 from edge_agent.models.learned import Learned
 from edge_agent.models.memory_budget import MemoryBudget
-from edge_agent.models.record import VersionRecord
-from edge_agent.models.store import Store
 from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.package import genai_options
 from edge_agent.settings import Settings

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from edge_agent.cache.store import Store
 from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.errors import EdgeAgentError, TransportError
-from edge_agent.models.store import Store
 from edge_agent.models.sync_process import environment
 from edge_agent.settings import Settings
 

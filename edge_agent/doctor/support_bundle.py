@@ -28,13 +28,13 @@ from urllib.parse import urlsplit, urlunsplit
 
 import edge_agent
 from edge_agent import logs
+from edge_agent.cache import durable
+from edge_agent.cache.store import Store
 from edge_agent.doctor import cache, service
 from edge_agent.doctor.finding import Finding
 from edge_agent.errors import EdgeAgentError, StoreError
 from edge_agent.host import identity, memory
-from edge_agent.models import durable
 from edge_agent.models.learned import Learned
-from edge_agent.models.store import Store
 from edge_agent.settings import Settings, credential_path, known_secrets, search_path
 from edge_agent.transport.credentials import read_password
 

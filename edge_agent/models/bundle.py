@@ -29,12 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from edge_agent.cache import durable
+from edge_agent.cache import record as records
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.store import Store
 from edge_agent.errors import ContentError, ManifestError, StoreError, VerificationError
-from edge_agent.models import durable
-from edge_agent.models import record as records
-from edge_agent.models.record import VersionRecord
 from edge_agent.models.registry import CHUNK_BYTES, Listed, PastTheEnd, RequestRefused, Stream
-from edge_agent.models.store import Store
 from edge_agent.models.sync import Emit, bring, work
 from edge_agent.models.sync_process import SyncJob, SyncResult
 from edge_agent.package import manifest as manifests

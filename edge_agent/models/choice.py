@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from edge_agent.cache.state import ModelState
 from edge_agent.errors import (
     CacheBusy,
     ContentError,
@@ -20,7 +21,6 @@ from edge_agent.errors import (
     SettingsError,
     StoreError,
 )
-from edge_agent.models.state import ModelState
 from edge_agent.package.reference import ModelRef
 
 MAX_DESIRED_BYTES = 64 << 10

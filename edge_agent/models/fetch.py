@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edge_agent.cache import durable
+from edge_agent.cache.staging import Note, Staging
+from edge_agent.cache.store import store_errors
 from edge_agent.errors import TransportError, VerificationError
-from edge_agent.models import durable
 from edge_agent.models.registry import (
     CHUNK_BYTES,
     MIN_BYTES_PER_TIMEOUT,
@@ -24,8 +26,6 @@ from edge_agent.models.registry import (
     RequestRefused,
     Stream,
 )
-from edge_agent.models.staging import Note, Staging
-from edge_agent.models.store import store_errors
 from edge_agent.package.manifest import MAX_FILE_BYTES, ManifestFile
 
 MAX_ATTEMPTS = 4

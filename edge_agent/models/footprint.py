@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_agent.models.record import VersionRecord
+from edge_agent.cache.record import VersionRecord
 from edge_agent.package import genai_options
 
 RUNNER_BYTES = 200 << 20

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edge_agent.models import durable
-from edge_agent.models.store import try_flock
+from edge_agent.cache import durable
+from edge_agent.cache.store import try_flock
 
 log = logging.getLogger(__name__)
 

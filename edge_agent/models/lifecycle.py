@@ -19,20 +19,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from edge_agent.cache import fsck
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.state import ModelState
+from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, MemoryShort, Quarantined, StoreError, VerificationError
 from edge_agent.host import identity
 from edge_agent.host.memory import resident_bytes
-from edge_agent.models import blame, fsck, gate
+from edge_agent.models import blame, gate
 from edge_agent.models.blame import Crashes, Lack, Lacks, LoadFailures
 from edge_agent.models.gate import GateFailed
 from edge_agent.models.learned import Learned
 from edge_agent.models.loading import LoadedVersion, Loading, VersionLoader
 from edge_agent.models.memory_budget import MemoryBudget
-from edge_agent.models.record import VersionRecord
 from edge_agent.models.seat import Lease, Seat, Serving, Vacancy
 from edge_agent.models.standing import Standing
-from edge_agent.models.state import ModelState
-from edge_agent.models.store import Store
 from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.runner.process import RunnerProcess, environment
 from edge_agent.settings import Settings

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.store import Store, check_files
 from edge_agent.errors import PromptError, RunnerError
 from edge_agent.host.memory import peak_bytes
 from edge_agent.models.memory_budget import Admission, MemoryBudget, Tenant
-from edge_agent.models.record import VersionRecord
-from edge_agent.models.store import Store, check_files
 from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.package import trust
 from edge_agent.runner.process import RunnerProcess

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from edge_agent.cache.record import VersionRecord
 from edge_agent.errors import MemoryShort, RunnerError
 from edge_agent.host import identity
 from edge_agent.host.memory import available_bytes
 from edge_agent.models.footprint import Footprint, footprint_of
 from edge_agent.models.learned import Learned
-from edge_agent.models.record import VersionRecord
 
 log = logging.getLogger(__name__)
 

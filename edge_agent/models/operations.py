@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from edge_agent.cache import eviction, fsck
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
-from edge_agent.models import bundle, eviction, fsck
+from edge_agent.models import bundle
 from edge_agent.models.lifecycle import ModelLifecycle, lifecycles_of
-from edge_agent.models.record import VersionRecord
-from edge_agent.models.store import Store
 from edge_agent.models.sync_process import SyncResult
 from edge_agent.models.updates import Updates
 from edge_agent.package.reference import MODEL_NAME

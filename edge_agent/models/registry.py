@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
+from edge_agent.cache import durable
+from edge_agent.cache.store import store_error, store_errors
 from edge_agent.errors import (
     ManifestError,
     PolicyError,
@@ -28,8 +30,6 @@ from edge_agent.errors import (
     UnknownReference,
     VerificationError,
 )
-from edge_agent.models import durable
-from edge_agent.models.store import store_error, store_errors
 from edge_agent.package.manifest import (
     MAX_FILES,
     MAX_MANIFEST_BYTES,

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from edge_agent.cache.record import VersionRecord
 from edge_agent.models.loading import LoadedVersion
-from edge_agent.models.record import VersionRecord
 from edge_agent.runner.process import RunnerProcess
 
 

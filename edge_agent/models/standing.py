@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.state import ModelState
+from edge_agent.cache.store import Store
 from edge_agent.errors import StoreError
-from edge_agent.models.record import VersionRecord
-from edge_agent.models.state import ModelState
-from edge_agent.models.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent import logs
+from edge_agent.cache import eviction, fsck
+from edge_agent.cache.record import VersionRecord, key_of
+from edge_agent.cache.staging import Staging, folder_of, remove_staging, remove_superseded, staging
+from edge_agent.cache.store import Store, check_file
 from edge_agent.errors import CannotRun, EdgeAgentError, ManifestError, Quarantined, VerificationError
-from edge_agent.models import eviction, fsck
 from edge_agent.models.fetch import Pace, fetch
-from edge_agent.models.record import VersionRecord, key_of
 from edge_agent.models.registry import Listed, Package, Registry
-from edge_agent.models.staging import Staging, folder_of, remove_staging, remove_superseded, staging
-from edge_agent.models.store import Store, check_file
 from edge_agent.models.sync_process import MAX_JOB_BYTES, SyncJob, SyncResult
 from edge_agent.package import manifest as manifests
 from edge_agent.package import mlmodel, trust

@@ -17,6 +17,9 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+from edge_agent.cache import fsck
+from edge_agent.cache.fsck import Damage
+from edge_agent.cache.store import Store
 from edge_agent.errors import (
     ContentError,
     EdgeAgentError,
@@ -28,11 +31,9 @@ from edge_agent.errors import (
     UnknownModel,
     UnknownReference,
 )
-from edge_agent.models import bundle, choice, fsck
-from edge_agent.models.fsck import Damage
+from edge_agent.models import bundle, choice
 from edge_agent.models.lifecycle import ModelLifecycle
 from edge_agent.models.seat import Serving
-from edge_agent.models.store import Store
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob, run_sync
 from edge_agent.models.turn import Turn
 from edge_agent.package.reference import ModelRef, ModelVersion

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from edge_agent.models import fsck
-from edge_agent.models.store import Store
+from edge_agent.cache import fsck
+from edge_agent.cache.store import Store
 from edge_agent.publishing import publish_folder
 from edge_agent.transport import control
 from tests.acceptance.conftest import settings_for

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from edge_agent.cache.store import Store
 from edge_agent.host import identity, memory
 from edge_agent.models.learned import Learned
 from edge_agent.models.lifecycle import ModelLifecycle
 from edge_agent.models.loading import Loading
 from edge_agent.models.memory_budget import MemoryBudget
-from edge_agent.models.store import Store
 from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.publishing import Published
 from edge_agent.runner.process import RunnerProcess, environment

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.cache import durable, fsck
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.store import Store
 from edge_agent.errors import ContentError, EdgeAgentError, PolicyError, StoreError, VerificationError
-from edge_agent.models import durable, fsck
 from edge_agent.models.bundle import (
     BLOB_PREFIX,
     HEADER_NAME,
@@ -25,9 +27,7 @@ from edge_agent.models.bundle import (
     import_bundle,
     read_version,
 )
-from edge_agent.models.record import VersionRecord
 from edge_agent.models.registry import LocalPackage
-from edge_agent.models.store import Store
 from edge_agent.models.sync import bring
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, TrustJob
 from edge_agent.package import trust

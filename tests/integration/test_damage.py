@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.cache import fsck
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.staging import folder_of
+from edge_agent.cache.store import check_file
 from edge_agent.errors import PolicyError, VerificationError
-from edge_agent.models import fsck
-from edge_agent.models.record import VersionRecord
-from edge_agent.models.staging import folder_of
-from edge_agent.models.store import check_file
 from edge_agent.models.sync_process import TrustJob
 from edge_agent.package import trust
 from tests.support.device import Device

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.cache import fsck
 from edge_agent.errors import ContentError, ManifestError, PolicyError, VerificationError
-from edge_agent.models import fsck
 from edge_agent.models.sync_process import TrustJob
 from edge_agent.package import trust
 from tests.support.device import Changes, Device

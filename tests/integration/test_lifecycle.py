@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.store import Store
 from edge_agent.errors import CannotRun, EdgeAgentError, MemoryShort
 from edge_agent.models.learned import Learned
 from edge_agent.models.lifecycle import ModelLifecycle
 from edge_agent.models.loading import Loading
 from edge_agent.models.memory_budget import MemoryBudget
-from edge_agent.models.record import VersionRecord
-from edge_agent.models.store import Store
 from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.package.manifest import MANIFEST_NAME
 from edge_agent.publishing import build_package

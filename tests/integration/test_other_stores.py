@@ -18,8 +18,9 @@ from mlflow.entities import FileInfo
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry
 
+from edge_agent.cache import fsck
 from edge_agent.errors import StoreError, TransportError, VerificationError
-from edge_agent.models import fetch, fsck
+from edge_agent.models import fetch
 from tests.support.device import Device
 from tests.support.packages import WEIGHTS
 

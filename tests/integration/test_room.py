@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.cache.staging import folder_of, staging
+from edge_agent.cache.store import Store
 from edge_agent.errors import StoreError
 from edge_agent.models.operations import run_operation, without_daemon
 from edge_agent.models.registry import LocalPackage
-from edge_agent.models.staging import folder_of, staging
-from edge_agent.models.store import Store
 from edge_agent.models.sync import bring
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult
 from edge_agent.package import trust

@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from edge_agent.cache import fsck
+from edge_agent.cache.store import Store
 from edge_agent.errors import (
     ContentError,
     EdgeAgentError,
@@ -33,8 +35,7 @@ from edge_agent.errors import (
     UnknownReference,
     VerificationError,
 )
-from edge_agent.models import fsck, sync_process
-from edge_agent.models.store import Store
+from edge_agent.models import sync_process
 from edge_agent.models.sync import synchronise
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, run_sync
 from edge_agent.package import trust
@@ -459,8 +460,8 @@ def test_the_environment_has_no_secrets_of_others(monkeypatch: pytest.MonkeyPatc
 
 def test_the_daemon_s_side_imports_nothing_heavy() -> None:
     code = (
-        "import sys, edge_agent.models.store, edge_agent.package.trust, edge_agent.models.fsck,"
-        " edge_agent.models.eviction, edge_agent.models.sync_process;"
+        "import sys, edge_agent.cache.store, edge_agent.package.trust, edge_agent.cache.fsck,"
+        " edge_agent.cache.eviction, edge_agent.models.sync_process;"
         "print([m for m in ('mlflow', 'numpy', 'pandas', 'yaml', 'model_signing') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

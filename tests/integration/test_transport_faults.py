@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.cache import fsck
+from edge_agent.cache.store import Store
 from edge_agent.errors import CacheBusy, StoreError, TransportError, VerificationError
-from edge_agent.models import fetch, fsck, sync_process
-from edge_agent.models.store import Store
+from edge_agent.models import fetch, sync_process
 from edge_agent.models.sync_process import CacheJob
 from tests.support.device import Device
 from tests.support.http_faults import FaultyProxy, HttpFault, Plan, faulty_proxy

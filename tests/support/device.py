@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_agent.models.store import Store
+from edge_agent.cache.store import Store
 from edge_agent.models.sync import synchronise
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
 from edge_agent.package import trust

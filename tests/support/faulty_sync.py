@@ -35,9 +35,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edge_agent.cache import fsck, record
+from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, StoreError
-from edge_agent.models import fetch, fsck, record, registry
-from edge_agent.models.store import Store
+from edge_agent.models import fetch, registry
 from tests.support.power import Fault, Medium, Power, Torn
 from tests.support.power_scenarios import CHUNK_BYTES, NAME, Reported, Scenario, Scenarios
 from tests.support.state_folder import copy_state, mark

@@ -1,6 +1,6 @@
 """Power that fails at a chosen system call, and a disk that forgets what was not synced.
 
-`Power` takes the place of `os` in `edge_agent.models.durable`, the one module that changes the cache on disk.
+`Power` takes the place of `os` in `edge_agent.cache.durable`, the one module that changes the cache on disk.
 It numbers each call that changes something. Before a call, the folder is what a process that dies there leaves:
 `watch` may keep it, as it is or as one of the faults would leave it; or the process really dies.
 
@@ -25,7 +25,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from edge_agent.models import durable
+from edge_agent.cache import durable
 
 
 class Fault(StrEnum):

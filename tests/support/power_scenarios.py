@@ -14,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edge_agent.models import bundle, durable, eviction, fsck
+from edge_agent.cache import durable, eviction, fsck
+from edge_agent.cache.staging import Note, Staging, folder_of
+from edge_agent.cache.store import Store
+from edge_agent.models import bundle
 from edge_agent.models.registry import LocalPackage
-from edge_agent.models.staging import Note, Staging, folder_of
-from edge_agent.models.store import Store
 from edge_agent.models.sync import bring, synchronise
 from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob
 from edge_agent.package import trust

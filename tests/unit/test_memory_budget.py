@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.cache.record import VersionRecord
 from edge_agent.errors import MemoryShort, RunnerError
 from edge_agent.host import identity
 from edge_agent.models.footprint import LEAST_CONTEXT_TOKENS, RUNNER_BYTES, Footprint, footprint_of
 from edge_agent.models.learned import Learned
 from edge_agent.models.memory_budget import MemoryBudget
-from edge_agent.models.record import VersionRecord
 from edge_agent.package.manifest import ManifestFile
 from edge_agent.package.manifest import make as make_manifest
 from edge_agent.package.trust import TrustDecision

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.cache import record, state
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.state import CacheState, ModelState
 from edge_agent.errors import (
     CacheBusy,
     CannotRun,
@@ -20,11 +23,9 @@ from edge_agent.errors import (
     UnknownReference,
     VerificationError,
 )
-from edge_agent.models import choice, record, state
+from edge_agent.models import choice
 from edge_agent.models.choice import NotInRollout
 from edge_agent.models.gate import GateFailed
-from edge_agent.models.record import VersionRecord
-from edge_agent.models.state import CacheState, ModelState
 from edge_agent.package.needs import GENAI, TRANSFORMERS, Needs, needs_of
 from edge_agent.package.trust import TrustDecision
 from edge_agent.runner import capability

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.cache.state import ModelState
+from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
 from edge_agent.models.operations import Operations, run_operation, without_daemon
-from edge_agent.models.state import ModelState
-from edge_agent.models.store import Store
 from edge_agent.settings import ModelSettings, Settings
 from tests.unit.test_models_store import commit
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.cache import eviction, fsck
+from edge_agent.cache import state as states
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.state import CacheState, ModelState
+from edge_agent.cache.store import Store, check_file
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
-from edge_agent.models import eviction, fsck
-from edge_agent.models import state as states
-from edge_agent.models.record import VersionRecord
 from edge_agent.models.standing import Standing
-from edge_agent.models.state import CacheState, ModelState
-from edge_agent.models.store import Store, check_file
 from edge_agent.package import trust
 from edge_agent.package.manifest import Manifest, ManifestFile
 from edge_agent.package.trust import TrustDecision

@@ -26,12 +26,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from edge_agent.cache import durable
+from edge_agent.cache import record as records
+from edge_agent.cache import state as states
+from edge_agent.cache.record import KEY, VersionRecord
+from edge_agent.cache.state import CacheState, ModelState
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
-from edge_agent.models import durable
-from edge_agent.models import record as records
-from edge_agent.models import state as states
-from edge_agent.models.record import KEY, VersionRecord
-from edge_agent.models.state import CacheState, ModelState
 from edge_agent.package.manifest import ManifestFile
 from edge_agent.package.reference import MODEL_NAME
 

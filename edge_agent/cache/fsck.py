@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_agent.cache import durable
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.staging import remove_staging
+from edge_agent.cache.store import Store, check_file, store_errors
 from edge_agent.errors import VerificationError
-from edge_agent.models import durable
-from edge_agent.models.record import VersionRecord
-from edge_agent.models.staging import remove_staging
-from edge_agent.models.store import Store, check_file, store_errors
 from edge_agent.package.manifest import ManifestFile
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from edge_agent.cache.record import KEY, VersionRecord
 from edge_agent.errors import StoreError
-from edge_agent.models.record import KEY, VersionRecord
 from edge_agent.package.reference import MODEL_NAME
 
 MAX_QUARANTINED = 32

@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from edge_agent.cache import durable
+from edge_agent.cache.store import Store, store_errors, try_flock
 from edge_agent.errors import CacheBusy, StoreError
-from edge_agent.models import durable
-from edge_agent.models.store import Store, store_errors, try_flock
 from edge_agent.package.manifest import ManifestFile
 
 _MAX_NOTE_BYTES = 2_000

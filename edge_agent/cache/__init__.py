@@ -1,0 +1,1 @@
+"""Versions on disk: always whole, always verified."""
