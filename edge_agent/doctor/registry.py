@@ -15,8 +15,8 @@ from typing import Any
 from edge_agent.cache.store import Store
 from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.errors import EdgeAgentError, TransportError
-from edge_agent.models.sync_process import environment
 from edge_agent.settings import Settings
+from edge_agent.sync.process import environment
 
 _REQUEST_TIMEOUT_S = 10.0
 _START_S = 30.0

@@ -12,8 +12,8 @@ from typing import Any
 
 from edge_agent.doctor.registry import as_answer
 from edge_agent.errors import EdgeAgentError, TransportError
-from edge_agent.models.registry import Registry
 from edge_agent.package.reference import ModelRef
+from edge_agent.sync.registry import Registry
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ from edge_agent.cache import eviction, fsck
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
-from edge_agent.models import bundle
 from edge_agent.models.lifecycle import ModelLifecycle, lifecycles_of
-from edge_agent.models.sync_process import SyncResult
 from edge_agent.models.updates import Updates
 from edge_agent.package.reference import MODEL_NAME
 from edge_agent.settings import Settings
+from edge_agent.sync import version_file
+from edge_agent.sync.process import SyncResult
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -69,7 +69,7 @@ class Operations:
                 next_at_s = now_s + _PROGRESS_INTERVAL_S
                 on_event({"event": "progress", "bytes": done, "total_bytes": total})
 
-        size_bytes = bundle.export_version(self._store, record, _given(file), report=report)
+        size_bytes = version_file.export_version(self._store, record, _given(file), report=report)
         return {"name": name, "version": version, "digest": record.digest, "bytes": size_bytes}
 
     def take_in(

@@ -31,13 +31,14 @@ from edge_agent.errors import (
     UnknownModel,
     UnknownReference,
 )
-from edge_agent.models import bundle, choice
+from edge_agent.models import choice
 from edge_agent.models.lifecycle import ModelLifecycle
 from edge_agent.models.seat import Serving
-from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob, run_sync
 from edge_agent.models.turn import Turn
 from edge_agent.package.reference import ModelRef, ModelVersion
 from edge_agent.settings import Settings
+from edge_agent.sync import version_file
+from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob, run_sync
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ class Updates:
         Raises:
             EdgeAgentError: the file, the package in it, the cache or the gate says no.
         """
-        version = bundle.read_version(file)
+        version = version_file.read_version(file)
         name = self._taker(version, name)
         with self._operators_turn("`models import`", on_event):
             lifecycle, wanted = self._lifecycles[name], self._wanted(name)
@@ -242,7 +243,7 @@ class Updates:
                 wanted = ModelRef.parse(self._settings.models[name].fallback)
             job = replace(
                 self._job(name, fallback=fallback),
-                registry=RegistryJob(uri=bundle.ORIGIN),
+                registry=RegistryJob(uri=version_file.ORIGIN),
                 ref=str(wanted.at_version(version.version)),
                 bundle=file,
             )

@@ -24,9 +24,9 @@ from urllib.parse import quote
 
 import psutil  # type: ignore[import-untyped]
 
-from edge_agent.models import sync_process
-from edge_agent.models.sync_process import SyncJob
 from edge_agent.package import trust
+from edge_agent.sync import process
+from edge_agent.sync.process import SyncJob
 from tests.support.device import Device
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.packages import WEIGHTS, add_manifest, make_package
@@ -49,10 +49,10 @@ class Run:
 def sync(job: SyncJob) -> Run:
     began = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "edge_agent.models.sync"],
+        [sys.executable, "-m", "edge_agent.sync.bring"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=sync_process.environment(),
+        env=process.environment(),
     )
     peak = [0.0]
     ended = threading.Event()

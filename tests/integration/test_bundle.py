@@ -19,7 +19,12 @@ from edge_agent.cache import durable, fsck
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import ContentError, EdgeAgentError, PolicyError, StoreError, VerificationError
-from edge_agent.models.bundle import (
+from edge_agent.package import trust
+from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
+from edge_agent.sync.bring import bring
+from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, TrustJob
+from edge_agent.sync.registry import LocalPackage
+from edge_agent.sync.version_file import (
     BLOB_PREFIX,
     HEADER_NAME,
     ORIGIN,
@@ -27,11 +32,6 @@ from edge_agent.models.bundle import (
     import_bundle,
     read_version,
 )
-from edge_agent.models.registry import LocalPackage
-from edge_agent.models.sync import bring
-from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, TrustJob
-from edge_agent.package import trust
-from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
 from tests.support.keys import make_keys, sign
 from tests.support.packages import WEIGHTS, add_manifest, make_package
 

@@ -12,8 +12,8 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.staging import folder_of
 from edge_agent.cache.store import check_file
 from edge_agent.errors import PolicyError, VerificationError
-from edge_agent.models.sync_process import TrustJob
 from edge_agent.package import trust
+from edge_agent.sync.process import TrustJob
 from tests.support.device import Device
 from tests.support.packages import GENAI_CONFIG, WEIGHTS, make_package
 

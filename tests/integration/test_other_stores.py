@@ -20,7 +20,7 @@ from mlflow.store.artifact.artifact_repository_registry import _artifact_reposit
 
 from edge_agent.cache import fsck
 from edge_agent.errors import StoreError, TransportError, VerificationError
-from edge_agent.models import fetch
+from edge_agent.sync import fetch
 from tests.support.device import Device
 from tests.support.packages import WEIGHTS
 

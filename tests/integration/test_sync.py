@@ -35,10 +35,10 @@ from edge_agent.errors import (
     UnknownReference,
     VerificationError,
 )
-from edge_agent.models import sync_process
-from edge_agent.models.sync import synchronise
-from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, run_sync
 from edge_agent.package import trust
+from edge_agent.sync import process
+from edge_agent.sync.bring import synchronise
+from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, SyncResult, run_sync
 from tests.support.mlflow_server import Server
 from tests.support.packages import GENAI_CONFIG, MLMODEL, WEIGHTS, add_manifest, make_package, register
 from tests.support.processes import free_port, wait_until
@@ -283,7 +283,7 @@ def test_hostile_content_is_refused_with_its_reason(device: Device, changes: Cha
 
 def test_a_version_that_today_s_policy_refuses_is_not_waved_through(device: Device) -> None:
     device.publish({"genai_pyfunc.py": "print()"})
-    open_job = replace(device.job, trust=sync_process.TrustJob(allow_unsigned_code=True))
+    open_job = replace(device.job, trust=process.TrustJob(allow_unsigned_code=True))
     assert device.check(open_job).new
     with pytest.raises(PolicyError):
         device.check()
@@ -325,11 +325,11 @@ def test_a_damaged_blob_is_fetched_again_and_only_it(device: Device) -> None:
 
 def running_sync(job: SyncJob) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "edge_agent.models.sync"],
+        [sys.executable, "-m", "edge_agent.sync.bring"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=sync_process.environment(),
+        env=process.environment(),
     )
     assert process.stdin is not None
     process.stdin.write(job.encode())
@@ -437,10 +437,10 @@ def test_a_sqlite_registry_that_does_not_exist_is_not_made(tmp_path: Path) -> No
 
 def test_a_job_that_is_no_job_is_an_error_event(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "edge_agent.models.sync"],
+        [sys.executable, "-m", "edge_agent.sync.bring"],
         input=b'{"no": "job"}',
         capture_output=True,
-        env=sync_process.environment(),
+        env=process.environment(),
         timeout=30,
         check=False,
     )
@@ -453,7 +453,7 @@ def test_the_environment_has_no_secrets_of_others(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("EDGE_AGENT_MQTT__PASSWORD_FILE", "x")
     monkeypatch.setenv("OTHER_TOKEN", "x")
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "x")
-    environment = sync_process.environment()
+    environment = process.environment()
     assert "MLFLOW_TRACKING_TOKEN" in environment
     assert not {"OTHER_TOKEN", "EDGE_AGENT_MQTT__PASSWORD_FILE"} & set(environment)
 
@@ -461,7 +461,7 @@ def test_the_environment_has_no_secrets_of_others(monkeypatch: pytest.MonkeyPatc
 def test_the_daemon_s_side_imports_nothing_heavy() -> None:
     code = (
         "import sys, edge_agent.cache.store, edge_agent.package.trust, edge_agent.cache.fsck,"
-        " edge_agent.cache.eviction, edge_agent.models.sync_process;"
+        " edge_agent.cache.eviction, edge_agent.sync.process;"
         "print([m for m in ('mlflow', 'numpy', 'pandas', 'yaml', 'model_signing') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.cache.store import Store
-from edge_agent.models.sync import synchronise
-from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
 from edge_agent.package import trust
+from edge_agent.sync.bring import synchronise
+from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
 from tests.support.packages import add_manifest, make_package, register
 
 Changes = Mapping[str, bytes | str | None]

@@ -38,7 +38,7 @@ from typing import Any
 from edge_agent.cache import fsck, record
 from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, StoreError
-from edge_agent.models import fetch, registry
+from edge_agent.sync import fetch, registry
 from tests.support.power import Fault, Medium, Power, Torn
 from tests.support.power_scenarios import CHUNK_BYTES, NAME, Reported, Scenario, Scenarios
 from tests.support.state_folder import copy_state, mark

@@ -17,12 +17,12 @@ from pathlib import Path
 from edge_agent.cache import durable, eviction, fsck
 from edge_agent.cache.staging import Note, Staging, folder_of
 from edge_agent.cache.store import Store
-from edge_agent.models import bundle
-from edge_agent.models.registry import LocalPackage
-from edge_agent.models.sync import bring, synchronise
-from edge_agent.models.sync_process import CacheJob, RegistryJob, SyncJob
 from edge_agent.package import trust
 from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
+from edge_agent.sync import version_file
+from edge_agent.sync.bring import bring, synchronise
+from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob
+from edge_agent.sync.registry import LocalPackage
 from tests.support.packages import WEIGHTS, add_manifest, make_package, register
 
 NAME = "assistant"
@@ -224,19 +224,19 @@ class Scenarios:
         self._sync_and_adopt(elsewhere, 4, Reported())
         store = Store(elsewhere)
         with durable.replacing(self._folder / "file.bundle") as descriptor:
-            bundle.export_version(store, store.versions(NAME)[0], descriptor)
+            version_file.export_version(store, store.versions(NAME)[0], descriptor)
         self._sync_and_adopt(state, 3, Reported())
 
     def _import(self, state: Path, reported: Reported) -> None:
         job = SyncJob(
             state_dir=str(state),
-            registry=RegistryJob(uri=bundle.ORIGIN),
+            registry=RegistryJob(uri=version_file.ORIGIN),
             name=NAME,
             ref=f"models:/{MODEL}/4",
             cache=CacheJob(min_free_bytes=0),
         )
         with (self._folder / "file.bundle").open("rb") as stream:
-            key = bundle.import_bundle(job, stream.fileno()).key
+            key = version_file.import_bundle(job, stream.fileno()).key
         _adopt(Store(state), key, reported)
         _tidy(Store(state))
 

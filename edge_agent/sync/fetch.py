@@ -17,7 +17,8 @@ from edge_agent.cache import durable
 from edge_agent.cache.staging import Note, Staging
 from edge_agent.cache.store import store_errors
 from edge_agent.errors import TransportError, VerificationError
-from edge_agent.models.registry import (
+from edge_agent.package.manifest import MAX_FILE_BYTES, ManifestFile
+from edge_agent.sync.registry import (
     CHUNK_BYTES,
     MIN_BYTES_PER_TIMEOUT,
     Changed,
@@ -26,7 +27,6 @@ from edge_agent.models.registry import (
     RequestRefused,
     Stream,
 )
-from edge_agent.package.manifest import MAX_FILE_BYTES, ManifestFile
 
 MAX_ATTEMPTS = 4
 """In a row that brought next to nothing; progress starts the count again."""

@@ -1,4 +1,4 @@
-"""One check of one model, one process: `python -m edge_agent.models.sync`, a job on stdin, events on stdout.
+"""One check of one model, one process: `python -m edge_agent.sync.bring`, a job on stdin, events on stdout.
 
 Flow: resolve → manifest → is it to be tried, can this host run it → reserve → fetch what is missing → trust →
 stage → commit.
@@ -31,9 +31,6 @@ from edge_agent.cache.record import VersionRecord, key_of
 from edge_agent.cache.staging import Staging, folder_of, remove_staging, remove_superseded, staging
 from edge_agent.cache.store import Store, check_file
 from edge_agent.errors import CannotRun, EdgeAgentError, ManifestError, Quarantined, VerificationError
-from edge_agent.models.fetch import Pace, fetch
-from edge_agent.models.registry import Listed, Package, Registry
-from edge_agent.models.sync_process import MAX_JOB_BYTES, SyncJob, SyncResult
 from edge_agent.package import manifest as manifests
 from edge_agent.package import mlmodel, trust
 from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, ManifestFile
@@ -41,6 +38,9 @@ from edge_agent.package.needs import MAX_CONFIG_BYTES, needs_of
 from edge_agent.package.reference import ROLLOUT_TAG, ModelRef, ModelVersion
 from edge_agent.package.trust import TrustDecision
 from edge_agent.runner import capability
+from edge_agent.sync.fetch import Pace, fetch
+from edge_agent.sync.process import MAX_JOB_BYTES, SyncJob, SyncResult
+from edge_agent.sync.registry import Listed, Package, Registry
 
 log = logging.getLogger(__name__)
 

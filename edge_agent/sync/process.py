@@ -1,11 +1,11 @@
-"""The daemon's side of a sync: starts `python -m edge_agent.models.sync`, reads its events, ends it.
+"""The daemon's side of a sync: starts `python -m edge_agent.sync.bring`, reads its events, ends it.
 
-For a version that comes as a file it is `python -m edge_agent.models.bundle`, with the file inherited.
+For a version that comes as a file it is `python -m edge_agent.sync.version_file`, with the file inherited.
 
 Importing MLflow costs 120 MB and a second, and a dead registry can block for minutes: so the work is another
 process, and this one only reads JSON lines. Flow: start with an environment from an allow-list → the job on
 stdin → events until done or error → a process that is too slow, too talkative or not wanted any more is
-killed. Killing is safe at every moment: see `models/sync.py`. Refuses: lines over `MAX_LINE_BYTES`.
+killed. Killing is safe at every moment: see `sync/bring.py`. Refuses: lines over `MAX_LINE_BYTES`.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def _sendable(variables: dict[str, str]) -> dict[str, str]:
 @contextlib.contextmanager
 def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
     """The process, with its job on stdin; it is dead when the block ends."""
-    module = "edge_agent.models.sync" if job.bundle is None else "edge_agent.models.bundle"
+    module = "edge_agent.sync.bring" if job.bundle is None else "edge_agent.sync.version_file"
     with _memory_file("sync") as stdin:  # a pipe would block on a job larger than its buffer
         stdin.write(job.encode())
         stdin.seek(0)

@@ -10,7 +10,7 @@ Any tar shows what is in it. The header is read block by block here: extended he
 as the file, have no place in it.
 
 Files are descriptors here: who asks opens them, so that a daemon that may see neither a home nor a stick can
-be asked. `python -m edge_agent.models.bundle` is a sync process that takes its package from such a file.
+be asked. `python -m edge_agent.sync.version_file` is a sync process that takes its package from such a file.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from edge_agent.cache import record as records
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import ContentError, ManifestError, StoreError, VerificationError
-from edge_agent.models.registry import CHUNK_BYTES, Listed, PastTheEnd, RequestRefused, Stream
-from edge_agent.models.sync import Emit, bring, work
-from edge_agent.models.sync_process import SyncJob, SyncResult
 from edge_agent.package import manifest as manifests
 from edge_agent.package.manifest import ManifestFile
 from edge_agent.package.reference import ModelRef, ModelVersion
+from edge_agent.sync.bring import Emit, bring, work
+from edge_agent.sync.process import SyncJob, SyncResult
+from edge_agent.sync.registry import CHUNK_BYTES, Listed, PastTheEnd, RequestRefused, Stream
 
 HEADER_NAME = "version.json"
 BLOB_PREFIX = "blobs/"
