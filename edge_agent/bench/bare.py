@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
-# As in edge_agent.runner.genai_pyfunc; a test compares them.
+# As in edge_agent.wrapper.genai_pyfunc; a test compares them.
 SLICE_TOKENS = 64
 ROUND_TOKENS = 256
 _WORDS = "the capital of Spain is Madrid and a joke about atoms helps to count to one hundred"

@@ -1,6 +1,6 @@
 """The gate's rules: what a candidate must have shown before it becomes active, and what is only reported. Pure.
 
-The candidate's own process answers the golden prompts (`runner/gate.py`); what it found is judged here.
+The candidate's own process answers the golden prompts (`runner/golden.py`); what it found is judged here.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from edge_agent.errors import CannotRun, EdgeAgentError, LoadFailed, RunnerError
 from edge_agent.host import memory
-from edge_agent.runner import gate, loader
+from edge_agent.runner import golden, loader
 from edge_agent.runner.protocol import (
     Cancel,
     Failed,
@@ -110,7 +110,7 @@ class Runner:
 
     def _try_out(self, model: loader.Model) -> None:
         try:
-            failures, tokens_per_s = gate.try_out(model.golden, signature=model.signature, ask=model.ask)
+            failures, tokens_per_s = golden.try_out(model.golden, signature=model.signature, ask=model.ask)
         except Exception as error:  # noqa: BLE001 - a candidate may fail in any way; the daemon decides
             print_frames(error)
             failures, tokens_per_s = [_describe(error)], 0.0

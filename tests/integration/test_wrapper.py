@@ -104,7 +104,7 @@ def test_several_rows_get_an_answer_each(chat: Any) -> None:
 
 def test_importing_the_wrapper_as_part_of_the_agent_sets_no_model() -> None:
     code = (
-        "import edge_agent.runner.genai_pyfunc, mlflow.models.model as m; assert m.__mlflow_model__ is None"
+        "import edge_agent.wrapper.genai_pyfunc, mlflow.models.model as m; assert m.__mlflow_model__ is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)
 

@@ -57,7 +57,7 @@ def test_prompts_and_models_do_not_know_each_other(folder: str, other: str) -> N
         ),
         (
             "onnxruntime_genai",
-            {"runner/genai_pyfunc.py", "runner/capability.py", "demo/make_sample_model.py", "bench/bare.py"},
+            {"wrapper/genai_pyfunc.py", "runner/capability.py", "demo/make_sample_model.py", "bench/bare.py"},
         ),
         (
             "transformers",

@@ -88,7 +88,7 @@ def test_the_bare_side_prefills_and_rounds_as_the_wrapper_does() -> None:
     package = Path(edge_agent.__file__).parent
     bare, wrapper = (
         re.findall(r"^(?:SLICE|ROUND)_TOKENS = \d+", (package / name).read_text("utf-8"), re.MULTILINE)
-        for name in ("bench/bare.py", "runner/genai_pyfunc.py")
+        for name in ("bench/bare.py", "wrapper/genai_pyfunc.py")
     )
     assert bare == wrapper
     assert len(bare) == 2
