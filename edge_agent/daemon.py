@@ -39,10 +39,10 @@ from edge_agent.errors import (
     UnknownModel,
 )
 from edge_agent.models import choice
-from edge_agent.models.lifecycle import lifecycles_of
 from edge_agent.models.operations import Operations, run_operation
 from edge_agent.models.updates import Updates
 from edge_agent.sd_notify import Notifier
+from edge_agent.serving.lifecycle import lifecycles_of
 from edge_agent.settings import Settings
 from edge_agent.transport.control import Call, ControlServer
 from edge_agent.transport.credentials import read_password

@@ -24,10 +24,10 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store, check_files
 from edge_agent.errors import ContentError, NoModel, UnknownModel
 from edge_agent.host import identity, memory
-from edge_agent.models.learned import Learned
-from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.package import genai_options, onnx_graph, trust
 from edge_agent.private_broker import BrokerMissing
+from edge_agent.serving.learned import Learned
+from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import Settings
 
 _LEAST_BANDWIDTH_BYTES, _MOST_BANDWIDTH_BYTES = 64 << 20, 1 << 30

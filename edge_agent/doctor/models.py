@@ -12,10 +12,10 @@ from edge_agent.doctor import cache
 from edge_agent.doctor.finding import Finding, ok, warn
 from edge_agent.host.memory import available_bytes
 from edge_agent.models import build_advice
-from edge_agent.models.learned import Learned
-from edge_agent.models.memory_budget import MemoryBudget
-from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.package import genai_options
+from edge_agent.serving.learned import Learned
+from edge_agent.serving.memory_budget import MemoryBudget
+from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import Settings
 from edge_agent.terminal import human_bytes
 

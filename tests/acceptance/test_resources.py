@@ -10,14 +10,14 @@ import pytest
 
 from edge_agent.cache.store import Store
 from edge_agent.host import identity, memory
-from edge_agent.models.learned import Learned
-from edge_agent.models.lifecycle import ModelLifecycle
-from edge_agent.models.loading import Loading
-from edge_agent.models.memory_budget import MemoryBudget
-from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.publishing import Published
 from edge_agent.runner.process import RunnerProcess, environment
 from edge_agent.runner.protocol import Done, Load
+from edge_agent.serving.learned import Learned
+from edge_agent.serving.lifecycle import ModelLifecycle
+from edge_agent.serving.loading import Loading
+from edge_agent.serving.memory_budget import MemoryBudget
+from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import Settings
 from tests.acceptance.conftest import SAMPLE, settings_for
 from tests.support.client import Client, chat, connected

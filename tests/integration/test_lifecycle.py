@@ -12,14 +12,14 @@ import pytest
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import CannotRun, EdgeAgentError, MemoryShort
-from edge_agent.models.learned import Learned
-from edge_agent.models.lifecycle import ModelLifecycle
-from edge_agent.models.loading import Loading
-from edge_agent.models.memory_budget import MemoryBudget
-from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.package.manifest import MANIFEST_NAME
 from edge_agent.publishing import build_package
 from edge_agent.runner.process import RunnerProcess, environment
+from edge_agent.serving.learned import Learned
+from edge_agent.serving.lifecycle import ModelLifecycle
+from edge_agent.serving.loading import Loading
+from edge_agent.serving.memory_budget import MemoryBudget
+from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import ModelSettings
 from tests.support.packages import manifest_of
 from tests.unit.test_models_store import commit, make_record

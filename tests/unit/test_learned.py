@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.models.learned import MAX_ENTRIES, MAX_PEAKS, Learned
+from edge_agent.serving.learned import MAX_ENTRIES, MAX_PEAKS, Learned
 
 
 @pytest.fixture

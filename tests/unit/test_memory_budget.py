@@ -12,12 +12,12 @@ import pytest
 from edge_agent.cache.record import VersionRecord
 from edge_agent.errors import MemoryShort, RunnerError
 from edge_agent.host import identity
-from edge_agent.models.footprint import LEAST_CONTEXT_TOKENS, RUNNER_BYTES, Footprint, footprint_of
-from edge_agent.models.learned import Learned
-from edge_agent.models.memory_budget import MemoryBudget
 from edge_agent.package.manifest import ManifestFile
 from edge_agent.package.manifest import make as make_manifest
 from edge_agent.package.trust import TrustDecision
+from edge_agent.serving.footprint import LEAST_CONTEXT_TOKENS, RUNNER_BYTES, Footprint, footprint_of
+from edge_agent.serving.learned import Learned
+from edge_agent.serving.memory_budget import MemoryBudget
 from tests.support.packages import GENAI_CONFIG
 
 MIB = 1 << 20

@@ -14,9 +14,9 @@ from edge_agent.errors import (
     StoreError,
     VerificationError,
 )
-from edge_agent.models import blame
-from edge_agent.models.blame import Crashes, Lack, Lacks, LoadFailures, LoadVerdict, distinct
-from edge_agent.models.gate import GateFailed
+from edge_agent.serving import blame
+from edge_agent.serving.blame import Crashes, Lack, Lacks, LoadFailures, LoadVerdict, distinct
+from edge_agent.serving.gate import GateFailed
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 import pytest
 
-from edge_agent.models import gate
-from edge_agent.models.gate import GateFailed
 from edge_agent.runner.protocol import Tried
+from edge_agent.serving import gate
+from edge_agent.serving.gate import GateFailed
 
 
 def tried(*failures: str) -> Tried:

@@ -16,10 +16,10 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import CacheState, ModelState
 from edge_agent.cache.store import Store, check_file
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
-from edge_agent.models.standing import Standing
 from edge_agent.package import trust
 from edge_agent.package.manifest import Manifest, ManifestFile
 from edge_agent.package.trust import TrustDecision
+from edge_agent.serving.standing import Standing
 from tests.support.packages import WEIGHTS, make_package, manifest_of
 
 DECISION = TrustDecision(rule=trust.Rule.NO_CODE, signed_by="", unsigned_code=False, reason="a test")

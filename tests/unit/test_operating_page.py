@@ -12,7 +12,7 @@ from edge_agent import device_status
 from edge_agent.cache.state import ModelState
 from edge_agent.cli import command
 from edge_agent.errors import PROMPT_ERRORS
-from edge_agent.models.seat import Serving
+from edge_agent.serving.seat import Serving
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text("utf-8")
 

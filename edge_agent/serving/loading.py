@@ -19,12 +19,12 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store, check_files
 from edge_agent.errors import PromptError, RunnerError
 from edge_agent.host.memory import peak_bytes
-from edge_agent.models.memory_budget import Admission, MemoryBudget, Tenant
-from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.package import trust
 from edge_agent.runner.process import RunnerProcess
 from edge_agent.runner.protocol import Load, Loaded
 from edge_agent.runner.threads import measure
+from edge_agent.serving.memory_budget import Admission, MemoryBudget, Tenant
+from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import ModelSettings
 
 log = logging.getLogger(__name__)

@@ -26,16 +26,16 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, MemoryShort, Quarantined, StoreError, VerificationError
 from edge_agent.host import identity
 from edge_agent.host.memory import resident_bytes
-from edge_agent.models import blame, gate
-from edge_agent.models.blame import Crashes, Lack, Lacks, LoadFailures
-from edge_agent.models.gate import GateFailed
-from edge_agent.models.learned import Learned
-from edge_agent.models.loading import LoadedVersion, Loading, VersionLoader
-from edge_agent.models.memory_budget import MemoryBudget
-from edge_agent.models.seat import Lease, Seat, Serving, Vacancy
-from edge_agent.models.standing import Standing
-from edge_agent.models.thread_choice import ThreadChoice
 from edge_agent.runner.process import RunnerProcess, environment
+from edge_agent.serving import blame, gate
+from edge_agent.serving.blame import Crashes, Lack, Lacks, LoadFailures
+from edge_agent.serving.gate import GateFailed
+from edge_agent.serving.learned import Learned
+from edge_agent.serving.loading import LoadedVersion, Loading, VersionLoader
+from edge_agent.serving.memory_budget import MemoryBudget
+from edge_agent.serving.seat import Lease, Seat, Serving, Vacancy
+from edge_agent.serving.standing import Standing
+from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from edge_agent.errors import (
     RunnerCrashed,
     VerificationError,
 )
-from edge_agent.models.gate import GateFailed
+from edge_agent.serving.gate import GateFailed
 
 MAX_TRIES = 3
 """A candidate that this many agents died trying is not tried again."""

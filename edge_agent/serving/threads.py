@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping
 
 from edge_agent.host import cpus, identity
-from edge_agent.models.learned import Learned
 from edge_agent.runner import threads
+from edge_agent.serving.learned import Learned
 
 log = logging.getLogger(__name__)
 

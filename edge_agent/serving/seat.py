@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from edge_agent.cache.record import VersionRecord
-from edge_agent.models.loading import LoadedVersion
 from edge_agent.runner.process import RunnerProcess
+from edge_agent.serving.loading import LoadedVersion
 
 
 class Serving(StrEnum):

@@ -24,8 +24,8 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.errors import MemoryShort, RunnerError
 from edge_agent.host import identity
 from edge_agent.host.memory import available_bytes
-from edge_agent.models.footprint import Footprint, footprint_of
-from edge_agent.models.learned import Learned
+from edge_agent.serving.footprint import Footprint, footprint_of
+from edge_agent.serving.learned import Learned
 
 log = logging.getLogger(__name__)
 

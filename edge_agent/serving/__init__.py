@@ -1,0 +1,1 @@
+"""Which version answers: candidates, the gate, exchange, rollback, quarantine and memory."""
