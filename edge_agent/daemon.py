@@ -38,9 +38,6 @@ from edge_agent.errors import (
     StoreError,
     UnknownModel,
 )
-from edge_agent.models import choice
-from edge_agent.models.operations import Operations, run_operation
-from edge_agent.models.updates import Updates
 from edge_agent.sd_notify import Notifier
 from edge_agent.serving.lifecycle import lifecycles_of
 from edge_agent.settings import Settings
@@ -49,6 +46,9 @@ from edge_agent.transport.credentials import read_password
 from edge_agent.transport.mqtt import Inbound, MqttTransport
 from edge_agent.transport.probes import Probes
 from edge_agent.transport.topics import Topics
+from edge_agent.updates import choice
+from edge_agent.updates.operations import Operations, run_operation
+from edge_agent.updates.updates import Updates
 
 log = logging.getLogger(__name__)
 

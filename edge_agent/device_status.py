@@ -15,10 +15,10 @@ import edge_agent
 from edge_agent.cache.store import Store
 from edge_agent.chat.journal import Journal
 from edge_agent.errors import JournalUnavailable
-from edge_agent.models.updates import Updates
 from edge_agent.serving.lifecycle import ModelLifecycle
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import Settings
+from edge_agent.updates.updates import Updates
 
 
 class DeviceStatus:

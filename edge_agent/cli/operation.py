@@ -44,7 +44,7 @@ def operate(
         try:
             return _through_daemon(settings, on_event, do=do, name=name, version=version, file=file)
         except DaemonNotRunning:
-            from edge_agent.models import operations
+            from edge_agent.updates import operations
 
             with acting_as_owner_of(settings.state_dir):
                 local, lifecycles = operations.without_daemon(settings)

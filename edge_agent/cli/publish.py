@@ -64,7 +64,7 @@ def publish(
       edge-agent publish ./phi3-hf --name phi3-hf --alias prod --flavor transformers
     """
     from edge_agent import publishing
-    from edge_agent.models import build_advice
+    from edge_agent.publishing import build_advice
 
     uri = registry or invocation.settings().registry.uri
     if not uri:

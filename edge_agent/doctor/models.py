@@ -11,8 +11,8 @@ from edge_agent.cache.store import Store
 from edge_agent.doctor import cache
 from edge_agent.doctor.finding import Finding, ok, warn
 from edge_agent.host.memory import available_bytes
-from edge_agent.models import build_advice
 from edge_agent.package import genai_options
+from edge_agent.publishing import build_advice
 from edge_agent.serving.learned import Learned
 from edge_agent.serving.memory_budget import MemoryBudget
 from edge_agent.serving.threads import ThreadChoice

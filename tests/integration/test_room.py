@@ -10,13 +10,13 @@ import pytest
 from edge_agent.cache.staging import folder_of, staging
 from edge_agent.cache.store import Store
 from edge_agent.errors import StoreError
-from edge_agent.models.operations import run_operation, without_daemon
 from edge_agent.package import trust
 from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
 from edge_agent.settings import ModelSettings, Settings
 from edge_agent.sync.bring import bring
 from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, SyncResult
 from edge_agent.sync.registry import LocalPackage
+from edge_agent.updates.operations import run_operation, without_daemon
 from tests.support.packages import add_manifest, make_package
 from tests.unit.test_models_store import commit
 

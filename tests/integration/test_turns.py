@@ -15,11 +15,11 @@ import pytest
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import ContentError
-from edge_agent.models.operations import Operations, run_operation
-from edge_agent.models.updates import Updates
 from edge_agent.serving.lifecycle import ModelLifecycle, lifecycles_of
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import ModelSettings, RegistrySettings, Settings
+from edge_agent.updates.operations import Operations, run_operation
+from edge_agent.updates.updates import Updates
 from tests.integration.test_bundle import bring_in, export
 from tests.support.packages import WEIGHTS
 from tests.support.processes import wait_until

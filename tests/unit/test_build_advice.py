@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.errors import ContentError
-from edge_agent.models import build_advice
 from edge_agent.package import onnx_graph
 from edge_agent.package.onnx_graph import OnnxGraph, QuantizedMatMul
+from edge_agent.publishing import build_advice
 
 GOOD = OnnxGraph(
     matmuls=(QuantizedMatMul(name="q", bits=4, block_size=64, accuracy_level=4),),

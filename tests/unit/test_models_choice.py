@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from edge_agent.cache.state import MAX_QUARANTINED, CacheState, ModelState, parse
 from edge_agent.errors import EdgeAgentError
-from edge_agent.models import choice
-from edge_agent.models.choice import BadDesired, NotInRollout
+from edge_agent.updates import choice
+from edge_agent.updates.choice import BadDesired, NotInRollout
 
 URIS = {"assistant": "models:/phi3@prod"}
 A, B, C = "1-aaaaaaaaaaaa", "2-bbbbbbbbbbbb", "3-cccccccccccc"

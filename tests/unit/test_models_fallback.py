@@ -23,12 +23,12 @@ from edge_agent.errors import (
     UnknownReference,
     VerificationError,
 )
-from edge_agent.models import choice
-from edge_agent.models.choice import NotInRollout
 from edge_agent.package.needs import GENAI, TRANSFORMERS, Needs, needs_of
 from edge_agent.package.trust import TrustDecision
 from edge_agent.runner import capability
 from edge_agent.serving.gate import GateFailed
+from edge_agent.updates import choice
+from edge_agent.updates.choice import NotInRollout
 from tests.support.packages import CONFIG, GENAI_CONFIG, MLMODEL, make_package, manifest_of
 
 OWN, OTHER = "3-aaaaaaaaaaaa", "9-bbbbbbbbbbbb"

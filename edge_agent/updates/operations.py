@@ -14,12 +14,12 @@ from edge_agent.cache import eviction, fsck
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
-from edge_agent.models.updates import Updates
 from edge_agent.package.reference import MODEL_NAME
 from edge_agent.serving.lifecycle import ModelLifecycle, lifecycles_of
 from edge_agent.settings import Settings
 from edge_agent.sync import version_file
 from edge_agent.sync.process import SyncResult
+from edge_agent.updates.updates import Updates
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 

@@ -31,14 +31,14 @@ from edge_agent.errors import (
     UnknownModel,
     UnknownReference,
 )
-from edge_agent.models import choice
-from edge_agent.models.turn import Turn
 from edge_agent.package.reference import ModelRef, ModelVersion
 from edge_agent.serving.lifecycle import ModelLifecycle
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import Settings
 from edge_agent.sync import version_file
 from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob, run_sync
+from edge_agent.updates import choice
+from edge_agent.updates.turn import Turn
 
 log = logging.getLogger(__name__)
 

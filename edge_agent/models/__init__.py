@@ -1,1 +1,0 @@
-"""The model cache: what is registered, what is here, what is active."""
