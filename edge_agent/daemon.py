@@ -41,11 +41,11 @@ from edge_agent.errors import (
 from edge_agent.sd_notify import Notifier
 from edge_agent.serving.lifecycle import lifecycles_of
 from edge_agent.settings import Settings
+from edge_agent.topics import Topics
 from edge_agent.transport.control import Call, ControlServer
+from edge_agent.transport.control_prompts import Probes
 from edge_agent.transport.credentials import read_password
 from edge_agent.transport.mqtt import Inbound, MqttTransport
-from edge_agent.transport.probes import Probes
-from edge_agent.transport.topics import Topics
 from edge_agent.updates import choice
 from edge_agent.updates.operations import Operations, run_operation
 from edge_agent.updates.updates import Updates

@@ -24,7 +24,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from edge_agent.errors import SettingsError
 from edge_agent.package.reference import MODEL_NAME, ModelRef
-from edge_agent.transport.topics import can_be_published
+from edge_agent.topics import can_be_published
 
 APPLICATION = "edge-agent"
 ENV_PREFIX = "EDGE_AGENT_"

@@ -49,7 +49,7 @@ def probe(
             click.echo(delta, nl=False)
             sys.stdout.flush()
 
-    from edge_agent import probe as probing
+    from edge_agent.cli import asking as probing
 
     ask = probing.ask_direct if direct else probing.ask_daemon
     whoever = acting_as_owner_of(settings.state_dir) if direct else contextlib.nullcontext()

@@ -29,8 +29,8 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.errors import EdgeAgentError
 from edge_agent.settings import MqttSettings, Settings, credential_path
+from edge_agent.topics import Topics
 from edge_agent.transport.credentials import read_password, tls_context
-from edge_agent.transport.topics import Topics
 
 _STEP_TIMEOUT_S = 10.0
 _NO_SUBSCRIBERS = 0x10

@@ -37,9 +37,9 @@ from edge_agent.chat.messages import Form, encode
 from edge_agent.chat.prompt import Answer, Delivery, Outgoing, Prompt, Source
 from edge_agent.errors import AnswerTooLarge, JournalUnavailable, SettingsError
 from edge_agent.settings import MqttSettings
+from edge_agent.topics import Topics, can_be_published
 from edge_agent.transport.credentials import tls_context
 from edge_agent.transport.reconnect import TAKEN_OVER_S, Ending, Reconnect
-from edge_agent.transport.topics import Topics, can_be_published
 
 log = logging.getLogger(__name__)
 

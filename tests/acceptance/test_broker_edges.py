@@ -25,10 +25,10 @@ from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Arrival, Prompt, Source
 from edge_agent.settings import MqttSettings
+from edge_agent.topics import Topics
 from edge_agent.transport import mqtt, reconnect
 from edge_agent.transport.credentials import read_password
 from edge_agent.transport.mqtt import Handler, Inbound, MqttTransport
-from edge_agent.transport.topics import Topics
 from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support.client import Client, Message, chat, connected
 from tests.support.mosquitto import Broker, running_broker

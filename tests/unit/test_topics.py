@@ -3,7 +3,7 @@
 import pytest
 
 from edge_agent.errors import BadRequest
-from edge_agent.transport.topics import Topics
+from edge_agent.topics import Topics
 
 TOPICS = Topics(prefix="edge", device_id="press-3", reply_prefixes=("replies/", "edge/"))
 
