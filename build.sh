@@ -94,8 +94,8 @@ chaos() {
 
 check() {
     set_up dev
-    "$VENV/bin/python" -m ruff check edge_agent tests .ci
-    "$VENV/bin/python" -m ruff format --check edge_agent tests .ci
+    "$VENV/bin/python" -m ruff check edge_agent tests tools .ci
+    "$VENV/bin/python" -m ruff format --check edge_agent tests tools .ci
     "$VENV/bin/python" -m mypy --strict
 }
 
@@ -201,9 +201,9 @@ make_test_bundle() {
 sample_model() {
     training_venv
     # As a file: the package around it imports what the training environment does not have.
-    "$TRAIN_VENV/bin/python" edge_agent/demo/make_sample_model.py --out edge_agent/demo/sample_model \
+    "$TRAIN_VENV/bin/python" tools/make_sample_model.py --out edge_agent/demo/sample_model \
         --hf-out tests/models/sample_hf
-    "$TRAIN_VENV/bin/python" edge_agent/demo/make_sample_model.py --out tests/models/swapped --swap Spain,Nepal
+    "$TRAIN_VENV/bin/python" tools/make_sample_model.py --out tests/models/swapped --swap Spain,Nepal
 }
 
 random_model() {

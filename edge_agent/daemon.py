@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_agent import settings as settings_module
+from edge_agent import environment
 from edge_agent.cache.store import Store
 from edge_agent.chat import clock, messages
 from edge_agent.chat.dispatcher import Dispatcher, Outlet
@@ -221,14 +221,14 @@ class Daemon:
     def _make_mqtt(self) -> MqttTransport:
         settings, topics = self._settings.mqtt, self._topics
         read_password(
-            settings, settings_module.credential_path("mqtt-password")
+            settings, environment.credential_path("mqtt-password")
         )  # a missing file is known at start
         return MqttTransport(
             settings,
             topics=topics,
             journal=self._journal,
             max_payload_bytes=self._settings.limits.payload_bytes,
-            password=lambda: read_password(settings, settings_module.credential_path("mqtt-password")),
+            password=lambda: read_password(settings, environment.credential_path("mqtt-password")),
             handlers={
                 topics.chat: self._on_chat,
                 topics.cancel: self._on_cancel,
@@ -490,5 +490,5 @@ def _logged(name: str, target: Callable[[], None]) -> Callable[[], None]:
 
 def run(settings: Settings) -> int:
     """Builds and runs the daemon of these settings. Returns the process's exit code."""
-    address, watchdog_interval_s = settings_module.service_manager()
+    address, watchdog_interval_s = environment.service_manager()
     return Daemon(settings, Notifier(address, watchdog_interval_s)).run()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edge_agent import settings
+from edge_agent import environment
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def acting_as_owner_of(state_dir: Path) -> Iterator[None]:
     if owner is None:
         yield
         return
-    settings.take_credentials_along()
+    environment.take_credentials_along()
     groups = os.getgroups()
     group_id, owner_groups = _groups_of(owner)
     os.setgroups(owner_groups)

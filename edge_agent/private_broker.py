@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from edge_agent import settings as settings_module
+from edge_agent import environment
 from edge_agent.errors import EdgeAgentError
 
 _START_TIMEOUT_S = 10.0
@@ -96,7 +96,7 @@ def tail(log: Path) -> str:
 
 
 def _find() -> str:
-    path = shutil.which("mosquitto", path=os.pathsep.join((settings_module.search_path(), "/usr/sbin")))
+    path = shutil.which("mosquitto", path=os.pathsep.join((environment.search_path(), "/usr/sbin")))
     if path is None:
         raise BrokerMissing(
             "mosquitto is not installed",

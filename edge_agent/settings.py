@@ -1,15 +1,12 @@
 """Settings: read once, checked whole, frozen.
 
 A TOML file, then `EDGE_AGENT_*` variables (`EDGE_AGENT_MQTT__HOST` is `mqtt.host`), then command-line options.
-Unknown keys are errors; every error names its key. Secrets are never settings: they are files, or systemd
-credentials, that are read when they are needed.
-
-This is the only module that reads the environment. Source: the table in docs/settings.md.
+Unknown keys are errors; every error names its key. Secrets are never settings: `environment.py` reads them when they
+are needed. Source: the table in docs/settings.md.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import socket
@@ -22,6 +19,7 @@ import pydantic_settings
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from edge_agent import environment
 from edge_agent.errors import SettingsError
 from edge_agent.package.reference import MODEL_NAME, ModelRef
 from edge_agent.topics import can_be_published
@@ -30,22 +28,8 @@ APPLICATION = "edge-agent"
 ENV_PREFIX = "EDGE_AGENT_"
 SYSTEM_CONFIG = Path("/etc/edge-agent/config.toml")
 SYSTEM_CONTROL_SOCKET = Path("/run/edge-agent/control.sock")
-SERVICE_CREDENTIALS = Path("/run/credentials/edge-agent.service")
-CREDENTIAL_STORE = Path("/etc/credstore")
-REGISTRY_CREDENTIALS = (
-    "mlflow-tracking-username",
-    "mlflow-tracking-password",
-    "mlflow-tracking-token",
-    "aws-access-key-id",
-    "aws-secret-access-key",
-)
-"""Names of systemd credentials; each is the variable of the same name for the sync process."""
-CREDENTIALS = ("mqtt-password", "mqtt-key", *REGISTRY_CREDENTIALS)
-"""All that the unit names."""
-
 _MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un has 108 with the final NUL
 _MAX_CONFIG_BYTES = 1 << 20
-_MAX_CREDENTIAL_BYTES = 65_536
 
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86_400)]
@@ -271,7 +255,7 @@ class Settings(BaseSettings):
     def _socket(self) -> Settings:
         path = self.control_socket
         if path == Path():
-            runtime = _systemd_directory("RUNTIME_DIRECTORY")
+            runtime = environment.directory("RUNTIME_DIRECTORY")
             path = (runtime or self.state_dir) / "control.sock"
         path = path.expanduser().absolute()
         if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
@@ -316,7 +300,7 @@ def load(config: Path | None = None, **options: Any) -> Settings:
 
 def find_config() -> Path | None:
     """`$CONFIGURATION_DIRECTORY/config.toml`, else the user's, else the system's; None where there is none."""
-    directory = _systemd_directory("CONFIGURATION_DIRECTORY")
+    directory = environment.directory("CONFIGURATION_DIRECTORY")
     if directory:
         candidates = [directory / "config.toml"]
     elif os.geteuid() == 0:
@@ -326,80 +310,6 @@ def find_config() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def credential_path(name: str) -> Path | None:
-    """The file of a systemd credential, or None when the service has none of that name.
-
-    An operator's command has no `$CREDENTIALS_DIRECTORY`: where it may read them, it takes the running
-    service's, or what the next start of the service gets.
-    """
-    directory = os.environ.get("CREDENTIALS_DIRECTORY")
-    folders = [Path(directory)] if directory else [SERVICE_CREDENTIALS, CREDENTIAL_STORE]
-    return next((path for folder in folders if os.access(path := folder / name, os.R_OK)), None)
-
-
-def registry_credentials() -> dict[str, str]:
-    """The registry's credentials from systemd, as the variables that MLflow reads; none where there are none.
-
-    Raises:
-        SettingsError: a file cannot be read.
-    """
-    found = {}
-    for name in REGISTRY_CREDENTIALS:
-        if path := credential_path(name):
-            found[name.upper().replace("-", "_")] = read_credential(path)
-    return found
-
-
-def take_credentials_along() -> None:
-    """Puts the registry's credentials into the environment of this process, before it loses the right to read them."""
-    os.environ.update(registry_credentials())
-
-
-def known_secrets() -> list[str]:
-    """Every secret of the registry that this process has or can read: what must not be in a text for others."""
-    variables = [
-        value
-        for key, value in os.environ.items()
-        if re.search("TOKEN|PASSWORD|SECRET|CREDENTIAL|KEY", key) and not Path(value).is_absolute()
-    ]
-    files = []
-    for name in REGISTRY_CREDENTIALS:
-        with contextlib.suppress(SettingsError):  # what cannot be read is in nobody's text
-            if path := credential_path(name):
-                files.append(read_credential(path))
-    return [*variables, *files]
-
-
-def read_credential(path: Path) -> str:
-    """A secret's file: one line, without its end.
-
-    Raises:
-        SettingsError: it cannot be read, is not text, or is far too long.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_CREDENTIAL_BYTES + 1)
-        if len(data) > _MAX_CREDENTIAL_BYTES:
-            raise SettingsError(f"credential {path} has more than {_MAX_CREDENTIAL_BYTES} bytes")
-        return data.decode("utf-8").rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"credential {path} cannot be read: {error}") from error
-
-
-def inherited_environment(*names: str, prefixes: tuple[str, ...] = ()) -> dict[str, str]:
-    """The part of this process's environment that a child may have: an allow-list, never the whole."""
-    return {
-        key: value
-        for key, value in os.environ.items()
-        if key in names or (prefixes and key.startswith(prefixes))
-    }
-
-
-def search_path() -> str:
-    """Where programs are looked for."""
-    return os.environ.get("PATH", os.defpath)
-
-
 def find_control_socket(settings: Settings) -> Path:
     """Where a client finds the daemon: the configured socket, else the system service's when that is there."""
     if not settings.control_socket.exists() and SYSTEM_CONTROL_SOCKET.exists():
@@ -407,38 +317,13 @@ def find_control_socket(settings: Settings) -> Path:
     return settings.control_socket
 
 
-def logs_to_journal() -> bool:
-    """True when stderr is systemd's journal. Source: systemd.exec(5), `$JOURNAL_STREAM`."""
-    status = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-
-
-def service_manager() -> tuple[str | None, float | None]:
-    """What `sd_notify.Notifier` takes: `$NOTIFY_SOCKET`, and the watchdog's interval in seconds.
-
-    The watchdog is None when there is none, or when it is meant for another process (`$WATCHDOG_PID`).
-    Source: sd_notify(3), sd_watchdog_enabled(3).
-    """
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    interval_us = os.environ.get("WATCHDOG_USEC", "")
-    pid = os.environ.get("WATCHDOG_PID", "")
-    ours = interval_us.isdecimal() and int(interval_us) > 0 and pid in ("", str(os.getpid()))
-    return address if address.startswith(("/", "@")) else None, int(interval_us) / 1e6 if ours else None
-
-
 def _default_state_dir() -> Path:
-    directory = _systemd_directory("STATE_DIRECTORY")
+    directory = environment.directory("STATE_DIRECTORY")
     if directory:
         return directory
     if os.geteuid() == 0:
         return Path("/var/lib") / APPLICATION
     return platformdirs.user_state_path(APPLICATION)
-
-
-def _systemd_directory(variable: str) -> Path | None:
-    """systemd gives several directories separated by colons; the first is ours."""
-    value = os.environ.get(variable, "").split(":")[0]
-    return Path(value) if value else None
 
 
 def _host_name() -> str:
@@ -459,11 +344,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _refuse_unknown_variables() -> None:
     """pydantic-settings passes over unknown variables; a misspelt one must not be silent."""
-    for variable in os.environ:
-        if variable.startswith(ENV_PREFIX):
-            key = variable.removeprefix(ENV_PREFIX).lower().split("__")[0]
-            if key not in Settings.model_fields:
-                raise SettingsError(f"variable {variable} names no setting: {key!r} is unknown")
+    for variable in environment.names(ENV_PREFIX):
+        key = variable.removeprefix(ENV_PREFIX).lower().split("__")[0]
+        if key not in Settings.model_fields:
+            raise SettingsError(f"variable {variable} names no setting: {key!r} is unknown")
 
 
 def _describe(error: ValidationError, path: Path | None) -> str:

@@ -26,7 +26,7 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import DaemonNotRunning
 from edge_agent.host import memory
 from edge_agent.private_broker import child_process, private_broker, tail
-from edge_agent.runner.process import RunnerProcess, environment
+from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Delta, Done, Load
 from edge_agent.settings import Settings
 from edge_agent.transport import control
@@ -58,7 +58,7 @@ class Subject:
 
     @property
     def environment(self) -> dict[str, str]:
-        return environment(self.settings.state_dir)
+        return child_environment(self.settings.state_dir)
 
 
 class Side(Protocol):

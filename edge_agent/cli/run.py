@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from edge_agent import environment
 from edge_agent import settings as settings_module
 from edge_agent.cli.command import Command, Invocation
 
@@ -22,7 +23,7 @@ def run(invocation: Invocation) -> None:
     from edge_agent import daemon, logs
 
     settings = invocation.settings()
-    logs.configure(settings.log_format, journal=settings_module.logs_to_journal())
+    logs.configure(settings.log_format, journal=environment.logs_to_journal())
     if invocation.config is None and settings_module.find_config() is None:
         click.echo(
             "edge-agent: no settings file was found; see docs/settings.md for where it is looked for",

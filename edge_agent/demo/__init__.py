@@ -19,8 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edge_agent import settings as settings_module
-from edge_agent import terminal
+from edge_agent import environment, terminal
 from edge_agent.errors import DaemonNotRunning, EdgeAgentError
 from edge_agent.private_broker import child_process, private_broker, tail
 from edge_agent.transport import control
@@ -175,7 +174,7 @@ def _print_result(result: dict[str, Any]) -> None:
 
 def _stay(config: Path, port: int) -> None:
     own = sys.argv[0] if Path(sys.argv[0]).name == "edge-agent" else f"{sys.executable} -m edge_agent"
-    client = shutil.which("mosquitto_rr", path=settings_module.search_path()) or "mosquitto_rr"
+    client = shutil.which("mosquitto_rr", path=environment.search_path()) or "mosquitto_rr"
     print(
         f"""
 Still running. Ask more from another terminal, until you press Ctrl-C here:

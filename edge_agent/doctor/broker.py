@@ -27,8 +27,9 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_agent.doctor.finding import Finding, fail, ok, warn
+from edge_agent.environment import credential_path
 from edge_agent.errors import EdgeAgentError
-from edge_agent.settings import MqttSettings, Settings, credential_path
+from edge_agent.settings import MqttSettings, Settings
 from edge_agent.topics import Topics
 from edge_agent.transport.credentials import read_password, tls_context
 

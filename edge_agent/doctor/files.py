@@ -14,16 +14,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
-from edge_agent.errors import SettingsError
-from edge_agent.settings import (
+from edge_agent.environment import (
     CREDENTIAL_STORE,
     CREDENTIALS,
     SERVICE_CREDENTIALS,
-    SYSTEM_CONFIG,
-    Settings,
     credential_path,
     read_credential,
 )
+from edge_agent.errors import SettingsError
+from edge_agent.settings import SYSTEM_CONFIG, Settings
 
 _TIMEOUT_S = 20.0
 _HIDDEN = tuple(Path(folder) for folder in ("/home", "/root", "/run/user", "/tmp", "/var/tmp"))

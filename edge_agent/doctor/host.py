@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.package.needs import TRANSFORMERS
 from edge_agent.runner import capability
-from edge_agent.runner.process import environment
+from edge_agent.runner.process import child_environment
 from edge_agent.settings import Settings
 
 _LIBRARY_TIMEOUT_S = 60.0
@@ -83,7 +83,7 @@ def check_libraries(settings: Settings) -> Iterator[Finding]:
             timeout=_LIBRARY_TIMEOUT_S,
             check=False,
             cwd="/",
-            env={**environment(settings.state_dir), "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**child_environment(settings.state_dir), "PYTHONDONTWRITEBYTECODE": "1"},
         )
         problem = "" if result.returncode == 0 else (result.stderr.strip().splitlines() or ["no message"])[-1]
     except subprocess.TimeoutExpired:

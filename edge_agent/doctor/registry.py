@@ -16,7 +16,7 @@ from edge_agent.cache.store import Store
 from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.errors import EdgeAgentError, TransportError
 from edge_agent.settings import Settings
-from edge_agent.sync.process import environment
+from edge_agent.sync.process import child_environment
 
 _REQUEST_TIMEOUT_S = 10.0
 _START_S = 30.0
@@ -87,7 +87,7 @@ def _ask(settings: Settings) -> dict[str, dict[str, Any]]:
             timeout=_START_S + timeout_s * len(names),
             check=False,
             cwd="/",
-            env=environment(),
+            env=child_environment(),
         )
         answers = json.loads(result.stdout[:_MAX_ANSWER_BYTES])
         return dict(zip(names, map(_checked, answers), strict=True))

@@ -10,8 +10,9 @@ from typing import Any
 
 import edge_agent
 from edge_agent.doctor.finding import Finding, fail, ok, warn
+from edge_agent.environment import search_path
 from edge_agent.errors import DaemonNotRunning, EdgeAgentError
-from edge_agent.settings import Settings, find_control_socket, search_path
+from edge_agent.settings import Settings, find_control_socket
 from edge_agent.transport import control
 
 UNIT = "edge-agent.service"

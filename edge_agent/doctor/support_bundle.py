@@ -32,10 +32,11 @@ from edge_agent.cache import durable
 from edge_agent.cache.store import Store
 from edge_agent.doctor import cache, service
 from edge_agent.doctor.finding import Finding
+from edge_agent.environment import credential_path, known_secrets, search_path
 from edge_agent.errors import EdgeAgentError, StoreError
 from edge_agent.host import identity, memory
 from edge_agent.serving.learned import Learned
-from edge_agent.settings import Settings, credential_path, known_secrets, search_path
+from edge_agent.settings import Settings
 from edge_agent.transport.credentials import read_password
 
 REMOVED = "[removed]"

@@ -29,7 +29,7 @@ from edge_agent.package import genai_options, mlmodel
 from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from edge_agent.package.mlmodel import CODE_LOADER, TRANSFORMERS_LOADER, MLmodel
 
-WRAPPER = Path(__file__).parents[1] / "runner" / "genai_pyfunc.py"
+WRAPPER = Path(__file__).parents[1] / "wrapper" / "genai_pyfunc.py"
 SHIPPED_WRAPPERS: tuple[str, ...] = ()
 """sha256 of the wrappers of earlier releases: packages made with them stay trusted."""
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from edge_agent.host.memory import total_bytes
 from edge_agent.package.needs import GENAI, TRANSFORMERS, Needs
-from edge_agent.runner.process import environment
+from edge_agent.runner.process import child_environment
 
 UNKNOWN_ARCHITECTURE = "Unsupported model_type"
 """How onnxruntime-genai says so; it says it before it looks for the weights."""
@@ -83,7 +83,7 @@ def _ask_library(needs: Needs, state_dir: Path) -> str:
             timeout=_TIMEOUT_S,
             check=True,
             cwd="/",
-            env={**environment(state_dir), "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**child_environment(state_dir), "PYTHONDONTWRITEBYTECODE": "1"},
         )
         answer = json.loads(result.stdout[:_MAX_QUESTION_BYTES])["problem"]
     except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError):

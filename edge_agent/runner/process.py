@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_agent import settings
+from edge_agent import environment
 from edge_agent.errors import (
     PROMPT_ERRORS,
     Cancelled,
@@ -79,10 +79,10 @@ _TAIL_LINE_BYTES = 500
 _ENVIRONMENT_NAMES = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
 
 
-def environment(state_dir: Path) -> dict[str, str]:
+def child_environment(state_dir: Path) -> dict[str, str]:
     """A runner's whole environment: nothing of the daemon's but an allow-list, no credentials, no reports home."""
     return {
-        **settings.inherited_environment(*_ENVIRONMENT_NAMES),
+        **environment.inherited_environment(*_ENVIRONMENT_NAMES),
         "HOME": str(state_dir),
         "ORT_DISABLE_TELEMETRY": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",

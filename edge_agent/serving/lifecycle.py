@@ -26,7 +26,7 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, MemoryShort, Quarantined, StoreError, VerificationError
 from edge_agent.host import identity
 from edge_agent.host.memory import resident_bytes
-from edge_agent.runner.process import RunnerProcess, environment
+from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.serving import blame, gate
 from edge_agent.serving.blame import Crashes, Lack, Lacks, LoadFailures
 from edge_agent.serving.gate import GateFailed
@@ -544,7 +544,7 @@ def lifecycle_of(settings: Settings, name: str, store: Store, budget: MemoryBudg
             memory_limit_bytes=settings.inference.memory_limit_bytes,
         ),
         store=store,
-        start_runner=lambda: RunnerProcess(model=name, environment=environment(settings.state_dir)),
+        start_runner=lambda: RunnerProcess(model=name, environment=child_environment(settings.state_dir)),
     )
 
 

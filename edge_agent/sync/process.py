@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
-from edge_agent import settings
+from edge_agent import environment
 from edge_agent.errors import (
     CacheBusy,
     CannotRun,
@@ -225,7 +225,7 @@ def run_sync(
     raise EdgeAgentError(f"the sync of {job.name} ended with status {status}: {last_line}")
 
 
-def environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """The sync process's whole environment: the allow-list, systemd's credentials, and no reports to MLflow.
 
     Raises:
@@ -234,8 +234,8 @@ def environment() -> dict[str, str]:
     return {
         **_sendable(
             {
-                **settings.inherited_environment(*ENVIRONMENT_NAMES, prefixes=ENVIRONMENT_PREFIXES),
-                **settings.registry_credentials(),
+                **environment.inherited_environment(*ENVIRONMENT_NAMES, prefixes=ENVIRONMENT_PREFIXES),
+                **environment.registry_credentials(),
             }
         ),
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -270,7 +270,7 @@ def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment(),
+            env=child_environment(),
             cwd="/",
             close_fds=True,
             pass_fds=() if job.bundle is None else (job.bundle,),

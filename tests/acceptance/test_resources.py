@@ -11,7 +11,7 @@ import pytest
 from edge_agent.cache.store import Store
 from edge_agent.host import identity, memory
 from edge_agent.publishing import Published
-from edge_agent.runner.process import RunnerProcess, environment
+from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Done, Load
 from edge_agent.serving.learned import Learned
 from edge_agent.serving.lifecycle import ModelLifecycle
@@ -35,7 +35,7 @@ def test_threads_are_measured_once_and_remembered(pulled: Settings) -> None:
     started: list[RunnerProcess] = []
 
     def start() -> RunnerProcess:
-        started.append(RunnerProcess(model="assistant", environment=environment(pulled.state_dir)))
+        started.append(RunnerProcess(model="assistant", environment=child_environment(pulled.state_dir)))
         return started[-1]
 
     def runners_for_a_load(configured: int = 0) -> int:
@@ -83,7 +83,7 @@ def test_a_runners_memory_is_flat_over_a_thousand_prompts(pulled: Settings) -> N
     store = Store(pulled.state_dir)
     folder = store.folder(store.versions("assistant")[0])
     rng = random.Random(6)
-    runner = RunnerProcess(model="assistant", environment=environment(pulled.state_dir))
+    runner = RunnerProcess(model="assistant", environment=child_environment(pulled.state_dir))
 
     def ask(number: int) -> None:
         words = " ".join(rng.choices(("atom", "joke", "Spain", "नमस्ते", "7", "plus"), k=rng.randint(1, 60)))

@@ -27,7 +27,7 @@ from tests.benchmarks import make_random_model as random_model
 
 ROOT = Path(__file__).parents[2]
 HF_SAMPLE = ROOT / "tests" / "models" / "sample_hf"
-SAMPLE_SCRIPT = ROOT / "edge_agent" / "demo" / "make_sample_model.py"
+SAMPLE_SCRIPT = ROOT / "tools" / "make_sample_model.py"
 GATHER = "op_types_to_quantize=MatMul/Gather"
 PRUNE = "prune_lm_head=true"
 BUILDS: dict[str, tuple[str, ...]] = {

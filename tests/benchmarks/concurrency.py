@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.publishing import build_package
-from edge_agent.runner.process import RunnerProcess, environment
+from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Delta, Done, Load
 
 WORDS = ("press", "valve", "oil", "line", "part", "heat", "north", "seven", "green", "slow", "meter", "gate")
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         package = build_package(
             given.folder, Path(name) / "package", name="bench", signature="chat", options={}
         )
-        runner = RunnerProcess(model="bench", environment=environment(Path(name)))
+        runner = RunnerProcess(model="bench", environment=child_environment(Path(name)))
         try:
             load = Load(
                 folder=str(package.folder), context_tokens=2048, max_tokens=256, threads=given.threads,

@@ -25,7 +25,7 @@ from urllib.parse import quote
 import psutil  # type: ignore[import-untyped]
 
 from edge_agent.package import trust
-from edge_agent.sync import process
+from edge_agent.sync import process as sync_process
 from edge_agent.sync.process import SyncJob
 from tests.support.device import Device
 from tests.support.mlflow_server import Server, running_mlflow_server
@@ -52,7 +52,7 @@ def sync(job: SyncJob) -> Run:
         [sys.executable, "-m", "edge_agent.sync.bring"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=process.environment(),
+        env=sync_process.child_environment(),
     )
     peak = [0.0]
     ended = threading.Event()

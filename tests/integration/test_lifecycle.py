@@ -14,7 +14,7 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import CannotRun, EdgeAgentError, MemoryShort
 from edge_agent.package.manifest import MANIFEST_NAME
 from edge_agent.publishing import build_package
-from edge_agent.runner.process import RunnerProcess, environment
+from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.serving.learned import Learned
 from edge_agent.serving.lifecycle import ModelLifecycle
 from edge_agent.serving.loading import Loading
@@ -22,7 +22,7 @@ from edge_agent.serving.memory_budget import MemoryBudget
 from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import ModelSettings
 from tests.support.packages import manifest_of
-from tests.unit.test_models_store import commit, make_record
+from tests.unit.test_store import commit, make_record
 
 _PLENTY = 1 << 40
 
@@ -68,7 +68,7 @@ def host(tmp_path: Path, sample_model: Path) -> Iterator[Host]:
 
     def start_runner() -> RunnerProcess:
         made.runners += 1
-        return RunnerProcess(model="assistant", environment=environment(tmp_path / "state"))
+        return RunnerProcess(model="assistant", environment=child_environment(tmp_path / "state"))
 
     loading = Loading(
         settings=ModelSettings(uri="models:/phi@prod", preload=False),

@@ -18,7 +18,7 @@ from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, SyncResult
 from edge_agent.sync.registry import LocalPackage
 from edge_agent.updates.operations import run_operation, without_daemon
 from tests.support.packages import add_manifest, make_package
-from tests.unit.test_models_store import commit
+from tests.unit.test_store import commit
 
 _PART_BYTES = 3_000_000
 _WEIGHTS_BYTES = 2_000_000

@@ -14,7 +14,7 @@ import pytest
 
 from edge_agent.errors import PromptTooLong, RunnerError
 from edge_agent.publishing import build_package
-from edge_agent.runner.process import RunnerProcess, environment
+from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Delta, Done, Load, Refused
 from tests.support.processes import wait_until
 
@@ -27,7 +27,7 @@ def package(sample_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def runner(package: Path, tmp_path: Path) -> Iterator[RunnerProcess]:
-    running = RunnerProcess(model="assistant", environment=environment(tmp_path))
+    running = RunnerProcess(model="assistant", environment=child_environment(tmp_path))
     try:
         load = Load(
             folder=str(package), context_tokens=2048, max_tokens=64, threads=1, parallel=4, kv_bytes=8 << 20

@@ -13,7 +13,7 @@ import pytest
 
 from edge_agent.errors import PolicyError
 from edge_agent.package.trust import Rule
-from edge_agent.runner.process import RunnerProcess, environment
+from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Done, Load
 from edge_agent.sync.process import TrustJob
 from tests.support.device import Device
@@ -65,7 +65,7 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
 @contextmanager
 def loaded(device: Device, work: Path) -> Iterator[RunnerProcess]:
     (record,) = device.store.versions()
-    runner = RunnerProcess(model="assistant", environment=environment(work))
+    runner = RunnerProcess(model="assistant", environment=child_environment(work))
     try:
         folder = str(device.store.folder(record))
         answer = runner.load(

@@ -36,7 +36,7 @@ from edge_agent.errors import (
     VerificationError,
 )
 from edge_agent.package import trust
-from edge_agent.sync import process
+from edge_agent.sync import process as sync_process
 from edge_agent.sync.bring import synchronise
 from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, SyncResult, run_sync
 from tests.support.mlflow_server import Server
@@ -283,7 +283,7 @@ def test_hostile_content_is_refused_with_its_reason(device: Device, changes: Cha
 
 def test_a_version_that_today_s_policy_refuses_is_not_waved_through(device: Device) -> None:
     device.publish({"genai_pyfunc.py": "print()"})
-    open_job = replace(device.job, trust=process.TrustJob(allow_unsigned_code=True))
+    open_job = replace(device.job, trust=sync_process.TrustJob(allow_unsigned_code=True))
     assert device.check(open_job).new
     with pytest.raises(PolicyError):
         device.check()
@@ -329,7 +329,7 @@ def running_sync(job: SyncJob) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=process.environment(),
+        env=sync_process.child_environment(),
     )
     assert process.stdin is not None
     process.stdin.write(job.encode())
@@ -440,7 +440,7 @@ def test_a_job_that_is_no_job_is_an_error_event(tmp_path: Path) -> None:
         [sys.executable, "-m", "edge_agent.sync.bring"],
         input=b'{"no": "job"}',
         capture_output=True,
-        env=process.environment(),
+        env=sync_process.child_environment(),
         timeout=30,
         check=False,
     )
@@ -453,7 +453,7 @@ def test_the_environment_has_no_secrets_of_others(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("EDGE_AGENT_MQTT__PASSWORD_FILE", "x")
     monkeypatch.setenv("OTHER_TOKEN", "x")
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "x")
-    environment = process.environment()
+    environment = sync_process.child_environment()
     assert "MLFLOW_TRACKING_TOKEN" in environment
     assert not {"OTHER_TOKEN", "EDGE_AGENT_MQTT__PASSWORD_FILE"} & set(environment)
 

@@ -181,7 +181,7 @@ def test_a_disk_that_takes_no_more_ends_the_fetch_and_is_freed(device: Device) -
         [sys.executable, "-c", LIMITED_SYNC, "1000000"],
         input=device.job().encode(),
         capture_output=True,
-        env=process.environment(),
+        env=process.child_environment(),
         timeout=60,
         check=False,
     )

@@ -158,7 +158,7 @@ def _own_interpreter(folder: Path) -> str:
     script = folder / "python"
     script.write_text(
         f"#!/bin/sh\ncase $2 in\n"
-        f'edge_agent.models.*) exec {python} {shlex.quote(__file__)} {shlex.quote(str(folder))} "$@" ;;\n'
+        f'edge_agent.sync.*) exec {python} {shlex.quote(__file__)} {shlex.quote(str(folder))} "$@" ;;\n'
         f'*) exec {python} "$@" ;;\nesac\n'
     )
     script.chmod(0o700)

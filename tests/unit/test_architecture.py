@@ -35,17 +35,85 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def imported_by(folder: str) -> dict[str, set[str]]:
-    return {str(path.relative_to(PACKAGE)): set(imports(path)) for path in (PACKAGE / folder).rglob("*.py")}
+ORDER: tuple[frozenset[str], ...] = tuple(
+    frozenset(rooms.split())
+    for rooms in (
+        "cli",
+        "daemon device_status",
+        "doctor bench demo",
+        "transport updates",
+        "chat serving sync publishing",
+        "runner cache",
+        "owner private_broker",
+        "settings",
+        "package",
+        "host",
+        "wrapper environment topics errors logs terminal sd_notify",
+    )
+)
+"""From the top down: a room imports what stands below it. Rooms in one line do not know each other."""
+TOGETHER = {("daemon", "device_status"), ("topics", "errors"), ("environment", "errors")}
+"""Within one line, who knows whom all the same."""
+APART = {("chat", "cache"), ("chat", "serving"), ("transport", "serving"), ("transport", "sync")}
+"""Further down, and still none of its business: prompts do not know where models come from."""
 
 
-@pytest.mark.parametrize(("folder", "other"), [("chat", "edge_agent.models"), ("models", "edge_agent.chat")])
-def test_prompts_and_models_do_not_know_each_other(folder: str, other: str) -> None:
-    found = imported_by(folder)
-    assert found
+def level(room: str) -> int:
+    return next(number for number, rooms in enumerate(ORDER) if room in rooms)
+
+
+def arrows() -> Iterator[tuple[str, str, str]]:
+    """(file, its room, the room of something that it imports)."""
+    for path in modules():
+        name = str(path.relative_to(PACKAGE))
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for module in imports(path):
+            parts = module.split(".")
+            if parts[0] != "edge_agent" or len(parts) < 2 or not is_room(parts[1]) or parts[1] == room:
+                continue
+            yield name, room, parts[1]
+
+
+def is_room(name: str) -> bool:
+    return (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
+
+
+def test_every_room_has_its_place() -> None:
+    found = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in modules()}
+    assert found - {"__init__", "__main__"} == frozenset().union(*ORDER)
+
+
+def test_nothing_imports_upwards() -> None:
+    found = list(arrows())
+    assert len(found) > 300, "the imports were not found"
+    wrong = {
+        f"{name} -> {other}"
+        for name, room, other in found
+        if room != "__main__"
+        and (room, other) not in TOGETHER
+        and (level(other) <= level(room) or (room, other) in APART)
+    }
+    assert wrong == set()
+
+
+def test_of_a_runner_prompts_know_the_protocol_only() -> None:
+    names = {
+        module
+        for path in (PACKAGE / "chat").glob("*.py")
+        for module in imports(path)
+        if module.startswith("edge_agent.runner.")
+    }
+    assert names
+    assert {".".join(name.split(".")[:3]) for name in names} == {"edge_agent.runner.protocol"}
+
+
+def test_no_room_is_overcrowded() -> None:
+    folders = {path.parent for path in modules()}
     assert {
-        name for name, names in found.items() if any(module.startswith(other) for module in names)
-    } == set()
+        str(folder.relative_to(PACKAGE)): len(list(folder.glob("*.py")))
+        for folder in folders
+        if len(list(folder.glob("*.py"))) > 20
+    } == {}
 
 
 @pytest.mark.parametrize(
@@ -57,13 +125,13 @@ def test_prompts_and_models_do_not_know_each_other(folder: str, other: str) -> N
         ),
         (
             "onnxruntime_genai",
-            {"wrapper/genai_pyfunc.py", "runner/capability.py", "demo/make_sample_model.py", "bench/bare.py"},
+            {"wrapper/genai_pyfunc.py", "runner/capability.py", "bench/bare.py"},
         ),
         (
             "transformers",
-            {"runner/transformers_flavor.py", "runner/capability.py", "demo/make_sample_model.py"},
+            {"runner/transformers_flavor.py", "runner/capability.py"},
         ),
-        ("torch", {"runner/transformers_flavor.py", "demo/make_sample_model.py"}),
+        ("torch", {"runner/transformers_flavor.py"}),
         ("sqlite3", {"chat/journal_file.py"}),
     ],
 )
@@ -84,7 +152,7 @@ def test_the_environment_is_read_in_one_place() -> None:
         if "os.environ" in path.read_text("utf-8") or "os.getenv" in path.read_text("utf-8")
     }
     own_processes = {"sync/registry.py", "sync/bring.py", "publishing/register.py", "publishing/trial.py"}
-    assert users - own_processes - {"demo/make_sample_model.py", "bench/bandwidth.py"} == {"settings.py"}
+    assert users - own_processes - {"bench/bandwidth.py"} == {"environment.py"}
 
 
 def test_the_daemon_imports_nothing_heavy() -> None:

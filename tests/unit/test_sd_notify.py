@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.environment import service_manager
 from edge_agent.sd_notify import Notifier
-from edge_agent.settings import service_manager
 
 
 @pytest.fixture

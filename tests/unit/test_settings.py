@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from edge_agent import settings
+from edge_agent import environment, settings
 from edge_agent.errors import SettingsError
-from edge_agent.runner import process
+from edge_agent.runner import process as runner_process
 from edge_agent.settings import ModelSettings, Settings
-from edge_agent.sync import process
+from edge_agent.sync import process as sync_process
 from tests.support.processes import to_toml
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
@@ -121,8 +121,8 @@ def test_the_registrys_credentials_come_from_systemd_and_reach_the_sync_process_
 ) -> None:
     (tmp_path / "mlflow-tracking-token").write_text("a token\n")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-    assert process.environment()["MLFLOW_TRACKING_TOKEN"] == "a token"
-    assert "a token" not in process.environment(tmp_path).values()
+    assert sync_process.child_environment()["MLFLOW_TRACKING_TOKEN"] == "a token"
+    assert "a token" not in runner_process.child_environment(tmp_path).values()
     (tmp_path / "mlflow-tracking-token").write_bytes(b"\xff")
     with pytest.raises(SettingsError, match="mlflow-tracking-token"):
-        settings.registry_credentials()
+        environment.registry_credentials()

@@ -1,0 +1,133 @@
+"""The process's environment: variables, systemd's folders, and credentials.
+
+Owns every look at `os.environ` in the daemon and the command. Secrets are never settings: they are files, or systemd
+credentials, that are read when they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+from edge_agent.errors import SettingsError
+
+SERVICE_CREDENTIALS = Path("/run/credentials/edge-agent.service")
+CREDENTIAL_STORE = Path("/etc/credstore")
+REGISTRY_CREDENTIALS = (
+    "mlflow-tracking-username",
+    "mlflow-tracking-password",
+    "mlflow-tracking-token",
+    "aws-access-key-id",
+    "aws-secret-access-key",
+)
+"""Names of systemd credentials; each is the variable of the same name for the sync process."""
+CREDENTIALS = ("mqtt-password", "mqtt-key", *REGISTRY_CREDENTIALS)
+"""All that the unit names."""
+
+_MAX_CREDENTIAL_BYTES = 65_536
+
+
+def credential_path(name: str) -> Path | None:
+    """The file of a systemd credential, or None when the service has none of that name.
+
+    An operator's command has no `$CREDENTIALS_DIRECTORY`: where it may read them, it takes the running
+    service's, or what the next start of the service gets.
+    """
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    folders = [Path(directory)] if directory else [SERVICE_CREDENTIALS, CREDENTIAL_STORE]
+    return next((path for folder in folders if os.access(path := folder / name, os.R_OK)), None)
+
+
+def registry_credentials() -> dict[str, str]:
+    """The registry's credentials from systemd, as the variables that MLflow reads; none where there are none.
+
+    Raises:
+        SettingsError: a file cannot be read.
+    """
+    found = {}
+    for name in REGISTRY_CREDENTIALS:
+        if path := credential_path(name):
+            found[name.upper().replace("-", "_")] = read_credential(path)
+    return found
+
+
+def take_credentials_along() -> None:
+    """Puts the registry's credentials into the environment of this process, before it loses the right to read them."""
+    os.environ.update(registry_credentials())
+
+
+def known_secrets() -> list[str]:
+    """Every secret of the registry that this process has or can read: what must not be in a text for others."""
+    variables = [
+        value
+        for key, value in os.environ.items()
+        if re.search("TOKEN|PASSWORD|SECRET|CREDENTIAL|KEY", key) and not Path(value).is_absolute()
+    ]
+    files = []
+    for name in REGISTRY_CREDENTIALS:
+        with contextlib.suppress(SettingsError):  # what cannot be read is in nobody's text
+            if path := credential_path(name):
+                files.append(read_credential(path))
+    return [*variables, *files]
+
+
+def read_credential(path: Path) -> str:
+    """A secret's file: one line, without its end.
+
+    Raises:
+        SettingsError: it cannot be read, is not text, or is far too long.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_CREDENTIAL_BYTES + 1)
+        if len(data) > _MAX_CREDENTIAL_BYTES:
+            raise SettingsError(f"credential {path} has more than {_MAX_CREDENTIAL_BYTES} bytes")
+        return data.decode("utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"credential {path} cannot be read: {error}") from error
+
+
+def inherited_environment(*names: str, prefixes: tuple[str, ...] = ()) -> dict[str, str]:
+    """The part of this process's environment that a child may have: an allow-list, never the whole."""
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key in names or (prefixes and key.startswith(prefixes))
+    }
+
+
+def search_path() -> str:
+    """Where programs are looked for."""
+    return os.environ.get("PATH", os.defpath)
+
+
+def logs_to_journal() -> bool:
+    """True when stderr is systemd's journal. Source: systemd.exec(5), `$JOURNAL_STREAM`."""
+    status = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def service_manager() -> tuple[str | None, float | None]:
+    """What `sd_notify.Notifier` takes: `$NOTIFY_SOCKET`, and the watchdog's interval in seconds.
+
+    The watchdog is None when there is none, or when it is meant for another process (`$WATCHDOG_PID`).
+    Source: sd_notify(3), sd_watchdog_enabled(3).
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    interval_us = os.environ.get("WATCHDOG_USEC", "")
+    pid = os.environ.get("WATCHDOG_PID", "")
+    ours = interval_us.isdecimal() and int(interval_us) > 0 and pid in ("", str(os.getpid()))
+    return address if address.startswith(("/", "@")) else None, int(interval_us) / 1e6 if ours else None
+
+
+def directory(variable: str) -> Path | None:
+    """systemd gives several directories separated by colons; the first is ours."""
+    value = os.environ.get(variable, "").split(":")[0]
+    return Path(value) if value else None
+
+
+def names(prefix: str) -> list[str]:
+    """The variables whose names begin so."""
+    return [variable for variable in os.environ if variable.startswith(prefix)]
