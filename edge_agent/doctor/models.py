@@ -1,4 +1,4 @@
-"""The configured models: is there memory, which flavor runs each, on how many threads, is it built to be quick?"""
+"""The configured models: is there memory, which flavor runs each, and on how many threads?"""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from edge_agent.cache.store import Store
 from edge_agent.doctor import cache
 from edge_agent.doctor.finding import Finding, ok, warn
 from edge_agent.host.memory import available_bytes
-from edge_agent.package import genai_options
-from edge_agent.publishing import build_advice
 from edge_agent.serving.learned import Learned
 from edge_agent.serving.memory_budget import MemoryBudget
 from edge_agent.serving.threads import ThreadChoice
@@ -24,7 +22,6 @@ def check(settings: Settings) -> Iterator[Finding]:
     yield from _check_memory(settings)
     yield from _check_fallbacks(settings)
     yield from _check_threads(settings)
-    yield from _check_builds(settings)
 
 
 def _check_memory(settings: Settings) -> Iterator[Finding]:
@@ -108,20 +105,6 @@ def _check_measured_threads(settings: Settings) -> Iterator[Finding]:
             else f"not measured yet, one of {', '.join(map(str, found))}"
         )
         yield ok("models.threads", f"{record.name}: {said}; inference.threads overrules it")
-
-
-def _check_builds(settings: Settings) -> Iterator[Finding]:
-    """Whether the active versions were built in the way that is quick on CPUs."""
-    for record in _active(settings):
-        folder = Store(settings.state_dir).folder(record)
-        options = [file.path for file in record.files if Path(file.path).name == genai_options.FILE_NAME]
-        lines = [line for path in options for line in build_advice.of_folder((folder / path).parent)]
-        for line in lines:
-            yield warn(
-                "models.build", f"{record.name}: {line}", "build and publish it again, see docs/models.md"
-            )
-        if options and not lines:
-            yield ok("models.build", f"{record.name} is built as recommended")
 
 
 def _active(settings: Settings) -> list[VersionRecord]:

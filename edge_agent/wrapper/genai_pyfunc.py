@@ -46,6 +46,99 @@ MAX_RESPONSE_FORMAT_CHARACTERS = 32_768
 ROLES = ("system", "user", "assistant")
 
 
+class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """Answers chat or raw prompts with an ONNX folder made by the onnxruntime-genai model builder."""
+
+    def load_context(self, context: Any) -> None:
+        """Opens the model, the tokenizer and the generation defaults."""
+        options = _Options.parse(context.model_config or {})
+        self._engine = _Engine(Path(context.artifacts[ARTIFACT]), options)
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
+        """Answers whole.
+
+        Args:
+            model_input: a row for each request, with the signature's columns; a dict or a list of dicts, too.
+                (MLflow warns about any other type hint: it would infer a signature from it.)
+            params: see `_Request.PARAMS`.
+
+        Returns:
+            For messages a list with one llm/v1/chat completion for each row; for a prompt the answer's text
+            (a list of texts for several rows).
+
+        Raises:
+            RequestError: the request is at fault.
+        """
+        answers: list[Any] = []
+        for row in _rows(model_input):
+            *deltas, last = self._answer(row, params)
+            text = "".join(deltas)
+            answers.append(text if "prompt" in row else self._completion(text, last))
+        return answers[0] if len(answers) == 1 and isinstance(answers[0], str) else answers
+
+    def predict_stream(
+        self, context: Any, model_input: Any, params: dict[str, Any] | None = None
+    ) -> Iterator[str | dict[str, Any]]:
+        """Answers piece by piece; closing the iterator stops within one slice or one decode step.
+
+        Yields:
+            Text deltas (empty between prefill slices and for steps that complete no text), then one dict
+            `{finish_reason, usage, timings}`.
+
+        Raises:
+            RequestError: the request is at fault; raised before the first item.
+        """
+        rows = _rows(model_input)
+        if len(rows) != 1:
+            raise RequestError("bad_request", f"a stream answers one row, not {len(rows)}")
+        yield from self._answer(rows[0], params)
+
+    def predict_streams(
+        self, requests: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]
+    ) -> list[_Lane | _Refused]:
+        """Begins to answer several requests, for a caller that takes turns between them.
+
+        What fits together shares one generator. Each lane is an iterator of steps and has to be closed; all of
+        them belong to one thread.
+
+        Args:
+            requests: pairs of row and params, as in `predict_stream`.
+
+        Returns:
+            Lanes; `rows` says whom each one answers. Requests that none of them answers, always the last ones,
+            found no memory: they can be brought again when a lane is closed. Where none is open, one is found.
+        """
+        jobs: list[_Job] = []
+        refused: list[_Refused] = []
+        for number, (row, params) in enumerate(requests):
+            try:
+                jobs.append(self._engine.read(row, params, number))
+            except RequestError as error:
+                refused.append(_Refused(number, error))
+        return [*refused, *self._engine.lanes(jobs)]
+
+    def _answer(self, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> Iterator[Any]:
+        (lane,) = self._engine.lanes([self._engine.read(row, params, 0)], beyond=True)
+        try:
+            for step in lane:
+                yield from (item for _, item in step) if step else ("",)
+        finally:
+            lane.close()
+
+    def _completion(self, text: str, last: Mapping[str, Any]) -> dict[str, Any]:
+        """The seed's completion object: exactly its fields, so `cached_tokens` stays in the stream."""
+        usage = {key: last["usage"][key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
+        message = {"role": "assistant", "content": text}
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self._engine.options.model,
+            "choices": [{"index": 0, "message": message, "finish_reason": last["finish_reason"]}],
+            "usage": usage,
+        }
+
+
 class RequestError(ValueError):
     """The request is at fault, not the model; the text starts with the code.
 
@@ -592,99 +685,6 @@ class _Refused:
 
     def close(self) -> None:
         """Nothing to end."""
-
-
-class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-    """Answers chat or raw prompts with an ONNX folder made by the onnxruntime-genai model builder."""
-
-    def load_context(self, context: Any) -> None:
-        """Opens the model, the tokenizer and the generation defaults."""
-        options = _Options.parse(context.model_config or {})
-        self._engine = _Engine(Path(context.artifacts[ARTIFACT]), options)
-
-    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
-        """Answers whole.
-
-        Args:
-            model_input: a row for each request, with the signature's columns; a dict or a list of dicts, too.
-                (MLflow warns about any other type hint: it would infer a signature from it.)
-            params: see `_Request.PARAMS`.
-
-        Returns:
-            For messages a list with one llm/v1/chat completion for each row; for a prompt the answer's text
-            (a list of texts for several rows).
-
-        Raises:
-            RequestError: the request is at fault.
-        """
-        answers: list[Any] = []
-        for row in _rows(model_input):
-            *deltas, last = self._answer(row, params)
-            text = "".join(deltas)
-            answers.append(text if "prompt" in row else self._completion(text, last))
-        return answers[0] if len(answers) == 1 and isinstance(answers[0], str) else answers
-
-    def predict_stream(
-        self, context: Any, model_input: Any, params: dict[str, Any] | None = None
-    ) -> Iterator[str | dict[str, Any]]:
-        """Answers piece by piece; closing the iterator stops within one slice or one decode step.
-
-        Yields:
-            Text deltas (empty between prefill slices and for steps that complete no text), then one dict
-            `{finish_reason, usage, timings}`.
-
-        Raises:
-            RequestError: the request is at fault; raised before the first item.
-        """
-        rows = _rows(model_input)
-        if len(rows) != 1:
-            raise RequestError("bad_request", f"a stream answers one row, not {len(rows)}")
-        yield from self._answer(rows[0], params)
-
-    def predict_streams(
-        self, requests: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]
-    ) -> list[_Lane | _Refused]:
-        """Begins to answer several requests, for a caller that takes turns between them.
-
-        What fits together shares one generator. Each lane is an iterator of steps and has to be closed; all of
-        them belong to one thread.
-
-        Args:
-            requests: pairs of row and params, as in `predict_stream`.
-
-        Returns:
-            Lanes; `rows` says whom each one answers. Requests that none of them answers, always the last ones,
-            found no memory: they can be brought again when a lane is closed. Where none is open, one is found.
-        """
-        jobs: list[_Job] = []
-        refused: list[_Refused] = []
-        for number, (row, params) in enumerate(requests):
-            try:
-                jobs.append(self._engine.read(row, params, number))
-            except RequestError as error:
-                refused.append(_Refused(number, error))
-        return [*refused, *self._engine.lanes(jobs)]
-
-    def _answer(self, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> Iterator[Any]:
-        (lane,) = self._engine.lanes([self._engine.read(row, params, 0)], beyond=True)
-        try:
-            for step in lane:
-                yield from (item for _, item in step) if step else ("",)
-        finally:
-            lane.close()
-
-    def _completion(self, text: str, last: Mapping[str, Any]) -> dict[str, Any]:
-        """The seed's completion object: exactly its fields, so `cached_tokens` stays in the stream."""
-        usage = {key: last["usage"][key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
-        message = {"role": "assistant", "content": text}
-        return {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": self._engine.options.model,
-            "choices": [{"index": 0, "message": message, "finish_reason": last["finish_reason"]}],
-            "usage": usage,
-        }
 
 
 def _groups(jobs: Sequence[_Job], may_share: Sequence[bool]) -> Iterator[list[_Job]]:
