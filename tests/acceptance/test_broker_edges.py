@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import re
 import resource
-import shutil
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,19 +17,15 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from edge_agent.chat import clock
-from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
-from edge_agent.chat.prompt import Answer, Arrival, Prompt, Source
-from edge_agent.settings import MqttSettings
-from edge_agent.topics import Topics
+from edge_agent.chat.prompt import Answer
 from edge_agent.transport import mqtt, reconnect
-from edge_agent.transport.credentials import read_password
-from edge_agent.transport.mqtt import Handler, Inbound, MqttTransport
-from tests.acceptance.conftest import settings_for, wait_for_state
+from edge_agent.transport.mqtt import Inbound
 from tests.support.client import Client, Message, chat, connected
 from tests.support.mosquitto import Broker, running_broker
-from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
+from tests.support.mqtt_agent import Agent, Recorder
+from tests.support.processes import Daemon, short_folder, wait_until
+from tests.support.sample_device import running_device, settings_for, wait_for_state
 
 SPAIN = "What is the capital of Spain?"
 MADRID = "The capital of Spain is Madrid."
@@ -41,22 +34,6 @@ QUEUE_DEPTH = 8
 
 
 # --- The parts under test ------------------------------------------------------------------------------
-
-
-def copy_cache(source: Daemon, state_dir: Path) -> None:
-    """Gives another device the models that one has pulled already."""
-    shutil.copytree(source.state_dir, state_dir, ignore=shutil.ignore_patterns("journal*", "*.sock"))
-
-
-@contextlib.contextmanager
-def running_device(source: Daemon, config: dict[str, Any], *, ready: bool = True) -> Iterator[Daemon]:
-    """A daemon with the models of `source` and no registry; with `ready`, once it answers."""
-    with short_folder() as folder:
-        copy_cache(source, folder / "state")
-        with running_daemon(config, folder=folder) as daemon:
-            if ready:
-                wait_for_state(daemon, "ready")
-            yield daemon
 
 
 @pytest.fixture(scope="module")
@@ -90,71 +67,6 @@ def long(characters: int = 900, **fields: Any) -> dict[str, Any]:
         response_format={"type": "regex", "regex": f"(0|1){{{characters}}}"},
         **fields,
     )
-
-
-class Agent:
-    """The agent's MQTT side alone: the real transport and journal, with handlers of the test."""
-
-    def __init__(
-        self, folder: Path, handlers: dict[str, Handler], *, device: str = "bare", **settings: Any
-    ) -> None:
-        self.settings = MqttSettings(**settings)
-        self.topics = Topics(prefix="edge", device_id=device, reply_prefixes=("replies/",))
-        self.journal = Journal(folder / "journal.db", moment=clock.now())
-        self.transport = MqttTransport(
-            self.settings,
-            topics=self.topics,
-            journal=self.journal,
-            password=lambda: read_password(self.settings, None),
-            handlers={f"{self.topics.root}/{name}": handler for name, handler in handlers.items()},
-            will=b'{"state":"offline"}',
-            max_payload_bytes=102_400,
-        )
-        self._thread = threading.Thread(target=self.transport.run, name=f"agent-{device}", daemon=True)
-
-    def __enter__(self) -> Agent:
-        self.transport.set_retained(self.topics.status, b'{"state":"ready"}')
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.transport.close()
-        self._thread.join(15)
-        assert not self._thread.is_alive()
-        self.journal.close()
-
-    def wait_connected(self, timeout_s: float = 20) -> None:
-        wait_until(lambda: self.transport.connected, timeout_s, "a connection to the broker")
-        assert self._thread.is_alive()
-
-    def accept(self, topic: str, **changes: Any) -> Prompt:
-        """A prompt in the journal, running, whose answer goes to `topic`."""
-        arrival = Arrival(
-            **{
-                "id": uuid.uuid4().hex,
-                "identity": None,
-                "body_sha256": hashlib.sha256(topic.encode()).digest(),
-                "source": Source.MQTT,
-                "model": "m",
-                "document": {"prompt": "x"},
-                "form": Form.JSON,
-                "stream": True,
-                "answer_topic": topic,
-                "correlation": b"c",
-                "deadline_s": 60,
-                **changes,
-            }
-        )
-        self.journal.accept(arrival, moment=clock.now(), queue_depth=10_000, retry_after_ms=100)
-        prompt = self.journal.claim("m")
-        assert prompt is not None
-        return prompt
-
-    def answer(self, prompt: Prompt, payload: bytes) -> None:
-        self.journal.answer(
-            prompt.row, Answer(payload=payload, properties={"status": "200"}), moment=clock.now()
-        )
-        self.transport.answered(prompt.row)
 
 
 def settings_of(broker: Broker) -> dict[str, Any]:
@@ -252,18 +164,6 @@ def _refuse_subscriptions(data: bytes) -> bytes:
 
 
 # --- A handler that fails, a message that poisons ------------------------------------------------------
-
-
-class Recorder:
-    """A handler that keeps what came, and fails at what is poison."""
-
-    def __init__(self) -> None:
-        self.seen: list[bytes] = []
-
-    def __call__(self, message: Inbound) -> None:
-        self.seen.append(message.payload)
-        if message.payload.startswith(b"poison"):
-            raise RecursionError("no handler foresees this")
 
 
 def test_a_handler_that_fails_stops_nothing_and_its_message_is_acked(

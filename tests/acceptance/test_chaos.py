@@ -35,11 +35,11 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_agent.publishing import Published
-from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker, running_broker
 from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
 from tests.support.proxy import Proxy, running_proxy
+from tests.support.sample_device import settings_for, wait_for_state
 from tools.make_sample_model import Pair, pairs
 
 DEVICE = "chaos"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from edge_agent.publishing import Published, publish_folder
-from tests.acceptance.conftest import SAMPLE, settings_for, wait_for_state
 from tests.support.client import chat, connected
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.mosquitto import Broker, running_broker
 from tests.support.processes import Daemon, alive, short_folder, wait_until
+from tests.support.sample_device import SAMPLE, settings_for, wait_for_state
 
 SPAIN = "What is the capital of Spain?"
 MADRID = "The capital of Spain is Madrid."

@@ -20,9 +20,9 @@ from hypothesis import given
 from edge_agent.chat import messages
 from edge_agent.errors import PROMPT_ERRORS, PromptError
 from tests.support.client import Client, Message, chat, connected
+from tests.support.generated_messages import Properties, examples, payloads, properties
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, wait_until
-from tests.unit.test_fuzz import Properties, examples, payloads, properties
 
 CASES = 500
 WINDOW = 20

@@ -19,11 +19,11 @@ from edge_agent.serving.loading import Loading
 from edge_agent.serving.memory_budget import MemoryBudget
 from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import Settings
-from tests.acceptance.conftest import SAMPLE, settings_for
 from tests.support.client import Client, chat, connected
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, wait_until
+from tests.support.sample_device import SAMPLE, settings_for
 
 SPAIN, MADRID = "What is the capital of Spain?", "The capital of Spain is Madrid."
 MB = 1_000_000

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.conftest import wait_for_state
 from tests.support.client import Message, chat
 from tests.support.processes import wait_until
+from tests.support.sample_device import wait_for_state
 from tests.support.versions import KATHMANDU, MADRID, FollowingDevice, asking, check_switched_once, golden
 
 

@@ -330,6 +330,29 @@ class Daemon:
         return [self.python, "-m", "edge_agent", "--config", str(self.config_file), *arguments]
 
 
+class Commands:
+    """The command lines of the daemon and of all that it starts, looked at again and again in a block."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.seen: set[str] = set()
+        self._daemon = psutil.Process(daemon.pid)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="commands")
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.01):
+            for process in [self._daemon, *self._daemon.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self.seen.add(" ".join(process.cmdline()))
+
+
 @contextlib.contextmanager
 def running_daemon(
     config: Mapping[str, Any],
