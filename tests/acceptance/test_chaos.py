@@ -323,7 +323,7 @@ def connected_clients(broker: Broker) -> Iterator[list[PersistentClient]]:
         for number in range(CLIENTS):
             clients.append(PersistentClient(broker, number))
             stack.callback(clients[-1].close)
-        wait_until(lambda: all(client.subscribed for client in clients), 10, "the clients' subscriptions")
+        wait_until(lambda: all(client.subscribed for client in clients), 60, "the clients' subscriptions")
         yield clients
 
 

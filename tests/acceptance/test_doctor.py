@@ -257,7 +257,7 @@ def test_a_prompt_that_waits_in_the_daemons_session_is_not_lost_to_the_check(sho
         assert levels(broker_check.check(settings, None))["broker.publish"] is Level.OK
         handler = Recorder()
         with Agent(short_dir, {"req/chat": handler}, device=DEVICE, **place):
-            wait_until(lambda: handler.seen == [b"asked while away"], 20, "the prompt")
+            wait_until(lambda: handler.seen == [b"asked while away"], 60, "the prompt")
 
 
 # --- The cache ------------------------------------------------------------------------------------------

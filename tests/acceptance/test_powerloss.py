@@ -105,7 +105,7 @@ def settings(broker: Broker, server: Server) -> dict[str, Any]:
 
 
 def model_of(daemon: Daemon) -> dict[str, Any]:
-    (event,) = control.call(daemon.control_socket, "status", timeout_s=30)
+    (event,) = control.call(daemon.control_socket, "status", timeout_s=60)
     model: dict[str, Any] = event["status"]["models"][0]
     return model
 

@@ -108,9 +108,9 @@ def use(daemon: Daemon, client: Client, commands: Commands) -> None:
     cancelled = client.send(chat(words, **LONG))
     client.publish(f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=cancelled)
     assert client.answer(cancelled).status in (499, 200)
+    (runner,) = daemon.runners()
     crashed = client.send(chat(words, stream=True, **LONG))
     wait_until(lambda: client.chunks(crashed), 60, "a chunk")
-    (runner,) = daemon.runners()
     runner.kill()
     assert client.answer(crashed).status == 500
     with commands:

@@ -70,9 +70,9 @@ def test_nobody_else_can_read_the_answers(documented: tuple[Broker, Authority], 
         shop.ask(SPAIN, f"replies/shop/{DEVICE}", b"s-2")
         shop.publish(f"{ROOT}/req/chat", json.dumps(chat(SPAIN, id="to-rsp")))
         assert shop.wait_answer(b"s-2") == MADRID
-        wait_until(lambda: f"'{ROOT}/rsp/to-rsp'" in documented[0].log_text(), 10, "the answer under rsp")
+        wait_until(lambda: f"'{ROOT}/rsp/to-rsp'" in documented[0].log_text(), 60, "the answer under rsp")
         assert mallory.publish("replies/mallory/mallory/x", b"to myself") == "Success"
-        wait_until(lambda: len(mallory.came) > 0, 10, "what comes after it")
+        wait_until(lambda: len(mallory.came) > 0, 60, "what comes after it")
         assert {message.topic for message in mallory.came} == {"replies/mallory/mallory/x"}
 
 
@@ -95,7 +95,7 @@ def test_a_fake_status_reaches_nobody(documented: tuple[Broker, Authority], pres
     with Application(*documented, "console") as console, Application(*documented, "shop") as shop:
         assert shop.publish(f"{ROOT}/status", b'{"state": "offline"}', retain=True) == "Not authorized"
         console.subscribe("edge/v1/+/status")
-        wait_until(lambda: len(console.came) > 0, 10, "the retained status")
+        wait_until(lambda: len(console.came) > 0, 60, "the retained status")
         assert json.loads(console.came[0].payload)["state"] == "ready"
         assert console.publish(f"{ROOT}/model/desired", b"{}") in ("Success", "No matching subscribers")
 
@@ -129,7 +129,7 @@ def test_without_a_certificate_nobody_connects(documented: tuple[Broker, Authori
         bare.connect(broker.host, broker.port)
     bare.loop_start()
     try:
-        assert ended.wait(10)
+        assert ended.wait(60)
         assert not accepted.is_set()
     finally:
         bare.disconnect()
@@ -152,13 +152,13 @@ def test_the_largest_prompt_gets_through_and_a_larger_message_reaches_nobody(
         shop.subscribe("replies/shop/#")
         largest = b'{"id": "large", "prompt": "' + b"x" * 102_370 + b'"}'
         assert shop.publish(topic, largest, response_topic=replies, correlation=b"l") == "Success"
-        wait_until(lambda: shop.came, 10, "an answer about the context")
+        wait_until(lambda: shop.came, 60, "an answer about the context")
         assert json.loads(shop.came[0].payload)["error"]["code"] == "prompt_too_long"
         assert "bytes" not in json.loads(shop.came[0].payload)["error"]["message"]
     with Application(*documented, "shop") as clumsy:
         clumsy.wait_connected()
         clumsy.send(topic, b"x" * 140_000)
-        wait_until(lambda: clumsy.connects > 1, 10, "the end of its connection")
+        wait_until(lambda: clumsy.connects > 1, 60, "the end of its connection")
     assert "(140000 bytes)" not in documented[0].log_text(), "it went to nobody"
     with Application(*documented, "shop") as shop:
         shop.subscribe("replies/shop/#")
@@ -175,18 +175,18 @@ def test_a_prompt_for_a_device_that_is_away_survives_a_power_cut_of_the_broker(s
         }
         with Agent(short_dir, {"req/chat": Recorder()}, device=DEVICE, **settings) as agent:
             agent.wait_connected()
-            wait_until(lambda: "Sending SUBACK" in broker.log_text(), 10, "the subscription")
+            wait_until(lambda: "Sending SUBACK" in broker.log_text(), 60, "the subscription")
         with Application(broker, authority, "shop") as shop:
             assert shop.publish(f"{ROOT}/req/chat", b"asked while away") == "Success"
         database = broker.folder / "mosquitto.db"
         wait_until(
-            lambda: database.exists() and b"asked while away" in database.read_bytes(), 10, "the autosave"
+            lambda: database.exists() and b"asked while away" in database.read_bytes(), 60, "the autosave"
         )
         broker.kill()
         broker.start()
         handler = Recorder()
         with Agent(short_dir, {"req/chat": handler}, device=DEVICE, **settings):
-            wait_until(lambda: handler.seen == [b"asked while away"], 20, "the prompt")
+            wait_until(lambda: handler.seen == [b"asked while away"], 60, "the prompt")
 
 
 # --- Passwords -----------------------------------------------------------------------------------------
@@ -200,10 +200,10 @@ def test_a_wrong_password_is_said_and_a_new_one_is_read_at_the_next_connect(agen
         mqtt = {"username": DEVICE, "password_file": str(password_file), **tls_settings(authority)}
         config = settings_for(broker, "", device=DEVICE, mqtt=mqtt)
         with running_device(agent, config, ready=False) as daemon:
-            wait_until(lambda: "refused by the broker: Not authorized" in daemon.log, 20, "the log line")
+            wait_until(lambda: "refused by the broker: Not authorized" in daemon.log, 60, "the log line")
             assert daemon.status()["broker"]["connected"] is False
             password_file.unlink()
-            wait_until(lambda: "mqtt.password_file" in daemon.log, 20, "the log line about the file")
+            wait_until(lambda: "mqtt.password_file" in daemon.log, 60, "the log line about the file")
             password_file.write_text(SECRET + "\n")
             wait_for_state(daemon, "ready")
             with Application(broker, authority, "shop", password="of the shop") as shop:
@@ -244,11 +244,11 @@ def test_a_server_that_cannot_prove_itself_gets_nothing_until_it_can(
             short_dir, {"req/chat": Recorder()}, host=broker.host, port=broker.port, **tls_settings(authority)
         ) as agent,
     ):
-        wait_until(lambda: re.search(reason, caplog.text), 15, f"{reason} in the log")
+        wait_until(lambda: re.search(reason, caplog.text), 60, f"{reason} in the log")
         assert "CERTIFICATE_VERIFY_FAILED" in caplog.text
         assert "as edge-agent-bare" not in broker.log_text(), "it said nothing to such a server"
         assert "Traceback" not in caplog.text
         authority.server()  # over the same files
         broker.restart()
-        agent.wait_connected(40)
+        agent.wait_connected(60)
         assert "broker connected" in caplog.text

@@ -25,7 +25,7 @@ def test_a_release_that_passes_its_golden_prompts_takes_over_under_load(
     with asking(device) as answers:
         device.sync()
         device.wait_model(lambda m: m["version"] == 2, "version 2")
-        wait_until(lambda: answers[-1].properties["version"] == "2", 30, "an answer of version 2")
+        wait_until(lambda: answers[-1].properties["version"] == "2", 60, "an answer of version 2")
     check_switched_once(answers)
 
 

@@ -135,12 +135,12 @@ class Application:
         self._paho.loop_stop()
 
     def wait_connected(self) -> None:
-        wait_until(lambda: self.connects > 0, 10, "CONNACK")
+        wait_until(lambda: self.connects > 0, 60, "CONNACK")
 
     def subscribe(self, topic: str) -> None:
         self._subscribed.clear()
         self._paho.subscribe(topic, qos=1)
-        assert self._subscribed.wait(10)
+        assert self._subscribed.wait(60)
 
     def publish(
         self,
@@ -157,7 +157,7 @@ class Application:
             properties.ResponseTopic = response_topic
             properties.CorrelationData = correlation
         mid = self._paho.publish(topic, payload, qos=1, retain=retain, properties=properties).mid
-        wait_until(lambda: mid in self.published, 10, "PUBACK")
+        wait_until(lambda: mid in self.published, 60, "PUBACK")
         return self.published[mid]
 
     def send(self, topic: str, payload: bytes) -> None:
@@ -176,7 +176,7 @@ class Application:
             found = [message for message in self.came if message.correlation == correlation]
             return json.loads(found[0].payload)["choices"][0]["message"]["content"] if found else ""
 
-        return wait_until(find, 30, "the answer")
+        return wait_until(find, 60, "the answer")
 
     def _on_connect(self, _client: Paho, _data: object, _flags: Any, code: Any, _properties: Any) -> None:
         self.connects += not code.is_failure

@@ -46,11 +46,11 @@ class Agent:
 
     def __exit__(self, *_: object) -> None:
         self.transport.close()
-        self._thread.join(15)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         self.journal.close()
 
-    def wait_connected(self, timeout_s: float = 20) -> None:
+    def wait_connected(self, timeout_s: float = 60) -> None:
         wait_until(lambda: self.transport.connected, timeout_s, "a connection to the broker")
         assert self._thread.is_alive()
 

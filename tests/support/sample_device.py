@@ -27,7 +27,7 @@ def settings_for(broker: Broker, registry_uri: str, *, device: str = "dev", **mo
     return settings
 
 
-def wait_for_state(daemon: Daemon, state: str, timeout_s: float = 90) -> None:
+def wait_for_state(daemon: Daemon, state: str, timeout_s: float = 180) -> None:
     def reached() -> bool:
         status = daemon.status()
         return bool(status["state"] == state and status["broker"]["connected"])

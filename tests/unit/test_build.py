@@ -25,7 +25,7 @@ def lock(name: str) -> str:
 
 def build(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(ROOT / "build.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_help_has_a_line_for_each_command() -> None:
