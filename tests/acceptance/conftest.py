@@ -15,39 +15,14 @@ from tests.support.client import Client, connected
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
+from tests.support.sample_device import SAMPLE, settings_for, wait_for_state
 from tests.support.versions import FollowingDevice
-
-SAMPLE = "sample"
 
 
 @pytest.fixture(scope="session")
 def published(mlflow_server: Server, sample_model: Path) -> Published:
     """The sample model in the registry, as `models:/sample@prod`."""
     return publish_folder(sample_model, name=SAMPLE, registry_uri=mlflow_server.uri, alias="prod")
-
-
-def settings_for(broker: Broker, registry_uri: str, *, device: str = "dev", **more: Any) -> dict[str, Any]:
-    """Settings of a device that serves the sample model."""
-    settings: dict[str, Any] = {
-        "device_id": device,
-        "registry": {"uri": registry_uri, "poll_interval_s": 3600},
-        "models": {"assistant": {"uri": f"models:/{SAMPLE}@prod"}},
-        "mqtt": {"host": broker.host, "port": broker.port},
-    }
-    for section, values in more.items():
-        settings[section] = {**settings.get(section, {}), **values} if isinstance(values, dict) else values
-    return settings
-
-
-def wait_for_state(daemon: Daemon, state: str, timeout_s: float = 90) -> None:
-    def reached() -> bool:
-        status = daemon.status()
-        return bool(status["state"] == state and status["broker"]["connected"])
-
-    try:
-        wait_until(reached, timeout_s, f"state {state}")
-    except TimeoutError as error:
-        raise AssertionError(f"{error}; status {daemon.status()}; log:\n{daemon.log}") from error
 
 
 @pytest.fixture(scope="session")

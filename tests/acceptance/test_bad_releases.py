@@ -97,7 +97,7 @@ def refused_under_load(device: FollowingDevice, known: int) -> str:
             lambda m: len(m["quarantined"]) > known and m["state"] == "ready", "quarantine"
         )
         answered = len(answers)
-        wait_until(lambda: len(answers) > answered, 30, "another answer")
+        wait_until(lambda: len(answers) > answered, 60, "another answer")
     assert model["version"] == 1
     assert {(answer.status, answer.text) for answer in answers} == {(200, MADRID)}
     ((_, reason),) = model["quarantined"].items() - before.items()

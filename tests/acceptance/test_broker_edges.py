@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import re
 import resource
-import shutil
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,43 +17,24 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from edge_agent.chat import clock
-from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
-from edge_agent.chat.prompt import Answer, Arrival, Prompt, Source
-from edge_agent.settings import MqttSettings
-from edge_agent.topics import Topics
+from edge_agent.chat.prompt import Answer
 from edge_agent.transport import mqtt, reconnect
-from edge_agent.transport.credentials import read_password
-from edge_agent.transport.mqtt import Handler, Inbound, MqttTransport
-from tests.acceptance.conftest import settings_for, wait_for_state
+from edge_agent.transport.mqtt import Inbound
 from tests.support.client import Client, Message, chat, connected
 from tests.support.mosquitto import Broker, running_broker
-from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
+from tests.support.mqtt_agent import Agent, Recorder
+from tests.support.processes import Daemon, short_folder, standing_still, wait_until
+from tests.support.sample_device import running_device, settings_for, wait_for_state
 
 SPAIN = "What is the capital of Spain?"
 MADRID = "The capital of Spain is Madrid."
 DEVICE = "edges"
 QUEUE_DEPTH = 8
+PARALLEL = 4  # the default of inference.parallel
 
 
 # --- The parts under test ------------------------------------------------------------------------------
-
-
-def copy_cache(source: Daemon, state_dir: Path) -> None:
-    """Gives another device the models that one has pulled already."""
-    shutil.copytree(source.state_dir, state_dir, ignore=shutil.ignore_patterns("journal*", "*.sock"))
-
-
-@contextlib.contextmanager
-def running_device(source: Daemon, config: dict[str, Any], *, ready: bool = True) -> Iterator[Daemon]:
-    """A daemon with the models of `source` and no registry; with `ready`, once it answers."""
-    with short_folder() as folder:
-        copy_cache(source, folder / "state")
-        with running_daemon(config, folder=folder) as daemon:
-            if ready:
-                wait_for_state(daemon, "ready")
-            yield daemon
 
 
 @pytest.fixture(scope="module")
@@ -90,71 +68,6 @@ def long(characters: int = 900, **fields: Any) -> dict[str, Any]:
         response_format={"type": "regex", "regex": f"(0|1){{{characters}}}"},
         **fields,
     )
-
-
-class Agent:
-    """The agent's MQTT side alone: the real transport and journal, with handlers of the test."""
-
-    def __init__(
-        self, folder: Path, handlers: dict[str, Handler], *, device: str = "bare", **settings: Any
-    ) -> None:
-        self.settings = MqttSettings(**settings)
-        self.topics = Topics(prefix="edge", device_id=device, reply_prefixes=("replies/",))
-        self.journal = Journal(folder / "journal.db", moment=clock.now())
-        self.transport = MqttTransport(
-            self.settings,
-            topics=self.topics,
-            journal=self.journal,
-            password=lambda: read_password(self.settings, None),
-            handlers={f"{self.topics.root}/{name}": handler for name, handler in handlers.items()},
-            will=b'{"state":"offline"}',
-            max_payload_bytes=102_400,
-        )
-        self._thread = threading.Thread(target=self.transport.run, name=f"agent-{device}", daemon=True)
-
-    def __enter__(self) -> Agent:
-        self.transport.set_retained(self.topics.status, b'{"state":"ready"}')
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.transport.close()
-        self._thread.join(15)
-        assert not self._thread.is_alive()
-        self.journal.close()
-
-    def wait_connected(self, timeout_s: float = 20) -> None:
-        wait_until(lambda: self.transport.connected, timeout_s, "a connection to the broker")
-        assert self._thread.is_alive()
-
-    def accept(self, topic: str, **changes: Any) -> Prompt:
-        """A prompt in the journal, running, whose answer goes to `topic`."""
-        arrival = Arrival(
-            **{
-                "id": uuid.uuid4().hex,
-                "identity": None,
-                "body_sha256": hashlib.sha256(topic.encode()).digest(),
-                "source": Source.MQTT,
-                "model": "m",
-                "document": {"prompt": "x"},
-                "form": Form.JSON,
-                "stream": True,
-                "answer_topic": topic,
-                "correlation": b"c",
-                "deadline_s": 60,
-                **changes,
-            }
-        )
-        self.journal.accept(arrival, moment=clock.now(), queue_depth=10_000, retry_after_ms=100)
-        prompt = self.journal.claim("m")
-        assert prompt is not None
-        return prompt
-
-    def answer(self, prompt: Prompt, payload: bytes) -> None:
-        self.journal.answer(
-            prompt.row, Answer(payload=payload, properties={"status": "200"}), moment=clock.now()
-        )
-        self.transport.answered(prompt.row)
 
 
 def settings_of(broker: Broker) -> dict[str, Any]:
@@ -197,7 +110,7 @@ class Front:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
-        self._thread.join(5)
+        self._thread.join(60)
 
     def say_taken_over(self) -> None:
         """What a broker sends to a session whose name another client has taken: DISCONNECT 0x8E."""
@@ -254,18 +167,6 @@ def _refuse_subscriptions(data: bytes) -> bytes:
 # --- A handler that fails, a message that poisons ------------------------------------------------------
 
 
-class Recorder:
-    """A handler that keeps what came, and fails at what is poison."""
-
-    def __init__(self) -> None:
-        self.seen: list[bytes] = []
-
-    def __call__(self, message: Inbound) -> None:
-        self.seen.append(message.payload)
-        if message.payload.startswith(b"poison"):
-            raise RecursionError("no handler foresees this")
-
-
 def test_a_handler_that_fails_stops_nothing_and_its_message_is_acked(
     own_broker: Broker, short_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -277,12 +178,12 @@ def test_a_handler_that_fails_stops_nothing_and_its_message_is_acked(
         agent.wait_connected()
         for payload in (b"good 1", b"poison", b"poison", b"good 2"):
             client.publish(agent.topics.chat, payload)
-        wait_until(lambda: b"good 2" in handler.seen, 10, "the message after the poison")
+        wait_until(lambda: b"good 2" in handler.seen, 60, "the message after the poison")
         assert handler.seen == [b"good 1", b"poison", b"poison", b"good 2"]
         assert agent.transport.counters["handler_errors"] == 2
         assert agent.transport.connected
         wait_until(
-            lambda: own_broker.log_text().count("Received PUBACK from edge-agent-wounded") == 4, 10, "acks"
+            lambda: own_broker.log_text().count("Received PUBACK from edge-agent-wounded") == 4, 60, "acks"
         )
     assert own_broker.log_text().count("as edge-agent-wounded ") == 1, "one connection all along"
     assert "poison" not in "".join(record.getMessage() for record in caplog.records if record.levelno > 20), (
@@ -298,18 +199,18 @@ def test_poison_that_was_not_acked_comes_again_after_a_restart_and_stops_nothing
         with Agent(short_dir, {"req/chat": first}, device="again", **settings_of(own_broker)) as agent:
             agent.wait_connected()
             client.publish(agent.topics.chat, b"poison")
-            wait_until(lambda: first.seen == [b"poison"], 10, "the poison")
+            wait_until(lambda: first.seen == [b"poison"], 60, "the poison")
             agent.transport.stop_accepting()
             client.publish(agent.topics.chat, b"poison 2")
             wait_until(
                 lambda: own_broker.log_text().count("Sending PUBLISH to edge-agent-again") == 2,
-                10,
+                60,
                 "the second one on its way",
             )
         with Agent(short_dir, {"req/chat": second}, device="again", **settings_of(own_broker)) as agent:
             agent.wait_connected()
             client.publish(agent.topics.chat, b"good")
-            wait_until(lambda: b"good" in second.seen, 10, "the message after the poison")
+            wait_until(lambda: b"good" in second.seen, 60, "the message after the poison")
             assert second.seen == [b"poison 2", b"good"], "only what was not acked came again"
             assert agent.transport.connected
 
@@ -329,15 +230,15 @@ def test_a_full_disk_costs_a_503_and_nothing_else(device: Daemon, caller: Client
         )
         assert caller.ask(chat(SPAIN)).status == 503
         caller.subscribe(f"{caller.root}/status")
-        degraded = caller.wait(lambda message: "degraded" in states(message), timeout_s=30)
+        degraded = caller.wait(lambda message: "degraded" in states(message), timeout_s=60)
     finally:
         process.rlimit(psutil.RLIMIT_FSIZE, unlimited)
     assert caller.answer(running).status == 200, "what was accepted is answered when there is space again"
     assert caller.ask(chat(SPAIN)).text == MADRID
     caller.send(chat(SPAIN), correlation=b"no-space")
-    wait_until(lambda: len(caller.answers(b"no-space")) == 2, 30, "the answer to the second try")
+    wait_until(lambda: len(caller.answers(b"no-space")) == 2, 60, "the answer to the second try")
     assert caller.answers(b"no-space")[1].text == MADRID, "a refusal is not remembered"
-    caller.wait(lambda m: "ready" in states(m) and m.at_s > degraded.at_s, timeout_s=30)
+    caller.wait(lambda m: "ready" in states(m) and m.at_s > degraded.at_s, timeout_s=60)
     assert process.is_running()
     assert device.pid == process.pid
 
@@ -359,7 +260,7 @@ def test_a_burst_of_refusals_leaves_no_message_without_its_ack(
 
     def refuse(message: Inbound) -> None:
         started.set()
-        come.wait(30)
+        come.wait(60)
         answer = Answer(payload=b"refused", properties={"status": "503"})
         agent.transport.refuse(
             topic="replies/nobody", correlation=None, form=Form.JSON, answer=answer, delivery=message.delivery
@@ -369,19 +270,19 @@ def test_a_burst_of_refusals_leaves_no_message_without_its_ack(
         Agent(short_dir, {"req/chat": refuse}, device=device, **settings_of(own_broker)) as agent,
         connected(own_broker, device=device) as client,
     ):
-        wait_until(lambda: f"Sending SUBACK to edge-agent-{device}" in log(), 20, "the subscription")
+        wait_until(lambda: f"Sending SUBACK to edge-agent-{device}" in log(), 60, "the subscription")
         client.publish(agent.topics.chat, b"first", qos=0)
-        assert started.wait(20)
+        assert started.wait(60)
         for _ in range(waiting):
             client.publish(agent.topics.chat, b"q0", qos=0)
         for _ in range(burst):
             client.publish(agent.topics.chat, b"q1", qos=1)
             client.publish(agent.topics.chat, b"q", qos=qos)
         sent = 1 + waiting + 2 * burst
-        wait_until(lambda: log().count(f"Sending PUBLISH to edge-agent-{device}") == sent, 20, "the burst")
+        wait_until(lambda: log().count(f"Sending PUBLISH to edge-agent-{device}") == sent, 60, "the burst")
         come.set()
         acks = burst * (1 + qos)
-        wait_until(lambda: log().count(f"Received PUBACK from edge-agent-{device}") == acks, 20, "every ack")
+        wait_until(lambda: log().count(f"Received PUBACK from edge-agent-{device}") == acks, 60, "every ack")
         assert agent.transport.counters["refusals_dropped"] > 0
         assert agent.transport.connected
 
@@ -400,7 +301,7 @@ def test_a_session_that_was_taken_over_is_left_alone_for_long(
     ):
         agent.wait_connected()
         front.say_taken_over()
-        wait_until(lambda: not agent.transport.connected, 10, "the end of the session")
+        wait_until(lambda: not agent.transport.connected, 60, "the end of the session")
         with pytest.raises(TimeoutError):
             wait_until(lambda: len(front.versions) > 1, 4, "a second connect")
     assert re.search(r"(?i)taken over", caplog.text)
@@ -418,31 +319,33 @@ def test_two_agents_with_one_name_do_not_fight(own_broker: Broker, short_dir: Pa
     ):
         first.wait_connected()
         with Agent(folder, {"req/chat": Recorder()}, device="twin", **settings_of(own_broker)):
-            wait_until(lambda: connects() >= 4, 20, "the beginning of the fight")
+            wait_until(lambda: connects() >= 4, 60, "the beginning of the fight")
             with pytest.raises(TimeoutError):
                 wait_until(lambda: connects() > 12, 6, "a fight")
     longest_wait_s = 1.5 * reconnect.RETRY_LAST_S
     assert longest_wait_s < reconnect.STEADY_S, "else a connection between two blows counts as a good one"
 
 
-def test_a_hundred_prompts_at_once_are_all_answered_in_the_end(caller: Client) -> None:
-    first = caller.send(long(stream=True))
-    caller.wait(lambda message: message.topic.endswith("/stream") and message.correlation == first)
+def test_a_hundred_prompts_at_once_are_all_answered_in_the_end(device: Daemon, caller: Client) -> None:
+    (runner,) = device.runners()
+    first = [caller.send(long(stream=True)) for _ in range(PARALLEL)]
+    wait_until(lambda: all(caller.chunks(correlation) for correlation in first), 60, "a part of each answer")
     waiting = {f"flood-{number}".encode() for number in range(100)}
-    for correlation in sorted(waiting):
-        caller.send(chat(SPAIN, max_tokens=8), correlation=correlation)
-    seen = refused = 0
+    with standing_still(runner):  # no place in the queue becomes free while the hundred come
+        for correlation in sorted(waiting):
+            caller.send(chat(SPAIN, max_tokens=8), correlation=correlation)
+        wait_until(lambda: refusals(caller) >= 100 - QUEUE_DEPTH, 60, "a refusal for all but the queue")
+    seen = 0
     due_s: dict[bytes, float] = {}
 
     def take() -> bool:
         """Reads answers; sends a refused prompt again when it may be."""
-        nonlocal seen, refused
+        nonlocal seen
         new, seen = caller.messages[seen:], len(caller.messages)
         for message in new:
             if message.topic != caller.replies or message.correlation not in waiting:
                 continue
             if message.status == 429:
-                refused += 1
                 due_s[message.correlation] = message.at_s + _retry_after_s(message)
             else:
                 assert message.text == MADRID
@@ -452,9 +355,12 @@ def test_a_hundred_prompts_at_once_are_all_answered_in_the_end(caller: Client) -
             caller.send(chat(SPAIN, max_tokens=8), correlation=correlation)
         return not waiting
 
-    wait_until(take, 90, "all answers")
-    assert refused >= 100 - QUEUE_DEPTH
-    assert caller.answer(first).status == 200
+    wait_until(take, 300, "all answers")
+    assert {caller.answer(correlation).status for correlation in first} == {200}
+
+
+def refusals(caller: Client) -> int:
+    return sum(message.topic == caller.replies and message.status == 429 for message in list(caller.messages))
 
 
 def _retry_after_s(message: Message) -> float:
@@ -477,13 +383,13 @@ def test_what_waits_at_sigterm_or_comes_meanwhile_is_answered_after_the_start(
         runner.suspend()
     queued = [caller.send(chat(SPAIN)) for _ in range(3)]
     late = caller.send(chat(SPAIN, deadline_ms=2500))
-    wait_until(lambda: device.log.count("prompt accepted") == before + 5, 10, "all in the journal")
+    wait_until(lambda: device.log.count("prompt accepted") == before + 5, 60, "all in the journal")
     accepted_s = time.monotonic()
     assert device.stop() == 0
     assert all(not caller.answers(correlation) for correlation in queued)
     meanwhile = caller.send(chat(SPAIN))
     expired = caller.send(chat(SPAIN), MessageExpiryInterval=1)
-    wait_until(lambda: time.monotonic() - accepted_s > 2.6, 5, "the deadline")
+    wait_until(lambda: time.monotonic() - accepted_s > 2.6, 60, "the deadline")
     device.start()
     for correlation in (*queued, meanwhile):
         assert caller.answer(correlation).text == MADRID
@@ -532,7 +438,7 @@ def test_a_chunk_over_the_brokers_packet_size_is_left_out(own_broker: Broker, sh
         agent.transport.chunk(prompt, {"text": "x" * 1000})
         agent.transport.chunk(prompt, {"text": "small"})
         agent.answer(prompt, b'{"whole": true}')
-        assert client.wait_on(client.replies, timeout_s=15).json == {"whole": True}
+        assert client.wait_on(client.replies, timeout_s=60).json == {"whole": True}
         assert broker.log_text().count("as edge-agent-bare ") == 1, "the connection was kept"
 
 
@@ -557,7 +463,7 @@ def test_nothing_over_the_brokers_packet_size_costs_the_connection(short_dir: Pa
             agent.transport.set_metrics(large)
         prompt = agent.accept(client.replies)
         agent.answer(prompt, b'{"whole": true}')
-        client.wait(lambda message: message.payload == b'{"whole": true}', timeout_s=15)
+        client.wait(lambda message: message.payload == b'{"whole": true}', timeout_s=60)
         assert broker.log_text().count("as edge-agent-bare ") == 1, "the connection was kept"
 
 
@@ -576,8 +482,8 @@ def test_an_answer_topic_that_was_damaged_in_the_journal_costs_no_connection(
             db.execute("UPDATE prompts SET answer_topic=? WHERE row=?", (topic, damaged.row))
         agent.answer(damaged, b"damaged")
         agent.answer(good, b"good")
-        client.wait(lambda message: message.payload == b"good", timeout_s=20)
-        wait_until(lambda: agent.journal.undelivered() == 1, 10, "the ack")
+        client.wait(lambda message: message.payload == b"good", timeout_s=60)
+        wait_until(lambda: agent.journal.undelivered() == 1, 60, "the ack")
         assert agent.transport.counters["answers_refused"] == 1
         assert own_broker.log_text().count(f"as edge-agent-{device} ") == 1, "one connection all along"
 
@@ -594,8 +500,8 @@ def test_a_broker_that_takes_two_at_a_time_gets_all_answers(short_dir: Path) -> 
         for topic in topics:
             agent.answer(agent.accept(topic), b"{}")
         for topic in topics:
-            client.wait_on(topic, timeout_s=20)
-        wait_until(lambda: agent.journal.undelivered() == 0, 10, "every PUBACK")
+            client.wait_on(topic, timeout_s=60)
+        wait_until(lambda: agent.journal.undelivered() == 0, 60, "every PUBACK")
 
 
 def test_a_broker_of_mqtt_3_only_is_served(agent: Daemon, own_broker: Broker) -> None:
@@ -631,7 +537,7 @@ def test_a_refused_subscription_is_an_error_line_with_a_remedy(
             short_dir, {"req/chat": Recorder()}, device="barred", host="127.0.0.1", port=front.port
         ) as agent,
     ):
-        wait_until(lambda: agent.transport.counters["subscribe_refused"] == 1, 10, "the refusal")
+        wait_until(lambda: agent.transport.counters["subscribe_refused"] == 1, 60, "the refusal")
         assert agent.transport.connected
     (line,) = [record for record in caplog.records if "subscription refused" in record.getMessage()]
     assert line.levelno == logging.ERROR
@@ -645,12 +551,12 @@ def test_a_refused_subscription_is_an_error_line_with_a_remedy(
 def test_a_broker_that_stands_still_slows_no_generation_and_gets_every_answer(
     device: Daemon, own_broker: Broker, caller: Client
 ) -> None:
-    usual = caller.send(long(stream=True))
-    usual_ms = float(caller.answer(usual).json["timings"]["total_ms"])
+    usual = [caller.send(long(stream=True)) for _ in range(4)]
+    usual_ms = max(float(caller.answer(each).json["timings"]["total_ms"]) for each in usual)
     answered = device.log.count("prompt answered")
     accepted = device.log.count("prompt accepted")
     sent = [caller.send(long(stream=True)) for _ in range(4)]
-    wait_until(lambda: device.log.count("prompt accepted") == accepted + 4, 10, "all in the journal")
+    wait_until(lambda: device.log.count("prompt accepted") == accepted + 4, 60, "all in the journal")
 
     before_bytes = psutil.Process(device.pid).memory_info().rss
     own_broker.freeze()
@@ -665,7 +571,7 @@ def test_a_broker_that_stands_still_slows_no_generation_and_gets_every_answer(
     assert after_bytes - before_bytes < 10 << 20
     for answer in answers:
         timings = answer.json["timings"]
-        assert timings["total_ms"] - timings["queue_ms"] < 8 * usual_ms + 1000, "four at once"
+        assert timings["total_ms"] - timings["queue_ms"] < 5 * usual_ms + 5000, "as with a broker that reads"
 
 
 def test_parts_for_a_broker_that_stands_still_are_dropped_and_the_answer_is_not(short_dir: Path) -> None:
@@ -688,4 +594,4 @@ def test_parts_for_a_broker_that_stands_still_are_dropped_and_the_answer_is_not(
             assert agent.transport.counters["chunks_dropped"] > 1000
         finally:
             broker.thaw()
-        assert client.wait_on(client.replies, timeout_s=30).json == {"whole": True}
+        assert client.wait_on(client.replies, timeout_s=60).json == {"whole": True}

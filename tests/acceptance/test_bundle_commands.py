@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from edge_agent.publishing import Published
-from tests.acceptance.conftest import SAMPLE, settings_for
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, wait_until
+from tests.support.sample_device import SAMPLE, settings_for
 
 SPAIN, MADRID = "What is the capital of Spain?", "The capital of Spain is Madrid."
 

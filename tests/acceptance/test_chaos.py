@@ -35,11 +35,11 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_agent.publishing import Published
-from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker, running_broker
 from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
 from tests.support.proxy import Proxy, running_proxy
+from tests.support.sample_device import settings_for, wait_for_state
 from tools.make_sample_model import Pair, pairs
 
 DEVICE = "chaos"
@@ -323,7 +323,7 @@ def connected_clients(broker: Broker) -> Iterator[list[PersistentClient]]:
         for number in range(CLIENTS):
             clients.append(PersistentClient(broker, number))
             stack.callback(clients[-1].close)
-        wait_until(lambda: all(client.subscribed for client in clients), 10, "the clients' subscriptions")
+        wait_until(lambda: all(client.subscribed for client in clients), 60, "the clients' subscriptions")
         yield clients
 
 

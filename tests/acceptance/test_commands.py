@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.conftest import settings_for
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon
+from tests.support.sample_device import settings_for
 
 JAPAN = "What is the capital of Japan?"
 TOKYO = "The capital of Japan is Tokyo."

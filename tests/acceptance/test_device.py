@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from edge_agent.publishing import Published, publish_folder
-from tests.acceptance.conftest import SAMPLE, settings_for, wait_for_state
 from tests.support.client import chat, connected
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.mosquitto import Broker, running_broker
 from tests.support.processes import Daemon, alive, short_folder, wait_until
+from tests.support.sample_device import SAMPLE, settings_for, wait_for_state
 
 SPAIN = "What is the capital of Spain?"
 MADRID = "The capital of Spain is Madrid."
@@ -46,13 +46,13 @@ def test_a_runner_that_dies_costs_its_prompt_and_nothing_else(agent: Daemon, bro
         long = chat(
             "Count", max_tokens=1950, stream=True, response_format={"type": "regex", "regex": "(0|1){1900}"}
         )
+        (runner,) = agent.runners()
         running = client.send(long)
         client.wait(lambda m: m.topic == f"{client.replies}/stream" and m.correlation == running)
-        (runner,) = agent.runners()
         runner.suspend()  # what comes now has no turn any more
         accepted = agent.log.count("prompt accepted")
         waiting = client.send(chat(SPAIN))
-        wait_until(lambda: agent.log.count("prompt accepted") > accepted, 10, "the second prompt")
+        wait_until(lambda: agent.log.count("prompt accepted") > accepted, 60, "the second prompt")
         runner.kill()
         failed = client.answer(running)
         assert (failed.status, failed.json["error"]["code"]) == (500, "model_failed")
@@ -120,7 +120,7 @@ def test_sigterm_is_an_orderly_end_and_sigkill_leaves_the_will(
         assert device.stop() == 0
         offline = client.wait(lambda m: m.topic.endswith("/status") and m.json["state"] == "offline").json
         assert offline["boot_id"] == ready["boot_id"]
-        wait_until(lambda: not alive(runner.pid), 10, "the runner's end")
+        wait_until(lambda: not alive(runner.pid), 60, "the runner's end")
 
         client.messages.clear()
         device.start()
@@ -129,7 +129,7 @@ def test_sigterm_is_an_orderly_end_and_sigkill_leaves_the_will(
         device.kill()
         will = client.wait(lambda m: m.topic.endswith("/status") and m.json["state"] == "offline").json
         assert will["boot_id"] != ready["boot_id"]
-        wait_until(lambda: not alive(runner.pid), 10, "the orphaned runner's end")
+        wait_until(lambda: not alive(runner.pid), 60, "the orphaned runner's end")
 
 
 def test_ready_needs_neither_broker_nor_registry(new_daemon: Callable[..., Daemon]) -> None:
@@ -155,7 +155,7 @@ def test_the_watchdog_is_fed(new_daemon: Callable[..., Daemon]) -> None:
     device.notify.clear()
     wait_until(
         lambda: sum("WATCHDOG=1" in message for message in device.notify.messages) >= 2,
-        10,
+        60,
         "two signs of life",
     )
 

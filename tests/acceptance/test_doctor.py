@@ -22,35 +22,14 @@ from edge_agent.doctor import files as files_check
 from edge_agent.doctor import models as models_check
 from edge_agent.doctor.finding import Finding, Level
 from edge_agent.settings import Settings
-from tests.acceptance.conftest import settings_for
-from tests.acceptance.test_broker_edges import Agent, Recorder
-from tests.acceptance.test_tls import (
-    DEVICE,
-    ROOT,
-    SECRET,
-    Application,
-    documented_broker,
-    tls_settings,
-)
 from tests.support.certificates import HOUR, Authority
+from tests.support.doctor import doctor
+from tests.support.documented_broker import DEVICE, ROOT, SECRET, Application, documented_broker, tls_settings
+from tests.support.host import OTHER_USER
 from tests.support.mosquitto import Broker, running_broker
+from tests.support.mqtt_agent import Agent, Recorder
 from tests.support.processes import Daemon, free_port, short_folder, to_toml, wait_until
-from tests.unit.test_owner import OWNER
-
-
-def doctor(daemon: Daemon, *options: str) -> tuple[int, dict[str, dict[str, str]]]:
-    """The exit code, and for each check the finding that is worst."""
-    result = daemon.cli("doctor", "--json", *options, timeout_s=120)
-    document = json.loads(result.stdout)
-    order = list(Level)
-    worst: dict[str, dict[str, str]] = {}
-    for finding in document["findings"]:
-        known = worst.get(finding["check"])
-        if known is None or order.index(Level(finding["level"])) > order.index(Level(known["level"])):
-            worst[finding["check"]] = finding
-    assert document["ok"] == (result.returncode == 0)
-    assert all(finding["remedy"] for finding in document["findings"] if finding["level"] != "ok")
-    return result.returncode, worst
+from tests.support.sample_device import settings_for
 
 
 def settings_of(folder: Path, config: dict[str, Any]) -> Settings:
@@ -201,11 +180,11 @@ def test_what_the_services_user_cannot_read_or_write_is_found_out_by_that_user(s
     if os.geteuid() != 0:
         assert list(files_check.check(settings, config, {})) == []
         return
-    os.chown(settings.state_dir, OWNER, OWNER)
+    os.chown(settings.state_dir, OTHER_USER, OTHER_USER)
     (refused,) = files_check.check(settings, config, {})
     assert (refused.check, refused.level) == ("settings.access", Level.FAIL)
     assert refused.message.endswith(f"cannot read {password}")
-    os.chown(password, OWNER, OWNER)
+    os.chown(password, OTHER_USER, OTHER_USER)
     (fine,) = files_check.check(settings, config, {})
     assert fine.level is Level.OK, fine
     settings.state_dir.chmod(0o500)
@@ -278,7 +257,7 @@ def test_a_prompt_that_waits_in_the_daemons_session_is_not_lost_to_the_check(sho
         assert levels(broker_check.check(settings, None))["broker.publish"] is Level.OK
         handler = Recorder()
         with Agent(short_dir, {"req/chat": handler}, device=DEVICE, **place):
-            wait_until(lambda: handler.seen == [b"asked while away"], 20, "the prompt")
+            wait_until(lambda: handler.seen == [b"asked while away"], 60, "the prompt")
 
 
 # --- The cache ------------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from edge_agent.publishing import publish_folder
-from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support.client import chat, connected
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.packages import publish_broken
 from tests.support.processes import Daemon, wait_until
+from tests.support.sample_device import settings_for, wait_for_state
 from tests.support.versions import KATHMANDU, MADRID, SPAIN, FollowingDevice, bad_release
 
 OWN, FALLBACK = "own", "own-fallback"

@@ -20,9 +20,9 @@ from hypothesis import given
 from edge_agent.chat import messages
 from edge_agent.errors import PROMPT_ERRORS, PromptError
 from tests.support.client import Client, Message, chat, connected
+from tests.support.generated_messages import Properties, examples, payloads, properties
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, wait_until
-from tests.unit.test_fuzz import Properties, examples, payloads, properties
 
 CASES = 500
 WINDOW = 20
@@ -158,7 +158,7 @@ def wait_answered(window: list[Case], listener: Client, seen: int) -> None:
         return sum(message.topic not in own for message in answers(listener.messages[seen:]))
 
     try:
-        wait_until(lambda: not missing() and elsewhere() >= counted, 20)
+        wait_until(lambda: not missing() and elsewhere() >= counted, 60)
     except TimeoutError as error:
         lost = [case for case in window if case.topic in missing()]
         raise AssertionError(
@@ -198,7 +198,7 @@ def test_an_answer_topic_that_no_broker_takes_is_refused_and_costs_no_connection
     log_before = len(agent.log)
     request = {"prompt": "x", "id": request_id, "reply_to": f"replies/{character}"}
     client.publish(f"{client.root}/req/chat", json.dumps(request))
-    assert client.wait_on(f"{client.root}/rsp/{request_id}", timeout_s=20).status == 400
+    assert client.wait_on(f"{client.root}/rsp/{request_id}", timeout_s=60).status == 400
     assert client.ask(chat(SPAIN)).text == MADRID
     log = agent.log[log_before:]
     assert "broker disconnected" not in log and "Traceback" not in log
@@ -229,10 +229,10 @@ def test_an_id_that_comes_again_with_other_bodies_is_refused_and_keeps_its_answe
     others = [json.dumps(chat(SPAIN, max_tokens=number)) for number in range(1, 11)] + ["text", "{}"]
     for body in others:
         client.send(body, correlation=b"kept")
-    wait_until(lambda: len(client.answers(b"kept")) == 1 + len(others), 20, "a refusal for each")
+    wait_until(lambda: len(client.answers(b"kept")) == 1 + len(others), 60, "a refusal for each")
     refusals = client.answers(b"kept")[1:]
     assert [answer.properties["status"] for answer in refusals] == ["409"] * 11 + ["400"]
     client.send(chat(SPAIN), correlation=b"kept")
-    wait_until(lambda: len(client.answers(b"kept")) == 2 + len(others), 20, "the answer again")
+    wait_until(lambda: len(client.answers(b"kept")) == 2 + len(others), 60, "the answer again")
     assert client.answers(b"kept")[-1].payload == first.payload
     assert messages.form_of(first.payload) is messages.Form.JSON

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from edge_agent.publishing import Published
-from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support import namespaces
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker, running_broker
 from tests.support.processes import Daemon, short_folder, wait_until
+from tests.support.sample_device import settings_for, wait_for_state
 
 _ADDRESS = re.compile(r"sa_family=AF_INET6?,.*?port=htons\((\d+)\).*?\"([0-9a-f.:]+)\"")
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.support.client import Client, chat
-from tests.support.processes import Daemon, wait_until
+from tests.support.processes import Daemon, standing_still, wait_until
 
 SPAIN = "What is the capital of Spain?"
 MADRID = "The capital of Spain is Madrid."
@@ -54,15 +54,21 @@ def test_each_of_several_at_once_gets_what_it_gets_alone(client: Client) -> None
             assert whole.startswith("".join(parts))
 
 
-def test_a_newcomer_waits_for_nobodys_whole_answer(client: Client) -> None:
+def test_a_newcomer_waits_for_nobodys_whole_answer(client: Client, agent: Daemon) -> None:
+    (runner,) = agent.runners()
     running = [client.send(long()) for _ in range(3)]
     started(client, *running)
-    for _ in range(3):
-        assert client.ask(chat(SPAIN)).text == MADRID
-        assert not any(client.answers(correlation) for correlation in running)
+    with standing_still(runner):
+        assert not any(client.answers(correlation) for correlation in running), "all three run"
+        accepted = agent.log.count("prompt accepted")
+        newcomer = client.send(chat(SPAIN))
+        wait_until(lambda: agent.log.count("prompt accepted") > accepted, 60, "the newcomer")
+    assert client.answer(newcomer).text == MADRID
     for correlation in running:
         cancel(client, correlation)
-        assert client.answer(correlation).status == 499
+        assert client.answer(correlation).status in (499, 200)
+    came = [message.correlation for message in client.messages if message.topic == client.replies]
+    assert came[0] == newcomer, "somebody's whole answer came first"
 
 
 def test_a_cancel_and_a_deadline_end_their_own_prompt_only(client: Client, agent: Daemon) -> None:
@@ -73,14 +79,11 @@ def test_a_cancel_and_a_deadline_end_their_own_prompt_only(client: Client, agent
         client.send(long(600)),
     )
     started(client, cancelled, whole)
-    runner.suspend()  # however fast it is, nothing ends by itself before it is told to
-    try:
+    with standing_still(runner):
         assert not client.answers(cancelled)
         cancel(client, cancelled)
         assert client.answer(cancelled).status == 499
         assert client.answer(late).status == 408
-    finally:
-        runner.resume()
     answer = client.answer(whole)
     assert answer.status == 200
     assert len(answer.text) == 600
@@ -89,9 +92,9 @@ def test_a_cancel_and_a_deadline_end_their_own_prompt_only(client: Client, agent
 
 
 def test_a_runner_that_dies_costs_one_prompt_and_the_others_run_again(client: Client, agent: Daemon) -> None:
-    sent = [client.send(long(500)) for _ in range(3)]
-    started(client, *sent)
     (runner,) = agent.runners()
+    sent = [client.send(long(900)) for _ in range(3)]
+    started(client, *sent)
     runner.suspend()
     assert not any(client.answers(correlation) for correlation in sent), "all three run"
     put_back = agent.log.count("prompt put back")
@@ -102,6 +105,6 @@ def test_a_runner_that_dies_costs_one_prompt_and_the_others_run_again(client: Cl
     for correlation in sent:
         answer = client.answer(correlation)
         if answer.status == 200:
-            assert len(answer.text) == 500
+            assert len(answer.text) == 900
         assert len(client.answers(correlation)) == 1
-    wait_until(lambda: agent.status()["queue_depth"] == 0, 30, "an empty queue")
+    wait_until(lambda: agent.status()["queue_depth"] == 0, 60, "an empty queue")

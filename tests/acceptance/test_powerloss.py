@@ -22,13 +22,12 @@ from edge_agent.cache import fsck
 from edge_agent.cache.store import Store
 from edge_agent.publishing import publish_folder
 from edge_agent.transport import control
-from tests.acceptance.conftest import settings_for
-from tests.integration.test_powerloss import EVERYTHING
 from tests.support.faulty_daemon import FaultyDaemon, Point
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
-from tests.support.power import Call
+from tests.support.power import EVERYTHING, Call
 from tests.support.processes import Daemon, short_folder, wait_until
+from tests.support.sample_device import settings_for
 from tests.support.state_folder import mark
 
 MODEL = "powerloss"
@@ -106,7 +105,7 @@ def settings(broker: Broker, server: Server) -> dict[str, Any]:
 
 
 def model_of(daemon: Daemon) -> dict[str, Any]:
-    (event,) = control.call(daemon.control_socket, "status", timeout_s=30)
+    (event,) = control.call(daemon.control_socket, "status", timeout_s=60)
     model: dict[str, Any] = event["status"]["models"][0]
     return model
 

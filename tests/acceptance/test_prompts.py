@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.client import Client, chat
 from tests.support.mosquitto import Broker, tool
-from tests.support.processes import Daemon, wait_until
+from tests.support.processes import Daemon, standing_still, wait_until
 
 SPAIN = "What is the capital of Spain?"
 MADRID = "The capital of Spain is Madrid."
@@ -22,7 +22,7 @@ SEED_PROMPT = (
 
 
 def long(**fields: Any) -> dict[str, Any]:
-    """A request whose answer takes seconds: the grammar lets it end after 1,900 characters only."""
+    """A request whose answer takes a while: the grammar lets it end after 1,900 characters only."""
     return chat("Count", max_tokens=1950, response_format={"type": "regex", "regex": "(0|1){1900}"}, **fields)
 
 
@@ -30,20 +30,23 @@ PARALLEL = 4  # the default of inference.parallel
 
 
 @contextmanager
-def occupied(client: Client) -> Iterator[list[bytes]]:
-    """Every place in the runner is taken, by prompts that run for seconds; they are cancelled in the end."""
+def occupied(client: Client, agent: Daemon) -> Iterator[None]:
+    """Every place in the runner is taken, and the runner stands still; its prompts are cancelled in the end."""
+    (runner,) = agent.runners()
     running = [client.send(long(stream=True)) for _ in range(PARALLEL)]
     for correlation in running:
-        client.wait(
-            lambda message, mine=correlation: (
-                message.topic == f"{client.replies}/stream" and message.correlation == mine
-            )
-        )
-    yield running
-    assert not any(client.answers(correlation) for correlation in running), "they ran all the time"
-    for correlation in running:
-        cancel(client, correlation)
-    assert {client.answer(correlation).status for correlation in running} == {499}
+        wait_streaming(client, correlation)
+    with standing_still(runner):
+        yield
+        assert not any(client.answers(correlation) for correlation in running), "they ran all the time"
+        for correlation in running:
+            cancel(client, correlation)
+        assert {client.answer(correlation).status for correlation in running} == {499}
+
+
+def wait_streaming(client: Client, correlation: bytes) -> None:
+    """Returns when a part of the answer has come."""
+    client.wait(lambda m: m.topic == f"{client.replies}/stream" and m.correlation == correlation)
 
 
 def cancel(client: Client, correlation: bytes) -> None:
@@ -83,12 +86,12 @@ def test_mosquitto_rr_prints_the_sentence(
 ) -> None:
     result = subprocess.run(
         [
-            *(tool("mosquitto_rr"), "-V", "5", "-p", str(broker.port), "-W", "30"),
+            *(tool("mosquitto_rr"), "-V", "5", "-p", str(broker.port), "-W", "60"),
             *("-t", "edge/v1/dev/req/chat", "-e", f"replies/{uuid.uuid4().hex}", "-m", question),
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=True,
     )
     assert result.stdout.strip() == expected
@@ -126,7 +129,7 @@ def test_a_stream_has_no_gaps_and_says_what_the_answer_says(client: Client) -> N
     answer = client.ask(chat(STORY, stream=True))
     assert answer.correlation is not None
     wait_until(
-        lambda: any(_reason(c.json) for c in client.chunks(answer.correlation or b"")), 10, "the last chunk"
+        lambda: any(_reason(c.json) for c in client.chunks(answer.correlation or b"")), 60, "the last chunk"
     )
     chunks = [message.json for message in client.chunks(answer.correlation)]
     assert [chunk["seq"] for chunk in chunks] == list(range(len(chunks)))
@@ -161,14 +164,14 @@ def test_options_of_a_request_reach_the_model(client: Client) -> None:
 def test_a_resend_gets_the_same_answer_byte_for_byte(client: Client) -> None:
     first = client.ask(chat(SPAIN), correlation=b"again")
     client.send(chat(SPAIN), correlation=b"again")
-    wait_until(lambda: len(client.answers(b"again")) == 2, 30, "the second answer")
+    wait_until(lambda: len(client.answers(b"again")) == 2, 60, "the second answer")
     assert client.answers(b"again")[1].payload == first.payload
 
 
 def test_the_same_correlation_with_another_body_is_409(client: Client) -> None:
     client.ask(chat(SPAIN), correlation=b"reused")
     client.send(chat("What is the capital of Japan?"), correlation=b"reused")
-    wait_until(lambda: len(client.answers(b"reused")) == 2, 30, "the refusal")
+    wait_until(lambda: len(client.answers(b"reused")) == 2, 60, "the refusal")
     assert client.answers(b"reused")[1].json["error"]["code"] == "id_reused"
 
 
@@ -225,13 +228,13 @@ def test_a_retained_request_is_never_run(client: Client, agent: Daemon, broker: 
         client.publish(topic, b"", retain=True)
 
 
-def test_a_running_prompt_is_cancelled(client: Client) -> None:
+def test_a_running_prompt_is_cancelled(client: Client, agent: Daemon) -> None:
+    (runner,) = agent.runners()
     correlation = client.send(long(stream=True))
-    client.wait(
-        lambda message: message.topic == f"{client.replies}/stream" and message.correlation == correlation
-    )
-    cancel(client, correlation)
-    answer = client.answer(correlation)
+    wait_streaming(client, correlation)
+    with standing_still(runner):
+        cancel(client, correlation)
+        answer = client.answer(correlation)
     assert (answer.status, answer.json["error"]["code"]) == (499, "cancelled")
     assert "choices" not in answer.json
     assert client.ask(chat(SPAIN)).text == MADRID
@@ -244,7 +247,7 @@ def test_a_cancel_of_what_is_unknown_is_ignored(client: Client) -> None:
 
 
 def test_a_waiting_prompt_is_cancelled_by_id(old_client: Client, client: Client, agent: Daemon) -> None:
-    with occupied(client):
+    with occupied(client, agent):
         request = chat(SPAIN, id="waits", reply_to=old_client.replies)
         old_client.publish(f"{old_client.root}/req/chat", json.dumps(request))
         old_client.publish(
@@ -254,14 +257,17 @@ def test_a_waiting_prompt_is_cancelled_by_id(old_client: Client, client: Client,
     assert "prompt starts request=waits" not in agent.log
 
 
-def test_a_running_prompt_ends_at_its_deadline(client: Client) -> None:
-    answer = client.ask(long(deadline_ms=400))
+def test_a_running_prompt_ends_at_its_deadline(client: Client, agent: Daemon) -> None:
+    (runner,) = agent.runners()
+    with standing_still(runner):
+        answer = client.ask(long(id="runs-late", deadline_ms=1000))
+    assert "prompt starts request=runs-late" in agent.log
     assert (answer.status, answer.json["error"]["code"]) == (408, "deadline_exceeded")
     assert client.ask(chat(SPAIN)).text == MADRID
 
 
 def test_a_waiting_prompt_is_answered_at_its_deadline_and_never_starts(client: Client, agent: Daemon) -> None:
-    with occupied(client):
+    with occupied(client, agent):
         waiting = client.send(chat(SPAIN, id="too-late", deadline_ms=300))
         assert client.answer(waiting).status == 408
     assert "prompt starts request=too-late" not in agent.log
@@ -269,11 +275,8 @@ def test_a_waiting_prompt_is_answered_at_its_deadline_and_never_starts(client: C
 
 def test_message_expiry_is_a_deadline_too(client: Client, agent: Daemon) -> None:
     (runner,) = agent.runners()
-    runner.suspend()  # it cannot be quicker than the second that is the least expiry
-    try:
+    with standing_still(runner):  # it cannot be quicker than the second that is the least expiry
         assert client.ask(chat(SPAIN), MessageExpiryInterval=1).status == 408
-    finally:
-        runner.resume()
     assert client.ask(chat(SPAIN)).text == MADRID
 
 

@@ -11,13 +11,12 @@ import pytest
 from edge_agent import settings as settings_module
 from edge_agent.doctor import registry as registry_check
 from edge_agent.doctor.finding import Level
-from tests.acceptance.conftest import settings_for, wait_for_state
-from tests.acceptance.test_doctor import doctor
-from tests.acceptance.test_secrets import Commands, contents
+from tests.support.doctor import contents, doctor
 from tests.support.http_faults import FaultyProxy, faulty_proxy
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
-from tests.support.processes import Daemon, free_port, running_daemon, short_folder
+from tests.support.processes import Commands, Daemon, free_port, running_daemon, short_folder
+from tests.support.sample_device import settings_for, wait_for_state
 
 RIGHT, WRONG = "planted-right-token", "planted-wrong-token"
 USER, PASSWORD = "press-3", "planted-password"
@@ -61,7 +60,7 @@ def test_the_token_of_the_service_opens_the_registry_and_is_seen_nowhere(
             seen += [said, json.dumps(found), json.dumps(daemon.status())]
             daemon.stop()
             seen += [daemon.log, contents(folder / "support.tar.gz")]
-    assert any("models.sync" in line for line in commands.seen), "the process with the token was seen"
+    assert any("edge_agent.sync" in line for line in commands.seen), "the process with the token was seen"
     assert [text for text in (*seen, *commands.seen) if RIGHT in text or WRONG in text] == []
 
 

@@ -19,11 +19,11 @@ from edge_agent.serving.loading import Loading
 from edge_agent.serving.memory_budget import MemoryBudget
 from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import Settings
-from tests.acceptance.conftest import SAMPLE, settings_for
 from tests.support.client import Client, chat, connected
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, wait_until
+from tests.support.sample_device import SAMPLE, settings_for
 
 SPAIN, MADRID = "What is the capital of Spain?", "The capital of Spain is Madrid."
 MB = 1_000_000
@@ -73,7 +73,7 @@ def test_threads_are_measured_once_and_remembered(pulled: Settings) -> None:
     entry = learned.of(digest, identity.of_host())
     assert entry.threads in (1, 2)
     assert set(entry.tokens_per_s) == {1, 2}
-    assert all(rate > 1 for rate in entry.tokens_per_s.values())
+    assert all(rate > 0 for rate in entry.tokens_per_s.values())
     assert entry.peaks[2048] > 50 * MB
 
     assert runners_for_a_load() == 1
@@ -127,7 +127,7 @@ class Device:
             raise AssertionError(f"{error}: {self.daemon.status()}\n{self.daemon.log}") from error
 
     def ask(self, question: str = SPAIN, **options: Any) -> str:
-        wait_until(lambda: self.daemon.status()["broker"]["connected"], 30, "the broker")
+        wait_until(lambda: self.daemon.status()["broker"]["connected"], 60, "the broker")
         return self.client.ask(chat(question, **options)).text
 
 
@@ -166,6 +166,6 @@ def test_the_memory_budget_refuses_shrinks_shares_and_gives_back(device: Device)
             assert len(daemon.runners()) == 1, "the budget holds one runner"
     assert "unloaded to make room model=assistant for=second" in daemon.log
     assert "unloaded to make room model=second for=assistant" in daemon.log
-    wait_until(lambda: daemon.runners() == [], 30, "the idle runner to be unloaded")
+    wait_until(lambda: daemon.runners() == [], 60, "the idle runner to be unloaded")
     assert [model["state"] for model in daemon.status()["models"]] == ["idle", "idle"]
     assert device.ask(model="second") == MADRID

@@ -5,20 +5,16 @@ Others may see the log, the process list, the status, the metrics and the suppor
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import tarfile
-import threading
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
-
-from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support import unforeseen
 from tests.support.client import Client, chat, connected
+from tests.support.doctor import contents
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
-from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
+from tests.support.processes import Commands, Daemon, running_daemon, short_folder, wait_until
+from tests.support.sample_device import settings_for, wait_for_state
 
 SECRETS = {
     "the broker's password": "planted-broker-password",
@@ -75,7 +71,7 @@ def test_nothing_that_others_may_see_has_a_secret_or_a_prompt_in_it(
             }
     for step in ("prompt accepted", "prompt starts", "prompt answered", "answer delivered"):
         assert f"{step} request={NAMED} " in seen["the log"], "a request's id goes from end to end"
-    assert "models.sync" in seen["the process list"], "the process with the credentials was seen"
+    assert "edge_agent.sync" in seen["the process list"], "the process with the credentials was seen"
     assert "[removed]" in seen["the support bundle"]
     found = [
         f"{what} in {where}"
@@ -112,37 +108,14 @@ def use(daemon: Daemon, client: Client, commands: Commands) -> None:
     cancelled = client.send(chat(words, **LONG))
     client.publish(f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=cancelled)
     assert client.answer(cancelled).status in (499, 200)
+    (runner,) = daemon.runners()
     crashed = client.send(chat(words, stream=True, **LONG))
     wait_until(lambda: client.chunks(crashed), 60, "a chunk")
-    (runner,) = daemon.runners()
     runner.kill()
     assert client.answer(crashed).status == 500
     with commands:
         assert daemon.cli("models", "pull").returncode == 0
         assert daemon.cli("probe", "-", stdin=words).returncode == 0
-
-
-class Commands:
-    """The command lines of the daemon and of all that it starts, looked at again and again in a block."""
-
-    def __init__(self, daemon: Daemon) -> None:
-        self.seen: set[str] = set()
-        self._daemon = psutil.Process(daemon.pid)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="commands")
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._ended.wait(0.01):
-            for process in [self._daemon, *self._daemon.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    self.seen.add(" ".join(process.cmdline()))
 
 
 def plant_credentials(folder: Path) -> Path:
@@ -152,9 +125,3 @@ def plant_credentials(folder: Path) -> Path:
     (credentials / "mqtt-password").write_text(SECRETS["the broker's password"] + "\n")
     (credentials / "mlflow-tracking-token").write_text(SECRETS["the registry's token"])
     return credentials
-
-
-def contents(file: Path) -> str:
-    with tarfile.open(file) as archive:
-        members = [archive.extractfile(member) for member in archive]
-        return "\n".join(member.read().decode() for member in members if member is not None)

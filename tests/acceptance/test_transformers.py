@@ -12,14 +12,14 @@ import pytest
 from edge_agent.package import manifest as manifests
 from edge_agent.package import trust
 from edge_agent.publishing import publish_folder
-from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support.client import Client, chat, connected
-from tests.support.elsewhere import run_elsewhere
+from tests.support.elsewhere import ask_elsewhere, run_elsewhere
 from tests.support.host import python_without
 from tests.support.keys import KeyPair, make_keys
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, running_daemon, wait_until
+from tests.support.sample_device import settings_for, wait_for_state
 
 ROOT = Path(__file__).parents[2]
 SAMPLE_HF = ROOT / "tests" / "models" / "sample_hf"
@@ -233,13 +233,8 @@ def test_a_published_folder_is_data_signed_and_says_nothing_of_its_maker(
 
 def test_a_published_folder_answers_in_mlflow_alone(released: Path, tmp_path: Path) -> None:
     """Where no agent is installed: what `mlflow models serve` does with it."""
-    program = (
-        "import json, sys, mlflow.pyfunc; model = mlflow.pyfunc.load_model(sys.argv[1]);"
-        "print(json.dumps(model.predict(json.loads(sys.argv[2]))))"
-    )
-    row = json.dumps({"messages": [{"role": "user", "content": SPAIN}], "max_tokens": 20})
-    printed = run_elsewhere("-c", program, str(released), row, folder=tmp_path)
-    (completion,) = json.loads(printed.splitlines()[-1])
+    row = {"messages": [{"role": "user", "content": SPAIN}], "max_tokens": 20}
+    (completion,) = ask_elsewhere(released, row, folder=tmp_path, stream=False)["whole"]
     assert completion["choices"][0]["message"]["content"] == MADRID
 
 

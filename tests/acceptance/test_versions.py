@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.conftest import wait_for_state
 from tests.support.client import Message, chat
 from tests.support.processes import wait_until
+from tests.support.sample_device import wait_for_state
 from tests.support.versions import KATHMANDU, MADRID, FollowingDevice, asking, check_switched_once, golden
 
 
@@ -25,7 +25,7 @@ def test_a_release_that_passes_its_golden_prompts_takes_over_under_load(
     with asking(device) as answers:
         device.sync()
         device.wait_model(lambda m: m["version"] == 2, "version 2")
-        wait_until(lambda: answers[-1].properties["version"] == "2", 30, "an answer of version 2")
+        wait_until(lambda: answers[-1].properties["version"] == "2", 60, "an answer of version 2")
     check_switched_once(answers)
 
 

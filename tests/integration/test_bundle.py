@@ -5,98 +5,28 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import resource
 import signal
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from edge_agent.cache import durable, fsck
-from edge_agent.cache.record import VersionRecord
+from edge_agent.cache import fsck
 from edge_agent.cache.store import Store
 from edge_agent.errors import ContentError, EdgeAgentError, PolicyError, StoreError, VerificationError
 from edge_agent.package import trust
-from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
-from edge_agent.sync.bring import bring
-from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, TrustJob
-from edge_agent.sync.registry import LocalPackage
+from edge_agent.sync.process import TrustJob
 from edge_agent.sync.version_file import (
     BLOB_PREFIX,
     HEADER_NAME,
-    ORIGIN,
     export_version,
-    import_bundle,
     read_version,
 )
-from tests.support.keys import make_keys, sign
-from tests.support.packages import WEIGHTS, add_manifest, make_package
-
-MODEL = "phi"
-CACHE = CacheJob(min_free_bytes=0)
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A device with one version, and the file made of it."""
-
-    store: Store
-    record: VersionRecord
-    file: Path
-
-
-def export(folder: Path, *, manifest: bool = True, key: Path | None = None, code: str = "") -> Exported:
-    package = make_package(
-        folder / "package",
-        trust.WRAPPER,
-        {"genai_pyfunc.py": code} if code else None,
-        weights=random.Random(1).randbytes(20_000),
-    )
-    tags = {MANIFEST_TAG: add_manifest(package, MODEL)} if manifest else {}
-    if key:
-        sign(package, key)
-    store = Store(folder / "first")
-    job = SyncJob(
-        state_dir=str(folder / "first"),
-        registry=RegistryJob(uri="sqlite:///registry.db"),
-        name="assistant",
-        ref=f"models:/{MODEL}/7",
-        trust=TrustJob(allow_unsigned_code=True),
-        cache=CACHE,
-    )
-    version = ModelVersion(name=MODEL, version=7, run_id="run", source=package.as_uri(), tags=tags)
-    bring(job, version, LocalPackage(package), lambda event: None)
-    (record,) = store.versions()
-    file = folder / "stick" / "phi.tar"
-    file.parent.mkdir()
-    assert write_out(store, record, file) == file.stat().st_size
-    return Exported(store=store, record=record, file=file)
-
-
-def write_out(store: Store, record: VersionRecord, file: Path) -> int:
-    with durable.replacing(file) as descriptor:
-        return export_version(store, record, descriptor)
-
-
-def bring_in(
-    store: Store, file: Path, *, policy: TrustJob | None = None, ref: str = f"models:/{MODEL}/7"
-) -> VersionRecord:
-    job = SyncJob(
-        state_dir=str(store.root.parent),
-        registry=RegistryJob(uri=ORIGIN),
-        name="assistant",
-        ref=ref,
-        trust=policy or TrustJob(),
-        cache=CACHE,
-    )
-    with file.open("rb") as stream:
-        result = import_bundle(job, stream.fileno())
-    record = store.record("assistant", result.key)
-    assert record is not None
-    return record
+from tests.support.keys import make_keys
+from tests.support.packages import WEIGHTS
+from tests.support.version_files import MODEL, bring_in, export, write_out
 
 
 @pytest.fixture

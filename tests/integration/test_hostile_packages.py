@@ -347,7 +347,7 @@ def test_a_package_signed_by_the_command_line_of_model_signing_verifies(
     package = make_package(device.folder / "signed", trust.WRAPPER, {"genai_pyfunc.py": "print()"})
     command = [sys.executable, "-m", "model_signing", "sign", "key", str(package)]
     options = ["--private_key", str(trusted.private), "--signature", str(package / "model.sig")]
-    subprocess.run([*command, *options], check=True, capture_output=True, timeout=60)
+    subprocess.run([*command, *options], check=True, capture_output=True, timeout=120)
     device.register(package)
     assert device.sync(device.job(policy=trusting(trusted))).new
     (record,) = device.store.versions()

@@ -96,7 +96,7 @@ class Host:
 
     def version(self) -> str:
         command = [str(self.base / "current" / "bin" / "edge-agent"), "--version"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
 
     def versions(self) -> list[str]:
         return sorted(path.name for path in self.base.iterdir() if path.is_dir() and not path.is_symlink())
@@ -173,9 +173,9 @@ def test_only_root_installs_a_service(host: Host) -> None:
 
 def test_help_and_wrong_usage() -> None:
     script = ROOT / "systemd" / "install.sh"
-    shown = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=30, check=False)
+    shown = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=120, check=False)
     assert (shown.returncode, "Examples:" in shown.stdout) == (0, True)
-    wrong = subprocess.run([script, "--force"], capture_output=True, text=True, timeout=30, check=False)
+    wrong = subprocess.run([script, "--force"], capture_output=True, text=True, timeout=120, check=False)
     assert wrong.returncode == 2
 
 

@@ -20,9 +20,8 @@ from typing import Any
 import pytest
 
 from tests.support.faulty_sync import SCENARIOS
-from tests.support.power import Call, Fault
+from tests.support.power import EVERYTHING, Call, Fault
 
-EVERYTHING = "POWERLOSS_FAULTS"
 _LIMIT_S = 1_800
 _CREATES = re.compile(r"O_CREAT|O_TRUNC")
 _CHANGES = (

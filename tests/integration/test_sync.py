@@ -351,7 +351,7 @@ def test_a_sync_killed_in_the_middle_is_continued(device: Device, manifest: bool
                 sizes.append(part.stat().st_size)
         return max(sizes, default=0)
 
-    wait_until(lambda: part_bytes() > 500_000, 30, "half a megabyte")
+    wait_until(lambda: part_bytes() > 500_000, 60, "half a megabyte")
     process.send_signal(signal.SIGKILL)
     with process:
         pass

@@ -182,7 +182,7 @@ def test_a_disk_that_takes_no_more_ends_the_fetch_and_is_freed(device: Device) -
         input=device.job().encode(),
         capture_output=True,
         env=process.child_environment(),
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 1
@@ -229,4 +229,4 @@ def test_one_fetch_at_a_time_has_the_cache(device: Device, proxy: FaultyProxy) -
 def fetch_started(device: Device) -> None:
     from tests.support.processes import wait_until
 
-    wait_until(lambda: any(device.store.staging_root.rglob("*.part")), 30, "the first fetch")
+    wait_until(lambda: any(device.store.staging_root.rglob("*.part")), 60, "the first fetch")

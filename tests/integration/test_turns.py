@@ -20,9 +20,9 @@ from edge_agent.serving.seat import Serving
 from edge_agent.settings import ModelSettings, RegistrySettings, Settings
 from edge_agent.updates.operations import Operations, run_operation
 from edge_agent.updates.updates import Updates
-from tests.integration.test_bundle import bring_in, export
 from tests.support.packages import WEIGHTS
 from tests.support.processes import wait_until
+from tests.support.version_files import bring_in, export
 
 _LIMIT_S = 60.0
 

@@ -29,7 +29,7 @@ def systemd_analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     scope = [] if Path("/run/systemd").is_dir() or os.access("/run", os.W_OK) else ["--user"]
     command = ["systemd-analyze", *scope, *map(str, arguments)]
     environment = {"XDG_RUNTIME_DIR": tempfile.gettempdir(), **os.environ}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
 
 def test_systemd_accepts_every_line(tmp_path: Path) -> None:

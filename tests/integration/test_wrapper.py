@@ -106,7 +106,7 @@ def test_importing_the_wrapper_as_part_of_the_agent_sets_no_model() -> None:
     code = (
         "import edge_agent.wrapper.genai_pyfunc, mlflow.models.model as m; assert m.__mlflow_model__ is None"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=120)
 
 
 # --- Lengths --------------------------------------------------------------------------------------------

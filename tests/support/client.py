@@ -20,7 +20,7 @@ from paho.mqtt.properties import Properties
 
 from tests.support.mosquitto import Broker
 
-ANSWER_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Client:
         before = self._subscribed
         self._paho.subscribe(topic, qos=1)
         with self._changed:
-            assert self._changed.wait_for(lambda: self._subscribed > before, 10), f"no SUBACK for {topic}"
+            assert self._changed.wait_for(lambda: self._subscribed > before, 60), f"no SUBACK for {topic}"
 
     def publish(
         self, topic: str, payload: bytes | str, *, qos: int = 1, retain: bool = False, **properties: Any
@@ -92,7 +92,7 @@ class Client:
             for key, value in properties.items():
                 setattr(given, key, value)
         info = self._paho.publish(topic, payload, qos=qos, retain=retain, properties=given)
-        info.wait_for_publish(10)
+        info.wait_for_publish(60)
 
     def send(
         self, request: bytes | str | dict[str, Any], *, correlation: bytes | None = None, **properties: Any

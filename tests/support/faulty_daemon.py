@@ -101,7 +101,7 @@ class FaultyDaemon(Daemon):
             process.suspend()  # and none gets the turn of one that was killed before it
         for process in [daemon, *children]:
             process.kill()
-        self.child.process.wait(10)
+        self.child.process.wait(60)
 
     def write_dropped(self, target: Path) -> None:
         """Makes the state folder that a power cut leaves now: of the cache, what the medium holds. All else goes as

@@ -1,14 +1,17 @@
-"""A host that lacks a library: a virtual environment with everything that this one has but that."""
+"""Another host, and another user of this one: a Python that lacks a library, and who a service may run as."""
 
 from __future__ import annotations
 
+import os
 import site
 import venv
 from pathlib import Path
 
+OTHER_USER = 65_534 if os.geteuid() == 0 else os.geteuid()  # nobody
+
 
 def python_without(library: str, folder: Path) -> str:
-    """Makes the environment in `folder`; gives its interpreter.
+    """Makes a virtual environment in `folder` with everything that this one has but that; gives its interpreter.
 
     Args:
         library: as it is imported; its metadata goes with it.

@@ -17,9 +17,9 @@ def make_keys(folder: Path, name: str) -> KeyPair:
     """A P-256 pair: `NAME.pem` and `NAME.pub`."""
     pair = KeyPair(private=folder / f"{name}.pem", public=folder / f"{name}.pub")
     make = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(pair.private)]
-    subprocess.run(make, check=True, capture_output=True, timeout=30)
+    subprocess.run(make, check=True, capture_output=True, timeout=120)
     derive = ["openssl", "ec", "-in", str(pair.private), "-pubout", "-out", str(pair.public)]
-    subprocess.run(derive, check=True, capture_output=True, timeout=30)
+    subprocess.run(derive, check=True, capture_output=True, timeout=120)
     return pair
 
 

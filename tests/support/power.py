@@ -27,6 +27,9 @@ from typing import Any, Protocol
 
 from edge_agent.cache import durable
 
+EVERYTHING = "POWERLOSS_FAULTS"
+"""Set in the environment: all faults at all points, which takes minutes."""
+
 
 class Fault(StrEnum):
     """What happens at the chosen call."""

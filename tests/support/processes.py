@@ -44,7 +44,7 @@ def free_port() -> int:
         return port
 
 
-def wait_until(condition: Callable[[], T], timeout_s: float = 10.0, what: str = "the condition") -> T:
+def wait_until(condition: Callable[[], T], timeout_s: float = 60.0, what: str = "the condition") -> T:
     """Asks `condition` again and again until its value is true, and returns that value.
 
     Raises:
@@ -139,7 +139,7 @@ class Child:
         """SIGKILL to the whole group. Returns the exit status."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        return self.process.wait(10)
+        return self.process.wait(60)
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -170,7 +170,7 @@ class NotifySocket:
     def close(self) -> None:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
             end.sendto(b"", str(self.path))  # an empty message ends the thread
-        self._thread.join(5)
+        self._thread.join(60)
         self._socket.close()
         self.path.unlink(missing_ok=True)
 
@@ -241,7 +241,7 @@ class Daemon:
     def control_socket(self) -> Path:
         return Path(self.config["control_socket"])
 
-    def start(self, *, ready: bool = True, timeout_s: float = 60) -> None:
+    def start(self, *, ready: bool = True, timeout_s: float = 120) -> None:
         """Writes the settings file and starts; with `ready`, waits for READY=1.
 
         Raises:
@@ -257,27 +257,27 @@ class Daemon:
         if ready:
             self.wait_ready(timeout_s)
 
-    def wait_ready(self, timeout_s: float = 60) -> None:
+    def wait_ready(self, timeout_s: float = 120) -> None:
         try:
             wait_until(lambda: self.notify.got("READY=1") or not self.running, timeout_s, "READY=1")
         except TimeoutError as error:
             raise AssertionError(f"{error}; the daemon's log:\n{self.log}") from error
         assert self.notify.got("READY=1"), f"ended with {self.child.process.returncode}:\n{self.log}"
 
-    def wait_exit(self, timeout_s: float = 30) -> int:
+    def wait_exit(self, timeout_s: float = 60) -> int:
         """Waits for the process to end by itself. Returns its exit status."""
         return self.child.process.wait(timeout_s)
 
-    def stop(self, timeout_s: float = 40) -> int:
+    def stop(self, timeout_s: float = 90) -> int:
         """SIGTERM, as systemd does it. Returns the exit status (-9 when it had to be killed)."""
         return self.child.stop(timeout_s)
 
     def kill(self) -> int:
         """SIGKILL to the daemon alone, like a crash: its children have to notice by themselves."""
         self.child.process.kill()
-        return self.child.process.wait(10)
+        return self.child.process.wait(60)
 
-    def restart(self, *, ready: bool = True, timeout_s: float = 60) -> None:
+    def restart(self, *, ready: bool = True, timeout_s: float = 120) -> None:
         if self.running:
             self.stop()
         self.start(ready=ready, timeout_s=timeout_s)
@@ -289,7 +289,7 @@ class Daemon:
         self.notify.close()
 
     def cli(
-        self, *arguments: str, timeout_s: float = 60, stdin: str | None = None
+        self, *arguments: str, timeout_s: float = 120, stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Runs `edge-agent --config FILE …` beside the daemon and waits for its end."""
         if not self.config_file.exists():
@@ -310,7 +310,7 @@ class Daemon:
         command says of the disk.
         """
         try:
-            *_, last = control.call(self.control_socket, "status", timeout_s=30)
+            *_, last = control.call(self.control_socket, "status", timeout_s=60)
             assert last["event"] == "done", last
             document: dict[str, Any] = last["status"]
         except DaemonNotRunning:
@@ -331,6 +331,39 @@ class Daemon:
 
 
 @contextlib.contextmanager
+def standing_still(process: psutil.Process) -> Iterator[None]:
+    """The process does nothing in the block: however fast it is, nothing there ends by itself."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+class Commands:
+    """The command lines of the daemon and of all that it starts, looked at again and again in a block."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.seen: set[str] = set()
+        self._daemon = psutil.Process(daemon.pid)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="commands")
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.01):
+            for process in [self._daemon, *self._daemon.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self.seen.add(" ".join(process.cmdline()))
+
+
+@contextlib.contextmanager
 def running_daemon(
     config: Mapping[str, Any],
     *,
@@ -339,7 +372,7 @@ def running_daemon(
     watchdog_s: float | None = None,
     before: Sequence[str] = (),
     ready: bool = True,
-    timeout_s: float = 60,
+    timeout_s: float = 120,
 ) -> Iterator[Daemon]:
     """A started daemon, in a short temporary folder when none is given; everything ends with the block."""
     with contextlib.ExitStack() as stack:

@@ -43,7 +43,7 @@ class FollowingDevice:
         return model
 
     def wait_model(
-        self, wanted: Callable[[dict[str, Any]], bool], what: str, *, timeout_s: float = 60
+        self, wanted: Callable[[dict[str, Any]], bool], what: str, *, timeout_s: float = 180
     ) -> dict[str, Any]:
         try:
             wait_until(lambda: wanted(self.model()), timeout_s, what)
@@ -93,10 +93,11 @@ def asking(device: FollowingDevice) -> Iterator[list[Message]]:
     thread = threading.Thread(target=ask)
     thread.start()
     try:
+        wait_until(lambda: answers, 120, "the first answer")
         yield answers
     finally:
         stop.set()
-        thread.join(90)
+        thread.join(180)
 
 
 def check_switched_once(answers: list[Message], *, new: str = "2") -> None:

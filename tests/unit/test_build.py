@@ -25,7 +25,7 @@ def lock(name: str) -> str:
 
 def build(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(ROOT / "build.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_help_has_a_line_for_each_command() -> None:
@@ -34,6 +34,8 @@ def test_help_has_a_line_for_each_command() -> None:
     for command in (
         "demo",
         "test",
+        "chaos",
+        "powerloss",
         "check",
         "package",
         "boot-test",
@@ -47,6 +49,15 @@ def test_help_has_a_line_for_each_command() -> None:
 
 def test_an_unknown_command_is_a_usage_error() -> None:
     assert build("deploy").returncode == 2
+
+
+def test_build_sh_is_a_table_of_contents_and_each_script_is_well_formed() -> None:
+    scripts = [ROOT / "build.sh", *(ROOT / ".ci").glob("*.sh"), *(ROOT / "tests").rglob("*.sh")]
+    assert len(scripts) > 3
+    for script in scripts:
+        checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
+        assert (checked.returncode, checked.stderr) == (0, ""), script
+    assert len(scripts[0].read_text().splitlines()) <= 250
 
 
 @pytest.mark.parametrize("name", LOCKS)

@@ -31,7 +31,7 @@ def serving(path: Path) -> Iterator[ControlServer]:
         yield server
     finally:
         server.close()
-        thread.join(10)
+        thread.join(60)
 
 
 def open_files() -> int:
@@ -44,22 +44,22 @@ def test_a_file_goes_along_with_a_request_and_is_closed_after_it(short_dir: Path
     with serving(short_dir / "c.sock"), file.open("rb") as stream:
         before = open_files()
         for _ in range(3):
-            answers = control.call(short_dir / "c.sock", "say", file=stream.fileno(), timeout_s=10)
+            answers = control.call(short_dir / "c.sock", "say", file=stream.fileno(), timeout_s=60)
             assert [event["text"] for event in answers] == ["hello"]
-        assert [event["text"] for event in control.call(short_dir / "c.sock", "say", timeout_s=10)] == [""]
-        wait_until(lambda: open_files() <= before, 10, "the files to be closed")
+        assert [event["text"] for event in control.call(short_dir / "c.sock", "say", timeout_s=60)] == [""]
+        wait_until(lambda: open_files() <= before, 60, "the files to be closed")
 
 
 def test_a_client_that_sends_files_without_end_is_dropped(short_dir: Path) -> None:
     with serving(short_dir / "c.sock"), (short_dir / "file").open("wb") as stream:
         before = open_files()
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(10)
+            client.settimeout(60)
             client.connect(str(short_dir / "c.sock"))
             with pytest.raises((BrokenPipeError, ConnectionResetError)):
                 for _ in range(10_000):
                     socket.send_fds(client, [b" "], [stream.fileno()])
-        wait_until(lambda: open_files() <= before, 10, "the files to be closed")
+        wait_until(lambda: open_files() <= before, 60, "the files to be closed")
 
 
 def test_no_listener_is_a_daemon_that_is_not_running(short_dir: Path) -> None:
@@ -75,8 +75,8 @@ def test_a_daemon_that_closes_early_is_not_one_that_is_not_running(short_dir: Pa
         thread = threading.Thread(target=lambda: listener.accept()[0].close())
         thread.start()
         much = "x" * (4 << 20)  # more than fits between the two
-        assert list(control.call(short_dir / "c.sock", "say", timeout_s=10, text=much)) == []
-        thread.join(10)
+        assert list(control.call(short_dir / "c.sock", "say", timeout_s=60, text=much)) == []
+        thread.join(60)
 
 
 def test_looking_for_a_client_that_left_does_not_wait_for_one_that_is_silent() -> None:
@@ -87,7 +87,7 @@ def test_looking_for_a_client_that_left_does_not_wait_for_one_that_is_silent() -
         call = Call(ours, {})
         look = threading.Thread(target=call.check, daemon=True)
         look.start()
-        look.join(30)
+        look.join(60)
         assert not look.is_alive()
         theirs.close()
         with pytest.raises(ClientGone):

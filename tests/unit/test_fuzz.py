@@ -10,13 +10,11 @@ import hashlib
 import json
 import random
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent import settings as settings_module
@@ -31,173 +29,20 @@ from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
 from edge_agent.topics import Topics
 from edge_agent.transport.mqtt import Inbound
+from tests.support.generated_messages import (
+    LIMIT_BYTES,
+    Properties,
+    examples,
+    payloads,
+    properties,
+    reply_topics,
+)
 from tests.support.processes import short_folder
 
-LIMIT_BYTES = 102_400
 TOPICS = Topics(prefix="edge", device_id="dev", reply_prefixes=("replies/",))
 
 
-def examples(number: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The same `number` examples each time, however slow the host is."""
-    return settings(
-        max_examples=number,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.explicit, Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
-
-
 # --- What is generated ---------------------------------------------------------------------------------
-
-_characters = st.characters(codec="utf-8", exclude_characters="\0")
-_words = st.sampled_from(
-    ["", " ", "Hello", "What is the capital of Spain?", "\u00e9\U0001f34e", "<|end|>", "a\0b"]
-)
-_texts = st.one_of(_words, st.text(_characters, max_size=12), st.text(max_size=3))
-_numbers = st.one_of(
-    st.integers(-2, 5),
-    st.sampled_from([0.0, 0.5, 1.0, 2.0, 2.5, -0.0, 1e308, 1 << 31, 1 << 63, 10**30, 10**400, -(10**400)]),
-    st.floats(allow_nan=False, allow_infinity=False),
-)
-_odd = st.one_of(st.none(), st.booleans(), _numbers, _texts, st.just([]), st.just({}), st.just([None]))
-_message = st.one_of(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant"]), "content": _texts}),
-    st.fixed_dictionaries(
-        {"role": st.one_of(st.just("user"), _odd), "content": st.one_of(_texts, _odd)},
-        optional={"name": st.one_of(_texts, _odd), "tool": _odd},
-    ),
-    _odd,
-)
-_messages = st.one_of(
-    st.lists(_message, min_size=1, max_size=3),
-    st.just([{"role": "user", "content": "Hello"}]),
-    st.builds(lambda count: [{"role": "user", "content": "x"}] * count, st.sampled_from([0, 256, 257])),
-    _odd,
-)
-
-
-def nested(depth: int, *, objects: bool) -> Any:
-    """A value inside `depth` lists or objects."""
-    value: Any = 1
-    for _ in range(depth):
-        value = {"a": value} if objects else [value]
-    return value
-
-
-_deep = st.builds(nested, st.sampled_from([1, 5, 40, 200, 600]), objects=st.booleans())
-_formats = st.one_of(
-    st.sampled_from(
-        [
-            {"type": "text"},
-            {"type": "regex", "regex": "(yes|no)"},
-            {"type": "regex", "regex": "(("},
-            {"type": "regex", "regex": "a\0"},
-            {"type": "regex"},
-            {"type": "json_schema", "json_schema": {"schema": {"type": "boolean"}}},
-            {"type": "json_schema", "json_schema": {"schema": {"type": 3}}},
-            {"type": "json_schema", "json_schema": []},
-            {"type": "xml"},
-            {"type": []},
-        ]
-    ),
-    st.builds(lambda value: {"type": "json_schema", "json_schema": {"schema": {"enum": value}}}, _deep),
-    _odd,
-)
-_ids = st.one_of(st.sampled_from(["r-1", "r-2", "A.b_c"]), _odd)
-_reply_topics = st.sampled_from(
-    [
-        *("replies/a", "replies/a/b", "edge/v1/dev/rsp/x", "replies/", "replies"),
-        *("replies/+/x", "replies/#", "$SYS/x", "$share/g/replies/a", "elsewhere", "", "/", "replies/\u00e9"),
-        *("edge/v1/dev/req/chat", "edge/v1/dev/ctl/cancel", "edge/v1/dev/status", "edge/v1/other/req/chat"),
-        *("edge/v1/dev/rsp/a/b/c/d/e", "replies/" + "/" * 9, "replies/" + "x" * 300, "replies/a\0b"),
-    ]
-)
-_fields: dict[str, st.SearchStrategy[Any]] = {
-    "temperature": _numbers,
-    "top_p": _numbers,
-    "top_k": _numbers,
-    "seed": _numbers,
-    "stop": st.one_of(_texts, st.lists(st.one_of(_texts, _odd), max_size=3), st.just(["x"] * 17), _odd),
-    "n": st.one_of(st.just(1), _odd),
-    "stream": st.one_of(st.booleans(), _odd),
-    "response_format": _formats,
-    "model": st.one_of(st.sampled_from(["assistant", "missing"]), _odd),
-    "id": _ids,
-    "reply_to": st.one_of(_reply_topics, _odd),
-    "deadline_ms": st.one_of(st.sampled_from([1, 500, 5000, 0, -1, 10**12]), _odd),
-    "colour": _odd,
-    "\udc80": _odd,
-}
-_short = st.one_of(st.integers(1, 4), st.just(1 << 21), st.just(1 << 20), _odd)
-
-
-@st.composite
-def objects(draw: st.DrawFn) -> dict[str, Any]:
-    """Near the contract: the content is mostly good, and each field may be wrong in many ways."""
-    document: dict[str, Any] = {}
-    if draw(st.integers(0, 9)) < 8:
-        document["messages"] = draw(_messages)
-    else:
-        document["prompt"] = draw(st.one_of(_texts, _odd))
-        if draw(st.integers(0, 9)) == 0:
-            document["messages"] = draw(_messages)
-    for name in draw(st.lists(st.sampled_from(sorted(_fields)), max_size=3, unique=True)):
-        document[name] = draw(_fields[name])
-    document["max_tokens"] = draw(st.integers(1, 4)) if draw(st.integers(0, 9)) < 9 else draw(_short)
-    return document
-
-
-_broken = st.sampled_from(
-    [
-        *(
-            b"",
-            b" \r\n",
-            b"{",
-            b"{}",
-            b"{}{}",
-            b'{"prompt":',
-            b'{"prompt":NaN}',
-            b'{"prompt":"a","prompt":"b"}',
-        ),
-        *(
-            b"\xff\xfe",
-            b'{"prompt":"\xff"}',
-            b"\xef\xbb\xbf{}",
-            b"a\0b",
-            b"[1]",
-            b"null",
-            b'"x"',
-            b"\xed\xa0\x80",
-        ),
-        b'{"prompt":"\\ud800"}',
-        b'{"prompt":"x","temperature":1e999}',
-        b'{"prompt":"x","temperature":' + b"9" * 400 + b"}",
-        b'{"prompt":"x","seed":' + b"9" * 5000 + b"}",
-        b"[" * 5000,
-        b'{"a":' * 5000,
-        b"x" * LIMIT_BYTES,
-        b"x" * (LIMIT_BYTES + 1),
-        b'{"prompt":"' + b"x" * LIMIT_BYTES + b'"}',
-    ]
-)
-
-
-@st.composite
-def payloads(draw: st.DrawFn) -> bytes:
-    """Mostly JSON objects near the contract; also damaged ones, broken ones, texts and raw bytes."""
-    kind = draw(st.integers(0, 19))
-    if kind < 14:
-        return json.dumps(draw(objects()), ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
-    if kind < 16:
-        whole = json.dumps(draw(objects())).encode()
-        place = draw(st.integers(0, len(whole)))
-        return whole[:place] + draw(st.binary(max_size=3)) + whole[place + draw(st.integers(0, 3)) :]
-    if kind < 17:
-        return draw(_broken)
-    return draw(st.one_of(_texts.map(lambda text: text.encode("utf-8", "replace")), st.binary(max_size=40)))
-
 
 VARIANTS = 4
 _seeds = st.integers(0, (1 << 32) - 1)
@@ -211,30 +56,6 @@ def variants(whole: bytes, seed: int) -> Iterator[bytes]:
         place, length = chance.randrange(len(whole) + 1), chance.randrange(6)
         inside = chance.choice([b"", b'"', b"{", b"]", b",", b":", b"9" * 400, b"\\u0000", b"\xff", b"null"])
         yield whole[:place] + inside + whole[place + length :]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Properties:
-    """What a message carries beside its body."""
-
-    response_topic: str | None
-    correlation: bytes | None
-    expiry_s: int | None
-    qos: int
-    retained: bool
-
-
-@st.composite
-def properties(draw: st.DrawFn) -> Properties:
-    return Properties(
-        response_topic=draw(st.one_of(st.none(), _reply_topics)),
-        correlation=draw(
-            st.one_of(st.none(), st.sampled_from([b"", b"r-1", b"\xff\0"]), st.binary(max_size=100))
-        ),
-        expiry_s=draw(st.one_of(st.none(), st.integers(0, 5), st.just(0xFFFF_FFFF))),
-        qos=draw(st.integers(0, 1)),
-        retained=draw(st.integers(0, 9)) == 0,
-    )
 
 
 # --- What must hold ------------------------------------------------------------------------------------
@@ -280,7 +101,7 @@ def test_every_cancel_is_read_or_refused(whole: bytes, seed: int) -> None:
 @examples(1200)
 @given(
     topic=st.one_of(
-        _reply_topics,
+        reply_topics,
         st.text(max_size=20),
         st.builds(
             lambda parts: "/".join(parts),

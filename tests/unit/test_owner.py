@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from edge_agent.owner import acting_as_owner_of
+from tests.support.host import OTHER_USER
 
-OWNER = 65_534 if os.geteuid() == 0 else os.geteuid()  # nobody
 NAMELESS = next(uid for uid in range(50_000, 65_000) if uid not in {entry.pw_uid for entry in pwd.getpwall()})
 
 
-@pytest.fixture(params=[OWNER, NAMELESS], ids=["a user", "no user of this host"])
+@pytest.fixture(params=[OTHER_USER, NAMELESS], ids=["a user", "no user of this host"])
 def owner(request: pytest.FixtureRequest) -> int:
     """Whose the state directory is; a container's volume may be nobody's that this host knows."""
     return int(request.param) if os.geteuid() == 0 else os.geteuid()

@@ -17,7 +17,7 @@ from edge_agent.sd_notify import Notifier
 def manager(short_dir: Path) -> socket.socket:
     end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     end.bind(str(short_dir / "notify"))
-    end.settimeout(5)
+    end.settimeout(60)
     return end
 
 
@@ -35,7 +35,7 @@ def test_an_abstract_address_is_understood() -> None:
     name = f"edge-agent-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0{name}")
-        manager.settimeout(5)
+        manager.settimeout(60)
         Notifier(f"@{name}").stopping()
         assert received(manager) == ["STOPPING=1"]
 

@@ -1,0 +1,85 @@
+# shellcheck shell=bash
+# The virtual environments, .venv first of all, and what is installed in them. build.sh sources this file, which
+# uses its constants, say and die, and fetch_packages of programs.sh.
+
+# set_up runtime|dev: .venv with that lock and this project in it. Does nothing when it is so already.
+set_up() {
+    local profile=$1 stamp wanted started=$SECONDS
+    wanted=$(key runtime dev)
+    stamp=$(stamp_of "$VENV")
+    if [[ $stamp == "$profile $wanted" || $stamp == "dev $wanted" ]]; then
+        return
+    fi
+    [[ -f $ROOT/README.md ]] || die "README.md is missing: this is not the whole source tree"
+    make_venv "$VENV"
+    say "installing $(grep -c '==' "$LOCKS/$profile.txt") locked packages into .venv"
+    "$VENV/bin/python" -m pip install --quiet --require-hashes --no-deps --no-compile -r "$LOCKS/$profile.txt" ||
+        die "the packages could not be installed: is there a way to a Python package index?"
+    "$VENV/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable "$ROOT"
+    # pip would compile on one core; some packages hold templates that are no Python, hence `|| true`.
+    "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" edge_agent >/dev/null 2>&1 || true
+    printf '%s %s\n' "$profile" "$wanted" >"$VENV/.stamp"
+    say "installed in $((SECONDS - started)) s"
+}
+
+# need_torch VENV: torch is in it afterwards. It stays outside the locks: its builds differ from host to host, and
+# so do their hashes. Only tests and training have it; what a device runs has not.
+need_torch() {
+    local venv=$1 started=$SECONDS
+    if [[ $("$venv/bin/python" -m pip show torch 2>/dev/null) == *"Version: ${TORCH#*==}"* ]]; then return; fi
+    say "installing $TORCH"
+    "$venv/bin/python" -m pip install --quiet "$TORCH"
+    say "installed in $((SECONDS - started)) s"
+}
+
+# key LOCK…: changes when what is to be installed changes. .venv cannot be moved, so the place is part of it.
+key() {
+    local name files=("$ROOT/pyproject.toml")
+    for name in "$@"; do files+=("$LOCKS/$name.txt"); done
+    { cat -- "${files[@]}" && printf '%s\n' "$ROOT"; } | sha256sum | cut -d ' ' -f 1
+}
+
+# stamp_of VENV: what was installed there last; nothing when its Python is gone.
+stamp_of() {
+    if [[ -f $1/.stamp ]] && "$1/bin/python" -c '' 2>/dev/null; then cat "$1/.stamp"; fi
+}
+
+make_venv() {
+    local venv=$1 python
+    rm -f -- "$venv/.stamp"
+    if usable_python "$venv/bin/python" && "$venv/bin/python" -c 'import pip' 2>/dev/null; then return; fi
+    python=$(find_python)
+    say "making ${venv#"$ROOT"/} with $("$python" --version)"
+    rm -rf -- "$venv"
+    if "$python" -c 'import ensurepip' 2>/dev/null; then
+        "$python" -m venv "$venv"
+    else
+        make_venv_without_ensurepip "$python" "$venv"
+    fi
+}
+
+# Debian keeps ensurepip in a package of its own; pip's wheel can be had without installing it.
+make_venv_without_ensurepip() {
+    local python=$1 venv=$2 wheel
+    fetch_packages pip-whl python3-pip-whl
+    wheel=$(find "$TOOLS/pip-whl" -name 'pip-*.whl' -print -quit)
+    [[ -n $wheel ]] || die "this Python has no ensurepip: install python3-venv"
+    "$python" -m venv --without-pip "$venv"
+    "$venv/bin/python" "$wheel/pip" install --quiet --no-index "$wheel"
+}
+
+find_python() {
+    local name path
+    for name in python3.11 python3.12 python3.13 python3.14 python3 python; do
+        path=$(command -v "$name" || true)
+        if [[ -n $path ]] && usable_python "$path"; then
+            printf '%s\n' "$path"
+            return
+        fi
+    done
+    die "Python 3.11, 3.12, 3.13 or 3.14 with its venv module is needed and was not found on PATH"
+}
+
+usable_python() {
+    "$1" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null
+}

@@ -1,0 +1,31 @@
+# shellcheck shell=bash
+# Makes the locks. build.sh sources this file, which uses its constants, say and die, and find_python of
+# environment.sh.
+
+lock() {
+    uv=$(mktemp -d)
+    trap 'rm -rf -- "$uv"' EXIT
+    "$(find_python)" -m venv "$uv"
+    "$uv/bin/python" -m pip install --quiet uv
+    # dev is a superset of runtime with the same versions: .venv serves both, whichever came first.
+    compile dev --extra local-registry --extra signing --extra dev pyproject.toml - \
+        < <(printf '%s\n' "${BUILD[@]}" "${TRANSFORMERS[@]}")
+    compile runtime --extra local-registry --constraint "$LOCKS/dev.txt" pyproject.toml - \
+        < <(printf '%s\n' "${BUILD[@]}")
+    # What the bundles for devices hold: no build backend, but what verifies signatures.
+    compile device --extra local-registry --extra signing --constraint "$LOCKS/dev.txt" pyproject.toml - \
+        <<<'pip>=25'
+    compile train --constraint "$LOCKS/dev.txt" - < <(printf '%s\n' "${TRAINING[@]}")
+    if grep -nEi '://|^(-i|--index|--extra-index|--find-links|torch==|nvidia-|triton==)' "$LOCKS"/*.txt; then
+        die "a lock names an address or torch: see above"
+    fi
+}
+
+# compile NAME INPUT…: writes the lock NAME. Versions already in it stay when they still fit.
+compile() {
+    local name=$1
+    shift
+    "$uv/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+        --no-emit-find-links --no-header --no-annotate --output-file "$LOCKS/$name.txt" "$@"
+    say "locked $name: $(grep -c '==' "$LOCKS/$name.txt") packages"
+}
