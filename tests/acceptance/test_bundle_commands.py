@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.publishing import Published
+from edge_agent.publishing.register import Published
 from tests.acceptance.conftest import SAMPLE, settings_for
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, wait_until

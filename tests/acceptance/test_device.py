@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.publishing import Published, publish_folder
+from edge_agent.publishing import publish_folder
+from edge_agent.publishing.register import Published
 from tests.acceptance.conftest import SAMPLE, settings_for, wait_for_state
 from tests.support.client import chat, connected
 from tests.support.mlflow_server import Server, running_mlflow_server
