@@ -1,3 +1,3 @@
-"""edge-agent: registered MLflow language models on an edge device, answering prompts over MQTT."""
+"""edge-agent: runs registered MLflow language models on an edge device and answers prompts over MQTT."""
 
 __version__ = "0.1.0"

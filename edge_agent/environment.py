@@ -1,7 +1,7 @@
 """The process's environment: variables, systemd's folders, and credentials.
 
-Owns every look at `os.environ` in the daemon and the command. Secrets are never settings: they are files, or systemd
-credentials, that are read when they are needed.
+Only this module reads `os.environ` in the daemon and the command. Secrets are never settings: they are files or
+systemd credentials, and are read when they are needed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ REGISTRY_CREDENTIALS = (
     "aws-access-key-id",
     "aws-secret-access-key",
 )
-"""Names of systemd credentials; each is the variable of the same name for the sync process."""
+"""Names of systemd credentials. The sync process gets each as the variable of the same name."""
 CREDENTIALS = ("mqtt-password", "mqtt-key", *REGISTRY_CREDENTIALS)
-"""All that the unit names."""
+"""All credentials in the unit."""
 
 _MAX_CREDENTIAL_BYTES = 65_536
 
 
 def credential_path(name: str) -> Path | None:
-    """The file of a systemd credential, or None when the service has none of that name.
+    """The file of a systemd credential; None if the service has none of that name.
 
-    An operator's command has no `$CREDENTIALS_DIRECTORY`: where it may read them, it takes the running
-    service's, or what the next start of the service gets.
+    An operator's command has no `$CREDENTIALS_DIRECTORY`. If it has permission, it reads the running service's
+    credentials, or else those that the service will get when it starts.
     """
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     folders = [Path(directory)] if directory else [SERVICE_CREDENTIALS, CREDENTIAL_STORE]
@@ -41,7 +41,7 @@ def credential_path(name: str) -> Path | None:
 
 
 def registry_credentials() -> dict[str, str]:
-    """The registry's credentials from systemd, as the variables that MLflow reads; none where there are none.
+    """The registry's credentials from systemd, as variables for MLflow.
 
     Raises:
         SettingsError: a file cannot be read.
@@ -54,12 +54,12 @@ def registry_credentials() -> dict[str, str]:
 
 
 def take_credentials_along() -> None:
-    """Puts the registry's credentials into the environment of this process, before it loses the right to read them."""
+    """Copies the registry's credentials into this process's environment before it loses the right to read them."""
     os.environ.update(registry_credentials())
 
 
 def known_secrets() -> list[str]:
-    """Every secret of the registry that this process has or can read: what must not be in a text for others."""
+    """Every secret of the registry that this process has or can read, to keep them out of texts for others."""
     variables = [
         value
         for key, value in os.environ.items()
@@ -67,17 +67,17 @@ def known_secrets() -> list[str]:
     ]
     files = []
     for name in REGISTRY_CREDENTIALS:
-        with contextlib.suppress(SettingsError):  # what cannot be read is in nobody's text
+        with contextlib.suppress(SettingsError):  # an unreadable secret cannot get into a text
             if path := credential_path(name):
                 files.append(read_credential(path))
     return [*variables, *files]
 
 
 def read_credential(path: Path) -> str:
-    """A secret's file: one line, without its end.
+    """Reads a secret from its file: one line, without the line end.
 
     Raises:
-        SettingsError: it cannot be read, is not text, or is far too long.
+        SettingsError: the file cannot be read, is not text, or is far too long.
     """
     try:
         with path.open("rb") as file:
@@ -90,7 +90,7 @@ def read_credential(path: Path) -> str:
 
 
 def inherited_environment(*names: str, prefixes: tuple[str, ...] = ()) -> dict[str, str]:
-    """The part of this process's environment that a child may have: an allow-list, never the whole."""
+    """The variables from an allow-list, for a child process. A child never gets the whole environment."""
     return {
         key: value
         for key, value in os.environ.items()
@@ -99,20 +99,20 @@ def inherited_environment(*names: str, prefixes: tuple[str, ...] = ()) -> dict[s
 
 
 def search_path() -> str:
-    """Where programs are looked for."""
+    """The folders in which programs are searched, `$PATH`."""
     return os.environ.get("PATH", os.defpath)
 
 
 def logs_to_journal() -> bool:
-    """True when stderr is systemd's journal. Source: systemd.exec(5), `$JOURNAL_STREAM`."""
+    """True if stderr is systemd's journal. Source: systemd.exec(5), `$JOURNAL_STREAM`."""
     status = os.fstat(2)
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def service_manager() -> tuple[str | None, float | None]:
-    """What `sd_notify.Notifier` takes: `$NOTIFY_SOCKET`, and the watchdog's interval in seconds.
+    """The arguments for `sd_notify.Notifier`: `$NOTIFY_SOCKET`, and the watchdog's interval in seconds.
 
-    The watchdog is None when there is none, or when it is meant for another process (`$WATCHDOG_PID`).
+    The interval is None if there is no watchdog, or if it is for another process (`$WATCHDOG_PID`).
     Source: sd_notify(3), sd_watchdog_enabled(3).
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -123,11 +123,11 @@ def service_manager() -> tuple[str | None, float | None]:
 
 
 def directory(variable: str) -> Path | None:
-    """systemd gives several directories separated by colons; the first is ours."""
+    """The first directory in a variable; systemd separates several with colons."""
     value = os.environ.get(variable, "").split(":")[0]
     return Path(value) if value else None
 
 
 def names(prefix: str) -> list[str]:
-    """The variables whose names begin so."""
+    """The names of the variables that begin with `prefix`."""
     return [variable for variable in os.environ if variable.startswith(prefix)]

@@ -1,10 +1,10 @@
 """The error tree: every error that a person, a script or an MQTT client can meet.
 
-Each error has a stable `code`, says what happened and where, and, where there is something to do, what to
-do next (`remedy`). Foreign exceptions are wrapped at the edge where they appear, with `raise … from`.
+Each error has a stable `code`, says what happened and where, and, if something can be done, what to do next
+(`remedy`). Foreign exceptions are wrapped where they appear, with `raise … from`.
 
-Families: `PromptError` is the table of errors in the MQTT contract; `ContentError` is bad content in a
-package, `TransportError` a way to it that failed; the rest are named for the part they belong to.
+Families: `PromptError` is the table of errors in the MQTT contract; `ContentError` is for bad content in a package,
+`TransportError` for a failed connection to the registry; the others are named after the part they belong to.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class EdgeAgentError(Exception):
     """Root of the tree.
 
     Args:
-        message: what happened and where, one sentence without a full stop at the end.
-        remedy: what the reader can do about it, or an empty string.
+        message: what happened and where, in one sentence without a full stop.
+        remedy: what the reader can do about it; empty if there is nothing.
     """
 
     code: ClassVar[str] = "internal"
@@ -32,7 +32,7 @@ class EdgeAgentError(Exception):
 
 
 class SettingsError(EdgeAgentError):
-    """A setting is missing, unknown or out of range. The key is named in the message."""
+    """A setting is missing, unknown or out of range. The message names the key."""
 
     code = "settings_invalid"
 
@@ -41,11 +41,11 @@ class SettingsError(EdgeAgentError):
 
 
 class PromptError(EdgeAgentError):
-    """A prompt that gets an error for its answer.
+    """An error that is the answer to a prompt.
 
     Attributes:
-        status: HTTP-like number of the MQTT contract.
-        retry_after_ms: how long to wait before asking again, where waiting helps.
+        status: the HTTP-like number in the MQTT contract.
+        retry_after_ms: how long to wait before asking again; None if waiting does not help.
     """
 
     status: ClassVar[int] = 500
@@ -115,14 +115,14 @@ PROMPT_ERRORS: dict[str, type[PromptError]] = {
         JournalUnavailable,
     )
 }
-"""The table by code: what a runner reports by name becomes the same error again in the daemon."""
+"""The classes by code. The daemon uses it to turn an error that a runner reported into the same error."""
 
 
 # --- Packages and the cache ----------------------------------------------------------------------------
 
 
 class ContentError(EdgeAgentError):
-    """A package's content breaks a rule: nothing of it is used. Trying again does not help."""
+    """A package's content breaks a rule, so nothing of it is used. Trying again does not help."""
 
     code = "content_invalid"
 
@@ -134,43 +134,43 @@ class ManifestError(ContentError):
 
 
 class VerificationError(ContentError):
-    """Bytes are not the bytes that were promised: size or sha256 differ."""
+    """The size or sha256 of a file is not the expected one."""
 
     code = "verification_failed"
 
 
 class PolicyError(ContentError):
-    """The package carries code, or options that amount to code, that this device does not run."""
+    """The package contains code, or options that amount to code, that may not run on this device."""
 
     code = "code_refused"
 
 
 class Quarantined(ContentError):
-    """The version failed on this device before, and is not tried again until its digest or the operator changes."""
+    """The version failed on this device before. It is tried again only by an operator, or with a new digest."""
 
     code = "quarantined"
 
 
 class TransportError(EdgeAgentError):
-    """The registry could not be reached, or ended the conversation. Trying later may help."""
+    """The registry could not be reached, or closed the connection. Trying again later may help."""
 
     code = "registry_unreachable"
 
 
 class SyncStopped(EdgeAgentError):
-    """A check was ended for something more urgent; what it fetched is kept for the next one."""
+    """A check was stopped for something more urgent. The next one continues its downloads."""
 
     code = "sync_stopped"
 
 
 class UnknownReference(EdgeAgentError):
-    """The registry answers, and has no such model, alias or version."""
+    """The registry has no such model, alias or version."""
 
     code = "unknown_reference"
 
 
 class StoreError(EdgeAgentError):
-    """The cache's folder cannot do what is asked: no space, no hard links, no permission."""
+    """An operation on the cache's folder failed: no space, no hard links, no permission."""
 
     code = "cache_failed"
 
@@ -188,25 +188,25 @@ class RunnerError(EdgeAgentError):
 
 
 class LoadFailed(RunnerError):
-    """The model itself does not load: the runner said so, and ended."""
+    """The model itself does not load; the runner reported that and ended."""
 
     code = "load_failed"
 
 
 class MemoryShort(EdgeAgentError):
-    """A model's weights alone take more memory than there is: no fault of the model."""
+    """A model's weights alone need more memory than there is. That is not a fault of the version."""
 
     code = "memory_short"
 
 
 class CannotRun(RunnerError):
-    """This host lacks what a version needs: a library, an architecture in it, memory. Nothing is wrong with it."""
+    """This host lacks something that the version needs: a library, support for its architecture, or memory."""
 
     code = "cannot_run"
 
 
 class RunnerCrashed(RunnerError):
-    """What a runner did ended it: a signal that nobody sends."""
+    """A runner crashed: it ended with a signal that only a fault of its own causes."""
 
     code = "runner_crashed"
 
@@ -218,13 +218,13 @@ class PublishError(EdgeAgentError):
 
 
 class DaemonRunning(EdgeAgentError):
-    """Another daemon works in this state directory, or listens on this control socket."""
+    """Another daemon uses this state directory or this control socket."""
 
     code = "daemon_running"
 
 
 class ControlSocketError(EdgeAgentError):
-    """The control socket cannot be made."""
+    """The control socket cannot be created."""
 
     code = "control_socket_failed"
 

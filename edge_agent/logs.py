@@ -1,9 +1,9 @@
-"""Logs: one line an event on stderr, key=value or JSON. Never prompt text, answers or secrets.
+"""Logs: one line for each event on stderr, as key=value or JSON. Never prompt text, answers or secrets.
 
-Of an exception that nobody foresaw they have its kind and the places it went through, not its message: that
-may quote what was being worked on. This holds for every logger, and for what ends the process or a thread.
+For an unexpected exception they have its class and its traceback, but not its message, which may quote a prompt.
+This holds for every logger, and for exceptions that end the process or a thread.
 
-Under systemd the line begins with its priority, and the journal has the time already.
+Under systemd a line begins with its priority and has no time, since the journal adds that.
 Source: sd-daemon(3), "SD_ERR" and the others.
 """
 
@@ -23,14 +23,14 @@ log = logging.getLogger(__name__)
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 _MAX_CAUSES = 5
 _MAX_PLACES = 30
-"""A recursion without end has a thousand; the last ones tell."""
+"""An endless recursion has a thousand; the last ones are enough."""
 
 
 def configure(log_format: Literal["text", "json"], *, journal: bool) -> None:
     """Sets up the root logger once, at the start of a process.
 
     Args:
-        journal: stderr goes to systemd's journal.
+        journal: stderr is systemd's journal.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter(journal=journal))
@@ -40,7 +40,7 @@ def configure(log_format: Literal["text", "json"], *, journal: bool) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Kind and places of an exception and of what caused it, without a word of theirs: a line for each place."""
+    """Class and traceback of an exception and its causes, without their messages; a line for each place."""
     return "\n".join(_lines(error))
 
 
@@ -55,7 +55,7 @@ def _lines(error: BaseException | None) -> Iterator[str]:
 
 
 def _kind(error: BaseException) -> str:
-    """Its class; where the system or SQLite gave a number, its name: no words of anybody."""
+    """The exception's class, and the name of its error number if the system or SQLite gave one."""
     number = error.errno if isinstance(error, OSError) else None
     name = errno.errorcode.get(number or 0, "") or getattr(error, "sqlite_errorname", "")
     return f"{type(error).__module__}.{type(error).__qualname__}{f' {name}' if name else ''}"

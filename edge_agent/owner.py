@@ -1,7 +1,7 @@
-"""Root's commands beside a stopped service work as the service's user: what they make must be the service's.
+"""Lets root's commands act as the service's user, so that the files they create belong to the service.
 
-A lock, a version or a journal of root's own in the state directory is one that the daemon cannot write when it
-starts again. Files that root has opened before stay usable; processes started meanwhile have no way back to root.
+If root owned a lock, a version or the journal in the state directory, the daemon could not write them at its next
+start. Files that root has already opened stay usable; child processes cannot become root again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from edge_agent import environment
 
 @contextmanager
 def acting_as_owner_of(state_dir: Path) -> Iterator[None]:
-    """Root becomes the owner of the state directory for the block; anybody else stays who they are.
+    """Switches root to the owner of the state directory for the block; does nothing for other users.
 
-    The registry's credentials, which only root can read, are taken along in the environment. Not for a process
-    with threads: they would all change.
+    The registry's credentials, which only root can read, are copied into the environment first. Do not use this in a
+    process with threads: all of them would switch.
     """
     owner = _other_owner(state_dir) if os.geteuid() == 0 else None
     if owner is None:
@@ -31,7 +31,7 @@ def acting_as_owner_of(state_dir: Path) -> Iterator[None]:
     group_id, owner_groups = _groups_of(owner)
     os.setgroups(owner_groups)
     os.setresgid(group_id, group_id, 0)
-    os.setresuid(owner.st_uid, owner.st_uid, 0)  # the saved 0 is lost to every process that is started
+    os.setresuid(owner.st_uid, owner.st_uid, 0)  # child processes do not inherit the saved 0
     try:
         yield
     finally:
@@ -44,13 +44,13 @@ def _other_owner(state_dir: Path) -> os.stat_result | None:
     try:
         status = state_dir.stat()
     except OSError:
-        return None  # it will be made, or the error will say more
+        return None  # it does not exist yet, or a later error says more
     return status if status.st_uid else None
 
 
 def _groups_of(owner: os.stat_result) -> tuple[int, list[int]]:
-    """The owner's own group and all of their groups; of one who is no user of this host (a container's volume), the
-    state directory's."""
+    """The owner's primary group and all groups. If this host does not know the user (a container's volume), the
+    state directory's group."""
     try:
         user = pwd.getpwuid(owner.st_uid)
     except KeyError:

@@ -1,4 +1,4 @@
-"""A mosquitto of one's own on a free loopback port, for the demo and the benchmark."""
+"""A private mosquitto on a free loopback port, for the demo and the benchmark."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _STOP_TIMEOUT_S = 30.0
 
 
 class BrokerMissing(EdgeAgentError):
-    """mosquitto is not here, or does not start."""
+    """mosquitto is not installed, or does not start."""
 
     code = "broker_missing"
 
 
 @contextlib.contextmanager
 def private_broker(folder: Path) -> Iterator[int]:
-    """Runs mosquitto for the block; gives its port.
+    """Runs mosquitto for the block, and yields its port.
 
     Args:
         folder: for its configuration and its log.
 
     Raises:
-        BrokerMissing: there is none, or it does not start.
+        BrokerMissing: mosquitto is not installed, or does not start.
     """
     program, port = _find(), _free_port()
     lines = [
@@ -44,7 +44,7 @@ def private_broker(folder: Path) -> Iterator[int]:
         "persistence false",
     ]
     if os.geteuid() == 0:
-        lines.append("user root")  # it would change to a user that may not exist here
+        lines.append("user root")  # by default it switches to a user that may not exist here
     config, log = folder / "mosquitto.conf", folder / "mosquitto.log"
     config.write_text("\n".join(lines) + "\n")
     with child_process([program, "-c", str(config)], log) as process:
@@ -60,7 +60,7 @@ def private_broker(folder: Path) -> Iterator[int]:
 def child_process(
     command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A child that ends with the block; what it prints goes to a file."""
+    """Runs a child process for the block. Its output goes to a file."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -82,16 +82,16 @@ def child_process(
 
 
 def end_in_order() -> None:
-    """From now on SIGTERM and SIGHUP end this process as an exit does, so that what it started ends with it.
+    """Makes SIGTERM and SIGHUP end this process like `sys.exit`, so that it stops its child processes first.
 
-    For commands that own other processes; called in the main thread.
+    Call it in the main thread.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log, for a message."""
+    """The last lines of a log, for an error message."""
     return " | ".join(log.read_text(errors="replace").splitlines()[-5:])
 
 
@@ -100,7 +100,7 @@ def _find() -> str:
     if path is None:
         raise BrokerMissing(
             "mosquitto is not installed",
-            remedy="install it; in the source tree, `./build.sh demo` brings a private copy",
+            remedy="install it; in the source tree, `./build.sh demo` installs a private copy",
         )
     return path
 

@@ -1,8 +1,8 @@
-"""sd_notify: what the service manager is told about this daemon.
+"""sd_notify: tells the service manager how the daemon is doing.
 
-Owns the sending end of `$NOTIFY_SOCKET`; refuses to raise into the daemon or to wait for the manager.
-READY once, STATUS at each change, WATCHDOG from the main loop as long as its parts are alive, STOPPING once,
-EXTEND_TIMEOUT while a start or a stop takes long. Without a socket every call does nothing.
+Owns the sending end of `$NOTIFY_SOCKET`. It never raises into the daemon and never waits for the manager. It sends
+READY once, STATUS at each change, WATCHDOG from the main loop as long as the daemon's parts are alive, STOPPING
+once, and EXTEND_TIMEOUT while a start or a stop takes long. Without a socket every call does nothing.
 
 Source: sd_notify(3), "Notes" and "Well-known assignments" (systemd 252).
 """
@@ -18,11 +18,11 @@ _SEND_TIMEOUT_S = 0.5
 
 
 class Notifier:
-    """Tells the service manager. Owned by the main thread.
+    """Sends messages to the service manager. Owned by the main thread.
 
     Args:
-        address: `$NOTIFY_SOCKET`, a path or `@` and an abstract name; None where no manager listens.
-        watchdog_interval_s: seconds within which the manager wants a sign of life; None for no watchdog.
+        address: `$NOTIFY_SOCKET`, a path or `@` and an abstract name; None if there is no manager.
+        watchdog_interval_s: the manager restarts a daemon that is silent for so many seconds; None for no watchdog.
     """
 
     def __init__(self, address: str | None, watchdog_interval_s: float | None = None) -> None:
@@ -32,15 +32,15 @@ class Notifier:
         self._failed = False
 
     def ready(self, status: str = "") -> None:
-        """The daemon is started: READY=1, with a status line."""
+        """READY=1: the daemon has started; with an optional status line."""
         self._send("READY=1", *([_status(status)] if status else []))
 
     def status(self, text: str) -> None:
-        """One line for `systemctl status`."""
+        """STATUS: one line for `systemctl status`."""
         self._send(_status(text))
 
     def watchdog(self, now: float) -> None:
-        """A sign of life. Call it often: it sends at most twice in each interval.
+        """WATCHDOG=1: the daemon is alive. Call it often; it sends at most twice in each interval.
 
         Args:
             now: monotonic seconds.
@@ -51,11 +51,11 @@ class Notifier:
             self._watchdog_due = now + self.watchdog_interval_s / 2
 
     def stopping(self, status: str = "") -> None:
-        """The daemon has begun to stop."""
+        """STOPPING=1: the daemon has begun to stop."""
         self._send("STOPPING=1", *([_status(status)] if status else []))
 
     def extend_timeout(self, seconds: float) -> None:
-        """Starting or stopping may take this much longer, in seconds from now."""
+        """EXTEND_TIMEOUT: the start or the stop may take this many seconds more, from now."""
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
 
     def _send(self, *lines: str) -> bool:
@@ -63,7 +63,7 @@ class Notifier:
             return False
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
-                end.settimeout(_SEND_TIMEOUT_S)  # a manager that does not read must not stop the daemon
+                end.settimeout(_SEND_TIMEOUT_S)  # a manager that does not read must not block the daemon
                 end.sendto("\n".join(lines).encode(), self._address)
                 return True
         except OSError as error:

@@ -1,8 +1,8 @@
 """Settings: read once, checked whole, frozen.
 
-A TOML file, then `EDGE_AGENT_*` variables (`EDGE_AGENT_MQTT__HOST` is `mqtt.host`), then command-line options.
-Unknown keys are errors; every error names its key. Secrets are never settings: `environment.py` reads them when they
-are needed. Source: the table in docs/settings.md.
+They come from a TOML file and from `EDGE_AGENT_*` variables, which override it (`EDGE_AGENT_MQTT__HOST` is
+`mqtt.host`). Unknown keys are errors, and every error names its key. Secrets are never settings: `environment.py`
+reads them when they are needed. Source: the table in docs/settings.md.
 """
 
 from __future__ import annotations
@@ -40,20 +40,18 @@ class _Section(BaseModel):
 
 
 class RegistrySettings(_Section):
-    """Where models are registered. An empty `uri` means none: the cache is all there is."""
+    """The MLflow registry. Without a `uri` the agent uses its cache only."""
 
     uri: str = Field(default="", description="MLflow registry: http(s)://… or sqlite:///…; empty for none")
     poll_interval_s: Seconds = Field(default=300, ge=1, description="seconds between two checks, jittered")
-    timeout_s: Seconds = Field(
-        default=30, description="seconds that one request, or one stalled read, may take"
-    )
+    timeout_s: Seconds = Field(default=30, description="seconds for one request, or for one stalled read")
 
     @field_validator("uri")
     @classmethod
     def _without_credentials(cls, uri: str) -> str:
         if re.match(r"\s*[a-z][a-z0-9+.-]*://[^/]*@", uri, re.IGNORECASE):
             raise ValueError(
-                "has credentials in it; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                "must not contain credentials; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )
         return uri
 
@@ -67,12 +65,12 @@ class ModelSettings(_Section):
         default=2048, ge=16, le=1 << 20, description="tokens of prompt and answer together"
     )
     max_tokens: int = Field(
-        default=256, ge=1, le=1 << 20, description="of an answer, when a request names none"
+        default=256, ge=1, le=1 << 20, description="tokens of an answer, for requests without max_tokens"
     )
     system: str = Field(default="", max_length=32_768, description="system prompt for requests without one")
     preload: bool = Field(default=True, description="load at start; READY waits for it")
     min_tokens_per_s: float = Field(
-        default=0, ge=0, le=1e6, description="a new version below it is reported; 0: none"
+        default=0, ge=0, le=1e6, description="slower new versions are reported; 0: none"
     )
     idle_unload_s: float = Field(
         default=0, ge=0, le=10 * 365 * 86_400, description="unload when idle; 0: never"
@@ -102,9 +100,9 @@ class ModelSettings(_Section):
 
 
 class CacheSettings(_Section):
-    """How much the cache may take."""
+    """Limits of the cache."""
 
-    quota_bytes: Bytes = Field(default=20_000_000_000, ge=1, description="of all blobs together")
+    quota_bytes: Bytes = Field(default=20_000_000_000, ge=1, description="all blobs together")
     min_free_bytes: Bytes = Field(default=500_000_000, description="left free on the file system")
     max_bytes_per_s: Bytes = Field(default=0, description="download cap; 0: none")
     verify_on_load: bool = Field(default=True, description="check every digest before each load")
@@ -142,7 +140,7 @@ class MqttSettings(_Section):
         for prefix in prefixes:
             if not can_be_published(prefix) or len(prefix) > 200:
                 raise ValueError(
-                    f"{prefix!r} must be a topic's beginning, without wildcards and control characters and not '$…'"
+                    f"{prefix!r} must begin a topic, without wildcards and control characters, and not with '$'"
                 )
         return prefixes
 
@@ -156,11 +154,11 @@ class MqttSettings(_Section):
 
 
 class LimitSettings(_Section):
-    """What clients may ask for."""
+    """Limits for clients."""
 
     queue_depth: int = Field(default=32, ge=1, le=100_000, description="prompts waiting and running")
-    payload_bytes: int = Field(default=102_400, ge=256, le=1 << 24, description="of one request")
-    deadline_s: Seconds = Field(default=120, description="for a prompt that names none")
+    payload_bytes: int = Field(default=102_400, ge=256, le=1 << 24, description="size of one request")
+    deadline_s: Seconds = Field(default=120, description="for prompts without a deadline")
 
 
 class TrustSettings(_Section):
@@ -181,20 +179,20 @@ class InferenceSettings(_Section):
         default=0,
         ge=0,
         le=1024,
-        description="for one operation; 0: measured once for each model, and remembered",
+        description="threads for one operation; 0: measured once for each model, and remembered",
     )
     memory_limit_bytes: Bytes = Field(
-        default=0, description="of all runners together; 0: what the host and its cgroup allow"
+        default=0, description="all runners together; 0: the limits of the host and its cgroup"
     )
-    drain_s: Seconds = Field(default=20, description="at SIGTERM, for the running prompts")
+    drain_s: Seconds = Field(default=20, description="time for running prompts at SIGTERM")
     parallel: int = Field(default=4, ge=1, le=16, description="prompts that one model answers at once")
     kv_bytes: Bytes = Field(
-        default=512 << 20, description="of keys and values that a model keeps; one context fits in any case"
+        default=512 << 20, description="keys and values that a model keeps; always at least one context"
     )
 
 
 class Settings(BaseSettings):
-    """Everything, frozen. Build it with `load`."""
+    """All settings, frozen. Build them with `load`."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -227,7 +225,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment is stronger than the file, whose content arrives as `init_settings`."""
+        """Variables override the file, whose content arrives as `init_settings`."""
         return env_settings, init_settings
 
     @field_validator("device_id")
@@ -260,7 +258,7 @@ class Settings(BaseSettings):
         path = path.expanduser().absolute()
         if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
             raise ValueError(
-                f"control_socket {str(path)!r} has more than {_MAX_SOCKET_PATH_BYTES} bytes; set a shorter one"
+                f"control_socket {str(path)!r} has more than {_MAX_SOCKET_PATH_BYTES} bytes; set a shorter path"
             )
         object.__setattr__(self, "control_socket", path)  # derived from state_dir; frozen from here on
         return self
@@ -271,35 +269,31 @@ class Settings(BaseSettings):
         return next(iter(self.models), None)
 
 
-def load(config: Path | None = None, **options: Any) -> Settings:
+def load(config: Path | None = None) -> Settings:
     """Reads and checks all settings.
 
     Args:
-        config: a TOML file that must exist; None looks in the usual places, where it may be missing.
-        options: top-level keys from the command line; they are stronger than everything else.
+        config: a TOML file that must exist; None looks in the usual places and does without if there is none.
 
     Raises:
-        SettingsError: a file cannot be read, or keys are unknown or invalid; each is named.
+        SettingsError: the file cannot be read, or keys are unknown or invalid; the message names each.
     """
     path = config or find_config()
     content = _read_toml(path) if path else {}
     _refuse_unknown_variables()
     if nested := [key for key in ("device_id", "state_dir", "control_socket") if content.get(key) is None]:
-        # Validators fill these three in; pydantic runs them on given values only.
+        # Validators fill in these three, and pydantic runs them only for keys that are present.
         content = {**{key: "" if key == "device_id" else Path() for key in nested}, **content}
     try:
-        settings = Settings(**content)
-        if options:
-            settings = Settings.model_validate({**settings.model_dump(), **options})
+        return Settings(**content)
     except ValidationError as error:
         raise SettingsError(_describe(error, path)) from error
     except pydantic_settings.SettingsError as error:
         raise SettingsError(f"environment: {error}") from error
-    return settings
 
 
 def find_config() -> Path | None:
-    """`$CONFIGURATION_DIRECTORY/config.toml`, else the user's, else the system's; None where there is none."""
+    """`$CONFIGURATION_DIRECTORY/config.toml`, else the user's file, else the system's; None if there is none."""
     directory = environment.directory("CONFIGURATION_DIRECTORY")
     if directory:
         candidates = [directory / "config.toml"]
@@ -311,7 +305,7 @@ def find_config() -> Path | None:
 
 
 def find_control_socket(settings: Settings) -> Path:
-    """Where a client finds the daemon: the configured socket, else the system service's when that is there."""
+    """The socket on which a command reaches the daemon: the configured one, else the system service's."""
     if not settings.control_socket.exists() and SYSTEM_CONTROL_SOCKET.exists():
         return SYSTEM_CONTROL_SOCKET
     return settings.control_socket
@@ -343,15 +337,15 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _refuse_unknown_variables() -> None:
-    """pydantic-settings passes over unknown variables; a misspelt one must not be silent."""
+    """Refuses misspelt variables, which pydantic-settings would ignore."""
     for variable in environment.names(ENV_PREFIX):
         key = variable.removeprefix(ENV_PREFIX).lower().split("__")[0]
         if key not in Settings.model_fields:
-            raise SettingsError(f"variable {variable} names no setting: {key!r} is unknown")
+            raise SettingsError(f"variable {variable} does not name a setting: {key!r} is unknown")
 
 
 def _describe(error: ValidationError, path: Path | None) -> str:
-    """One line for all errors, each with its key as it is written in the file; values are left out."""
+    """One line for all errors, each with its key as written in the file, and without values."""
     lines = []
     for detail in error.errors(include_url=False, include_input=False):
         key = ".".join(str(part) for part in detail["loc"]) or "settings"

@@ -1,6 +1,6 @@
-"""What the commands print: tables, progress, numbers for people. Values in, text out.
+"""Output of the commands: tables, progress, numbers for people.
 
-rich is imported only when something is drawn: `edge-agent run` never needs it.
+rich is imported only when a table or a progress bar is drawn; `edge-agent run` never needs it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 ProgressReport = Callable[[str, float, float], None]
-"""Called with (what, done bytes, all bytes)."""
+"""Called with (step, bytes done, total bytes)."""
 
 _LINE_EVERY_BYTES = 64 << 20
 
 
 def human_bytes(count: float) -> str:
-    """Bytes with a decimal unit: 1.9 MB."""
+    """Bytes with a decimal unit, such as 1.9 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -28,7 +28,7 @@ def human_bytes(count: float) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[ProgressReport]:
-    """Bytes, rate and time left on a terminal; a plain line now and then elsewhere. On stderr."""
+    """Shows bytes, rate and time left on stderr; plain lines if that is not a terminal."""
     if not sys.stderr.isatty():
         yield _PlainProgress()
         return
@@ -61,14 +61,14 @@ def progress_bar() -> Iterator[ProgressReport]:
 
 
 class _PlainProgress:
-    """One line at the start and the end of each step, and for every 64 MiB between."""
+    """A line at the start and the end of each step, and every 64 MiB in between."""
 
     def __init__(self) -> None:
         self._printed: dict[str, float] = {}
 
     def __call__(self, what: str, done: float, total: float) -> None:
         if not total:
-            return  # how much it will be is not known yet
+            return  # the total is not known yet
         last = self._printed.get(what)
         if last is None or done - last >= _LINE_EVERY_BYTES or (done >= total and last < done):
             self._printed[what] = done
@@ -76,7 +76,7 @@ class _PlainProgress:
 
 
 def print_table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
-    """A table on stdout; plain columns when it is not a terminal."""
+    """Prints a table on stdout."""
     from rich.console import Console
     from rich.table import Table
 
@@ -89,7 +89,7 @@ def print_table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -
 
 
 def print_status(status: Mapping[str, Any]) -> None:
-    """The status document for people."""
+    """Prints the status document for people."""
     cache, registry, broker = status["cache"], status["registry"], status["broker"]
     print(
         f"state     {status['state']}   (edge-agent {status['agent_version']}, queue {status['queue_depth']})"
@@ -139,7 +139,7 @@ _LEVEL_COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m"}
 
 
 def print_finding(level: str, check: str, message: str, remedy: str) -> None:
-    """One line of the doctor, and its remedy below; the level in colour on a terminal."""
+    """Prints one finding of doctor with its remedy below; on a terminal the level is in colour."""
     colour, plain = (_LEVEL_COLOURS[level], "\033[0m") if sys.stdout.isatty() else ("", "")
     print(f"{colour}{level:<5}{plain} {check:<18} {message}", flush=True)
     if remedy:
@@ -147,7 +147,7 @@ def print_finding(level: str, check: str, message: str, remedy: str) -> None:
 
 
 def answer_line(result: Mapping[str, Any]) -> str:
-    """The line under a probe's answer."""
+    """The line of figures below an answer."""
     return (
         f"first token {result['first_token_ms']:.0f} ms, {result['tokens_per_s']:.1f} tokens/s, "
         f"model {result['model']} version {result['version']} ({result['flavor']})"

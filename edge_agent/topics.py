@@ -1,4 +1,4 @@
-"""The topics of the MQTT contract, and where answers may go. Pure."""
+"""The topics of the MQTT contract, and the rules for answer topics. Pure."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _AGENT_BRANCHES = ("req", "ctl", "status", "model", "metrics")
 
 
 def can_be_published(topic: str) -> bool:
-    """True for a topic, or the beginning of one, that a broker takes: no wildcard, and only characters of text.
+    """True if a broker accepts this topic, or beginning of one: no wildcards and no characters that are not text.
 
-    A broker may end the connection over a control character or a noncharacter, and must over NUL and a surrogate.
+    A broker may close the connection over a control character or a noncharacter, and must over NUL or a surrogate.
     Source: MQTT 5.0 §1.5.4 and §4.7, MQTT 3.1.1 §1.5.3.
     """
     return bool(topic) and not topic.startswith("$") and not any(map(_is_forbidden, topic))
@@ -76,28 +76,28 @@ class Topics:
         return f"{self.root}/metrics"
 
     def response(self, request_id: str) -> str:
-        """Where the answer goes when the client says nothing."""
+        """The answer topic for a client that names none."""
         return f"{self.root}/rsp/{request_id}"
 
     def stream(self, answer_topic: str) -> str:
         return f"{answer_topic}/stream"
 
     def check_answer_topic(self, topic: str) -> str:
-        """Gives back a topic that a client named for its answer.
+        """Checks a client's answer topic and returns it.
 
         Raises:
-            BadRequest: not under a reply prefix, with wildcards or control characters, too long, or one that
-                agents listen to.
+            BadRequest: the topic is under no reply prefix, has wildcards or control characters, is too long, or is
+                one that agents subscribe to.
         """
         if not can_be_published(topic):
             raise BadRequest(
-                "the answer topic is empty, has wildcards or characters that are no text, or starts with '$'"
+                "the answer topic is empty, contains wildcards or characters that are not text, or starts with '$'"
             )
         if len(self.stream(topic).encode()) > MAX_TOPIC_BYTES or self.stream(topic).count("/") >= MAX_LEVELS:
             raise BadRequest(f"the answer topic has more than {MAX_LEVELS - 2} slashes, or is too long")
         if not topic.startswith((*self.reply_prefixes, f"{self.root}/rsp/")):
-            raise BadRequest("the answer topic is under none of this agent's reply prefixes")
+            raise BadRequest("the answer topic does not begin with one of this agent's reply prefixes")
         levels = topic.removeprefix(f"{self.prefix}/v1/").split("/")
         if topic.startswith(f"{self.prefix}/v1/") and len(levels) > 1 and levels[1] in _AGENT_BRANCHES:
-            raise BadRequest("the answer topic is one that an agent listens to: the answer would loop")
+            raise BadRequest("the answer topic is one that agents subscribe to: the answer would loop")
         return topic

@@ -1,11 +1,11 @@
-"""`edge-agent bench`: what the active model does on this device, and what each layer of the agent adds.
+"""`edge-agent bench`: how fast the active model runs on this device, and what each layer of the agent costs.
 
-    policy and digests, as before each load → prompts made by the bare library
-    → for each launch: bare, its own threads, pyfunc, runner, MQTT in turn → medians → ratios with both of their sides
+    check trust and digests, as before each load → the bare library makes the prompts
+    → for each launch measure: bare, bare with its own threads, pyfunc, runner, MQTT → medians → ratios
 
-One side is loaded at a time, each launch in new processes, so that a device that holds the model once can run it
-and drifts of the host meet all sides alike. Nothing of it touches the running daemon or its cache: the MQTT side
-is a daemon of its own, with links to the same blobs. This process imports no model library.
+Each side is loaded alone and in new processes, so memory for one copy of the model is enough, and drifts of the
+host affect all sides alike. The benchmark does not touch the running daemon or its cache: the MQTT side runs a
+daemon of its own with links to the same blobs. This process imports no model library.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def run_bench(
     """Measures the active version of a model.
 
     Args:
-        model: a configured name; None for the default one.
+        model: a configured name; None for the default model.
         launches: how often each side is started.
-        tokens: new tokens of each answer.
-        say: gets a line for each step.
+        tokens: new tokens in each answer.
+        say: called with a line for each step.
 
     Returns:
         The document that `report` describes.
 
     Raises:
-        NoModel: nothing is in the cache for this model.
+        NoModel: no version of this model is in the cache.
         PolicyError, VerificationError: the version may not run, or is damaged.
-        EdgeAgentError: the version is no ONNX package, or a side does not run.
+        EdgeAgentError: the version is not an ONNX package, or a side does not run.
     """
     store = Store(settings.state_dir)
     record = _active(settings, store, model)
@@ -102,7 +102,7 @@ def _measure(
                         measure_together(side_now, prompts, tokens, together)
             except BrokerMissing as error:
                 del starts[name], measured[name]
-                notes.append(f"nothing was measured over MQTT: {error}")
+                notes.append(f"the agent over MQTT was not measured: {error}")
     return measured, together if report.MQTT in measured else None, notes
 
 
@@ -122,7 +122,7 @@ def _active(settings: Settings, store: Store, model: str | None) -> VersionRecor
 def _subject(settings: Settings, store: Store, record: VersionRecord, folder: Path) -> Subject:
     options = [file.path for file in record.files if Path(file.path).name == genai_options.FILE_NAME]
     if len(options) != 1:
-        raise BenchError(f"version {record.version} of {record.name} is no onnxruntime-genai model")
+        raise BenchError(f"version {record.version} of {record.name} is not an onnxruntime-genai model")
     choice = ThreadChoice(settings.inference.threads, learned=Learned(store.learned_file))
     return Subject(
         settings=settings,
@@ -142,7 +142,7 @@ def _bandwidth(subject: Subject) -> float:
 
 
 def _bytes_a_token(subject: Subject) -> int:
-    """What decoding reads of the weights for one token: all, but for a table of which it reads one row."""
+    """Bytes of weights that decoding one token reads: all but the embeddings, of which it reads one row."""
     graphs = list(subject.onnx.glob("*.onnx"))
     total = sum(file.stat().st_size for file in (*graphs, *subject.onnx.glob("*.onnx.data")))
     try:

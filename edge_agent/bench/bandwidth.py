@@ -1,7 +1,7 @@
 """Memory bandwidth as a process: `python -m edge_agent.bench.bandwidth BYTES THREADS` prints bytes a second.
 
-A scalar product of two long vectors reads each byte once and computes next to nothing: what is left is the
-memory. Each thread has its own part; numpy lets go of the interpreter meanwhile.
+A scalar product of two long vectors reads each byte once and computes almost nothing, so memory sets its speed.
+Each thread has its own part; numpy releases the GIL meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy: the threads are ours
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is imported: this module starts the threads itself
 
 import numpy as np
 

@@ -1,8 +1,7 @@
 """The bare library as a process: `python -m edge_agent.bench.bare FOLDER THREADS`, JSON lines in and out.
 
-The other side of every ratio: onnxruntime-genai alone, with the build, the threads, the prompt, the prefill
-slices and the rounding of max_length that the agent's wrapper has. It also makes prompts of a wanted length,
-because it has the tokenizer.
+Every ratio compares against it: onnxruntime-genai alone, with the same build, threads, prompt, prefill slices and
+rounding of max_length as the agent's wrapper. It also makes prompts of a given length, because it has the tokenizer.
 
     {"do": "prompt", "tokens": 256, "start": "a1"}           → {"text", "tokens"}
     {"do": "generate", "text": …, "max_tokens": 64}           → timings, see `edge_agent.bench.timing`
@@ -42,7 +41,7 @@ class Bare:
         self._context_tokens = int(described["context_length"])
 
     def prompt(self, tokens: int, start: str) -> dict[str, Any]:
-        """A text whose chat has nearly `tokens` tokens, and that begins like no other: no prefix is known."""
+        """A text of nearly `tokens` tokens as a chat. Its beginning is unique, so no cached prefix matches it."""
         words, low, high = _WORDS.split(), 0, tokens
         while low < high:  # the most words that fit
             middle = (low + high + 1) // 2
@@ -54,7 +53,7 @@ class Bare:
         return {"text": text, "tokens": len(self._encode(text))}
 
     def generate(self, text: str, max_tokens: int) -> dict[str, Any]:
-        """Answers greedily, and says when."""
+        """Answers greedily and returns the timings."""
         started = time.perf_counter()
         tokens = self._encode(text)
         needed = math.ceil((len(tokens) + max_tokens) / ROUND_TOKENS) * ROUND_TOKENS
@@ -88,7 +87,7 @@ def _text(start: str, words: list[str], count: int) -> str:
 
 
 def serve(bare: Bare, lines: Iterator[str]) -> None:
-    """Answers one request after the other until the input ends."""
+    """Answers requests one after the other until the input ends."""
     for line in lines:
         request = json.loads(line)
         if request.pop("do") == "prompt":

@@ -1,4 +1,4 @@
-"""A child process that answers JSON lines: how the benchmark keeps heavy libraries out of its own process."""
+"""A child process that answers JSON lines. It keeps heavy libraries out of the benchmark's own process."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class BenchError(EdgeAgentError):
 
 
 class LineChild:
-    """`python -m MODULE ARGUMENT…`, ended with the block.
+    """`python -m MODULE ARGUMENT…`, killed at the end of the block.
 
     Args:
-        environment: the child's whole environment.
+        environment: the child's complete environment.
     """
 
     def __init__(self, module: str, *arguments: str, environment: Mapping[str, str]) -> None:
@@ -53,10 +53,10 @@ class LineChild:
         return self._process.pid
 
     def ask(self, request: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
-        """Sends a line and reads the answer.
+        """Sends a line and returns the answer.
 
         Raises:
-            BenchError: the child died, or did not answer in time.
+            BenchError: the child died or did not answer in time.
         """
         assert self._process.stdin is not None
         try:
@@ -67,10 +67,10 @@ class LineChild:
         return self.read(timeout_s=timeout_s)
 
     def read(self, *, timeout_s: float) -> dict[str, Any]:
-        """The next line that the child writes.
+        """Returns the next line that the child writes.
 
         Raises:
-            BenchError: the child died, wrote something else, or wrote nothing in time.
+            BenchError: the child died, wrote something malformed, or wrote nothing in time.
         """
         assert self._process.stdout is not None
         descriptor, limit_s = self._process.stdout.fileno(), time.monotonic() + timeout_s
@@ -86,7 +86,7 @@ class LineChild:
         try:
             answer = json.loads(line)
         except ValueError as error:
-            raise BenchError(f"{self._module} wrote a line that is no JSON") from error
+            raise BenchError(f"{self._module} wrote a line that is not JSON") from error
         if not isinstance(answer, dict):
-            raise BenchError(f"{self._module} wrote a line that is no object")
+            raise BenchError(f"{self._module} wrote a line that is not a JSON object")
         return answer

@@ -1,4 +1,4 @@
-"""What is asked of each side, and what is kept of the answers. One side at a time."""
+"""The questions to each side and the measurements of its answers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _LATER_QUESTION = "And after that, what is the capital of Nepal?"
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Texts, made once: every side and every launch gets the same ones. No two begin alike.
+    """Texts that are made once, so that every side and every launch gets the same ones. No two begin alike.
 
     Attributes:
-        by_length: `ROUNDS` texts for each length that the context has room for.
-        short: of 32 tokens, for prompts at once.
-        prefix: a long text; None where the context has no room for it.
+        by_length: `ROUNDS` texts for each length that fits into the context.
+        short: texts of 32 tokens, for prompts at once.
+        prefix: a long text; None if it does not fit into the context.
     """
 
     by_length: Mapping[int, Sequence[str]]
@@ -50,7 +50,7 @@ class Prompts:
 
 @dataclass(kw_only=True)
 class Measured:
-    """Everything that one side said in all launches."""
+    """The measurements of one side in all launches."""
 
     timings: dict[int, list[Timing]] = field(default_factory=dict)
     load_ms: list[float] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Measured:
 
 @dataclass(kw_only=True)
 class Together:
-    """What only the whole agent can be asked: several prompts at once, a newcomer, a known prefix."""
+    """Measurements of the whole agent only: several prompts at once, a newcomer, a known prefix."""
 
     tokens_per_s: dict[int, list[float]] = field(default_factory=dict)
     first_token_ms: dict[int, list[float]] = field(default_factory=dict)
@@ -72,12 +72,12 @@ class Together:
 
 
 def measure(side: Side, prompts: Prompts, new_tokens: int, measured: Measured) -> None:
-    """First token and decode at each length, and the memory that a side takes.
+    """Measures first token and decode at each length, and the side's memory.
 
-    Resident is measured after one short prompt: what the side itself takes. What longer prompts add is in the
-    peak; the agent keeps the keys and values of some for the prompts that follow, the bare library does not.
+    Resident memory is read after one short prompt, and so shows what the side itself needs. The peak includes the
+    longer prompts; the agent keeps the keys and values of some of them for later prompts, the bare library does not.
     """
-    side.ask(prompts.short[0], 4)  # what a library does only once
+    side.ask(prompts.short[0], 4)  # warms up the library
     measured.resident_bytes.append(memory.resident_bytes(side.pid))
     for length, texts in prompts.by_length.items():
         measured.timings.setdefault(length, []).extend(side.ask(text, new_tokens) for text in texts)
@@ -86,7 +86,7 @@ def measure(side: Side, prompts: Prompts, new_tokens: int, measured: Measured) -
 
 
 def measure_together(side: MqttSide, prompts: Prompts, new_tokens: int, together: Together) -> None:
-    """Prompts at once, one after the other, a newcomer among others, and a question after a known prefix."""
+    """Measures prompts at once, prompts one after the other, a newcomer, and a question after a known prefix."""
     fresh = iter(prompts.short)
     for count in AT_ONCE:
         _at_once(side, [next(fresh) for _ in range(count)], new_tokens, together)
@@ -112,7 +112,7 @@ def _at_once(side: MqttSide, texts: Sequence[str], new_tokens: int, together: To
 
 
 def _newcomer(side: MqttSide, texts: Sequence[str], new_tokens: int, together: Together) -> None:
-    """Three prompts run; at a random time comes a fourth."""
+    """Starts three prompts, and at a random time a fourth, which is measured."""
     keys = [side.client.send(text, new_tokens) for text in texts[:3]]
     side.client.wait_first(keys[0], timeout_s=ANSWER_TIMEOUT_S)
     time.sleep(random.uniform(0.0, 0.2))

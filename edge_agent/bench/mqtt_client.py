@@ -1,4 +1,4 @@
-"""A client as any other: prompts over MQTT 5, streamed, and when what came back came back."""
+"""An ordinary MQTT 5 client that sends streamed prompts and measures when their answers arrive."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CONNECT_TIMEOUT_S = 10.0
 
 @dataclass(kw_only=True)
 class _Prompt:
-    """What has been seen of one prompt; the network thread fills it in."""
+    """One prompt and its answer so far; the network thread fills it in."""
 
     sent_s: float
     first_s: float = 0.0
@@ -34,7 +34,7 @@ class _Prompt:
 
 
 class MqttClient:
-    """One connection; its owner sends and waits, paho's thread receives.
+    """One connection. Its owner sends and waits; paho's thread receives.
 
     Args:
         root: the device's topics, `{prefix}/v1/{device}`.
@@ -53,7 +53,7 @@ class MqttClient:
         self._client.loop_start()
         self._client.subscribe(f"{self._replies}/#", qos=1)
         if not self._subscribed.wait(_CONNECT_TIMEOUT_S):
-            raise BenchError("the broker did not answer a subscription")
+            raise BenchError("the broker did not answer the subscription")
 
     def __enter__(self) -> Self:
         return self
@@ -63,7 +63,7 @@ class MqttClient:
         self._client.loop_stop()
 
     def send(self, text: str, max_tokens: int) -> bytes:
-        """Sends a prompt; gives what `wait` takes."""
+        """Sends a prompt and returns its key for `wait`."""
         key = uuid.uuid4().hex.encode()
         properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         properties.ResponseTopic = self._replies
@@ -80,10 +80,10 @@ class MqttClient:
         return key
 
     def wait(self, key: bytes, *, timeout_s: float) -> Timing:
-        """The answer to a prompt.
+        """Waits for a prompt's answer and returns its timings.
 
         Raises:
-            BenchError: none came in time, or an error came.
+            BenchError: no answer came in time, or it was an error.
         """
         prompt = self._prompts[key]
         if not prompt.done.wait(timeout_s):
@@ -103,7 +103,7 @@ class MqttClient:
         return [self.wait(key, timeout_s=timeout_s) for key in keys]
 
     def wait_first(self, key: bytes, *, timeout_s: float) -> None:
-        """Returns when the first text of an answer has come, or all of it."""
+        """Waits for the first text of an answer."""
         prompt, limit_s = self._prompts[key], time.monotonic() + timeout_s
         while not prompt.first_s and not prompt.done.is_set():
             if time.monotonic() > limit_s:
@@ -124,5 +124,5 @@ class MqttClient:
 
 
 def _without_delay(_client: Client, _userdata: object, connection: Any) -> None:
-    """Nagle's algorithm costs 40 ms a message here, and that is no part of the agent."""
+    """Turns off Nagle's algorithm: its 40 ms a message are not the agent's."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,7 +1,7 @@
-"""A cache with one version in it, for the benchmark's own daemon: links to the device's blobs, no copies.
+"""A cache with one version, for the benchmark's own daemon. Its files are hard links to the device's blobs.
 
-It is `<state_dir>/bench`, a fixed name, so that a benchmark that was killed leaves nothing that grows: the next
-one removes it first. Where hard links are not allowed the files are copied.
+It is always `<state_dir>/bench`, so that leftovers of a killed benchmark do not pile up: the next one removes them
+first. If hard links are not allowed, the files are copied.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from edge_agent.cache.store import Store, store_errors, try_flock
 
 @contextmanager
 def private_cache(store: Store, record: VersionRecord) -> Iterator[Path]:
-    """Gives a state directory in which `record` is the active version; it is removed with the block.
+    """Yields a state directory in which `record` is the active version, and removes it at the end of the block.
 
     Args:
         store: the device's cache.
 
     Raises:
-        BenchError: another benchmark runs.
-        StoreError: the state directory cannot be written.
+        BenchError: another benchmark is running.
+        StoreError: the state directory is not writable.
     """
     place = store.root.parent / "bench"
     with store_errors("prepare the benchmark in", place):

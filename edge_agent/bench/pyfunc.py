@@ -1,6 +1,6 @@
 """The package through `mlflow.pyfunc` as a process: `python -m edge_agent.bench.pyfunc FOLDER CONTEXT THREADS`.
 
-What the wrapper and MLflow add to the bare library, without the agent's processes. JSON lines in and out, as in
+Shows what the wrapper and MLflow cost, without the agent's processes. JSON lines in and out, as in
 `edge_agent.bench.bare`.
 """
 
@@ -16,7 +16,7 @@ from edge_agent.runner import loader
 
 
 def generate(model: loader.Model, text: str, max_tokens: int) -> dict[str, Any]:
-    """Answers greedily, and says when."""
+    """Answers greedily and returns the timings."""
     started = time.perf_counter()
     document = {"messages": [{"role": "user", "content": text}], "max_tokens": max_tokens, "temperature": 0.0}
     first = 0.0

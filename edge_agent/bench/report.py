@@ -1,7 +1,7 @@
-"""The benchmark's result as one document, and as tables for people. Pure but for printing.
+"""The benchmark's result as one document, and as tables for people. Pure except for printing.
 
 The document: `model, version, digest, host, threads, launches, tokens, sides, at_once, prefix, newcomer, memory,
-roofline, ratios, notes`. Each ratio has both of its medians.
+roofline, ratios, notes`. Each ratio includes the two medians that it compares.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Ratio:
     """One figure with a goal.
 
     Attributes:
-        value: `left / right`, or `left - right` where the unit says so.
+        value: `left / right`, or `left - right` if the name has a minus sign.
         goal: such as `>= 0.93`.
-        unit: of `left` and `right`.
+        unit: the unit of `left` and `right`.
     """
 
     name: str
@@ -50,10 +50,10 @@ def document(
     roofline: Mapping[str, float],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """Everything, with medians instead of single values.
+    """The whole document, with medians instead of single values.
 
     Args:
-        head: what was measured, and where.
+        head: the model, the host and the options.
         roofline: `bandwidth_bytes_per_s` and `model_bytes`.
     """
     lengths = {
@@ -159,7 +159,7 @@ def _subtracted(name: str, unit: str, goal: str, left: float, right: float) -> R
 
 
 def print_report(result: Mapping[str, Any]) -> None:
-    """Tables on stdout."""
+    """Prints tables on stdout."""
     print(f"model     {result['model']} version {result['version']}, {result['threads']} threads")
     print(f"host      {result['host']}")
     print(f"medians of {result['launches']} launches of each side, in turn; {result['tokens']} new tokens\n")

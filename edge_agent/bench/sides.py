@@ -1,7 +1,7 @@
-"""The four ways to the same model: bare library, MLflow pyfunc, a runner, the whole agent over MQTT.
+"""The four sides of the benchmark: bare library, MLflow pyfunc, a runner, the whole agent over MQTT.
 
-Each is a context manager that loads the model for its block; only one is open at a time, so that a device that
-holds the model once can run all of them.
+Each is a context manager that loads the model for its block. Only one is open at a time, so memory for one copy of
+the model is enough.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ DEVICE = "bench"
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is measured.
+    """The version to measure.
 
     Attributes:
         onnx: the model builder's folder inside `folder`.
-        threads: for every side alike.
+        threads: the number for every side.
     """
 
     settings: Settings
@@ -62,11 +62,11 @@ class Subject:
 
 
 class Side(Protocol):
-    """One way to the loaded model.
+    """One way to ask the loaded model.
 
     Attributes:
-        load_ms: what loading took, without the start of the process.
-        pid: the process that has the model.
+        load_ms: time to load the model, without the start of the process.
+        pid: the process that has loaded the model.
     """
 
     load_ms: float
@@ -76,7 +76,7 @@ class Side(Protocol):
 
 
 class LineSide:
-    """A side behind JSON lines: the bare library or the pyfunc."""
+    """A child process that answers JSON lines: the bare library or the pyfunc."""
 
     def __init__(self, child: LineChild) -> None:
         self._child = child
@@ -88,7 +88,7 @@ class LineSide:
         return Timing.of(self._child.ask(request, timeout_s=ANSWER_TIMEOUT_S))
 
     def prompt(self, tokens: int) -> str:
-        """A text of about so many tokens, with a beginning of its own (the bare library's side only)."""
+        """A text of about `tokens` tokens with a unique beginning. Only the bare library can make one."""
         request = {"do": "prompt", "tokens": tokens, "start": uuid.uuid4().hex[:6]}
         return str(self._child.ask(request, timeout_s=ANSWER_TIMEOUT_S)["text"])
 
@@ -127,7 +127,7 @@ class RunnerSide:
 
 
 class MqttSide:
-    """A daemon of its own behind a broker of its own."""
+    """A private daemon behind a private broker."""
 
     def __init__(self, client: MqttClient, *, daemon_pid: int, runner_pid: int) -> None:
         self.client = client
@@ -141,7 +141,7 @@ class MqttSide:
 
 @contextlib.contextmanager
 def bare(subject: Subject, threads: int) -> Iterator[LineSide]:
-    """onnxruntime-genai alone; 0 threads is the library's own choice."""
+    """onnxruntime-genai alone; with 0 threads the library chooses the number."""
     arguments = (str(subject.onnx), str(threads))
     with LineChild("edge_agent.bench.bare", *arguments, environment=subject.environment) as child:
         yield LineSide(child)
@@ -170,7 +170,7 @@ def mqtt(subject: Subject) -> Iterator[MqttSide]:
     """The whole agent: a daemon with the same version, a mosquitto on a loopback port, a client.
 
     Raises:
-        BrokerMissing: there is no mosquitto.
+        BrokerMissing: mosquitto is not installed, or does not start.
         BenchError: the daemon does not become ready.
     """
     with contextlib.ExitStack() as stack:
@@ -188,7 +188,7 @@ def mqtt(subject: Subject) -> Iterator[MqttSide]:
 
 
 def _config(subject: Subject, folder: Path, state_dir: Path, port: int) -> str:
-    """Settings of the benchmark's daemon: the device's own, where they change what is measured."""
+    """The settings of the benchmark's daemon. They are the device's own wherever they affect the result."""
     model, trust = subject.settings.models[subject.record.name], subject.settings.trust
     values: dict[str, dict[str, Any]] = {
         "": {
@@ -226,4 +226,4 @@ def _await_ready(socket: Path, log: Path) -> None:
             if status and status["models"][0]["state"] == "failed":
                 break
         time.sleep(0.05)
-    raise BenchError(f"the benchmark's daemon was not ready: {tail(log)}")
+    raise BenchError(f"the benchmark's daemon did not become ready: {tail(log)}")

@@ -1,4 +1,4 @@
-"""How long one answer took, whatever gave it."""
+"""How long one answer took."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One answer, seen from where it was asked for.
+    """The timings of one answer, measured by whoever asked.
 
     Attributes:
-        cached_tokens: of the prompt, that were not computed again.
+        cached_tokens: prompt tokens that were not computed again.
     """
 
     prompt_tokens: int
@@ -39,7 +39,7 @@ class Timing:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Of the tokens behind the first one; None when there is only one."""
+        """The rate after the first token; None if there is only one token."""
         if self.completion_tokens < 2:
             return None
         return (self.completion_tokens - 1) / max(self.total_ms - self.first_token_ms, 0.001) * 1000

@@ -1,8 +1,7 @@
-"""The `edge-agent` command; one file for each of its commands.
+"""The `edge-agent` command, with a file for each of its commands.
 
-Owns the words of the command line; exit codes are in `command.py`. Results go to stdout, with `--json` as one
-document and nothing else; logs, progress and errors go to stderr. What is heavy is imported when a command needs it.
-Contract: docs/cli.md.
+Results go to stdout, with `--json` as one document and nothing else; logs, progress and errors go to stderr. Exit
+codes are in `command.py`. Heavy modules are imported by the commands that need them. Contract: docs/cli.md.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from edge_agent.cli.command import Group, Invocation
 @click.version_option(edge_agent.__version__, prog_name="edge-agent")
 @click.pass_context
 def main(context: click.Context, config: Path | None) -> None:
-    """Keeps registered MLflow language models on this device and answers prompts over MQTT.
+    """Keep registered MLflow language models on this device and answer prompts over MQTT.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""One prompt from the command line, through the daemon or past it; both give the same result object.
+"""One prompt from the command line, with or without the daemon; both ways give the same result.
 
 Result: question, answer, model, version, flavor, finish_reason, usage, first_token_ms, tokens_per_s.
 """
@@ -30,11 +30,11 @@ def ask_daemon(
 
     Args:
         timeout_s: the prompt's deadline; None takes the settings' `limits.deadline_s`.
-        on_text: gets the answer's text as it comes.
+        on_text: called with each piece of the answer.
 
     Raises:
         DaemonNotRunning: nothing answers on the control socket.
-        PromptError: the daemon's refusal, with its own code.
+        PromptError: the daemon refused the prompt; the error has the daemon's code.
     """
     deadline_s = timeout_s if timeout_s is not None else settings.limits.deadline_s
     events = control.call(
@@ -62,12 +62,12 @@ def ask_daemon(
 def ask_direct(
     settings: Settings, question: str, *, model: str | None, timeout_s: float | None, on_text: OnText
 ) -> dict[str, Any]:
-    """Loads the active version from the cache in a runner of its own and asks it; no daemon, no journal.
+    """Loads the active version from the cache into a new runner and asks it, without daemon and journal.
 
     Raises:
-        NoModel: nothing is in the cache for this model, or it does not load.
-        PromptError: the model's refusal.
-        RunnerError: the runner died. Its last words are in the message: they are shown to who asked, not logged.
+        NoModel: no version of this model is in the cache, or it does not load.
+        PromptError: the model refused the prompt.
+        RunnerError: the runner died. The message quotes its last output, which must not be logged.
     """
     name = model or settings.default_model
     if name is None:
@@ -103,7 +103,7 @@ def ask_direct(
 def _generate(
     runner: RunnerProcess, document: dict[str, Any], *, model: str, timeout_s: float, on_text: OnText
 ) -> dict[str, Any]:
-    """The completion of one prompt, its text shown as it comes."""
+    """Runs one prompt, passes its text on as it comes, and returns the completion."""
     started_s = time.monotonic()
     first_s: float | None = None
     texts: list[str] = []

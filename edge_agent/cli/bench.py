@@ -11,20 +11,24 @@ from edge_agent.owner import acting_as_owner_of
 
 
 @click.command(cls=Command)
-@click.option("--model", metavar="NAME", help="A [models.NAME] of the settings; the first one by default.")
+@click.option("--model", metavar="NAME", help="A [models.NAME] from the settings; default: the first one.")
 @click.option(
-    "--launches", type=click.IntRange(1, 100), default=3, show_default=True, help="Starts of each side."
+    "--launches",
+    type=click.IntRange(1, 100),
+    default=3,
+    show_default=True,
+    help="How often each side is started.",
 )
 @click.option(
-    "--tokens", type=click.IntRange(2, 1024), default=64, show_default=True, help="New tokens of each answer."
+    "--tokens", type=click.IntRange(2, 1024), default=64, show_default=True, help="New tokens in each answer."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def bench(invocation: Invocation, model: str | None, launches: int, tokens: int, as_json: bool) -> None:
     """Measure the active version: first token, decode, several prompts at once, memory.
 
-    The bare library, MLflow, the agent's runner and the whole agent over MQTT, one after the other, so that
-    each layer's price is seen. Needs mosquitto for the last one. Takes minutes with a large model.
+    Measures the bare library, MLflow, the agent's runner and the whole agent over MQTT one after the other, to
+    show what each layer costs. The last one needs mosquitto. With a large model this takes minutes.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""What all commands share: the options before them, their exit codes, and errors in the words of this project.
+"""Shared by all commands: the options before the command, exit codes, and how errors are printed.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not running, 4 no model ready, 5 timed out, 78 settings invalid.
 """
@@ -38,7 +38,7 @@ _EXIT_CODES: dict[str, int] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Invocation:
-    """What the options before the command say; settings are read when a command needs them."""
+    """The options before the command. Settings are read when a command asks for them."""
 
     config: Path | None
 
@@ -47,7 +47,7 @@ class Invocation:
 
 
 class DaemonError(EdgeAgentError):
-    """An error that the daemon reported over the control socket; it keeps the daemon's code."""
+    """An error that the daemon reported over the control socket, with the daemon's code."""
 
     def __init__(self, event: Mapping[str, Any]) -> None:
         super().__init__(str(event.get("message")), remedy=str(event.get("remedy") or ""))
@@ -55,7 +55,7 @@ class DaemonError(EdgeAgentError):
 
 
 class Command(click.Command):
-    """Keeps examples in `--help` as they are written, and turns this project's errors into exit codes."""
+    """Turns this project's errors into messages and exit codes."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

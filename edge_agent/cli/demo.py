@@ -10,14 +10,14 @@ from edge_agent.cli.command import Command
 
 
 @click.command(cls=Command)
-@click.option("--once", is_flag=True, help="Ask one question, print the answer, stop everything.")
+@click.option("--once", is_flag=True, help="Ask one question, print the answer and stop everything.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document; implies --once.")
 @click.option("--question", default="What is the capital of Spain?", show_default=True, help="What to ask.")
 def demo(once: bool, as_json: bool, question: str) -> None:
-    """Run everything on this machine with nothing configured.
+    """Run everything on this machine without any configuration.
 
-    An embedded registry, a mosquitto of its own on a free port, the sample model published, pulled and
-    answering over MQTT.
+    Starts an embedded registry, a private mosquitto on a free port and the agent. Publishes the sample model;
+    the agent pulls it and answers over MQTT.
 
     \b
     Examples:

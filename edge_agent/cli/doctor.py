@@ -19,23 +19,24 @@ from edge_agent.cli.command import FAILED, Command, Invocation
 from edge_agent.errors import SettingsError
 
 if TYPE_CHECKING:
-    from edge_agent.doctor import Finding
+    from edge_agent.doctor.finding import Finding
 
 
 @click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.option(
     "--bundle",
+    "archive",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Also write a support bundle (tar.gz), without prompts and secrets.",
+    help="Also write a support archive (tar.gz) without prompts or secrets.",
 )
 @click.pass_obj
-def doctor(invocation: Invocation, as_json: bool, bundle: Path | None) -> None:
+def doctor(invocation: Invocation, as_json: bool, archive: Path | None) -> None:
     """Check this device: host, settings, daemon, broker, registry, cache, models.
 
-    Each line says ok, warn or fail, and what to do. Exit 1 when anything failed. Works with the daemon up and
-    down; as root it sees most.
+    Each line says ok, warn or fail, and what to do. Exits with 1 if anything failed. Works whether the daemon
+    is running or not, and sees most as root.
 
     \b
     Examples:
@@ -43,33 +44,34 @@ def doctor(invocation: Invocation, as_json: bool, bundle: Path | None) -> None:
       edge-agent doctor --json | jq '.findings[] | select(.level != "ok")'
       sudo edge-agent doctor --bundle support.tar.gz
     """
-    from edge_agent import doctor as doctors
+    from edge_agent.doctor import diagnose
+    from edge_agent.doctor.finding import Level
 
     found = []
     config = invocation.config or settings_module.find_config()
-    for finding in doctors.diagnose(invocation.settings, config=config):
+    for finding in diagnose(invocation.settings, config=config):
         found.append(finding)
         if not as_json:
             terminal.print_finding(finding.level, finding.check, finding.message, finding.remedy)
-    failures = sum(finding.level is doctors.Level.FAIL for finding in found)
+    failures = sum(finding.level is Level.FAIL for finding in found)
     if as_json:
         findings = [asdict(finding) for finding in found]
         click.echo(
             json.dumps({"ok": not failures, "agent_version": edge_agent.__version__, "findings": findings})
         )
     else:
-        warnings = sum(finding.level is doctors.Level.WARN for finding in found)
-        click.echo(f"\n{len(found)} checks, {warnings} to look at, {failures} failed")
-    if bundle is not None:
-        _write_bundle(invocation, bundle, found)
+        warnings = sum(finding.level is Level.WARN for finding in found)
+        click.echo(f"\n{len(found)} checks, {warnings} warnings, {failures} failed")
+    if archive is not None:
+        _write_archive(invocation, archive, found)
     sys.exit(FAILED if failures else 0)
 
 
-def _write_bundle(invocation: Invocation, path: Path, findings: Sequence[Finding]) -> None:
-    from edge_agent.doctor import support_bundle
+def _write_archive(invocation: Invocation, path: Path, findings: Sequence[Finding]) -> None:
+    from edge_agent.doctor import support_archive
 
     settings = None
-    with contextlib.suppress(SettingsError):  # it is one of the findings
+    with contextlib.suppress(SettingsError):  # already one of the findings
         settings = invocation.settings()
-    members = support_bundle.write(path, findings, settings)
+    members = support_archive.write(path, findings, settings)
     click.echo(f"{path}: {', '.join(members)}; read it before you send it", err=True)

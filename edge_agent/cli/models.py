@@ -1,4 +1,4 @@
-"""`edge-agent models …`: what is in the cache, and what an operator does to it."""
+"""`edge-agent models …`: shows and changes the cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group)
 def models() -> None:
-    """See and change what is in the cache.
+    """Show and change the versions in the cache.
 
     \b
     Examples:
@@ -66,7 +66,7 @@ def models_list(invocation: Invocation, as_json: bool) -> None:
             ],
         )
     else:
-        click.echo("no versions yet; `edge-agent models pull` brings them")
+        click.echo("the cache has no versions yet; `edge-agent models pull` fetches them")
 
 
 @models.command("show")
@@ -74,7 +74,7 @@ def models_list(invocation: Invocation, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def models_show(invocation: Invocation, name: str, as_json: bool) -> None:
-    """Show one model: its versions, where they came from and why they may run.
+    """Show a model's versions, where they came from and why they may run.
 
     \b
     Example:
@@ -123,9 +123,9 @@ def models_show(invocation: Invocation, name: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def models_pull(invocation: Invocation, name: str | None, as_json: bool) -> None:
-    """Ask the registry now and bring NAME, or every model, up to date.
+    """Ask the registry now and update NAME, or every model.
 
-    Goes through the running daemon, or works by itself when there is none.
+    The running daemon does the work, or this command if there is none.
 
     \b
     Examples:
@@ -151,7 +151,7 @@ def models_pull(invocation: Invocation, name: str | None, as_json: bool) -> None
 
 
 def _version_command(do: str, summary: str, example: str) -> None:
-    """The commands that take NAME VERSION and change what runs."""
+    """Adds a command that takes NAME and VERSION and changes what runs."""
 
     @models.command(do, help=f"{summary}\n\n\b\nExample:\n  {example}")
     @click.argument("name")
@@ -163,7 +163,7 @@ def _version_command(do: str, summary: str, example: str) -> None:
 
 
 def _name_command(do: str, summary: str, example: str) -> None:
-    """The commands that take NAME and change what runs."""
+    """Adds a command that takes NAME and changes what runs."""
 
     @models.command(do, help=f"{summary}\n\n\b\nExample:\n  {example}")
     @click.argument("name")
@@ -175,15 +175,15 @@ def _name_command(do: str, summary: str, example: str) -> None:
 
 _version_command(
     "activate",
-    "Make a cached VERSION active, through the gate, and pin it; quarantine does not hold it back.",
+    "Make a cached VERSION active and pin it. It must pass the gate, but may be in quarantine.",
     "edge-agent models activate assistant 6",
 )
 _version_command(
-    "pin", "Fix the VERSION that runs, whatever the registry says.", "edge-agent models pin assistant 6"
+    "pin", "Keep a model at VERSION, whatever the registry says.", "edge-agent models pin assistant 6"
 )
 _version_command(
     "rm",
-    "Remove a cached VERSION that is not in use; forget the quarantine of one that the cache no longer has.",
+    "Remove a cached VERSION that is not in use, or release one that was removed already from quarantine.",
     "edge-agent models rm assistant 5",
 )
 _name_command(
@@ -196,7 +196,7 @@ _name_command("unpin", "Let a model follow its reference again.", "edge-agent mo
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def models_prune(invocation: Invocation, as_json: bool) -> None:
-    """Remove every version that nothing needs, downloads that do not go on now, and what crashes left.
+    """Remove versions that nothing needs, interrupted downloads, and what crashes left behind.
 
     \b
     Example:
@@ -218,10 +218,10 @@ def models_prune(invocation: Invocation, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def models_export(invocation: Invocation, name: str, version: int, file: Path, as_json: bool) -> None:
-    """Write a cached VERSION into one FILE, for a device without a network.
+    """Write a cached VERSION to a version file, for a device without a network.
 
-    Every byte is verified on its way. FILE is there when all of it is, and not before; one that is there is
-    replaced. Any tar program lists it.
+    Every byte is verified while it is written. FILE appears only when it is complete, and replaces an existing
+    file. Any tar program can list it.
 
     \b
     Example:
@@ -240,16 +240,15 @@ def models_export(invocation: Invocation, name: str, version: int, file: Path, a
 
 @models.command("import")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--model", "name", metavar="NAME", help="The [models.NAME] that takes it, where several could.")
+@click.option("--model", "name", metavar="NAME", help="The [models.NAME] that takes it, if several could.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def models_import(invocation: Invocation, file: Path, name: str | None, as_json: bool) -> None:
-    """Bring the version in FILE, made by `models export`, into the cache.
+    """Import a version file, written by `models export`, into the cache.
 
-    It is verified and judged as a version from the registry, and goes through the same gate; then it is
-    active, unless another one is pinned or asked for by its number. It goes to the model whose uri has the
-    registered name that is in the file. No registry is needed; where there is one, its word at the next check
-    counts again.
+    The version passes the same checks and the same gate as one from the registry, and becomes active unless
+    another version is pinned or configured by its number. It belongs to the model whose uri has the same
+    registered name. No registry is needed; if there is one, the next check follows the registry again.
 
     \b
     Example:
@@ -276,9 +275,9 @@ def models_import(invocation: Invocation, file: Path, name: str | None, as_json:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def models_verify(invocation: Invocation, as_json: bool) -> None:
-    """Read every byte in the cache again and compare it with what was verified.
+    """Read every file in the cache again and check its sha256.
 
-    Damaged files are set aside and fetched again, only they. Exit 1 when damage remains.
+    Damaged files, and only those, are set aside and fetched again. Exits with 1 if damage remains.
 
     \b
     Example:
@@ -318,7 +317,7 @@ def _show_operation(document: Mapping[str, Any], as_json: bool) -> None:
 
 @contextmanager
 def _file_errors(action: str, file: Path) -> Iterator[None]:
-    """The operating system's errors about a file that the command line names."""
+    """Reports the operating system's errors about a file from the command line."""
     try:
         yield
     except OSError as error:

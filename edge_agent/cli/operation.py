@@ -1,4 +1,4 @@
-"""One operation on the cache: through the running daemon, or by this process when there is none."""
+"""One operation on the cache, carried out by the running daemon, or by this process if there is none."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def operate(
     file: int | None = None,
     doing: str = "fetching",
 ) -> Any:
-    """Runs an operation by its name, with its progress on the terminal; gives the document for `--json`.
+    """Runs an operation by its name, shows its progress, and returns the document for `--json`.
 
     Args:
-        file: descriptor of an open file, where the operation has one.
-        doing: what the progress is of, in one word.
+        file: descriptor of an open file, for operations that need one.
+        doing: a word for the progress, such as `importing`.
 
     Raises:
-        EdgeAgentError: it failed, here or in the daemon.
+        EdgeAgentError: the operation failed, here or in the daemon.
     """
     with terminal.progress_bar() as report:
 
@@ -39,7 +39,7 @@ def operate(
             if event.get("event") == "progress":
                 report(doing, event["bytes"], event["total_bytes"])
             elif event.get("event") == "waiting":
-                print(f"waiting for the end of {event['for']}", file=sys.stderr, flush=True)
+                print(f"waiting for {event['for']} to end", file=sys.stderr, flush=True)
 
         try:
             return _through_daemon(settings, on_event, do=do, name=name, version=version, file=file)

@@ -16,7 +16,7 @@ from edge_agent.owner import acting_as_owner_of
 
 @click.command(cls=Command)
 @click.argument("text", required=False)
-@click.option("--model", metavar="NAME", help="A [models.NAME] of the settings; the first one by default.")
+@click.option("--model", metavar="NAME", help="A [models.NAME] from the settings; default: the first one.")
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=0.001), metavar="S", help="Seconds to wait."
 )
@@ -33,7 +33,7 @@ def probe(
 ) -> None:
     """Send one prompt through the running daemon and stream the answer.
 
-    TEXT is read from standard input when it is -.
+    If TEXT is -, the prompt is read from standard input.
 
     \b
     Examples:
@@ -44,27 +44,24 @@ def probe(
     settings = invocation.settings()
     question = _question(text, settings.limits.payload_bytes)
 
+    from edge_agent.cli import asking
+
+    ask = asking.ask_direct if direct else asking.ask_daemon
+    user = acting_as_owner_of(settings.state_dir) if direct else contextlib.nullcontext()
+    shown = False
+
     def show(delta: str) -> None:
+        nonlocal shown
         if not as_json:
+            shown = True
             click.echo(delta, nl=False)
             sys.stdout.flush()
 
-    from edge_agent.cli import asking as probing
-
-    ask = probing.ask_direct if direct else probing.ask_daemon
-    whoever = acting_as_owner_of(settings.state_dir) if direct else contextlib.nullcontext()
-    shown = False
-
-    def show_text(delta: str) -> None:
-        nonlocal shown
-        shown = True
-        show(delta)
-
     try:
-        with whoever:
-            result = ask(settings, question, model=model, timeout_s=timeout_s, on_text=show_text)
+        with user:
+            result = ask(settings, question, model=model, timeout_s=timeout_s, on_text=show)
     except EdgeAgentError:
-        if shown and not as_json:
+        if shown:  # the message begins on a line of its own
             click.echo()
         raise
     if as_json:

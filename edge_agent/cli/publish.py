@@ -14,17 +14,17 @@ from edge_agent.cli.command import Command, Invocation
 
 @click.command(cls=Command)
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--name", required=True, help="Registered model's name; made when it is not there.")
+@click.option("--name", required=True, help="The registered model's name; created if it does not exist.")
 @click.option(
-    "--registry", metavar="URI", help="http(s)://… or sqlite:///…; the settings' registry by default."
+    "--registry", metavar="URI", help="http(s)://… or sqlite:///…; default: registry.uri from the settings."
 )
-@click.option("--alias", help="Moved to the new version, as the last step.")
+@click.option("--alias", help="Alias to move to the new version, as the last step.")
 @click.option(
     "--flavor",
     type=click.Choice(["onnx", "transformers"]),
     default="onnx",
     show_default=True,
-    help="What DIR is: the model builder's, or a Hugging Face folder with safetensors weights.",
+    help="onnx: DIR is from the model builder; transformers: a Hugging Face folder with safetensors weights.",
 )
 @click.option("--signature", type=click.Choice(["chat", "prompt"]), default="chat", show_default=True)
 @click.option(
@@ -34,10 +34,10 @@ from edge_agent.cli.command import Command, Invocation
     "--golden",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="JSON list of prompts that devices try first.",
+    help="JSON list of prompts that a device tries before it uses the version.",
 )
 @click.option(
-    "--sign-key", type=click.Path(path_type=Path), metavar="PEM", help="Private key to sign the package with."
+    "--sign-key", type=click.Path(path_type=Path), metavar="PEM", help="Private key that signs the package."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj

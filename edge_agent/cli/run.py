@@ -26,7 +26,7 @@ def run(invocation: Invocation) -> None:
     logs.configure(settings.log_format, journal=environment.logs_to_journal())
     if invocation.config is None and settings_module.find_config() is None:
         click.echo(
-            "edge-agent: no settings file was found; see docs/settings.md for where it is looked for",
+            "edge-agent: no settings file found; docs/settings.md says where the agent looks for one",
             err=True,
         )
     sys.exit(daemon.run(settings))

@@ -1,4 +1,4 @@
-"""`edge-agent status`: what the daemon says or, with the daemon down, what the disk says."""
+"""`edge-agent status`: asks the daemon, or reads the disk if the daemon is not running."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from edge_agent.transport import control
 
 @click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.option("--watch", is_flag=True, help="Again every second, until interrupted.")
+@click.option("--watch", is_flag=True, help="Repeat every second until interrupted.")
 @click.pass_obj
 def status(invocation: Invocation, as_json: bool, watch: bool) -> None:
     """Show state, models, queue, cache, registry and broker.
 
-    With the daemon down, shows what the disk says and exits with 3.
+    If the daemon is not running, reads the state from the disk and exits with 3.
 
     \b
     Examples:
@@ -46,7 +46,7 @@ def status(invocation: Invocation, as_json: bool, watch: bool) -> None:
             click.echo(json.dumps(document, ensure_ascii=False))
         else:
             if code:
-                click.echo("edge-agent: the daemon is not running; this is what the disk says", err=True)
+                click.echo("edge-agent: the daemon is not running; this state is from the disk", err=True)
             terminal.print_status(document)
         if not watch:
             sys.exit(code)
@@ -63,7 +63,7 @@ def _status_of_daemon(settings: Settings) -> dict[str, Any]:
 
 
 def _status_on_disk(settings: Settings) -> dict[str, Any]:
-    """The status document as far as the disk knows it."""
+    """As much of the status document as the disk has."""
     from edge_agent.cache.store import Store
 
     store = Store(settings.state_dir)

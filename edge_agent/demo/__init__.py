@@ -1,7 +1,7 @@
-"""The demo: everything on one machine with nothing configured.
+"""The demo: everything on one machine without any configuration.
 
-Real parts throughout: the sample model is published into an embedded registry, a mosquitto of its own listens
-on a free loopback port, the daemon runs as a process, pulls the model, and answers over MQTT.
+All parts are real: the sample model is published to an embedded registry, a private mosquitto listens on a free
+loopback port, and the daemon runs as a process, pulls the model and answers over MQTT.
 
     sample model → publish → registry (sqlite) → daemon: pull, gate, ready → prompt over MQTT → answer
 """
@@ -33,16 +33,16 @@ _ANSWER_TIMEOUT_S = 60.0
 
 
 class DemoError(EdgeAgentError):
-    """Something that the demo needs is missing, or did not start."""
+    """A part of the demo is missing, or did not start."""
 
     code = "demo_failed"
 
 
 def run_demo(question: str, *, stay: bool, quiet: bool) -> dict[str, Any]:
-    """Runs the demo. Returns the answer as `probe --json` has it.
+    """Runs the demo and returns the answer in the form of `probe --json`.
 
     Args:
-        stay: keep everything running after the answer, until interrupted.
+        stay: keep everything running after the answer until interrupted.
         quiet: print nothing on stdout.
 
     Raises:
@@ -52,7 +52,7 @@ def run_demo(question: str, *, stay: bool, quiet: bool) -> dict[str, Any]:
         folder = Path(name)
         registry_uri = f"sqlite:///{folder / 'registry.db'}"
         port = stack.enter_context(private_broker(folder))
-        _say(f"mosquitto listens on 127.0.0.1:{port}")
+        _say(f"mosquitto is listening on 127.0.0.1:{port}")
         _say("registering the sample model in an embedded registry")
         _publish(registry_uri)
         config = _write_config(folder, registry_uri, port)
@@ -104,13 +104,13 @@ def _await_ready(folder: Path) -> dict[str, Any]:
             model = status["models"][0]
             if status["cache"]["bytes"] and not cached_bytes:
                 cached_bytes = status["cache"]["bytes"]
-                _say(f"{terminal.human_bytes(cached_bytes)} are in the cache, verified; the model loads")
+                _say(f"{terminal.human_bytes(cached_bytes)} verified and in the cache; loading the model")
             if status["state"] == "ready" and status["broker"]["connected"]:
                 return status
             if model["update_problem"]:
-                raise DemoError(f"the agent could not bring the model: {model['update_problem']}")
+                raise DemoError(f"the agent could not fetch the model: {model['update_problem']}")
         time.sleep(0.1)
-    raise DemoError(f"the agent was not ready in {_START_TIMEOUT_S:.0f} s: {tail(folder / 'agent.log')}")
+    raise DemoError(f"the agent was not ready within {_START_TIMEOUT_S:.0f} s: {tail(folder / 'agent.log')}")
 
 
 def _status(path: Path) -> dict[str, Any] | None:
@@ -124,7 +124,7 @@ def _status(path: Path) -> dict[str, Any] | None:
 
 
 def _ask(port: int, question: str, flavor: str) -> dict[str, Any]:
-    """One prompt over MQTT 5, as any client would send it."""
+    """Sends one prompt over MQTT 5, as any client would."""
     from paho.mqtt.client import Client, MQTTv5
     from paho.mqtt.enums import CallbackAPIVersion
     from paho.mqtt.packettypes import PacketTypes
@@ -146,19 +146,19 @@ def _ask(port: int, question: str, flavor: str) -> dict[str, Any]:
         client.publish(f"edge/v1/{DEVICE}/req/chat", request, qos=1, properties=properties)
         message = answers.get(timeout=_ANSWER_TIMEOUT_S)
     except queue.Empty as error:
-        raise DemoError(f"no answer came over MQTT in {_ANSWER_TIMEOUT_S:.0f} s") from error
+        raise DemoError(f"no answer came over MQTT within {_ANSWER_TIMEOUT_S:.0f} s") from error
     finally:
         client.disconnect()
         client.loop_stop()
     answer = json.loads(message.payload)
     if "error" in answer:
         raise DemoError(f"the agent answered with an error: {answer['error']['message']}")
-    told = dict(message.properties.UserProperty)
+    user_properties = dict(message.properties.UserProperty)
     return {
         "question": question,
         "answer": answer["choices"][0]["message"]["content"],
         "model": answer["model"],
-        "version": int(told["version"]),
+        "version": int(user_properties["version"]),
         "flavor": flavor,
         "finish_reason": answer["choices"][0]["finish_reason"],
         "usage": answer["usage"],
@@ -177,7 +177,7 @@ def _stay(config: Path, port: int) -> None:
     client = shutil.which("mosquitto_rr", path=environment.search_path()) or "mosquitto_rr"
     print(
         f"""
-Still running. Ask more from another terminal, until you press Ctrl-C here:
+Everything is still running. Ask more from another terminal; press Ctrl-C here to stop:
 
   {own} --config {config} probe "What is the capital of Nepal?"
   {own} --config {config} status

@@ -1,12 +1,12 @@
 """`edge-agent doctor`: what is wrong on this device, and what to do about it.
 
-Owns the order of the checks. Each one looks at the real thing, within a time limit, changes nothing that
-lasts, and works with the daemon up and down:
+Owns the order of the checks. Each check looks at the real thing within a time limit, leaves no trace, and works
+whether the daemon is running or not:
 
     host → settings and their files → daemon and unit → broker → registry → cache → models
 
-With the daemon up and connected the broker is not connected to a second time: under a broker that names
-sessions after users (docs/broker.md) that would end the daemon's session.
+While the daemon is connected, doctor does not open a second connection to the broker: if the broker uses the user
+name as the client id (docs/broker.md), that would end the daemon's session.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ from pathlib import Path
 
 from edge_agent import logs
 from edge_agent.doctor import broker, cache, certificates, files, host, models, registry, service
-from edge_agent.doctor.finding import Finding, Level, fail, failed, ok, warn
+from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
 from edge_agent.errors import EdgeAgentError, SettingsError
 from edge_agent.settings import Settings
 
-__all__ = ["Finding", "Level", "diagnose"]
-
 
 def diagnose(load: Callable[[], Settings], *, config: Path | None) -> Iterator[Finding]:
-    """Runs every check; a finding comes as soon as it is known.
+    """Runs every check and yields each finding as soon as it is known.
 
     Args:
-        load: reads the settings; without valid ones only the host and the unit are looked at.
-        config: the settings file; None where there is none.
+        load: reads the settings; if they are invalid, only the host and the unit are checked.
+        config: the settings file; None if there is none.
     """
     yield from _each("host", host.check_processor, host.check_clock)
     try:
@@ -55,7 +53,9 @@ def diagnose(load: Callable[[], Settings], *, config: Path | None) -> Iterator[F
 
 def _check_settings(settings: Settings, config: Path | None) -> Iterator[Finding]:
     if config is None:
-        yield warn("settings", "no settings file was found: all defaults", "write one; see docs/settings.md")
+        yield warn(
+            "settings", "no settings file found; every key has its default", "write one; see docs/settings.md"
+        )
     elif not settings.models:
         yield warn("settings", "no model is configured", "add a [models.NAME] table to the settings")
     else:
@@ -63,20 +63,20 @@ def _check_settings(settings: Settings, config: Path | None) -> Iterator[Finding
 
 
 def _each(name: str, *checks: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """A check that cannot be made is a finding, too; the others go on."""
+    """Reports a check that fails to run as a finding, and goes on with the others."""
     for check in checks:
         try:
             yield from check()
         except SettingsError as error:
-            yield failed(name, error, "correct the key, or the file, that is named")
+            yield failed(name, error, "correct the key or the file that the message names")
         except EdgeAgentError as error:
             yield failed(name, error, "see `edge-agent status`")
         except OSError as error:
             yield fail(
                 name,
-                f"cannot be looked at: {error}",
-                "run it as root, or as a member of the group edge-agent",
+                f"cannot be checked: {error}",
+                "run doctor as root, or as a member of the group edge-agent",
             )
-        except Exception as error:  # noqa: BLE001 - whatever is broken on this device, the other checks go on
+        except Exception as error:  # noqa: BLE001 - whatever is broken on this device, the other checks run
             places = " ".join(logs.describe(error).split())
-            yield fail(name, f"the check itself failed: {places}", "report it, with a support bundle")
+            yield fail(name, f"the check itself failed: {places}", "report this, with a support archive")

@@ -1,9 +1,9 @@
-"""The broker: connect, subscribe, publish, as this device, and what the broker's rules (ACL) say to it.
+"""The broker: connect, subscribe and publish as this device, and report what the broker's ACL refuses.
 
-A second connection of this device, for seconds. It must not cost a prompt: it keeps whatever session the
-broker finds for it, acks nothing, and throws its session away only when the broker had none for it before.
-(A broker that takes the user's name for the client id gives it the daemon's own session.) With the daemon
-connected it does not connect at all: the daemon's word is taken.
+This is a second connection of the device, for a few seconds. It must not lose a prompt, so it acks nothing, resumes
+whatever session the broker has for it, and discards its session only if the broker had none before. (A broker that
+uses the user name as the client id gives it the daemon's own session.) While the daemon is connected, doctor does
+not connect at all and reports what the daemon says.
 
 Source: MQTT 5.0 §3.1.2.11.2 (Session Expiry Interval), §3.14.2.2.2, §3.9.3 (SUBACK), §3.4.2.1 (PUBACK).
 """
@@ -40,14 +40,14 @@ _ACL_REMEDY = "docs/broker.md has the rules that a device needs; the broker's lo
 
 
 class BrokerUnreachable(EdgeAgentError):
-    """No connection, or one that the broker refused."""
+    """The connection failed, or the broker refused it."""
 
     code = "broker_unreachable"
 
 
 @dataclass(kw_only=True)
 class _Session:
-    """One connection and what the broker answered on it. One thread."""
+    """One connection and what the broker answered on it. Used by one thread."""
 
     client: paho.Client
     version5: bool
@@ -61,13 +61,13 @@ class _Session:
 
 
 def check(settings: Settings, status: Mapping[str, Any] | None) -> Iterator[Finding]:
-    """Looks at the broker.
+    """Checks the broker.
 
     Args:
-        status: what the daemon says; None when it is down.
+        status: the daemon's status; None if it is not running.
     """
     if status is not None and status["broker"]["connected"]:
-        yield from _as_the_daemon_says(settings, status["broker"])
+        yield from _reported_by_daemon(settings, status["broker"])
         return
     try:
         session = _connect(settings)
@@ -85,7 +85,7 @@ def check(settings: Settings, status: Mapping[str, Any] | None) -> Iterator[Find
         _leave(settings, session)
 
 
-def _as_the_daemon_says(settings: Settings, broker: Mapping[str, Any]) -> Iterator[Finding]:
+def _reported_by_daemon(settings: Settings, broker: Mapping[str, Any]) -> Iterator[Finding]:
     yield ok("broker.connect", f"the daemon is connected to {_place(settings.mqtt)}")
     if topics := broker.get("refused_topics"):
         yield fail("broker.subscribe", f"the broker refused {', '.join(topics)}", _ACL_REMEDY)
@@ -93,14 +93,18 @@ def _as_the_daemon_says(settings: Settings, broker: Mapping[str, Any]) -> Iterat
         yield ok("broker.subscribe", "the broker granted the daemon's subscriptions")
     if count := broker.get("answers_refused"):
         yield fail(
-            "broker.publish", f"the broker refused {count} answers since the daemon's start", _ACL_REMEDY
+            "broker.publish", f"the broker has refused {count} answers since the daemon started", _ACL_REMEDY
         )
     else:
         yield ok("broker.publish", "the broker refused none of the daemon's answers")
 
 
 def _connect(settings: Settings) -> _Session:
-    """Raises BrokerUnreachable, with what to do about it."""
+    """Connects with the configured protocol, and with MQTT 3.1.1 if `auto` needs it.
+
+    Raises:
+        BrokerUnreachable: the connection failed; the remedy says what to check.
+    """
     mqtt = settings.mqtt
     session = _try_connect(settings, version5=mqtt.protocol != "3.1.1")
     if not session.connected and session.version5 and mqtt.protocol == "auto" and session.unsupported:
@@ -108,7 +112,7 @@ def _connect(settings: Settings) -> _Session:
     if not session.connected:
         reason = session.ended or f"no answer within {_STEP_TIMEOUT_S:.0f} s"
         raise BrokerUnreachable(
-            f"{_place(mqtt)} does not let this device in: {reason}",
+            f"{_place(mqtt)} refused the connection: {reason}",
             remedy="check mqtt.username and the password, or the certificate, and the broker's log",
         )
     return session
@@ -125,7 +129,7 @@ def _try_connect(settings: Settings, *, version5: bool, clean: bool = False) -> 
     try:
         if version5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-            # A shorter one would cut the daemon's, where this connection has the daemon's session.
+            # A shorter expiry would shorten the daemon's, if this connection resumes the daemon's session.
             properties.SessionExpiryInterval = mqtt.session_expiry_s
             client.connect(mqtt.host, mqtt.port, mqtt.keepalive_s, clean_start=False, properties=properties)
         else:
@@ -137,7 +141,7 @@ def _try_connect(settings: Settings, *, version5: bool, clean: bool = False) -> 
         ) from error
     except (OSError, ValueError) as error:
         raise BrokerUnreachable(
-            f"{_place(mqtt)} is not reached: {error}",
+            f"{_place(mqtt)} cannot be reached: {error}",
             remedy="check mqtt.host, mqtt.port, the network and the broker",
         ) from error
     _until(session, lambda: session.connected)
@@ -178,7 +182,7 @@ def _check_connection(settings: Settings, session: _Session) -> Iterator[Finding
     if limit is not None and limit < settings.limits.payload_bytes:
         yield warn(
             "broker.packet_size",
-            f"the broker takes {limit} bytes a message, limits.payload_bytes is {settings.limits.payload_bytes}",
+            f"the broker accepts {limit} bytes a message; limits.payload_bytes is {settings.limits.payload_bytes}",
             "raise the broker's max_packet_size; see docs/broker.md",
         )
 
@@ -190,14 +194,16 @@ def _check_certificate(sock: ssl.SSLSocket) -> Iterator[Finding]:
     ends_s = ssl.cert_time_to_seconds(ends)
     day = datetime.fromtimestamp(ends_s, UTC).date()
     if ends_s - time.time() < _CERTIFICATE_DAYS * 86_400:
-        yield warn("broker.tls", f"the broker's certificate ends on {day}", "renew the broker's certificate")
+        yield warn(
+            "broker.tls", f"the broker's certificate expires on {day}", "renew the broker's certificate"
+        )
     else:
         yield ok("broker.tls", f"the broker's certificate is valid until {day}")
 
 
 def _check_subscribe(session: _Session, topics: Topics) -> Finding:
     wanted = [topics.chat, topics.cancel, topics.sync, topics.desired]
-    if session.version5:  # nothing retained is sent: a desired state is the daemon's to read
+    if session.version5:  # ask for no retained messages: only the daemon acts on a desired state
         never = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
         session.client.subscribe([(topic, never) for topic in wanted])
     else:
@@ -210,13 +216,13 @@ def _check_subscribe(session: _Session, topics: Topics) -> Finding:
         return fail("broker.subscribe", f"the broker refused {', '.join(refused)}", _ACL_REMEDY)
     return ok(
         "broker.subscribe",
-        f"granted: {topics.chat} and {len(wanted) - 1} more (mosquitto grants what it then keeps back)",
+        f"granted: {topics.chat} and {len(wanted) - 1} more (mosquitto also grants topics that its ACL forbids)",
     )
 
 
 def _check_publish(session: _Session, topics: Topics) -> Finding:
     topic = topics.response(f"doctor-{uuid.uuid4().hex[:8]}")
-    info = session.client.publish(topic, b'{"doctor": "a trial of the rules; nobody asked this"}', qos=1)
+    info = session.client.publish(topic, b'{"doctor": "a test of the ACL; no answer to a prompt"}', qos=1)
     _until(session, lambda: info.mid in session.published)
     code = session.published.get(info.mid)
     if code is None:
@@ -229,13 +235,13 @@ def _check_publish(session: _Session, topics: Topics) -> Finding:
         return fail("broker.publish", f"the broker refused {topic}: {code}", _ACL_REMEDY)
     if not session.version5:
         return ok(
-            "broker.publish", "taken; with MQTT 3.1.1 a broker does not say when its rules refuse a message"
+            "broker.publish", "accepted; over MQTT 3.1.1 a broker does not say when its ACL refuses a message"
         )
-    return ok("broker.publish", f"the broker took a message for {topics.root}/rsp/")
+    return ok("broker.publish", f"the broker accepted a message for {topics.root}/rsp/")
 
 
 def _leave(settings: Settings, session: _Session) -> None:
-    """Ends the connection; the session ends with it, unless it was there before."""
+    """Disconnects, and ends the session unless it existed before."""
     with contextlib.suppress(OSError, ValueError):
         if session.version5 and not session.had_session:
             properties = Properties(PacketTypes.DISCONNECT)  # type: ignore[no-untyped-call]
@@ -244,19 +250,19 @@ def _leave(settings: Settings, session: _Session) -> None:
         else:
             session.client.disconnect()
         if not session.version5 and not session.had_session:
-            # MQTT 3.1.1 knows one way: a connection with Clean Session takes its place, and leaves none.
+            # In MQTT 3.1.1 only a new connection with Clean Session discards a session.
             last = _try_connect(settings, version5=False, clean=True)
             last.client.disconnect()
 
 
 def _until(session: _Session, done: Callable[[], bool]) -> None:
-    """Turns the connection until it is done, has ended, or the time is over."""
+    """Runs the network loop until `done`, the end of the connection, or the time limit."""
     limit_s = time.monotonic() + _STEP_TIMEOUT_S
     while not done() and not session.ended and time.monotonic() < limit_s:
         try:
             if session.client.loop(0.2) != paho.MQTT_ERR_SUCCESS and not session.ended:
                 session.ended = "the broker closed the connection"
-        except Exception as error:  # noqa: BLE001 - paho raises anything on malformed packets; that is a finding
+        except Exception as error:  # noqa: BLE001 - paho may raise anything on a malformed packet
             session.ended = f"protocol error: {error!r}"
 
 

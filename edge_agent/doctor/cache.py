@@ -1,6 +1,6 @@
-"""The cache: may it be used, has it hard links and room, is what is in it whole?
+"""The cache: permissions, hard links, free space, and whether its files are complete.
 
-Changes nothing that lasts: it makes one file and one link to it, and removes both.
+It creates one file and one link to it, removes both, and changes nothing else.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _MAX_STATE_BYTES = 1 << 20
 def check(settings: Settings) -> Iterator[Finding]:
     store = Store(settings.state_dir)
     if not store.root.exists():
-        yield ok("cache.folder", f"{store.root} is not there yet; the daemon makes it when it starts")
+        yield ok("cache.folder", f"{store.root} does not exist yet; the daemon creates it when it starts")
         return
     if not os.access(store.root, os.R_OK | os.W_OK | os.X_OK):
         yield warn(
             "cache.folder",
-            f"{store.root} is not yours to look into",
+            f"{store.root}: permission denied",
             "run doctor as root: sudo edge-agent doctor",
         )
         return
@@ -42,10 +42,10 @@ def check(settings: Settings) -> Iterator[Finding]:
 
 
 def read_state(store: Store) -> CacheState | None:
-    """What `state.json` says; None where there is none. Unlike `Store.state` it mends nothing.
+    """Reads `state.json`; None if there is none. Unlike `Store.state` it repairs nothing.
 
     Raises:
-        StoreError: it is damaged, or cannot be read.
+        StoreError: the file is damaged or cannot be read.
     """
     path = store.root / "state.json"
     try:
@@ -58,8 +58,8 @@ def read_state(store: Store) -> CacheState | None:
         return states.parse(file.read(_MAX_STATE_BYTES))
 
 
-def state_as_it_is(store: Store) -> CacheState:
-    """The same for checks of other things: a damaged state, which is a finding already, is an empty one."""
+def state_or_empty(store: Store) -> CacheState:
+    """The same for other checks; a damaged state counts as empty, because it is already a finding."""
     try:
         return read_state(store) or CacheState()
     except StoreError:
@@ -67,17 +67,17 @@ def state_as_it_is(store: Store) -> CacheState:
 
 
 def _check_owner(store: Store) -> Finding:
-    """A command that root ran beside the daemon leaves files that the daemon's user cannot use."""
+    """Finds files that root created beside the daemon and that the daemon's user cannot use."""
     state_dir = store.root.parent
     owner = state_dir.stat().st_uid
     strangers = [path for path in _tree(state_dir) if path.lstat().st_uid != owner]
     if strangers:
         return fail(
             "cache.folder",
-            f"{len(strangers)} files do not belong to the owner of {state_dir}, {strangers[0]} for one",
+            f"{len(strangers)} files do not belong to the owner of {state_dir}, for example {strangers[0]}",
             f"chown -R --reference={state_dir} {state_dir}",
         )
-    return ok("cache.folder", f"{state_dir}, all of one owner")
+    return ok("cache.folder", f"{state_dir}: one user owns all files")
 
 
 def _check_hard_links(store: Store) -> Finding:
@@ -88,19 +88,21 @@ def _check_hard_links(store: Store) -> Finding:
         second.hardlink_to(first)
         if not second.samefile(first):
             return fail(
-                "cache.hard_links", "a hard link became a copy", "put state_dir on ext4, xfs or btrfs"
+                "cache.hard_links",
+                "the file system copied instead of linking",
+                "put state_dir on ext4, xfs or btrfs",
             )
     except OSError as error:
         return fail(
             "cache.hard_links",
             f"{store.root}: {error.strerror}",
-            "put state_dir on a file system with hard links (ext4, xfs, btrfs) that can be written",
+            "put state_dir on a writable file system with hard links (ext4, xfs, btrfs)",
         )
     finally:
         for path in (second, first):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-    return ok("cache.hard_links", "the file system has them")
+    return ok("cache.hard_links", "the file system supports them")
 
 
 def _check_room(settings: Settings, store: Store) -> Finding:
@@ -114,7 +116,7 @@ def _check_room(settings: Settings, store: Store) -> Finding:
     if free < wanted:
         return warn(
             "cache.room",
-            f"{line}, less than cache.min_free_bytes ({human_bytes(wanted)}): no update can be fetched",
+            f"{line}, less than cache.min_free_bytes ({human_bytes(wanted)}): updates cannot be downloaded",
             "`edge-agent models prune`, or free some space",
         )
     return ok("cache.room", line)
@@ -128,11 +130,11 @@ def _check_content(store: Store) -> Finding:
             "cache.content",
             f"{len(found.damaged)} of {found.checked} files are damaged; "
             f"{first.name} {first.key}: {first.path} {first.reason}",
-            "`edge-agent models verify` fetches them again",
+            "`edge-agent models verify` downloads them again",
         )
     return ok(
         "cache.content",
-        f"{found.checked} files in {len(store.versions())} versions, sizes and links as committed",
+        f"{found.checked} files in {len(store.versions())} versions have the sizes and links they were committed with",
     )
 
 

@@ -1,6 +1,6 @@
-"""The files that the settings name: are they there, does the service's user get at them, who else does?
+"""The files that the settings name: whether they exist, and who can read them.
 
-What root can read says nothing about the daemon: its user is asked, by a process of that user.
+Root can read everything, so a process of the service's user finds out what the daemon can read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edge_agent.settings import SYSTEM_CONFIG, Settings
 
 _TIMEOUT_S = 20.0
 _HIDDEN = tuple(Path(folder) for folder in ("/home", "/root", "/run/user", "/tmp", "/var/tmp"))
-"""The unit's ProtectHome= and PrivateTmp= show the daemon empty folders in their place."""
+"""The unit's ProtectHome= and PrivateTmp= hide these from the daemon."""
 _ASK = """
 import json, os, sys
 uid, gid, groups, wanted = json.load(sys.stdin)
@@ -38,32 +38,32 @@ json.dump([path for path, mode in wanted if not os.access(path, mode)], sys.stdo
 
 
 def check(settings: Settings, config: Path | None, unit: Mapping[str, str]) -> Iterator[Finding]:
-    """Looks at the files.
+    """Checks the files.
 
     Args:
-        config: the settings file, None where there is none.
-        unit: the service as systemd knows it; empty where it is none.
+        config: the settings file; None if there is none.
+        unit: the service's properties from systemd; empty if there is no service.
     """
     if config not in (None, SYSTEM_CONFIG):
-        unit = {}  # the service has other settings
+        unit = {}  # the service uses another settings file
     named = named_files(settings)
     for key, path in named.items():
         yield from _check_file(key, path, secret=key in ("mqtt.password_file", "mqtt.key_file"))
     yield from _check_credentials()
     if unit.get("LoadState") == "loaded":
         for key, path in named.items():
-            if any(path.is_relative_to(folder) for folder in _HIDDEN):  # root's shell sees it
+            if any(path.is_relative_to(folder) for folder in _HIDDEN):  # though root's shell sees it
                 yield fail(
                     "settings.files",
-                    f"{path} ({key}) is in a folder that the service does not see",
-                    "put it into /etc/edge-agent",
+                    f"{path} ({key}) is in a folder that is hidden from the service",
+                    "move it to /etc/edge-agent",
                 )
     if os.geteuid() == 0 and (user := _service_user(settings, unit)) is not None:
         yield from _check_access(settings, config, user)
 
 
 def named_files(settings: Settings) -> dict[str, Path]:
-    """By key; a key without a value is left out."""
+    """The configured files by key; keys without a value are left out."""
     mqtt = settings.mqtt
     files = {
         "mqtt.password_file": mqtt.password_file,
@@ -76,7 +76,7 @@ def named_files(settings: Settings) -> dict[str, Path]:
 
 
 def with_stored_credentials(settings: Settings) -> Settings:
-    """A stopped service has no credentials, which is no fault: then those are taken that its next start gets."""
+    """Reads credentials from the store while the service is stopped: systemd provides them only while it runs."""
     mqtt = settings.mqtt
     changed = {
         key: str(CREDENTIAL_STORE / Path(file).name)
@@ -91,19 +91,21 @@ def _check_file(key: str, path: Path, *, secret: bool) -> Iterator[Finding]:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
     except PermissionError:
-        if os.geteuid() == 0:  # a file system that not even root reads
-            yield fail("settings.files", f"{path} ({key}) cannot be read", "see its file system")
+        if os.geteuid() == 0:  # a file system that even root cannot read, such as NFS
+            yield fail("settings.files", f"{path} ({key}) cannot be read", "check its file system")
         else:
-            yield warn("settings.files", f"{path} ({key}) is not yours to read", "run doctor as root")
+            yield warn("settings.files", f"{path} ({key}): permission denied", "run doctor as root")
     except OSError as error:
-        yield fail("settings.files", f"{path} ({key}): {error.strerror}", f"bring the file, or correct {key}")
+        yield fail(
+            "settings.files", f"{path} ({key}): {error.strerror}", f"create the file, or correct {key}"
+        )
     else:
         if secret and mode & 0o004:
-            yield warn("settings.files", f"{path} ({key}) can be read by everybody", f"chmod o= {path}")
+            yield warn("settings.files", f"{path} ({key}): every user can read it", f"chmod o= {path}")
 
 
 def _check_credentials() -> Iterator[Finding]:
-    """What systemd hands to the daemon, as far as this process may look."""
+    """The credentials that systemd gives to the daemon, as far as this process can read them."""
     for name in CREDENTIALS:
         path = credential_path(name)
         if path is None:
@@ -116,11 +118,13 @@ def _check_credentials() -> Iterator[Finding]:
         if empty:
             yield warn("settings.files", f"{path} is empty", "write the secret into it, or remove it")
         if path.stat().st_mode & 0o077 and path.parent.stat().st_mode & 0o011:
-            yield warn("settings.files", f"{path} is open to others than its owner", f"chmod 0600 {path}")
+            yield warn(
+                "settings.files", f"{path} is open to users other than its owner", f"chmod 0600 {path}"
+            )
 
 
 def _service_user(settings: Settings, unit: Mapping[str, str]) -> pwd.struct_passwd | None:
-    """Whom the daemon runs as, where that is not root: the unit says it, else whose the state directory is."""
+    """The daemon's user, from the unit or else the owner of the state directory; None if that is root."""
     try:
         name = unit.get("User")
         user = pwd.getpwnam(name) if name else pwd.getpwuid(settings.state_dir.stat().st_uid)
@@ -130,12 +134,12 @@ def _service_user(settings: Settings, unit: Mapping[str, str]) -> pwd.struct_pas
 
 
 def _check_access(settings: Settings, config: Path | None, user: pwd.struct_passwd) -> Iterator[Finding]:
-    """Whether the daemon's user reads what the settings name, and writes where its state is."""
+    """Checks that the daemon's user can read the configured files and write to the state directory."""
     wanted = dict.fromkeys(named_files(settings).values(), os.R_OK)
     if config is not None:
         wanted[config.absolute()] = os.R_OK
     wanted[settings.state_dir] = os.R_OK | os.W_OK | os.X_OK
-    # What systemd hands over, the user gets; what is not there is a finding already.
+    # systemd makes credentials readable for the user; a missing file is already a finding.
     asked = {
         path: mode
         for path, mode in wanted.items()
@@ -159,11 +163,11 @@ def _check_access(settings: Settings, config: Path | None, user: pwd.struct_pass
         if path == settings.state_dir:
             remedy = f"chown -R {user.pw_name}: {path}; chmod 0700 {path}"
         else:
-            remedy = f"chgrp {user.pw_name} {path}; chmod g+r {path}; its folders need x for that user, too"
-        deed = "write to" if path == settings.state_dir else "read"
-        yield fail("settings.access", f"the service's user {user.pw_name} cannot {deed} {path}", remedy)
+            remedy = f"chgrp {user.pw_name} {path}; chmod g+r {path}; that user also needs x on its folders"
+        action = "write to" if path == settings.state_dir else "read"
+        yield fail("settings.access", f"the service's user {user.pw_name} cannot {action} {path}", remedy)
     if not refused:
         yield ok(
             "settings.access",
-            f"the service's user {user.pw_name} can read what is configured and write to {settings.state_dir}",
+            f"the service's user {user.pw_name} can read the configured files and write to {settings.state_dir}",
         )

@@ -9,7 +9,7 @@ from edge_agent.errors import EdgeAgentError
 
 
 class Level(StrEnum):
-    """How bad it is. `fail` is for what keeps prompts from being answered, or a promise from being kept."""
+    """How serious a finding is. `fail`: prompts go unanswered, or the delivery promise does not hold."""
 
     OK = "ok"
     WARN = "warn"
@@ -18,12 +18,12 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the doctor.
+    """One line of doctor's output.
 
     Attributes:
-        check: what was looked at, a stable name for scripts: `cache.hard_links`.
-        message: what was seen.
-        remedy: what to do; never empty unless the level is ok.
+        check: a stable name for scripts, such as `cache.hard_links`.
+        message: what the check saw.
+        remedy: what to do; empty only if the level is ok.
     """
 
     check: str
@@ -49,5 +49,5 @@ def fail(check: str, message: str, remedy: str) -> Finding:
 
 
 def failed(check: str, error: EdgeAgentError, remedy: str) -> Finding:
-    """An error of this project as a finding; its own remedy goes first."""
+    """A finding from one of this project's errors; `remedy` is used if the error has none."""
     return fail(check, error.message, error.remedy or remedy)

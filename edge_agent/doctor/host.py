@@ -1,4 +1,4 @@
-"""The host: processor, clock, libraries, names on the network.
+"""The host: processor, clock, libraries, DNS.
 
 Source: proc(5) /proc/cpuinfo; adjtimex(2); onnxruntime's int4 kernels (MLAS) for the processor's features.
 """
@@ -28,14 +28,14 @@ from edge_agent.settings import Settings
 
 _LIBRARY_TIMEOUT_S = 60.0
 _NAME_TIMEOUT_S = 5.0
-_RELEASED_S = 1_767_225_600.0  # 2026-01-01: no clock that is right shows an earlier time to this program
+_RELEASED_S = 1_767_225_600.0  # 2026-01-01: this program did not exist before, so an earlier clock is wrong
 _TIME_ERROR = 5
-_TIMEX_BYTES = 512  # struct timex has 208 on 64 bit; it is only handed through
+_TIMEX_BYTES = 512  # struct timex has 208 on 64 bit; nothing in it is read
 _FEATURES = {
     "x86_64": (("avx2",), ("avx512_vnni", "avx_vnni", "avx512f")),
     "aarch64": (("asimddp",), ("i8mm", "bf16")),
 }
-"""What int4 kernels need to be quick, and what makes them quicker still."""
+"""The instructions that int4 kernels need to be fast, and those that make them faster."""
 
 
 def check_processor() -> Iterator[Finding]:
@@ -49,8 +49,8 @@ def check_processor() -> Iterator[Finding]:
     if missing := [flag for flag in needed if flag not in flags]:
         yield warn(
             "host.cpu",
-            f"{machine} without {', '.join(missing)}: int4 models run, slowly",
-            "take a smaller model, or a device with these instructions",
+            f"{machine} without {', '.join(missing)}: int4 models run slowly",
+            "use a smaller model, or a device with these instructions",
         )
     else:
         yield ok(
@@ -62,9 +62,7 @@ def check_clock() -> Iterator[Finding]:
     now_s = time.time()
     shown = datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     if now_s < _RELEASED_S:
-        yield fail(
-            "host.clock", f"the clock says {shown}", "set it: certificates and deadlines need the right time"
-        )
+        yield fail("host.clock", f"the clock says {shown}", "set it: certificates and deadlines depend on it")
     elif not _clock_synchronised():
         yield warn("host.clock", f"{shown}, not synchronised", "install systemd-timesyncd or chrony")
     else:
@@ -72,7 +70,7 @@ def check_clock() -> Iterator[Finding]:
 
 
 def check_libraries(settings: Settings) -> Iterator[Finding]:
-    """Loads what a runner loads, in a process with a runner's environment."""
+    """Loads a runner's libraries in a process with a runner's environment."""
     program = "import onnxruntime_genai, mlflow.pyfunc"
     try:
         result = subprocess.run(
@@ -94,7 +92,7 @@ def check_libraries(settings: Settings) -> Iterator[Finding]:
         if transformers.problem:
             yield fail("host.libraries", line, "install the agent again")
         else:
-            has = f"transformers {transformers.version} is here: models of that flavor run"
+            has = f"transformers {transformers.version} is installed, so models of that flavor run"
             yield warn("host.libraries", f"{line}; {has}", "install onnxruntime-genai for ONNX models")
     else:
         names = ("onnxruntime-genai", "mlflow-skinny", "paho-mqtt")
@@ -107,7 +105,9 @@ def check_libraries(settings: Settings) -> Iterator[Finding]:
     for module, reason, extra in wanted:
         if importlib.util.find_spec(module) is None:
             yield fail(
-                "host.libraries", f"{reason} needs {module}, which is missing", f"install edge-agent[{extra}]"
+                "host.libraries",
+                f"{reason} needs {module}, which is not installed",
+                f"install edge-agent[{extra}]",
             )
 
 
@@ -138,7 +138,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _clock_synchronised() -> bool:
-    """What the kernel says; true where it cannot be asked."""
+    """Whether the kernel calls the clock synchronised; true if it cannot be asked."""
     try:
         state: int = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
     except (OSError, AttributeError):
@@ -147,7 +147,7 @@ def _clock_synchronised() -> bool:
 
 
 def _resolve(name: str) -> str:
-    """The first address, or empty. A dead name server blocks for long: the thread that waits for it is left."""
+    """The first address, or empty. A dead name server blocks for long, so a thread of its own waits for it."""
     found: list[str] = []
 
     def ask() -> None:

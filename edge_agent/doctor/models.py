@@ -1,4 +1,4 @@
-"""The configured models: is there memory, which flavor runs each, and on how many threads?"""
+"""The configured models: whether they fit into memory, which flavor runs, and on how many threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.doctor import cache
 from edge_agent.doctor.finding import Finding, ok, warn
-from edge_agent.host.memory import available_bytes
+from edge_agent.host import memory
 from edge_agent.serving.learned import Learned
 from edge_agent.serving.memory_budget import MemoryBudget
 from edge_agent.serving.threads import ThreadChoice
@@ -25,7 +25,7 @@ def check(settings: Settings) -> Iterator[Finding]:
 
 
 def _check_memory(settings: Settings) -> Iterator[Finding]:
-    """All models that load at start, together, and one more: an update is loaded beside the active version."""
+    """Memory for all models at once and one more, since an update is loaded beside the active version."""
     store = Store(settings.state_dir)
     budget = MemoryBudget(0, learned=Learned(store.learned_file))
     found = {}
@@ -38,40 +38,43 @@ def _check_memory(settings: Settings) -> Iterator[Finding]:
             )
     if not found:
         yield ok(
-            "models.memory", f"{human_bytes(available_bytes())} available; no version is in the cache yet"
+            "models.memory",
+            f"{human_bytes(memory.available_bytes())} available; no version is in the cache yet",
         )
         return
-    # What the daemon has loaded already is not available any more: it must not be asked for twice.
+    # The memory of models that are loaded now is no longer available, but `needed` includes it.
     needed = sum(found.values())
-    available = available_bytes() + loaded_bytes()
+    available = memory.available_bytes() + _loaded_bytes()
     line = f"{human_bytes(needed)} expected for {', '.join(found)}, {human_bytes(available)} available"
     if needed > available and len(found) > 1:
         yield warn(
             "models.memory",
-            f"{line}: models take turns, each load costs its prompt seconds",
-            "take smaller models, or fewer",
+            f"{line}: models are loaded one at a time, and a prompt waits for its model",
+            "use smaller or fewer models",
         )
     elif needed > available:
-        yield warn("models.memory", f"{line}: its context may be smaller than wanted", "take a smaller model")
+        yield warn(
+            "models.memory", f"{line}: the context may be smaller than configured", "use a smaller model"
+        )
     elif needed + max(found.values()) > available:
         yield warn(
             "models.memory",
             f"{line}: no room for an update beside the active version",
-            "prompts wait while versions are exchanged; free some memory to avoid it",
+            "prompts wait while an update is loaded; free some memory to avoid this",
         )
     else:
         yield ok("models.memory", line)
 
 
 def _check_fallbacks(settings: Settings) -> Iterator[Finding]:
-    """Which model is served by its fallback, and why its own version is not."""
-    state = cache.state_as_it_is(Store(settings.state_dir))
+    """Reports each model that its fallback serves, and why its own version does not run."""
+    state = cache.state_or_empty(Store(settings.state_dir))
     for name, model in settings.models.items():
         if why := state.model(name).instead:
             yield warn(
                 "models.fallback",
                 f"{name}: its fallback {model.fallback} runs: {why}",
-                "mend what its own version misses here, or register a version that runs",
+                "install what its own version needs, or register a version that runs here",
             )
         elif model.fallback:
             yield ok("models.fallback", f"{name}: runs its own version; {model.fallback} is not needed")
@@ -82,11 +85,11 @@ def _check_threads(settings: Settings) -> Iterator[Finding]:
     if threads > len(os.sched_getaffinity(0)):
         yield warn(
             "models.threads",
-            f"inference.threads is {threads}, this process may use {len(os.sched_getaffinity(0))} CPUs",
+            f"inference.threads is {threads}, but this process may use {len(os.sched_getaffinity(0))} CPUs",
             "set inference.threads to the number of physical cores, or to 0",
         )
     elif threads:
-        yield ok("models.threads", f"{threads}, by inference.threads")
+        yield ok("models.threads", f"{threads}, from inference.threads")
     else:
         yield from _check_measured_threads(settings)
 
@@ -96,7 +99,7 @@ def _check_measured_threads(settings: Settings) -> Iterator[Finding]:
     choice = ThreadChoice(0, learned=Learned(store.learned_file))
     records = _active(settings)
     if not records:
-        yield ok("models.threads", "chosen when a model is loaded for the first time")
+        yield ok("models.threads", "measured when a model is loaded for the first time")
     for record in records:
         found = choice.candidates(record.digest)
         said = (
@@ -104,26 +107,24 @@ def _check_measured_threads(settings: Settings) -> Iterator[Finding]:
             if len(found) == 1
             else f"not measured yet, one of {', '.join(map(str, found))}"
         )
-        yield ok("models.threads", f"{record.name}: {said}; inference.threads overrules it")
+        yield ok("models.threads", f"{record.name}: {said}; inference.threads overrides this")
 
 
 def _active(settings: Settings) -> list[VersionRecord]:
     store = Store(settings.state_dir)
-    state = cache.state_as_it_is(store)
+    state = cache.state_or_empty(store)
     active = {name: state.model(name).active for name in settings.models}
     return [record for name, key in active.items() if key and (record := store.record(name, key))]
 
 
-def loaded_bytes() -> int:
-    """Resident memory of all runners on this host, the daemon's among them. Source: proc(5) VmRSS."""
+def _loaded_bytes() -> int:
+    """Resident memory of all runners on this host, including the daemon's."""
     total = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if b"edge_agent.runner.child" not in (process / "cmdline").read_bytes().split(b"\0"):
-                continue
-            for line in (process / "status").read_text("utf-8", errors="replace").splitlines():
-                if line.startswith("VmRSS:"):
-                    total += int(line.split()[1]) * 1024
+            arguments = (process / "cmdline").read_bytes().split(b"\0")
         except OSError:
-            continue  # it ended meanwhile, or is not ours to see
+            continue  # it has ended
+        if b"edge_agent.runner.child" in arguments:
+            total += memory.resident_bytes(int(process.name))
     return total

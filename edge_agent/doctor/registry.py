@@ -1,7 +1,7 @@
-"""The registry: is it reached, does it let this device in, what do the references mean?
+"""The registry: whether it can be reached, accepts this device, and knows the configured references.
 
-The MLflow client costs a second and 120 MB, and a dead registry blocks: so one process of its own asks
-(`registry_process.py`), with the environment and the credentials of a sync, and is ended at its time limit.
+The MLflow client costs a second and 120 MB, and a dead registry blocks it. So a process of its own
+(`registry_process.py`) asks, with the environment and credentials of a sync, and is killed at its time limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edge_agent.sync.process import child_environment
 
 _REQUEST_TIMEOUT_S = 10.0
 _START_S = 30.0
-"""For importing the client on a slow card."""
+"""Importing the client takes this long from a slow SD card."""
 _MAX_ANSWER_BYTES = 1 << 20
 
 
@@ -32,28 +32,27 @@ def check(settings: Settings) -> Iterator[Finding]:
             yield fail(
                 "registry.reach",
                 f"no registry is configured, and nothing is in the cache for {', '.join(missing)}",
-                "set registry.uri, or bring a version with `edge-agent models import`",
+                "set registry.uri, or import a version with `edge-agent models import`",
             )
         else:
-            yield ok("registry.reach", "none is configured: the cache is all there is")
+            yield ok("registry.reach", "none is configured; the agent uses the cache only")
         return
     if not settings.models:
-        yield ok("registry.reach", f"{settings.registry.uri} is not asked: no model is configured")
+        yield ok("registry.reach", f"{settings.registry.uri} was not asked: no model is configured")
         return
     answers = _ask(settings)
     reached = [answer for answer in answers.values() if answer.get("code") != TransportError.code]
     if not reached:
         first = next(iter(answers.values()))
-        level = (
-            warn if cached >= set(settings.models) else fail
-        )  # without a registry a device goes on with its cache
+        # Without a registry a device still answers from its cache.
+        level = warn if cached >= set(settings.models) else fail
         yield level(
             "registry.reach",
             str(first["message"]),
-            str(first["remedy"]) or "check registry.uri and the network; cached versions go on answering",
+            str(first["remedy"]) or "check registry.uri and the network; cached versions still answer",
         )
         return
-    yield ok("registry.reach", f"{settings.registry.uri} answers, the credentials are accepted")
+    yield ok("registry.reach", f"{settings.registry.uri} answers and accepts the credentials")
     for name, answer in answers.items():
         if "version" in answer:
             yield ok(
@@ -69,7 +68,7 @@ def check(settings: Settings) -> Iterator[Finding]:
 
 
 def _ask(settings: Settings) -> dict[str, dict[str, Any]]:
-    """For each model, its version or the error."""
+    """The registry's answer for each model: its version, or an error."""
     names = list(settings.models)
     timeout_s = min(settings.registry.timeout_s, _REQUEST_TIMEOUT_S)
     question = {
@@ -95,16 +94,16 @@ def _ask(settings: Settings) -> dict[str, dict[str, Any]]:
         error = TransportError(f"registry {settings.registry.uri} did not answer in time")
     except (ValueError, TypeError) as problem:
         last = (result.stderr.strip().splitlines() or [str(problem)])[-1]
-        error = TransportError(f"the question to registry {settings.registry.uri} failed: {last[:300]}")
+        error = TransportError(f"asking registry {settings.registry.uri} failed: {last[:300]}")
     return dict.fromkeys(names, as_answer(error))
 
 
 def _checked(answer: Any) -> dict[str, Any]:
     if isinstance(answer, Mapping) and (isinstance(answer.get("version"), int) or "message" in answer):
         return {"remedy": "", **answer}
-    raise TypeError("the answer has another form")
+    raise TypeError("the answer is malformed")
 
 
 def as_answer(error: EdgeAgentError) -> dict[str, Any]:
-    """An error as the process gives it back."""
+    """An error in the form in which the process returns it."""
     return {"code": error.code, "message": error.message, "remedy": error.remedy}

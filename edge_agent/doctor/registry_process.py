@@ -1,7 +1,7 @@
 """The process that asks the registry: `python -m edge_agent.doctor.registry_process`.
 
-A question on stdin, `{"uri", "timeout_s", "refs"}`; on stdout a JSON list with one answer for each reference,
-`{"version"}` or `{"code", "message", "remedy"}`. It fetches nothing.
+It reads a question from stdin, `{"uri", "timeout_s", "refs"}`, and writes a JSON list to stdout with one answer for
+each reference: `{"version"}` or `{"code", "message", "remedy"}`. It downloads nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
         try:
             registry = Registry(question["uri"], timeout_s=question["timeout_s"])
             answers.append({"version": registry.resolve(ModelRef.parse(ref)).version})
-        except TransportError as error:  # one wait for a dead registry is enough
+        except TransportError as error:  # do not wait for a dead registry once more for each model
             answers += [as_answer(error)] * (len(refs) - len(answers))
             break
         except EdgeAgentError as error:

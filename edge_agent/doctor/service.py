@@ -37,11 +37,11 @@ _PROPERTIES = (
 
 @dataclass(frozen=True, kw_only=True)
 class DaemonStatus:
-    """What the daemon says of itself.
+    """The daemon's answer to a status request.
 
     Attributes:
-        document: `status --json`; None when no daemon answered.
-        problem: why one that seems to be there did not answer; empty when there is none.
+        document: as `status --json` prints it; None if no daemon answered.
+        problem: why a daemon that seems to be running did not answer; empty if none is running.
     """
 
     document: Mapping[str, Any] | None = None
@@ -50,7 +50,7 @@ class DaemonStatus:
 
 
 def ask_daemon(settings: Settings) -> DaemonStatus:
-    """Asks over the control socket, within a time limit."""
+    """Asks for the status over the control socket, within a time limit."""
     try:
         for event in control.call(find_control_socket(settings), "status", timeout_s=_STATUS_TIMEOUT_S):
             if event.get("event") == "done":
@@ -63,7 +63,7 @@ def ask_daemon(settings: Settings) -> DaemonStatus:
     except TimeoutError:
         return DaemonStatus(
             problem=f"it did not answer within {_STATUS_TIMEOUT_S:.0f} s",
-            remedy=f"the watchdog restarts one that hangs; see `journalctl -u {UNIT}`",
+            remedy=f"the watchdog restarts a daemon that hangs; see `journalctl -u {UNIT}`",
         )
     except EdgeAgentError as error:
         return DaemonStatus(problem=error.message, remedy=error.remedy or f"see `journalctl -u {UNIT}`")
@@ -99,7 +99,7 @@ def check_daemon(settings: Settings, status: DaemonStatus) -> Iterator[Finding]:
 
 
 def check_unit() -> Iterator[Finding]:
-    """The service as systemd knows it; nothing to say on a host that has no such unit."""
+    """Checks the systemd service, if this host has one."""
     unit = unit_properties()
     if unit.get("LoadState") != "loaded":
         yield ok("unit", "not installed as a systemd service")
@@ -108,24 +108,24 @@ def check_unit() -> Iterator[Finding]:
     line = f"{active} ({unit['SubState']}), {unit['UnitFileState']}, restarted {restarts} times by systemd"
     if active == "failed" and unit.get("ExecMainStatus") == str(_INVALID_SETTINGS):
         yield fail(
-            "unit", f"{line}: the settings are invalid", "mend them, then `systemctl restart edge-agent`"
+            "unit", f"{line}: the settings are invalid", "correct them, then `systemctl restart edge-agent`"
         )
     elif active == "failed":
         yield fail("unit", f"{line}: {unit.get('Result')}", f"see `journalctl -u {UNIT}`")
     elif unit["UnitFileState"] != "enabled":
-        yield warn("unit", line, "`systemctl enable edge-agent`: it does not start at boot")
+        yield warn("unit", line, "`systemctl enable edge-agent` starts it at boot")
     elif active == "inactive":
         yield warn("unit", line, "`systemctl start edge-agent`")
     elif restarts not in ("", "0"):
         yield warn(
-            "unit", line, f"`journalctl -u {UNIT}` says why; `systemctl reset-failed` sets the count back"
+            "unit", line, f"`journalctl -u {UNIT}` says why; `systemctl reset-failed` resets the count"
         )
     else:
         yield ok("unit", line)
 
 
 def unit_properties() -> dict[str, str]:
-    """Some of `systemctl show`; empty where there is no systemd to ask."""
+    """Some properties from `systemctl show`; empty on a host without systemd."""
     systemctl = shutil.which("systemctl", path=search_path())
     if systemctl is None:
         return {}

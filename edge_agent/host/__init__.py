@@ -1,1 +1,1 @@
-"""What this machine has: control groups, memory, CPUs, and the name that all of it goes by."""
+"""This machine: control groups, memory, CPUs, and one line that identifies all of them."""

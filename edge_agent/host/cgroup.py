@@ -1,8 +1,7 @@
-"""The control groups above this process: what they allow of memory and of CPU time.
+"""The memory and CPU limits of the control groups above this process.
 
-Both versions count, also mounted side by side: Debian, containers and older boards differ. Where a group's
-folder is comes from the kernel's own tables, never from a guess. Reads only; a file that is missing, or says
-`max`, limits nothing.
+Both cgroup versions count, even if mounted side by side: Debian, containers and older boards differ. The kernel's
+tables say where a group's folder is; nothing is guessed. A file that is missing, or says `max`, sets no limit.
 Source: proc(5) mountinfo, cgroups(7); the kernel's Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst.
 """
 
@@ -13,13 +12,13 @@ from pathlib import Path
 
 PROC = Path("/proc/self")
 _NO_LIMIT = 1 << 60
-"""Version 1 writes the largest whole number of pages where there is no limit."""
+"""Version 1 writes a huge number if there is no limit."""
 
 
 def memory_left_bytes(proc: Path = PROC) -> int | None:
-    """The least that a group above this process still allows, None where none limits memory.
+    """The least memory that a group above this process has left; None if no group limits memory.
 
-    File pages that the kernel would rather drop than refuse memory count as free.
+    File pages that the kernel can drop count as free.
     """
     left = []
     for group in _folders("memory", proc, version=2):
@@ -30,7 +29,7 @@ def memory_left_bytes(proc: Path = PROC) -> int | None:
 
 
 def memory_limit_bytes(proc: Path = PROC) -> int | None:
-    """The least that a group above this process allows at all, None where none limits memory."""
+    """The lowest memory limit of a group above this process; None if no group limits memory."""
     limits = []
     for version, names in ((2, ("memory.max", "memory.high")), (1, ("memory.limit_in_bytes",))):
         for group in _folders("memory", proc, version=version):
@@ -39,7 +38,7 @@ def memory_limit_bytes(proc: Path = PROC) -> int | None:
 
 
 def cpu_quota(proc: Path = PROC) -> float | None:
-    """The least number of CPUs whose time a group above this process allows, None where none limits it."""
+    """The lowest CPU quota of a group above this process, in CPUs; None if no group limits CPU time."""
     quotas = []
     for group in _folders("cpu", proc, version=2):
         quota, _, period = _text(group / "cpu.max").partition(" ")
@@ -69,7 +68,7 @@ def _folders(controller: str, proc: Path, *, version: int) -> Iterator[Path]:
     for root, mount in _mounts(controller, proc, version):
         inside = path.removeprefix(root.rstrip("/")).strip("/") if path.startswith(root) else ""
         folder = mount / inside
-        # In a container the path may be one of the host's: then only what is mounted is known.
+        # In a container the path may be the host's, and only the mounted part is visible.
         folder = folder if folder.is_dir() else mount
         yield folder
         while folder != mount:

@@ -1,4 +1,4 @@
-"""The CPUs that this process may use: how many threads are worth a try on them."""
+"""The CPUs that this process may use, and the numbers of threads worth trying on them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def thread_counts(
 ) -> tuple[int, ...]:
     """Numbers of threads to try, the best guess first: physical cores, the fastest of them, all CPUs, half of them.
 
-    Half is the library's own choice. Where other programs keep the CPUs busy it can be the fastest by far: each step
-    of a token waits for the last thread (docs/models.md).
+    Half of the CPUs is the library's own choice. It can be the fastest by far when other programs keep the CPUs busy,
+    because each step of a token waits for the last thread (docs/models.md).
 
     Args:
         cpus: the kernel's description of the CPUs.
         allowed: CPUs that this process may run on; None asks the kernel.
-        quota: CPUs whose time it may take; None asks its control groups.
+        quota: CPU time that this process may use, in CPUs; None asks its control groups.
     """
     allowed = os.sched_getaffinity(0) if allowed is None else allowed
     quota = cgroup.cpu_quota() if quota is None else quota
@@ -36,13 +36,13 @@ def thread_counts(
 
 
 def _core(cpus: Path, cpu: int) -> tuple[str, str]:
-    """What tells one physical core from another; a CPU that nothing is known of is a core of its own."""
+    """Identifies a CPU's physical core; a CPU without topology counts as a core of its own."""
     topology = cpus / f"cpu{cpu}" / "topology"
     return _text(topology / "physical_package_id"), _text(topology / "core_id") or f"cpu{cpu}"
 
 
 def _capacity(cpus: Path, cpu: int) -> int:
-    """How fast a CPU is beside the others of its host; 0 where the kernel does not say."""
+    """A CPU's speed relative to the others of this host; 0 if the kernel does not say."""
     folder = cpus / f"cpu{cpu}"
     text = _text(folder / "cpu_capacity") or _text(folder / "cpufreq" / "cpuinfo_max_freq")
     return int(text) if text.isdecimal() else 0

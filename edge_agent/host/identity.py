@@ -1,4 +1,4 @@
-"""What makes two measurements comparable: the CPU, how much of it this process gets, and the library."""
+"""Identifies a host for measurements: its CPU, this process's share of it, and the inference library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CPU_NAMES = ("model name", "Model", "Hardware", "CPU part")
 
 
 def of_host(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """One line that changes when what was measured on this host no longer holds."""
+    """One line that changes whenever earlier measurements on this host no longer apply."""
     allowed = sorted(os.sched_getaffinity(0))
     quota = cgroup.cpu_quota()
     return "; ".join(
@@ -34,7 +34,7 @@ def _cpu_name(cpuinfo: Path) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """0-3,6"""
+    """Numbers as ranges, such as 0-3,6."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""Memory of this host and of a runner, as the kernel counts it."""
+"""Memory of this host and of processes, as the kernel counts it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NOT_KNOWN = 1 << 62
 
 
 def available_bytes() -> int:
-    """Bytes that can be taken without swapping, within this process's control groups.
+    """Bytes that can be used without swapping, within this process's control groups.
 
     Source: proc(5) MemAvailable.
     """
@@ -21,18 +21,18 @@ def available_bytes() -> int:
 
 
 def total_bytes() -> int:
-    """Bytes that this process could have at most, were nothing else running. Source: proc(5) MemTotal."""
+    """Bytes that this process could use if nothing else were running. Source: proc(5) MemTotal."""
     host, in_groups = _field(Path("/proc/meminfo"), "MemTotal"), cgroup.memory_limit_bytes()
     return min((limit for limit in (host, in_groups) if limit is not None), default=_NOT_KNOWN)
 
 
 def resident_bytes(pid: int) -> int:
-    """Bytes that a process has in memory now; 0 when it is gone."""
+    """Bytes that a process has in memory now; 0 if it has ended. Source: proc(5) VmRSS."""
     return _field(Path(f"/proc/{pid}/status"), "VmRSS") or 0
 
 
 def peak_bytes(pid: int) -> int:
-    """The most bytes that a process has had in memory at once; 0 when it is gone."""
+    """The most bytes that a process has had in memory; 0 if it has ended. Source: proc(5) VmHWM."""
     return _field(Path(f"/proc/{pid}/status"), "VmHWM") or 0
 
 
@@ -47,11 +47,11 @@ def _field(file: Path, name: str) -> int | None:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started and that still run."""
+    """The running child processes of a process."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # The name in parentheses may have anything in it.
+            # The name in parentheses may contain anything, spaces and parentheses included.
             fields = status.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         except OSError:
             continue

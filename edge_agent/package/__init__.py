@@ -1,1 +1,1 @@
-"""What a package is, and what it may do: references, manifests, MLmodel, options, needs and trust."""
+"""Model packages: references, manifests, MLmodel, options, needs, and which code may run."""

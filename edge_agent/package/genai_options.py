@@ -1,9 +1,9 @@
-"""`genai_config.json`, the options of onnxruntime-genai: held against an allow-list at every level.
+"""Checks `genai_config.json`, the options of onnxruntime-genai, against an allow-list at every level.
 
 The file can make the library write to any path (`enable_profiling`), load a shared library
 (`custom_ops_library`, execution providers) or write the model elsewhere (`session.optimized_model_filepath`).
-So each key is known and harmless here, or the package is refused with the key and its place. Text models
-only: audio and image parts have no place in this agent's prompts.
+So a package is refused if it has a key that is not on the list; the message names the key and its place. The list
+covers text models only: this agent's prompts have no audio and no images.
 Source: the configuration reader of onnxruntime-genai 0.18 (`src/config.cpp`).
 """
 
@@ -22,8 +22,8 @@ FILE_NAME = "genai_config.json"
 _MAX_BYTES = 1 << 20
 _MAX_ITEMS = 10_000
 
-_VALUE = "value"  # text, number or truth value
-_NAMES = "names"  # an object of any keys with text values, such as a graph's input names
+_VALUE = "value"  # text, number or boolean
+_NAMES = "names"  # an object with any keys and text values, such as a graph's input names
 _LIST = "list"  # a list of plain values
 _PATH = "path"  # a file in the package
 _EMPTY = "empty"  # an empty list or object: the CPU needs no options
@@ -114,18 +114,18 @@ _ROOT: dict[str, Any] = {
 
 
 def check(file: Path, path: str) -> None:
-    """Holds one `genai_config.json` against the allow-list.
+    """Checks one `genai_config.json` against the allow-list.
 
     Args:
         path: its place in the package, for messages.
 
     Raises:
-        PolicyError: a key is unknown or does harm, or the file is not plain JSON.
+        PolicyError: a key is not allowed, or the file is not plain JSON.
     """
     if file.stat().st_size > _MAX_BYTES:
         raise PolicyError(f"{path!r} has more than {_MAX_BYTES} bytes")
     data = file.read_bytes()
-    # The library has a JSON reader of its own. Without escapes and repeated keys, both read the same keys.
+    # The library has its own JSON reader. Without escapes and repeated keys, both readers see the same keys.
     if b"\\" in data:
         raise PolicyError(f"{path!r} has escaped characters")
     try:
@@ -146,7 +146,7 @@ def _check(value: object, rule: Any, place: str) -> None:
     if isinstance(rule, dict):
         _check_object(value, rule, place)
     elif isinstance(rule, list):
-        # The library reads `pipeline` and the like as an object, too.
+        # The library also accepts an object for `pipeline` and other lists.
         for number, item in enumerate(_items(value, place)):
             _check(item, rule[0], f"{place}[{number}]")
     elif rule == _NAMES:
@@ -197,7 +197,7 @@ def _plain(value: object, place: str) -> None:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise PolicyError("a key is there twice")
+        raise PolicyError("a key appears twice")
     return found
 
 

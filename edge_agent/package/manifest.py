@@ -1,12 +1,12 @@
-"""The manifest of a package: which files it has, their sizes and sha256, and the rules for both.
+"""The manifest of a package: its files with their sizes and sha256, and the rules for them.
 
-Pure: no file is opened here. A manifest comes from the package (`manifest.json`, written by
-`edge-agent publish`) or is made on arrival for a package logged with plain MLflow. Its own digest is the
-sha256 of its canonical JSON, and names the version's folder in the cache.
+Pure: no file is opened here. A manifest comes from the package (`manifest.json`, written by `edge-agent publish`),
+or is made on arrival for a package logged with plain MLflow. Its digest is the sha256 of its canonical JSON, and
+names the version's folder in the cache.
 
-Paths are relative, normalised, without `..`, backslash, control characters or case-folding collisions; no
-path is a folder of another; count and sizes are bounded. `registered_model_meta` is added by MLflow to every
-download and is no part of a package; `manifest.json` and `model.sig` describe it and are not listed in it.
+Paths are relative and normalised, without `..`, backslash, control characters or case-folding collisions; no path
+is a folder of another; count and sizes are bounded. The manifest does not list `manifest.json` and `model.sig`,
+which describe the package, nor `registered_model_meta`, which MLflow adds to every download.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edge_agent.errors import ManifestError
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "model.sig"
 ATTACHED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
-"""They describe the package and travel with it, outside the manifest."""
+"""Files of a package that the manifest does not list."""
 OUTSIDE_MANIFEST = ATTACHED | {"registered_model_meta"}
 
 MAX_FILES = 2_000
@@ -49,8 +49,8 @@ class Manifest:
     """All files of one package, sorted by path.
 
     Attributes:
-        name: the registered model's name; a signed package may only be used under this name.
-        files: at least one, sorted by path, paths checked.
+        name: the registered model's name; a signed package may be used under this name only.
+        files: at least one, sorted by path; their paths are checked.
     """
 
     name: str
@@ -76,10 +76,10 @@ class Manifest:
 
 
 def make(name: str, files: Iterable[ManifestFile]) -> Manifest:
-    """Builds a manifest from files that were seen, under every rule.
+    """Builds a manifest and checks every rule.
 
     Raises:
-        ManifestError: a rule is broken; the path is named.
+        ManifestError: a rule is broken; the message names the path.
     """
     ordered = tuple(sorted(files))
     _check_name(name)
@@ -110,7 +110,7 @@ def parse(data: bytes) -> Manifest:
         raise ManifestError(f"manifest.json is not JSON ({type(error).__name__})") from error
     fields = _object(document, "manifest.json", {"format", "name", "files"})
     if fields["format"] != 1:
-        raise ManifestError(f"manifest.json has format {fields['format']!r}, this agent knows format 1")
+        raise ManifestError(f"manifest.json has format {fields['format']!r}; this agent reads format 1")
     if not isinstance(fields["files"], list):
         raise ManifestError("files in manifest.json is not a list")
     if len(fields["files"]) > MAX_FILES:
@@ -119,10 +119,10 @@ def parse(data: bytes) -> Manifest:
 
 
 def check_paths(paths: Iterable[str]) -> None:
-    """Checks a whole listing: each path by itself, then collisions between them.
+    """Checks each path by itself, then collisions between them.
 
     Raises:
-        ManifestError: a rule is broken; the path is named.
+        ManifestError: a rule is broken; the message names the path.
     """
     folded: dict[str, str] = {}
     folders: set[str] = set()
@@ -140,10 +140,10 @@ def check_paths(paths: Iterable[str]) -> None:
 
 
 def check_path(path: object) -> str:
-    """Checks one path and gives it back.
+    """Checks one path and returns it.
 
     Raises:
-        ManifestError: it could name something outside the package, or not the same thing everywhere.
+        ManifestError: the path could lead outside the package, or mean different files on different systems.
     """
     if not isinstance(path, str) or not path:
         raise ManifestError(f"path {path!r} is not a non-empty string")
@@ -167,7 +167,7 @@ def _file(entry: object) -> ManifestFile:
     fields = _object(entry, "an entry of files", {"path", "size", "sha256"})
     size, sha256 = fields["size"], fields["sha256"]
     if not isinstance(size, int) or isinstance(size, bool) or not isinstance(sha256, str):
-        raise ManifestError(f"entry of {fields['path']!r} has a size or sha256 of the wrong type")
+        raise ManifestError(f"the entry for {fields['path']!r} has a size or sha256 of the wrong type")
     return ManifestFile(path=check_path(fields["path"]), size_bytes=size, sha256=sha256)
 
 
@@ -175,10 +175,10 @@ def _object(value: object, what: str, keys: set[str]) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ManifestError(f"{what} is not an object")
     if set(value) != keys:
-        raise ManifestError(f"{what} has other fields than {sorted(keys)}")
+        raise ManifestError(f"{what} must have exactly the fields {sorted(keys)}")
     return value
 
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or not 0 < len(name) <= 250 or any(ord(letter) < 32 for letter in name):
-        raise ManifestError(f"model name {name!r} is not 1 to 250 printable characters")
+        raise ManifestError(f"model name {name!r} must be 1 to 250 printable characters")

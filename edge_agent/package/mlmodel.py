@@ -1,8 +1,8 @@
-"""`MLmodel`, the file that tells MLflow how to load a package: read, and held against an allow-list.
+"""Reads `MLmodel`, the file that tells MLflow how to load a package, and checks it against an allow-list.
 
-MLflow follows this file wherever it points: to a module to import, to folders for `sys.path`, to files
-outside the package. So each key of `python_function` is known and harmless here, or the package is refused.
-Nothing of MLflow is imported. Source: `mlflow.pyfunc.load_model` and `mlflow.transformers` of 3.17.
+MLflow follows this file wherever it points: to a module to import, to folders for `sys.path`, to files outside the
+package. So a package is refused if a key of `python_function` is not on the list. This module does not import
+MLflow. Source: `mlflow.pyfunc.load_model` and `mlflow.transformers` of 3.17.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MAX_NODES = 50_000
 _COMMON_KEYS = frozenset(("config", "env", "loader_module", "python_version", "streamable", "task"))
 _ARTIFACT_KEYS = frozenset(("artifacts",))
 _LOADER_KEYS: Mapping[str, frozenset[str]] = {
-    # MLflow writes `cloudpickle_version` beside every PythonModel; its code loader never unpickles.
+    # MLflow writes `cloudpickle_version` for every PythonModel; its code loader never unpickles.
     CODE_LOADER: _COMMON_KEYS | _ARTIFACT_KEYS | {"model_code_path", "code", "cloudpickle_version"},
     PICKLE_LOADER: _COMMON_KEYS
     | _ARTIFACT_KEYS
     | {"python_model", "cloudpickle_version", "python_model_compression", "code"},
     TRANSFORMERS_LOADER: _COMMON_KEYS,
 }
-"""`code` is a folder for `sys.path`: what is in it counts as other code, and needs rule 4 of `trust.py`."""
+"""`code` is a folder for `sys.path`: its files count as other code, for which rule 4 of `trust.py` applies."""
 
 _TRANSFORMERS_KEYS = frozenset(
     (
@@ -48,11 +48,11 @@ _EXAMPLE_PATHS = ("artifact_path", "serving_input_path")
 
 @dataclass(frozen=True, kw_only=True)
 class MLmodel:
-    """What this agent needs from the file.
+    """The file, parsed.
 
     Attributes:
         loader: the `loader_module`, one of the three above.
-        code_file: the models-from-code file, a name in the package's root, or empty.
+        code_file: the models-from-code file, a name in the package's root; empty if there is none.
         document: the whole file.
     """
 
@@ -68,13 +68,13 @@ class MLmodel:
         """One flavor's keys.
 
         Raises:
-            PolicyError: it is not there, or is no mapping.
+            PolicyError: the flavor is missing, or is not a mapping.
         """
         return _mapping(_mapping(self.document.get("flavors"), "flavors").get(name), f"flavor {name}")
 
     @property
     def golden(self) -> Any:
-        """The package's golden prompts as they stand in its metadata; None when it has none."""
+        """The golden prompts from the package's metadata, unchecked; None if it has none."""
         metadata = self.document.get("metadata")
         return metadata.get("edge_agent.golden") if isinstance(metadata, Mapping) else None
 
@@ -83,7 +83,7 @@ def read(tree: Path) -> MLmodel:
     """Parses the package's MLmodel.
 
     Raises:
-        PolicyError: there is none, it is not plain YAML, or its loader is not allowed.
+        PolicyError: the file is missing or not plain YAML, or its loader is not allowed.
     """
     path = tree / FILE_NAME
     if not path.is_file():
@@ -94,10 +94,10 @@ def read(tree: Path) -> MLmodel:
 
 
 def parse(data: bytes) -> MLmodel:
-    """Reads the file's bytes.
+    """Parses the file's bytes.
 
     Raises:
-        PolicyError: it is not plain YAML, or its loader is not allowed.
+        PolicyError: the file is not plain YAML, or its loader is not allowed.
     """
     document = _mapping(_parse(data), FILE_NAME)
     flavors = _mapping(document.get("flavors"), "flavors of MLmodel")
@@ -106,23 +106,23 @@ def parse(data: bytes) -> MLmodel:
     if not isinstance(loader, str) or loader not in _LOADER_KEYS:
         raise PolicyError(
             f"MLmodel: python_function.loader_module {loader!r} is not allowed",
-            remedy="this agent serves language models: its own packages, PythonModels and the transformers flavor",
+            remedy="only language models run here: from `edge-agent publish`, PythonModels, or the transformers flavor",
         )
     code_path = pyfunc.get("model_code_path", "")
     if not isinstance(code_path, str):
         raise PolicyError("MLmodel: python_function.model_code_path is not text")
-    # MLflow loads the last part from the package's root; the packager's own folders before it mean nothing.
+    # MLflow loads the last part from the package's root, and ignores the packager's folders before it.
     return MLmodel(loader=loader, code_file=code_path.rsplit("/", 1)[-1], document=document)
 
 
 def check(model: MLmodel, paths: Set[str]) -> None:
-    """Holds the file against the allow-lists.
+    """Checks the file against the allow-lists.
 
     Args:
         paths: every file of the package.
 
     Raises:
-        PolicyError: a key is unknown or does harm; it is named with its place.
+        PolicyError: a key is not allowed; the message names it and its place.
     """
     pyfunc = model.pyfunc
     for key in pyfunc:
@@ -136,7 +136,7 @@ def check(model: MLmodel, paths: Set[str]) -> None:
         _inside(pyfunc.get("python_model"), "python_function.python_model", paths)
     if (code := pyfunc.get("code")) is not None:
         _inside(code, "python_function.code", paths)
-        if code in paths:  # Python imports from a zip archive on sys.path too, whatever its name says
+        if code in paths:  # Python would also import from a zip archive on sys.path, whatever its name
             raise PolicyError(f"MLmodel: python_function.code {code!r} is a file, not a folder")
     for name, artifact in _mapping(pyfunc.get("artifacts", {}), "python_function.artifacts").items():
         place = f"python_function.artifacts.{name}"
@@ -155,7 +155,7 @@ def _check_transformers(flavor: Mapping[str, Any], paths: Set[str]) -> None:
     components = flavor.get("components") or []
     if not isinstance(components, list) or not all(isinstance(name, str) for name in components):
         raise PolicyError("MLmodel: transformers.components is not a list of names")
-    # The weights and every component must be files here: a name alone makes MLflow ask the network.
+    # The weights and every component must be in the package: for a bare name MLflow would ask the network.
     for key in flavor:
         if key not in _TRANSFORMERS_KEYS:
             raise PolicyError(f"MLmodel: transformers.{key} is not allowed")
@@ -182,7 +182,7 @@ def _refuse_remote_code(document: Mapping[str, Any]) -> None:
 
 
 def _inside(path: object, place: str, paths: Set[str]) -> None:
-    """The path is a file of the package, or a folder that has one."""
+    """Checks that the path is a file or a folder of the package."""
     try:
         text = check_path(path)
     except ManifestError as error:
@@ -192,10 +192,10 @@ def _inside(path: object, place: str, paths: Set[str]) -> None:
 
 
 def _parse(data: bytes) -> object:
-    import yaml  # type: ignore[import-untyped]  # 10 ms, and only where a package is checked
+    import yaml  # type: ignore[import-untyped]  # takes 10 ms, so only when a package is checked
 
     class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
-        """Safe YAML without anchors, which grow a small file into a huge one, and of bounded size."""
+        """Safe YAML of bounded size, without anchors, which can expand a small file into a huge document."""
 
         nodes = 0
 

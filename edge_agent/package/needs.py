@@ -1,7 +1,8 @@
-"""What a version asks of a host, read from its small files before the large ones are paid for. Pure.
+"""A version's needs: library, architecture and memory, read from its small files before the large ones. Pure.
 
-Two packages can be told apart early: our wrapper's needs onnxruntime-genai and an architecture that it knows,
-one of the transformers flavor needs torch and transformers. Other code says only when it runs what it needs.
+The needs of two kinds of packages are known early: one with this agent's wrapper needs onnxruntime-genai and an
+architecture that the library knows; one of the transformers flavor needs torch and transformers. The needs of other
+code show only when it runs.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _ARCHITECTURE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """One version's.
+    """The needs of one version.
 
     Attributes:
-        library: `GENAI`, `TRANSFORMERS`, or empty where nobody knows.
-        architecture: the library's word for it, `phi3` for one; empty where there is none. It is all that anybody
-            tells the library about a package that nobody has judged yet.
-        weight_bytes: of all its files; a host whose memory is smaller cannot load it.
+        library: `GENAI`, `TRANSFORMERS`, or empty if not known.
+        architecture: the library's name for it, such as `phi3`, or empty. The library sees nothing else of a package
+            that has not passed the policy yet.
+        weight_bytes: the size of all files; a host with less memory cannot load the version.
     """
 
     library: str
@@ -42,11 +43,11 @@ def needs_of(sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Needs:
     """Reads a package's needs.
 
     Args:
-        sizes: every file of the package, in bytes.
-        read: gives a small file whole.
+        sizes: path → bytes, for every file of the package.
+        read: returns the content of a small file.
 
     Raises:
-        PolicyError: its MLmodel is none that this agent loads.
+        PolicyError: this agent does not load such an MLmodel.
     """
     package = mlmodel.parse(read(mlmodel.FILE_NAME))
     library, name = "", ""
@@ -65,7 +66,7 @@ def _architecture(config: bytes, keys: tuple[str, ...]) -> str:
     try:
         found: Any = json.loads(config)
     except (ValueError, RecursionError):
-        return ""  # refused later, with everything else that is wrong
+        return ""  # the policy refuses it later
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
     return found if isinstance(found, str) and _ARCHITECTURE.fullmatch(found) else ""

@@ -1,7 +1,7 @@
-"""What an ONNX file says about how its model was built, without the library that runs it.
+"""Reads from an ONNX file how its model was built, without the library that runs it.
 
-Reads the graph's own structure from the protobuf, never weights: a file that is mapped, not loaded. The file is
-input: every length is checked, and what is not understood is an error, not a guess.
+It reads the graph's structure from the protobuf, never the weights: the file is mapped, not loaded. The file is
+untrusted input: every length is checked, and anything unknown is an error, not a guess.
 Source: onnx.proto3 (field numbers); com.microsoft.MatMulNBits and GatherBlockQuantized of onnxruntime.
 """
 
@@ -23,10 +23,10 @@ Value = int | memoryview
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedMatMul:
-    """One matrix in blocks of a few bits.
+    """One matrix, quantized in blocks.
 
     Attributes:
-        accuracy_level: 4 computes in int8, 1 in float32; 0 leaves it to the library.
+        accuracy_level: 4 computes in int8, 1 in float32; with 0 the library chooses.
     """
 
     name: str
@@ -41,8 +41,8 @@ class OnnxGraph:
 
     Attributes:
         float_matmuls: number of matrices that are not quantized.
-        embedding_bytes: of the table of token embeddings.
-        embedding_quantized: None when there is no such table.
+        embedding_bytes: size of the table of token embeddings.
+        embedding_quantized: None if there is no such table.
         prunes_head: the last matrix is applied to the last token only.
     """
 

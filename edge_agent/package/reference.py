@@ -1,7 +1,7 @@
-"""Names of models: what settings ask for (`ModelRef`) and what a registry resolves it to (`ModelVersion`).
+"""Names of models: the reference in the settings (`ModelRef`) and the version that it means (`ModelVersion`).
 
-Pure. `models:/name@alias` and `models:/name/7` are MLflow's own forms; the moving `models:/name/latest` is
-refused, because a device could never say which version it was told to run.
+Pure. `models:/name@alias` and `models:/name/7` are MLflow's own forms. `models:/name/latest` is refused, because
+nobody could tell which version a device was told to run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from edge_agent.errors import SettingsError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-"""A name in `[models.NAME]`: it becomes a folder and a topic's value."""
+"""A name in `[models.NAME]`: it also names a folder, and clients send it in `model`."""
 
 _URI = re.compile(
     r"models:/(?P<name>[^/@:]{1,250})(?:@(?P<alias>[A-Za-z0-9_-]{1,255})|/(?P<version>[1-9][0-9]{0,17}))"
@@ -21,7 +21,7 @@ _URI = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRef:
-    """What is asked for: a registered name and either an alias or a version number."""
+    """A reference: a registered name, and either an alias or a version number."""
 
     name: str
     alias: str | None = None
@@ -53,14 +53,14 @@ class ModelRef:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelVersion:
-    """What the registry says a reference means now.
+    """A registered version, as the registry describes it.
 
     Attributes:
         name: registered name.
         version: its number, from 1.
-        run_id: MLflow run that the version came from, empty when there is none.
-        source: where the registry says its artifacts are.
-        tags: the version's tags, `edge_agent.manifest_sha256` among them where we published it.
+        run_id: MLflow run that the version came from; empty if there is none.
+        source: where its artifacts are, according to the registry.
+        tags: the version's tags; `edge_agent.manifest_sha256` is there if `edge-agent publish` made it.
     """
 
     name: str
@@ -71,7 +71,7 @@ class ModelVersion:
 
     @property
     def manifest_sha256(self) -> str | None:
-        """Digest of `manifest.json` as the publisher recorded it, or None for a plain MLflow package."""
+        """Digest of `manifest.json` as recorded by the publisher; None for a plain MLflow package."""
         return self.tags.get(MANIFEST_TAG) or None
 
 

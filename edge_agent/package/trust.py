@@ -1,15 +1,15 @@
-"""What may run here: signatures, and the code policy for a package.
+"""Trust: signatures, and the policy for code in a package.
 
-Owns the decision, made on the staged tree before anything of it gets a final name, and made again from the
-same files whenever somebody asks. Flow: signature → loader and its options (`mlmodel.py`,
+Owns the decision whether a package may run. It is made on the staged files before any of them gets its final name,
+and can be made again from the same files at any time. Flow: signature → loader and its options (`mlmodel.py`,
 `genai_options.py`) → which files are code → one of four rules:
 
-1. `trust.public_keys` is set: the package must be signed by one of them, under its own name.
-2. No code at all.
-3. The only code is one wrapper that this agent ships, or has shipped.
-4. Other code, pickles included: with a signature, or with `trust.allow_unsigned_code`.
+1. If `trust.public_keys` is set, one of the keys must have signed the package, under its own name.
+2. A package without code may run.
+3. A package may run if its only code is a wrapper that this agent ships or has shipped.
+4. Other code, pickles included, needs a signature or `trust.allow_unsigned_code`.
 
-Refuses everything else, with the file and the reason. Imports nothing heavy until it is used.
+It refuses everything else, and names the file and the reason. Heavy libraries are imported only when needed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WRAPPER = Path(__file__).parents[1] / "wrapper" / "genai_pyfunc.py"
 SHIPPED_WRAPPERS: tuple[str, ...] = (
     "f16d85afa884bc6254858159ab65c43431194a1a66321f9c3e714a56daa07c31",  # 0.1.0
 )
-"""sha256 of the wrappers of earlier releases: packages made with them stay trusted."""
+"""sha256 of the wrappers of earlier releases. Packages with these wrappers stay trusted."""
 
 _CODE_SUFFIXES = frozenset(
     (
@@ -42,16 +42,16 @@ _CODE_SUFFIXES = frozenset(
         *(".pkl", ".pickle", ".dill", ".cloudpickle", ".joblib"),
     )
 )
-"""Files that some loader runs, or unpickles, by their name."""
+"""Names of files that some loader runs or unpickles."""
 _BYTECODE_SUFFIXES = frozenset((".pyc", ".pyo"))
 _WEIGHT_SUFFIXES = frozenset((".onnx", ".data", ".safetensors", ".gguf"))
-"""Their readers run nothing, and their first bytes are anything: not looked into."""
+"""These files are not inspected: their readers run no code, and their first bytes can be anything."""
 _PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 _PROGRAM_STARTS = (b"\x7fELF", b"MZ\x90\x00", b"\xca\xfe\xba\xbe", b"\xcf\xfa\xed\xfe", b"#!")
 _MAX_JSON_BYTES = 64 << 20
 _MAX_TEMPLATE_BYTES = 1 << 20
 _REMOTE_KEYS = ("auto_map", "custom_", "attn_implementation", "weight_map")
-"""Parts of the keys that make transformers load something that the file only names."""
+"""Parts of the keys that make transformers load something from outside the file."""
 _MAX_SIGNATURE_BYTES = 4 << 20
 
 
@@ -70,8 +70,8 @@ class TrustDecision:
 
     Attributes:
         rule: one of `Rule`.
-        signed_by: sha256 of the configured key's file that has signed every file, or empty.
-        unsigned_code: code runs that nobody vouched for; status says so.
+        signed_by: sha256 of the file of the configured key that signed every file; empty if none did.
+        unsigned_code: the package runs code that nobody signed; the status says so.
         reason: one sentence for a person.
     """
 
@@ -93,17 +93,17 @@ def decide(
     public_keys: Sequence[str] = (),
     allow_unsigned_code: bool = False,
 ) -> TrustDecision:
-    """Applies the whole policy to a package on disk whose files are those of its manifest.
+    """Applies the whole policy to a package on disk. Its files must already match its manifest.
 
     Args:
-        tree: folder with the package, `manifest.json` and `model.sig` beside it where it has them.
-        registered_name: the name it was asked for by.
+        tree: the package's folder; `manifest.json` and `model.sig` are in it if the package has them.
+        registered_name: the registered name under which the version was fetched.
         public_keys: PEM files.
 
     Raises:
-        PolicyError: it may not run; the file and the reason are named.
-        VerificationError: its signature is wrong.
-        SettingsError: keys are configured and cannot be used.
+        PolicyError: the package may not run; the message names the file and the reason.
+        VerificationError: the signature is wrong.
+        SettingsError: a configured key cannot be used.
     """
     if manifest.name != registered_name:
         raise PolicyError(f"the package was made for {manifest.name!r}, not for {registered_name!r}")
@@ -119,10 +119,10 @@ def decide(
 
 
 def code_files(tree: Path, manifest: Manifest, model: MLmodel) -> dict[str, str]:
-    """The files that are code or may carry it: path → what it is.
+    """The files that are code or may contain code: path → kind of code.
 
     Raises:
-        PolicyError: compiled Python, which no rule allows: it can run in the place of a checked source.
+        PolicyError: a file is compiled Python. No rule allows it, since it could run instead of checked source.
     """
     found = {}
     for file in manifest.files:
@@ -142,7 +142,7 @@ def code_files(tree: Path, manifest: Manifest, model: MLmodel) -> dict[str, str]
 def still_holds(
     decision: TrustDecision, *, public_keys: Sequence[str] = (), allow_unsigned_code: bool = False
 ) -> bool:
-    """True where a recorded decision fits the settings of today; else `decide` must be asked again."""
+    """True if a recorded decision is still valid under these settings; otherwise `decide` must be called again."""
     if public_keys and decision.signed_by not in {_fingerprint(key) for key in public_keys}:
         return False
     if decision.rule == Rule.SIGNED_CODE and not public_keys:
@@ -153,61 +153,61 @@ def still_holds(
 def hold(
     decision: TrustDecision, *, public_keys: Sequence[str] = (), allow_unsigned_code: bool = False
 ) -> None:
-    """Before a version runs: the settings may have become stricter since it was let in.
+    """Checks a recorded decision before a version runs: the settings may have become stricter since.
 
     Raises:
-        PolicyError: it may not run any more.
+        PolicyError: the version may no longer run.
     """
     if not still_holds(decision, public_keys=public_keys, allow_unsigned_code=allow_unsigned_code):
         raise PolicyError(
-            f"the version was let in as {decision.reason!r}, which [trust] no longer allows",
-            remedy="publish it signed, or change [trust] in the settings",
+            f"the version was accepted because of {decision.reason!r}, which [trust] no longer allows",
+            remedy="publish a signed version, or change [trust] in the settings",
         )
 
 
 def check_signature(tree: Path, manifest: Manifest, public_keys: Sequence[str]) -> str:
-    """Checks an OpenSSF Model Signing bundle: one of the keys signed every file of the package.
+    """Checks the OpenSSF Model Signing signature: one of the keys must have signed every file of the package.
 
-    A package with a manifest must have it signed, too: it binds the signature to the model's name.
+    That includes the manifest, if there is one: it binds the signature to the model's name.
 
     Returns:
         sha256 of that key's file.
 
     Raises:
-        PolicyError: the package is not signed, or not all of it.
-        VerificationError: no configured key made this signature of these files.
-        SettingsError: the extra `signing` is missing, or a key cannot be read.
+        PolicyError: the package, or a file in it, is not signed.
+        VerificationError: the signature matches no configured key, or not these files.
+        SettingsError: the extra `signing` is not installed, or a key cannot be read.
     """
     try:
-        from model_signing import hashing, verifying  # 0.4 s: only where keys are configured
+        from model_signing import hashing, verifying  # takes 0.4 s, so only if keys are configured
     except ImportError as error:
         raise SettingsError(
-            "trust.public_keys is set and the library model-signing is missing",
+            "trust.public_keys is set, but the library model-signing is not installed",
             remedy="install edge-agent[signing]",
         ) from error
-    bundle = tree / SIGNATURE_NAME
-    if not bundle.is_file():
-        raise PolicyError("trust.public_keys is set and the package is not signed")
-    signed = _signed_files(bundle)
+    signature = tree / SIGNATURE_NAME
+    if not signature.is_file():
+        raise PolicyError("trust.public_keys is set, but the package is not signed")
+    signed = _signed_files(signature)
     required = {file.path for file in manifest.files}
     if (tree / MANIFEST_NAME).exists():
         required.add(MANIFEST_NAME)
     if missing := sorted(required - signed):
         raise PolicyError(f"the signature does not cover {missing[0]!r}")
     reasons = []
-    # model_signing logs each failed key as an error; which one fits is found out here, by trying.
+    # model_signing logs an error for each key that does not match; but here every key is tried in turn.
     logging.getLogger("model_signing").setLevel(logging.CRITICAL)
     for key in public_keys:
         fingerprint = _fingerprint(key)
-        # Git's own files are in the manifest like all others, so they count here, too.
-        files = hashing.Config().set_ignored_paths(paths=[bundle], ignore_git_paths=False)
+        # The manifest lists Git's files like all others, so the signature must cover them.
+        files = hashing.Config().set_ignored_paths(paths=[signature], ignore_git_paths=False)
         config = verifying.Config().use_elliptic_key_verifier(public_key=key).set_hashing_config(files)
         try:
-            config.verify(tree, bundle)
+            config.verify(tree, signature)
             return fingerprint
-        except Exception as error:  # noqa: BLE001 - a foreign library over hostile input: anything means no
+        except Exception as error:  # noqa: BLE001 - on hostile input the library may raise anything
             reasons.append(f"{Path(key).name}: {error}"[:200])
-    raise VerificationError(f"the package's signature does not fit a configured key ({'; '.join(reasons)})")
+    raise VerificationError(f"the package's signature matches no configured key ({'; '.join(reasons)})")
 
 
 def _rule(
@@ -246,7 +246,7 @@ def _rule(
             reason=f"other code, allowed by trust.allow_unsigned_code: {what}",
         )
     raise PolicyError(
-        f"the package carries code that nobody signed: {what}",
+        f"the package contains code that nobody signed: {what}",
         remedy="sign it and set trust.public_keys, or set trust.allow_unsigned_code = true",
     )
 
@@ -259,7 +259,7 @@ def _fingerprint(key: str) -> str:
 
 
 def is_shipped(path: Path) -> bool:
-    """True where a code file is this agent's wrapper, of this release or an earlier one, byte for byte."""
+    """True if a code file is this agent's wrapper, of this or an earlier release, byte for byte."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest in SHIPPED_WRAPPERS:
         return True
@@ -270,7 +270,7 @@ def is_shipped(path: Path) -> bool:
 
 
 def _code_kind(file: Path, path: PurePosixPath) -> str | None:
-    """What kind of code a file is by its name or first bytes, or None. `path` is folded to lower case."""
+    """The kind of code in a file, by its name or first bytes, or None. `path` is in lower case."""
     suffixes = {f".{part}" for part in path.name.split(".")[1:]}
     if code := suffixes & _CODE_SUFFIXES:
         return f"a {min(code)} file"
@@ -288,7 +288,7 @@ def _code_kind(file: Path, path: PurePosixPath) -> str | None:
 
 
 def _check_transformers_file(file: Path, path: str, paths: Set[str]) -> None:
-    """What transformers reads as data and follows elsewhere: to a module, a hub, another model, another folder."""
+    """Refuses data that makes transformers load something else: a module, another model, a file outside."""
     name = PurePosixPath(path.casefold())
     if name.name == "adapter_config.json":
         raise PolicyError(f"{path!r} names a base model that is not in the package")
@@ -297,7 +297,7 @@ def _check_transformers_file(file: Path, path: str, paths: Set[str]) -> None:
     if name.suffix != ".json":
         return
     if file.stat().st_size > _MAX_JSON_BYTES:
-        raise PolicyError(f"{path!r} is too large to be looked into")
+        raise PolicyError(f"{path!r} is too large to be checked")
     data = file.read_bytes()
     if not any(key.encode() in data for key in (*_REMOTE_KEYS, "\\u")):
         return
@@ -309,7 +309,7 @@ def _check_transformers_file(file: Path, path: str, paths: Set[str]) -> None:
         if key == "auto_map":
             raise PolicyError(
                 f"{path!r} has auto_map, which loads code from elsewhere",
-                remedy="publish it without that key: transformers has classes of its own for most models",
+                remedy="publish it without that key; transformers has its own classes for most models",
             )
         if key in ("custom_pipelines", "custom_generate") and value:
             raise PolicyError(f"{path!r} has {key}, which loads code from elsewhere")
@@ -337,19 +337,19 @@ def _pairs(document: object) -> Iterator[tuple[str, object]]:
             waiting.extend(value)
 
 
-def _signed_files(bundle: Path) -> set[str]:
-    """Names that the bundle's statement lists; they mean something once the signature was checked.
+def _signed_files(signature: Path) -> set[str]:
+    """The file names in the signature's statement. Trust them only after the signature is verified.
 
     Source: OpenSSF Model Signing v1.0, in-toto statement in a DSSE envelope, `predicate.resources[].name`.
     """
-    if bundle.stat().st_size > _MAX_SIGNATURE_BYTES:
+    if signature.stat().st_size > _MAX_SIGNATURE_BYTES:
         raise PolicyError(f"{SIGNATURE_NAME} has more than {_MAX_SIGNATURE_BYTES} bytes")
     try:
-        envelope = json.loads(bundle.read_bytes())["dsseEnvelope"]
+        envelope = json.loads(signature.read_bytes())["dsseEnvelope"]
         statement = json.loads(base64.b64decode(envelope["payload"], validate=True))
         predicate = statement["predicate"]
         if predicate["serialization"]["method"] != "files":
             raise ValueError("shards")
         return {str(resource["name"]) for resource in predicate["resources"]}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise VerificationError(f"{SIGNATURE_NAME} is not an OpenSSF Model Signing bundle") from error
+        raise VerificationError(f"{SIGNATURE_NAME} is not an OpenSSF Model Signing signature") from error

@@ -1,11 +1,11 @@
-"""Publishing: an ONNX or a Hugging Face folder becomes an MLflow model package, and that a registered version.
+"""Publishing: packages an ONNX or a Hugging Face folder as an MLflow model, and registers it as a version.
 
-`publish_folder` is the whole of it. MLflow is imported only when it runs.
+`publish_folder` does all of it, and only then imports MLflow.
 
-    source.py     is the folder one that devices can run; are options and golden prompts right
-    hugging_face.py  which files of a Hugging Face folder travel
-    package.py    the MLflow package with its manifest and signature, tried out once
-    register.py   upload, version, and the alias last
+    source.py        checks the folder, the options and the golden prompts
+    hugging_face.py  chooses the files of a Hugging Face folder
+    package.py       builds the MLflow package with its manifest and signature, and tries it once
+    register.py      uploads it, registers the version, and moves the alias last
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from edge_agent.publishing.package import Flavor, Package, Progress, build_package, no_progress
+from edge_agent.publishing.package import Flavor, Progress, build_package, no_progress
 from edge_agent.publishing.register import Published, check_target, publish
-
-__all__ = ["Package", "Progress", "Published", "build_package", "publish", "publish_folder"]
 
 
 def publish_folder(
@@ -32,24 +30,24 @@ def publish_folder(
     options: Mapping[str, object] | None = None,
     golden: Path | Sequence[Mapping[str, Any]] | None = None,
     sign_key: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Published:
     """Packages a folder made by the onnxruntime-genai model builder, or a Hugging Face folder, and registers it.
 
     Args:
         source: folder with `genai_config.json`, or with `config.json` and safetensors weights.
-        name: registered model's name; made when it is not there.
+        name: the registered model's name; it is created if it does not exist.
         registry_uri: `http(s)://…` or `sqlite:///…`.
         alias: moved to the new version, as the last step.
-        flavor: which of the two: `onnx` or `transformers`.
-        signature: `chat` (messages) or `prompt` (text as it stands).
+        flavor: `onnx` or `transformers`.
+        signature: `chat` (messages) or `prompt` (unchanged text).
         options: generation defaults, see `source.OPTIONS`; text is converted.
         golden: prompts that devices try before they use the version: a JSON file or its content.
-        sign_key: PEM private key for an OpenSSF Model Signing bundle.
-        progress: called with (step, bytes done, bytes in all).
+        sign_key: PEM private key; the package gets an OpenSSF Model Signing signature.
+        progress: called with (step, bytes done, total bytes).
 
     Raises:
-        PublishError: the folder, an option or the registry is at fault; nothing points to a half of it.
+        PublishError: the folder, an option or the registry is at fault; no alias points to an incomplete version.
     """
     check_target(name=name, registry_uri=registry_uri, alias=alias)
     with tempfile.TemporaryDirectory(prefix="edge-agent-publish-") as folder:
@@ -64,6 +62,4 @@ def publish_folder(
             sign_key=sign_key,
             progress=progress,
         )
-        return publish(
-            package, registry_uri=registry_uri, name=name, alias=alias, progress=progress or no_progress
-        )
+        return publish(package, registry_uri=registry_uri, name=name, alias=alias, progress=progress)

@@ -1,6 +1,6 @@
-"""Whether an ONNX folder was built in a way that is slow on CPUs, and what to build instead.
+"""Advice for ONNX folders that were built with options that are slow on CPUs.
 
-Pure rules over `OnnxGraph`; the figures behind them and their price in accuracy are in docs/models.md.
+Pure rules over `OnnxGraph`. docs/models.md has the measurements behind them and the cost in accuracy.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from edge_agent.package.onnx_graph import OnnxGraph
 GOOD_BLOCK_SIZES = (64, 128)
 INT8_ACCURACY_LEVEL = 4
 _LARGE_TABLE_BYTES = 256 << 20
-"""Smaller ones are not worth the price in accuracy; a table is hardly ever in memory as a whole."""
+"""A smaller table is not worth the accuracy that it costs: the whole of it is hardly ever in memory."""
 _MAX_CONFIG_BYTES = 1 << 20
 
 
 def of_folder(folder: Path) -> list[str]:
-    """What could be built better in a model builder's folder, one sentence each; empty when nothing could.
+    """Advice for a model builder's folder, one sentence for each build option that could be better.
 
-    A folder that cannot be read, or is no decoder of one graph, gets no advice.
+    A folder that cannot be read, or is not a decoder of one graph, gets no advice.
     """
     try:
         with (folder / genai_options.FILE_NAME).open("rb") as stream:
@@ -34,7 +34,7 @@ def of_folder(folder: Path) -> list[str]:
 
 
 def advice(graph: OnnxGraph) -> list[str]:
-    """The same, for a graph that has been read."""
+    """The same for a graph."""
     found = []
     if not graph.matmuls:
         return ["its weights are not quantized: build with -p int4"] if graph.float_matmuls else []
@@ -46,13 +46,13 @@ def advice(graph: OnnxGraph) -> list[str]:
     most, _ = sizes.most_common(1)[0]
     if most < GOOD_BLOCK_SIZES[0]:
         found.append(
-            f"it has block_size={most}: 64 is faster and takes less memory, 128 more so, at a price in accuracy"
+            f"it has block_size={most}: 64 is faster and takes less memory; 128 even more so, but costs accuracy"
         )
     if not graph.prunes_head:
         found.append("it computes logits for every prompt token: prune_lm_head=true saves memory and time")
     if graph.embedding_quantized is False and graph.embedding_bytes >= _LARGE_TABLE_BYTES:
         found.append(
             f"its embeddings take {graph.embedding_bytes >> 20} MiB unquantized: "
-            "op_types_to_quantize=MatMul/Gather makes the download smaller, at a price in accuracy"
+            "op_types_to_quantize=MatMul/Gather makes the download smaller, but costs accuracy"
         )
     return found

@@ -1,11 +1,11 @@
 """A Hugging Face folder as a package of MLflow's transformers flavor.
 
-Owns which files of such a folder travel, and the MLmodel that names them. The weights are not loaded and not
-rewritten for it: MLflow's own `save_model` would hold them in memory and write them again, and puts this
-machine's path into the package. Refuses pickled weights, and whatever devices refuse.
+It chooses the files that go into the package and writes the MLmodel that names them. It neither loads nor rewrites
+the weights: MLflow's `save_model` would hold them in memory, write them again, and put this machine's path into the
+package. It refuses pickled weights and everything else that devices refuse.
 
-`auto_map` in the configuration names Python files of its author. They do not travel, so neither does the key:
-transformers has classes of its own for the architectures that devices load.
+`auto_map` in a configuration names Python files by the model's author. The package does not contain them, so it
+does not contain the key either: transformers has its own classes for the architectures that devices load.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Checkpoint:
     """A folder that can be packaged.
 
     Attributes:
-        files: where a file goes in the package → where it is now.
-        rewritten: where a file goes → its content without what must not travel.
+        files: path in the package → path on this machine.
+        rewritten: path in the package → content, for configurations that must be changed.
         architecture: the model's class in transformers.
-        context_tokens: the model's longest context, 0 where its configuration does not say.
+        context_tokens: the model's longest context; 0 if its configuration does not say.
     """
 
     files: Mapping[str, Path]
@@ -57,20 +57,20 @@ def check_checkpoint(folder: Path, files: Sequence[Path]) -> Checkpoint:
     """Checks a folder made by `save_pretrained`, or downloaded from a hub.
 
     Args:
-        files: its files, relative to it.
+        files: the folder's files, relative to it.
 
     Raises:
-        PublishError: something is missing, or a device would refuse it; the file is named.
+        PublishError: something is missing, or a device would refuse it; the message names the file.
     """
     names = {path.name for path in files if path.parent == Path()}
     if CONFIG not in names:
-        raise PublishError(f"{folder} has no {CONFIG}: it is no Hugging Face folder")
+        raise PublishError(f"{folder} has no {CONFIG}: it is not a Hugging Face folder")
     config = _read_object(folder / CONFIG)
     if "adapter_config.json" in names:
         raise PublishError(f"{folder} holds an adapter", remedy="merge it into its base model first")
     if config.get("quantization_config"):
         raise PublishError(
-            f"{folder / CONFIG} has a quantization_config, which needs more libraries than devices have",
+            f"{folder / CONFIG} has a quantization_config, which needs libraries that devices do not have",
             remedy="publish the weights in float16 or bfloat16, or as ONNX for onnxruntime-genai",
         )
     architectures = config.get("architectures")
@@ -104,11 +104,11 @@ def save(
     options: Mapping[str, int | float],
     metadata: Mapping[str, Any] | None,
 ) -> None:
-    """Writes MLmodel and the environment's files into a new folder; the checkpoint's files come beside them.
+    """Writes MLmodel, the environment files and the rewritten configurations into a new folder.
 
     Args:
         signature: MLflow's `ModelSignature`.
-        chat: whether MLflow itself serves it as llm/v1/chat, elsewhere than on a device.
+        chat: whether an MLflow server offers the model as llm/v1/chat; devices do so in any case.
     """
     import mlflow.pyfunc
     from mlflow.models import Model
@@ -118,9 +118,9 @@ def save(
     if config.get("temperature"):
         config["do_sample"] = True
     else:
-        config.pop("temperature", None)  # the library refuses 0, and is greedy without it
+        config.pop("temperature", None)  # transformers refuses 0, and is greedy without a temperature
     if not chat:
-        config["return_full_text"] = False  # MLflow elsewhere would answer with the question first
+        config["return_full_text"] = False  # otherwise an MLflow server repeats the prompt in its answer
     python_version = platform.python_version()
     model = Model(
         signature=signature, metadata={**(metadata or {}), **({"task": "llm/v1/chat"} if chat else {})}
@@ -160,13 +160,13 @@ def save(
 
 
 def _weights(folder: Path, names: set[str]) -> list[str]:
-    """The safetensors files, and their index where there are several."""
+    """The safetensors files, and their index if there are several."""
     index = "model.safetensors.index.json"
     if index in names:
         mapping = _read_object(folder / index).get("weight_map")
         parts = sorted({str(name) for name in mapping.values()}) if isinstance(mapping, dict) else []
         if missing := [name for name in parts if name not in names]:
-            raise PublishError(f"{folder / index} names {missing[0]!r}, which is not there")
+            raise PublishError(f"{folder / index} names {missing[0]!r}, which does not exist")
         found = [index, *parts]
     else:
         found = [name for name in ("model.safetensors",) if name in names]
@@ -176,7 +176,7 @@ def _weights(folder: Path, names: set[str]) -> list[str]:
 
 
 def _without_remote_code(path: Path) -> bytes | None:
-    """A configuration without `auto_map` and without the place it came from; None where it has neither."""
+    """A configuration without `auto_map` and without its original path; None if it has neither."""
     document = _read_object(path)
     cleaned = {key: value for key, value in document.items() if key not in ("auto_map", "_name_or_path")}
     if cleaned == document:
@@ -194,7 +194,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise PublishError(f"{path} is not JSON") from error
     if not isinstance(document, dict):
-        raise PublishError(f"{path} is not an object")
+        raise PublishError(f"{path} is not a JSON object")
     return document
 
 

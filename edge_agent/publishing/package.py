@@ -1,13 +1,13 @@
-"""The MLflow package: the wrapper's file and the ONNX folder, or a Hugging Face folder; signature, manifest.
+"""The MLflow package: the wrapper and the ONNX folder, or a Hugging Face folder, with manifest and signature.
 
-Owns a package's content. No path of the machine that packs it gets in, and what it makes is held against the
-same policy that a device applies. Flow (`build_package`):
-    source.check_*      what is asked for
-    _save               MLmodel, wrapper, input example, requirements, by MLflow itself
-                        (for the transformers flavor: hugging_face.py)
-    _add_files          the folder, as hard links where the file system allows it
-    trial.try_out       one real answer and the golden prompts
-    _write_manifest     every file with size and sha256; then the signature over all of it
+Owns a package's content. The package contains no path of this machine, and must pass the policy that devices
+apply. Flow (`build_package`):
+    source.check_*      checks folder, options and golden prompts
+    _save               MLflow writes MLmodel, wrapper, input example and requirements
+                        (hugging_face.py does so for the transformers flavor)
+    _add_files          adds the folder's files, as hard links where the file system allows it
+    trial.try_out       asks the model once, and the golden prompts
+    _write_manifest     lists every file with size and sha256; then the package is signed
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from edge_agent.publishing import source as sources
 
 Flavor = Literal["onnx", "transformers"]
 Progress = Callable[[str, int, int], None]
-"""Called with the step's name, bytes done and bytes in all (0: not known)."""
+"""Called with the step's name, bytes done and total bytes (0: not known)."""
 
 GOLDEN_KEY = "edge_agent.golden"
 ARTIFACT = "onnx"
-"""What the wrapper calls the ONNX folder."""
+"""The wrapper's name for the ONNX folder."""
 REQUIREMENTS = (
     "mlflow-skinny==3.17.*",
     "onnxruntime-genai==0.18.*",
@@ -62,7 +62,7 @@ class Package:
 
 
 def no_progress(step: str, done_bytes: int, total_bytes: int) -> None:
-    """For callers that show nothing."""
+    """Shows nothing."""
 
 
 def build_package(
@@ -75,24 +75,22 @@ def build_package(
     options: Mapping[str, object],
     golden: Path | Sequence[Mapping[str, Any]] | None = None,
     sign_key: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Package:
-    """Makes a package in `destination`, which must not exist yet.
+    """Builds a package in `destination`, which must not exist yet.
 
     Args:
-        source_dir: folder made by the model builder, or by `save_pretrained`; only read.
-        flavor: which of the two it is.
+        source_dir: folder made by the model builder (`onnx`) or by `save_pretrained` (`transformers`).
+        flavor: `onnx` or `transformers`.
         options: see `source.OPTIONS`.
         golden: see `source.read_golden`.
         sign_key: PEM private key; the package gets `model.sig`.
 
     Raises:
-        PublishError: anything that would make the package useless on a device, a wrong answer to a golden
-            prompt included.
+        PublishError: the package would be useless on a device; for example, it answers a golden prompt wrongly.
     """
-    report = progress or no_progress
     if signature not in EXAMPLES:
-        raise PublishError(f"signature {signature!r} is neither chat nor prompt")
+        raise PublishError(f"signature {signature!r} must be chat or prompt")
     if sign_key is not None:
         _signing()
         if not sign_key.is_file():
@@ -111,10 +109,10 @@ def build_package(
         sources.check_length(sources.context_of(source_dir), checked)
         _save(destination, name=name, signature=signature, options=checked, golden=prompts)
         files = {f"artifacts/{ARTIFACT}/{path.as_posix()}": source_dir / path for path in found}
-    _add_files(files, destination, report)
-    report("try", 0, 0)
+    _add_files(files, destination, progress)
+    progress("try", 0, 0)
     trial.try_out(destination, EXAMPLES[signature], prompts, flavor=flavor)
-    manifest = _write_manifest(name, destination, report)
+    manifest = _write_manifest(name, destination, progress)
     try:
         trust.decide(destination, manifest, registered_name=name)
     except ContentError as error:
@@ -141,7 +139,7 @@ def _save(
 
     from edge_agent.publishing.signature import model_signature
 
-    # A loader can override only keys that are here: 0 stands for "not given".
+    # A loader can override only keys that the package has: 0 stands for "not given".
     unset = ("context_tokens", "max_length", "max_tokens", "threads", "kv_bytes")
     defaults = {"model": name, **dict.fromkeys(unset, 0)}
     try:
@@ -157,10 +155,10 @@ def _save(
     except (mlflow.exceptions.MlflowException, OSError) as error:
         raise PublishError(f"MLflow could not make the package: {error}") from error
     model = Model.load(str(destination))
-    model.model_size_bytes = None  # counted without the ONNX folder
+    model.model_size_bytes = None  # MLflow did not count the ONNX folder
     pyfunc = model.flavors["python_function"]
     pyfunc.pop("cloudpickle_version", None)  # nothing is pickled
-    pyfunc["model_code_path"] = trust.WRAPPER.name  # MLflow wrote this machine's path to it
+    pyfunc["model_code_path"] = trust.WRAPPER.name  # MLflow wrote the file's path on this machine
     pyfunc["artifacts"] = {ARTIFACT: {"path": f"artifacts/{ARTIFACT}", "uri": ARTIFACT}}
     example = model.saved_input_example_info or {}
     own = {"MLmodel", trust.WRAPPER.name, "conda.yaml", "python_env.yaml", "requirements.txt"}
@@ -193,7 +191,7 @@ def _save_checkpoint(
 
 
 def _add_files(files: Mapping[str, Path], destination: Path, report: Progress) -> None:
-    """Puts each file where the package has it."""
+    """Links or copies each file to its place in the package."""
     total = sum(path.stat().st_size for path in files.values())
     done = 0
     for target, path in files.items():
@@ -208,7 +206,7 @@ def _add_files(files: Mapping[str, Path], destination: Path, report: Progress) -
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    with contextlib.suppress(OSError):  # another file system, somebody else's file, no hard links
+    with contextlib.suppress(OSError):  # another file system, another user's file, no hard links
         os.link(source, target)
         return
     shutil.copyfile(source, target)
@@ -220,7 +218,7 @@ def _write_manifest(name: str, folder: Path, report: Progress) -> Manifest:
     try:
         manifest = manifests.make(name, _listed(folder, paths, total, report))
     except ContentError as error:
-        raise PublishError(f"the package cannot have a manifest: {error.message}") from error
+        raise PublishError(f"the package breaks a rule of the manifest: {error.message}") from error
     (folder / manifests.MANIFEST_NAME).write_bytes(manifest.encode())
     return manifest
 
@@ -243,11 +241,11 @@ def _listed(folder: Path, paths: Sequence[Path], total: int, report: Progress) -
 
 def _sign(folder: Path, key: Path) -> None:
     hashing, signing = _signing()
-    bundle = folder / manifests.SIGNATURE_NAME
+    signature = folder / manifests.SIGNATURE_NAME
     try:
-        files = hashing.Config().set_ignored_paths(paths=[bundle], ignore_git_paths=False)
+        files = hashing.Config().set_ignored_paths(paths=[signature], ignore_git_paths=False)
         signer = signing.Config().use_elliptic_key_signer(private_key=key).set_hashing_config(files)
-        signer.sign(folder, bundle)
+        signer.sign(folder, signature)
     except (ValueError, TypeError, OSError) as error:
         raise PublishError(
             f"signing with {key} failed: {error}",

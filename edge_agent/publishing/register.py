@@ -1,7 +1,7 @@
 """Registration: a finished package becomes a version in an MLflow registry.
 
-Owns the order: everything is uploaded and tagged before a version exists, and the alias moves last, so that
-nobody is ever pointed to a half. A failure leaves at most a run, or a version without the alias.
+Owns the order: everything is uploaded and tagged before a version exists, and the alias moves last, so that no alias
+ever points to an incomplete version. A failure leaves at most a run, or a version without the alias.
 
     check_target → experiment → run → files → registered model → version READY → alias
 """
@@ -25,7 +25,7 @@ from edge_agent.publishing.package import Package, Progress, no_progress
 EXPERIMENT = "edge-agent"
 ARTIFACT_PATH = "model"
 READY_TIMEOUT_S = 120
-_RETRIES = "2"  # MLflow's own 7 wait four minutes for a server that is not there
+_RETRIES = "2"  # with its default of 7, MLflow waits four minutes for a server that is down
 _REQUEST_TIMEOUT_S = "60"  # of each read
 
 
@@ -47,20 +47,20 @@ class Published:
 
 
 def check_target(*, name: str, registry_uri: str, alias: str | None) -> None:
-    """Checks what can be checked without a connection.
+    """Checks name, alias and address, without a connection.
 
     Raises:
-        PublishError: a name, the alias or the address cannot work.
+        PublishError: the registry could not accept one of them.
     """
     try:
         ModelRef.parse(f"models:/{name}/1")
     except SettingsError as error:
-        raise PublishError(f"model name {name!r} cannot be referred to: no '/', ':', '@' in it") from error
+        raise PublishError(f"model name {name!r} must not contain '/', ':' or '@'") from error
     if alias is not None:
         try:
             ModelRef.parse(f"models:/{name}@{alias}")
         except SettingsError as error:
-            raise PublishError(f"alias {alias!r} is not letters, digits, '_', '-'") from error
+            raise PublishError(f"alias {alias!r} must be letters, digits, '_' and '-'") from error
         if alias.lower() == "latest" or re.fullmatch(r"v\d+", alias, re.IGNORECASE):
             raise PublishError(f"alias {alias!r} is reserved by MLflow", remedy="choose a word such as prod")
     if registry_uri.startswith("sqlite:///"):
@@ -72,7 +72,7 @@ def check_target(*, name: str, registry_uri: str, alias: str | None) -> None:
     elif not re.match(r"https?://[^/]", registry_uri):
         raise PublishError(
             f"registry {_shown(registry_uri)!r} is not supported",
-            remedy="use http://…, https://… or sqlite:///…",
+            remedy="give http://…, https://… or sqlite:///…",
         )
 
 
@@ -87,30 +87,30 @@ def publish(
     """Uploads a package and registers it as a new version.
 
     Raises:
-        PublishError: the registry cannot be reached or refuses; what is left behind is named.
+        PublishError: the registry cannot be reached or refuses; the message names the step that failed.
     """
     check_target(name=name, registry_uri=registry_uri, alias=alias)
     if package.manifest.name != name:
         raise PublishError(f"the package was made for {package.manifest.name!r}, not for {name!r}")
     from mlflow.exceptions import MlflowException
 
-    step = "connecting"
+    step = "connect"
     with _calm_client():
         try:
             registration = _Registration(package, registry_uri, name)
-            step = "making the run"
+            step = "create the run"
             registration.start_run()
-            step = "uploading"
+            step = "upload the files"
             registration.upload(progress)
-            step = "registering the version"
+            step = "register the version"
             version = registration.create_version()
             if alias is not None:
-                step = f"version {version} is registered, and moving the alias {alias}"
+                step = f"move the alias {alias} to version {version}, which is registered"
                 progress("alias", 0, 0)
                 registration.client.set_registered_model_alias(name, alias, version)
         except (MlflowException, OSError) as error:
             raise PublishError(
-                f"{_shown(registry_uri)}: {step} failed: {_one_line(error)}", remedy=_remedy(error)
+                f"{_shown(registry_uri)}: could not {step}: {_one_line(error)}", remedy=_remedy(error)
             ) from error
     return Published(
         name=name,
@@ -127,7 +127,7 @@ class _Registration:
     def __init__(self, package: Package, registry_uri: str, name: str) -> None:
         import mlflow
 
-        # The database's migrations are announced one by one on the first use.
+        # On the first use of a database they log each migration.
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         self._package = package
@@ -144,7 +144,7 @@ class _Registration:
         self.run_id, self._artifact_uri = run.info.run_id, run.info.artifact_uri
 
     def upload(self, progress: Progress) -> None:
-        """Every file of the package; the manifest and the signature last."""
+        """Uploads every file of the package; the manifest and the signature last."""
         folder = self._package.folder
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         files.sort(key=lambda path: path.parent == folder and path.name >= MANIFEST_NAME)
@@ -157,7 +157,7 @@ class _Registration:
                 self.client.log_artifact(self.run_id, str(path), place)
                 done += path.stat().st_size
         except BaseException:
-            with contextlib.suppress(Exception):  # the reason is on its way up already
+            with contextlib.suppress(Exception):  # the first error is raised below
                 self.client.set_terminated(self.run_id, status="FAILED")
             raise
         progress("upload", done, total)
@@ -197,14 +197,14 @@ class _Registration:
         try:
             return str(self.client.create_experiment(EXPERIMENT, artifact_location=location))
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody else was faster
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another publisher was faster
                 raise
             return str(self.client.get_experiment_by_name(EXPERIMENT).experiment_id)
 
 
 @contextlib.contextmanager
 def _calm_client() -> Iterator[None]:
-    """MLflow's retries and waits limited, its own prints off, where the environment says nothing of them."""
+    """Limits MLflow's retries and waits, and silences its prints, unless the environment sets these variables."""
     from mlflow import environment_variables as variables
 
     wanted: tuple[tuple[Any, object], ...] = (
@@ -227,7 +227,7 @@ def _calm_client() -> Iterator[None]:
 def _remedy(error: Exception) -> str:
     text = str(error)
     if "Max retries exceeded" in text or "Connection" in text:
-        return "check that the server runs and that its address is right"
+        return "check that the server is running and that its address is right"
     if "401" in text or "403" in text or "Unauthorized" in text:
         return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     return ""
@@ -238,5 +238,5 @@ def _one_line(error: Exception) -> str:
 
 
 def _shown(uri: str) -> str:
-    """An address without credentials."""
+    """A URL without credentials."""
     return re.sub(r"://[^/@]*@", "://", uri)

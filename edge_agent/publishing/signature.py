@@ -1,7 +1,7 @@
-"""The MLflow signatures: inputs and outputs as in llm/v1/chat and in the prompt form; options in params.
+"""The MLflow signatures: inputs and outputs of the chat form (llm/v1/chat) and the prompt form; options are params.
 
-Why options that the two forms do not have are params: docs/adr/0001-request-options-as-mlflow-params.md.
-Imports MLflow: only for who saves a model.
+docs/adr/0001-request-options-as-mlflow-params.md says why options that the two forms lack are params.
+This module imports MLflow, so import it only where a model is saved.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def model_signature(kind: str) -> ModelSignature:
 
 
 def seed_signature(kind: str) -> ModelSignature:
-    """The same without params: MLflow's transformers flavor would hand each of them on to the library."""
+    """The same without params: MLflow's transformers flavor would pass each of them to the library."""
     declared = model_signature(kind)
     return ModelSignature(inputs=declared.inputs, outputs=declared.outputs)
 
 
 def _params() -> ParamSchema:
-    """Every option of a request; None, or an empty list, means not given."""
+    """Every option of a request; None or an empty list means not given."""
     return ParamSchema(
         [
             ParamSpec("temperature", _DOUBLE, None),

@@ -1,7 +1,6 @@
-"""What is asked to be published, checked before anything is copied.
+"""Checks of the source folder, the options and the golden prompts, before anything is copied.
 
-Owns the rules for the source folder, the option values and the golden prompts. It reads files and writes
-none. What it refuses, a device would refuse later, when nobody looks.
+It reads files and writes none. It refuses at once what a device would refuse later, when nobody is watching.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ OPTIONS: Mapping[str, Callable[[str], int | float]] = {
     "top_k": _whole(0, 1 << 20),
     "repetition_penalty": _real(0.01, 100),
 }
-"""Generation defaults that a package may carry. `max_length` counts prompt and new tokens, `max_tokens` new
+"""Generation defaults that a package may have. `max_length` counts prompt and new tokens, `max_tokens` only new
 ones."""
 
 
@@ -61,7 +60,7 @@ def check_options(options: Mapping[str, object]) -> dict[str, int | float]:
     checked = {}
     for name, value in options.items():
         if name not in OPTIONS:
-            raise PublishError(f"option {name!r} is unknown", remedy=f"known are {', '.join(OPTIONS)}")
+            raise PublishError(f"option {name!r} is unknown", remedy=f"choose from {', '.join(OPTIONS)}")
         try:
             checked[name] = OPTIONS[name](str(value).strip())
         except ValueError as error:
@@ -74,10 +73,10 @@ def check_folder(folder: Path) -> list[Path]:
     """Checks a folder made by the model builder.
 
     Returns:
-        Its files, relative to it and sorted.
+        The folder's files, relative to it and sorted.
 
     Raises:
-        PublishError: something is missing, or a device would refuse it; the file is named.
+        PublishError: something is missing, or a device would refuse it; the message names the file.
     """
     files = list_files(folder)
     config_file = folder / genai_options.FILE_NAME
@@ -86,11 +85,11 @@ def check_folder(folder: Path) -> list[Path]:
     try:
         genai_options.check(config_file, genai_options.FILE_NAME)
     except ContentError as error:
-        raise PublishError(f"{config_file}: devices refuse it: {error.message}") from error
+        raise PublishError(f"devices would refuse {config_file}: {error.message}") from error
     for name in sorted(set(_file_names(json.loads(config_file.read_bytes())))):
         path = folder / name
         if not path.is_file():
-            raise PublishError(f"{config_file} names {name!r}, which is not there", remedy=_REBUILD)
+            raise PublishError(f"{config_file} names {name!r}, which does not exist", remedy=_REBUILD)
         if path.stat().st_size == 0:
             raise PublishError(f"{path} is empty", remedy=_REBUILD)
     return files
@@ -100,7 +99,7 @@ def list_files(folder: Path) -> list[Path]:
     """Every file of a folder, relative to it and sorted.
 
     Raises:
-        PublishError: it is no folder, or has something else than files and folders in it.
+        PublishError: it is not a folder, or contains something that is neither a file nor a folder.
     """
     if not folder.is_dir():
         raise PublishError(f"{folder} is not a folder")
@@ -114,31 +113,31 @@ def context_of(folder: Path) -> int:
 
 
 def check_length(context_tokens: int, options: Mapping[str, int | float]) -> None:
-    """Refuses a `max_length` that the model has no context for.
+    """Refuses a `max_length` beyond the model's context.
 
     Args:
-        context_tokens: the model's own; 0 where nobody knows it.
+        context_tokens: the model's context; 0 if it is not known.
 
     Raises:
-        PublishError: it is more than that.
+        PublishError: `max_length` is larger.
     """
     if 0 < context_tokens < options.get("max_length", 0):
         raise PublishError(
-            f"option max_length={options['max_length']} is more than the model's context of {context_tokens}"
+            f"option max_length={options['max_length']} exceeds the model's context of {context_tokens}"
         )
 
 
 def read_golden(golden: Path | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """Golden prompts: a list of `{prompt or messages, expect: regex, max_tokens}`, the last one optional.
+    """Golden prompts: a list of `{prompt or messages, expect: regex, max_tokens}`; `max_tokens` is optional.
 
     Raises:
-        PublishError: the file or an entry is not of this form; the entry is named by its place.
+        PublishError: the file or an entry does not have this form; the message has the entry's number.
     """
     if golden is None:
         return []
     content = _read_json(golden) if isinstance(golden, Path) else golden
     if not isinstance(content, list | tuple) or not 0 < len(content) <= MAX_GOLDEN:
-        raise PublishError(f"golden prompts are not a list of 1 to {MAX_GOLDEN} entries")
+        raise PublishError(f"golden prompts must be a list of 1 to {MAX_GOLDEN} entries")
     return [_golden_entry(entry, f"golden prompt {number}") for number, entry in enumerate(content, 1)]
 
 
@@ -148,19 +147,19 @@ def _golden_entry(entry: object, what: str) -> dict[str, Any]:
     if unknown := sorted(set(entry) - {"prompt", "messages", "expect", "max_tokens"}):
         raise PublishError(f"{what} has an unknown field {unknown[0]!r}")
     if ("prompt" in entry) == ("messages" in entry):
-        raise PublishError(f"{what} needs prompt or messages, and not both")
+        raise PublishError(f"{what} needs either prompt or messages")
     if not isinstance(entry.get("prompt", ""), str) or not isinstance(entry.get("messages", []), list):
-        raise PublishError(f"{what}: prompt is text, messages is a list")
+        raise PublishError(f"{what}: prompt must be text, messages a list")
     expect = entry.get("expect")
     if not isinstance(expect, str) or not expect:
-        raise PublishError(f"{what} has no expect: a regular expression that the answer contains")
+        raise PublishError(f"{what} has no expect, a regular expression that the answer must match")
     try:
         re.compile(expect)
     except re.error as error:
         raise PublishError(f"{what}: expect is not a regular expression: {error}") from error
     max_tokens = entry.get("max_tokens", 1)
     if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
-        raise PublishError(f"{what}: max_tokens is not a positive whole number")
+        raise PublishError(f"{what}: max_tokens must be a positive integer")
     return dict(entry)
 
 

@@ -1,7 +1,7 @@
-"""One real answer before a package leaves this machine.
+"""A trial of the package before it leaves this machine.
 
-Owns the check that a package loads and answers, through plain `mlflow.pyfunc` or as devices load it, and that its
-golden prompts get the answers they expect. It runs in the publisher's process, which has imported everything already.
+Checks that the package loads and answers, through plain `mlflow.pyfunc` or as devices load it, and that its golden
+prompts get the expected answers. It runs in the publisher's process, which has already imported all libraries.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from typing import Any
 from edge_agent.errors import PublishError
 
 Ask = Callable[[Mapping[str, Any], int], str]
-"""(messages or prompt, new tokens at most) → the answer's text."""
+"""(messages or prompt, most new tokens) → the answer's text."""
 
 EXAMPLE_TOKENS = 16
 GOLDEN_TOKENS = 128
-"""For a golden prompt that names none."""
+"""The limit for a golden prompt that has none of its own."""
 
 
 def calm_libraries() -> None:
-    """No telemetry and no look at a hub. The libraries read these when they are imported."""
+    """Turns off telemetry and access to model hubs. The libraries read these variables when they are imported."""
     os.environ.update(ORT_DISABLE_TELEMETRY="1", MLFLOW_DISABLE_TELEMETRY="true", HF_HUB_OFFLINE="1")
 
 
 def need_transformers() -> None:
-    """A package of the transformers flavor is tried out like every other.
+    """Checks for the libraries that the trial of a transformers package needs.
 
     Raises:
-        PublishError: the libraries for it are missing.
+        PublishError: one is missing.
     """
     if missing := [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]:
         raise PublishError(
-            f"publishing the transformers flavor tries the model out, and {' and '.join(missing)} is missing",
+            f"publishing the transformers flavor needs {' and '.join(missing)} to try the model",
             remedy="install edge-agent[transformers]",
         )
 
@@ -45,14 +45,14 @@ def need_transformers() -> None:
 def try_out(
     folder: Path, example: Mapping[str, Any], golden: Sequence[Mapping[str, Any]], *, flavor: str = "onnx"
 ) -> None:
-    """Loads the package and lets it answer.
+    """Loads the package and asks it the example and the golden prompts.
 
     Raises:
         PublishError: it does not load, does not answer, or answers a golden prompt wrongly.
     """
     calm_libraries()
     try:
-        ask = _asker(folder) if flavor == "onnx" else _device(folder)
+        ask = _through_mlflow(folder) if flavor == "onnx" else _as_on_a_device(folder)
         ask(example, EXAMPLE_TOKENS)
         answers = [ask(_input(entry), entry.get("max_tokens", GOLDEN_TOKENS)) for entry in golden]
     except Exception as error:  # the library may raise anything
@@ -72,8 +72,8 @@ def _input(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: entry[key]}
 
 
-def _asker(folder: Path) -> Ask:
-    """Asks through plain MLflow, as any MLflow server does."""
+def _through_mlflow(folder: Path) -> Ask:
+    """Asks through plain MLflow, as an MLflow server does."""
     import mlflow.pyfunc
 
     model = mlflow.pyfunc.load_model(str(folder))
@@ -82,15 +82,15 @@ def _asker(folder: Path) -> Ask:
         params = {"max_tokens": max_tokens, "temperature": 0.0}
         if set(row) <= set(model.metadata.get_input_schema().input_names()):
             answer = model.predict(dict(row), params=params)
-        else:  # a form that the signature does not have: devices ask the wrapper itself, too
+        else:  # the signature lacks this form; devices also call the wrapper directly
             answer = model.unwrap_python_model().predict(None, dict(row), params)
         return answer if isinstance(answer, str) else str(answer[0]["choices"][0]["message"]["content"])
 
     return ask
 
 
-def _device(folder: Path) -> Ask:
-    """Asks as a device does: MLflow's own wrapper of the transformers flavor knows no greedy answer."""
+def _as_on_a_device(folder: Path) -> Ask:
+    """Asks as a device does: MLflow's pyfunc of the transformers flavor cannot decode greedily."""
     from edge_agent.runner import loader
 
     model = loader.load(folder, context_tokens=1 << 20, max_tokens=GOLDEN_TOKENS, threads=0)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from edge_agent import settings as settings_module
-from edge_agent.publishing import Published, publish_folder
+from edge_agent.publishing import publish_folder
+from edge_agent.publishing.register import Published
 from edge_agent.settings import Settings
 from tests.support.client import Client, connected
 from tests.support.mlflow_server import Server

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.publishing import Published
+from edge_agent.publishing.register import Published
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, wait_until
 from tests.support.sample_device import SAMPLE, settings_for

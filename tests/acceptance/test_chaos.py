@@ -34,7 +34,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edge_agent.publishing import Published
+from edge_agent.publishing.register import Published
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker, running_broker
 from tests.support.processes import Daemon, running_daemon, short_folder, wait_until

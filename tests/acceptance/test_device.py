@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.publishing import Published, publish_folder
+from edge_agent.publishing import publish_folder
+from edge_agent.publishing.register import Published
 from tests.support.client import chat, connected
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.mosquitto import Broker, running_broker

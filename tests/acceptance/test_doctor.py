@@ -137,7 +137,7 @@ def test_certificates_that_ended_or_will_soon_and_a_key_of_another_pair_are_foun
     mixed = {**tls_settings(authority, good), "key_file": str(soon.key)}
     mismatch = certificates_of(short_dir, mixed)[0]
     assert mismatch.level is Level.FAIL
-    assert f"{soon.key} is not that of the certificate {good.certificate}" in mismatch.message
+    assert f"{soon.key} does not belong to the certificate {good.certificate}" in mismatch.message
     good.key.write_text("no key")
     assert certificates_of(short_dir, tls_settings(authority, good))[0].level is Level.FAIL
     # The authority's next certificate is beside its last one, which has ended.
@@ -164,7 +164,7 @@ def test_files_that_are_missing_empty_or_open_to_everybody_are_found_out(
     assert "/none.pem (trust.public_keys[0]): No such file" in found()
     password.write_text("\n")
     password.chmod(0o644)
-    assert f"{password} (mqtt.password_file) can be read by everybody" in found()
+    assert f"{password} (mqtt.password_file): every user can read it" in found()
     assert f"{password} is empty" in found()
 
 
@@ -280,10 +280,10 @@ def test_a_disk_that_is_too_full_for_an_update_is_a_warning(short_dir: Path) -> 
     assert levels(cache_check.check(settings))["cache.room"] is Level.WARN
 
 
-# --- The support bundle ---------------------------------------------------------------------------------
+# --- The support archive --------------------------------------------------------------------------------
 
 
-def test_the_support_bundle_has_what_helps_and_nothing_secret(agent: Daemon, short_dir: Path) -> None:
+def test_the_support_archive_has_what_helps_and_nothing_secret(agent: Daemon, short_dir: Path) -> None:
     """Its members are checked by name; test_secrets.py looks for planted secrets in a whole run."""
     file = short_dir / "support.tar.gz"
     code, _ = doctor(agent, "--bundle", str(file))
@@ -316,7 +316,7 @@ def test_the_support_bundle_has_what_helps_and_nothing_secret(agent: Daemon, sho
     assert json.loads(members["host.json"])["disk_bytes"]["free"] > 0
 
 
-def test_a_support_bundle_of_a_device_with_invalid_settings(new_daemon: Callable[..., Daemon]) -> None:
+def test_a_support_archive_of_a_device_with_invalid_settings(new_daemon: Callable[..., Daemon]) -> None:
     with short_folder() as folder:
         daemon = new_daemon({"mqtt": {"prot": 1883}})
         code, _ = doctor(daemon, "--bundle", str(folder / "s.tar.gz"))
@@ -325,7 +325,7 @@ def test_a_support_bundle_of_a_device_with_invalid_settings(new_daemon: Callable
             assert "edge-agent-support/doctor.json" in archive.getnames()
 
 
-def test_a_support_bundle_of_a_device_that_is_broken_in_several_places(
+def test_a_support_archive_of_a_device_that_is_broken_in_several_places(
     new_daemon: Callable[..., Daemon], short_dir: Path
 ) -> None:
     """A credential that is no text, and a cache that is a file: what can be known is in it."""

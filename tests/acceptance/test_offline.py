@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.publishing import Published
+from edge_agent.publishing.register import Published
 from tests.support import namespaces
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker, running_broker

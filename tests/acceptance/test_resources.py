@@ -10,7 +10,7 @@ import pytest
 
 from edge_agent.cache.store import Store
 from edge_agent.host import identity, memory
-from edge_agent.publishing import Published
+from edge_agent.publishing.register import Published
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Done, Load
 from edge_agent.serving.learned import Learned

@@ -1,6 +1,6 @@
 """One run of a device with secrets and prompts planted everywhere; then all that others may see is searched.
 
-Others may see the log, the process list, the status, the metrics and the support bundle.
+Others may see the log, the process list, the status, the metrics and the support archive.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def test_nothing_that_others_may_see_has_a_secret_or_a_prompt_in_it(
                 "the log": daemon.log,
                 "the process list": "\n".join(commands.seen),
                 "the status": status + shown,
-                "the support bundle": contents(folder / "support.tar.gz"),
+                "the support archive": contents(folder / "support.tar.gz"),
             }
     for step in ("prompt accepted", "prompt starts", "prompt answered", "answer delivered"):
         assert f"{step} request={NAMED} " in seen["the log"], "a request's id goes from end to end"
     assert "edge_agent.sync" in seen["the process list"], "the process with the credentials was seen"
-    assert "[removed]" in seen["the support bundle"]
+    assert "[removed]" in seen["the support archive"]
     found = [
         f"{what} in {where}"
         for where, text in seen.items()

@@ -99,7 +99,7 @@ class Device:
             ("going back", self.go_back),
             ("reboot", self.reboot),
             ("probe after the reboot", self.probe),
-            ("support bundle", self.support_bundle),
+            ("support archive", self.support_archive),
             ("uninstall", self.uninstall),
         ]
 
@@ -312,14 +312,14 @@ class Device:
         system = self._in.run("systemctl", "is-system-running", check=False).stdout.strip()
         return f"{system}; service active by itself, connected to the broker"
 
-    def support_bundle(self) -> str:
+    def support_archive(self) -> str:
         self._in.run("edge-agent", "doctor", "--bundle", "/root/support.tar.gz")
         text = self._in.run("tar", "xzOf", "/root/support.tar.gz").stdout
         lines = self._in.run("tar", "xzOf", "/root/support.tar.gz", "edge-agent-support/log.txt").stdout
         expect("answer delivered" in lines, lines[-500:])
         planted = [SECRET, "a token", "PRIVATE KEY", QUESTION, ANSWER]
         found = [secret for secret in planted if secret in text]
-        expect(not found, f"in the support bundle: {found}")
+        expect(not found, f"in the support archive: {found}")
         return f"{len(lines.splitlines())} log lines, no secret, no prompt"
 
     def uninstall(self) -> str:

@@ -105,7 +105,7 @@ def test_the_policy_holds_for_a_file_too(tmp_path: Path, other: Store) -> None:
 def test_a_signature_travels_with_the_file(tmp_path: Path, other: Store) -> None:
     trusted, wrong = make_keys(tmp_path, "trusted"), make_keys(tmp_path, "wrong")
     made = export(tmp_path, key=trusted.private, code="print()")
-    with pytest.raises(VerificationError, match="does not fit"):
+    with pytest.raises(VerificationError, match="matches no configured key"):
         bring_in(other, made.file, policy=TrustJob(public_keys=(str(wrong.public),)))
     assert has_nothing_final(other)
     record = bring_in(other, made.file, policy=TrustJob(public_keys=(str(trusted.public),)))

@@ -13,7 +13,7 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import CannotRun, EdgeAgentError, MemoryShort
 from edge_agent.package.manifest import MANIFEST_NAME
-from edge_agent.publishing import build_package
+from edge_agent.publishing.package import build_package
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.serving.learned import Learned
 from edge_agent.serving.lifecycle import ModelLifecycle

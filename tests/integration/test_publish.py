@@ -19,9 +19,10 @@ from edge_agent.errors import PublishError, VerificationError
 from edge_agent.package import manifest as manifests
 from edge_agent.package import mlmodel, trust
 from edge_agent.package.reference import MANIFEST_TAG
-from edge_agent.publishing import Published, build_package, hugging_face, publish_folder
+from edge_agent.publishing import hugging_face, publish_folder
 from edge_agent.publishing import source as sources
-from edge_agent.publishing.package import EXAMPLES
+from edge_agent.publishing.package import EXAMPLES, build_package
+from edge_agent.publishing.register import Published
 from tests.support.elsewhere import ask_elsewhere
 from tests.support.mlflow_server import Server
 from tests.support.processes import free_port
@@ -124,10 +125,10 @@ def test_progress_is_told_in_bytes_up_to_the_end(sample_model: Path, tmp_path: P
 
 def test_a_registry_that_is_not_there_is_an_error_within_seconds(sample_model: Path, tmp_path: Path) -> None:
     package = build_package(sample_model, tmp_path / "package", name="lost", options={})
-    from edge_agent.publishing import publish
+    from edge_agent.publishing.register import publish
 
     started_s = time.monotonic()
-    with pytest.raises(PublishError, match="check that the server runs"):
+    with pytest.raises(PublishError, match="check that the server is running"):
         publish(package, registry_uri=f"http://127.0.0.1:{free_port()}", name="lost", alias="prod")
     assert time.monotonic() - started_s < 30
 
@@ -137,7 +138,7 @@ def test_an_upload_that_fails_leaves_the_alias_where_it_was(sample_model: Path, 
     publish_folder(sample_model, name="kept", registry_uri=uri, alias="prod")
     shutil.move(tmp_path / "artifacts", tmp_path / "away")
     (tmp_path / "artifacts").write_text("a file where a folder should be")
-    with pytest.raises(PublishError, match="uploading failed"):
+    with pytest.raises(PublishError, match="could not upload the files"):
         publish_folder(sample_model, name="kept", registry_uri=uri, alias="prod")
     assert client(uri).get_model_version_by_alias("kept", "prod").version == 1
     assert len(client(uri).search_model_versions("name = 'kept'")) == 1

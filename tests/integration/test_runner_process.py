@@ -13,7 +13,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from edge_agent.errors import PromptTooLong, RunnerError
-from edge_agent.publishing import build_package
+from edge_agent.publishing.package import build_package
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Delta, Done, Load, Refused
 from tests.support.processes import wait_until

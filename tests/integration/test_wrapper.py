@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.publishing import build_package
-from edge_agent.publishing.package import EXAMPLES
+from edge_agent.publishing.package import EXAMPLES, build_package
 from tests.support.wrapper import Answer, ask, forget, load, user
 
 MADRID = "The capital of Spain is Madrid."

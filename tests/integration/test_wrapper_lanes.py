@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.publishing import build_package
+from edge_agent.publishing.package import build_package
 from tests.support.wrapper import Answer, ask, forget, load, user
 
 COUNTRIES = ("Spain", "Japan", "France", "Italy", "Nepal", "India", "Peru", "Chile")

@@ -12,7 +12,8 @@ from pathlib import Path
 from edge_agent.package import manifest as manifests
 from edge_agent.package.manifest import MANIFEST_NAME, OUTSIDE_MANIFEST, Manifest, ManifestFile
 from edge_agent.package.reference import MANIFEST_TAG
-from edge_agent.publishing import Package, Published, build_package, publish
+from edge_agent.publishing.package import Package, build_package
+from edge_agent.publishing.register import Published, publish
 
 WEIGHTS = "artifacts/model/model.onnx.data"
 GENAI_CONFIG = "artifacts/model/genai_config.json"

@@ -72,16 +72,16 @@ def lost_part(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "it is no Hugging Face folder"),
+        (lambda folder: (folder / "config.json").unlink(), "it is not a Hugging Face folder"),
         (lambda folder: (folder / "config.json").write_text("["), "is not JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "is not an object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "is not a JSON object"),
         (lambda folder: configure(folder, architectures=None), "names no architecture"),
         (lambda folder: configure(folder, quantization_config={"bits": 4}), "quantization_config"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge it into its base model"),
         (lambda folder: (folder / "link").symlink_to("/etc/passwd"), "symbolic link"),
         (pickle_only, "no safetensors weights; save it again"),
-        (lost_part, "'../other.safetensors', which is not there"),
+        (lost_part, "'../other.safetensors', which does not exist"),
         (shutil.rmtree, "is not a folder"),
     ],
 )

@@ -37,7 +37,7 @@ def test_options_from_a_command_line_become_numbers() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("max_lenght", "300", "'max_lenght' is unknown; known are max_length"),
+        ("max_lenght", "300", "'max_lenght' is unknown; choose from max_length"),
         ("max_length", "many", "max_length=many is not a number"),
         ("max_length", "300.5", "is not a number"),
         ("max_length", "1", "must be from 2"),
@@ -67,7 +67,7 @@ def test_a_folder_gives_its_files_sorted(tmp_path: Path) -> None:
 def test_max_length_beyond_the_context_is_refused(tmp_path: Path) -> None:
     folder = genai_folder(tmp_path / "model")
     source.check_length(source.context_of(folder), {"max_length": 128})
-    with pytest.raises(PublishError, match="max_length=129 is more than the model's context of 128"):
+    with pytest.raises(PublishError, match="max_length=129 exceeds the model's context of 128"):
         source.check_length(source.context_of(folder), {"max_length": 129})
 
 
@@ -107,9 +107,9 @@ def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
     [
         ("text", "golden prompt 1 is not an object"),
         ({"prompt": "a"}, "has no expect"),
-        ({"expect": "a"}, "needs prompt or messages"),
-        ({"prompt": "a", "messages": [], "expect": "a"}, "needs prompt or messages"),
-        ({"prompt": 1, "expect": "a"}, "prompt is text"),
+        ({"expect": "a"}, "needs either prompt or messages"),
+        ({"prompt": "a", "messages": [], "expect": "a"}, "needs either prompt or messages"),
+        ({"prompt": 1, "expect": "a"}, "prompt must be text"),
         ({"prompt": "a", "expect": "("}, "not a regular expression"),
         ({"prompt": "a", "expect": "a", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "a", "expect": "a", "temperature": 1}, "unknown field 'temperature'"),
@@ -135,11 +135,11 @@ def test_golden_prompts_come_from_a_file_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "a/b"}, "model name 'a/b' cannot be referred to"),
+        ({"name": "a/b"}, "model name 'a/b' must not contain"),
         ({"alias": "v2"}, "'v2' is reserved by MLflow"),
         ({"alias": "latest"}, "reserved"),
-        ({"alias": "two words"}, "is not letters"),
-        ({"registry_uri": "file:/tmp/x"}, "is not supported; use http"),
+        ({"alias": "two words"}, "must be letters"),
+        ({"registry_uri": "file:/tmp/x"}, "is not supported; give http"),
         ({"registry_uri": ""}, "is not supported"),
     ],
 )

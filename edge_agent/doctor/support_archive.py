@@ -1,10 +1,11 @@
-"""`doctor --bundle FILE`: what somebody far away needs to help, in one file that may be sent.
+"""`doctor --bundle FILE`: the support archive, one file with what somebody needs to help from a distance.
 
-A tar.gz with the findings, the status, the settings, versions, the host, what is in the cache, the last log lines
-and what the kernel says of memory and disks. On a device where one of them cannot be made, it has the others.
-It has no prompt and no answer (the journal is left out, and so are system prompts), no key and no password: each
-member is made here from values that are known, and what this process knows to be secret is taken out of every
-text once more. Nothing is copied as it lies on the disk.
+A tar.gz with the findings, status, settings, versions, host, cache contents, the last log lines, and the kernel's
+messages about memory and disks. If one member cannot be made, the archive has the others.
+
+It holds no prompts or answers (it leaves out the journal and system prompts), no keys and no passwords. Each member
+is built here from known values, never copied from the disk, and every secret that this process knows is then removed
+from every text.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ _KERNEL_LOG = (
     *("--dmesg", "--lines=200"),
     "--grep=out of memory|oom-kill|killed process|segfault|i/o error|fs error|read-only|under-voltage|mmc.*error",
 )
-"""What takes memory, processor and disk away from the daemon without its knowing."""
+"""Messages about memory, power and disks: trouble that the daemon itself does not see."""
 _MAX_FILES = 2_000
 _MAX_LOG_BYTES = 8 << 20
 _JOURNALCTL_TIMEOUT_S = 30.0
 _MIN_SECRET_CHARACTERS = 4
-"""A shorter one is in every text by chance, and is no secret."""
+"""A shorter one appears in every text by chance, and protects nothing."""
 
 
 def write(path: Path, findings: Sequence[Finding], settings: Settings | None) -> list[str]:
-    """Writes the bundle, whole or not at all, readable by its owner only. Gives the members' names.
+    """Writes the archive atomically, readable by its owner only, and returns the members' names.
 
     Args:
-        settings: None where they are invalid; then what needs them is left out.
+        settings: None if they are invalid; the members that need them are then left out.
 
     Raises:
         EdgeAgentError: the file cannot be written.
@@ -75,7 +76,7 @@ def write(path: Path, findings: Sequence[Finding], settings: Settings | None) ->
         durable.write_file(path.absolute(), buffer.getvalue())
     except OSError as error:
         raise EdgeAgentError(
-            f"{path} cannot be written: {error.strerror}", remedy="name another file"
+            f"{path} cannot be written: {error.strerror}", remedy="choose another file"
         ) from error
     return list(members)
 
@@ -104,15 +105,15 @@ def _members(
 
 
 def _made(make: Callable[[], Any]) -> Any:
-    """A member; on a device where one cannot be made, the others are needed all the more."""
+    """A member's content, or the problem that kept it from being made."""
     try:
         return make()
-    except Exception as error:  # noqa: BLE001 - whatever is broken on this device
+    except Exception as error:  # noqa: BLE001 - on a broken device the other members matter all the more
         return {"problem": logs.describe(error).splitlines()}
 
 
 def redacted_settings(settings: Settings) -> dict[str, Any]:
-    """The settings as they are in force, without what is said to models and without what opens doors."""
+    """The effective settings without system prompts and credentials."""
     document: dict[str, Any] = settings.model_dump(mode="json")
     for model in document["models"].values():
         model["system"] = REMOVED if model["system"] else ""
@@ -122,7 +123,7 @@ def redacted_settings(settings: Settings) -> dict[str, Any]:
 
 
 def _plain_url(url: str) -> str:
-    """An address without user, password and query."""
+    """A URL without user, password and query."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
         return url
@@ -144,7 +145,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _host(settings: Settings | None) -> dict[str, Any]:
-    """When this was, on what, and how much of it is left."""
+    """Time, load, memory and disk space."""
     document: dict[str, Any] = {
         "time": int(time.time()),
         "up_s": int(time.clock_gettime(time.CLOCK_BOOTTIME)),
@@ -164,7 +165,7 @@ def _upwards(path: Path) -> Iterator[Path]:
 
 
 def _files(folder: Path) -> list[dict[str, Any]]:
-    """What is in the state directory: names, sizes, owners; not a byte of content."""
+    """Names, sizes and owners of the files in the state directory; no content."""
     found = []
     for path in itertools.islice(folder.rglob("*"), _MAX_FILES):
         status = path.lstat()
@@ -182,7 +183,7 @@ def _files(folder: Path) -> list[dict[str, Any]]:
 
 
 def _cache(settings: Settings) -> dict[str, Any]:
-    """What is in the cache, and `state.json` as this agent understands it."""
+    """The versions in the cache, and `state.json` as this agent reads it."""
     store = Store(settings.state_dir)
     try:
         state = cache.read_state(store)
@@ -206,7 +207,7 @@ def _cache(settings: Settings) -> dict[str, Any]:
 
 
 def _log_lines(selection: Sequence[str]) -> str:
-    """Lines of the journal; why there are none, where there are none."""
+    """Lines of the journal, or why there are none."""
     journalctl = shutil.which("journalctl", path=search_path())
     if journalctl is None:
         return "no journalctl on this host\n"
@@ -229,13 +230,13 @@ def _secrets(settings: Settings | None) -> Iterator[str]:
         try:
             found.append(read_password(settings.mqtt, credential_path("mqtt-password")) or "")
         except EdgeAgentError:
-            pass  # one that this process cannot read cannot be in what it writes
+            pass  # a password that this process cannot read cannot get into the archive
     lines = (line.strip() for secret in found for line in (secret, *secret.splitlines()))
     yield from (line for line in lines if len(line) >= _MIN_SECRET_CHARACTERS)
 
 
 def _without(value: Any, secrets: Iterable[str]) -> Any:
-    """The same value with every secret in its texts taken out."""
+    """The same value with every secret removed from its texts."""
     if isinstance(value, str):
         for secret in secrets:
             value = value.replace(secret, REMOVED)
