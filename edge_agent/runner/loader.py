@@ -75,10 +75,15 @@ class WrapperModel(Model):
     def start(self, documents: Sequence[dict[str, Any]]) -> list[Lane]:
         """See `Model.start`."""
         # The wrapper checks every field itself: MLflow's schema would only cost a prompt some milliseconds.
-        return [
-            Lane(lane.rows, ([(row, _item(item)) for row, item in step] for step in lane), lane.close)
-            for lane in self._wrapper.predict_streams([_request(document) for document in documents])
-        ]
+        lanes: list[Lane] = []
+        for (
+            document
+        ) in documents:  # one by one: 0.1.0's wrapper makes a batch of several, which changes answers
+            opened = self._wrapper.predict_streams([_request(document)])
+            if not opened:
+                break
+            lanes.append(Lane(([_item(item) for _, item in step] for step in opened[0]), opened[0].close))
+        return lanes
 
     def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
         """See `Model.stream`."""

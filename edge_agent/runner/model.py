@@ -24,25 +24,19 @@ class End:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-Step = list[tuple[int, str | End]]
-"""What a lane has to say in one turn: pairs of row and item."""
-
-
 class Lane:
-    """One or more prompts that are answered together, a step at a time.
+    """One prompt that is answered, a step at a time.
 
     Args:
-        rows: which prompts, by their place in the call that started them.
-        steps: an item of `stream` for each row that has one; often none.
+        steps: the items of `stream` that come with each step; often none.
         close: ends it; may be called at any time, and again.
     """
 
-    def __init__(self, rows: Sequence[int], steps: Iterator[Step], close: Callable[[], None]) -> None:
-        self.rows = rows
+    def __init__(self, steps: Iterator[Sequence[str | End]], close: Callable[[], None]) -> None:
         self.close = close
         self._steps = steps
 
-    def __next__(self) -> Step:
+    def __next__(self) -> Sequence[str | End]:
         return next(self._steps)
 
 
@@ -72,10 +66,10 @@ class Model(ABC):
         """Begins to answer documents, from the first on, as many as there is memory for now.
 
         Returns:
-            Lanes, to be stepped by one thread and closed; where none is open, at least one.
+            A lane for each, to be stepped by one thread and closed; where none is open, at least one.
         """
         items = self.stream(documents[0])
-        return [Lane((0,), ([(0, item)] for item in items), items.close)]
+        return [Lane(([item] for item in items), items.close)]
 
     def ask(self, document: dict[str, Any]) -> tuple[str, int]:
         """Answers one document whole: (text, completion tokens)."""

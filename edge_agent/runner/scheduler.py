@@ -1,13 +1,11 @@
 """Whose turn it is: the prompts that run in a runner take turns, one step of a lane each. One thread.
 
-Owns the lanes (what the model answers with one generator) and the prompts that wait for memory. Knows nothing
-of tokens; the model says which prompts share a lane. Why it is this policy: docs/adr/0006.
+Owns the lanes (a prompt that the model answers, each with a generator of its own) and the prompts that wait for
+memory. Knows nothing of tokens. Why it is this policy: docs/adr/0006.
 
     add → waits → model.start: lanes → step, step, … → Delta … Done | Refused
 
 - A newcomer has the next turn, and then one in each round: it waits for a step of each lane, never for an answer.
-- Prompts that come together start together, and so may share a lane. One alone that has only begun its prefill
-  when others come starts again with them, once: what it loses is a step, what it gains is a batch.
 - Memory goes in the order in which prompts came: a small one does not overtake a large one for ever.
 """
 
@@ -16,7 +14,7 @@ from __future__ import annotations
 import collections
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edge_agent.errors import BadRequest, Cancelled, ModelFailed, PromptError, PromptTooLong
@@ -29,13 +27,10 @@ _REQUEST_ERRORS = {"bad_request": BadRequest, "prompt_too_long": PromptTooLong}
 
 @dataclass(kw_only=True)
 class _Running:
-    """A lane and those of its prompts that still wait for their end, by row."""
+    """A prompt that is answered, and its lane."""
 
     lane: Lane
-    prompts: dict[int, Generate]
-    turns: int = 0
-    begun: bool = False
-    """Something of an answer is there."""
+    request: Generate
 
 
 class Scheduler:
@@ -61,7 +56,6 @@ class Scheduler:
         self._announce = announce
         self._waiting: collections.deque[Generate] = collections.deque()
         self._lanes: collections.deque[_Running] = collections.deque()
-        self._regrouped: set[str] = set()
         self._may_start = False
 
     @property
@@ -82,11 +76,9 @@ class Scheduler:
                 self._waiting.remove(request)
                 self._refuse(request, error)
         for running in list(self._lanes):
-            for row, request in list(running.prompts.items()):
-                if request.id == prompt_id:
-                    self._refuse(running.prompts.pop(row), error)
-            if not running.prompts:
+            if running.request.id == prompt_id:
                 self._lanes.remove(running)
+                self._refuse(running.request, error)
                 self._close(running)
 
     def step(self) -> None:
@@ -97,22 +89,31 @@ class Scheduler:
         if not self._lanes:
             return
         running = self._lanes.popleft()
-        self._announce([request.id for request in running.prompts.values()])
+        request = running.request
+        self._announce([request.id])
         try:
             items = next(running.lane)
         except StopIteration:
             self._end(running, ModelFailed("the model's stream ended without usage and finish_reason"))
             return
         except Exception as error:  # noqa: BLE001 - model code may raise anything
-            self._end(running, refusal_of(error, [request.id for request in running.prompts.values()]))
+            self._end(running, refusal_of(error, [request.id]))
             return
-        running.turns += 1
-        for row, item in items:
-            self._deliver(running, row, item)
-        if running.prompts:
-            self._lanes.append(running)
-        else:
-            self._close(running)
+        for item in items:
+            if isinstance(item, End):
+                self._send(
+                    Done(
+                        id=request.id,
+                        finish_reason=item.finish_reason,
+                        usage=item.usage,
+                        timings=item.timings,
+                    )
+                )
+                self._close(running)
+                return
+            if item:
+                self._send(Delta(id=request.id, text=item))
+        self._lanes.append(running)
 
     def close(self) -> None:
         """Ends every lane."""
@@ -121,52 +122,18 @@ class Scheduler:
         self._lanes.clear()
 
     def _start(self) -> None:
-        room = self._limit - sum(len(running.prompts) for running in self._lanes)
+        room = self._limit - len(self._lanes)
         if room <= 0:
             return
         coming = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-        coming = [*self._take_back(), *coming]
         self._announce([request.id for request in coming])
         lanes = self._model.start([request.document for request in coming])
-        started: set[int] = set()
-        for lane in reversed(lanes):
-            started.update(lane.rows)
-            self._lanes.appendleft(_Running(lane=lane, prompts={row: coming[row] for row in lane.rows}))
-        self._waiting.extendleft(
-            request for row, request in reversed(list(enumerate(coming))) if row not in started
-        )
-
-    def _take_back(self) -> Iterator[Generate]:
-        """Prompts alone that have only just begun: they start again, together with who comes now."""
-        for running in list(self._lanes):
-            if running.begun or running.turns > 1 or len(running.lane.rows) > 1:
-                continue
-            (request,) = running.prompts.values()
-            if request.id in self._regrouped:
-                continue
-            self._lanes.remove(running)
-            running.lane.close()
-            self._regrouped.add(request.id)
-            yield request
-
-    def _deliver(self, running: _Running, row: int, item: str | End) -> None:
-        running.begun = True
-        request = running.prompts.get(row)
-        if request is None:  # it was cancelled, and its row runs out
-            return
-        if isinstance(item, str):
-            if item:
-                self._send(Delta(id=request.id, text=item))
-            return
-        del running.prompts[row]
-        self._regrouped.discard(request.id)
-        self._send(
-            Done(id=request.id, finish_reason=item.finish_reason, usage=item.usage, timings=item.timings)
-        )
+        started = [_Running(lane=lane, request=request) for lane, request in zip(lanes, coming, strict=False)]
+        self._lanes.extendleft(reversed(started))
+        self._waiting.extendleft(reversed(coming[len(lanes) :]))
 
     def _end(self, running: _Running, error: PromptError) -> None:
-        for request in running.prompts.values():
-            self._refuse(request, error)
+        self._refuse(running.request, error)
         self._close(running)
 
     def _close(self, running: _Running) -> None:
@@ -174,7 +141,6 @@ class Scheduler:
         self._may_start = True  # there is memory again
 
     def _refuse(self, request: Generate, error: PromptError) -> None:
-        self._regrouped.discard(request.id)
         self._send(Refused(id=request.id, code=error.code, message=error.message[:MAX_MESSAGE]))
 
 

@@ -11,9 +11,11 @@ Flow of a request:
     _rows, _Request  what arrived, checked field by field
     _Prompts         text to token ids; control tokens only where the template or a raw prompt has them
     _budget          prompt and new tokens against the context, before anything is allocated
-    _groups          which requests share one generator: a batch is quicker, and admits nobody later
     _Sessions        a kept generator rewound to the longest common prefix, or room for a new one
-    _Lane            prefill in slices, decode; one step for each `next`, for all its requests
+    _Lane            prefill in slices, decode; one step for each `next`
+
+Greedy is greedy: the same request gets the same tokens, whatever was asked before or is asked beside it. So no prompt
+token is ever run alone, and no two requests share a generator: both take another path through the arithmetic.
 """
 
 from __future__ import annotations
@@ -36,9 +38,8 @@ import pandas as pd
 
 ARTIFACT = "onnx"
 SLICE_TOKENS = 64  # a cancel is seen between two slices; smaller ones prefill slower
+LEAST_TOKENS = 2  # one prompt token alone takes another path through the arithmetic than two or more
 ROUND_TOKENS = 256  # a kept generator takes memory in such steps, so that the next prompt fits in, too
-BATCH_PREFILL_TOKENS = 384  # a batch takes its prompts in one piece: nobody else gets a turn meanwhile
-MAX_BATCH = 8
 KV_ELEMENT_BYTES = 4  # the model builder's int4 models for the CPU keep keys and values in float32
 DEFAULT_MAX_TOKENS = 256
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
@@ -98,15 +99,15 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     ) -> list[_Lane | _Refused]:
         """Begins to answer several requests, for a caller that takes turns between them.
 
-        What fits together shares one generator. Each lane is an iterator of steps and has to be closed; all of
-        them belong to one thread.
+        Each lane is an iterator of steps and has to be closed; all of them belong to one thread.
 
         Args:
             requests: pairs of row and params, as in `predict_stream`.
 
         Returns:
-            Lanes; `rows` says whom each one answers. Requests that none of them answers, always the last ones,
-            found no memory: they can be brought again when a lane is closed. Where none is open, one is found.
+            Lanes; `rows` says whom each one answers, a tuple of one. Requests that none of them answers, always the
+            last ones, found no memory: they can be brought again when a lane is closed. Where none is open, one is
+            found.
         """
         jobs: list[_Job] = []
         refused: list[_Refused] = []
@@ -238,7 +239,6 @@ class _Job:
 
     Attributes:
         row: its place in the call that brought it.
-        place: its place in its generator.
         prompt: [tokens] ids.
         answer: [tokens] ids, without an end token.
         max_new: tokens of the answer, at most.
@@ -255,18 +255,12 @@ class _Job:
     decoder: _Decoder
     stops: _StopFilter
     started: float
-    place: int = 0
     answer: list[int] = field(default_factory=list)
     cached: int = 0
     finish_reason: str = ""
     prefill_started: float = 0.0
     decode_started: float = 0.0
     first_token: float = 0.0
-
-    @property
-    def tokens(self) -> list[int]:
-        """What a generator has to have seen before it gives the next token."""
-        return self.prompt + self.answer
 
     @property
     def length(self) -> int:
@@ -318,27 +312,25 @@ class _Session:
     """Room for a generator, the generator, and what it has seen; one lane at a time owns it.
 
     Attributes:
-        room: tokens that it takes memory for, of all its rows together.
-        max_length: tokens of one row, at most.
-        reusable: it has one row, and that may serve another request.
+        max_length: tokens that it takes memory for.
+        reusable: it may serve another request.
         generator: None until its lane starts.
-        tokens: [tokens] ids that its one row has seen.
+        tokens: [tokens] ids that it has seen.
     """
 
-    room: int
     max_length: int
     reusable: bool
     generator: Any = None
     tokens: list[int] = field(default_factory=list)
 
     def shared(self, prompt: Sequence[int]) -> int:
-        """Length of the longest common prefix that can be gone back to.
+        """Length of the longest common prefix that the generator can be rewound to.
 
-        One token less than both have: the last one's logits are needed again, and the last generated token
-        was never run.
+        One token less than it has seen: the last generated token was never run. `LEAST_TOKENS` less than the
+        prompt has: so many have to be run again.
         """
         count = 0
-        for old, new in zip(self.tokens[:-1], prompt[:-1], strict=False):
+        for old, new in zip(self.tokens[:-1], prompt[:-LEAST_TOKENS], strict=False):
             if old != new:
                 break
             count += 1
@@ -383,7 +375,7 @@ class _Sessions:
             self._kept.remove(best)
             if best.max_length < max_length:
                 return None
-            self._in_use += best.room
+            self._in_use += best.max_length
         best.rewind(shared)
         return best
 
@@ -404,7 +396,7 @@ class _Sessions:
     def give_back(self, session: _Session) -> None:
         """A lane is through with a session: it is kept when it can serve another request."""
         with self._lock:
-            self._in_use -= session.room
+            self._in_use -= session.max_length
             if session.reusable and session.tokens:
                 self._kept.append(session)
                 del self._kept[: -self.MAX_KEPT]
@@ -415,7 +407,7 @@ class _Sessions:
             self._kept.clear()
 
     def _kept_tokens(self) -> int:
-        return sum(kept.room for kept in self._kept)
+        return sum(kept.max_length for kept in self._kept)
 
     def _best(self, prompt: Sequence[int]) -> tuple[_Session | None, int]:
         best: tuple[_Session | None, int] = (None, 0)
@@ -440,7 +432,6 @@ class _Engine:
         self._tokenizer = og.Tokenizer(self._model)
         self.prompts = _Prompts(self._tokenizer, folder)
         self.eos = frozenset(int(token) for token in self._tokenizer.eos_token_ids)
-        self.pad = int(described.get("pad_token_id", -1))
         self._vocabulary = int(described["vocab_size"])
         context_tokens = int(described["context_length"])
         self.context_tokens = min(context_tokens, options.context_tokens or context_tokens)
@@ -473,23 +464,16 @@ class _Engine:
         Args:
             beyond: there is always memory.
         """
-        for group in _groups(jobs, [self._may_share(job) for job in jobs]):
-            session = self.session(group, beyond=beyond)
-            if session is None and len(group) > 1:
-                group = group[:1]
-                session = self.session(group, beyond=beyond)
+        for job in jobs:
+            session = self._session(job, beyond=beyond)
             if session is None:
                 return
-            group[0].cached = len(session.tokens)
-            yield _Lane(self, group, session)
+            job.cached = len(session.tokens)
+            yield _Lane(self, job, session)
 
-    def session(self, jobs: Sequence[_Job], *, beyond: bool) -> _Session | None:
+    def _session(self, job: _Job, *, beyond: bool) -> _Session | None:
         """A kept session that goes on for a job, or room for a new one; None when there is not enough."""
-        job, length = jobs[0], _batch_length(jobs)
-        if len(jobs) > 1:
-            room = length * len(jobs)
-            reserved = self.sessions.reserve(room, beyond=beyond)
-            return _Session(room=room, max_length=length, reusable=False) if reserved else None
+        length = job.length
         known = self.sessions.known(job.prompt) if job.plain else 0
         if known and (kept := self.sessions.resume(job.prompt, length)):
             return kept
@@ -498,13 +482,13 @@ class _Engine:
             length = min(self.context_tokens, math.ceil(wanted / ROUND_TOKENS) * ROUND_TOKENS)
         if not self.sessions.reserve(length, beyond=beyond):
             return None
-        return _Session(room=length, max_length=length, reusable=job.plain)
+        return _Session(max_length=length, reusable=job.plain)
 
-    def generator(self, jobs: Sequence[_Job], max_length: int) -> Any:
-        """A new generator with a row for each job; more than one share the first one's options."""
-        request, greedy = jobs[0].request, jobs[0].greedy
+    def generator(self, job: _Job, max_length: int) -> Any:
+        """A new generator with the job's options."""
+        request, greedy = job.request, job.greedy
         search: dict[str, Any] = {"max_length": max_length, "num_beams": 1, "num_return_sequences": 1}
-        search |= {"batch_size": len(jobs), "do_sample": not greedy}
+        search |= {"batch_size": 1, "do_sample": not greedy}
         if self.options.repetition_penalty is not None:
             search["repetition_penalty"] = self.options.repetition_penalty
         if not greedy:
@@ -514,12 +498,6 @@ class _Engine:
         if request.guidance is not None:
             generator_params.set_guidance(*request.guidance)
         return og.Generator(self._model, generator_params)
-
-    def _may_share(self, job: _Job) -> bool:
-        """True when a batch serves a job as well: the library masks every pad token in a batch's prompts, and
-        no row of it begins with what a kept session has seen."""
-        can_pad = self.pad >= 0 and self.pad not in job.prompt
-        return job.plain and can_pad and self.sessions.known(job.prompt) <= SLICE_TOKENS
 
     def _budget(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """How many new tokens a request gets, at least 1."""
@@ -557,22 +535,16 @@ class _Engine:
 
 
 class _Lane:
-    """One generator and the jobs that it answers: one, or a batch. An iterator of steps.
-
-    A batch takes its prompts in one piece, admits nobody later and cannot be gone back in (so the library), and
-    a step of it costs the same for a row that is whole already: once half of the rows are, the others go on in
-    a smaller generator.
+    """A generator and the job that it answers. An iterator of steps.
 
     Attributes:
-        rows: which requests it answers, by their place in the call that opened it.
+        rows: which request it answers, by its place in the call that opened it; of one.
     """
 
-    WORTH = 4  # running so many tokens again costs about as much as one step of a batch's superfluous rows
-
-    def __init__(self, engine: _Engine, jobs: Sequence[_Job], session: _Session) -> None:
-        self.rows = tuple(job.row for job in jobs)
+    def __init__(self, engine: _Engine, job: _Job, session: _Session) -> None:
+        self.rows = (job.row,)
         self._engine = engine
-        self._live = list(jobs)
+        self._job = job
         self._session = session
         self._closed = False
         self._steps = self._run()
@@ -581,10 +553,10 @@ class _Lane:
         return self
 
     def __next__(self) -> list[tuple[int, Any]]:
-        """One prefill slice, or one token for each job: pairs of row and item, the items of `predict_stream`.
+        """One prefill slice, or one token: pairs of row and item, the items of `predict_stream`.
 
         Raises:
-            RequestError: the jobs are at fault.
+            RequestError: the request is at fault.
         """
         try:
             return next(self._steps)
@@ -593,7 +565,7 @@ class _Lane:
             raise
         except Exception as error:
             self._session.reusable = False  # what the library left in it is unknown
-            refusal = _refusal(error, self._live[0].request)
+            refusal = _refusal(error, self._job.request)
             self.close()
             if refusal:
                 raise refusal from error
@@ -607,67 +579,34 @@ class _Lane:
             self._engine.sessions.give_back(self._session)
 
     def _run(self) -> Generator[list[tuple[int, Any]], None, None]:
-        for job in self._live:
-            job.prefill_started = time.perf_counter()
+        job = self._job
+        job.prefill_started = time.perf_counter()
         yield from self._prefill()
-        for job in self._live:
-            job.decode_started = time.perf_counter()
-        rows = len(self._live)
-        while self._live:
-            if len(self._live) * 2 <= rows and self._shrink():
-                rows = len(self._live)
-                yield from self._prefill()
-            yield self._decode()
+        job.decode_started = time.perf_counter()
+        while not job.finish_reason:
+            yield [(job.row, item) for item in self._decode()]
 
     def _prefill(self) -> Iterator[list[tuple[int, Any]]]:
-        """Runs what the generator has not seen yet: one row in slices, with a step after each."""
-        session, jobs = self._session, self._live
+        """Runs what the generator has not seen yet in slices, with a step after each."""
+        session, job = self._session, self._job
         if session.generator is None:
-            session.generator = self._engine.generator(jobs, session.max_length)
-        if len(jobs) > 1:
-            prompts = np.full((len(jobs), max(len(job.tokens) for job in jobs)), self._engine.pad, np.int32)
-            for place, job in enumerate(jobs):
-                job.place, prompts[place, : len(job.tokens)] = place, job.tokens
-            session.generator.append_tokens(prompts)
-            yield []
-            return
-        jobs[0].place, tokens = 0, jobs[0].tokens
-        for start in range(len(session.tokens), len(tokens), SLICE_TOKENS):
-            part = tokens[start : start + SLICE_TOKENS]
+            session.generator = self._engine.generator(job, session.max_length)
+        for part in _slices(job.prompt[len(session.tokens) :]):
             session.generator.append_tokens(np.array(part, dtype=np.int32))
             session.tokens += part
             yield []
 
-    def _decode(self) -> list[tuple[int, Any]]:
-        session = self._session
+    def _decode(self) -> Iterator[Any]:
+        session, job = self._session, self._job
         if session.generator.is_done():
-            items = [(job.row, item) for job in self._live for item in job.end("stop")]
-        else:
-            session.generator.generate_next_token()
-            tokens = [int(token) for token in session.generator.get_next_tokens()]
-            items = []
-            for job in self._live:
-                is_end = tokens[job.place] in self._engine.eos
-                if session.reusable and not is_end:
-                    session.tokens.append(tokens[job.place])
-                items += [(job.row, item) for item in job.take(tokens[job.place], is_end=is_end)]
-        self._live = [job for job in self._live if not job.finish_reason]
-        return items
-
-    def _shrink(self) -> bool:
-        """A smaller generator for the jobs that are left, where that pays. Its prefill is still to be done."""
-        jobs = self._live
-        longest = max(len(job.tokens) for job in jobs)
-        if len(jobs) > 1 and longest * len(jobs) > BATCH_PREFILL_TOKENS:
-            return False
-        if max(job.max_new - len(job.answer) for job in jobs) * self.WORTH < longest:
-            return False
-        session = self._engine.session(jobs, beyond=True)
-        if session is None:
-            return False
-        self._engine.sessions.give_back(self._session)
-        self._session = session
-        return True
+            yield from job.end("stop")
+            return
+        session.generator.generate_next_token()
+        token = int(session.generator.get_next_tokens()[0])
+        is_end = token in self._engine.eos
+        if session.reusable and not is_end:
+            session.tokens.append(token)
+        yield from job.take(token, is_end=is_end)
 
 
 class _Refused:
@@ -687,26 +626,15 @@ class _Refused:
         """Nothing to end."""
 
 
-def _groups(jobs: Sequence[_Job], may_share: Sequence[bool]) -> Iterator[list[_Job]]:
-    """Which jobs share a generator, in their order: a batch of what may share, everybody else alone."""
-    group: list[_Job] = []
-    for job, shares in zip(jobs, may_share, strict=True):
-        joined = [*group, job]
-        padded = max(len(member.prompt) for member in joined) * len(joined)
-        if group and not (shares and len(joined) <= MAX_BATCH and padded <= BATCH_PREFILL_TOKENS):
-            yield group
-            joined = [job]
-        group = joined
-        if not shares:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _batch_length(jobs: Sequence[_Job]) -> int:
-    """Tokens of one row: every prompt is as long as the longest, and each may have its whole answer."""
-    return max(len(job.prompt) for job in jobs) + max(job.max_new for job in jobs)
+def _slices(tokens: Sequence[int]) -> Iterator[list[int]]:
+    """A prompt in parts of `SLICE_TOKENS`; a last part of fewer than `LEAST_TOKENS` joins the one before it."""
+    start = 0
+    while start < len(tokens):
+        end = start + SLICE_TOKENS
+        if len(tokens) - end < LEAST_TOKENS:
+            end = len(tokens)
+        yield list(tokens[start:end])
+        start = end
 
 
 def _kv_token_bytes(decoder: Mapping[str, Any]) -> int:

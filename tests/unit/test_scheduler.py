@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.runner.model import End, Lane, Model, Step
+from edge_agent.runner.model import End, Lane, Model
 from edge_agent.runner.protocol import Delta, Done, Generate, Refused
 from edge_agent.runner.scheduler import Scheduler
 
@@ -19,7 +19,7 @@ def end(tokens: int = 0) -> End:
 
 
 class Script(Model):
-    """Each document is `{"text": …, "prefill": slices, "share": bool}`; shared ones get one lane together.
+    """Each document is `{"text": …, "prefill": slices}`; `!` in a text is where the model fails.
 
     Args:
         memory: documents that run at once, at most.
@@ -37,34 +37,27 @@ class Script(Model):
         taken = list(documents[: self.memory - self.open])
         self.open += len(taken)
         self.starts.append([document["text"] for document in taken])
-        shared = [row for row, document in enumerate(taken) if document.get("share")]
-        groups = [[row] for row in range(len(taken)) if row not in shared]
-        return [self._lane(rows, taken) for rows in [shared, *groups] if rows]
+        return [self._lane(document) for document in taken]
 
-    def _lane(self, rows: list[int], documents: list[dict[str, Any]]) -> Lane:
+    def _lane(self, document: dict[str, Any]) -> Lane:
         closed: list[bool] = []
 
         def close() -> None:
             if not closed:
                 closed.append(True)
-                self.open -= len(rows)
+                self.open -= 1
 
-        return Lane(rows, self._steps(rows, documents), close)
+        return Lane(self._steps(document), close)
 
     @staticmethod
-    def _steps(rows: list[int], documents: list[dict[str, Any]]) -> Iterator[Step]:
-        for _ in range(max(documents[row].get("prefill", 1) for row in rows)):
+    def _steps(document: dict[str, Any]) -> Iterator[Sequence[str | End]]:
+        for _ in range(document.get("prefill", 1)):
             yield []
-        longest = max(len(documents[row]["text"]) for row in rows)
-        for place in range(longest + 1):
-            step: Step = []
-            for row in rows:
-                text = documents[row]["text"]
-                if text[place : place + 1] == "!":
-                    raise ZeroDivisionError
-                if place <= len(text):
-                    step.append((row, text[place] if place < len(text) else end(len(text))))
-            yield step
+        for character in document["text"]:
+            if character == "!":
+                raise ZeroDivisionError
+            yield [character]
+        yield [end(len(document["text"]))]
 
 
 class Bench:
@@ -115,37 +108,17 @@ def test_a_newcomer_has_the_next_turn_and_one_in_each_round() -> None:
     assert all(["n"] in bench.turns[start : start + 3] for start in range(0, 9, 3))
 
 
-def test_who_comes_together_shares_a_lane_and_a_turn() -> None:
+def test_a_prompt_that_has_begun_never_starts_again() -> None:
     model = Script()
     bench = Bench(model)
-    bench.add("a", "b", "c", share=True)
+    bench.add("a", prefill=3)
+    bench.run(1)
+    bench.add("b", prefill=3)
+    bench.run(1)
+    bench.add("c")
     bench.run()
+    assert model.starts == [["aaa"], ["bbb"], ["ccc"]]
     assert [bench.text(name) for name in "abc"] == ["aaa", "bbb", "ccc"]
-    assert all(turn == ["a", "b", "c"] for turn in bench.turns)
-    assert model.open == 0
-
-
-def test_a_prompt_that_has_only_just_begun_starts_again_with_who_comes_then_but_once() -> None:
-    model = Script()
-    bench = Bench(model)
-    bench.add("a", share=True, prefill=3)
-    bench.run(1)
-    bench.add("b", share=True, prefill=3)
-    bench.run(1)
-    bench.add("c", share=True)
-    bench.run()
-    assert model.starts == [["aaa"], ["aaa", "bbb"], ["ccc"]]
-    assert [bench.text(name) for name in "abc"] == ["aaa", "bbb", "ccc"]
-
-
-def test_a_prompt_with_a_part_of_its_answer_never_starts_again() -> None:
-    model = Script()
-    bench = Bench(model)
-    bench.add("a", prefill=0)
-    bench.run(1)
-    bench.add("b")
-    bench.run()
-    assert model.starts == [["aaa"], ["bbb"]]
 
 
 def test_memory_goes_in_the_order_in_which_prompts_came() -> None:
@@ -167,11 +140,10 @@ def test_no_more_than_the_limit_runs_at_once() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_a_cancelled_prompt_is_answered_at_once_and_its_companions_go_on(steps: int) -> None:
+def test_a_cancelled_prompt_is_answered_at_once_and_the_others_go_on(steps: int) -> None:
     model = Script()
     bench = Bench(model)
-    bench.add("a", "b", share=True)
-    bench.add("c")
+    bench.add("a", "b", "c")
     bench.run(steps)
     bench.scheduler.cancel("a")
     assert bench.ends() == [("a", "refused")]
@@ -183,17 +155,17 @@ def test_a_cancelled_prompt_is_answered_at_once_and_its_companions_go_on(steps: 
     assert model.open == 0
 
 
-def test_a_lane_that_fails_costs_its_own_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lane_that_fails_costs_its_own_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     model = Script()
     bench = Bench(model)
-    bench.add("a", "b", text="x!", share=True)
+    bench.add("a", text="x!")
     bench.add("c")
     bench.run()
     refused = [frame for frame in bench.frames if isinstance(frame, Refused)]
-    assert [(frame.id, frame.code) for frame in refused] == [("a", "model_failed"), ("b", "model_failed")]
+    assert [(frame.id, frame.code) for frame in refused] == [("a", "model_failed")]
     assert bench.text("c") == "ccc"
     assert model.open == 0
-    assert "request=a,b ZeroDivisionError" in capsys.readouterr().err
+    assert "request=a ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_whose_turn_it_is_is_said_before_the_model_is_asked() -> None:
