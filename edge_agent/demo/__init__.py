@@ -38,23 +38,25 @@ class DemoError(EdgeAgentError):
     code = "demo_failed"
 
 
-def run_demo(question: str, *, stay: bool, quiet: bool) -> dict[str, Any]:
+def run_demo(question: str, *, stay: bool, quiet: bool, model: Path = SAMPLE_MODEL) -> dict[str, Any]:
     """Runs the demo and returns the answer in the form of `probe --json`.
 
     Args:
         stay: keep everything running after the answer until interrupted.
         quiet: print nothing on stdout.
+        model: folder made by the onnxruntime-genai model builder.
 
     Raises:
         EdgeAgentError: a part is missing or did not start.
     """
     with tempfile.TemporaryDirectory(prefix="edge-agent-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
+        what = "the sample model" if model == SAMPLE_MODEL else f"the model in {model}"
         registry_uri = f"sqlite:///{folder / 'registry.db'}"
         port = stack.enter_context(private_broker(folder))
         _say(f"mosquitto is listening on 127.0.0.1:{port}")
-        _say("registering the sample model in an embedded registry")
-        _publish(registry_uri)
+        _say(f"registering {what} in an embedded registry")
+        _publish(model, registry_uri)
         config = _write_config(folder, registry_uri, port)
         _say("starting the agent; it pulls the model and loads it")
         stack.enter_context(
@@ -72,10 +74,10 @@ def run_demo(question: str, *, stay: bool, quiet: bool) -> dict[str, Any]:
         return result
 
 
-def _publish(registry_uri: str) -> None:
+def _publish(model: Path, registry_uri: str) -> None:
     from edge_agent.publishing import publish_folder
 
-    publish_folder(SAMPLE_MODEL, name=NAME, registry_uri=registry_uri, alias="prod")
+    publish_folder(model, name=NAME, registry_uri=registry_uri, alias="prod")
 
 
 def _write_config(folder: Path, registry_uri: str, port: int) -> Path:
@@ -102,7 +104,7 @@ def _await_ready(folder: Path) -> dict[str, Any]:
         status = _status(folder / "control.sock")
         if status is not None:
             model = status["models"][0]
-            if status["cache"]["bytes"] and not cached_bytes:
+            if model["state"] != "absent" and status["cache"]["bytes"] and not cached_bytes:
                 cached_bytes = status["cache"]["bytes"]
                 _say(f"{terminal.human_bytes(cached_bytes)} verified and in the cache; loading the model")
             if status["state"] == "ready" and status["broker"]["connected"]:
