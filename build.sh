@@ -93,7 +93,7 @@ run_tests() {
     need_programs systemd systemd-analyze -- systemd
     need_programs strace strace -- strace
     # Most tests wait for processes; a file's tests stay together, for they share a broker or a daemon.
-    [[ $# -gt 0 ]] || set -- -n "$(($(nproc) < 4 ? $(nproc) + 1 : 4))" --dist loadfile --no-loadscope-reorder
+    [[ $# -gt 0 ]] || set -- -n "$(($(nproc) < 2 ? 2 : 4))" --dist loadfile --no-loadscope-reorder
     tested=$SECONDS
     "$VENV/bin/python" -m pytest "$@" || status=$?
     say "set-up $((tested - started)) s, tests $((SECONDS - tested)) s"

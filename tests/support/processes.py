@@ -168,8 +168,7 @@ class NotifySocket:
         self.messages.clear()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
-            end.sendto(b"", str(self.path))  # an empty message ends the thread
+        self._socket.shutdown(socket.SHUT_RD)  # ends the thread, also where the socket's folder is gone already
         self._thread.join(60)
         self._socket.close()
         self.path.unlink(missing_ok=True)
