@@ -1,1 +1,1 @@
-"""The one file that travels in every package."""
+"""The one Python file that every published ONNX package contains."""

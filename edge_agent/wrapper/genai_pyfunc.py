@@ -1,11 +1,11 @@
-"""The MLflow model code over onnxruntime-genai: the one Python file of a published package.
+"""MLflow model code for onnxruntime-genai: the one Python file of a published package.
 
-It is copied into every package byte for byte, and a device runs it because its sha256 is known: so it is
-self-contained (mlflow, onnxruntime-genai, numpy, pandas, standard library) and answers in any MLflow server.
+It is copied into every package byte for byte, and a device runs it because it knows its sha256. So it is
+self-contained (mlflow, onnxruntime-genai, numpy, pandas, standard library), and works in any MLflow server.
 
-It owns one loaded model and its generators: those in use, and those kept for the prompts that begin like
-theirs. It refuses what a request may not ask for, with `RequestError`. It decides nothing about queues,
-deadlines or default system prompts.
+It owns one loaded model and its generators: those in use, and those kept for later prompts with the same
+beginning. It refuses invalid requests with `RequestError`. It knows nothing of queues, deadlines or default
+system prompts.
 
 Flow of a request:
     _rows, _Request  what arrived, checked field by field
@@ -51,21 +51,21 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """Answers chat or raw prompts with an ONNX folder made by the onnxruntime-genai model builder."""
 
     def load_context(self, context: Any) -> None:
-        """Opens the model, the tokenizer and the generation defaults."""
+        """Loads the model, the tokenizer and the generation defaults."""
         options = _Options.parse(context.model_config or {})
         self._engine = _Engine(Path(context.artifacts[ARTIFACT]), options)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
-        """Answers whole.
+        """Returns whole answers.
 
         Args:
-            model_input: a row for each request, with the signature's columns; a dict or a list of dicts, too.
-                (MLflow warns about any other type hint: it would infer a signature from it.)
+            model_input: a row for each request, with the signature's columns. A dict or a list of dicts also works,
+                but is not in the type hint: MLflow would infer a signature from it, and warn.
             params: see `_Request.PARAMS`.
 
         Returns:
-            For messages a list with one llm/v1/chat completion for each row; for a prompt the answer's text
-            (a list of texts for several rows).
+            For messages, a list with one llm/v1/chat completion for each row; for a prompt, the answer's text, or
+            a list of texts for several rows.
 
         Raises:
             RequestError: the request is at fault.
@@ -80,10 +80,10 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def predict_stream(
         self, context: Any, model_input: Any, params: dict[str, Any] | None = None
     ) -> Iterator[str | dict[str, Any]]:
-        """Answers piece by piece; closing the iterator stops within one slice or one decode step.
+        """Yields one answer in pieces. Closing the iterator stops it within one slice or one decode step.
 
         Yields:
-            Text deltas (empty between prefill slices and for steps that complete no text), then one dict
+            Text deltas, which are empty for prefill slices and steps that complete no text; then one dict
             `{finish_reason, usage, timings}`.
 
         Raises:
@@ -97,7 +97,7 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def predict_streams(
         self, requests: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]
     ) -> list[_Lane | _Refused]:
-        """Begins to answer several requests, for a caller that takes turns between them.
+        """Starts several requests, for a caller that steps through their lanes in turn.
 
         Each lane is an iterator of steps and has to be closed; all of them belong to one thread.
 
@@ -127,7 +127,7 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             lane.close()
 
     def _completion(self, text: str, last: Mapping[str, Any]) -> dict[str, Any]:
-        """The seed's completion object: exactly its fields, so `cached_tokens` stays in the stream."""
+        """The completion object of the signature's schema, which has no field for `cached_tokens`."""
         usage = {key: last["usage"][key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
         message = {"role": "assistant", "content": text}
         return {
@@ -141,7 +141,7 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
 
 class RequestError(ValueError):
-    """The request is at fault, not the model; the text starts with the code.
+    """The request is invalid; the model is not at fault. The message starts with the code.
 
     Attributes:
         code: `bad_request` or `prompt_too_long`.
@@ -157,12 +157,12 @@ class _Options:
     """The package's `model_config`; 0 means not given.
 
     Attributes:
-        model: name that a completion carries.
-        max_length: cap on prompt and new tokens together.
-        max_tokens: new tokens for a request that names none, as far as they fit.
+        model: the model's name in a completion.
+        max_length: limit for prompt and new tokens together.
+        max_tokens: new tokens for a request without `max_tokens`, as far as they fit.
         context_tokens: a smaller context than the model's own, to save memory.
-        threads: of one operator.
-        kv_bytes: memory for the keys and values of all generators together; one context fits in any case.
+        threads: threads of one operator.
+        kv_bytes: memory for the keys and values of all generators together; always at least one context.
     """
 
     model: str = ""
@@ -204,16 +204,16 @@ class _Request:
 
     @classmethod
     def parse(cls, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> _Request:
-        """Checks every field; a field that is absent, None, NaN or an empty list is not given.
+        """Checks every field. None, NaN or an empty list means not given.
 
-        Both forms are read here, whatever the package's signature: MLflow lets only the signature's own
-        through, an agent that calls the model itself may send either.
+        It accepts both forms, whatever the package's signature is: MLflow passes only the signature's own form, but
+        an agent that calls the model directly may send either.
 
         Args:
-            row: the inputs of one form; they are stronger than `params` of the same name.
+            row: the inputs of one form; they override `params` of the same name.
 
         Raises:
-            RequestError: a field is unknown or invalid; it is named.
+            RequestError: a field is unknown or invalid; the message names it.
         """
         is_chat = "prompt" not in row
         inputs = cls.CHAT_INPUTS if is_chat else cls.PROMPT_INPUTS
@@ -235,16 +235,16 @@ class _Request:
 
 @dataclass(kw_only=True)
 class _Job:
-    """One request on its way: what it asks for, and its answer so far.
+    """One request in progress, with its answer so far.
 
     Attributes:
         row: its place in the call that brought it.
         prompt: [tokens] ids.
         answer: [tokens] ids, without an end token.
-        max_new: tokens of the answer, at most.
+        max_new: most tokens of the answer.
         greedy: no sampling.
         cached: tokens of the prompt that did not have to be prefilled.
-        finish_reason: empty until the answer is whole.
+        finish_reason: empty until the answer is complete.
     """
 
     row: int
@@ -264,17 +264,17 @@ class _Job:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer together, at most."""
+        """Most tokens of prompt and answer together."""
         return len(self.prompt) + self.max_new
 
     @property
     def plain(self) -> bool:
-        """True when its generator can serve others: search options are fixed when a generator is made, and
-        neither a sampler's nor a grammar's state can be gone back in."""
+        """True if its generator can serve other requests, too. A generator's search options are fixed, and the state
+        of a sampler or a grammar cannot be rewound (library limitation)."""
         return self.greedy and self.request.guidance is None
 
     def take(self, token: int, *, is_end: bool) -> Iterator[Any]:
-        """The items that come with one more token: text, and at the end usage and finish_reason."""
+        """Adds a token and yields its items: text, and at the end usage and finish_reason."""
         self.first_token = self.first_token or time.perf_counter()
         if not is_end:
             self.answer.append(token)
@@ -285,7 +285,7 @@ class _Job:
             yield from self.end("length")
 
     def end(self, finish_reason: str) -> Iterator[Any]:
-        """The last items."""
+        """Ends the answer and yields its last items."""
         self.finish_reason = finish_reason
         if not self.stops.found and (rest := self.stops.flush()):
             yield rest
@@ -309,7 +309,7 @@ class _Job:
 
 @dataclass(kw_only=True)
 class _Session:
-    """Room for a generator, the generator, and what it has seen; one lane at a time owns it.
+    """A generator with its reserved memory and the tokens that it has processed. One lane at a time owns it.
 
     Attributes:
         max_length: tokens that it takes memory for.
@@ -337,20 +337,20 @@ class _Session:
         return count
 
     def rewind(self, count: int) -> None:
-        """Goes back to the first `count` tokens."""
+        """Rewinds the generator to the first `count` tokens."""
         self.generator.rewind_to(count)
         del self.tokens[count:]
 
 
 class _Sessions:
-    """The memory of all generators: of those in use, and of those that are kept for their prefix.
+    """The memory of all generators: those in use, and those kept for their prefix.
 
-    Together they take at most `limit` tokens; kept ones go, least recently used first, when the room is needed or
-    there are many. Any thread may call it: a model server has several.
+    Together they use memory for at most `limit` tokens. Kept sessions are dropped, least recently used first, when
+    the memory is needed or there are more than `MAX_KEPT`. Thread-safe, because a model server has several threads.
     """
 
     MAX_KEPT = 8
-    WORTH = 3  # a kept session is gone back in when at least one part in so many of it stays of use
+    WORTH = 3  # a kept session is resumed if the common prefix is at least one third of it
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -359,14 +359,14 @@ class _Sessions:
         self._in_use = 0
 
     def known(self, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt's beginning a kept session would save."""
+        """Length of the prompt's prefix that a kept session has processed already."""
         with self._lock:
             return self._best(prompt)[1]
 
     def resume(self, prompt: Sequence[int], max_length: int) -> _Session | None:
-        """The kept session with the longest common prefix, gone back to it; None when none is of use.
+        """The kept session with the longest common prefix, rewound to it; None if no session is worth it.
 
-        One that is too small for this request goes: it would be too small for what follows it, too.
+        A session that is too small for this request is dropped: it would be too small for the chat's next one, too.
         """
         with self._lock:
             best, shared = self._best(prompt)
@@ -380,10 +380,10 @@ class _Sessions:
         return best
 
     def reserve(self, tokens: int, *, beyond: bool) -> bool:
-        """Takes room for a new session, from kept ones where that is necessary.
+        """Reserves memory for a new session, and drops kept ones if necessary.
 
         Args:
-            beyond: takes it though the sessions in use leave too little.
+            beyond: reserve it even if the sessions in use leave too little.
         """
         with self._lock:
             if self._in_use + tokens > self.limit and not beyond:
@@ -394,7 +394,7 @@ class _Sessions:
             return True
 
     def give_back(self, session: _Session) -> None:
-        """A lane is through with a session: it is kept when it can serve another request."""
+        """Takes a session back from its lane, and keeps it if it can serve another request."""
         with self._lock:
             self._in_use -= session.max_length
             if session.reusable and session.tokens:
@@ -419,7 +419,7 @@ class _Sessions:
 
 
 class _Engine:
-    """One model, opened: from requests to lanes."""
+    """One loaded model; turns requests into lanes."""
 
     def __init__(self, folder: Path, options: _Options) -> None:
         self.options = options
@@ -442,7 +442,7 @@ class _Engine:
         """Checks and encodes one request.
 
         Raises:
-            RequestError: it is at fault.
+            RequestError: the request is invalid.
         """
         started = time.perf_counter()
         request = _Request.parse(row, params)
@@ -459,10 +459,10 @@ class _Engine:
         )
 
     def lanes(self, jobs: Sequence[_Job], *, beyond: bool = False) -> Iterator[_Lane]:
-        """Lanes for the jobs, from the first on, as far as there is memory for them now.
+        """Yields lanes for the jobs in their order, as long as there is memory for them.
 
         Args:
-            beyond: there is always memory.
+            beyond: start them even if memory is short.
         """
         for job in jobs:
             session = self._session(job, beyond=beyond)
@@ -477,7 +477,7 @@ class _Engine:
         known = self.sessions.known(job.prompt) if job.plain else 0
         if known and (kept := self.sessions.resume(job.prompt, length)):
             return kept
-        if job.plain:  # a chat that outgrew its generator will grow on
+        if job.plain:  # a chat that outgrew its generator will probably keep growing
             wanted = length * 2 if known else length
             length = min(self.context_tokens, math.ceil(wanted / ROUND_TOKENS) * ROUND_TOKENS)
         if not self.sessions.reserve(length, beyond=beyond):
@@ -500,7 +500,7 @@ class _Engine:
         return og.Generator(self._model, generator_params)
 
     def _budget(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """How many new tokens a request gets, at least 1."""
+        """The number of new tokens for a request, at least 1."""
         options, limit = self.options, self.context_tokens
         wanted = max_tokens or 1
         if prompt_tokens + wanted > limit:
@@ -526,10 +526,10 @@ class _Engine:
         if top_p is not None:
             sampling["top_p"] = top_p
         if top_k is not None:
-            # With 0 (no bound) the library cuts off at top_p before it applies the temperature.
+            # With 0 (no limit) the library would apply top_p before the temperature.
             sampling["top_k"] = min(top_k or self._vocabulary, self._vocabulary)
         if request.seed is not None:
-            # The library takes a C int, in which -1 means no seed.
+            # The library takes a C int, and -1 means no seed.
             sampling["random_seed"] = request.seed & 0x7FFF_FFFF
         return sampling
 
@@ -572,7 +572,7 @@ class _Lane:
             raise
 
     def close(self) -> None:
-        """Ends the lane, whatever it has done so far; may be called again."""
+        """Ends the lane at any point; may be called more than once."""
         self._steps.close()
         if not self._closed:
             self._closed = True
@@ -610,7 +610,7 @@ class _Lane:
 
 
 class _Refused:
-    """The lane of a request that is at fault."""
+    """The lane of an invalid request."""
 
     def __init__(self, row: int, error: RequestError) -> None:
         self.rows = (row,)
@@ -623,7 +623,7 @@ class _Refused:
         raise self._error
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing."""
 
 
 def _slices(tokens: Sequence[int]) -> Iterator[list[int]]:
@@ -638,22 +638,22 @@ def _slices(tokens: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _kv_token_bytes(decoder: Mapping[str, Any]) -> int:
-    """Memory for keys and values of one token, at least 1."""
+    """Bytes for the keys and values of one token, at least 1."""
     sizes = (decoder.get(key, 0) for key in ("num_hidden_layers", "num_key_value_heads", "head_size"))
     return max(1, 2 * KV_ELEMENT_BYTES * math.prod(int(size) for size in sizes))
 
 
 class _Prompts:
-    """Text to token ids.
+    """Encodes text as token ids.
 
-    A literal control token in a message stays text: a marker (a code point that no text may contain) goes
-    behind the first character of each one before the template is rendered, and the parts between markers are
-    encoded one by one, so that no part holds a whole control token. The model reads the characters as they
-    were sent. A raw prompt is encoded as it stands.
+    A literal control token in a message stays text. Before the template is rendered, a marker (a code point that no
+    text may contain) is put behind the first character of each one; then the parts between markers are encoded
+    separately, so that no part contains a whole control token. The model reads the characters as they were sent. A
+    raw prompt is encoded unchanged.
     """
 
     MARKER = "\ufdd0"
-    # Beside what the tokenizer's files list: the usual form of a control token.
+    # The usual form of a control token, in addition to those in the tokenizer's files.
     USUAL = r"<\|[^<>|\s]{1,64}\|>"
 
     def __init__(self, tokenizer: Any, folder: Path) -> None:
@@ -683,7 +683,7 @@ class _Prompts:
         return self._not_empty(tokens, "messages")
 
     def raw(self, prompt: str) -> list[int]:
-        """[tokens] ids of a prompt that brings its own control tokens."""
+        """[tokens] ids of a prompt that contains its own control tokens."""
         return self._not_empty(self._encode(prompt), "prompt")
 
     def _neutral(self, content: str) -> str:
@@ -700,12 +700,12 @@ class _Prompts:
 
 
 class _Decoder:
-    """Token ids of one answer to text; a character that is not complete waits for its other tokens.
+    """Decodes the tokens of one answer; an incomplete character waits for its remaining tokens.
 
-    The library's `TokenizerStream` loses the token behind an invalid byte, and its `decode` ends with U+FFFD
-    at the first byte that is not (yet) UTF-8, whatever follows. So the ids since the last complete character
-    are decoded behind the group before them (some tokenizers strip a sequence's first space); what can no
-    longer become a character is U+FFFD as soon as a complete one follows.
+    The library's `TokenizerStream` loses the token after an invalid byte, and its `decode` stops with U+FFFD at the
+    first byte that is not (yet) UTF-8, whatever follows. So the ids since the last complete character are decoded
+    together with the group before them, because some tokenizers strip a sequence's first space. Bytes that cannot
+    become a character turn into U+FFFD as soon as a complete character follows.
     """
 
     BROKEN = "\ufffd"
@@ -719,7 +719,7 @@ class _Decoder:
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
-        """Text that is complete with this token, often empty."""
+        """The text that this token completes, often empty."""
         if token in self._control_ids:
             return ""
         self._pending.append(token)
@@ -744,10 +744,10 @@ class _Decoder:
 
 
 class _StopFilter:
-    """Holds back what could be the beginning of a stop string, and ends the text before one.
+    """Ends the text before a stop string, and holds back text that could be the beginning of one.
 
     Attributes:
-        found: a stop string came; nothing behind its beginning gets out.
+        found: a stop string came, and the text ended before it.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -756,7 +756,7 @@ class _StopFilter:
         self.found = False
 
     def push(self, text: str) -> str:
-        """Text that is safe to show now."""
+        """Adds text and returns as much as can be shown now."""
         self._held += text
         starts = [start for stop in self._stops if (start := self._held.find(stop)) >= 0]
         if starts:
@@ -767,12 +767,12 @@ class _StopFilter:
         return safe
 
     def flush(self) -> str:
-        """What was held back when the answer ended otherwise."""
+        """Returns the text that was held back, when the answer ended for another reason."""
         rest, self._held = self._held, ""
         return rest
 
     def _possible(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Length of the longest suffix of the text that is the beginning of a stop string."""
         longest = min(len(self._held), max(map(len, self._stops), default=1) - 1)
         for length in range(longest, 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stops):
@@ -796,7 +796,7 @@ def _known(given: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
 
 def _absent(value: Any) -> bool:
     if isinstance(value, float):
-        return math.isnan(value)  # an optional column that another row has
+        return math.isnan(value)  # an optional column that only other rows fill
     return value is None or (isinstance(value, (list, tuple, np.ndarray)) and len(value) == 0)
 
 
@@ -815,7 +815,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
     if message.get("role") not in ROLES:
         raise RequestError("bad_request", f"role of {where} must be one of {', '.join(ROLES)}")
     if message.get("name") is not None:
-        _text(message["name"], f"name of {where}")  # checked only: chat templates have no place for it
+        _text(message["name"], f"name of {where}")  # only checked: chat templates do not use it
     return {"role": message["role"], "content": _text(message.get("content"), f"content of {where}")}
 
 
@@ -865,7 +865,7 @@ def _stops(given: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _guidance(given: Mapping[str, Any]) -> tuple[str, str] | None:
-    """`response_format` (an object, or its JSON) to what the library's `set_guidance` takes."""
+    """The arguments of the library's `set_guidance` for `response_format` (an object, or its JSON)."""
     value = given.get("response_format")
     if value is None or value == "":
         return None
@@ -896,7 +896,7 @@ def _guidance(given: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _refusal(error: Exception, request: _Request) -> RequestError | None:
-    """The library tells its faults apart by text only; this finds the ones that the request caused."""
+    """The error as a `RequestError` if the request caused it, judged by its text: the library has no error codes."""
     text = str(error)
     if "exceeds max length" in text or "cannot be greater than model context_length" in text:
         return RequestError("prompt_too_long", text)
@@ -906,7 +906,7 @@ def _refusal(error: Exception, request: _Request) -> RequestError | None:
 
 
 def _added_tokens(folder: Path) -> list[tuple[int, str, bool]]:
-    """(id, text, special) of the tokens that the tokenizer matches before anything else."""
+    """(id, text, special) of the tokens that the tokenizer matches first."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return []
@@ -914,6 +914,6 @@ def _added_tokens(folder: Path) -> list[tuple[int, str, bool]]:
     return [(int(token["id"]), str(token["content"]), bool(token.get("special"))) for token in added]
 
 
-# Model code is loaded as a top-level module; imported as part of a package, this file only defines.
+# MLflow loads model code as a top-level module; an import from the edge_agent package must not set a model.
 if "." not in __name__:
     mlflow.models.set_model(GenaiModel())
