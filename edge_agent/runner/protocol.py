@@ -132,7 +132,7 @@ class Done:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """The prompt has no answer: `code` is one of `errors.PROMPT_ERRORS`."""
+    """The prompt has no answer: `code` is the code of a `PromptError`."""
 
     type: ClassVar[str] = "refused"
     id: str

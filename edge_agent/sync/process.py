@@ -24,19 +24,15 @@ from typing import IO, Any
 
 from edge_agent import environment
 from edge_agent.errors import (
-    CacheBusy,
     CannotRun,
     ContentError,
     EdgeAgentError,
-    ManifestError,
-    PolicyError,
-    Quarantined,
     SettingsError,
     StoreError,
     SyncStopped,
     TransportError,
     UnknownReference,
-    VerificationError,
+    error_of,
 )
 
 log = logging.getLogger(__name__)
@@ -69,23 +65,8 @@ ENVIRONMENT_NAMES = (
 ENVIRONMENT_PREFIXES = ("MLFLOW_TRACKING_", "MLFLOW_S3_", "AWS_", "AZURE_", "GOOGLE_")
 """Credentials of the registry and of artifact stores."""
 
-_ERRORS: dict[str, type[EdgeAgentError]] = {
-    kind.code: kind
-    for kind in (
-        CacheBusy,
-        CannotRun,
-        ContentError,
-        EdgeAgentError,
-        ManifestError,
-        PolicyError,
-        Quarantined,
-        SettingsError,
-        StoreError,
-        TransportError,
-        UnknownReference,
-        VerificationError,
-    )
-}
+_FAMILIES = (CannotRun, ContentError, SettingsError, StoreError, TransportError, UnknownReference)
+"""Of errors that a sync may report; anything else is the root's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,5 +361,5 @@ def _result(event: Mapping[str, Any]) -> SyncResult:
 
 
 def _error(event: Mapping[str, Any]) -> EdgeAgentError:
-    kind = _ERRORS.get(str(event.get("code")), EdgeAgentError)
-    return kind(str(event.get("message", "the sync failed")), remedy=str(event.get("remedy", "")))
+    message, remedy = event.get("message", "the sync failed"), event.get("remedy", "")
+    return error_of(event.get("code"), message, remedy=remedy, among=_FAMILIES, otherwise=EdgeAgentError)
