@@ -34,6 +34,7 @@ from edge_agent.errors import (
     UnknownReference,
     error_of,
 )
+from edge_agent.runner.lines import LineReader
 
 log = logging.getLogger(__name__)
 
@@ -294,27 +295,28 @@ def _events(
     should_stop: Callable[[], bool],
 ) -> Iterator[dict[str, Any]]:
     """Events until the process closes its stdout."""
-    for number, line in enumerate(_lines(process, job, stderr, deadline, should_stop)):
-        if number >= MAX_EVENTS:
-            raise EdgeAgentError(f"the sync of {job.name} sent more than {MAX_EVENTS} events")
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise EdgeAgentError(f"the sync of {job.name} wrote a line that is not JSON") from error
-        if not isinstance(event, dict):
-            raise EdgeAgentError(f"the sync of {job.name} wrote a line that is not an object")
-        yield event
+    count = 0
+    lines = LineReader(
+        limit_bytes=MAX_LINE_BYTES,
+        broken=lambda reason: EdgeAgentError(f"the sync of {job.name} wrote {reason}"),
+    )
+    for data in _output(process, job, stderr, deadline, should_stop):
+        lines.add(data)
+        while (event := lines.document()) is not None:
+            count += 1
+            if count > MAX_EVENTS:
+                raise EdgeAgentError(f"the sync of {job.name} sent more than {MAX_EVENTS} events")
+            yield event
 
 
-def _lines(
+def _output(
     process: subprocess.Popen[bytes],
     job: SyncJob,
     stderr: _Tail,
     deadline: float,
     should_stop: Callable[[], bool],
 ) -> Iterator[bytes]:
-    """Lines of stdout; what comes on stderr is kept for the case that it dies."""
-    buffer = b""
+    """What comes on stdout; what comes on stderr is kept for the case that it dies."""
     with selectors.DefaultSelector() as selector:
         for pipe in (process.stdout, process.stderr):
             selector.register(_descriptor(pipe), selectors.EVENT_READ)
@@ -333,12 +335,7 @@ def _lines(
                 elif key.fd == _descriptor(process.stderr):
                     stderr.add(chunk)
                 else:
-                    *lines, buffer = (buffer + chunk).split(b"\n")
-                    yield from lines
-                    if len(buffer) > MAX_LINE_BYTES:
-                        raise EdgeAgentError(
-                            f"the sync of {job.name} wrote a line over {MAX_LINE_BYTES} bytes"
-                        )
+                    yield chunk
 
 
 def _descriptor(pipe: IO[bytes] | None) -> int:
