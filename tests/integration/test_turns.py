@@ -20,7 +20,7 @@ from edge_agent.serving.seat import Serving
 from edge_agent.settings import ModelSettings, RegistrySettings, Settings
 from edge_agent.updates.operations import Operations, run_operation
 from edge_agent.updates.updates import Updates
-from tests.integration.test_bundle import bring_in, export
+from tests.integration.test_version_file import bring_in, export
 from tests.support.packages import WEIGHTS
 from tests.support.processes import wait_until
 

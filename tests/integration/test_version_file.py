@@ -22,14 +22,14 @@ from edge_agent.errors import ContentError, EdgeAgentError, PolicyError, StoreEr
 from edge_agent.package import trust
 from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
 from edge_agent.sync.bring import bring
-from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, TrustJob
+from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, TrustJob
 from edge_agent.sync.registry import LocalPackage
 from edge_agent.sync.version_file import (
     BLOB_PREFIX,
     HEADER_NAME,
     ORIGIN,
     export_version,
-    import_bundle,
+    import_version,
     read_version,
 )
 from tests.support.keys import make_keys, sign
@@ -93,7 +93,7 @@ def bring_in(
         cache=CACHE,
     )
     with file.open("rb") as stream:
-        result = import_bundle(job, stream.fileno())
+        result = import_version(job, stream.fileno())
     record = store.record("assistant", result.key)
     assert record is not None
     return record
@@ -346,5 +346,5 @@ def test_a_hostile_file_is_refused_and_leaves_nothing(
 def test_what_is_no_tar_is_refused(tmp_path: Path, other: Store, data: bytes) -> None:
     file = tmp_path / "file"
     file.write_bytes(data)
-    with pytest.raises(EdgeAgentError, match=r"no tar|no bundle|ends early"):
+    with pytest.raises(EdgeAgentError, match=r"not a version file|ends early"):
         bring_in(other, file)
