@@ -4,12 +4,14 @@ Each error has a stable `code`, says what happened and where, and, if something 
 (`remedy`). Foreign exceptions are wrapped where they appear, with `raise … from`.
 
 Families: `PromptError` is the table of errors in the MQTT contract; `ContentError` is for bad content in a package,
-`TransportError` for a failed connection to the registry; the others are named after the part they belong to.
+`TransportError` for a failed connection to the registry; the others are named after the part they belong to. `error_of`
+turns a code that crossed a process boundary into its class again.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, TypeVar
 
 
 class EdgeAgentError(Exception):
@@ -29,6 +31,39 @@ class EdgeAgentError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}; {self.remedy}" if self.remedy else self.message
+
+
+_Error = TypeVar("_Error", bound=EdgeAgentError)
+
+
+def by_code(*families: type[_Error]) -> dict[str, type[_Error]]:
+    """Every error of these families that has a code of its own, by that code."""
+    return {kind.code: kind for family in families for kind in _tree(family) if "code" in vars(kind)}
+
+
+def error_of(
+    code: object,
+    message: object,
+    *,
+    remedy: object = "",
+    among: Iterable[type[_Error]],
+    otherwise: type[_Error],
+) -> _Error:
+    """The error that another process reported by its code.
+
+    Args:
+        code, message, remedy: as they came, of any type.
+        among: the families that this process may report.
+        otherwise: what a code of no such family becomes.
+    """
+    return by_code(*among).get(str(code), otherwise)(str(message), remedy=str(remedy))
+
+
+def _tree(kind: type[_Error]) -> Iterator[type[_Error]]:
+    """The class and everything below it."""
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _tree(below)
 
 
 class SettingsError(EdgeAgentError):
@@ -97,25 +132,6 @@ class NoModel(PromptError):
 
 class JournalUnavailable(PromptError):
     code, status = "journal_unavailable", 503
-
-
-PROMPT_ERRORS: dict[str, type[PromptError]] = {
-    kind.code: kind
-    for kind in (
-        BadRequest,
-        UnknownModel,
-        DeadlineExceeded,
-        IdReused,
-        PromptTooLong,
-        AnswerTooLarge,
-        QueueFull,
-        Cancelled,
-        ModelFailed,
-        NoModel,
-        JournalUnavailable,
-    )
-}
-"""The classes by code. The daemon uses it to turn an error that a runner reported into the same error."""
 
 
 # --- Packages and the cache ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from edge_agent.errors import EdgeAgentError
+from edge_agent.runner.lines import LineReader
 
 MAX_LINE_BYTES = 1 << 20
 
@@ -31,7 +32,9 @@ class LineChild:
 
     def __init__(self, module: str, *arguments: str, environment: Mapping[str, str]) -> None:
         self._module = module
-        self._buffer = b""
+        self._lines = LineReader(
+            limit_bytes=MAX_LINE_BYTES, broken=lambda reason: BenchError(f"{module} wrote {reason}")
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
@@ -74,19 +77,12 @@ class LineChild:
         """
         assert self._process.stdout is not None
         descriptor, limit_s = self._process.stdout.fileno(), time.monotonic() + timeout_s
-        while b"\n" not in self._buffer:
+        while (answer := self._lines.document()) is None:
             ready, _, _ = select.select([descriptor], [], [], max(0.0, limit_s - time.monotonic()))
             if not ready:
                 raise BenchError(f"{self._module} did not answer within {timeout_s:.0f} s")
             data = os.read(descriptor, 1 << 16)
-            self._buffer += data
-            if not data or len(self._buffer) > MAX_LINE_BYTES:
+            if not data:
                 raise BenchError(f"{self._module} ended with {self._process.poll()} before it answered")
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        try:
-            answer = json.loads(line)
-        except ValueError as error:
-            raise BenchError(f"{self._module} wrote a line that is not JSON") from error
-        if not isinstance(answer, dict):
-            raise BenchError(f"{self._module} wrote a line that is not a JSON object")
+            self._lines.add(data)
         return answer

@@ -30,12 +30,12 @@ from edge_agent.chat.clock import Moment
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Answer, Prompt, Source
 from edge_agent.errors import (
-    PROMPT_ERRORS,
     DeadlineExceeded,
     JournalUnavailable,
     ModelFailed,
     PromptError,
     RunnerError,
+    error_of,
 )
 from edge_agent.runner.protocol import Delta, Done, Refused
 
@@ -346,7 +346,8 @@ class Dispatcher:
             return
         try:
             if isinstance(frame, Refused):
-                run.answer = self._refuse(run, PROMPT_ERRORS.get(frame.code, ModelFailed)(frame.message))
+                error = error_of(frame.code, frame.message, among=(PromptError,), otherwise=ModelFailed)
+                run.answer = self._refuse(run, error)
             elif isinstance(frame, Done):
                 run.answer = self._finish(run, frame)
             elif not run.abandoned.is_set():

@@ -11,7 +11,8 @@ from typing import Any
 
 from edge_agent.cache.store import Store
 from edge_agent.chat import messages
-from edge_agent.errors import PROMPT_ERRORS, EdgeAgentError, ModelFailed, NoModel, RunnerError, UnknownModel
+from edge_agent.cli.command import reported_error
+from edge_agent.errors import EdgeAgentError, ModelFailed, NoModel, RunnerError, UnknownModel
 from edge_agent.runner.process import RunnerProcess
 from edge_agent.runner.protocol import Done
 from edge_agent.serving.lifecycle import budget_of, lifecycle_of
@@ -50,11 +51,11 @@ def ask_daemon(
         if kind == "delta":
             on_text(event["text"])
         elif kind == "error":
-            raise _refusal(str(event.get("code")), str(event.get("message")), str(event.get("remedy") or ""))
+            raise reported_error(event)
         elif kind == "done":
             answer = event["answer"]
             if "error" in answer:
-                raise _refusal(answer["error"]["code"], answer["error"]["message"], "")
+                raise reported_error(answer["error"])
             return _result(question, answer, version=int(event["version"]), flavor=event["flavor"])
     raise EdgeAgentError("the daemon closed the connection without an answer")
 
@@ -144,8 +145,3 @@ def _result(question: str, answer: dict[str, Any], *, version: int, flavor: str)
         "first_token_ms": answer["timings"]["first_token_ms"],
         "tokens_per_s": answer["timings"]["tokens_per_s"],
     }
-
-
-def _refusal(code: str, message: str, remedy: str) -> EdgeAgentError:
-    kind: type[EdgeAgentError] = PROMPT_ERRORS.get(code, EdgeAgentError)
-    return kind(message, remedy=remedy)

@@ -20,8 +20,10 @@ from edge_agent.errors import (
     DeadlineExceeded,
     EdgeAgentError,
     NoModel,
+    PromptError,
     SettingsError,
     UnknownModel,
+    error_of,
 )
 from edge_agent.settings import Settings
 
@@ -46,12 +48,18 @@ class Invocation:
         return settings_module.load(self.config)
 
 
-class DaemonError(EdgeAgentError):
-    """An error that the daemon reported over the control socket, with the daemon's code."""
+def reported_error(event: Mapping[str, Any]) -> EdgeAgentError:
+    """The error that the daemon reported over the control socket.
 
-    def __init__(self, event: Mapping[str, Any]) -> None:
-        super().__init__(str(event.get("message")), remedy=str(event.get("remedy") or ""))
-        self.reported_code = str(event.get("code"))
+    Never `DaemonNotRunning`: a command that meets that one does the work by itself.
+    """
+    return error_of(
+        event.get("code"),
+        event.get("message"),
+        remedy=event.get("remedy") or "",
+        among=(PromptError, SettingsError),
+        otherwise=EdgeAgentError,
+    )
 
 
 class Command(click.Command):
@@ -81,5 +89,4 @@ def _fail(error: EdgeAgentError) -> NoReturn:
     click.echo(f"edge-agent: {error.message}", err=True)
     if error.remedy:
         click.echo(f"            {error.remedy}", err=True)
-    code = error.reported_code if isinstance(error, DaemonError) else error.code
-    sys.exit(_EXIT_CODES.get(code, FAILED))
+    sys.exit(_EXIT_CODES.get(error.code, FAILED))

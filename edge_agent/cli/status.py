@@ -12,7 +12,7 @@ import click
 import edge_agent
 from edge_agent import settings as settings_module
 from edge_agent import terminal
-from edge_agent.cli.command import NOT_RUNNING, Command, DaemonError, Invocation
+from edge_agent.cli.command import NOT_RUNNING, Command, Invocation, reported_error
 from edge_agent.errors import DaemonNotRunning, EdgeAgentError
 from edge_agent.owner import acting_as_owner_of
 from edge_agent.settings import Settings
@@ -58,7 +58,7 @@ def _status_of_daemon(settings: Settings) -> dict[str, Any]:
         if event.get("event") == "done":
             return dict(event["status"])
         if event.get("event") == "error":
-            raise DaemonError(event)
+            raise reported_error(event)
     raise EdgeAgentError("the daemon closed the connection without an answer")
 
 

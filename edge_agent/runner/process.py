@@ -28,15 +28,16 @@ from typing import Any
 
 from edge_agent import environment
 from edge_agent.errors import (
-    PROMPT_ERRORS,
     Cancelled,
     CannotRun,
     DeadlineExceeded,
     LoadFailed,
     ModelFailed,
+    PromptError,
     PromptTooLong,
     RunnerCrashed,
     RunnerError,
+    error_of,
 )
 from edge_agent.runner.protocol import (
     TURN_BYTES,
@@ -171,8 +172,8 @@ class RunnerProcess:
             return frame
         self.kill()
         if isinstance(frame, Failed):
-            kind = CannotRun if frame.code == CannotRun.code else LoadFailed
-            raise kind(f"model does not load: {frame.message}")
+            message = f"model does not load: {frame.message}"
+            raise error_of(frame.code, message, among=(CannotRun, LoadFailed), otherwise=LoadFailed)
         raise RunnerError(
             f"model did not load within {timeout_s:.0f} s" if frame is None else "runner spoke out of turn"
         )
@@ -250,7 +251,7 @@ class RunnerProcess:
         while True:
             frame = self.receive(1.0)
             if isinstance(frame, Refused):
-                raise PROMPT_ERRORS.get(frame.code, ModelFailed)(frame.message)
+                raise error_of(frame.code, frame.message, among=(PromptError,), otherwise=ModelFailed)
             if frame is not None:
                 yield frame
             if isinstance(frame, Done):

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, get_type_hints
 
 from edge_agent.errors import RunnerError
+from edge_agent.runner.lines import LineReader
 
 MAX_FRAME_BYTES = 20 << 20
 TURN_BYTES = 4096
@@ -132,7 +133,7 @@ class Done:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """The prompt has no answer: `code` is one of `errors.PROMPT_ERRORS`."""
+    """The prompt has no answer: `code` is the code of a `PromptError`."""
 
     type: ClassVar[str] = "refused"
     id: str
@@ -206,8 +207,10 @@ class FrameReader:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._buffer = bytearray()
-        self._searched = 0
+        self._lines = LineReader(
+            limit_bytes=MAX_FRAME_BYTES,
+            broken=lambda reason: RunnerError(f"instead of a frame there came {reason}"),
+        )
 
     def read(self, timeout_s: float | None) -> Frame | None:
         """The next frame, or None when none is whole within `timeout_s` (0: only what is here already).
@@ -217,9 +220,9 @@ class FrameReader:
             RunnerError: bytes that are no frame.
         """
         while True:
-            frame = self._cut()
-            if frame is not None:
-                return frame
+            line = self._lines.line()
+            if line is not None:
+                return decode(line)
             try:
                 self._connection.settimeout(timeout_s)
                 data = self._connection.recv(1 << 16)
@@ -229,19 +232,7 @@ class FrameReader:
                 raise EOFError(str(error)) from error
             if not data:
                 raise EOFError("the other side has closed")
-            self._buffer += data
-
-    def _cut(self) -> Frame | None:
-        end = self._buffer.find(b"\n", self._searched)
-        if end < 0:
-            self._searched = len(self._buffer)
-            if self._searched > MAX_FRAME_BYTES:
-                raise RunnerError(f"a frame has more than {MAX_FRAME_BYTES} bytes")
-            return None
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
-        self._searched = 0
-        return decode(line)
+            self._lines.add(data)
 
 
 def _fits(value: object, hint: Any) -> bool:

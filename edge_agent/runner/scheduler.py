@@ -17,12 +17,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edge_agent.errors import BadRequest, Cancelled, ModelFailed, PromptError, PromptTooLong
+from edge_agent.errors import BadRequest, Cancelled, ModelFailed, PromptError, PromptTooLong, by_code
 from edge_agent.runner.model import End, Lane, Model
 from edge_agent.runner.protocol import Delta, Done, Generate, Refused
 
 MAX_MESSAGE = 500
-_REQUEST_ERRORS = {"bad_request": BadRequest, "prompt_too_long": PromptTooLong}
 
 
 @dataclass(kw_only=True)
@@ -149,8 +148,8 @@ def refusal_of(error: Exception, prompts: Sequence[str]) -> PromptError:
     if isinstance(error, PromptError):
         return error
     code = str(getattr(error, "code", ""))
-    if code in _REQUEST_ERRORS:
-        return _REQUEST_ERRORS[code](str(error).removeprefix(f"{code}: "))
+    if kind := by_code(BadRequest, PromptTooLong).get(code):
+        return kind(str(error).removeprefix(f"{code}: "))
     print_frames(error, *prompts)
     if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
         # MLflow's schema check; its text has the prompt in it.

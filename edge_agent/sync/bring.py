@@ -1,36 +1,25 @@
-"""One check of one model, one process: `python -m edge_agent.sync.bring`, a job on stdin, events on stdout.
+"""One version, from wherever its files are into the cache.
 
-Flow: resolve → manifest → is it to be tried, can this host run it → reserve → fetch what is missing → trust →
-stage → commit.
-`synchronise` below reads that way. It can be killed at any moment: what was fetched is continued, what was
-not committed does not count. Refuses jobs over a bound. Stdout has events and nothing else; whatever
-libraries print goes to stderr.
-
-Events, one JSON object a line: `resolved {version, rollout}`, `progress {bytes, total_bytes, bytes_per_s,
-eta_s}` (at most five a second), `quarantined {key}` before the error of that name; then `done {…}` (fields of
-`SyncResult`), or `error {code, message, remedy}`.
+Flow: resolve → manifest → may it be tried, can this host run it → reserve → fetch what is missing → trust →
+stage → commit. `synchronise` and `bring` read that way. The process can be killed at any moment: the next one
+continues with what was fetched, and what was not committed does not count.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from edge_agent import logs
 from edge_agent.cache import eviction, fsck
 from edge_agent.cache.record import VersionRecord, key_of
 from edge_agent.cache.staging import Staging, folder_of, remove_staging, remove_superseded, staging
 from edge_agent.cache.store import Store, check_file
-from edge_agent.errors import CannotRun, EdgeAgentError, ManifestError, Quarantined, VerificationError
+from edge_agent.errors import CannotRun, ManifestError, Quarantined, VerificationError
 from edge_agent.package import manifest as manifests
 from edge_agent.package import mlmodel, trust
 from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, ManifestFile
@@ -38,13 +27,12 @@ from edge_agent.package.needs import MAX_CONFIG_BYTES, needs_of
 from edge_agent.package.reference import ROLLOUT_TAG, ModelRef, ModelVersion
 from edge_agent.package.trust import TrustDecision
 from edge_agent.runner import capability
+from edge_agent.sync import protocol
 from edge_agent.sync.fetch import Pace, fetch
-from edge_agent.sync.process import MAX_JOB_BYTES, SyncJob, SyncResult
+from edge_agent.sync.protocol import Emit, SyncJob, SyncResult
 from edge_agent.sync.registry import Listed, Package, Registry
 
 log = logging.getLogger(__name__)
-
-Emit = Callable[[dict[str, Any]], None]
 
 _PROGRESS_INTERVAL_S = 0.2
 _MAX_SIGNATURE_BYTES = 4 << 20
@@ -81,7 +69,7 @@ def synchronise(job: SyncJob, emit: Emit) -> SyncResult:
     """
     registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s)
     version = registry.resolve(ModelRef.parse(job.ref))
-    emit({"event": "resolved", "version": version.version, "rollout": version.tags.get(ROLLOUT_TAG, "")})
+    emit(protocol.resolved(version=version.version, rollout=version.tags.get(ROLLOUT_TAG, "")))
     scratch = folder_of(Store(Path(job.state_dir)), job.name, version.version) / "scratch"
     return bring(job, version, registry.package(version, scratch=scratch), emit)
 
@@ -148,7 +136,7 @@ def refuse_quarantined(job: SyncJob, version: ModelVersion, wanted: Wanted, emit
     """
     key = key_of(version.version, wanted.manifest) if wanted.manifest else ""
     if key in job.quarantined:
-        emit({"event": "quarantined", "key": key})
+        emit(protocol.quarantined(key))
         raise Quarantined(f"version {key} is in quarantine, and is not fetched again")
 
 
@@ -433,55 +421,11 @@ class _Progress:
             return
         self._next_at = now + _PROGRESS_INTERVAL_S
         self._check()
-        eta_s = pace.eta_s
         self._emit(
-            {
-                "event": "progress",
-                "bytes": min(have, pace.total_bytes),
-                "total_bytes": pace.total_bytes,
-                "bytes_per_s": round(pace.bytes_per_s),
-                "eta_s": None if eta_s is None else round(eta_s, 1),
-            }
+            protocol.progress(
+                have_bytes=have,
+                total_bytes=pace.total_bytes,
+                bytes_per_s=pace.bytes_per_s,
+                eta_s=pace.eta_s,
+            )
         )
-
-
-def _own_stdout() -> Emit:
-    """Keeps stdout for events: what any library prints from now on goes to stderr."""
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def emit(event: dict[str, Any]) -> None:
-        events.write(json.dumps(event) + "\n")
-        events.flush()
-
-    return emit
-
-
-def work(run: Callable[[SyncJob, Emit], SyncResult]) -> int:
-    """A sync process from its job on stdin to its exit code."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
-    emit = _own_stdout()
-    try:
-        job = SyncJob.parse(sys.stdin.buffer.read(MAX_JOB_BYTES + 1))
-        emit({"event": "done", **asdict(run(job, emit))})
-    except EdgeAgentError as error:
-        emit({"event": "error", "code": error.code, "message": error.message, "remedy": error.remedy})
-        return 1
-    except BrokenPipeError:
-        return 1  # nobody listens any more
-    except Exception as error:  # the process's top: the parent must hear of it
-        log.exception("sync failed")
-        emit(
-            {
-                "event": "error",
-                "code": "internal",
-                "message": f"unforeseen: {' '.join(logs.describe(error).split())}"[:2000],
-                "remedy": "",
-            }
-        )
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(work(synchronise))

@@ -1,49 +1,30 @@
-"""The daemon's side of a sync: starts `python -m edge_agent.sync.bring`, reads its events, ends it.
-
-For a version that comes as a file it is `python -m edge_agent.sync.version_file`, with the file inherited.
+"""The daemon's side of a sync: starts `python -m edge_agent.sync.child`, gives it its job, reads its events, ends it.
 
 Importing MLflow costs 120 MB and a second, and a dead registry can block for minutes: so the work is another
 process, and this one only reads JSON lines. Flow: start with an environment from an allow-list → the job on
-stdin → events until done or error → a process that is too slow, too talkative or not wanted any more is
+stdin → events until done or error → a process that is too slow, too talkative or no longer wanted is
 killed. Killing is safe at every moment: see `sync/bring.py`. Refuses: lines over `MAX_LINE_BYTES`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import IO
 
 from edge_agent import environment
-from edge_agent.errors import (
-    CacheBusy,
-    CannotRun,
-    ContentError,
-    EdgeAgentError,
-    ManifestError,
-    PolicyError,
-    Quarantined,
-    SettingsError,
-    StoreError,
-    SyncStopped,
-    TransportError,
-    UnknownReference,
-    VerificationError,
-)
+from edge_agent.errors import EdgeAgentError, SettingsError, SyncStopped, TransportError
+from edge_agent.runner.lines import LineReader
+from edge_agent.sync.protocol import MAX_EVENTS, MAX_LINE_BYTES, Emit, Event, SyncJob, SyncResult, outcome_of
 
 log = logging.getLogger(__name__)
 
-MAX_LINE_BYTES = 64 << 10
-MAX_JOB_BYTES = 256 << 10
-MAX_EVENTS = 1_000_000
 _STEP_S = 0.2
 _EXIT_WAIT_S = 5.0
 _STDERR_TAIL_BYTES = 4_000
@@ -69,128 +50,12 @@ ENVIRONMENT_NAMES = (
 ENVIRONMENT_PREFIXES = ("MLFLOW_TRACKING_", "MLFLOW_S3_", "AWS_", "AZURE_", "GOOGLE_")
 """Credentials of the registry and of artifact stores."""
 
-_ERRORS: dict[str, type[EdgeAgentError]] = {
-    kind.code: kind
-    for kind in (
-        CacheBusy,
-        CannotRun,
-        ContentError,
-        EdgeAgentError,
-        ManifestError,
-        PolicyError,
-        Quarantined,
-        SettingsError,
-        StoreError,
-        TransportError,
-        UnknownReference,
-        VerificationError,
-    )
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegistryJob:
-    """Which registry, and how long one request or one stalled read may take."""
-
-    uri: str
-    timeout_s: float = 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrustJob:
-    """`[trust]` of the settings."""
-
-    public_keys: tuple[str, ...] = ()
-    allow_unsigned_code: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheJob:
-    """`[cache]` of the settings, as far as a sync needs it."""
-
-    quota_bytes: int = 20_000_000_000
-    min_free_bytes: int = 500_000_000
-    max_bytes_per_s: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyncJob:
-    """One model to bring up to date.
-
-    Attributes:
-        name: the settings' model name.
-        ref: what to resolve, `models:/…`.
-        bundle: descriptor of an open file that has the version, None where the registry has it.
-        fallback: `ref` is the model's fallback.
-        check_host: ask whether this host can run the version, before it is fetched.
-        running: key of the active version, which this host can run; empty for none.
-        quarantined: keys of versions that are not fetched: they would not be tried.
-    """
-
-    state_dir: str
-    registry: RegistryJob
-    name: str
-    ref: str
-    trust: TrustJob = TrustJob()
-    cache: CacheJob = CacheJob()
-    bundle: int | None = None
-    fallback: bool = False
-    check_host: bool = False
-    running: str = ""
-    quarantined: tuple[str, ...] = ()
-
-    def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
-
-    @classmethod
-    def parse(cls, data: bytes) -> SyncJob:
-        """Reads what `encode` wrote.
-
-        Raises:
-            SettingsError: it is too large or has other fields.
-        """
-        if len(data) > MAX_JOB_BYTES:
-            raise SettingsError(f"the sync job has more than {MAX_JOB_BYTES} bytes")
-        try:
-            fields = json.loads(data)
-            trust = fields.pop("trust", {})
-            return cls(
-                registry=RegistryJob(**fields.pop("registry")),
-                trust=TrustJob(**{**trust, "public_keys": tuple(trust.get("public_keys", ()))}),
-                cache=CacheJob(**fields.pop("cache", {})),
-                quarantined=tuple(fields.pop("quarantined", ())),
-                **fields,
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise SettingsError(f"the sync job is not understood: {error}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyncResult:
-    """A version that is whole, verified and committed.
-
-    Attributes:
-        key: names the version in `state.json` and in the store.
-        bytes_fetched: what came over the network now.
-        bytes_reused: what was in the cache already.
-        new: False when the version had been committed before.
-    """
-
-    name: str
-    version: int
-    digest: str
-    key: str
-    bytes: int
-    bytes_fetched: int
-    bytes_reused: int
-    new: bool
-
 
 def run_sync(
     job: SyncJob,
     *,
     timeout_s: float,
-    on_event: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    on_event: Emit = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> SyncResult:
     """Runs one sync to its end in a process of its own.
@@ -213,11 +78,11 @@ def run_sync(
     stderr = _Tail()
     with _started(job) as process:
         for event in _events(process, job, stderr, time.monotonic() + timeout_s, should_stop):
-            kind = event.get("event")
-            if kind == "done":
-                return _result(event)
-            if kind == "error":
-                raise _error(event)
+            outcome = outcome_of(event)
+            if isinstance(outcome, EdgeAgentError):
+                raise outcome
+            if outcome:
+                return outcome
             on_event(event)
         status = _ended(process)
     log.warning("sync died model=%s status=%s stderr=%r", job.name, status, stderr.text)
@@ -261,19 +126,18 @@ def _sendable(variables: dict[str, str]) -> dict[str, str]:
 @contextlib.contextmanager
 def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
     """The process, with its job on stdin; it is dead when the block ends."""
-    module = "edge_agent.sync.bring" if job.bundle is None else "edge_agent.sync.version_file"
     with _memory_file("sync") as stdin:  # a pipe would block on a job larger than its buffer
         stdin.write(job.encode())
         stdin.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", "edge_agent.sync.child"],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=child_environment(),
             cwd="/",
             close_fds=True,
-            pass_fds=() if job.bundle is None else (job.bundle,),
+            pass_fds=() if job.version_file is None else (job.version_file,),
             start_new_session=True,
         )
         try:
@@ -311,29 +175,30 @@ def _events(
     stderr: _Tail,
     deadline: float,
     should_stop: Callable[[], bool],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Event]:
     """Events until the process closes its stdout."""
-    for number, line in enumerate(_lines(process, job, stderr, deadline, should_stop)):
-        if number >= MAX_EVENTS:
-            raise EdgeAgentError(f"the sync of {job.name} sent more than {MAX_EVENTS} events")
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise EdgeAgentError(f"the sync of {job.name} wrote a line that is not JSON") from error
-        if not isinstance(event, dict):
-            raise EdgeAgentError(f"the sync of {job.name} wrote a line that is not an object")
-        yield event
+    count = 0
+    lines = LineReader(
+        limit_bytes=MAX_LINE_BYTES,
+        broken=lambda reason: EdgeAgentError(f"the sync of {job.name} wrote {reason}"),
+    )
+    for data in _output(process, job, stderr, deadline, should_stop):
+        lines.add(data)
+        while (event := lines.document()) is not None:
+            count += 1
+            if count > MAX_EVENTS:
+                raise EdgeAgentError(f"the sync of {job.name} sent more than {MAX_EVENTS} events")
+            yield event
 
 
-def _lines(
+def _output(
     process: subprocess.Popen[bytes],
     job: SyncJob,
     stderr: _Tail,
     deadline: float,
     should_stop: Callable[[], bool],
 ) -> Iterator[bytes]:
-    """Lines of stdout; what comes on stderr is kept for the case that it dies."""
-    buffer = b""
+    """What comes on stdout; what comes on stderr is kept for the case that it dies."""
     with selectors.DefaultSelector() as selector:
         for pipe in (process.stdout, process.stderr):
             selector.register(_descriptor(pipe), selectors.EVENT_READ)
@@ -352,12 +217,7 @@ def _lines(
                 elif key.fd == _descriptor(process.stderr):
                     stderr.add(chunk)
                 else:
-                    *lines, buffer = (buffer + chunk).split(b"\n")
-                    yield from lines
-                    if len(buffer) > MAX_LINE_BYTES:
-                        raise EdgeAgentError(
-                            f"the sync of {job.name} wrote a line over {MAX_LINE_BYTES} bytes"
-                        )
+                    yield chunk
 
 
 def _descriptor(pipe: IO[bytes] | None) -> int:
@@ -370,15 +230,3 @@ def _ended(process: subprocess.Popen[bytes]) -> int | None:
         return process.wait(_EXIT_WAIT_S)
     except subprocess.TimeoutExpired:
         return None
-
-
-def _result(event: Mapping[str, Any]) -> SyncResult:
-    try:
-        return SyncResult(**{key: event[key] for key in SyncResult.__dataclass_fields__})
-    except KeyError as error:
-        raise EdgeAgentError(f"the sync's last event has no {error}") from error
-
-
-def _error(event: Mapping[str, Any]) -> EdgeAgentError:
-    kind = _ERRORS.get(str(event.get("code")), EdgeAgentError)
-    return kind(str(event.get("message", "the sync failed")), remedy=str(event.get("remedy", "")))

@@ -9,8 +9,8 @@ of any other kind or name, and a header over a bound.
 Any tar shows what is in it. The header is read block by block here: extended headers, which may be as large
 as the file, have no place in it.
 
-Files are descriptors here: who asks opens them, so that a daemon that may see neither a home nor a stick can
-be asked. `python -m edge_agent.sync.version_file` is a sync process that takes its package from such a file.
+Files are descriptors here: whoever asks opens them, so the daemon, which can see neither a home folder nor a USB
+stick, can be asked too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import hashlib
 import io
 import os
 import stat
-import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,14 +36,15 @@ from edge_agent.errors import ContentError, ManifestError, StoreError, Verificat
 from edge_agent.package import manifest as manifests
 from edge_agent.package.manifest import ManifestFile
 from edge_agent.package.reference import ModelRef, ModelVersion
-from edge_agent.sync.bring import Emit, bring, work
-from edge_agent.sync.process import SyncJob, SyncResult
+from edge_agent.sync.bring import bring
+from edge_agent.sync.protocol import Emit, SyncJob, SyncResult
 from edge_agent.sync.registry import CHUNK_BYTES, Listed, PastTheEnd, RequestRefused, Stream
 
 HEADER_NAME = "version.json"
 BLOB_PREFIX = "blobs/"
 ORIGIN = "bundle:"
-"""A record's `registry_uri`, for a version that came from a file: a registry's word is not taken for it."""
+"""The `registry_uri` of a version that came from a file, so that no registry vouches for it. Records on disk have
+this word."""
 
 _MAX_HEADER_BYTES = 4 << 20
 _BLOCK = tarfile.BLOCKSIZE
@@ -64,7 +64,7 @@ def export_version(
 ) -> int:
     """Writes a committed version into an open file; every byte is verified on its way out.
 
-    What an error leaves in the file is no bundle: the caller removes it.
+    After an error the file is not whole: the caller removes it.
 
     Args:
         descriptor: of an empty regular file, open for writing.
@@ -95,17 +95,17 @@ def export_version(
 
 
 def read_version(descriptor: int) -> ModelVersion:
-    """Which version a bundle says it has; its bytes are not looked at.
+    """Which version a file says it has; its bytes are not looked at.
 
     Raises:
-        ContentError: it is no bundle.
+        ContentError: it is not a version file.
         StoreError: it cannot be read.
     """
     with _opened(descriptor) as stream:
-        return read_bundle(stream).version
+        return read_package(stream).version
 
 
-def import_bundle(job: SyncJob, descriptor: int, emit: Emit = lambda event: None) -> SyncResult:
+def import_version(job: SyncJob, descriptor: int, emit: Emit = lambda event: None) -> SyncResult:
     """Brings the version in a file into the cache, by the same way as one from a registry.
 
     Args:
@@ -121,16 +121,11 @@ def import_bundle(job: SyncJob, descriptor: int, emit: Emit = lambda event: None
         StoreError: the file cannot be read, or the cache cannot take it.
     """
     with _opened(descriptor) as stream:
-        package = read_bundle(stream)
+        package = read_package(stream)
         version = package.version
         if ModelRef(name=version.name, version=version.version) != ModelRef.parse(job.ref):
             raise ManifestError(f"the file has {version.name!r} version {version.version}, not {job.ref}")
         return bring(job, version, package, emit, promised=package.manifest)
-
-
-def main() -> int:
-    """The process: like a sync, with the bundle inherited as an open file."""
-    return work(lambda job, emit: import_bundle(job, -1 if job.bundle is None else job.bundle, emit))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +136,8 @@ class _Member:
     size_bytes: int
 
 
-class BundlePackage:
-    """A package in an open bundle; see `registry.Package`."""
+class FilePackage:
+    """A package in an open version file; see `Package`."""
 
     whole_files = False
 
@@ -181,16 +176,16 @@ class BundlePackage:
             yield chunk
 
 
-def read_bundle(stream: IO[bytes]) -> BundlePackage:
+def read_package(stream: IO[bytes]) -> FilePackage:
     """Reads the header and finds every blob, without reading it.
 
     Raises:
-        ContentError: it is not a bundle, or has anything that a bundle has not.
+        ContentError: it is not a version file, or has something in it that a version file has not.
     """
     size_bytes = stream.seek(0, io.SEEK_END)
     name, header = _member(stream, 0, size_bytes)
     if name != HEADER_NAME or header.size_bytes > _MAX_HEADER_BYTES:
-        raise ContentError(f"the file does not begin with {HEADER_NAME}: it is no bundle of a model version")
+        raise ContentError(f"the file does not begin with {HEADER_NAME}: it is not a version file")
     try:
         record = records.parse(_read(stream, header.offset, header.size_bytes))
     except StoreError as error:
@@ -211,7 +206,7 @@ def read_bundle(stream: IO[bytes]) -> BundlePackage:
         position = _end(member)
     if _read(stream, position, _BLOCK).strip(b"\0"):
         raise ContentError("the file has more members than its manifest names")
-    return BundlePackage(stream, record, members)
+    return FilePackage(stream, record, members)
 
 
 def _member(stream: IO[bytes], position: int, file_bytes: int) -> tuple[str, _Member]:
@@ -222,7 +217,7 @@ def _member(stream: IO[bytes], position: int, file_bytes: int) -> tuple[str, _Me
         info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.HeaderError, ValueError) as error:
         raise ContentError(
-            f"the file is no bundle of a model version, or ends early, at byte {position}",
+            f"the file is not a version file, or ends early, at byte {position}",
             remedy="make it with `edge-agent models export`",
         ) from error
     if info.type not in _REGULAR:
@@ -311,7 +306,3 @@ def _verified_chunks(path: Path, file: ManifestFile) -> Iterator[bytes]:
         raise VerificationError(
             f"{file.path!r} of the version is damaged", remedy="`edge-agent models verify`"
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

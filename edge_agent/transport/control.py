@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import ControlSocketError, DaemonNotRunning, DaemonRunning, EdgeAgentError
+from edge_agent.runner.lines import LineReader
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +202,10 @@ def _send_request(connection: socket.socket, line: bytes, file: int | None) -> N
 
 def _lines(connection: socket.socket, files: list[int] | None = None) -> Iterator[dict[str, Any]]:
     """Documents as they come; with `files`, one open file may come along and is put there."""
-    buffer = bytearray()
+    lines = LineReader(
+        limit_bytes=MAX_LINE_BYTES,
+        broken=lambda reason: EdgeAgentError(f"the control socket brought {reason}"),
+    )
     while True:
         try:
             data = connection.recv(1 << 16) if files is None else _receive(connection, files)
@@ -209,13 +213,9 @@ def _lines(connection: socket.socket, files: list[int] | None = None) -> Iterato
             return
         if not data:
             return
-        buffer += data
-        while (end := buffer.find(b"\n")) >= 0:
-            line = bytes(buffer[:end])
-            del buffer[: end + 1]
-            yield _decode(line)
-        if len(buffer) > MAX_LINE_BYTES:
-            raise EdgeAgentError(f"a control line has more than {MAX_LINE_BYTES} bytes")
+        lines.add(data)
+        while (document := lines.document()) is not None:
+            yield document
 
 
 def _receive(connection: socket.socket, files: list[int]) -> bytes:
@@ -224,16 +224,6 @@ def _receive(connection: socket.socket, files: list[int]) -> bytes:
     if len(files) > 1:
         raise EdgeAgentError("a request brings more than one file")
     return data
-
-
-def _decode(line: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise EdgeAgentError("a control line is not JSON") from error
-    if not isinstance(document, dict):
-        raise EdgeAgentError("a control line is not an object")
-    return document
 
 
 def _encode(document: Mapping[str, Any]) -> bytes:

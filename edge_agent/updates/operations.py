@@ -18,7 +18,7 @@ from edge_agent.package.reference import MODEL_NAME
 from edge_agent.serving.lifecycle import ModelLifecycle, lifecycles_of
 from edge_agent.settings import Settings
 from edge_agent.sync import version_file
-from edge_agent.sync.process import SyncResult
+from edge_agent.sync.protocol import SyncResult
 from edge_agent.updates.updates import Updates
 
 OnEvent = Callable[[Mapping[str, Any]], None]

@@ -36,7 +36,8 @@ from edge_agent.serving.lifecycle import ModelLifecycle
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import Settings
 from edge_agent.sync import version_file
-from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob, run_sync
+from edge_agent.sync.process import run_sync
+from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
 from edge_agent.updates import choice
 from edge_agent.updates.turn import Turn
 
@@ -245,7 +246,7 @@ class Updates:
                 self._job(name, fallback=fallback),
                 registry=RegistryJob(uri=version_file.ORIGIN),
                 ref=str(wanted.at_version(version.version)),
-                bundle=file,
+                version_file=file,
             )
             result = self._bring(job, on_event)
             if fallback:

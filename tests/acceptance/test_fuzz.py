@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 
 from edge_agent.chat import messages
-from edge_agent.errors import PROMPT_ERRORS, PromptError
+from edge_agent.errors import PromptError, by_code
 from tests.support.client import Client, Message, chat, connected
 from tests.support.generated_messages import Properties, examples, payloads, properties
 from tests.support.mosquitto import Broker
@@ -29,7 +29,7 @@ WINDOW = 20
 SPAIN = "What is the capital of Spain?"
 MADRID = "The capital of Spain is Madrid."
 MAX_CORRELATION_BYTES = 64
-STATUSES = {str(kind.status) for kind in PROMPT_ERRORS.values()} - {"500", "503"} | {"200"}
+STATUSES = {str(kind.status) for kind in by_code(PromptError).values()} - {"500", "503"} | {"200"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ import psutil  # type: ignore[import-untyped]
 
 from edge_agent.package import trust
 from edge_agent.sync import process as sync_process
-from edge_agent.sync.process import SyncJob
+from edge_agent.sync.protocol import SyncJob
 from tests.support.device import Device
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.packages import WEIGHTS, add_manifest, make_package
@@ -49,7 +49,7 @@ class Run:
 def sync(job: SyncJob) -> Run:
     began = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "edge_agent.sync.bring"],
+        [sys.executable, "-m", "edge_agent.sync.child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=sync_process.child_environment(),

@@ -13,7 +13,7 @@ from edge_agent.cache.staging import folder_of
 from edge_agent.cache.store import check_file
 from edge_agent.errors import PolicyError, VerificationError
 from edge_agent.package import trust
-from edge_agent.sync.process import TrustJob
+from edge_agent.sync.protocol import TrustJob
 from tests.support.device import Device
 from tests.support.packages import GENAI_CONFIG, WEIGHTS, make_package
 

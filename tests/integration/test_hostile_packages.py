@@ -18,7 +18,7 @@ import pytest
 from edge_agent.cache import fsck
 from edge_agent.errors import ContentError, ManifestError, PolicyError, VerificationError
 from edge_agent.package import trust
-from edge_agent.sync.process import TrustJob
+from edge_agent.sync.protocol import TrustJob
 from tests.support.device import Changes, Device
 from tests.support.keys import KeyPair, make_keys, sign
 from tests.support.packages import CONFIG, GENAI_CONFIG, MLMODEL, WEIGHTS, add_manifest, make_package

@@ -14,7 +14,7 @@ from edge_agent.package import trust
 from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
 from edge_agent.settings import ModelSettings, Settings
 from edge_agent.sync.bring import bring
-from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, SyncResult
+from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult
 from edge_agent.sync.registry import LocalPackage
 from edge_agent.updates.operations import run_operation, without_daemon
 from tests.support.packages import add_manifest, make_package

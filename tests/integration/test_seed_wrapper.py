@@ -15,7 +15,7 @@ from edge_agent.errors import PolicyError
 from edge_agent.package.trust import Rule
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Done, Load
-from edge_agent.sync.process import TrustJob
+from edge_agent.sync.protocol import TrustJob
 from tests.support.device import Device
 from tests.support.elsewhere import run_elsewhere
 from tests.support.keys import KeyPair, make_keys, sign

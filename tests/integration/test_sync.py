@@ -38,7 +38,8 @@ from edge_agent.errors import (
 from edge_agent.package import trust
 from edge_agent.sync import process as sync_process
 from edge_agent.sync.bring import synchronise
-from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, SyncResult, run_sync
+from edge_agent.sync.process import run_sync
+from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
 from tests.support.mlflow_server import Server
 from tests.support.packages import GENAI_CONFIG, MLMODEL, WEIGHTS, add_manifest, make_package, register
 from tests.support.processes import free_port, wait_until
@@ -283,7 +284,7 @@ def test_hostile_content_is_refused_with_its_reason(device: Device, changes: Cha
 
 def test_a_version_that_today_s_policy_refuses_is_not_waved_through(device: Device) -> None:
     device.publish({"genai_pyfunc.py": "print()"})
-    open_job = replace(device.job, trust=sync_process.TrustJob(allow_unsigned_code=True))
+    open_job = replace(device.job, trust=TrustJob(allow_unsigned_code=True))
     assert device.check(open_job).new
     with pytest.raises(PolicyError):
         device.check()
@@ -325,7 +326,7 @@ def test_a_damaged_blob_is_fetched_again_and_only_it(device: Device) -> None:
 
 def running_sync(job: SyncJob) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "edge_agent.sync.bring"],
+        [sys.executable, "-m", "edge_agent.sync.child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -437,7 +438,7 @@ def test_a_sqlite_registry_that_does_not_exist_is_not_made(tmp_path: Path) -> No
 
 def test_a_job_that_is_no_job_is_an_error_event(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "edge_agent.sync.bring"],
+        [sys.executable, "-m", "edge_agent.sync.child"],
         input=b'{"no": "job"}',
         capture_output=True,
         env=sync_process.child_environment(),

@@ -18,7 +18,7 @@ from edge_agent.cache import fsck
 from edge_agent.cache.store import Store
 from edge_agent.errors import CacheBusy, StoreError, TransportError, VerificationError
 from edge_agent.sync import fetch, process
-from edge_agent.sync.process import CacheJob
+from edge_agent.sync.protocol import CacheJob
 from tests.support.device import Device
 from tests.support.http_faults import FaultyProxy, HttpFault, Plan, faulty_proxy
 from tests.support.mlflow_server import Server
@@ -171,7 +171,7 @@ def test_bytes_that_a_power_loss_spoiled_are_not_gone_on_with(
 LIMITED_SYNC = """
 import resource, runpy, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-runpy.run_module("edge_agent.sync.bring", run_name="__main__")
+runpy.run_module("edge_agent.sync.child", run_name="__main__")
 """
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from edge_agent.cache.store import Store
 from edge_agent.package import trust
 from edge_agent.sync.bring import synchronise
-from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
+from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
 from tests.support.packages import add_manifest, make_package, register
 
 Changes = Mapping[str, bytes | str | None]
@@ -32,7 +32,7 @@ class Device:
         self.folder = folder
         self.model = f"phi-{uuid.uuid4().hex[:8]}"
         self.store = Store(folder / "state")
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Mapping[str, Any]] = []
         self.artifact_root = artifacts.as_uri() if artifacts else ""
         self._count = 0
 

@@ -21,7 +21,7 @@ from edge_agent.package import trust
 from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
 from edge_agent.sync import version_file
 from edge_agent.sync.bring import bring, synchronise
-from edge_agent.sync.process import CacheJob, RegistryJob, SyncJob
+from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob
 from edge_agent.sync.registry import LocalPackage
 from tests.support.packages import WEIGHTS, add_manifest, make_package, register
 
@@ -223,7 +223,7 @@ class Scenarios:
         elsewhere = self._folder / "elsewhere"
         self._sync_and_adopt(elsewhere, 4, Reported())
         store = Store(elsewhere)
-        with durable.replacing(self._folder / "file.bundle") as descriptor:
+        with durable.replacing(self._folder / "version.tar") as descriptor:
             version_file.export_version(store, store.versions(NAME)[0], descriptor)
         self._sync_and_adopt(state, 3, Reported())
 
@@ -235,8 +235,8 @@ class Scenarios:
             ref=f"models:/{MODEL}/4",
             cache=CacheJob(min_free_bytes=0),
         )
-        with (self._folder / "file.bundle").open("rb") as stream:
-            key = version_file.import_bundle(job, stream.fileno()).key
+        with (self._folder / "version.tar").open("rb") as stream:
+            key = version_file.import_version(job, stream.fileno()).key
         _adopt(Store(state), key, reported)
         _tidy(Store(state))
 

@@ -11,7 +11,7 @@ import edge_agent
 from edge_agent import device_status
 from edge_agent.cache.state import ModelState
 from edge_agent.cli import command
-from edge_agent.errors import PROMPT_ERRORS
+from edge_agent.errors import PromptError, by_code
 from edge_agent.serving.seat import Serving
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text("utf-8")
@@ -48,7 +48,7 @@ def test_every_error_code_is_on_the_page() -> None:
         for kind in tree_of(path):
             if isinstance(kind, ast.ClassDef):
                 codes |= {code for node in kind.body for code in assigned_codes(node)}
-    assert set(PROMPT_ERRORS) < codes
+    assert set(by_code(PromptError)) < codes
     assert len(codes) > 25
     assert codes == described("Error codes") - {"code"}
 

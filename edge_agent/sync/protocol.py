@@ -1,0 +1,198 @@
+"""What the daemon and a sync say to each other: one job on stdin, then events on stdout, one JSON object a line.
+
+Pure. An event says what it is in its `event`:
+
+    resolved      version, rollout: what the reference means now
+    progress      bytes, total_bytes, bytes_per_s, eta_s: at most five a second
+    quarantined   key: this version is not fetched; the error of that name follows
+    done          the fields of `SyncResult`, and the process ends
+    error         code, message, remedy, and the process ends
+
+Both sides treat the other's bytes as input: jobs and lines have a bound, and a last event with missing or wrong
+fields is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
+
+from edge_agent.errors import (
+    CannotRun,
+    ContentError,
+    EdgeAgentError,
+    SettingsError,
+    StoreError,
+    TransportError,
+    UnknownReference,
+    error_of,
+)
+
+MAX_JOB_BYTES = 256 << 10
+MAX_LINE_BYTES = 64 << 10
+MAX_EVENTS = 1_000_000
+_MAX_TEXT = 2_000
+
+_FAMILIES = (CannotRun, ContentError, SettingsError, StoreError, TransportError, UnknownReference)
+"""Of errors that a sync may report; anything else is the root's."""
+
+Event = Mapping[str, Any]
+Emit = Callable[[Event], None]
+"""Takes the events of a sync, in their order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistryJob:
+    """Which registry, and how long one request or one stalled read may take."""
+
+    uri: str
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustJob:
+    """`[trust]` of the settings."""
+
+    public_keys: tuple[str, ...] = ()
+    allow_unsigned_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheJob:
+    """`[cache]` of the settings, as far as a sync needs it."""
+
+    quota_bytes: int = 20_000_000_000
+    min_free_bytes: int = 500_000_000
+    max_bytes_per_s: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncJob:
+    """One model to bring up to date.
+
+    Attributes:
+        name: the settings' model name.
+        ref: what to resolve, `models:/…`.
+        version_file: descriptor of an open file that has the version, None where the registry has it.
+        fallback: `ref` is the model's fallback.
+        check_host: ask whether this host can run the version, before it is fetched.
+        running: key of the active version, which this host can run; empty for none.
+        quarantined: keys of versions that are not fetched: they would not be tried.
+    """
+
+    state_dir: str
+    registry: RegistryJob
+    name: str
+    ref: str
+    trust: TrustJob = TrustJob()
+    cache: CacheJob = CacheJob()
+    version_file: int | None = None
+    fallback: bool = False
+    check_host: bool = False
+    running: str = ""
+    quarantined: tuple[str, ...] = ()
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> SyncJob:
+        """Reads what `encode` wrote.
+
+        Raises:
+            SettingsError: it is too large or has other fields.
+        """
+        if len(data) > MAX_JOB_BYTES:
+            raise SettingsError(f"the sync job has more than {MAX_JOB_BYTES} bytes")
+        try:
+            fields = json.loads(data)
+            trust = fields.pop("trust", {})
+            return cls(
+                registry=RegistryJob(**fields.pop("registry")),
+                trust=TrustJob(**{**trust, "public_keys": tuple(trust.get("public_keys", ()))}),
+                cache=CacheJob(**fields.pop("cache", {})),
+                quarantined=tuple(fields.pop("quarantined", ())),
+                **fields,
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise SettingsError(f"the sync job is not understood: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncResult:
+    """A version that is whole, verified and committed.
+
+    Attributes:
+        key: names the version in `state.json` and in the store.
+        bytes_fetched: what came over the network now.
+        bytes_reused: what was in the cache already.
+        new: False when the version had been committed before.
+    """
+
+    name: str
+    version: int
+    digest: str
+    key: str
+    bytes: int
+    bytes_fetched: int
+    bytes_reused: int
+    new: bool
+
+
+_RESULT_TYPES = get_type_hints(SyncResult)
+
+
+def resolved(*, version: int, rollout: str) -> Event:
+    return {"event": "resolved", "version": version, "rollout": rollout}
+
+
+def progress(*, have_bytes: int, total_bytes: int, bytes_per_s: float, eta_s: float | None) -> Event:
+    return {
+        "event": "progress",
+        "bytes": min(have_bytes, total_bytes),
+        "total_bytes": total_bytes,
+        "bytes_per_s": round(bytes_per_s),
+        "eta_s": None if eta_s is None else round(eta_s, 1),
+    }
+
+
+def quarantined(key: str) -> Event:
+    return {"event": "quarantined", "key": key}
+
+
+def done(result: SyncResult) -> Event:
+    return {"event": "done", **asdict(result)}
+
+
+def failed(error: EdgeAgentError) -> Event:
+    return {
+        "event": "error",
+        "code": error.code,
+        "message": error.message[:_MAX_TEXT],
+        "remedy": error.remedy[:_MAX_TEXT],
+    }
+
+
+def encode(event: Event) -> bytes:
+    """One line, its newline included."""
+    return json.dumps(event, separators=(",", ":")).encode() + b"\n"
+
+
+def outcome_of(event: Event) -> SyncResult | EdgeAgentError | None:
+    """What a last event says; None for any other event.
+
+    Raises:
+        EdgeAgentError: a `done` has missing or wrong fields.
+    """
+    if event.get("event") == "error":
+        message, remedy = event.get("message", "the sync failed"), event.get("remedy", "")
+        return error_of(event.get("code"), message, remedy=remedy, among=_FAMILIES, otherwise=EdgeAgentError)
+    if event.get("event") != "done":
+        return None
+    fields: dict[str, Any] = {name: event.get(name) for name in _RESULT_TYPES}
+    wrong = [name for name, value in fields.items() if type(value) is not _RESULT_TYPES[name]]
+    if wrong:
+        raise EdgeAgentError(f"the sync's last event has no {', '.join(wrong)}, or a wrong one")
+    return SyncResult(**fields)
