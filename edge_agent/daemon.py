@@ -46,7 +46,8 @@ from edge_agent.topics import Topics
 from edge_agent.transport.control import Call, ControlServer
 from edge_agent.transport.control_prompts import Probes
 from edge_agent.transport.credentials import read_password
-from edge_agent.transport.mqtt import Inbound, MqttTransport
+from edge_agent.transport.inbound import Inbound
+from edge_agent.transport.mqtt import MqttTransport
 from edge_agent.updates import choice
 from edge_agent.updates.operations import Operations, run_operation
 from edge_agent.updates.updates import Updates
@@ -371,7 +372,7 @@ class Daemon:
     # --- The control socket ----------------------------------------------------------------------------
 
     def _on_status(self, call: Call) -> None:
-        call.send("done", status=self._status.full(broker=self._broker_document()))
+        call.send("done", status=self._status.full(broker=self._mqtt.status()))
 
     def _on_probe(self, call: Call) -> None:
         fields = call.request
@@ -400,16 +401,6 @@ class Daemon:
         call.send("done", result=result)
 
     # --- Status and metrics ----------------------------------------------------------------------------
-
-    def _broker_document(self) -> dict[str, Any]:
-        return {
-            "host": self._settings.mqtt.host,
-            "port": self._settings.mqtt.port,
-            "connected": self._mqtt.connected,
-            "problem": self._mqtt.problem,
-            "refused_topics": list(self._mqtt.refused_topics),
-            "answers_refused": self._mqtt.counters["answers_refused"],
-        }
 
     def _publish_status(self, now_s: float) -> None:
         """At each change of what people act on; numbers that always change come along at intervals."""

@@ -26,9 +26,10 @@ from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Arrival, Prompt, Source
 from edge_agent.settings import MqttSettings
 from edge_agent.topics import Topics
-from edge_agent.transport import mqtt, reconnect
+from edge_agent.transport import outbox, reconnect
 from edge_agent.transport.credentials import read_password
-from edge_agent.transport.mqtt import Handler, Inbound, MqttTransport
+from edge_agent.transport.inbound import Handler, Inbound
+from edge_agent.transport.mqtt import MqttTransport
 from tests.acceptance.conftest import settings_for, wait_for_state
 from tests.support.client import Client, Message, chat, connected
 from tests.support.mosquitto import Broker, running_broker
@@ -352,7 +353,7 @@ def test_a_burst_of_refusals_leaves_no_message_without_its_ack(
     own_broker: Broker, short_dir: Path, monkeypatch: pytest.MonkeyPatch, qos: int
 ) -> None:
     """16 un-acked messages are the Receive Maximum: after them the broker delivers nothing of QoS 1 any more."""
-    monkeypatch.setattr(mqtt, "MAX_REFUSALS", 4)
+    monkeypatch.setattr(outbox, "MAX_REFUSALS", 4)
     device, come, started = f"burst{qos}", threading.Event(), threading.Event()
     waiting, burst = 20, 8  # the first of QoS 0 fill the window of what may be in flight
     log = own_broker.log_text

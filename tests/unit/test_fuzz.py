@@ -31,7 +31,7 @@ from edge_agent.errors import BadRequest, ModelFailed, PromptError, PromptTooLon
 from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
 from edge_agent.topics import Topics
-from edge_agent.transport.mqtt import Inbound
+from edge_agent.transport.inbound import Inbound
 from tests.support.processes import short_folder
 
 LIMIT_BYTES = 102_400
