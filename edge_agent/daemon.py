@@ -25,6 +25,7 @@ from edge_agent import environment
 from edge_agent.cache.store import Store
 from edge_agent.chat import clock, messages
 from edge_agent.chat.dispatcher import Dispatcher, Outlet
+from edge_agent.chat.fields import ID_PATTERN
 from edge_agent.chat.intake import Intake, identity, make_id
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Answer, Source
@@ -45,7 +46,8 @@ from edge_agent.topics import Topics
 from edge_agent.transport.control import Call, ControlServer
 from edge_agent.transport.control_prompts import Probes
 from edge_agent.transport.credentials import read_password
-from edge_agent.transport.mqtt import Inbound, MqttTransport
+from edge_agent.transport.inbound import Inbound
+from edge_agent.transport.mqtt import MqttTransport
 from edge_agent.updates import choice
 from edge_agent.updates.operations import Operations, run_operation
 from edge_agent.updates.updates import Updates
@@ -261,11 +263,12 @@ class Daemon:
             log.warning("retained request dropped topic=%s", message.topic)
             return
         limit_bytes = self._settings.limits.payload_bytes
-        given_id, reply_to = messages.envelope_of(message.payload, limit_bytes=limit_bytes)
+        body = messages.read(message.payload, limit_bytes=limit_bytes)
+        given_id, reply_to = body.id, body.reply_to
         request_id = given_id or _id_from(message.correlation) or make_id()
         topic = self._topics.response(request_id)
         try:
-            request, topic = self._read(message, topic)
+            request, topic = self._read(message, body, topic)
             acceptance = self._intake.take(
                 request,
                 request_id=request_id,
@@ -283,11 +286,11 @@ class Daemon:
             # What a client got wrong is named to the client: its words may be a prompt's.
             reason = "" if isinstance(error, BadRequest | UnknownModel) else error.message
             log.info("prompt refused request=%s code=%s reason=%r", request_id, error.code, reason)
-            self._refuse(message, request_id, reply_to, error)
+            self._refuse(message, body, request_id, reply_to, error)
             return
         except Exception:
             log.exception("prompt failed request=%s bytes=%d", request_id, len(message.payload))
-            self._refuse(message, request_id, reply_to, ModelFailed("the agent failed on this request"))
+            self._refuse(message, body, request_id, reply_to, ModelFailed("the agent failed on this request"))
             return
         if acceptance.new:
             log.info("prompt accepted request=%s row=%d", request_id, acceptance.row)
@@ -296,7 +299,7 @@ class Daemon:
             self._mqtt.counters["repeated"] += 1
             self._mqtt.answered(acceptance.row)
 
-    def _read(self, message: Inbound, topic: str) -> tuple[messages.Request, str]:
+    def _read(self, message: Inbound, body: messages.Body, topic: str) -> tuple[messages.Request, str]:
         """The request and its answer topic.
 
         Raises:
@@ -307,14 +310,16 @@ class Daemon:
             named = self._topics.check_answer_topic(named)
         if message.correlation is not None and len(message.correlation) > MAX_CORRELATION_BYTES:
             raise BadRequest(f"Correlation Data has more than {MAX_CORRELATION_BYTES} bytes")
-        request = messages.parse(message.payload, limit_bytes=self._settings.limits.payload_bytes)
+        request = body.request()
         if named is None and request.reply_to is not None:
             named = self._topics.check_answer_topic(request.reply_to)
         return request, named or topic
 
-    def _refuse(self, message: Inbound, request_id: str, reply_to: str | None, error: PromptError) -> None:
+    def _refuse(
+        self, message: Inbound, body: messages.Body, request_id: str, reply_to: str | None, error: PromptError
+    ) -> None:
         """Says why, where the client waits for it if that is allowed."""
-        form = messages.form_of(message.payload)
+        form = body.form
         topic = self._topics.response(request_id)
         with contextlib.suppress(BadRequest):
             topic = self._topics.check_answer_topic(message.response_topic or reply_to or topic)
@@ -367,7 +372,7 @@ class Daemon:
     # --- The control socket ----------------------------------------------------------------------------
 
     def _on_status(self, call: Call) -> None:
-        call.send("done", status=self._status.full(broker=self._broker_document()))
+        call.send("done", status=self._status.full(broker=self._mqtt.status()))
 
     def _on_probe(self, call: Call) -> None:
         fields = call.request
@@ -396,16 +401,6 @@ class Daemon:
         call.send("done", result=result)
 
     # --- Status and metrics ----------------------------------------------------------------------------
-
-    def _broker_document(self) -> dict[str, Any]:
-        return {
-            "host": self._settings.mqtt.host,
-            "port": self._settings.mqtt.port,
-            "connected": self._mqtt.connected,
-            "problem": self._mqtt.problem,
-            "refused_topics": list(self._mqtt.refused_topics),
-            "answers_refused": self._mqtt.counters["answers_refused"],
-        }
 
     def _publish_status(self, now_s: float) -> None:
         """At each change of what people act on; numbers that always change come along at intervals."""
@@ -473,7 +468,7 @@ def _id_from(correlation: bytes | None) -> str | None:
         text = correlation.decode("ascii") if correlation else ""
     except UnicodeDecodeError:
         return None
-    return text if messages.ID_PATTERN.fullmatch(text) else None
+    return text if ID_PATTERN.fullmatch(text) else None
 
 
 def _logged(name: str, target: Callable[[], None]) -> Callable[[], None]:

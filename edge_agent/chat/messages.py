@@ -1,32 +1,24 @@
-"""Requests, completions, chunks and errors of the MQTT contract: parse and encode. Pure.
+"""Requests, completions, chunks and errors of the MQTT contract: read and encoded. Pure.
 
-Owns the wire shapes (the seed's `llm/v1/chat` and prompt forms, plain text) and the rules for each field.
-Refuses what it does not know, by name: an ignored field is a wrong answer later.
+Owns the wire shapes (the seed's `llm/v1/chat` and prompt forms, plain text); the rule of each field is in `fields.py`.
+Refuses what it does not know, by name: a field that is ignored today is a wrong answer tomorrow.
 
-    payload bytes → `parse` → Request → `Request.document` → the runner
-    runner's text and usage → `completion` → answer bytes
+    payload bytes → `read` → Body → `Body.request` → Request → `Request.document` → the runner
+    the runner's text and usage → `completion` → answer bytes
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NoReturn
+from typing import Any
 
+from edge_agent.chat.fields import FIELDS, ID_PATTERN, check_id, check_text, check_topic, shown
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 
-ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-ROLES = ("system", "user", "assistant")
-
 MAX_DEPTH = 64
-MAX_MESSAGES = 256
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
-MAX_TOPIC_BYTES = 512
-MAX_DEADLINE_MS = 7 * 86_400_000
 
 _BLANK = b" \t\r\n"
 
@@ -68,29 +60,63 @@ class Request:
         return {**self.content, **self.options}
 
 
-def parse(payload: bytes, *, limit_bytes: int) -> Request:
-    """Reads a request; the first non-blank byte `{` means JSON, anything else is a plain-text prompt.
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """The body of a message, read once. What it asks may be refused; how and where to say so is known all the same.
+
+    Attributes:
+        form: JSON or plain text, of a refusal as well.
+        outcome: the request, or why it is refused.
+        id: what a JSON body says, where it can be read and could be an id.
+        reply_to: what a JSON body says, where it can be read; not checked.
+    """
+
+    form: Form
+    outcome: Request | PromptError
+    id: str | None = None
+    reply_to: str | None = None
+
+    def request(self) -> Request:
+        """The request.
+
+        Raises:
+            PromptTooLong: more bytes than allowed.
+            BadRequest: not UTF-8, malformed JSON, or an unknown or invalid field, which is named.
+        """
+        if isinstance(self.outcome, PromptError):
+            raise self.outcome
+        return self.outcome
+
+
+def read(payload: bytes, *, limit_bytes: int) -> Body:
+    """Reads a body. One whose first non-blank byte is `{` is JSON; anything else is a plain-text prompt.
 
     Args:
-        payload: the message's body as it arrived.
+        payload: as it arrived.
         limit_bytes: `limits.payload_bytes`.
-
-    Raises:
-        PromptTooLong: more than `limit_bytes`.
-        BadRequest: not UTF-8, malformed JSON, or an unknown or invalid field, which is named.
     """
-    if len(payload) > limit_bytes:
-        raise PromptTooLong(f"the request has {len(payload)} bytes, at most {limit_bytes} are allowed")
-    if not payload.strip(_BLANK):
-        raise BadRequest("the request is empty")
+    form = Form.JSON if payload.lstrip(_BLANK).startswith(b"{") else Form.TEXT
     try:
-        text = payload.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRequest(f"the request is not UTF-8 (byte {error.start})") from error
-    if payload.lstrip(_BLANK).startswith(b"{"):
-        return _parse_object(_load_json(text))
-    _check_text("the request", text)
-    return Request(form=Form.TEXT, content={"messages": [{"role": "user", "content": text.strip()}]})
+        text = _decode(payload, limit_bytes)
+        if form is Form.TEXT:
+            check_text("the request", text)
+            chat = [{"role": "user", "content": text.strip()}]
+            return Body(form=form, outcome=Request(form=form, content={"messages": chat}))
+    except PromptError as error:
+        return Body(form=form, outcome=error)
+    document, problem = _load_json(text)
+    given_id, reply_to = document.get("id"), document.get("reply_to")
+    return Body(
+        form=form,
+        outcome=problem or _request_or_problem(document),
+        id=given_id if isinstance(given_id, str) and ID_PATTERN.fullmatch(given_id) else None,
+        reply_to=reply_to if isinstance(reply_to, str) else None,
+    )
+
+
+def parse(payload: bytes, *, limit_bytes: int) -> Request:
+    """The request of a body; raises as `Body.request` does."""
+    return read(payload, limit_bytes=limit_bytes).request()
 
 
 def parse_cancel(payload: bytes) -> tuple[str | None, str | None]:
@@ -100,34 +126,18 @@ def parse_cancel(payload: bytes) -> tuple[str | None, str | None]:
         BadRequest: it is not that.
     """
     try:
-        document = _load_json(payload.decode("utf-8"))
+        document, problem = _load_json(payload.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRequest("the cancel is not UTF-8") from error
+    if problem is not None:
+        raise problem
     if not set(document) <= {"id", "reply_to"}:
         raise BadRequest("a cancel has the fields id and reply_to")
     request_id, reply_to = document.get("id"), document.get("reply_to")
     return (
-        _id("id", request_id) if request_id is not None else None,
-        _topic("reply_to", reply_to) if reply_to is not None else None,
+        check_id("id", request_id) if request_id is not None else None,
+        check_topic("reply_to", reply_to) if reply_to is not None else None,
     )
-
-
-def form_of(payload: bytes) -> Form:
-    """The form in which an error about this payload is written, even when `parse` refuses it."""
-    return Form.JSON if payload.lstrip(_BLANK).startswith(b"{") else Form.TEXT
-
-
-def envelope_of(payload: bytes, *, limit_bytes: int) -> tuple[str | None, str | None]:
-    """`id` and `reply_to` of a JSON request that `parse` may refuse for another reason, where they can be read."""
-    if len(payload) > limit_bytes or form_of(payload) is Form.TEXT:
-        return None, None
-    try:
-        document = json.loads(payload.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None, None
-    request_id, reply_to = document.get("id"), document.get("reply_to")
-    good_id = isinstance(request_id, str) and ID_PATTERN.fullmatch(request_id)
-    return request_id if good_id else None, reply_to if isinstance(reply_to, str) else None
 
 
 def completion(
@@ -237,11 +247,11 @@ def encode_answer(document: dict[str, Any], form: Form) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-# --- Parsing, field by field ---------------------------------------------------------------------------
+# --- Reading JSON -------------------------------------------------------------------------------------------
 
 
 def _depth(value: object) -> int:
-    """Levels of nesting, counted without recursion: what is deep must not break who reads it later."""
+    """Levels of nesting, counted without recursion: a deep document must not break those who read it later."""
     depth, level = 0, [value]
     while level:
         depth += 1
@@ -254,37 +264,56 @@ def _depth(value: object) -> int:
     return depth
 
 
-def _load_json(text: str) -> dict[str, Any]:
+def _decode(payload: bytes, limit_bytes: int) -> str:
+    if len(payload) > limit_bytes:
+        raise PromptTooLong(f"the request has {len(payload)} bytes, at most {limit_bytes} are allowed")
+    if not payload.strip(_BLANK):
+        raise BadRequest("the request is empty")
     try:
-        document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except BadRequest:
-        raise
+        return payload.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the request is not UTF-8 (byte {error.start})") from error
+
+
+def _load_json(text: str) -> tuple[dict[str, Any], BadRequest | None]:
+    """The document, and the first thing that is wrong with it as JSON; empty where it could not be read at all."""
+    problems: list[str] = []
+
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        document = dict(pairs)
+        if len(document) != len(pairs):
+            problems.append("the request has a field twice")
+        return document
+
+    def no_constant(name: str) -> None:
+        problems.append(f"{name} is not JSON")
+
+    document: Any = None
+    try:
+        document = json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise BadRequest(f"the request is not JSON{where}") from error
+        problems.append(f"the request is not JSON{where}")
     if not isinstance(document, dict):
-        raise BadRequest("it is not a JSON object")
-    if _depth(document) > MAX_DEPTH:
-        raise BadRequest(f"the request is nested more than {MAX_DEPTH} levels deep")
-    return document
+        problems.append("it is not a JSON object")
+        document = {}
+    elif _depth(document) > MAX_DEPTH:
+        problems.append(f"the request is nested more than {MAX_DEPTH} levels deep")
+    return document, BadRequest(problems[0]) if problems else None
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise BadRequest("the request has a field twice")
-    return document
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise BadRequest(f"{name} is not JSON")
+def _request_or_problem(document: dict[str, Any]) -> Request | PromptError:
+    try:
+        return _parse_object(document)
+    except PromptError as error:
+        return error
 
 
 def _parse_object(document: dict[str, Any]) -> Request:
-    unknown = sorted(set(document) - set(_FIELDS))
+    unknown = sorted(set(document) - set(FIELDS))
     if unknown:
-        raise BadRequest(f"unknown field {', '.join(_shown(name) for name in unknown[:8])}")
-    given = {name: _FIELDS[name](name, value) for name, value in document.items() if value is not None}
+        raise BadRequest(f"unknown field {', '.join(shown(name) for name in unknown[:8])}")
+    given = {name: FIELDS[name](name, value) for name, value in document.items() if value is not None}
     if ("messages" in given) == ("prompt" in given):
         raise BadRequest("give either messages or prompt")
     content: dict[str, Any] = {name: given.pop(name) for name in ("messages", "prompt") if name in given}
@@ -295,150 +324,3 @@ def _parse_object(document: dict[str, Any]) -> Request:
         if name in given
     }
     return Request(form=Form.JSON, content=content, options=given, **envelope)
-
-
-def _messages(name: str, value: object) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
-        raise BadRequest(f"{name} must be a list of 1 to {MAX_MESSAGES} messages")
-    return [_message(f"{name}[{index}]", item) for index, item in enumerate(value)]
-
-
-def _message(name: str, value: object) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise BadRequest(f"{name} must be an object")
-    unknown = sorted(set(value) - {"role", "content", "name"})
-    if unknown:
-        raise BadRequest(f"unknown field {name}.{_shown(unknown[0])}")
-    if value.get("role") not in ROLES:
-        raise BadRequest(f"{name}.role must be one of {', '.join(ROLES)}")
-    message = {"role": value["role"], "content": _text(f"{name}.content", value.get("content"))}
-    if value.get("name") is not None:
-        message["name"] = _text(f"{name}.name", value["name"])
-    return message
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise BadRequest(f"{name} must be a string")
-    _check_text(name, value)
-    return value
-
-
-def _check_text(name: str, value: str) -> None:
-    """NUL cuts a prompt short in the tokenizer without a word; lone surrogates are no text."""
-    if "\0" in value:
-        raise BadRequest(f"{name} has a NUL character")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRequest(f"{name} has a lone surrogate") from error
-
-
-def _prompt(name: str, value: object) -> str:
-    text = _text(name, value)
-    if not text:
-        raise BadRequest(f"{name} is empty")
-    return text
-
-
-def _stops(name: str, value: object) -> list[str]:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
-        raise BadRequest(f"{name} must be a list of at most {MAX_STOPS} strings")
-    for stop in stops:
-        if not 0 < len(_text(name, stop)) <= MAX_STOP_CHARACTERS:
-            raise BadRequest(f"a string in {name} must have 1 to {MAX_STOP_CHARACTERS} characters")
-    return stops
-
-
-def _number(low: float, high: float, *, above: bool = False) -> Callable[[str, object], float]:
-    def check(name: str, value: object) -> float:
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not low <= value <= high or (above and value == low):  # type: ignore[operator]
-            raise BadRequest(f"{name} must be a number {'above' if above else 'from'} {low:g} to {high:g}")
-        return float(value)  # type: ignore[arg-type]
-
-    return check
-
-
-def _integer(low: int, high: int) -> Callable[[str, object], int]:
-    def check(name: str, value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise BadRequest(f"{name} must be a whole number from {low} to {high}")
-        return value
-
-    return check
-
-
-def _boolean(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise BadRequest(f"{name} must be true or false")
-    return value
-
-
-def _one(name: str, value: object) -> int:
-    if value != 1 or isinstance(value, bool | float):
-        raise BadRequest(f"{name} must be 1: one answer for each prompt")
-    return 1
-
-
-def _id(name: str, value: object) -> str:
-    if not isinstance(value, str) or not ID_PATTERN.fullmatch(value):
-        raise BadRequest(f"{name} must be 1 to 64 letters, digits, '_', '.', '-'")
-    return value
-
-
-def _name(name: str, value: object) -> str:
-    text = _text(name, value)
-    if not 0 < len(text) <= 250:
-        raise BadRequest(f"{name} must have 1 to 250 characters")
-    return text
-
-
-def _topic(name: str, value: object) -> str:
-    text = _text(name, value)
-    if not 0 < len(text.encode()) <= MAX_TOPIC_BYTES:
-        raise BadRequest(f"{name} must have 1 to {MAX_TOPIC_BYTES} bytes")
-    return text
-
-
-def _response_format(name: str, value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise BadRequest(f"{name} must be an object")
-    kind = value.get("type")
-    keys = {"text": {"type"}, "json_schema": {"type", "json_schema"}, "regex": {"type", "regex"}}.get(
-        kind if isinstance(kind, str) else ""
-    )
-    if keys is None:
-        raise BadRequest(f"{name}.type must be text, json_schema or regex")
-    if set(value) != keys:
-        raise BadRequest(f"{name} of type {kind} has exactly the fields {', '.join(sorted(keys))}")
-    if kind == "regex":
-        _text(f"{name}.regex", value["regex"])
-    if kind == "json_schema" and not isinstance(value["json_schema"], dict):
-        raise BadRequest(f"{name}.json_schema must be an object")
-    return value
-
-
-def _shown(name: str) -> str:
-    return json.dumps(name[:40])
-
-
-_FIELDS: dict[str, Callable[[str, object], Any]] = {
-    "messages": _messages,
-    "prompt": _prompt,
-    "temperature": _number(0, 2),
-    "max_tokens": _integer(1, 1 << 20),
-    "stop": _stops,
-    "n": _one,
-    "stream": _boolean,
-    "top_p": _number(0, 1, above=True),
-    "top_k": _integer(1, 1 << 20),
-    "seed": _integer(0, (1 << 31) - 1),
-    "response_format": _response_format,
-    "model": _name,
-    "id": _id,
-    "reply_to": _topic,
-    "deadline_ms": _integer(1, MAX_DEADLINE_MS),
-}
-"""Every field of a request and its rule."""

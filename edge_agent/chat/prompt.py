@@ -1,6 +1,6 @@
-"""A prompt's values on its way through the agent: as it arrives, waits, and is answered. Frozen.
+"""The values of a prompt on its way through the agent: as it arrives, waits, and is answered. All are frozen.
 
-The journal makes rows of them and gives them back; transports and dispatchers pass them on.
+The journal turns them into rows and back; transports and dispatchers pass them on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Source(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """A broker's delivery of one message: what recognises it when it is delivered again."""
+    """A broker's delivery of one message: what identifies the message when it is delivered again."""
 
     session: str
     mid: int
@@ -37,21 +37,17 @@ class Delivery:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arrival:
-    """A checked prompt on its way into the journal.
+class Submission:
+    """What a client asked, and where the answer goes.
 
     Attributes:
         id: the client's, or one that the agent made.
-        identity: digest of (answer topic, correlation or id), None where the client gave neither.
-        body_sha256: of the message's body as it came.
+        model: configured name.
         document: what the runner gets.
-        deadline_s: seconds from now.
-        topic_made: the client named no answer topic; a redelivery then comes with another made one.
+        form: how the request was written, and so how its answer is.
     """
 
     id: str
-    identity: bytes | None
-    body_sha256: bytes
     source: Source
     model: str
     document: dict[str, Any]
@@ -59,24 +55,31 @@ class Arrival:
     stream: bool
     answer_topic: str
     correlation: bytes | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival(Submission):
+    """A checked prompt on its way into the journal.
+
+    Attributes:
+        identity: digest of (answer topic, correlation or id), None where the client gave neither.
+        body_sha256: of the message's body as it came.
+        deadline_s: seconds from now.
+        topic_made: the client named no answer topic, so a redelivery comes with a different one.
+    """
+
+    identity: bytes | None
+    body_sha256: bytes
     deadline_s: float
     delivery: Delivery | None = None
     topic_made: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """A row as the rest of the agent sees it."""
+class Prompt(Submission):
+    """A prompt in the journal, as the rest of the agent sees it."""
 
     row: int
-    id: str
-    source: Source
-    model: str
-    document: dict[str, Any]
-    form: messages.Form
-    stream: bool
-    answer_topic: str
-    correlation: bytes | None
     state: State
     attempts: int
     accepted_wall_s: float
@@ -92,9 +95,16 @@ class Answer:
     properties: dict[str, str]
 
     @classmethod
-    def of_error(cls, prompt_id: str, form: messages.Form, error: PromptError) -> Answer:
+    def of(cls, document: dict[str, Any], form: messages.Form, *, status: int, **properties: str) -> Answer:
+        """An answer document in the form in which the request was written."""
+        return cls(
+            payload=messages.encode_answer(document, form), properties={"status": str(status), **properties}
+        )
+
+    @classmethod
+    def of_error(cls, prompt_id: str, form: messages.Form, error: PromptError, **properties: str) -> Answer:
         document = messages.error_document(prompt_id, error)
-        return cls(payload=messages.encode_answer(document, form), properties={"status": str(error.status)})
+        return cls.of(document, form, status=error.status, **properties)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +121,7 @@ class Outgoing:
 
 @dataclass(frozen=True, kw_only=True)
 class Acceptance:
-    """What became of an arrival: a new row, or the one that it repeats."""
+    """What became of an arrival: a new row, or the row of the prompt that it repeats."""
 
     row: int
     new: bool

@@ -9,6 +9,19 @@ from edge_agent.errors import SettingsError
 from edge_agent.settings import MqttSettings
 
 
+class _ClosingSocket(ssl.SSLSocket):
+    """Closes when its handshake fails: paho forgets such a socket without closing it."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise  # not over yet
+        except BaseException:
+            self.close()
+            raise
+
+
 def read_password(settings: MqttSettings, credential: Path | None) -> str | None:
     """The broker's password: `mqtt.password_file`, else the systemd credential `mqtt-password`.
 
@@ -25,7 +38,8 @@ def read_password(settings: MqttSettings, credential: Path | None) -> str | None
 
 
 def tls_context(settings: MqttSettings) -> ssl.SSLContext | None:
-    """TLS when `mqtt.ca_file` is set: the broker's certificate and name are always verified.
+    """TLS where `mqtt.ca_file` is set. The broker's certificate and name are always verified; a socket whose
+    handshake fails is closed.
 
     Raises:
         SettingsError: a file cannot be loaded; its key is named.
@@ -35,6 +49,7 @@ def tls_context(settings: MqttSettings) -> ssl.SSLContext | None:
     key = "mqtt.ca_file"
     try:
         context = ssl.create_default_context(cafile=settings.ca_file)
+        context.sslsocket_class = _ClosingSocket
         if settings.cert_file:
             key = "mqtt.cert_file, mqtt.key_file"
             context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: "")

@@ -19,8 +19,8 @@ import pytest
 
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer
-from edge_agent.transport import mqtt, reconnect
-from edge_agent.transport.mqtt import Inbound
+from edge_agent.transport import outbox, reconnect
+from edge_agent.transport.inbound import Inbound
 from tests.support.client import Client, Message, chat, connected
 from tests.support.mosquitto import Broker, running_broker
 from tests.support.mqtt_agent import Agent, Recorder
@@ -253,7 +253,7 @@ def test_a_burst_of_refusals_leaves_no_message_without_its_ack(
     own_broker: Broker, short_dir: Path, monkeypatch: pytest.MonkeyPatch, qos: int
 ) -> None:
     """16 un-acked messages are the Receive Maximum: after them the broker delivers nothing of QoS 1 any more."""
-    monkeypatch.setattr(mqtt, "MAX_REFUSALS", 4)
+    monkeypatch.setattr(outbox, "MAX_REFUSALS", 4)
     device, come, started = f"burst{qos}", threading.Event(), threading.Event()
     waiting, burst = 20, 8  # the first of QoS 0 fill the window of what may be in flight
     log = own_broker.log_text

@@ -15,7 +15,8 @@ from edge_agent.chat.prompt import Answer, Arrival, Prompt, Source
 from edge_agent.settings import MqttSettings
 from edge_agent.topics import Topics
 from edge_agent.transport.credentials import read_password
-from edge_agent.transport.mqtt import Handler, Inbound, MqttTransport
+from edge_agent.transport.inbound import Handler, Inbound
+from edge_agent.transport.mqtt import MqttTransport
 from tests.support.processes import wait_until
 
 

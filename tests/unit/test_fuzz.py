@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from edge_agent import settings as settings_module
 from edge_agent.chat import clock, messages
+from edge_agent.chat.fields import ID_PATTERN
 from edge_agent.chat.intake import identity
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form, Request
@@ -28,7 +29,7 @@ from edge_agent.errors import BadRequest, ModelFailed, PromptError, PromptTooLon
 from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
 from edge_agent.topics import Topics
-from edge_agent.transport.mqtt import Inbound
+from edge_agent.transport.inbound import Inbound
 from tests.support.generated_messages import (
     LIMIT_BYTES,
     Properties,
@@ -63,16 +64,16 @@ def variants(whole: bytes, seed: int) -> Iterator[bytes]:
 
 def read(payload: bytes) -> Request | PromptError:
     """The request, or its refusal; both must be fit for the way back to the client."""
-    form = messages.form_of(payload)
+    body = messages.read(payload, limit_bytes=LIMIT_BYTES)
     try:
-        request = messages.parse(payload, limit_bytes=LIMIT_BYTES)
+        request = body.request()
     except PromptError as error:
         assert isinstance(error, BadRequest | PromptTooLong)
         document = messages.error_document("x", error)
         assert document == json.loads(messages.encode(document))
         assert messages.encode_answer(document, Form.TEXT).startswith(b"error 4")
         return error
-    assert request.form is form
+    assert request.form is body.form
     return request
 
 
@@ -94,7 +95,7 @@ def test_every_cancel_is_read_or_refused(whole: bytes, seed: int) -> None:
             request_id, reply_to = messages.parse_cancel(payload)
         except BadRequest:
             continue
-        assert request_id is None or messages.ID_PATTERN.fullmatch(request_id)
+        assert request_id is None or ID_PATTERN.fullmatch(request_id)
         assert reply_to is None or reply_to
 
 

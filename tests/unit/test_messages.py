@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.chat import messages
+from edge_agent.chat.fields import FIELDS
 from edge_agent.chat.messages import Form
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong, QueueFull
 
@@ -125,8 +126,34 @@ def test_no_bytes_raise_anything_but_the_contracts_errors(payload: bytes) -> Non
         assert error.status in (400, 413)
     else:
         json.dumps(request.document).encode()
-    assert messages.form_of(payload) in Form
-    messages.envelope_of(payload, limit_bytes=LIMIT)
+    assert messages.read(payload, limit_bytes=LIMIT).form in Form
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        '"surprise": 1',
+        '"prompt": NaN',
+        '"prompt": 5',
+        '"stop": 1, "stop": 2',
+        '"stop": ' + "[" * 70 + "]" * 70,
+    ],
+    ids=["unknown", "constant", "wrong", "twice", "deep"],
+)
+def test_a_refused_body_still_says_who_asks_and_where_the_answer_goes(rest: str) -> None:
+    payload = f'{{"id": "r-1", "reply_to": "replies/a", {rest}}}'.encode()
+    body = messages.read(payload, limit_bytes=LIMIT)
+    assert isinstance(body.outcome, BadRequest)
+    assert (body.form, body.id, body.reply_to) == (Form.JSON, "r-1", "replies/a")
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b'{"id": "r-1"', b'{"id": "r 1"}', b'{"id": 1, "reply_to": 2}', b'{"id": "r-1", "x": "\xff"}', b"text"],
+)
+def test_what_cannot_be_read_of_a_body_is_not_guessed(payload: bytes) -> None:
+    body = messages.read(payload, limit_bytes=LIMIT)
+    assert (body.id, body.reply_to) == (None, None)
 
 
 _json = st.recursive(
@@ -136,7 +163,7 @@ _json = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from([*messages._FIELDS, "other"]), _json, max_size=6))
+@given(st.dictionaries(st.sampled_from([*FIELDS, "other"]), _json, max_size=6))
 def test_no_json_object_raises_anything_but_the_contracts_errors(document: dict[str, object]) -> None:
     try:
         request = parse(json.dumps(document).encode())

@@ -1,0 +1,169 @@
+"""The fields of a request and the rule of each. Pure.
+
+A rule takes the field's name and its value, and gives the value to go on with. It refuses by the field's name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from edge_agent.errors import BadRequest
+
+ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+ROLES = ("system", "user", "assistant")
+
+MAX_MESSAGES = 256
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_TOPIC_BYTES = 512
+MAX_DEADLINE_MS = 7 * 86_400_000
+
+
+def _messages(name: str, value: object) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
+        raise BadRequest(f"{name} must be a list of 1 to {MAX_MESSAGES} messages")
+    return [_message(f"{name}[{index}]", item) for index, item in enumerate(value)]
+
+
+def _message(name: str, value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise BadRequest(f"{name} must be an object")
+    unknown = sorted(set(value) - {"role", "content", "name"})
+    if unknown:
+        raise BadRequest(f"unknown field {name}.{shown(unknown[0])}")
+    if value.get("role") not in ROLES:
+        raise BadRequest(f"{name}.role must be one of {', '.join(ROLES)}")
+    message = {"role": value["role"], "content": _text(f"{name}.content", value.get("content"))}
+    if value.get("name") is not None:
+        message["name"] = _text(f"{name}.name", value["name"])
+    return message
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise BadRequest(f"{name} must be a string")
+    check_text(name, value)
+    return value
+
+
+def check_text(name: str, value: str) -> None:
+    """NUL cuts a prompt short in the tokenizer without a word; lone surrogates are no text."""
+    if "\0" in value:
+        raise BadRequest(f"{name} has a NUL character")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRequest(f"{name} has a lone surrogate") from error
+
+
+def _prompt(name: str, value: object) -> str:
+    text = _text(name, value)
+    if not text:
+        raise BadRequest(f"{name} is empty")
+    return text
+
+
+def _stops(name: str, value: object) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+        raise BadRequest(f"{name} must be a list of at most {MAX_STOPS} strings")
+    for stop in stops:
+        if not 0 < len(_text(name, stop)) <= MAX_STOP_CHARACTERS:
+            raise BadRequest(f"a string in {name} must have 1 to {MAX_STOP_CHARACTERS} characters")
+    return stops
+
+
+def _number(low: float, high: float, *, above: bool = False) -> Callable[[str, object], float]:
+    def check(name: str, value: object) -> float:
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        if not good or not low <= value <= high or (above and value == low):  # type: ignore[operator]
+            raise BadRequest(f"{name} must be a number {'above' if above else 'from'} {low:g} to {high:g}")
+        return float(value)  # type: ignore[arg-type]
+
+    return check
+
+
+def _integer(low: int, high: int) -> Callable[[str, object], int]:
+    def check(name: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise BadRequest(f"{name} must be a whole number from {low} to {high}")
+        return value
+
+    return check
+
+
+def _boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise BadRequest(f"{name} must be true or false")
+    return value
+
+
+def _one(name: str, value: object) -> int:
+    if value != 1 or isinstance(value, bool | float):
+        raise BadRequest(f"{name} must be 1: one answer for each prompt")
+    return 1
+
+
+def check_id(name: str, value: object) -> str:
+    if not isinstance(value, str) or not ID_PATTERN.fullmatch(value):
+        raise BadRequest(f"{name} must be 1 to 64 letters, digits, '_', '.', '-'")
+    return value
+
+
+def _name(name: str, value: object) -> str:
+    text = _text(name, value)
+    if not 0 < len(text) <= 250:
+        raise BadRequest(f"{name} must have 1 to 250 characters")
+    return text
+
+
+def check_topic(name: str, value: object) -> str:
+    text = _text(name, value)
+    if not 0 < len(text.encode()) <= MAX_TOPIC_BYTES:
+        raise BadRequest(f"{name} must have 1 to {MAX_TOPIC_BYTES} bytes")
+    return text
+
+
+def _response_format(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadRequest(f"{name} must be an object")
+    kind = value.get("type")
+    keys = {"text": {"type"}, "json_schema": {"type", "json_schema"}, "regex": {"type", "regex"}}.get(
+        kind if isinstance(kind, str) else ""
+    )
+    if keys is None:
+        raise BadRequest(f"{name}.type must be text, json_schema or regex")
+    if set(value) != keys:
+        raise BadRequest(f"{name} of type {kind} has exactly the fields {', '.join(sorted(keys))}")
+    if kind == "regex":
+        _text(f"{name}.regex", value["regex"])
+    if kind == "json_schema" and not isinstance(value["json_schema"], dict):
+        raise BadRequest(f"{name}.json_schema must be an object")
+    return value
+
+
+def shown(name: str) -> str:
+    return json.dumps(name[:40])
+
+
+FIELDS: dict[str, Callable[[str, object], Any]] = {
+    "messages": _messages,
+    "prompt": _prompt,
+    "temperature": _number(0, 2),
+    "max_tokens": _integer(1, 1 << 20),
+    "stop": _stops,
+    "n": _one,
+    "stream": _boolean,
+    "top_p": _number(0, 1, above=True),
+    "top_k": _integer(1, 1 << 20),
+    "seed": _integer(0, (1 << 31) - 1),
+    "response_format": _response_format,
+    "model": _name,
+    "id": check_id,
+    "reply_to": check_topic,
+    "deadline_ms": _integer(1, MAX_DEADLINE_MS),
+}
+"""Every field of a request and its rule."""

@@ -1,0 +1,354 @@
+"""One connection to the broker: a paho client from CONNECT to its end. The only importer of paho in the daemon.
+
+Owns the client, its socket, and what this connection has told the broker and not heard back about. Nothing of it
+outlives it: no mid and no unsent message of a dead connection can reach the next one.
+
+    dial → select → paho reads and writes → events → … → close
+
+Refuses to trust callbacks: an exception in one would end paho's reading without a sign.
+Sources: MQTT 5.0 §3.1–3.14; paho-mqtt 2.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from edge_agent.chat.messages import Form
+from edge_agent.chat.prompt import Delivery
+from edge_agent.settings import MqttSettings
+from edge_agent.transport.inbound import Inbound
+from edge_agent.transport.reconnect import Ending
+
+log = logging.getLogger(__name__)
+
+RECEIVE_MAXIMUM = 16
+MAX_IN_FLIGHT = 16
+PACKET_OVERHEAD_BYTES = 128
+
+_CONNECT_TIMEOUT_S = 10.0
+_TURN_S = 1.0
+_CONNACK_S = 15.0
+_TAKEN_OVER = 0x8E
+_UNSUPPORTED_PROTOCOL = (0x84, 0x01)
+_CONTENT_TYPES = {Form.JSON: "application/json", Form.TEXT: "text/plain"}
+
+
+class _Client(paho.Client):
+    """paho, except for a message whose properties it cannot read: that one is acked and passed over.
+
+    paho itself ends the connection over it, and the broker delivers the message again, for ever. It takes U+FEFF
+    for malformed, which MQTT 5.0 §1.5.4 allows and brokers pass on.
+
+    Attributes:
+        on_unreadable: told the error.
+    """
+
+    on_unreadable: Callable[[Exception], None]
+
+    def _handle_publish(self) -> MQTTErrorCode:
+        try:
+            return super()._handle_publish()
+        except Exception as error:  # noqa: BLE001 - only decoding is unguarded, and it raises whatever it likes
+            packet = self._in_packet["packet"]
+            topic_end = 2 + int.from_bytes(packet[:2], "big")
+            mid = int.from_bytes(packet[topic_end : topic_end + 2], "big")
+            self.on_unreadable(error)
+            return self.ack(mid, (self._in_packet["command"] & 0x06) >> 1)
+
+
+class Events(Protocol):
+    """What a connection tells its owner, in the network thread."""
+
+    def on_accepted(self, connection: Connection, *, session_present: bool) -> None: ...
+
+    def on_subscribed(self, codes: list[ReasonCode]) -> None: ...
+
+    def on_message(self, connection: Connection, message: paho.MQTTMessage) -> None: ...
+
+    def on_published(self, connection: Connection, mid: int, code: ReasonCode) -> None: ...
+
+    def on_unreadable(self, error: Exception) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Connection:
+    """Only the network thread touches it.
+
+    Attributes:
+        connected: the broker has accepted it.
+        ended: why it is over; empty while it is not.
+        session: name of the broker's session that mids belong to.
+        in_flight: mid → journal row, None for what is no answer of the journal.
+        ack_after: mid of a refusal → mid of the message that it refuses.
+        delivering: journal row → the request's id, of an answer that is in flight.
+        refused_rows: answers that the broker did not take.
+    """
+
+    client: _Client
+    version5: bool
+    started_s: float
+    connected: bool = False
+    ended: str = ""
+    taken_over: bool = False
+    unsupported: bool = False
+    refused: bool = False
+    silent: bool = False
+    session: str = ""
+    max_packet_bytes: int = 268_435_455
+    max_in_flight: int = MAX_IN_FLIGHT
+    in_flight: dict[int, int | None] = field(default_factory=dict)
+    ack_after: dict[int, int] = field(default_factory=dict)
+    delivering: dict[int, str] = field(default_factory=dict)
+    refused_rows: set[int] = field(default_factory=set)
+    refused_at_s: float = 0.0
+
+    def turn(self, wake: socket.socket, send_due: Callable[[Connection], None]) -> None:
+        """Waits for the socket or for `wake`, reads, writes, and then sends what is due.
+
+        Args:
+            wake: readable when something is due.
+            send_due: called while the broker listens.
+        """
+        client = self.client
+        sock = client.socket()
+        if sock is None:
+            self.ended = self.ended or "connection lost"
+            return
+        pending = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
+        writing = [sock] if client.want_write() else []
+        try:
+            readable, writable, _ = select.select([sock, wake], writing, [], 0 if pending else _TURN_S)
+        except (OSError, ValueError):
+            self.ended = "connection lost"
+            return
+        if wake in readable:
+            with contextlib.suppress(BlockingIOError):
+                wake.recv(4096)
+        try:
+            if sock in readable or pending:
+                client.loop_read()
+            if sock in writable:
+                client.loop_write()
+            client.loop_misc()
+            if self.connected and not self.ended:
+                send_due(self)
+        except Exception as error:  # noqa: BLE001 - paho raises on malformed packets; the connection is at fault
+            log.warning("mqtt connection failed error=%r", error)
+            self.ended = f"protocol error: {error!r}"
+        if not self.connected and time.monotonic() - self.started_s > _CONNACK_S:
+            self.silent = True
+            self.ended = self.ended or "no CONNACK"
+
+    def subscribe(self, topics: Iterable[str], *, retained: str) -> None:
+        """Subscribes with QoS 1.
+
+        Args:
+            retained: the one topic whose retained message is wanted.
+        """
+        if self.version5:
+            # Retain Handling 2: a request that somebody retained is not sent on every connect.
+            never = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
+            wanted = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE)
+            self.client.subscribe([(topic, wanted if topic == retained else never) for topic in topics])
+        else:
+            self.client.subscribe([(topic, 1) for topic in topics])
+
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int,
+        retain: bool = False,
+        form: Form | None = None,
+        correlation: bytes | None = None,
+        user_properties: Mapping[str, str] | None = None,
+    ) -> int:
+        """Hands a message to paho. Gives its mid.
+
+        Args:
+            form: of an answer or a chunk; without it no properties are sent, nor where the broker speaks MQTT 3.1.1.
+        """
+        properties = None
+        if form is not None and self.version5:
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+            properties.PayloadFormatIndicator = 1
+            properties.ContentType = _CONTENT_TYPES[form]
+            if user_properties:
+                properties.UserProperty = list(user_properties.items())
+            if correlation is not None:
+                properties.CorrelationData = correlation
+        return self.client.publish(topic, payload, qos=qos, retain=retain, properties=properties).mid
+
+    def ack(self, mid: int) -> None:
+        """Acks a message of QoS 1."""
+        self.client.ack(mid, 1)
+
+    @property
+    def writable(self) -> bool:
+        """paho has nothing left to write: what is published now does not pile up in its memory."""
+        return not self.client.want_write()
+
+    @property
+    def may_publish(self) -> bool:
+        """A message of QoS 1 finds room in the broker's window, and in the socket."""
+        return len(self.in_flight) < self.max_in_flight and self.writable
+
+    def fits(self, topic: str, payload: bytes) -> bool:
+        """False for what the broker would end the connection over."""
+        return len(payload) + len(topic.encode()) + PACKET_OVERHEAD_BYTES <= self.max_packet_bytes
+
+    def disconnect(self) -> None:
+        """An orderly DISCONNECT: it keeps the will unsent and the session alive."""
+        with contextlib.suppress(Exception):
+            self.client.disconnect()
+
+    def close(self) -> None:
+        sock = self.client.socket()
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.close()
+
+    def ending(self, now_s: float) -> Ending:
+        """What the next connection should know of this one."""
+        return Ending(
+            lasted_s=now_s - self.started_s,
+            connected=self.connected,
+            refused=self.refused,
+            unsupported=self.unsupported,
+            silent=self.silent,
+            taken_over=self.taken_over,
+        )
+
+    def attach(self, events: Events) -> None:
+        """Binds paho's callbacks; none of them lets an exception out."""
+        client = self.client
+        client.on_socket_open = _guarded(_disable_nagle)
+        client.on_connect = _guarded(
+            lambda _c, _u, flags, code, properties: self._on_connect(events, flags, code, properties)
+        )
+        client.on_disconnect = _guarded(lambda _c, _u, _flags, code, _properties: self._on_disconnect(code))
+        client.on_message = _guarded(lambda _c, _u, message: events.on_message(self, message))
+        client.on_publish = _guarded(
+            lambda _c, _u, mid, code, _properties: events.on_published(self, mid, code)
+        )
+        client.on_subscribe = _guarded(lambda _c, _u, _mid, codes, _properties: events.on_subscribed(codes))
+        client.on_unreadable = events.on_unreadable
+
+    def _on_connect(self, events: Events, flags: Any, code: ReasonCode, properties: Any) -> None:
+        if code.is_failure:
+            self.refused = True
+            self.unsupported = code.value in _UNSUPPORTED_PROTOCOL
+            self.ended = f"refused by the broker: {code}"
+            return
+        self.max_packet_bytes = getattr(properties, "MaximumPacketSize", self.max_packet_bytes)
+        self.max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT))
+        events.on_accepted(self, session_present=flags.session_present)
+
+    def _on_disconnect(self, code: ReasonCode) -> None:
+        self.taken_over = code.value == _TAKEN_OVER
+        self.ended = self.ended or f"disconnected: {code}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialling:
+    """How to reach the broker, and as whom: the same for each connection.
+
+    Attributes:
+        max_packet_bytes: what the broker may send.
+        password: reads the password, or gives None; asked at each connect, so that it can be rotated.
+        will: the retained message that the broker publishes to `will_topic` when the agent is gone.
+    """
+
+    settings: MqttSettings
+    client_id: str
+    tls: ssl.SSLContext | None
+    max_packet_bytes: int
+    password: Callable[[], str | None]
+    will_topic: str
+    will: bytes
+
+    def dial(self, events: Events, *, version5: bool) -> Connection:
+        """A connection whose CONNECT is on its way.
+
+        Raises:
+            OSError, ValueError: the broker was not reached, or did not prove who it is.
+            SettingsError: the password cannot be read.
+        """
+        settings = self.settings
+        client = _Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self.client_id,
+            protocol=paho.MQTTv5 if version5 else paho.MQTTv311,
+            manual_ack=True,
+            clean_session=None if version5 else False,
+        )
+        connection = Connection(client=client, version5=version5, started_s=time.monotonic())
+        connection.attach(events)
+        if self.tls is not None:
+            client.tls_set_context(self.tls)
+        if settings.username:
+            client.username_pw_set(settings.username, self.password())
+        client.connect_timeout = _CONNECT_TIMEOUT_S
+        client.max_inflight_messages_set(MAX_IN_FLIGHT)
+        client.will_set(self.will_topic, self.will, qos=1, retain=True)
+        if not version5:
+            client.connect(settings.host, settings.port, settings.keepalive_s)
+            return connection
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = settings.session_expiry_s
+        properties.ReceiveMaximum = RECEIVE_MAXIMUM
+        properties.MaximumPacketSize = self.max_packet_bytes
+        client.connect(
+            settings.host, settings.port, settings.keepalive_s, clean_start=False, properties=properties
+        )
+        return connection
+
+
+def inbound(connection: Connection, message: paho.MQTTMessage) -> Inbound:
+    """A message without paho."""
+    properties = message.properties
+    expiry_s = getattr(properties, "MessageExpiryInterval", None)
+    delivery = None
+    if message.qos > 0:
+        delivery = Delivery(session=connection.session, mid=message.mid, redelivered=bool(message.dup))
+    return Inbound(
+        topic=message.topic,
+        payload=bytes(message.payload),
+        retained=bool(message.retain),
+        response_topic=getattr(properties, "ResponseTopic", None),
+        correlation=getattr(properties, "CorrelationData", None),
+        expiry_s=float(expiry_s) if expiry_s is not None else None,
+        delivery=delivery,
+    )
+
+
+def _disable_nagle(_client: paho.Client, _userdata: object, sock: socket.socket) -> None:
+    """Small messages one after the other would wait 40 to 86 ms for an acknowledgement of the first."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _guarded(callback: Callable[..., None]) -> Callable[..., None]:
+    def call(*arguments: Any) -> None:
+        try:
+            callback(*arguments)
+        except Exception:
+            log.exception("mqtt callback failed")
+
+    return call

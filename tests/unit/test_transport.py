@@ -1,0 +1,84 @@
+"""The network thread against a server on the loopback that is not what it should be."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import socket
+import ssl
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_agent.chat.clock import Moment
+from edge_agent.chat.journal import Journal
+from edge_agent.settings import MqttSettings
+from edge_agent.topics import Topics
+from edge_agent.transport.mqtt import MqttTransport
+from tests.support.certificates import Authority
+from tests.support.processes import wait_until
+
+START = Moment(boot_id="boot-1", boot_s=1.0, wall_s=1.0)
+
+
+@contextlib.contextmanager
+def tls_server(context: ssl.SSLContext) -> Iterator[int]:
+    """Tries a TLS handshake with each client: its port."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                with client, contextlib.suppress(OSError):
+                    context.wrap_socket(client, server_side=True).close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, name="tls-server", daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+
+
+@contextlib.contextmanager
+def running(transport: MqttTransport) -> Iterator[None]:
+    thread = threading.Thread(target=transport.run, name="mqtt")
+    thread.start()
+    yield
+    transport.close()
+    thread.join(15)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    opened = Journal(tmp_path / "journal.db", moment=START)
+    yield opened
+    opened.close()
+
+
+def test_a_broker_that_cannot_prove_who_it_is_leaves_no_socket_behind(
+    tmp_path: Path, journal: Journal
+) -> None:
+    served = Authority(tmp_path, "theirs").server()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(served.certificate, served.key)
+    with warnings.catch_warnings(record=True) as caught, tls_server(context) as port:
+        warnings.simplefilter("always", ResourceWarning)
+        transport = MqttTransport(
+            MqttSettings(host="127.0.0.1", port=port, ca_file=str(Authority(tmp_path, "ours").file)),
+            topics=Topics(prefix="edge", device_id="dev", reply_prefixes=("replies/",)),
+            journal=journal,
+            max_payload_bytes=1024,
+            password=lambda: None,
+            handlers={},
+            will=b"{}",
+        )
+        with running(transport):
+            wait_until(lambda: transport.problem, 10, "a failed connection")
+        gc.collect()
+    assert "CERTIFICATE_VERIFY_FAILED" in transport.problem
+    assert [str(warning.message) for warning in caught if "SSLSocket" in str(warning.message)] == []
