@@ -157,6 +157,12 @@ class TransportError(EdgeAgentError):
     code = "registry_unreachable"
 
 
+class RegistryRefused(EdgeAgentError):
+    """The registry answers, and does not let this device in (HTTP 401 or 403). Asking again does not help."""
+
+    code = "registry_refused"
+
+
 class SyncStopped(EdgeAgentError):
     """A check was ended for something more urgent; what it fetched is kept for the next one."""
 

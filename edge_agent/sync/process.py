@@ -31,6 +31,7 @@ from edge_agent.errors import (
     ManifestError,
     PolicyError,
     Quarantined,
+    RegistryRefused,
     SettingsError,
     StoreError,
     SyncStopped,
@@ -79,6 +80,7 @@ _ERRORS: dict[str, type[EdgeAgentError]] = {
         ManifestError,
         PolicyError,
         Quarantined,
+        RegistryRefused,
         SettingsError,
         StoreError,
         TransportError,
@@ -203,6 +205,7 @@ def run_sync(
     Raises:
         SyncStopped: `should_stop` said so.
         TransportError: the registry is out of reach, or the time is over.
+        RegistryRefused: it does not let this device in.
         UnknownReference: the registry has no such model, alias or version.
         CannotRun: this host lacks what the version needs.
         ContentError: the package breaks a rule (`ManifestError`, `VerificationError`, `PolicyError`).

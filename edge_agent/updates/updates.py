@@ -24,6 +24,7 @@ from edge_agent.errors import (
     ContentError,
     EdgeAgentError,
     LoadFailed,
+    RegistryRefused,
     SettingsError,
     StoreError,
     SyncStopped,
@@ -56,6 +57,7 @@ class Updates:
 
     Attributes:
         reachable: whether the registry answered the last check; None before the first one.
+        registry_problem: code of what the registry did wrong then: out of reach, or it refused; empty for nothing.
         checked_at: when that was, in seconds since 1970; None before the first one.
         problems: by model, why its last check brought nothing, empty when it was fine.
         progress: by model, the last event of a running fetch.
@@ -70,6 +72,7 @@ class Updates:
         self._closing = threading.Event()
         self._changed = threading.Event()  # what MQTT asks for: the running poll is for something else
         self.reachable: bool | None = None
+        self.registry_problem = ""
         self.checked_at: float | None = None
         self.problems: dict[str, str] = {}
         self.progress: dict[str, Mapping[str, Any]] = {}
@@ -335,10 +338,10 @@ class Updates:
             job = replace(job, quarantined=tuple(self._lifecycles[name].state.quarantined))
         try:
             result = self._bring(job, on_event)
-        except (TransportError, UnknownReference, ContentError) as error:
-            self._note(reachable=not isinstance(error, TransportError))
+        except (TransportError, RegistryRefused, UnknownReference, ContentError) as error:
+            self._note(error)
             raise
-        self._note(reachable=True)
+        self._note(None)
         return result
 
     def _bring(self, job: SyncJob, on_event: OnEvent) -> SyncResult:
@@ -421,9 +424,12 @@ class Updates:
             ),
         )
 
-    def _note(self, *, reachable: bool) -> None:
+    def _note(self, error: EdgeAgentError | None) -> None:
+        """What the registry was, by how a sync ended. One that refuses was reached."""
+        reachable = not isinstance(error, TransportError)
         if self.reachable is not None and self.reachable != reachable:
             log.info(
                 "registry %s uri=%s", "reachable" if reachable else "unreachable", self._settings.registry.uri
             )
+        self.registry_problem = error.code if isinstance(error, TransportError | RegistryRefused) else ""
         self.reachable, self.checked_at = reachable, time.time()
