@@ -359,9 +359,9 @@ class Daemon:
 
     def _on_desired(self, message: Inbound) -> None:
         """What a fleet's operator wants here; retained, so it comes again with each connection."""
-        uris = {name: model.uri for name, model in self._settings.models.items()}
+        refs = {name: model.ref for name, model in self._settings.models.items()}
         try:
-            desired = choice.parse_desired(message.payload, uris=uris)
+            desired = choice.parse_desired(message.payload, refs=refs)
         except choice.BadDesired as error:
             self._status.desired_problem = str(error)
             log.warning("desired state refused reason=%r", str(error))

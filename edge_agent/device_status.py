@@ -92,6 +92,7 @@ class DeviceStatus:
             "registry": {
                 "uri": self._settings.registry.uri,
                 "reachable": self._updates.reachable,
+                "problem": self._updates.registry_problem,
                 "last_check": self._updates.checked_at,
             },
             "broker": dict(broker),

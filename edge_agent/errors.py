@@ -173,6 +173,12 @@ class TransportError(EdgeAgentError):
     code = "registry_unreachable"
 
 
+class RegistryRefused(EdgeAgentError):
+    """The registry answers, and does not let this device in (HTTP 401 or 403). Asking again does not help."""
+
+    code = "registry_refused"
+
+
 class SyncStopped(EdgeAgentError):
     """A check was stopped for something more urgent. The next one continues its downloads."""
 

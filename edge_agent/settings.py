@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import tomllib
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,9 +95,15 @@ class ModelSettings(_Section):
             raise ValueError("fallback is the same as uri")
         return self
 
-    @property
+    @cached_property
     def ref(self) -> ModelRef:
+        """What the device follows, unless MQTT or an operator says otherwise."""
         return ModelRef.parse(self.uri)
+
+    @cached_property
+    def fallback_ref(self) -> ModelRef | None:
+        """What it serves while no version of `ref` can run here; None for nothing."""
+        return ModelRef.parse(self.fallback) if self.fallback else None
 
 
 class CacheSettings(_Section):

@@ -132,7 +132,10 @@ def _reach(registry: Mapping[str, Any]) -> str:
     if registry["last_check"] is None:
         return "not asked yet"
     when = datetime.fromtimestamp(registry["last_check"], UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    return f"{'reachable' if registry['reachable'] else 'out of reach'}, last asked {when}"
+    answer = "out of reach"
+    if registry["reachable"]:
+        answer = "refuses this device" if registry["problem"] else "reachable"
+    return f"{answer}, last asked {when}"
 
 
 _LEVEL_COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m"}

@@ -101,6 +101,6 @@ def _status_on_disk(settings: Settings) -> dict[str, Any]:
             "quota_bytes": settings.cache.quota_bytes,
             "free_bytes": store.free_bytes(),
         },
-        "registry": {"uri": settings.registry.uri, "reachable": None, "last_check": None},
+        "registry": {"uri": settings.registry.uri, "reachable": None, "problem": "", "last_check": None},
         "broker": {"host": settings.mqtt.host, "port": settings.mqtt.port, "connected": False},
     }

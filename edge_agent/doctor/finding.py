@@ -21,15 +21,17 @@ class Finding:
     """One line of doctor's output.
 
     Attributes:
-        check: a stable name for scripts, such as `cache.hard_links`.
-        message: what the check saw.
-        remedy: what to do; empty only if the level is ok.
+        check: what was looked at, a stable name for scripts: `cache.hard_links`.
+        message: what was seen.
+        remedy: what to do; never empty unless the level is ok.
+        code: of the error that was met, as docs/operating.md lists them; empty where the check itself found it.
     """
 
     check: str
     level: Level
     message: str
     remedy: str = ""
+    code: str = ""
 
     def __post_init__(self) -> None:
         if self.level is not Level.OK and not self.remedy:
@@ -40,14 +42,14 @@ def ok(check: str, message: str) -> Finding:
     return Finding(check=check, level=Level.OK, message=message)
 
 
-def warn(check: str, message: str, remedy: str) -> Finding:
-    return Finding(check=check, level=Level.WARN, message=message, remedy=remedy)
+def warn(check: str, message: str, remedy: str, *, code: str = "") -> Finding:
+    return Finding(check=check, level=Level.WARN, message=message, remedy=remedy, code=code)
 
 
-def fail(check: str, message: str, remedy: str) -> Finding:
-    return Finding(check=check, level=Level.FAIL, message=message, remedy=remedy)
+def fail(check: str, message: str, remedy: str, *, code: str = "") -> Finding:
+    return Finding(check=check, level=Level.FAIL, message=message, remedy=remedy, code=code)
 
 
 def failed(check: str, error: EdgeAgentError, remedy: str) -> Finding:
-    """A finding from one of this project's errors; `remedy` is used if the error has none."""
-    return fail(check, error.message, error.remedy or remedy)
+    """An error of this project as a finding; its own remedy goes first."""
+    return fail(check, error.message, error.remedy or remedy, code=error.code)

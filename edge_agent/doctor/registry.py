@@ -14,7 +14,7 @@ from typing import Any
 
 from edge_agent.cache.store import Store
 from edge_agent.doctor.finding import Finding, fail, ok, warn
-from edge_agent.errors import EdgeAgentError, TransportError
+from edge_agent.errors import EdgeAgentError, RegistryRefused, TransportError
 from edge_agent.settings import Settings
 from edge_agent.sync.process import child_environment
 
@@ -41,8 +41,7 @@ def check(settings: Settings) -> Iterator[Finding]:
         yield ok("registry.reach", f"{settings.registry.uri} was not asked: no model is configured")
         return
     answers = _ask(settings)
-    reached = [answer for answer in answers.values() if answer.get("code") != TransportError.code]
-    if not reached:
+    if all(answer.get("code") in (TransportError.code, RegistryRefused.code) for answer in answers.values()):
         first = next(iter(answers.values()))
         # Without a registry a device still answers from its cache.
         level = warn if cached >= set(settings.models) else fail
@@ -50,6 +49,7 @@ def check(settings: Settings) -> Iterator[Finding]:
             "registry.reach",
             str(first["message"]),
             str(first["remedy"]) or "check registry.uri and the network; cached versions still answer",
+            code=str(first["code"]),
         )
         return
     yield ok("registry.reach", f"{settings.registry.uri} answers and accepts the credentials")
@@ -64,6 +64,7 @@ def check(settings: Settings) -> Iterator[Finding]:
                 "registry.alias",
                 f"model {name}: {answer['message']}",
                 str(answer["remedy"]) or "register the model and set its alias",
+                code=str(answer["code"]),
             )
 
 
@@ -100,7 +101,7 @@ def _ask(settings: Settings) -> dict[str, dict[str, Any]]:
 
 def _checked(answer: Any) -> dict[str, Any]:
     if isinstance(answer, Mapping) and (isinstance(answer.get("version"), int) or "message" in answer):
-        return {"remedy": "", **answer}
+        return {"remedy": "", "code": "", **answer}
     raise TypeError("the answer is malformed")
 
 

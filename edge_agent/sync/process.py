@@ -68,6 +68,7 @@ def run_sync(
     Raises:
         SyncStopped: `should_stop` said so.
         TransportError: the registry is out of reach, or the time is over.
+        RegistryRefused: it does not let this device in.
         UnknownReference: the registry has no such model, alias or version.
         CannotRun: this host lacks what the version needs.
         ContentError: the package breaks a rule (`ManifestError`, `VerificationError`, `PolicyError`).

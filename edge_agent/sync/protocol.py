@@ -23,6 +23,7 @@ from edge_agent.errors import (
     CannotRun,
     ContentError,
     EdgeAgentError,
+    RegistryRefused,
     SettingsError,
     StoreError,
     TransportError,
@@ -35,7 +36,15 @@ MAX_LINE_BYTES = 64 << 10
 MAX_EVENTS = 1_000_000
 _MAX_TEXT = 2_000
 
-_FAMILIES = (CannotRun, ContentError, SettingsError, StoreError, TransportError, UnknownReference)
+_FAMILIES = (
+    CannotRun,
+    ContentError,
+    RegistryRefused,
+    SettingsError,
+    StoreError,
+    TransportError,
+    UnknownReference,
+)
 """Of errors that a sync may report; anything else is the root's."""
 
 Event = Mapping[str, Any]

@@ -1,6 +1,6 @@
 """The registry: what a reference means now, and the bytes of a version's files.
 
-The only importer of the MLflow client, and only in the sync process. Flow: `resolve` → `package` → `listing`
+Imports the MLflow client, as `refusal.py` does, and only in the sync process. Flow: `resolve` → `package` → `listing`
 and `open`. Refuses listings without bound, and a remote registry that points at files of this device.
 Credentials come from MLflow's own variables and are never shown. MLflow's retries are switched off, because
 with them an unreachable registry blocks for minutes: `fetch.py` has the one retry policy.
@@ -38,21 +38,18 @@ from edge_agent.package.manifest import (
     check_paths,
 )
 from edge_agent.package.reference import ModelRef, ModelVersion
+from edge_agent.sync import refusal
 
 CHUNK_BYTES = 1 << 20
 MIN_BYTES_PER_TIMEOUT = 4_096
 """Fewer bytes than these while waiting for the whole of `timeout_s`: the transfer has stalled."""
 _MAX_LISTED = MAX_FILES + len(OUTSIDE_MANIFEST)
 _LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
-_CREDENTIALS = (
-    "write /etc/credstore/mlflow-tracking-token, or mlflow-tracking-username and mlflow-tracking-password, and restart "
-    "the service; without systemd set MLFLOW_TRACKING_TOKEN, or the other two"
-)
 _TRY_AGAIN = frozenset((408, 429))
 
 
 class RequestRefused(TransportError):
-    """The registry answered that it will not: asking again does not help."""
+    """There is no such file, or it cannot be read: asking again does not help."""
 
 
 class PastTheEnd(TransportError):
@@ -108,7 +105,8 @@ class Package(Protocol):
         """A file from `offset` on, if it still is the file that had `etag`.
 
         Raises:
-            RequestRefused: there is no such file, or no permission.
+            RequestRefused: there is no such file.
+            RegistryRefused: the registry does not let this device in.
             PastTheEnd: it ends before `offset`.
             Changed: it is another file now, and the registry goes on in the middle of it all the same.
             TransportError: the registry failed.
@@ -141,6 +139,7 @@ class Registry:
 
         Raises:
             UnknownReference: the registry has no such model, alias or version.
+            RegistryRefused: it does not let this device in.
             TransportError: the registry cannot be reached, or fails.
         """
         with self._errors(ref):
@@ -210,13 +209,13 @@ class Registry:
                     f"the registry has no {ref}", remedy="check the name and the alias or version"
                 ) from error
             if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
-                raise self._unauthorised() from error
-            if (
-                isinstance(error, RestException) and "error_code" not in error.json
-            ):  # its status is not known, too
+                raise refusal.refused(self.uri) from error
+            if isinstance(error, RestException) and "error_code" not in error.json:
+                if refusal.refuses(self.uri):
+                    raise refusal.refused(self.uri, words=_first_line(error)) from error
                 raise TransportError(
                     f"registry {self.uri} is behind something else that answered: {_first_line(error)}",
-                    remedy=f"see what stands before it; where it asks who this device is: {_CREDENTIALS}",
+                    remedy="see what stands before it",
                 ) from error
             if isinstance(error, RestException):
                 raise TransportError(
@@ -229,13 +228,9 @@ class Registry:
                 remedy="install edge-agent[local-registry] for sqlite, or the artifact store's library",
             ) from error
         except OSError as error:  # requests' exceptions are OSErrors
+            if refusal.is_refusal(error):
+                raise refusal.refused(self.uri) from error
             raise TransportError(f"registry {self.uri} cannot be reached: {_reason(error)}") from error
-
-    def _unauthorised(self) -> RequestRefused:
-        return RequestRefused(
-            f"registry {self.uri} refuses this device",
-            remedy=_CREDENTIALS,
-        )
 
 
 class _HttpPackage:
@@ -288,8 +283,8 @@ class _HttpPackage:
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise TransportError(f"registry {self._registry.uri} sends {path!r} in another encoding")
             return
-        if status in (401, 403):
-            raise self._registry._unauthorised()
+        if status in refusal.STATUSES:
+            raise refusal.refused(self._registry.uri)
         message = f"registry {self._registry.uri} answered {status} for {path!r}"
         if status == 416:
             raise PastTheEnd(message)

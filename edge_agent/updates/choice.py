@@ -38,9 +38,9 @@ class BadDesired(ContentError):
     code = "desired_invalid"
 
 
-def wanted_ref(settings_uri: str, state: ModelState) -> ModelRef:
+def wanted_ref(settings_ref: ModelRef, state: ModelState) -> ModelRef:
     """What to ask the registry for: the desired reference, else the settings'."""
-    return ModelRef.parse(state.desired or settings_uri)
+    return ModelRef.parse(state.desired) if state.desired else settings_ref
 
 
 def needs_fallback(error: EdgeAgentError) -> bool:
@@ -85,18 +85,18 @@ def check_rollout(tag: str | None, *, device_id: str, name: str, version: int) -
         )
 
 
-def parse_desired(payload: bytes, *, uris: Mapping[str, str]) -> dict[str, str]:
+def parse_desired(payload: bytes, *, refs: Mapping[str, ModelRef]) -> dict[str, str]:
     """Reads `model/desired`: for each model named there its `models:/…`, empty to follow the settings again.
 
     Args:
         payload: `{"models": {NAME: {"uri": …} or {"version": 7} or null}}`; empty clears all.
-        uris: the settings' uri of each configured model.
+        refs: the settings' reference of each configured model.
 
     Raises:
         BadDesired: not understood as a whole; nothing of it is obeyed.
     """
     if not payload.strip():
-        return dict.fromkeys(uris, "")
+        return dict.fromkeys(refs, "")
     if len(payload) > MAX_DESIRED_BYTES:
         raise BadDesired(f"the desired state has more than {MAX_DESIRED_BYTES} bytes")
     try:
@@ -106,11 +106,11 @@ def parse_desired(payload: bytes, *, uris: Mapping[str, str]) -> dict[str, str]:
     models = document.get("models") if isinstance(document, dict) and set(document) == {"models"} else None
     if not isinstance(models, dict):
         raise BadDesired('the desired state is not {"models": {…}}')
-    return {name: _desired_uri(name, entry, uris) for name, entry in models.items()}
+    return {name: _desired_uri(name, entry, refs) for name, entry in models.items()}
 
 
-def _desired_uri(name: str, entry: Any, uris: Mapping[str, str]) -> str:
-    if name not in uris:
+def _desired_uri(name: str, entry: Any, refs: Mapping[str, ModelRef]) -> str:
+    if name not in refs:
         raise BadDesired(f"no model is called {name[:80]!r} here")
     if entry is None:
         return ""
@@ -122,5 +122,5 @@ def _desired_uri(name: str, entry: Any, uris: Mapping[str, str]) -> str:
     if isinstance(entry, dict) and set(entry) == {"version"}:
         version = entry["version"]
         if isinstance(version, int) and not isinstance(version, bool) and 0 < version < 10**18:
-            return str(ModelRef.parse(uris[name]).at_version(version))
+            return str(refs[name].at_version(version))
     raise BadDesired(f'model {name} needs {{"uri": "models:/…"}}, {{"version": 7}} or null')

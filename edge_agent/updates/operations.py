@@ -75,11 +75,11 @@ class Operations:
     def take_in(
         self, name: str | None, file: int | None, on_event: OnEvent = lambda event: None
     ) -> dict[str, Any]:
-        """Brings the version in an open bundle into the cache, and through the gate as an update would be.
+        """Brings the version in an open version file into the cache, and through the gate as an update would be.
 
         Args:
             name: which model takes it; None where only one follows the file's registered model.
-            file: descriptor of the bundle, open for reading.
+            file: descriptor of the version file, open for reading.
         """
         if name is not None:
             self._lifecycle(name)

@@ -13,17 +13,19 @@ from contextlib import contextmanager
 
 from edge_agent.errors import SyncStopped
 
-_STEP_S = 0.2
-
 
 class Turn:
     """Any thread.
+
+    Args:
+        look_again_s: how long a waiting poll waits before it asks again whether it should stop.
 
     Attributes:
         is_polls: a poll has it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, look_again_s: float = 0.2) -> None:
+        self._look_again_s = look_again_s
         self.is_polls = False
         self._changed = threading.Condition()
         self._what = ""
@@ -64,7 +66,7 @@ class Turn:
         """Takes the turn when no operator has it or waits for it.
 
         Args:
-            should_stop: asked about five times a second while it waits.
+            should_stop: asked again and again while it waits.
 
         Raises:
             SyncStopped: it said so.
@@ -73,7 +75,7 @@ class Turn:
             while self._what or self._operators:
                 if should_stop():
                     raise SyncStopped(f"{what} waits for {self._what or 'an operator'}")
-                self._changed.wait(_STEP_S)
+                self._changed.wait(self._look_again_s)
             self._what, self.is_polls = what, True
         try:
             yield

@@ -54,6 +54,7 @@ def test_the_token_of_the_service_opens_the_registry_and_is_seen_nowhere(
                 code, said = pull(daemon)
             assert code == 0, said
             wait_for_state(daemon, "ready")
+            assert daemon.status()["registry"]["problem"] == ""
             code, found = doctor(daemon, "--bundle", str(folder / "support.tar.gz"))
             assert (code, found["registry.reach"]["level"]) == (0, "ok"), found
             assert guarded.refused == before
@@ -70,7 +71,14 @@ def check_refused(daemon: Daemon) -> str:
     assert code == 1
     assert "refuses this device" in said and "/etc/credstore/mlflow-tracking-token" in said
     (finding,) = registry_check.check(settings_module.load(daemon.config_file))
-    assert (finding.check, finding.level) == ("registry.reach", Level.FAIL)
+    assert (finding.check, finding.level, finding.code) == (
+        "registry.reach",
+        Level.FAIL,
+        "registry_refused",
+    )
+    registry = daemon.status()["registry"]
+    assert (registry["reachable"], registry["problem"]) == (True, "registry_refused"), registry
+    assert "refuses this device, last asked" in daemon.cli("status").stdout
     assert "mlflow-tracking-token" in finding.remedy
     return f"{said}{finding}"
 

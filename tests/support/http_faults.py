@@ -51,6 +51,14 @@ class HttpFault(StrEnum):
     """206 with the bytes that were asked for, of what calls itself another file."""
     UNAVAILABLE = "unavailable"
     GONE = "gone"
+    FORBIDDEN = "forbidden"
+
+
+_STATUSES: dict[HttpFault | None, int] = {
+    HttpFault.UNAVAILABLE: 503,
+    HttpFault.GONE: 404,
+    HttpFault.FORBIDDEN: 403,
+}
 
 
 @dataclass
@@ -150,6 +158,7 @@ class FaultyProxy:
         status, body = self.refusal
         request.send_response(status)
         request.send_header("Content-Length", str(len(body)))
+        request.send_header("Connection", "close")
         request.end_headers()
         request.wfile.write(body)
 
@@ -166,9 +175,10 @@ class FaultyProxy:
     def _answer(
         self, request: BaseHTTPRequestHandler, answer: http.client.HTTPResponse, fault: HttpFault | None
     ) -> None:
-        if fault in (HttpFault.UNAVAILABLE, HttpFault.GONE):
-            request.send_response(503 if fault is HttpFault.UNAVAILABLE else 404)
+        if fault in _STATUSES:
+            request.send_response(_STATUSES[fault])
             request.send_header("Content-Length", "0")
+            request.send_header("Connection", "close")
             request.end_headers()
             return
         length = int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None

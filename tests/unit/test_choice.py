@@ -8,15 +8,16 @@ from hypothesis import strategies as st
 
 from edge_agent.cache.state import MAX_QUARANTINED, CacheState, ModelState, parse
 from edge_agent.errors import EdgeAgentError
+from edge_agent.package.reference import ModelRef
 from edge_agent.updates import choice
 from edge_agent.updates.choice import BadDesired, NotInRollout
 
-URIS = {"assistant": "models:/phi3@prod"}
+REFS = {"assistant": ModelRef.parse("models:/phi3@prod")}
 A, B, C = "1-aaaaaaaaaaaa", "2-bbbbbbbbbbbb", "3-cccccccccccc"
 
 
 def desired(document: object) -> dict[str, str]:
-    return choice.parse_desired(json.dumps(document).encode(), uris=URIS)
+    return choice.parse_desired(json.dumps(document).encode(), refs=REFS)
 
 
 def test_a_desired_state_names_a_uri_a_version_or_gives_the_choice_back() -> None:
@@ -25,7 +26,7 @@ def test_a_desired_state_names_a_uri_a_version_or_gives_the_choice_back() -> Non
     }
     assert desired({"models": {"assistant": {"version": 7}}}) == {"assistant": "models:/phi3/7"}
     assert desired({"models": {"assistant": None}}) == {"assistant": ""}
-    assert choice.parse_desired(b"", uris=URIS) == {"assistant": ""}
+    assert choice.parse_desired(b"", refs=REFS) == {"assistant": ""}
 
 
 @pytest.mark.parametrize(
@@ -50,16 +51,15 @@ def test_a_bad_desired_state_is_refused_as_a_whole(document: object) -> None:
 @given(st.binary(max_size=200))
 def test_no_bytes_as_desired_state_raise_anything_else(payload: bytes) -> None:
     try:
-        choice.parse_desired(payload, uris=URIS)
+        choice.parse_desired(payload, refs=REFS)
     except EdgeAgentError as error:
         assert isinstance(error, BadDesired)
 
 
 def test_desired_is_stronger_than_the_settings() -> None:
-    assert str(choice.wanted_ref("models:/phi3@prod", ModelState())) == "models:/phi3@prod"
-    assert (
-        str(choice.wanted_ref("models:/phi3@prod", ModelState(desired="models:/phi3/4"))) == "models:/phi3/4"
-    )
+    ref = REFS["assistant"]
+    assert str(choice.wanted_ref(ref, ModelState())) == "models:/phi3@prod"
+    assert str(choice.wanted_ref(ref, ModelState(desired="models:/phi3/4"))) == "models:/phi3/4"
 
 
 def test_a_rollout_reaches_its_share_and_only_grows() -> None:

@@ -16,6 +16,7 @@ from edge_agent.errors import (
     LoadFailed,
     ManifestError,
     PolicyError,
+    RegistryRefused,
     RunnerError,
     SettingsError,
     StoreError,
@@ -52,7 +53,9 @@ def test_a_version_that_cannot_run_asks_for_the_fallback(error: type[EdgeAgentEr
     assert choice.needs_fallback(error("x"))
 
 
-@pytest.mark.parametrize("error", [TransportError, UnknownReference, NotInRollout, CacheBusy, SettingsError])
+@pytest.mark.parametrize(
+    "error", [TransportError, RegistryRefused, UnknownReference, NotInRollout, CacheBusy, SettingsError]
+)
 def test_a_version_that_nobody_looked_at_does_not(error: type[EdgeAgentError]) -> None:
     assert not choice.needs_fallback(error("x"))
 

@@ -1,0 +1,309 @@
+"""One check of one model: what it wants → a sync → the version is adopted, or one of its fallback is.
+
+Has no thread and never waits for a turn: whoever calls has it (`updates.py`). Decides nothing about a version itself:
+`choice.py` has the rules, and the lifecycle holds the gate. A sync runs in a process of its own, and is passed in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from edge_agent.cache import fsck
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.state import ModelState
+from edge_agent.cache.store import Store
+from edge_agent.errors import (
+    ContentError,
+    EdgeAgentError,
+    LoadFailed,
+    RegistryRefused,
+    SettingsError,
+    StoreError,
+    TransportError,
+    UnknownReference,
+)
+from edge_agent.package.reference import ModelRef, ModelVersion
+from edge_agent.serving.seat import Serving
+from edge_agent.settings import Settings
+from edge_agent.sync import version_file
+from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
+from edge_agent.updates import choice
+
+log = logging.getLogger(__name__)
+
+SYNC_TIMEOUT_S = 24 * 3600.0
+"""A large model on a slow line; a stalled read ends much sooner."""
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+NoteRegistry = Callable[[EdgeAgentError | None], None]
+"""Told how a sync with the registry ended: with an error that says what the registry was, or well."""
+
+
+class Lifecycle(Protocol):
+    """What serves a model, as far as updates drive it; `serving.lifecycle` documents each method."""
+
+    @property
+    def state(self) -> ModelState: ...
+    @property
+    def serving(self) -> Serving: ...
+    @property
+    def runs_its_own(self) -> bool: ...
+    @property
+    def instead(self) -> str: ...
+    def status(self) -> Mapping[str, object]: ...
+    def adopt(self, key: str, *, asked_for: bool = False, instead: str = "") -> None: ...
+    def catch_up(self) -> None: ...
+    def cached_fallback(self) -> VersionRecord | None: ...
+    def refuse_quarantined(self, key: str) -> None: ...
+    def set_aside(self, key: str, reason: str) -> None: ...
+    def set_desired(self, uri: str) -> None: ...
+    def reload(self) -> None: ...
+
+
+class RunSync(Protocol):
+    """Runs one sync to its end, as `sync.process.run_sync` does."""
+
+    def __call__(
+        self, job: SyncJob, *, timeout_s: float, on_event: OnEvent, should_stop: Callable[[], bool]
+    ) -> SyncResult: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Who waits for a check: hears what its sync does, and may end it."""
+
+    on_event: OnEvent
+    should_stop: Callable[[], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A version that runs here now, or may.
+
+    Attributes:
+        problem: why it is one of the fallback; empty for one of the model's own.
+    """
+
+    result: SyncResult
+    problem: str = ""
+
+
+class ModelCheck:
+    """Brings versions of one configured model into the cache, and hands them to its lifecycle.
+
+    Args:
+        name: the settings' name.
+
+    Attributes:
+        progress: the last event of the sync that runs, None while none does.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        settings: Settings,
+        store: Store,
+        lifecycle: Lifecycle,
+        run_sync: RunSync,
+        note_registry: NoteRegistry,
+    ) -> None:
+        self.progress: Mapping[str, Any] | None = None
+        self._name = name
+        self._settings = settings
+        self._model = settings.models[name]
+        self._store = store
+        self._lifecycle = lifecycle
+        self._run_sync = run_sync
+        self._note_registry = note_registry
+
+    @property
+    def wanted(self) -> ModelRef:
+        """What to ask the registry for."""
+        return choice.wanted_ref(self._model.ref, self._lifecycle.state)
+
+    def follows(self, registered_name: str) -> bool:
+        """True for the registered model that it wants, and for its fallback's."""
+        refs = (self.wanted, self._model.fallback_ref)
+        return registered_name in (ref.name for ref in refs if ref)
+
+    def run(self, watch: Watch, *, asked_for: bool) -> Checked:
+        """Brings what the model wants, and makes it active unless another version is pinned.
+
+        Args:
+            asked_for: by an operator; see `Updates.check`.
+
+        Raises:
+            EdgeAgentError: it does not run here, and no fallback does in its place.
+            SyncStopped: `watch` ended it.
+        """
+        key = ""
+        try:
+            result = self._sync(watch, self.wanted, asked_for=asked_for)
+            key = self._lifecycle.state.pinned or result.key
+            self._lifecycle.adopt(key, asked_for=asked_for)
+        except EdgeAgentError as error:
+            return Checked(result=self._fall_back(watch, error, failed=key), problem=str(error))
+        return Checked(result=result)
+
+    def catch_up(self) -> None:
+        """Takes up what is on disk already, one of the fallback where nothing else runs.
+
+        Raises:
+            EdgeAgentError: neither runs.
+        """
+        try:
+            self._lifecycle.catch_up()
+        except EdgeAgentError as error:
+            record = self._lifecycle.cached_fallback()
+            if record is None or self._lifecycle.runs_its_own or not choice.needs_fallback(error):
+                raise
+            self._lifecycle.adopt(record.key, instead=str(error))
+
+    def fetch_again(self, watch: Watch) -> None:
+        """Brings what is missing of the version that the model follows; nothing is adopted.
+
+        Raises:
+            EdgeAgentError: it cannot be brought.
+        """
+        fallback = self._model.fallback_ref if self._lifecycle.state.instead else None
+        self._sync(watch, fallback or self.wanted, fallback=fallback is not None)
+
+    def take_in(self, watch: Watch, version: ModelVersion, file: int) -> SyncResult:
+        """Brings a version that comes as a file, and adopts it where it is the wanted one; see `Updates.take_in`.
+
+        Raises:
+            EdgeAgentError: the file, the package in it, the cache or the gate says no.
+        """
+        lifecycle, wanted = self._lifecycle, self.wanted
+        fallback = version.name != wanted.name
+        ref = ((self._model.fallback_ref if fallback else None) or wanted).at_version(version.version)
+        job = replace(
+            self._job(ref, fallback=fallback),
+            registry=RegistryJob(uri=version_file.ORIGIN),
+            version_file=file,
+        )
+        result = self._bring(watch, job, ref)
+        if fallback:
+            if not (lifecycle.runs_its_own or lifecycle.state.pinned):
+                lifecycle.adopt(result.key, instead="no version of its own runs here")
+        elif lifecycle.state.pinned or wanted.version in (None, result.version):
+            lifecycle.adopt(lifecycle.state.pinned or result.key, asked_for=True)
+        return result
+
+    def _fall_back(self, watch: Watch, error: EdgeAgentError, *, failed: str) -> SyncResult:
+        """Serves the fallback where no version of the model's own can run here, and none is pinned.
+
+        Args:
+            error: why its own version does not run.
+            failed: key of that version, where it got as far as the gate.
+
+        Raises:
+            EdgeAgentError: `error`, where there is no fallback or it is not needed; or the fallback's own.
+        """
+        lifecycle, ref = self._lifecycle, self._model.fallback_ref
+        if ref is None or not choice.needs_fallback(error):
+            raise error
+        if lifecycle.runs_its_own or lifecycle.state.pinned:
+            raise error
+        try:
+            result = self._sync(watch, ref, fallback=True)
+            lifecycle.adopt(result.key, instead=str(error))
+        except EdgeAgentError as trouble:
+            raise type(trouble)(
+                f"{error}; and its fallback: {trouble.message}", remedy=trouble.remedy
+            ) from error
+        if isinstance(error, ContentError | LoadFailed) and failed:
+            lifecycle.set_aside(failed, str(error))
+        return result
+
+    def _sync(
+        self, watch: Watch, ref: ModelRef, *, fallback: bool = False, asked_for: bool = False
+    ) -> SyncResult:
+        """From the registry into the cache; what the registry was is noted."""
+        if not self._settings.registry.uri:
+            raise SettingsError(
+                "registry.uri: no registry is configured", remedy="set registry.uri in the settings"
+            )
+        job = self._job(ref, fallback=fallback)
+        if not asked_for:
+            job = replace(job, quarantined=tuple(self._lifecycle.state.quarantined))
+        try:
+            result = self._bring(watch, job, ref)
+        except (TransportError, RegistryRefused, UnknownReference, ContentError) as error:
+            self._note_registry(error)
+            raise
+        self._note_registry(None)
+        return result
+
+    def _bring(self, watch: Watch, job: SyncJob, ref: ModelRef) -> SyncResult:
+        """One sync process, from its start to a tidy cache."""
+
+        def look(event: Mapping[str, Any]) -> None:
+            if event.get("event") == "resolved":
+                self._check_rollout(ref, event, fallback=job.fallback)
+            elif event.get("event") == "quarantined":
+                self._lifecycle.refuse_quarantined(str(event["key"]))
+            self.progress = event
+            watch.on_event(event)
+
+        try:
+            result = self._run_sync(
+                job, timeout_s=SYNC_TIMEOUT_S, on_event=look, should_stop=watch.should_stop
+            )
+        except OSError as error:  # no memory, descriptors or space for a process: not the model's fault
+            raise StoreError(f"no sync can be started: {error}") from error
+        finally:
+            self.progress = None
+        self._tidy()
+        if result.new:
+            log.info(
+                "version fetched model=%s version=%d bytes_fetched=%d bytes_reused=%d",
+                self._name, result.version, result.bytes_fetched, result.bytes_reused,
+            )  # fmt: skip
+        return result
+
+    def _tidy(self) -> None:
+        """What crashes and superseded fetches left must not count in the quota for ever."""
+        try:
+            with self._store.lock():
+                fsck.prune(self._store)
+        except EdgeAgentError as error:
+            log.warning("cache not tidied reason=%r", str(error))
+
+    def _check_rollout(self, ref: ModelRef, event: Mapping[str, Any], *, fallback: bool) -> None:
+        """A share of the devices follows an alias first; who asks for a version by number gets it."""
+        runs_it = self._lifecycle.status()["version"] == event["version"]
+        if ref.alias is None or (runs_it and bool(self._lifecycle.instead) == fallback):
+            return
+        choice.check_rollout(
+            event.get("rollout"),
+            device_id=self._settings.device_id,
+            name=self._name,
+            version=int(event["version"]),
+        )
+
+    def _job(self, ref: ModelRef, *, fallback: bool) -> SyncJob:
+        """What the sync process has to know."""
+        settings, lifecycle = self._settings, self._lifecycle
+        loads = lifecycle.serving is not Serving.FAILED  # then nobody has to be asked whether this host can
+        return SyncJob(
+            state_dir=str(settings.state_dir),
+            registry=RegistryJob(uri=settings.registry.uri, timeout_s=settings.registry.timeout_s),
+            name=self._name,
+            ref=str(ref),
+            fallback=fallback,
+            check_host=True,
+            running=(lifecycle.state.active or "") if loads else "",
+            trust=TrustJob(
+                public_keys=settings.trust.public_keys, allow_unsigned_code=settings.trust.allow_unsigned_code
+            ),
+            cache=CacheJob(
+                quota_bytes=settings.cache.quota_bytes,
+                min_free_bytes=settings.cache.min_free_bytes,
+                max_bytes_per_s=settings.cache.max_bytes_per_s,
+            ),
+        )
