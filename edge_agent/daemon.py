@@ -11,7 +11,6 @@ No connection to anything is tried before READY: a device boots without a networ
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent import environment
+from edge_agent.cache.locks import Lock
 from edge_agent.cache.store import Store
 from edge_agent.chat import clock, messages
 from edge_agent.chat.dispatcher import Dispatcher, Outlet
@@ -436,8 +436,8 @@ class Daemon:
         }
 
 
-def _only_daemon(state_dir: Path) -> int:
-    """Takes the state directory for this process; the kernel lets go when it ends. Gives the lock's descriptor.
+def _only_daemon(state_dir: Path) -> Lock:
+    """Takes the state directory for this process; the kernel lets go when it ends.
 
     Raises:
         DaemonRunning: another daemon has it. It must be known before the journal is opened: opening takes up
@@ -446,20 +446,18 @@ def _only_daemon(state_dir: Path) -> int:
     """
     path = state_dir / "daemon.lock"
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = Lock(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
         raise StoreError(
             f"lock {path} cannot be opened: {error.strerror}",
             remedy="run as the user that owns state_dir, or give it its files back with chown",
         ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
+    if not lock.try_exclusive():
+        lock.close()
         raise DaemonRunning(
             f"another daemon works in {state_dir}", remedy="stop it first, or give this one another state_dir"
-        ) from error
-    return descriptor
+        )
+    return lock
 
 
 def _id_from(correlation: bytes | None) -> str | None:

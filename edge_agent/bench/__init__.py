@@ -21,7 +21,8 @@ from edge_agent.bench.line_child import BenchError, LineChild
 from edge_agent.bench.measurements import Measured, Prompts, Together, measure, measure_together
 from edge_agent.bench.sides import MqttSide, Side, Subject
 from edge_agent.cache.record import VersionRecord
-from edge_agent.cache.store import Store, check_files
+from edge_agent.cache.store import Store
+from edge_agent.cache.verify import check_files
 from edge_agent.errors import ContentError, NoModel, UnknownModel
 from edge_agent.host import identity, memory
 from edge_agent.package import genai_options, onnx_graph, trust

@@ -6,7 +6,6 @@ first. If hard links are not allowed, the files are copied.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,10 @@ from pathlib import Path
 
 from edge_agent.bench.line_child import BenchError
 from edge_agent.cache import durable
+from edge_agent.cache.disk import store_errors
+from edge_agent.cache.locks import Lock
 from edge_agent.cache.record import VersionRecord
-from edge_agent.cache.store import Store, store_errors, try_flock
+from edge_agent.cache.store import Store
 
 
 @contextmanager
@@ -32,18 +33,18 @@ def private_cache(store: Store, record: VersionRecord) -> Iterator[Path]:
     place = store.root.parent / "bench"
     with store_errors("prepare the benchmark in", place):
         durable.make_folder(place)
-        descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if not try_flock(descriptor):
+        lock = Lock.of_folder(place)
+    with lock:
+        if not lock.try_exclusive():
             raise BenchError("another benchmark of this device is running")
-        with store_errors("prepare the benchmark in", place):
-            for old in place.iterdir():
-                durable.remove_tree(old)
-            _fill(Store(place), store.folder(record), record)
-        yield place
-    finally:
-        durable.remove_tree(place)
-        os.close(descriptor)
+        try:
+            with store_errors("prepare the benchmark in", place):
+                for old in place.iterdir():
+                    durable.remove_tree(old)
+                _fill(Store(place), store.folder(record), record)
+            yield place
+        finally:
+            durable.remove_tree(place)
 
 
 def _fill(cache: Store, source: Path, record: VersionRecord) -> None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.cache import durable
+from edge_agent.cache.disk import children, store_errors
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.staging import remove_staging
-from edge_agent.cache.store import Store, check_file, store_errors
-from edge_agent.errors import VerificationError
+from edge_agent.cache.store import Store
+from edge_agent.cache.verify import damage_of
 from edge_agent.package.manifest import ManifestFile
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def verify(
         inode = status.st_dev, status.st_ino
         if inode not in found:  # hard links: one inode is read once
             on_file(file)
-            found[inode] = _reason(path, file)
+            found[inode] = damage_of(path, file)
         return found[inode] or None
 
     return _check(store, records, read)
@@ -131,11 +132,7 @@ def mend_links(store: Store) -> list[Damage]:
         files = {file.path: file for file in record.files}
         for damage in found.of(record):
             file = files.get(damage.path)
-            if file is None or not store.has_blob(file):
-                continue
-            try:
-                check_file(store.blob(file.sha256), file)
-            except VerificationError:
+            if file is None or not store.has_blob(file) or damage_of(store.blob(file.sha256), file):
                 continue
             store.relink(record, file)
             log.warning("link mended model=%s version=%s path=%r", record.name, record.key, file.path)
@@ -186,22 +183,22 @@ def prune(
     before = store.used_bytes()
     now = time.time() if now is None else now
     with store_errors("prune", store.root):
-        for path in _children(store.root):
+        for path in children(store.root):
             if path.suffix == durable.TEMPORARY_SUFFIX:
                 durable.unlink(path)
-        for folder in _children(store.staging_root):
+        for folder in children(store.staging_root):
             newest = _newest_file(folder)
             if all_partial or newest is None or now - newest >= max_partial_age_s:
                 remove_staging(folder)
-        for name in _children(store.versions_root):
-            for path in _children(name):
+        for name in children(store.versions_root):
+            for path in children(name):
                 if path.suffix == durable.TEMPORARY_SUFFIX:
                     durable.unlink(path)
                 elif path.suffix != ".json" and not path.with_name(f"{path.name}.json").exists():
                     durable.remove_tree(path)
-        for blob in _children(store.blobs):
+        for blob in children(store.blobs):
             store.drop_unlinked(blob.name)
-        for aside in _children(store.damaged_root):
+        for aside in children(store.damaged_root):
             is_old = now - aside.lstat().st_mtime >= max_partial_age_s
             if is_old or store.blob(aside.name).exists():
                 durable.unlink(aside)
@@ -244,14 +241,6 @@ def _link_reason(store: Store, path: Path, file: ManifestFile) -> str | None:
     return None if os.path.samestat(status, blob) else "is not a link to its blob"
 
 
-def _reason(path: Path, file: ManifestFile) -> str:
-    try:
-        check_file(path, file)
-    except VerificationError as error:
-        return error.message
-    return ""
-
-
 def _damage(record: VersionRecord, path: str, sha256: str, reason: str) -> Damage:
     return Damage(name=record.name, key=record.key, path=path, sha256=sha256, reason=reason)
 
@@ -262,13 +251,6 @@ def _files(folder: Path) -> set[str]:
         links = [name for name in folders if (Path(inner) / name).is_symlink()]
         found.update((Path(inner) / name).relative_to(folder).as_posix() for name in [*names, *links])
     return found
-
-
-def _children(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def _newest_file(folder: Path) -> float | None:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edge_agent.cache import durable
-from edge_agent.cache.store import Store, store_errors, try_flock
+from edge_agent.cache.disk import store_errors
+from edge_agent.cache.locks import Lock
+from edge_agent.cache.store import Store
 from edge_agent.errors import CacheBusy, StoreError
 from edge_agent.package.manifest import ManifestFile
 
@@ -121,31 +122,38 @@ def staging(store: Store, name: str, version: int) -> Iterator[Staging]:
         CacheBusy: another process is fetching this version.
     """
     folder = folder_of(store, name, version)
+    with _taken(folder, busy=f"version {version} of {name} is being fetched by another process") as taken:
+        try:
+            yield taken
+        except StoreError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL:
+                taken.clear()  # what cannot be finished does not keep others from writing
+            raise
+
+
+@contextmanager
+def _taken(folder: Path, *, busy: str) -> Iterator[Staging]:
+    """Makes the folder and locks it; makes it again where it was pruned before it was locked."""
     while True:
         with store_errors("make", folder):
             durable.make_folder(folder)
             try:
-                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                lock = Lock.of_folder(folder)
             except FileNotFoundError:
                 continue  # it was pruned between the two calls
-        try:
-            if not try_flock(descriptor):
-                raise CacheBusy(f"version {version} of {name} is being fetched by another process")
-            if not _is_same(folder, descriptor):
-                continue
-            taken = Staging(folder)
-            with store_errors("make", taken.parts):
-                durable.make_folder(taken.parts)
+        with lock:
             try:
+                if not lock.try_exclusive():
+                    raise CacheBusy(busy)
+                if not lock.is_of(folder):
+                    continue
+                taken = Staging(folder)
+                with store_errors("make", taken.parts):
+                    durable.make_folder(taken.parts)
                 yield taken
-            except StoreError as error:
-                if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL:
-                    taken.clear()  # what cannot be finished does not keep others from writing
-                raise
-            return
-        finally:
-            durable.remove_empty(folder / "parts", folder)
-            os.close(descriptor)
+                return
+            finally:
+                durable.remove_empty(folder / "parts", folder)
 
 
 def folder_of(store: Store, name: str, version: int) -> Path:
@@ -156,17 +164,15 @@ def folder_of(store: Store, name: str, version: int) -> Path:
 def remove_staging(folder: Path) -> bool:
     """Removes a version's staging folder, unless a process has it."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        lock = Lock.of_folder(folder)
     except (FileNotFoundError, NotADirectoryError):
         durable.unlink(folder)
         return True
-    try:
-        if not try_flock(descriptor):
+    with lock:
+        if not lock.try_exclusive():
             return False
         durable.remove_tree(folder)
         return True
-    finally:
-        os.close(descriptor)
 
 
 def remove_superseded(store: Store, name: str, *, keep: Path) -> None:
@@ -174,10 +180,3 @@ def remove_superseded(store: Store, name: str, *, keep: Path) -> None:
     for folder in sorted(store.staging_root.iterdir()):
         if folder != keep and folder.name.rpartition("-")[0] == name:
             remove_staging(folder)
-
-
-def _is_same(folder: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(folder.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False

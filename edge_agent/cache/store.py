@@ -15,33 +15,28 @@ other way round. Refuses: bytes that are not what a manifest promised, and a sec
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import hashlib
 import logging
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from edge_agent.cache import durable
+from edge_agent.cache import blobs, disk, durable
 from edge_agent.cache import record as records
-from edge_agent.cache import state as states
+from edge_agent.cache.disk import store_errors
+from edge_agent.cache.locks import Lock
 from edge_agent.cache.record import KEY, VersionRecord
 from edge_agent.cache.state import CacheState, ModelState
-from edge_agent.errors import CacheBusy, StoreError, VerificationError
+from edge_agent.cache.state_file import StateFile
+from edge_agent.cache.verify import check_file
+from edge_agent.errors import CacheBusy, StoreError
 from edge_agent.package.manifest import ManifestFile
 from edge_agent.package.reference import MODEL_NAME
 
 log = logging.getLogger(__name__)
 
 LOCK_WAIT_S = 10.0
-_LOCK_POLL_S = 0.05
 _MAX_RECORD_BYTES = 4 << 20
-_MAX_STATE_BYTES = 1 << 20
-_CHUNK_BYTES = 1 << 20
 
 
 class Store:
@@ -57,7 +52,7 @@ class Store:
         self.staging_root = self.root / "staging"
         self.damaged_root = self.root / "damaged"
         self.learned_file = self.root / "learned.json"
-        self._state_file = self.root / "state.json"
+        self._state_file = StateFile(self.root / "state.json", damaged_root=self.damaged_root)
         self._lock_file = self.root / "lock"
 
     def create(self) -> None:
@@ -76,26 +71,19 @@ class Store:
     def lock(self, *, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
         """Makes this thread the only writer among all processes; not reentrant.
 
-        The kernel lets go when the holder dies, so there is no stale lock.
-
         Raises:
             CacheBusy: somebody else had it for the whole of `wait_s`.
         """
         self.create()
         with store_errors("lock the cache", self._lock_file):
-            descriptor = durable.open_lock(self._lock_file)
-        try:
-            deadline = time.monotonic() + wait_s
-            while not try_flock(descriptor):
-                if time.monotonic() >= deadline:
-                    raise CacheBusy(
-                        f"another process has the cache's lock {self._lock_file}",
-                        remedy="wait for the running command, or see `edge-agent status`",
-                    )
-                time.sleep(_LOCK_POLL_S)
+            lock = Lock(durable.open_lock(self._lock_file))
+        with lock:
+            if not lock.wait_exclusive(wait_s):
+                raise CacheBusy(
+                    f"another process has the cache's lock {self._lock_file}",
+                    remedy="wait for the running command, or see `edge-agent status`",
+                )
             yield
-        finally:
-            os.close(descriptor)
 
     @contextmanager
     def fetching(self) -> Iterator[None]:
@@ -106,16 +94,14 @@ class Store:
         """
         self.create()
         with store_errors("lock", self.staging_root):
-            descriptor = os.open(self.staging_root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            if not try_flock(descriptor):
+            lock = Lock.of_folder(self.staging_root)
+        with lock:
+            if not lock.try_exclusive():
                 raise CacheBusy(
                     "another process is fetching a model into this cache",
                     remedy="wait for it, or see `edge-agent status`",
                 )
             yield
-        finally:
-            os.close(descriptor)
 
     @contextmanager
     def lease(self, record: VersionRecord) -> Iterator[Path]:
@@ -126,15 +112,13 @@ class Store:
         """
         folder = self.folder(record)
         with store_errors("open the version", folder):
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            lock = Lock.of_folder(folder)
+        with lock:
+            lock.share()
             if self.record(record.name, record.key) is None:
                 raise StoreError(f"version {record.key} of {record.name} was removed")
             self._touch(record)
             yield folder
-        finally:
-            os.close(descriptor)
 
     # --- Versions --------------------------------------------------------------------------------------
 
@@ -142,7 +126,7 @@ class Store:
         """Committed versions, of one model or of all, by name and version. Damaged records are left out."""
         found = []
         for file in self.record_files(name):
-            record = self._read_record(file)
+            record = _read_record(file)
             if record is not None:
                 found.append(record)
         return sorted(found, key=lambda record: (record.name, record.version, record.created_at))
@@ -151,12 +135,12 @@ class Store:
         """One committed version, or None."""
         if not MODEL_NAME.fullmatch(name) or not KEY.fullmatch(key):
             return None
-        return self._read_record(self.versions_root / name / f"{key}.json")
+        return _read_record(self.versions_root / name / f"{key}.json")
 
     def record_files(self, name: str | None = None) -> list[Path]:
         """The files of all records, damaged ones too."""
-        folders = [self.versions_root / name] if name else _children(self.versions_root)
-        return [file for folder in folders for file in _children(folder) if file.suffix == ".json"]
+        folders = [self.versions_root / name] if name else disk.children(self.versions_root)
+        return [file for folder in folders for file in disk.children(folder) if file.suffix == ".json"]
 
     def folder(self, record: VersionRecord) -> Path:
         """Where the version's package is, committed or not."""
@@ -185,9 +169,9 @@ class Store:
         folder = self.folder(record)
         with store_errors("commit a version", folder):
             for file in record.files:
-                self._adopt(tree / file.path, file)
+                blobs.adopt(tree / file.path, self.blob(file.sha256), file)
             durable.sync_folder(self.blobs)
-            for inner in sorted({tree, *(_folders(tree))}, reverse=True):
+            for inner in sorted({tree, *disk.folders_below(tree)}, reverse=True):
                 durable.sync_folder(inner)
             durable.make_folder(folder.parent)
             durable.sync_folder(self.versions_root)  # whoever made the folder may have died before that
@@ -211,7 +195,7 @@ class Store:
     def relink(self, record: VersionRecord, file: ManifestFile) -> None:
         """Makes one file of a version a link to its blob again. The caller has the lock."""
         with store_errors("relink", self.folder(record)):
-            self._replace_link(record, file)
+            self._relink(record, file)
 
     def remove_stray(self, record: VersionRecord, path: str) -> None:
         """Removes a file that a version should not have, durably. The caller has the lock."""
@@ -243,10 +227,7 @@ class Store:
 
     def has_blob(self, file: ManifestFile) -> bool:
         """True where a verified blob of this digest and size is in the cache."""
-        try:
-            return self.blob(file.sha256).lstat().st_size == file.size_bytes
-        except OSError:
-            return False
+        return blobs.is_there(self.blob(file.sha256), file)
 
     def repair(self, source: Path, file: ManifestFile) -> list[VersionRecord]:
         """Puts verified bytes in the place of a damaged or missing blob, and relinks every version with it.
@@ -259,28 +240,19 @@ class Store:
         check_file(source, file)
         relinked = []
         with store_errors("repair a blob", source):
-            durable.unlink(self.blob(file.sha256))
-            self._move_in(source, file)
+            blobs.replace(source, self.blob(file.sha256))
             durable.sync_folder(self.blobs)
             for record in self.versions():
                 files = [known for known in record.files if known.sha256 == file.sha256]
                 for known in files:
-                    self._replace_link(record, known)
+                    self._relink(record, known)
                 if files:
                     relinked.append(record)
         return relinked
 
     def drop_unlinked(self, digest: str) -> int:
-        """Removes a blob that no version links; gives the bytes that became free."""
-        blob = self.blob(digest)
-        try:
-            status = blob.lstat()
-        except FileNotFoundError:
-            return 0
-        if status.st_nlink > 1:
-            return 0
-        durable.unlink(blob)
-        return status.st_size
+        """Removes a blob that no version links; gives the bytes that became free. The caller has the lock."""
+        return blobs.drop_unlinked(self.blob(digest))
 
     # --- State -----------------------------------------------------------------------------------------
 
@@ -291,7 +263,7 @@ class Store:
         a version that is whole on disk is never lost to it.
         """
         try:
-            return self._read_state()
+            return self._state_file.read()
         except StoreError:
             with self.lock():
                 return self.state_locked()
@@ -299,48 +271,27 @@ class Store:
     def state_locked(self) -> CacheState:
         """The same as `state`, for a caller who has the lock."""
         try:
-            return self._read_state()
+            return self._state_file.read()
         except StoreError as error:
-            return self._rebuild_state(error.message)
+            return self._state_file.rebuild(self.versions(), reason=error.message)
 
     def change_state(self, name: str, change: Callable[[ModelState], ModelState]) -> ModelState:
         """Reads one model's state, applies `change`, writes it with one rename; gives the new state."""
         with self.lock():
             state = self.state_locked()
             model = change(state.model(name))
-            self.write_state(state.with_model(name, model))
+            self._state_file.write(state.with_model(name, model))
         return model
-
-    def write_state(self, state: CacheState) -> None:
-        """Replaces `state.json`. The caller has the lock."""
-        with store_errors("write", self._state_file):
-            durable.write_file(self._state_file, state.encode())
-
-    def _read_state(self) -> CacheState:
-        data = _read_bounded(self._state_file, _MAX_STATE_BYTES)
-        return CacheState() if data is None else states.parse(data)
-
-    def _rebuild_state(self, reason: str) -> CacheState:
-        with store_errors("set aside", self._state_file):
-            durable.make_folder(self.damaged_root)
-            durable.rename(self._state_file, self.damaged_root / f"state-{time.time_ns()}.json")
-            durable.sync_folder(self.damaged_root)
-        state = states.rebuild(self.versions(), reason=reason)
-        self.write_state(state)
-        log.warning("state rebuilt reason=%r models=%d", reason, len(state.models))
-        return state
 
     # --- Space -----------------------------------------------------------------------------------------
 
     def used_bytes(self) -> int:
         """Everything that counts against the quota; hard-linked bytes count once."""
-        return _tree_bytes(self.blobs, self.staging_root, self.damaged_root)
+        return disk.tree_bytes(self.blobs, self.staging_root, self.damaged_root)
 
     def free_bytes(self) -> int:
         """Bytes that this user may still write on the cache's file system."""
-        with store_errors("measure", self.root):
-            status = os.statvfs(self.root if self.root.exists() else _existing_parent(self.root))
-        return status.f_bavail * status.f_frsize
+        return disk.free_bytes(self.root)
 
     # --- After a crash ---------------------------------------------------------------------------------
 
@@ -352,56 +303,16 @@ class Store:
         """
         with store_errors("sync", self.root):
             for kept in (self.versions_root, self.blobs.parent):
-                for folder in (kept, *_folders(kept)):
+                for folder in (kept, *disk.folders_below(kept)):
                     durable.sync_folder(folder)
             for folder in (self.root, self.root.parent):
                 durable.sync_folder(folder)
 
     # --- Inside ----------------------------------------------------------------------------------------
 
-    def _read_record(self, file: Path) -> VersionRecord | None:
-        data = _read_bounded(file, _MAX_RECORD_BYTES)
-        if data is None:
-            return None
-        try:
-            record = records.parse(data)
-        except StoreError as error:
-            log.warning("record unreadable file=%s reason=%r", file, str(error))
-            return None
-        if (record.name, record.key) != (file.parent.name, file.stem):
-            log.warning("record unreadable file=%s reason='it describes another version'", file)
-            return None
-        return record
-
-    def _adopt(self, path: Path, file: ManifestFile) -> None:
-        """Makes a staged file's bytes a blob, or the staged name a link to the blob that is already there."""
-        blob = self.blob(file.sha256)
-        if not self.has_blob(file):
-            durable.set_mode(path, durable.BLOB_MODE)
-            durable.sync_file(path)
-            durable.unlink(blob)
-            durable.link(path, blob)
-        elif not path.samefile(blob):
-            durable.unlink(path)
-            durable.link(blob, path)
-
-    def _move_in(self, source: Path, file: ManifestFile) -> Path:
-        target = self.blob(file.sha256)
-        durable.set_mode(source, durable.BLOB_MODE)
-        durable.sync_file(source)
-        durable.rename(source, target)
-        return target
-
-    def _replace_link(self, record: VersionRecord, file: ManifestFile) -> None:
-        """Makes a version's file a link to its blob, with one rename; no stray name is left inside the version."""
-        path = self.folder(record) / file.path
+    def _relink(self, record: VersionRecord, file: ManifestFile) -> None:
         temporary = self.record_file(record).with_suffix(f".link{durable.TEMPORARY_SUFFIX}")
-        durable.unlink(temporary)
-        durable.make_folder(path.parent)
-        if not (path.exists() and path.samefile(self.blob(file.sha256))):
-            durable.link(self.blob(file.sha256), temporary)
-            durable.rename(temporary, path)
-        durable.sync_folder(path.parent)
+        blobs.relink(self.blob(file.sha256), self.folder(record) / file.path, temporary=temporary)
 
     def _touch(self, record: VersionRecord) -> None:
         try:
@@ -413,129 +324,26 @@ class Store:
     def _unleased(self, record: VersionRecord) -> Iterator[None]:
         folder = self.folder(record)
         try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            lock = Lock.of_folder(folder)
         except FileNotFoundError:
             yield
             return
-        try:
-            if not try_flock(descriptor):
+        with lock:
+            if not lock.try_exclusive():
                 raise CacheBusy(f"version {record.key} of {record.name} is in use", remedy="unload it first")
             yield
-        finally:
-            os.close(descriptor)
 
 
-def check_files(folder: Path, record: VersionRecord, *, read: bool = True) -> None:
-    """Checks every file of a version in its folder: what is done before it is loaded.
-
-    Args:
-        read: False leaves the sha256 out: microseconds.
-
-    Raises:
-        VerificationError: one is not what was committed; it is named.
-    """
-    for file in record.files:
-        check_file(folder / file.path, file, read=read)
-
-
-def check_file(path: Path, file: ManifestFile, *, read: bool = True) -> None:
-    """Checks a file's kind, size and sha256 on disk.
-
-    Args:
-        read: False leaves the sha256 out: microseconds.
-
-    Raises:
-        VerificationError: they are not those of `file`; the path inside the package is named.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise VerificationError(f"{file.path!r} cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        if size != file.size_bytes:
-            raise VerificationError(f"{file.path!r} has {size} bytes, its manifest says {file.size_bytes}")
-        if not read:
-            return
-        digest = hashlib.sha256()
-        try:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-        except OSError as error:
-            raise VerificationError(f"{file.path!r} cannot be read: {error.strerror}") from error
-    if digest.hexdigest() != file.sha256:
-        raise VerificationError(f"sha256 of {file.path!r} is not the one in its manifest")
-
-
-def try_flock(descriptor: int) -> bool:
-    """Takes the exclusive lock of an open file, or says at once that somebody else has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextmanager
-def store_errors(action: str, path: Path) -> Iterator[None]:
-    """Wraps the operating system's errors, with a remedy for the ones that have one."""
-    try:
-        yield
-    except OSError as error:
-        raise store_error(action, path, error) from error
-
-
-def store_error(action: str, path: Path, error: OSError) -> StoreError:
-    """An operating system's error in this tree's words."""
-    remedies = {
-        errno.ENOSPC: "free some space, or lower cache.quota_bytes",
-        errno.EDQUOT: "free some space, or lower cache.quota_bytes",
-        errno.EACCES: "give the agent's user the state directory",
-        errno.EROFS: "mount the state directory read-write",
-        errno.EPERM: "the file system must have hard links; see `edge-agent doctor`",
-        errno.EOPNOTSUPP: "the file system must have hard links; see `edge-agent doctor`",
-        errno.EXDEV: "the whole state directory must be on one file system",
-    }
-    return StoreError(f"cannot {action} {path}: {error.strerror}", remedy=remedies.get(error.errno or 0, ""))
-
-
-def _read_bounded(path: Path, limit: int) -> bytes | None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
+def _read_record(file: Path) -> VersionRecord | None:
+    data = disk.read_bounded(file, _MAX_RECORD_BYTES)
+    if data is None:
         return None
-    except OSError as error:
-        raise store_error("read", path, error) from error
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read(limit + 1)[: limit + 1]
-
-
-def _children(folder: Path) -> list[Path]:
     try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _folders(tree: Path) -> Iterable[Path]:
-    return (path for path in tree.rglob("*") if path.is_dir() and not path.is_symlink())
-
-
-def _tree_bytes(*roots: Path) -> int:
-    """Sizes of all files under these folders, each inode once; names that vanish meanwhile are passed over."""
-    seen: dict[tuple[int, int], int] = {}
-    for root in roots:
-        for folder, _, names in os.walk(root):
-            for name in names:
-                try:
-                    status = (Path(folder) / name).lstat()
-                except OSError:
-                    continue
-                seen[status.st_dev, status.st_ino] = status.st_size
-    return sum(seen.values())
-
-
-def _existing_parent(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
+        record = records.parse(data)
+    except StoreError as error:
+        log.warning("record unreadable file=%s reason=%r", file, str(error))
+        return None
+    if (record.name, record.key) != (file.parent.name, file.stem):
+        log.warning("record unreadable file=%s reason='it describes another version'", file)
+        return None
+    return record

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.cache import durable
-from edge_agent.cache.store import try_flock
+from edge_agent.cache.locks import Lock
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,6 @@ MAX_ENTRIES = 64
 MAX_PEAKS = 8
 _MAX_BYTES = 1 << 18
 _LOCK_WAIT_S = 5.0
-_LOCK_POLL_S = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,16 +117,10 @@ class Learned:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One writer, among all threads and processes: they share the name of the temporary file, too."""
-        descriptor = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            limit_s = time.monotonic() + _LOCK_WAIT_S
-            while not try_flock(descriptor):
-                if time.monotonic() >= limit_s:
-                    raise TimeoutError("another process has its lock")
-                time.sleep(_LOCK_POLL_S)
+        with Lock.of_folder(self._path.parent) as lock:
+            if not lock.wait_exclusive(_LOCK_WAIT_S):
+                raise TimeoutError("another process has its lock")
             yield
-        finally:
-            os.close(descriptor)
 
 
 def _fields(entry: Entry) -> dict[str, Any]:

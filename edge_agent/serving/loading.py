@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.cache.record import VersionRecord
-from edge_agent.cache.store import Store, check_files
+from edge_agent.cache.store import Store
+from edge_agent.cache.verify import check_files
 from edge_agent.errors import PromptError, RunnerError
 from edge_agent.host.memory import peak_bytes
 from edge_agent.package import trust

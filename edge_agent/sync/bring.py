@@ -18,7 +18,8 @@ from pathlib import Path
 from edge_agent.cache import eviction, fsck
 from edge_agent.cache.record import VersionRecord, key_of
 from edge_agent.cache.staging import Staging, folder_of, remove_staging, remove_superseded, staging
-from edge_agent.cache.store import Store, check_file
+from edge_agent.cache.store import Store
+from edge_agent.cache.verify import damage_of
 from edge_agent.errors import CannotRun, ManifestError, Quarantined, VerificationError
 from edge_agent.package import manifest as manifests
 from edge_agent.package import mlmodel, trust
@@ -329,10 +330,8 @@ def _is_whole(store: Store, file: ManifestFile) -> bool:
     """A blob that the cache has is read again before a new version relies on it; a damaged one is set aside."""
     if not store.has_blob(file):
         return False
-    try:
-        check_file(store.blob(file.sha256), file)
-    except VerificationError as error:
-        log.warning("blob damaged digest=%s reason=%r", file.sha256, error.message)
+    if reason := damage_of(store.blob(file.sha256), file):
+        log.warning("blob damaged digest=%s reason=%r", file.sha256, reason)
         with store.lock():
             fsck.set_aside_blob(store, file.sha256)
         return False
@@ -344,9 +343,7 @@ def _is_verified(place: Staging, file: ManifestFile) -> bool:
     path = place.verified(file.sha256)
     if not path.exists():
         return False
-    try:
-        check_file(path, file)
-    except VerificationError:
+    if damage_of(path, file):
         place.drop_part(path)
         return False
     return True

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_agent.cache import durable
+from edge_agent.cache.disk import store_errors
 from edge_agent.cache.staging import Note, Staging
-from edge_agent.cache.store import store_errors
 from edge_agent.errors import TransportError, VerificationError
 from edge_agent.package.manifest import MAX_FILE_BYTES, ManifestFile
 from edge_agent.sync.registry import (

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
 from edge_agent.cache import durable
-from edge_agent.cache.store import store_error, store_errors
+from edge_agent.cache.disk import store_error, store_errors
 from edge_agent.errors import (
     ManifestError,
     PolicyError,

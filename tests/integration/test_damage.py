@@ -10,7 +10,7 @@ import pytest
 from edge_agent.cache import fsck
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.staging import folder_of
-from edge_agent.cache.store import check_file
+from edge_agent.cache.verify import check_file
 from edge_agent.errors import PolicyError, VerificationError
 from edge_agent.package import trust
 from edge_agent.sync.protocol import TrustJob

@@ -14,7 +14,8 @@ from edge_agent.cache import eviction, fsck
 from edge_agent.cache import state as states
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import CacheState, ModelState
-from edge_agent.cache.store import Store, check_file
+from edge_agent.cache.store import Store
+from edge_agent.cache.verify import check_file
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
 from edge_agent.package import trust
 from edge_agent.package.manifest import Manifest, ManifestFile

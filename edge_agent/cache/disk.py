@@ -1,0 +1,98 @@
+"""How the cache looks at its disk: bounded reads, what is in a folder, what it takes, what is free.
+
+Changes nothing: that is `durable.py`'s. Whatever the operating system refuses, there or here, becomes a
+`StoreError` here, with a remedy where there is one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edge_agent.errors import StoreError
+
+_NO_SPACE = "free some space, or lower cache.quota_bytes"
+_NO_LINKS = "the file system must have hard links; see `edge-agent doctor`"
+_REMEDIES = {
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EACCES: "give the agent's user the state directory",
+    errno.EROFS: "mount the state directory read-write",
+    errno.EPERM: _NO_LINKS,
+    errno.EOPNOTSUPP: _NO_LINKS,
+    errno.EXDEV: "the whole state directory must be on one file system",
+}
+
+
+@contextmanager
+def store_errors(action: str, path: Path) -> Iterator[None]:
+    """Wraps the operating system's errors, with a remedy for the ones that have one."""
+    try:
+        yield
+    except OSError as error:
+        raise store_error(action, path, error) from error
+
+
+def store_error(action: str, path: Path, error: OSError) -> StoreError:
+    """An operating system's error in this tree's words."""
+    return StoreError(f"cannot {action} {path}: {error.strerror}", remedy=_REMEDIES.get(error.errno or 0, ""))
+
+
+def read_bounded(path: Path, limit_bytes: int) -> bytes | None:
+    """A small file, None where there is none. Of one over the bound, only its first `limit_bytes + 1` bytes.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise store_error("read", path, error) from error
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read(limit_bytes + 1)
+
+
+def children(folder: Path) -> list[Path]:
+    """What is in a folder, by name; nothing where there is no such folder."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def folders_below(tree: Path) -> Iterable[Path]:
+    """Every folder inside a tree; links are not followed."""
+    return (path for path in tree.rglob("*") if path.is_dir() and not path.is_symlink())
+
+
+def tree_bytes(*roots: Path) -> int:
+    """Sizes of all files under these folders, each inode once; names that vanish meanwhile are passed over."""
+    seen: dict[tuple[int, int], int] = {}
+    for root in roots:
+        for folder, _, names in os.walk(root):
+            for name in names:
+                try:
+                    status = (Path(folder) / name).lstat()
+                except OSError:
+                    continue
+                seen[status.st_dev, status.st_ino] = status.st_size
+    return sum(seen.values())
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write where `path` is, or would be made.
+
+    Raises:
+        StoreError: the file system does not say.
+    """
+    with store_errors("measure", path):
+        existing = path
+        while not existing.exists():
+            existing = existing.parent
+        status = os.statvfs(existing)
+    return status.f_bavail * status.f_frsize

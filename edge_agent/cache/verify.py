@@ -1,0 +1,64 @@
+"""Is a file on disk what its manifest promises? Kind and size in microseconds; with its sha256, every byte is read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from edge_agent.cache.record import VersionRecord
+from edge_agent.errors import VerificationError
+from edge_agent.package.manifest import ManifestFile
+
+_CHUNK_BYTES = 1 << 20
+
+
+def check_files(folder: Path, record: VersionRecord, *, read: bool = True) -> None:
+    """Checks every file of a version in its folder: what is done before it is loaded.
+
+    Args:
+        read: False leaves the sha256 out: microseconds.
+
+    Raises:
+        VerificationError: one is not what was committed; it is named.
+    """
+    for file in record.files:
+        check_file(folder / file.path, file, read=read)
+
+
+def check_file(path: Path, file: ManifestFile, *, read: bool = True) -> None:
+    """Checks a file's kind, size and sha256 on disk.
+
+    Args:
+        read: False leaves the sha256 out: microseconds.
+
+    Raises:
+        VerificationError: they are not those of `file`; the path inside the package is named.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise VerificationError(f"{file.path!r} cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size != file.size_bytes:
+            raise VerificationError(f"{file.path!r} has {size} bytes, its manifest says {file.size_bytes}")
+        if not read:
+            return
+        digest = hashlib.sha256()
+        try:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        except OSError as error:
+            raise VerificationError(f"{file.path!r} cannot be read: {error.strerror}") from error
+    if digest.hexdigest() != file.sha256:
+        raise VerificationError(f"sha256 of {file.path!r} is not the one in its manifest")
+
+
+def damage_of(path: Path, file: ManifestFile) -> str:
+    """What `check_file` finds wrong, for a reader who goes on to the next file; empty where it finds nothing."""
+    try:
+        check_file(path, file)
+    except VerificationError as error:
+        return error.message
+    return ""
