@@ -1,28 +1,40 @@
-"""What the device says of itself: the status document, what it reports of its models, and what somebody should look at.
+"""What the device says of itself: its status, what it reports of its models, its metrics, and when it says so.
 
-Owns the number of the document and what boot it is of. Reads everybody else; changes nothing. Contract: docs/mqtt.md,
-*Status*.
+Owns the number of the status document, the name of this boot, and what was said last. Reads everybody else; changes
+nothing. Contract: docs/mqtt.md, *Status*.
 """
 
 from __future__ import annotations
 
+import collections
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import edge_agent
 from edge_agent.cache.store import Store
+from edge_agent.chat import messages
 from edge_agent.chat.journal import Journal
 from edge_agent.errors import JournalUnavailable
+from edge_agent.sd_notify import Notifier
 from edge_agent.serving.lifecycle import ModelLifecycle
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import Settings
+from edge_agent.topics import Topics
+from edge_agent.updates.desired import DesiredState
 from edge_agent.updates.updates import Updates
+
+log = logging.getLogger(__name__)
+
+STATUS_INTERVAL_S = 30.0
+PROGRESS_INTERVAL_S = 2.0
+METRICS_INTERVAL_S = 60.0
 
 
 class DeviceStatus:
-    """Asked by the main thread and by control threads; the main thread and the network thread set its attributes.
+    """Asked by the main thread and by control threads; the main thread sets `ready`.
 
     Args:
         rebuilt: why `state.json` had to be rebuilt; empty when it had not.
@@ -30,7 +42,6 @@ class DeviceStatus:
 
     Attributes:
         ready: every preloaded model has been loaded, or has failed to.
-        desired_problem: why `model/desired` is not obeyed; empty when it is.
     """
 
     def __init__(
@@ -41,16 +52,17 @@ class DeviceStatus:
         journal: Journal,
         lifecycles: Mapping[str, ModelLifecycle],
         updates: Updates,
+        desired: DesiredState,
         rebuilt: str,
         tokens_per_s: Callable[[str], float | None],
     ) -> None:
         self.ready = False
-        self.desired_problem = ""
         self._settings = settings
         self._store = store
         self._journal = journal
         self._lifecycles = lifecycles
         self._updates = updates
+        self._desired = desired
         self._rebuilt = rebuilt
         self._tokens_per_s = tokens_per_s
         self._boot_id = uuid.uuid4().hex
@@ -108,7 +120,7 @@ class DeviceStatus:
         keys = ("uri", "version", "digest", "flavor", "state", "reason")
         models = {}
         for model in document["models"]:
-            reason = model["reason"] or self._updates.problems.get(model["name"], "") or self.desired_problem
+            reason = model["reason"] or self._updates.problems.get(model["name"], "") or self._desired.problem
             progress = self._updates.progress_of(model["name"])
             models[model["name"]] = {
                 **{key: model[key] for key in keys},
@@ -116,6 +128,21 @@ class DeviceStatus:
                 "progress": progress,
             }
         return {"models": models}
+
+    def metrics(self, *, answered: Mapping[str, int], counters: Mapping[str, int]) -> dict[str, Any]:
+        """`metrics`: counts since the start.
+
+        Args:
+            answered: prompts, by model.
+            counters: of the connection to the broker.
+        """
+        return {
+            **self.stamp(),
+            "answered": dict(answered),
+            "answers_dropped": self._journal.dropped_answers,
+            "prompts_damaged": self._journal.damaged_rows,
+            "counters": dict(counters),
+        }
 
     def headline(self) -> str:
         """In one line, for the log and the service manager."""
@@ -156,11 +183,86 @@ class DeviceStatus:
             yield f"cache: state.json was rebuilt ({self._rebuilt})"
         if self._settings.trust.allow_unsigned_code:
             yield "trust.allow_unsigned_code is on"
-        if self.desired_problem:
-            yield f"model/desired: {self.desired_problem}"
+        if self._desired.problem:
+            yield f"model/desired: {self._desired.problem}"
         for name, lifecycle in self._lifecycles.items():
             if lifecycle.instead:
                 yield f"model {name}: {lifecycle.instead}"
         for name, lifecycle in self._lifecycles.items():
             for key, reason in lifecycle.state.quarantined.items():
                 yield f"model {name}: version {key} is in quarantine: {reason}"
+
+
+class Outlet(Protocol):
+    """The way to the broker. Keeps what it is given until it is sent."""
+
+    counters: collections.Counter[str]
+
+    def set_retained(self, topic: str, document: bytes) -> None: ...
+
+    def set_metrics(self, document: bytes) -> None: ...
+
+
+class StatusPublisher:
+    """Publishes what has changed. The main thread's.
+
+    Args:
+        answered: prompts so far, by model.
+    """
+
+    def __init__(
+        self,
+        status: DeviceStatus,
+        *,
+        topics: Topics,
+        outlet: Outlet,
+        notifier: Notifier,
+        answered: Callable[[], Mapping[str, int]],
+    ) -> None:
+        self._status = status
+        self._topics = topics
+        self._outlet = outlet
+        self._notifier = notifier
+        self._answered = answered
+        self._published = self._reported = ""
+        self._status_at_s = self._reported_at_s = self._metrics_at_s = 0.0
+
+    def step(self, now_s: float) -> None:
+        """Publishes what is due.
+
+        Args:
+            now_s: monotonic seconds.
+        """
+        document = self._status.document()
+        self._report(now_s, document)
+        self._publish(now_s, document)
+        if now_s >= self._metrics_at_s:
+            self._metrics_at_s = now_s + METRICS_INTERVAL_S
+            metrics = self._status.metrics(answered=self._answered(), counters=self._outlet.counters)
+            self._outlet.set_metrics(messages.encode(metrics))
+
+    def say_offline(self) -> None:
+        """The last status, as the last will would say it."""
+        self._outlet.set_retained(self._topics.status, messages.encode(self._status.document("offline")))
+
+    def _publish(self, now_s: float, document: dict[str, Any]) -> None:
+        """The status: at each change of what people act on. Numbers that always change come along at intervals."""
+        lasting = {**document, "time": 0, "seq": 0, "queue_depth": 0}
+        lasting["models"] = [{**model, "tokens_per_s": 0} for model in document["models"]]
+        text = repr(lasting)
+        if text == self._published and now_s < self._status_at_s:
+            return
+        if text != self._published:
+            log.info("status %s %s", document["state"], self._status.headline())
+            self._notifier.status(self._status.headline())
+        self._published, self._status_at_s = text, now_s + STATUS_INTERVAL_S
+        self._outlet.set_retained(self._topics.status, messages.encode(document))
+
+    def _report(self, now_s: float, document: dict[str, Any]) -> None:
+        """What runs: at each change. The progress of a fetch comes along at intervals, and once it has ended."""
+        reported = self._status.reported(document)
+        fetching = any(model["progress"] for model in reported["models"].values())
+        text = repr([{**model, "progress": fetching} for model in reported["models"].values()])
+        if text != self._reported or (fetching and now_s >= self._reported_at_s):
+            self._reported, self._reported_at_s = text, now_s + PROGRESS_INTERVAL_S
+            self._outlet.set_retained(self._topics.reported, messages.encode(reported))

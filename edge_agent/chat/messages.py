@@ -62,34 +62,38 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """The body of a message, read once. What it asks may be refused; how and where to say so is known all the same.
+    """The body of a message, decoded once. What it asks may be refused; how and where to say so is known all the same.
 
     Attributes:
         form: JSON or plain text, of a refusal as well.
-        outcome: the request, or why it is refused.
+        content: the JSON object, the text, or why it can be neither.
         id: what a JSON body says, where it can be read and could be an id.
         reply_to: what a JSON body says, where it can be read; not checked.
     """
 
     form: Form
-    outcome: Request | PromptError
+    content: dict[str, Any] | str | PromptError
     id: str | None = None
     reply_to: str | None = None
 
     def request(self) -> Request:
-        """The request.
+        """What it asks.
 
         Raises:
             PromptTooLong: more bytes than allowed.
             BadRequest: not UTF-8, malformed JSON, or an unknown or invalid field, which is named.
         """
-        if isinstance(self.outcome, PromptError):
-            raise self.outcome
-        return self.outcome
+        if isinstance(self.content, PromptError):
+            raise self.content
+        if isinstance(self.content, dict):
+            return _parse_object(self.content)
+        check_text("the request", self.content)
+        chat = [{"role": "user", "content": self.content.strip()}]
+        return Request(form=self.form, content={"messages": chat})
 
 
 def read(payload: bytes, *, limit_bytes: int) -> Body:
-    """Reads a body. One whose first non-blank byte is `{` is JSON; anything else is a plain-text prompt.
+    """Decodes a body. One whose first non-blank byte is `{` is JSON; anything else is a plain-text prompt.
 
     Args:
         payload: as it arrived.
@@ -98,17 +102,15 @@ def read(payload: bytes, *, limit_bytes: int) -> Body:
     form = Form.JSON if payload.lstrip(_BLANK).startswith(b"{") else Form.TEXT
     try:
         text = _decode(payload, limit_bytes)
-        if form is Form.TEXT:
-            check_text("the request", text)
-            chat = [{"role": "user", "content": text.strip()}]
-            return Body(form=form, outcome=Request(form=form, content={"messages": chat}))
     except PromptError as error:
-        return Body(form=form, outcome=error)
+        return Body(form=form, content=error)
+    if form is Form.TEXT:
+        return Body(form=form, content=text)
     document, problem = _load_json(text)
     given_id, reply_to = document.get("id"), document.get("reply_to")
     return Body(
         form=form,
-        outcome=problem or _request_or_problem(document),
+        content=problem or document,
         id=given_id if isinstance(given_id, str) and ID_PATTERN.fullmatch(given_id) else None,
         reply_to=reply_to if isinstance(reply_to, str) else None,
     )
@@ -300,13 +302,6 @@ def _load_json(text: str) -> tuple[dict[str, Any], BadRequest | None]:
     elif _depth(document) > MAX_DEPTH:
         problems.append(f"the request is nested more than {MAX_DEPTH} levels deep")
     return document, BadRequest(problems[0]) if problems else None
-
-
-def _request_or_problem(document: dict[str, Any]) -> Request | PromptError:
-    try:
-        return _parse_object(document)
-    except PromptError as error:
-        return error
 
 
 def _parse_object(document: dict[str, Any]) -> Request:

@@ -1,6 +1,6 @@
-"""Prompts over the control socket: the same intake, journal and dispatcher as MQTT, streamed to one client.
+"""Prompts over the control socket: the same intake, journal and dispatcher as over MQTT, streamed to one client.
 
-Owns the clients that wait. A client that leaves has its prompt cancelled: nobody would read the answer.
+Owns the clients that wait. When a client leaves, its prompt is cancelled: nobody would read the answer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,29 +31,38 @@ class _Waiter:
     events: queue.SimpleQueue[str | None]
 
 
-class Probes:
-    """The outlet of prompts that came over the control socket. Any thread may tell it."""
+class ControlPrompts:
+    """The outlet of prompts that came over the control socket. Any thread may tell it.
 
-    def __init__(self, journal: Journal, *, flavor_of: Callable[[str], str | None]) -> None:
+    Args:
+        flavor_of: of a model, by its configured name.
+        max_payload_bytes: of a prompt.
+    """
+
+    def __init__(
+        self, journal: Journal, *, flavor_of: Callable[[str], str | None], max_payload_bytes: int
+    ) -> None:
+        self._max_payload_bytes = max_payload_bytes
         self._journal = journal
         self._flavor_of = flavor_of
         self._lock = threading.Lock()
         self._waiters: dict[int, _Waiter] = {}
 
     def chunk(self, prompt: Prompt, document: dict[str, Any]) -> None:
-        """More text of an answer; bounded by the answer itself."""
+        """More text of an answer. What waits for a client is bounded by the answer itself."""
         self._tell(prompt.row, document["choices"][0]["delta"]["content"])
 
     def answered(self, row: int) -> None:
         self._tell(row, _ANSWERED)
 
-    def serve(self, call: Call, request: messages.Request, intake: Intake) -> None:
-        """Runs one prompt for a client: `delta` events, then `done` with the answer document.
+    def answer(self, call: Call, intake: Intake) -> None:
+        """Runs a client's prompt, `text`: `delta` events, then `done` with the answer document.
 
         Raises:
             PromptError: refused.
             ClientGone: the client left; its prompt was cancelled.
         """
+        request = self._request(call.request)
         waiter, request_id = _Waiter(events=queue.SimpleQueue()), make_id()
         with self._lock:  # so that the first chunk finds its waiter
             acceptance = intake.take(
@@ -80,6 +89,15 @@ class Probes:
             with self._lock:
                 del self._waiters[acceptance.row]
             self._journal.delivered(acceptance.row)
+
+    def _request(self, fields: Mapping[str, Any]) -> messages.Request:
+        document = {
+            "messages": [{"role": "user", "content": fields.get("text")}],
+            "model": fields.get("model"),
+            "deadline_ms": fields.get("deadline_ms"),
+            "stream": True,
+        }
+        return messages.parse(messages.encode(document), limit_bytes=self._max_payload_bytes)
 
     def _stream(self, call: Call, waiter: _Waiter) -> None:
         while True:

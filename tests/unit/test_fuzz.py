@@ -165,9 +165,9 @@ def test_the_daemon_reads_every_message(
 ) -> None:
     for payload in variants(whole, seed):
         before = judged(daemon)
-        daemon._on_chat(inbound(payload, given_properties))
+        daemon._requests.on_chat(inbound(payload, given_properties))
         assert judged(daemon) == before + 1, "refused or dropped, and counted"
-    daemon._on_cancel(inbound(whole, given_properties))
+    daemon._requests.on_cancel(inbound(whole, given_properties))
 
 
 def judged(daemon: Daemon) -> int:

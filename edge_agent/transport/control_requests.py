@@ -1,0 +1,55 @@
+"""What the CLI asks of the daemon over the control socket, by the name of the operation: probe, status, models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from edge_agent.chat.intake import Intake
+from edge_agent.transport.control import Call, Operation
+from edge_agent.transport.control_prompts import ControlPrompts
+
+
+class RunOperation(Protocol):
+    """Runs an operation on the cache by its name. What comes from outside is checked there."""
+
+    def __call__(
+        self,
+        do: str,
+        *,
+        name: object,
+        version: object,
+        file: int | None,
+        on_event: Callable[[Mapping[str, Any]], None],
+    ) -> Any: ...
+
+
+def control_operations(
+    *,
+    prompts: ControlPrompts,
+    intake: Intake,
+    status: Callable[[], Mapping[str, Any]],
+    run_operation: RunOperation,
+) -> dict[str, Operation]:
+    """All operations, for the control server.
+
+    Args:
+        status: the full status document.
+    """
+
+    def on_status(call: Call) -> None:
+        call.send("done", status=status())
+
+    def on_models(call: Call) -> None:
+        """An operation on the cache; its progress goes to the client."""
+        fields = call.request
+        result = run_operation(
+            str(fields.get("do")),
+            name=fields.get("name"),
+            version=fields.get("version"),
+            file=call.file,
+            on_event=lambda event: call.send("progress", progress=dict(event)),
+        )
+        call.send("done", result=result)
+
+    return {"probe": lambda call: prompts.answer(call, intake), "status": on_status, "models": on_models}
