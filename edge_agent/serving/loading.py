@@ -22,9 +22,8 @@ from edge_agent.host.memory import peak_bytes
 from edge_agent.package import trust
 from edge_agent.runner.process import RunnerProcess
 from edge_agent.runner.protocol import Load, Loaded
-from edge_agent.runner.threads import measure
 from edge_agent.serving.memory_budget import Admission, MemoryBudget, Tenant
-from edge_agent.serving.threads import ThreadChoice
+from edge_agent.serving.threads import ThreadChoice, measure
 from edge_agent.settings import ModelSettings
 
 log = logging.getLogger(__name__)
