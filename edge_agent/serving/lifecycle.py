@@ -6,8 +6,8 @@ exchanged and the state is switched with one rename → the old runner stops. A 
 active version alone and is quarantined. An active version that does not load, or whose runner crashes on several
 prompts, gives way to the previous one, or to the fallback.
 
-Its parts: `standing.py` (what the disk says), `loading.py` (from bytes to a runner), `gate.py` and `blame.py` (the
-rules: what a candidate must show, and what is held against a version), `seat.py` (whose runner answers now).
+Its parts: `standing.py` (what the disk says), `loading.py` (from bytes to a runner), `verdicts.py` (the rules:
+what a candidate must show, and what counts against a version), `seat.py` (whose runner answers now).
 """
 
 from __future__ import annotations
@@ -27,15 +27,20 @@ from edge_agent.errors import EdgeAgentError, MemoryShort, Quarantined, StoreErr
 from edge_agent.host import identity
 from edge_agent.host.memory import resident_bytes
 from edge_agent.runner.process import RunnerProcess, child_environment
-from edge_agent.serving import blame, gate
-from edge_agent.serving.blame import Crashes, Lack, Lacks, LoadFailures
-from edge_agent.serving.gate import GateFailed
+from edge_agent.serving import verdicts
 from edge_agent.serving.learned import Learned
 from edge_agent.serving.loading import LoadedVersion, Loading, VersionLoader
 from edge_agent.serving.memory_budget import MemoryBudget
 from edge_agent.serving.seat import Lease, Seat, Serving, Vacancy
 from edge_agent.serving.standing import Standing
 from edge_agent.serving.threads import ThreadChoice
+from edge_agent.serving.verdicts import (
+    Crashes,
+    GateFailed,
+    LoadFailures,
+    UnmetRequirement,
+    UnmetRequirements,
+)
 from edge_agent.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -68,7 +73,7 @@ class ModelLifecycle:
         if self._standing.active is not None:
             self._seat.serving = Serving.LOADING if loading.settings.preload else Serving.IDLE
         self._operating = threading.Lock()
-        self._lacks = Lacks()
+        self._unmet = UnmetRequirements()
         self._failures = LoadFailures()
         self._crashes = Crashes()
         loading.budget.join(self)
@@ -163,9 +168,10 @@ class ModelLifecycle:
             if not (force or asked_for):
                 self._hold_off(key, attainable_bytes)
             self._standing.change(lambda state: state.trying(key))
-            if self.state.candidate_tries > blame.MAX_TRIES and not force:
+            if self.state.candidate_tries > verdicts.MAX_TRIES and not force:
                 self._refuse(
-                    key, GateFailed(f"it was tried {blame.MAX_TRIES} times and never came through the gate")
+                    key,
+                    GateFailed(f"it was tried {verdicts.MAX_TRIES} times and never came through the gate"),
                 )
             log.info("candidate starts model=%s version=%s", self.name, key)
             if (
@@ -181,8 +187,8 @@ class ModelLifecycle:
                 if self._standing.active is None:
                     self._seat.open()
                     self._note(None, Serving.ABSENT, f"version {record.version} failed: {error}")
-                elif blame.is_the_hosts(error):
-                    self._note_lack(record, error, attainable_bytes)
+                elif verdicts.caused_by_host(error):
+                    self._note_unmet(record, error, attainable_bytes)
                 self._refuse(key, error)
             finally:
                 self._seat.open()
@@ -190,20 +196,22 @@ class ModelLifecycle:
 
     def _hold_off(self, key: str, attainable_bytes: int) -> None:
         """Raises what the last attempt ended with, where this host is still what it was then."""
-        lack = self._lacks.still(key, host=identity.of_host(), attainable_bytes=attainable_bytes)
-        if lack is not None and self.state.active not in (None, key):
-            raise lack
+        error = self._unmet.error_expected(key, host=identity.of_host(), attainable_bytes=attainable_bytes)
+        if error is not None and self.state.active not in (None, key):
+            raise error
 
-    def _note_lack(self, record: VersionRecord, error: EdgeAgentError, before_bytes: int) -> None:
+    def _note_unmet(self, record: VersionRecord, error: EdgeAgentError, before_bytes: int) -> None:
         """So that the active version does not stop for the same candidate at each poll."""
         wanted_bytes = 0
         if isinstance(error, MemoryShort):
-            wanted_bytes = blame.memory_for_another_attempt(
+            wanted_bytes = verdicts.memory_for_another_attempt(
                 record.total_bytes,
                 before_bytes=before_bytes,
                 after_bytes=self._loading.budget.attainable_bytes(),
             )
-        self._lacks.add(record.key, Lack(error=error, host=identity.of_host(), wanted_bytes=wanted_bytes))
+        self._unmet.add(
+            record.key, UnmetRequirement(error=error, host=identity.of_host(), wanted_bytes=wanted_bytes)
+        )
 
     def _make_way(self, record: VersionRecord) -> None:
         """Stops the active version first where memory cannot hold both."""
@@ -220,10 +228,10 @@ class ModelLifecycle:
             EdgeAgentError: a golden prompt failed, or the candidate died or took too long; its runner is gone.
         """
         with self._loader.in_reach(version.runner):
-            tried = version.runner.try_out(timeout_s=gate.TIMEOUT_S)
-            gate.check_golden(tried)
+            tried = version.runner.try_out(timeout_s=verdicts.GATE_TIMEOUT_S)
+            verdicts.check_golden(tried)
         self._loader.note_peak(version)
-        self.gate_report = gate.shortfalls(
+        self.gate_report = verdicts.shortfalls(
             tried,
             min_tokens_per_s=self._loading.settings.min_tokens_per_s,
             memory_limit_bytes=self._loading.memory_limit_bytes,
@@ -252,9 +260,9 @@ class ModelLifecycle:
     def _refuse(self, key: str, error: EdgeAgentError) -> None:
         """Notes why a candidate failed, and raises it."""
         reason = str(error)
-        if self._seat.closed or blame.is_the_hosts(error):
+        if self._seat.closed or verdicts.caused_by_host(error):
             self._standing.change(lambda state: state.given_up())
-        elif blame.is_the_candidates(error):
+        elif verdicts.caused_by_candidate(error):
             self._standing.change(lambda state: state.refused(key, reason))
         log.warning("candidate refused model=%s version=%s reason=%r", self.name, key, reason)
         raise error
@@ -307,7 +315,7 @@ class ModelLifecycle:
         reason = str(error)
         log.warning("load failed model=%s version=%s reason=%r", self.name, record.key, reason)
         self._failures.add(time.monotonic())
-        verdict = blame.of_load(error, self._failures.count)
+        verdict = verdicts.on_load_failure(error, self._failures.count)
         stepped = False
         try:
             if isinstance(error, VerificationError):
@@ -328,9 +336,9 @@ class ModelLifecycle:
     def _note_crash(self, version: LoadedVersion, suspects: frozenset[bytes]) -> None:
         """Several distinct prompts that a version's runner failed on roll it back; one poison prompt does not."""
         distinct = self._crashes.add(suspects, time.monotonic())
-        if distinct < blame.MAX_CRASHES:
+        if distinct < verdicts.MAX_CRASHES:
             return
-        minutes = blame.CRASH_WINDOW_S / 60
+        minutes = verdicts.CRASH_WINDOW_S / 60
         reason = f"its runner failed on {distinct} different prompts within {minutes:.0f} minutes"
         try:
             self._step_back(version.record, reason, because=reason)
