@@ -16,13 +16,10 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import CacheState, ModelState
 from edge_agent.cache.store import Store, check_file
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
-from edge_agent.package import trust
 from edge_agent.package.manifest import Manifest, ManifestFile
-from edge_agent.package.trust import TrustDecision
 from edge_agent.serving.standing import Standing
-from tests.support.packages import WEIGHTS, make_package, manifest_of
-
-DECISION = TrustDecision(rule=trust.Rule.NO_CODE, signed_by="", unsigned_code=False, reason="a test")
+from tests.support.committed import commit, make_record
+from tests.support.packages import WEIGHTS
 
 
 @pytest.fixture
@@ -30,30 +27,6 @@ def store(tmp_path: Path) -> Store:
     store = Store(tmp_path / "state")
     store.create()
     return store
-
-
-def make_record(manifest: Manifest, version: int, *, name: str = "assistant", at: float = 0) -> VersionRecord:
-    return VersionRecord(
-        name=name,
-        version=version,
-        manifest=manifest,
-        attached=(),
-        registry_uri="sqlite:///x",
-        source="file:///x",
-        run_id="",
-        trust=DECISION,
-        created_at=at or 1_000.0 + version,
-    )
-
-
-def commit(store: Store, version: int, *, weights: bytes = b"", name: str = "assistant") -> VersionRecord:
-    tree = store.staging_root / f"{name}-{version}" / "tree"
-    make_package(tree, trust.WRAPPER, weights=weights)
-    record = make_record(manifest_of(tree, "phi"), version, name=name)
-    with store.lock():
-        store.commit(record, tree)
-    os.utime(store.record_file(record), (record.created_at, record.created_at))
-    return record
 
 
 def test_a_committed_version_is_found_whole_and_read_only(store: Store) -> None:
