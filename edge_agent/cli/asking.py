@@ -12,9 +12,9 @@ from typing import Any
 from edge_agent.cache.store import Store
 from edge_agent.chat import messages
 from edge_agent.errors import PROMPT_ERRORS, EdgeAgentError, ModelFailed, NoModel, RunnerError, UnknownModel
-from edge_agent.runner.process import RunnerProcess
 from edge_agent.runner.protocol import Done
 from edge_agent.serving.lifecycle import budget_of, lifecycle_of
+from edge_agent.serving.runner import Runner
 from edge_agent.settings import Settings, find_control_socket
 from edge_agent.transport import control
 
@@ -101,7 +101,7 @@ def ask_direct(
 
 
 def _generate(
-    runner: RunnerProcess, document: dict[str, Any], *, model: str, timeout_s: float, on_text: OnText
+    runner: Runner, document: dict[str, Any], *, model: str, timeout_s: float, on_text: OnText
 ) -> dict[str, Any]:
     """The completion of one prompt, its text shown as it comes."""
     started_s = time.monotonic()

@@ -17,7 +17,7 @@ from edge_agent.cache.state import CacheState, ModelState
 from edge_agent.cache.store import Store, check_file
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
 from edge_agent.package.manifest import Manifest, ManifestFile
-from edge_agent.serving.standing import Standing
+from edge_agent.serving.standing import VersionStates
 from tests.support.committed import commit, make_record
 from tests.support.packages import WEIGHTS
 
@@ -238,20 +238,20 @@ def test_a_damaged_state_is_rebuilt_from_what_is_committed(store: Store, damage:
     assert low in store.versions()
 
 
-def serve(standing: Standing, record: VersionRecord) -> None:
-    standing.change(lambda state: state.switched(record.key))
-    standing.note_served()
+def serve(states: VersionStates, record: VersionRecord) -> None:
+    states.change(lambda state: state.switched(record.key))
+    states.note_served()
 
 
 def test_a_lost_state_does_not_activate_a_version_that_never_served_or_failed_since(store: Store) -> None:
     older, good, failed, refused = (
         commit(store, version, weights=bytes([version])) for version in (1, 2, 3, 4)
     )
-    standing = Standing(store, "assistant")
+    states = VersionStates(store, "assistant")
     for record in (older, good, failed):
-        serve(standing, record)
-    standing.change(lambda state: state.stepped_back("crashes"))
-    standing.change(lambda state: state.trying(refused.key).refused(refused.key, "wrong answers"))
+        serve(states, record)
+    states.change(lambda state: state.stepped_back("crashes"))
+    states.change(lambda state: state.trying(refused.key).refused(refused.key, "wrong answers"))
     (store.root / "state.json").write_bytes(b"damaged")
     assert store.state().model("assistant") == ModelState(active=good.key, previous=older.key)
 
