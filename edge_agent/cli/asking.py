@@ -11,11 +11,13 @@ from typing import Any
 
 from edge_agent.cache.store import Store
 from edge_agent.chat import messages
+from edge_agent.errors import PROMPT_ERRORS, EdgeAgentError, ModelFailed, NoModel, RunnerError, UnknownModel
 from edge_agent.cli.command import reported_error
 from edge_agent.errors import EdgeAgentError, ModelFailed, NoModel, RunnerError, UnknownModel
 from edge_agent.runner.process import RunnerProcess
 from edge_agent.runner.protocol import Done
 from edge_agent.serving.lifecycle import budget_of, lifecycle_of
+from edge_agent.serving.runner import Runner
 from edge_agent.settings import Settings, find_control_socket
 from edge_agent.transport import control
 
@@ -102,7 +104,7 @@ def ask_direct(
 
 
 def _generate(
-    runner: RunnerProcess, document: dict[str, Any], *, model: str, timeout_s: float, on_text: OnText
+    runner: Runner, document: dict[str, Any], *, model: str, timeout_s: float, on_text: OnText
 ) -> dict[str, Any]:
     """Runs one prompt, passes its text on as it comes, and returns the completion."""
     started_s = time.monotonic()

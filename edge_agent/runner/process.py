@@ -39,6 +39,7 @@ from edge_agent.errors import (
     RunnerError,
     error_of,
 )
+from edge_agent.host import memory
 from edge_agent.runner.protocol import (
     TURN_BYTES,
     Cancel,
@@ -333,7 +334,7 @@ class RunnerProcess:
                 return
             except OSError as error:
                 self._unsent.clear()
-                raise RunnerError(f"runner is gone ({self.epitaph()})") from error
+                raise RunnerError(f"runner is gone ({self.exit_text()})") from error
 
     def _receive(self, deadline_s: float) -> Frame | None:
         """The next frame, None at the deadline."""
@@ -342,7 +343,7 @@ class RunnerProcess:
         except EOFError as error:
             self.kill()
             kind = RunnerCrashed if -(self._process.returncode or 0) in _OWN_SIGNALS else RunnerError
-            raise kind(f"runner died ({self.epitaph()})") from error
+            raise kind(f"runner died ({self.exit_text()})") from error
         except RunnerError:
             self.kill()
             raise
@@ -376,8 +377,16 @@ class RunnerProcess:
             return Refused(id=frame.id, code=late.code, message=late.message)
         return frame
 
-    def epitaph(self) -> str:
-        """How the child ended; no word of its own."""
+    def resident_bytes(self) -> int:
+        """What the child has in memory now; 0 when it is gone."""
+        return memory.resident_bytes(self.pid)
+
+    def peak_bytes(self) -> int:
+        """The most that the child has had in memory at once; 0 when it is gone."""
+        return memory.peak_bytes(self.pid) if self.alive else 0
+
+    def exit_text(self) -> str:
+        """How the child ended; nothing that it said itself."""
         code = self._process.poll()
         if code is None:
             return "connection closed"

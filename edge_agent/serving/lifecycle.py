@@ -1,40 +1,35 @@
 """One configured model's life on this device: absent → loading → ready, and from one version to the next.
 
-Decides which version answers. Flow of a change: the candidate is written to the state → its runner starts beside
-the active one (or in its place, where memory holds one only) → the gate → between two prompts the runners are
-exchanged and the state is switched with one rename → the old runner stops. A candidate that fails leaves the
-active version alone and is quarantined. An active version that does not load, or whose runner crashes on several
-prompts, gives way to the previous one, or to the fallback.
+Gives prompts the runner that answers now, loads the active version when it is needed, and unloads it when memory is.
+Which version is active changes in two ways: a candidate passes the gate (`adoption.py`), or the active version fails
+and another takes its place (`rollback.py`).
 
-Its parts: `standing.py` (what the disk says), `loading.py` (from bytes to a runner), `gate.py` and `blame.py` (the
-rules: what a candidate must show, and what is held against a version), `seat.py` (whose runner answers now).
+The other parts: `standing.py` (what the disk says), `loading.py` (from bytes to a runner), `verdicts.py` (what a
+version must show, and what counts against it), `seat.py` (whose runner answers now), `runner.py` (what a runner is).
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from edge_agent.cache import fsck
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
-from edge_agent.errors import EdgeAgentError, MemoryShort, Quarantined, StoreError, VerificationError
+from edge_agent.errors import EdgeAgentError
 from edge_agent.host import identity
-from edge_agent.host.memory import resident_bytes
 from edge_agent.runner.process import RunnerProcess, child_environment
-from edge_agent.serving import blame, gate
-from edge_agent.serving.blame import Crashes, Lack, Lacks, LoadFailures
-from edge_agent.serving.gate import GateFailed
+from edge_agent.serving.adoption import Adoption
 from edge_agent.serving.learned import Learned
 from edge_agent.serving.loading import LoadedVersion, Loading, VersionLoader
 from edge_agent.serving.memory_budget import MemoryBudget
-from edge_agent.serving.seat import Lease, Seat, Serving, Vacancy
-from edge_agent.serving.standing import Standing
+from edge_agent.serving.rollback import Rollback
+from edge_agent.serving.runner import StartRunner
+from edge_agent.serving.seat import EmptySeat, Lease, Seat, Serving
+from edge_agent.serving.standing import VersionStates
 from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import Settings
 
@@ -44,33 +39,45 @@ log = logging.getLogger(__name__)
 class ModelLifecycle:
     """One model of the settings.
 
-    Its dispatcher's thread loads and leases; the updates' thread brings candidates; operators act from
-    control threads, one at a time; status is read by any. All of them meet at the seat.
+    Its dispatcher's thread loads and leases; the updates' thread brings candidates; operators act from control
+    threads, one at a time; any thread reads the status. All of them meet at the seat.
 
     Args:
         name: the settings' name.
-        start_runner: makes a runner process that has not loaded anything yet.
-
-    Attributes:
-        gate_report: what the last gate measured that fell short without being an error, empty when nothing did.
+        clock: monotonic seconds.
+        host: names this host as `host.identity.of_host` does.
     """
 
     def __init__(
-        self, name: str, *, loading: Loading, store: Store, start_runner: Callable[[], RunnerProcess]
+        self,
+        name: str,
+        *,
+        loading: Loading,
+        store: Store,
+        start_runner: StartRunner,
+        clock: Callable[[], float] = time.monotonic,
+        host: Callable[[], str] = identity.of_host,
     ) -> None:
         self.name = name
-        self.gate_report = ""
         self._loading = loading
-        self._store = store
-        self._standing = Standing(store, name)
-        self._loader = VersionLoader(self, loading=loading, store=store, start_runner=start_runner)
-        self._seat = Seat(Serving.ABSENT)
-        if self._standing.active is not None:
-            self._seat.serving = Serving.LOADING if loading.settings.preload else Serving.IDLE
-        self._operating = threading.Lock()
-        self._lacks = Lacks()
-        self._failures = LoadFailures()
-        self._crashes = Crashes()
+        self._states = states = VersionStates(store, name)
+        initially = Serving.ABSENT
+        if states.active is not None:
+            initially = Serving.LOADING if loading.settings.preload else Serving.IDLE
+        self._seat = seat = Seat(initially, clock=clock)
+        self._loader = VersionLoader(
+            self, loading=loading, store=store, start_runner=start_runner, clock=clock
+        )
+        self._rollback = Rollback(name, store=store, seat=seat, states=states, clock=clock)
+        self._adoption = Adoption(
+            name,
+            loading=loading,
+            loader=self._loader,
+            seat=seat,
+            states=states,
+            rollback=self._rollback,
+            host=host,
+        )
         loading.budget.join(self)
 
     # --- Prompts: the dispatcher's thread --------------------------------------------------------------
@@ -85,28 +92,28 @@ class ModelLifecycle:
         if version is None:
             yield None
             return
-        blamed: list[frozenset[bytes]] = []
+        crashes: list[frozenset[bytes]] = []
         try:
             yield Lease(
                 runner=version.runner,
                 record=version.record,
-                flavor=version.told.flavor,
-                parallel=version.told.parallel,
-                blame=blamed.append,
+                flavor=version.reported.flavor,
+                parallel=version.reported.parallel,
+                blame=crashes.append,
             )
         finally:
             self._give_back(version)
-            for digests in blamed:
-                self._note_crash(version, digests)
+            for suspects in crashes:
+                self._rollback.on_crash(version.record, suspects)
 
     def _take(self) -> LoadedVersion | None:
         taken = self._seat.take()
-        if not isinstance(taken, Vacancy):
+        if not isinstance(taken, EmptySeat):
             return taken
-        if taken.dead is not None:  # it died while nobody used it: no prompt is to blame
+        if taken.dead is not None:  # it died while nobody used it, so no prompt can be the cause
             log.warning("idle runner died model=%s version=%s", self.name, taken.dead.record.key)
             taken.dead.runner.kill()
-        elif time.monotonic() < self._failures.retry_at_s:
+        elif self._rollback.waiting:
             return None
         version = self._load_active()
         if version is None or self._seat.fill(version):
@@ -114,12 +121,31 @@ class ModelLifecycle:
         version.runner.stop()
         return None
 
+    def _load_active(self) -> LoadedVersion | None:
+        """Loads the active version. If there is none, or it does not load, says why."""
+        record = self._states.active
+        still_active = self._states.still_active(record)
+        if record is None:
+            # An adoption of the first version says itself what prompts wait for.
+            if self.serving is not Serving.LOADING or not self._adoption.running:
+                reason = self.reason or "no version is in the cache"
+                self._seat.note(Serving.ABSENT, reason, still=still_active)
+            return None
+        self._seat.note(Serving.LOADING, self.reason, still=still_active)
+        try:
+            version = self._loader.load(record)
+        except EdgeAgentError as error:
+            self._rollback.on_load_failure(record, error)
+            return None
+        self._rollback.clear_load_failures()
+        return version
+
     def _give_back(self, version: LoadedVersion) -> None:
         self._loader.note_peak(version)
         if self._seat.give_back(version):
-            how = version.runner.epitaph()
+            how = version.runner.exit_text()
             log.warning("runner died model=%s version=%s how=%r", self.name, version.record.key, how)
-        if self._seat.leaving:  # another model waits for the memory
+        if self._seat.unload_requested:  # another model waits for the memory
             self.give_up_memory()
 
     def wait_for_change(self, timeout_s: float) -> None:
@@ -131,233 +157,42 @@ class ModelLifecycle:
         return self.serving is not Serving.LOADING
 
     def wanted_now(self) -> bool:
-        """True when the active version should be loaded, and is not, though no prompt waits."""
+        """True when the active version should be loaded, and is not, although no prompt waits."""
         version = self._seat.loaded
         loaded = version is not None and version.runner.alive
         return self._loading.settings.preload and self.serving is not Serving.IDLE and not loaded
 
-    # --- Candidate → gate → active: the updates' thread and operators ----------------------------------
+    # --- Changes: the updates' thread and operators ----------------------------------------------------
 
     def adopt(self, key: str, *, force: bool = False, asked_for: bool = False, instead: str = "") -> None:
         """Makes a committed version the active one, if it passes the gate.
 
         Args:
-            force: an operator wants it: quarantine does not hold it back.
-            asked_for: an operator wants to know: what this host lacked is looked for again.
-            instead: why it is one of the fallback, where it is.
+            force: an operator wants it: quarantine does not prevent it.
+            asked_for: an operator wants to know: it is tried even if this host lacked something the last time.
+            instead: why a version of the fallback is wanted, if it is one.
 
         Raises:
             EdgeAgentError: it does not pass; the active version goes on.
         """
-        with self._operating:
-            record = self._standing.record(key)
-            instead = _reason_of(record, instead or self.state.instead)
-            if self.state.active == key and self.serving is not Serving.FAILED:
-                if instead != self.state.instead:
-                    self._standing.change(lambda state: replace(state, instead=instead))
-                self._standing.note_served()
-                return
-            if not force:
-                self.refuse_quarantined(key)
-            attainable_bytes = self._loading.budget.attainable_bytes()
-            if not (force or asked_for):
-                self._hold_off(key, attainable_bytes)
-            self._standing.change(lambda state: state.trying(key))
-            if self.state.candidate_tries > blame.MAX_TRIES and not force:
-                self._refuse(
-                    key, GateFailed(f"it was tried {blame.MAX_TRIES} times and never came through the gate")
-                )
-            log.info("candidate starts model=%s version=%s", self.name, key)
-            if (
-                self._standing.active is None
-            ):  # prompts wait for it instead of being told that there is nothing
-                self._note(None, Serving.LOADING, f"version {record.version} is being loaded")
-            try:
-                self._make_way(record)
-                version = self._loader.load(record)
-                self._gate(version)
-                self._exchange(version, instead)
-            except EdgeAgentError as error:
-                if self._standing.active is None:
-                    self._seat.open()
-                    self._note(None, Serving.ABSENT, f"version {record.version} failed: {error}")
-                elif blame.is_the_hosts(error):
-                    self._note_lack(record, error, attainable_bytes)
-                self._refuse(key, error)
-            finally:
-                self._seat.open()
-            self._standing.note_served()
-
-    def _hold_off(self, key: str, attainable_bytes: int) -> None:
-        """Raises what the last attempt ended with, where this host is still what it was then."""
-        lack = self._lacks.still(key, host=identity.of_host(), attainable_bytes=attainable_bytes)
-        if lack is not None and self.state.active not in (None, key):
-            raise lack
-
-    def _note_lack(self, record: VersionRecord, error: EdgeAgentError, before_bytes: int) -> None:
-        """So that the active version does not stop for the same candidate at each poll."""
-        wanted_bytes = 0
-        if isinstance(error, MemoryShort):
-            wanted_bytes = blame.memory_for_another_attempt(
-                record.total_bytes,
-                before_bytes=before_bytes,
-                after_bytes=self._loading.budget.attainable_bytes(),
-            )
-        self._lacks.add(record.key, Lack(error=error, host=identity.of_host(), wanted_bytes=wanted_bytes))
-
-    def _make_way(self, record: VersionRecord) -> None:
-        """Stops the active version first where memory cannot hold both."""
-        if self.state.active in (None, record.key) or self._loader.fits_beside(record):
-            return
-        self._loading.budget.check_weights(record)
-        log.info("memory holds one model only: the active one stops first model=%s", self.name)
-        self._vacate()
-
-    def _gate(self, version: LoadedVersion) -> None:
-        """Golden prompts must be right; speed and memory are reported.
-
-        Raises:
-            EdgeAgentError: a golden prompt failed, or the candidate died or took too long; its runner is gone.
-        """
-        with self._loader.in_reach(version.runner):
-            tried = version.runner.try_out(timeout_s=gate.TIMEOUT_S)
-            gate.check_golden(tried)
-        self._loader.note_peak(version)
-        self.gate_report = gate.shortfalls(
-            tried,
-            min_tokens_per_s=self._loading.settings.min_tokens_per_s,
-            memory_limit_bytes=self._loading.memory_limit_bytes,
-        )
-        if self.gate_report:
-            log.warning("gate model=%s version=%s %s", self.name, version.record.key, self.gate_report)
-
-    def _exchange(self, version: LoadedVersion, instead: str) -> None:
-        """Between two prompts: the state says the new version, its runner takes the seat, the old one stops.
-
-        The caller opens the seat again.
-        """
-        self._seat.drain()
-        try:
-            self._standing.change(lambda state: state.switched(version.record.key, instead=instead))
-            leaving = self._seat.swap(version)
-            self._failures.clear()
-            self._crashes.clear()
-        except BaseException:
-            version.runner.kill()
-            raise
-        log.info("version active model=%s version=%s", self.name, version.record.key)
-        if leaving is not None:
-            leaving.runner.stop()
-
-    def _refuse(self, key: str, error: EdgeAgentError) -> None:
-        """Notes why a candidate failed, and raises it."""
-        reason = str(error)
-        if self._seat.closed or blame.is_the_hosts(error):
-            self._standing.change(lambda state: state.given_up())
-        elif blame.is_the_candidates(error):
-            self._standing.change(lambda state: state.refused(key, reason))
-        log.warning("candidate refused model=%s version=%s reason=%r", self.name, key, reason)
-        raise error
-
-    def _vacate(self) -> None:
-        """Between two prompts, stops the runner and keeps the seat empty until it is opened."""
-        self._seat.drain()
-        leaving = self._seat.empty(comes_back=self._standing.active is not None)
-        if leaving is not None:
-            leaving.runner.stop()
+        self._adoption.adopt(key, force=force, asked_for=asked_for, instead=instead)
 
     def refuse_quarantined(self, key: str) -> None:
         """
         Raises:
-            Quarantined: the version failed before, and why.
+            Quarantined: the version failed before; the message says why.
         """
-        if key in self.state.quarantined:
-            raise Quarantined(f"version {key} is in quarantine: {self.state.quarantined[key]}")
+        self._adoption.refuse_quarantined(key)
 
     def catch_up(self) -> None:
-        """Takes up what is on disk already: a candidate that an earlier daemon did not get to try, or, where
-        nothing is active, the newest version. Needs no registry.
+        """Adopts what is on disk already: a candidate that an earlier daemon did not get to try or, if nothing is
+        active, the newest version. Needs no registry.
 
         Raises:
             EdgeAgentError: it does not pass the gate.
         """
-        if key := self._standing.untried():
+        if key := self._states.untried():
             self.adopt(key)
-
-    # --- Active → rollback, quarantine -----------------------------------------------------------------
-
-    def _load_active(self) -> LoadedVersion | None:
-        """Loads the active version; notes why not and when to try again, or steps back to the previous one."""
-        record = self._standing.active
-        if record is None:
-            if self.serving is not Serving.LOADING or not self._operating.locked():
-                self._note(None, Serving.ABSENT, self.reason or "no version is in the cache")
-            return None
-        self._note(record, Serving.LOADING, self.reason)
-        try:
-            version = self._loader.load(record)
-        except EdgeAgentError as error:
-            if self._note(record, Serving.LOADING, str(error)):
-                self._on_load_failure(record, error)
-            return None
-        self._failures.clear()
-        return version
-
-    def _on_load_failure(self, record: VersionRecord, error: EdgeAgentError) -> None:
-        reason = str(error)
-        log.warning("load failed model=%s version=%s reason=%r", self.name, record.key, reason)
-        self._failures.add(time.monotonic())
-        verdict = blame.of_load(error, self._failures.count)
-        stepped = False
-        try:
-            if isinstance(error, VerificationError):
-                self._set_damage_aside(record)
-            if verdict.step_back:
-                stepped = self._step_back(record, reason if verdict.quarantine else None, because=reason)
-        except EdgeAgentError as trouble:
-            log.error("step back failed model=%s reason=%r", self.name, str(trouble))
-        if not stepped:
-            self._note(record, Serving.FAILED if verdict.final else Serving.LOADING, reason)
-
-    def _set_damage_aside(self, record: VersionRecord) -> None:
-        """So that the next sync fetches the damaged blobs, and only them."""
-        found = fsck.verify(self._store, [record])
-        with self._store.lock():
-            fsck.set_aside(self._store, found.damaged)
-
-    def _note_crash(self, version: LoadedVersion, suspects: frozenset[bytes]) -> None:
-        """Several distinct prompts that a version's runner failed on roll it back; one poison prompt does not."""
-        distinct = self._crashes.add(suspects, time.monotonic())
-        if distinct < blame.MAX_CRASHES:
-            return
-        minutes = blame.CRASH_WINDOW_S / 60
-        reason = f"its runner failed on {distinct} different prompts within {minutes:.0f} minutes"
-        try:
-            self._step_back(version.record, reason, because=reason)
-        except EdgeAgentError as error:
-            log.error("step back failed model=%s reason=%r", self.name, str(error))
-
-    def _step_back(self, record: VersionRecord, quarantine: str | None, *, because: str) -> bool:
-        """Makes the previous version active, or one of the fallback, if there is one that may run.
-
-        The seat is empty.
-        """
-        previous = self._standing.successor()
-        if self.state.active != record.key or previous is None or previous.key == record.key:
-            return False
-        to, instead = previous.key, _reason_of(previous, because)
-        self._standing.change(lambda current: current.stepped_back(quarantine, to=to, instead=instead))
-        log.warning(
-            "rolled back model=%s from=%s to=%s reason=%r", self.name, record.key, previous.key, because
-        )
-        self._failures.clear()
-        self._crashes.clear()
-        self._note(previous, Serving.LOADING, f"rolled back from version {record.version}: {because}")
-        return True
-
-    def _note(self, record: VersionRecord | None, serving: Serving, reason: str) -> bool:
-        """Notes what became of loading `record`, unless another version has been seated or chosen meanwhile."""
-        return self._seat.note(serving, reason, still=lambda: self._standing.active == record)
 
     def go_back(self) -> str:
         """An operator's rollback: the previous version becomes active again, and is pinned. Gives its key.
@@ -365,58 +200,55 @@ class ModelLifecycle:
         Raises:
             EdgeAgentError: there is none, or it does not pass the gate.
         """
-        key = self.state.previous
-        if key is None:
-            raise StoreError(f"model {self.name} has no previous version to go back to")
-        self.adopt(key, force=True)
-        self.pin(key)
-        return key
+        return self._adoption.go_back()
+
+    def reload(self) -> None:
+        """Stops the runner between two prompts. The next prompt loads the files that are there then."""
+        self._adoption.reload()
+
+    # --- What else is written about versions -----------------------------------------------------------
+
+    def cached_fallback(self) -> VersionRecord | None:
+        """The newest version of the fallback that is here and may be tried."""
+        return self._states.fallback()
 
     def set_aside(self, key: str, reason: str) -> None:
         """A version of the model's own failed while the fallback answers: it is not tried again."""
         if key not in self.state.quarantined:
-            self._standing.change(lambda state: state.refused(key, reason))
-
-    # --- What else is written down of versions ---------------------------------------------------------
-
-    def cached_fallback(self) -> VersionRecord | None:
-        """The newest version of the fallback that is here and may be tried."""
-        return self._standing.fallback()
+            self._states.change(lambda state: state.refused(key, reason))
 
     def pin(self, key: str | None) -> None:
         """Fixes the version that runs, whatever the registry says; None lets it follow again."""
-        if key is not None:
-            self._standing.record(key)
-        self._standing.change(lambda state: replace(state, pinned=key))
+        self._states.pin(key)
 
     def set_desired(self, uri: str) -> None:
-        """Notes what MQTT asks for; empty for nothing."""
+        """Writes down what MQTT asks for; empty for nothing."""
         if uri != self.state.desired:
-            self._standing.change(lambda state: replace(state, desired=uri))
+            self._states.change(lambda state: replace(state, desired=uri))
 
     def forget(self, key: str) -> None:
         """A version was removed from the cache."""
-        self._standing.change(lambda state: state.without(key))
+        self._states.change(lambda state: state.without(key))
 
     # --- Stopping the runner ---------------------------------------------------------------------------
 
     def unload_when_idle(self) -> None:
-        """Stops a runner that nobody has used for `idle_unload_s`; the dispatcher asks between prompts."""
+        """Stops a runner that nobody has used for `idle_unload_s`; the dispatcher calls this between prompts."""
         limit_s = self._loading.settings.idle_unload_s
-        if limit_s and self._seat.idle_s(time.monotonic()) >= limit_s and self.give_up_memory():
+        if limit_s and self._seat.idle_s() >= limit_s and self.give_up_memory():
             log.info("unloaded when idle model=%s", self.name)
 
     def give_up_memory(self) -> bool:
-        """Stops the runner: now, when nobody uses it, else after the running prompt. The next one loads it again.
+        """Stops the runner now if nobody uses it, else after the running prompts. The next prompt loads it again.
 
         Returns:
             True when it was stopped.
         """
-        leaving = self._seat.give_up()
-        if leaving is None:
+        version = self._seat.unload()
+        if version is None:
             return False
-        self._loader.note_peak(leaving)
-        leaving.runner.stop()
+        self._loader.note_peak(version)
+        version.runner.stop()
         return True
 
     def last_used_s(self) -> float:
@@ -425,34 +257,25 @@ class ModelLifecycle:
 
     def resident_bytes(self) -> int:
         """What this model's runners have in memory now."""
-        runners = set(self._loader.starting())  # before the seat: a runner goes from there to here
+        runners = set(self._loader.starting())  # before the seat: a runner moves from there to here
         if (version := self._seat.loaded) is not None:
             runners.add(version.runner)
-        return sum(resident_bytes(runner.pid) for runner in runners)
-
-    def reload(self) -> None:
-        """Stops the runner between two prompts; the next one loads the files that are there now."""
-        with self._operating:
-            try:
-                self._vacate()
-            finally:
-                self._failures.clear()
-                self._seat.open()
+        return sum(runner.resident_bytes() for runner in runners)
 
     def close(self) -> None:
-        """Stops the runners; nothing is loaded any more."""
-        leaving = self._seat.close()
+        """Stops the runners, and loads nothing any more."""
+        version = self._seat.close()
         self._loading.budget.leave(self)
         self._loader.close()
-        if leaving is not None:
-            leaving.runner.stop()
+        if version is not None:
+            version.runner.stop()
 
     # --- For everybody ---------------------------------------------------------------------------------
 
     @property
     def state(self) -> ModelState:
         """What `state.json` says of this model."""
-        return self._standing.state
+        return self._states.state
 
     @property
     def serving(self) -> Serving:
@@ -472,25 +295,23 @@ class ModelLifecycle:
     def flavor(self) -> str | None:
         """What runs the loaded version, None while none is loaded."""
         version = self._seat.loaded
-        return version.told.flavor if version else None
+        return version.reported.flavor if version else None
 
     @property
     def runs_its_own(self) -> bool:
         """True while a version of the model's own reference is active, and has not failed for good."""
-        active = self._standing.active
+        active = self._states.active
         return active is not None and not active.fallback and self.serving is not Serving.FAILED
 
     @property
     def instead(self) -> str:
-        """Which fallback runs and why, for people; empty where the model's own version does."""
-        record, state = self._standing.active, self.state
-        if record is None or not state.instead:
-            return ""
-        return f"fallback {record.registered_name} version {record.version} runs: {state.instead}"
+        """Which version of the fallback runs and why, for people; empty while the model's own does."""
+        return self._states.fallback_in_use
 
     def status(self) -> dict[str, object]:
         """This model's entry in the status document."""
-        record = self._standing.active
+        record = self._states.active
+        reports = (self.instead, self._adoption.gate_report, self._loader.memory_report)
         return {
             "name": self.name,
             "uri": self.state.desired or self._loading.settings.uri,
@@ -498,8 +319,7 @@ class ModelLifecycle:
             "digest": record.digest if record else None,
             "flavor": self.flavor,
             "state": str(self.serving),
-            "reason": self.reason
-            or "; ".join(filter(None, (self.instead, self.gate_report, self._loader.memory_report))),
+            "reason": self.reason or "; ".join(filter(None, reports)),
         }
 
     def versions(self) -> dict[str, object]:
@@ -525,10 +345,10 @@ def budget_of(settings: Settings, store: Store) -> MemoryBudget:
 
 
 def lifecycle_of(settings: Settings, name: str, store: Store, budget: MemoryBudget) -> ModelLifecycle:
-    """The lifecycle of one configured model, with runners as the settings want them.
+    """The lifecycle of one configured model, with runners as the settings describe them.
 
     Args:
-        budget: shared with the other models.
+        budget: shared by all models.
     """
     return ModelLifecycle(
         name,
@@ -546,8 +366,3 @@ def lifecycle_of(settings: Settings, name: str, store: Store, budget: MemoryBudg
         store=store,
         start_runner=lambda: RunnerProcess(model=name, environment=child_environment(settings.state_dir)),
     )
-
-
-def _reason_of(record: VersionRecord, reason: str) -> str:
-    """What the state says beside an active version: why it is one of the fallback; nothing for its own."""
-    return (reason or "it was chosen on this device") if record.fallback else ""

@@ -1,15 +1,14 @@
 """From a committed version to a runner that has it loaded.
 
-Flow of `load`: what [trust] says → the version is leased, memory makes room → a runner starts, and while it imports
-its libraries every byte is read again → loaded; on a host where it is new, once with each number of threads that
-may be best. Refuses to load what is not verified. A runner that fails, or is closed meanwhile, is dead.
+Flow of `load`: [trust] allows the version → it is leased, and memory makes room → a runner starts, and while it
+imports its libraries every byte is read again → loaded; on a host where the version is new, once with each number of
+threads that may be best. Refuses to load what is not verified. A runner that fails, or is closed meanwhile, is dead.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +18,11 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.cache.verify import check_files
 from edge_agent.errors import PromptError, RunnerError
-from edge_agent.host.memory import peak_bytes
 from edge_agent.package import trust
-from edge_agent.runner.process import RunnerProcess
 from edge_agent.runner.protocol import Load, Loaded
-from edge_agent.runner.threads import measure
-from edge_agent.serving.memory_budget import Admission, MemoryBudget, Tenant
-from edge_agent.serving.threads import ThreadChoice
+from edge_agent.serving.memory_budget import Admission, MemoryBudget, MemoryUser
+from edge_agent.serving.runner import Runner, StartRunner
+from edge_agent.serving.threads import ThreadChoice, measure
 from edge_agent.settings import ModelSettings
 
 log = logging.getLogger(__name__)
@@ -41,16 +38,16 @@ _PEAK_GROWTH = 1.05
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How versions are loaded: what lifecycles get from the settings.
+    """How a model's versions are loaded: what the settings say, and what all models share.
 
     Attributes:
         threads: how many threads a version runs on.
         budget: memory, shared by all models of this process.
-        verify: check every digest before a load.
-        public_keys, allow_unsigned_code: `[trust]`, held against each version before each load.
+        verify: check every digest before each load.
+        public_keys, allow_unsigned_code: `[trust]`, which each version must satisfy before each load.
         memory_limit_bytes: for all runners; 0 for none.
         parallel: prompts that one runner answers at once.
-        kv_bytes: for what one runner keeps in mind of running and earlier prompts.
+        kv_bytes: for the keys and values of running and earlier prompts that one runner keeps.
     """
 
     settings: ModelSettings
@@ -69,13 +66,13 @@ class LoadedVersion:
     """A version and the runner that has it loaded.
 
     Attributes:
-        told: what the runner said of itself.
-        peak_bytes: the most memory that is written down of its runner.
+        reported: what the runner said of itself when it had loaded.
+        peak_bytes: its peak of memory, as it was last written down.
     """
 
-    runner: RunnerProcess
+    runner: Runner
     record: VersionRecord
-    told: Loaded
+    reported: Loaded
     context_tokens: int
     peak_bytes: int = 0
 
@@ -84,30 +81,37 @@ class VersionLoader:
     """One model's. Any thread; it owns the runners that are being started, so that `close` finds them.
 
     Args:
-        tenant: the model, as the memory budget knows it.
-        start_runner: makes a runner process that has not loaded anything yet.
+        model: as the memory budget knows it.
+        clock: monotonic seconds.
 
     Attributes:
-        memory_report: what the last load had to do without, empty when it had all that it wanted.
+        memory_report: why the last load got less memory than it wanted, empty when it got all of it.
     """
 
     def __init__(
-        self, tenant: Tenant, *, loading: Loading, store: Store, start_runner: Callable[[], RunnerProcess]
+        self,
+        model: MemoryUser,
+        *,
+        loading: Loading,
+        store: Store,
+        start_runner: StartRunner,
+        clock: Callable[[], float],
     ) -> None:
         self.memory_report = ""
-        self._tenant = tenant
+        self._model = model
+        self._clock = clock
         self._loading = loading
         self._store = store
         self._start_runner = start_runner
         self._lock = threading.Lock()
-        self._starting: set[RunnerProcess] = set()
+        self._starting: set[Runner] = set()
         self._closed = False
 
     def load(self, record: VersionRecord) -> LoadedVersion:
         """Checks a version's bytes and loads them in a new runner.
 
         Raises:
-            EdgeAgentError: damaged, or it does not load; no runner is left.
+            EdgeAgentError: it is damaged, or does not load; no runner is left.
         """
         loading = self._loading
         trust.hold(
@@ -116,11 +120,11 @@ class VersionLoader:
         wanted_tokens = self._loading.settings.context_tokens
         with (
             self._store.lease(record) as folder,
-            self._loading.budget.admit(self._tenant, record, folder, wanted_tokens) as admission,
+            self._loading.budget.admit(self._model, record, folder, wanted_tokens) as admission,
         ):
             candidates = self._loading.threads.candidates(record.digest)
             version = self._start(record, folder, admission, candidates[0])
-            if len(candidates) > 1 and version.told.flavor.startswith(THREADED_FLAVOR):
+            if len(candidates) > 1 and version.reported.flavor.startswith(THREADED_FLAVOR):
                 version = self._choose_threads(version, folder, admission, candidates)
             self.memory_report = admission.warning
         return version
@@ -128,8 +132,8 @@ class VersionLoader:
     def _choose_threads(
         self, version: LoadedVersion, folder: Path, admission: Admission, candidates: Sequence[int]
     ) -> LoadedVersion:
-        """Measures a version that is new on this host with each number of threads, one after the other, so
-        that memory holds it once; the fastest stays."""
+        """Measures a version that is new on this host with each number of threads, one after the other, so that
+        memory holds it once; keeps the fastest."""
         rates: dict[int, float] = {}
         record = version.record
         for threads in candidates:
@@ -144,27 +148,27 @@ class VersionLoader:
         return version
 
     def _measure(self, version: LoadedVersion) -> float:
-        with self.in_reach(version.runner):
+        with self.tracked(version.runner):
             try:
-                return measure(version.runner, signature=version.told.signature)
-            except PromptError as error:  # too slow, or no room for a prompt: then nothing is learned
-                log.warning("speed not measured model=%s reason=%r", self._tenant.name, str(error))
+                return measure(version.runner, signature=version.reported.signature)
+            except PromptError as error:  # too slow, or no room for a prompt
+                log.warning("speed not measured model=%s reason=%r", self._model.name, str(error))
                 return 0.0
 
     def _start(
         self, record: VersionRecord, folder: Path, admission: Admission, threads: int
     ) -> LoadedVersion:
-        """One runner with the version loaded. Its bytes are checked while it imports its libraries.
+        """Starts a runner and loads the version in it. Checks its bytes while the runner imports its libraries.
 
         Raises:
-            EdgeAgentError: damaged, or it does not load; no runner is left.
+            EdgeAgentError: it is damaged, or does not load; no runner is left.
         """
-        started_s = time.monotonic()
+        started_s = self._clock()
         runner = self._start_runner()
-        with self.in_reach(runner):
+        with self.tracked(runner):
             try:
                 check_files(folder, record, read=self._loading.verify)
-                told = runner.load(
+                reported = runner.load(
                     Load(
                         folder=str(folder),
                         context_tokens=admission.context_tokens,
@@ -177,18 +181,20 @@ class VersionLoader:
                 )
             except RunnerError:
                 if not self._closed:
-                    log.warning("runner output model=%s output=%r", self._tenant.name, runner.last_output())
+                    log.warning("runner output model=%s output=%r", self._model.name, runner.last_output())
                 raise
         log.info(
             "model loaded model=%s version=%s flavor=%r pid=%d threads=%d load_ms=%.0f",
-            self._tenant.name, record.key, told.flavor, runner.pid, threads,
-            (time.monotonic() - started_s) * 1000,
+            self._model.name, record.key, reported.flavor, runner.pid, threads,
+            (self._clock() - started_s) * 1000,
         )  # fmt: skip
-        return LoadedVersion(runner=runner, record=record, told=told, context_tokens=admission.context_tokens)
+        return LoadedVersion(
+            runner=runner, record=record, reported=reported, context_tokens=admission.context_tokens
+        )
 
     @contextmanager
-    def in_reach(self, runner: RunnerProcess) -> Iterator[None]:
-        """For the block, `close` finds a runner that answers no prompts yet; it is dead when the block fails."""
+    def tracked(self, runner: Runner) -> Iterator[None]:
+        """Lets `close` find a runner that answers no prompts yet, while the block runs. Kills it if the block fails."""
         with self._lock:
             self._starting.add(runner)
             closed = self._closed
@@ -204,26 +210,26 @@ class VersionLoader:
                 self._starting.discard(runner)
 
     def fits_beside(self, record: VersionRecord) -> bool:
-        """Whether memory is likely to hold a second model while the first goes on answering."""
+        """Whether memory is likely to hold this version beside everything that is loaded now."""
         folder, tokens = self._store.folder(record), self._loading.settings.context_tokens
         return self._loading.budget.fits_beside(record, folder, tokens)
 
     def note_peak(self, version: LoadedVersion) -> None:
-        """What the next load of this version should expect; of the runner's whole life so far."""
-        peak = peak_bytes(version.runner.pid) if version.runner.alive else 0
+        """Writes down the runner's peak of memory, for the next load of this version."""
+        peak = version.runner.peak_bytes()
         if peak > version.peak_bytes * _PEAK_GROWTH:
             version.peak_bytes = peak
             self._loading.budget.note_peak(
                 version.record, context_tokens=version.context_tokens, peak_bytes=peak
             )
 
-    def starting(self) -> frozenset[RunnerProcess]:
+    def starting(self) -> frozenset[Runner]:
         """The runners that answer no prompts yet."""
         with self._lock:
             return frozenset(self._starting)
 
     def close(self) -> None:
-        """Nothing is loaded any more; what was on its way is killed."""
+        """Loads nothing any more, and kills the runners that are being started."""
         with self._lock:
             self._closed = True
         for runner in self.starting():

@@ -1,12 +1,12 @@
-"""What all runners of this process may take together, and who has to go when another one needs room.
+"""What all runners of this process may take together, and which is unloaded when another one needs room.
 
-Flow of `admit`: need (what was measured, else the estimate) against what is free → the model that nobody has
-used for longest gives up its runner, and so on; one that answers gives it up after that prompt → a smaller
-context, with a warning → refused only where the weights alone do not fit. A load that was admitted keeps its
-need reserved until its runner is loaded.
+Flow of `admit`: the need (measured, else estimated) is compared with what is free → the model that has been unused for
+longest gives up its runner, and so on; one that is answering gives it up afterwards → the context is made smaller,
+with a warning → the load is refused only if the weights alone do not fit. An admitted load keeps its need reserved
+until its runner is loaded.
 
-One condition orders the decisions. Models that are asked to give up memory take their own locks; none of them
-may ask for memory while it holds one.
+One condition orders the decisions. A model that is asked to give up memory takes its own lock; no model may ask for
+memory while it holds that lock.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WAIT_S = 60.0
 _POLL_S = 0.1
 
 
-class Tenant(Protocol):
+class MemoryUser(Protocol):
     """A model whose runners take memory."""
 
     name: str
@@ -61,8 +61,8 @@ class Admission:
     """How a version may be loaded.
 
     Attributes:
-        warning: why the context is smaller than wanted, or memory may not do; empty when all is well.
-        spare_bytes: what is free beyond that; more prompts, and remembered ones, may take of it.
+        warning: why the context is smaller than wanted, or memory may not suffice; empty when all is well.
+        spare_bytes: what is free beyond that, for more prompts and for remembered ones.
     """
 
     context_tokens: int
@@ -76,27 +76,34 @@ class MemoryBudget:
     Args:
         limit_bytes: for all runners together; 0 leaves it to the host and its control groups.
         available: what the host has left now, in bytes.
+        clock: monotonic seconds.
     """
 
     def __init__(
-        self, limit_bytes: int, *, learned: Learned, available: Callable[[], int] = available_bytes
+        self,
+        limit_bytes: int,
+        *,
+        learned: Learned,
+        available: Callable[[], int] = available_bytes,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limit_bytes = limit_bytes
         self._learned = learned
         self._available = available
+        self._clock = clock
         self._host = identity.of_host()
         self._deciding = threading.Condition()
-        self._tenants: list[Tenant] = []
+        self._models: list[MemoryUser] = []
         self._reserved: dict[object, int] = {}
 
-    def join(self, tenant: Tenant) -> None:
+    def join(self, model: MemoryUser) -> None:
         with self._deciding:
-            self._tenants.append(tenant)
+            self._models.append(model)
 
-    def leave(self, tenant: Tenant) -> None:
-        """The tenant is closed: it waits for no memory any more."""
+    def leave(self, model: MemoryUser) -> None:
+        """The model is closed: it waits for no memory any more."""
         with self._deciding:
-            self._tenants = [each for each in self._tenants if each is not tenant]
+            self._models = [each for each in self._models if each is not model]
             self._deciding.notify_all()
 
     def fits_beside(self, record: VersionRecord, folder: Path, context_tokens: int) -> bool:
@@ -109,7 +116,7 @@ class MemoryBudget:
         return self._need(record, footprint_of(record, folder), context_tokens)
 
     def attainable_bytes(self) -> int:
-        """What a runner could have if everything else stopped; more than that is not had by stopping."""
+        """The most that a runner could have: what is free, and what everything else holds."""
         with self._deciding:
             return self._attainable()
 
@@ -124,7 +131,7 @@ class MemoryBudget:
 
     @contextmanager
     def admit(
-        self, tenant: Tenant, record: VersionRecord, folder: Path, context_tokens: int
+        self, model: MemoryUser, record: VersionRecord, folder: Path, context_tokens: int
     ) -> Iterator[Admission]:
         """Makes room for a version and keeps it reserved for the block.
 
@@ -138,7 +145,7 @@ class MemoryBudget:
         with self._deciding:
             footprint = footprint_of(record, folder)
             need = self._need(record, footprint, context_tokens)
-            self._make_room(tenant, need)
+            self._make_room(model, need)
             free = self._free()
             self._refuse_weights(record, free)
             admission = Admission(context_tokens=context_tokens, spare_bytes=max(0, free - need))
@@ -157,7 +164,7 @@ class MemoryBudget:
                 self._deciding.notify_all()
 
     def note_peak(self, record: VersionRecord, *, context_tokens: int, peak_bytes: int) -> None:
-        """What a runner really took: it replaces the estimate from now on."""
+        """Remembers what a runner really took. From now on that replaces the estimate."""
         self._learned.note_peak(
             record.digest, self._host, context_tokens=context_tokens, peak_bytes=peak_bytes
         )
@@ -167,31 +174,31 @@ class MemoryBudget:
         return known or footprint.needed_bytes(context_tokens)
 
     def _free(self) -> int:
-        """Bytes for another runner. What is reserved may be taken in part already: it counts as not yet."""
+        """Bytes for another runner. A part of what is reserved may be in use already; it is subtracted all the same."""
         free = self._available()
         if self._limit_bytes:
-            held = sum(tenant.resident_bytes() for tenant in self._tenants)
+            held = sum(model.resident_bytes() for model in self._models)
             free = min(free, self._limit_bytes - held)
         return max(0, free - sum(self._reserved.values()))
 
     def _attainable(self) -> int:
-        return self._free() + sum(each.resident_bytes() for each in self._tenants)
+        return self._free() + sum(each.resident_bytes() for each in self._models)
 
-    def _make_room(self, tenant: Tenant, need: int) -> None:
-        """Waits, and has other models unloaded, as long as that may help. Lets go of the lock meanwhile.
+    def _make_room(self, model: MemoryUser, need: int) -> None:
+        """Waits, and has other models unloaded, as long as that may help. Releases the lock while it waits.
 
         Raises:
-            RunnerError: the tenant was closed.
+            RunnerError: the model was closed.
         """
-        limit_s = time.monotonic() + WAIT_S
+        limit_s = self._clock() + WAIT_S
         while need > self._free():
-            if tenant not in self._tenants:
+            if model not in self._models:
                 raise RunnerError("the agent is stopping")
-            others = [each for each in self._tenants if each is not tenant and each.resident_bytes()]
+            others = [each for each in self._models if each is not model and each.resident_bytes()]
             oldest = min(others, key=lambda each: each.last_used_s(), default=None)
             if oldest is not None and oldest.give_up_memory():
-                log.info("unloaded to make room model=%s for=%s", oldest.name, tenant.name)
-            elif time.monotonic() > limit_s or not (others or self._reserved):
+                log.info("unloaded to make room model=%s for=%s", oldest.name, model.name)
+            elif self._clock() > limit_s or not (others or self._reserved):
                 return
             else:
                 self._deciding.wait(_POLL_S)

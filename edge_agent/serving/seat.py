@@ -2,20 +2,19 @@
 
 It holds one version at most. Prompts take it and give it back; a change drains it (waits until nobody has it, and
 lets nobody in), then swaps the version in it or empties it, and opens it again. It decides nothing about versions
-and stops no runner: that is the lifecycle's.
+and stops no runner: the lifecycle does.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from edge_agent.cache.record import VersionRecord
-from edge_agent.runner.process import RunnerProcess
 from edge_agent.serving.loading import LoadedVersion
+from edge_agent.serving.runner import Runner
 
 
 class Serving(StrEnum):
@@ -34,10 +33,10 @@ class Lease:
 
     Attributes:
         parallel: how many prompts the runner answers at once.
-        blame: called once for a runner that failed, with the digests of the prompts that may have been the cause.
+        blame: call it once when the runner failed, with the digests of the prompts that may have been the cause.
     """
 
-    runner: RunnerProcess
+    runner: Runner
     record: VersionRecord
     flavor: str
     parallel: int
@@ -49,44 +48,48 @@ class Lease:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vacancy:
-    """The seat is empty, and a version may be loaded for it.
+class EmptySeat:
+    """Nothing is seated, and a version may be loaded.
 
     Attributes:
-        dead: what sat there until its runner died while nobody used it.
+        dead: the version that was seated until its runner died while nobody used it.
     """
 
     dead: LoadedVersion | None
 
 
 class Seat:
-    """One model's. Any thread: all of them meet behind its condition. Status reads its attributes without it.
+    """One model's. Any thread: all of them meet at its condition. Status reads its attributes without it.
+
+    Args:
+        clock: monotonic seconds.
 
     Attributes:
         serving, reason: what the model does now, and why it is not available or what is wrong, for people.
-        used_at_s: monotonic seconds of the last prompt's end.
-        loaded: the version in it.
-        leaving: whoever gives the version back has to make the seat free: another model waits for the memory.
-        closed: nothing is seated any more.
+        used_at_s: when the last prompt ended, in monotonic seconds.
+        loaded: the version that is seated.
+        unload_requested: another model waits for the memory; whoever gives the version back has to unload it.
+        closed: no version is seated any more.
     """
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, *, clock: Callable[[], float]) -> None:
         self.serving = serving
         self.reason = ""
-        self.used_at_s = time.monotonic()
         self.loaded: LoadedVersion | None = None
-        self.leaving = False
+        self.unload_requested = False
         self.closed = False
+        self._clock = clock
+        self.used_at_s = clock()
         self._changed = threading.Condition()
         self._leases = 0
         self._drained = False
 
     # --- Prompts ---------------------------------------------------------------------------------------
 
-    def take(self) -> LoadedVersion | Vacancy | None:
-        """The version, for one prompt; None where nobody gets it now, nor may fill the seat."""
+    def take(self) -> LoadedVersion | EmptySeat | None:
+        """The version, for one prompt; None when no prompt gets one now, and none may be loaded either."""
         with self._changed:
-            if self.closed or self._drained or self.leaving:
+            if self.closed or self._drained or self.unload_requested:
                 return None
             if self.loaded is not None and self.loaded.runner.alive:
                 self._leases += 1
@@ -94,11 +97,10 @@ class Seat:
             if self._leases:  # it died under the prompts that run: they have to be given back first
                 return None
             dead, self.loaded = self.loaded, None
-            return Vacancy(dead=dead)
+            return EmptySeat(dead=dead)
 
     def fill(self, version: LoadedVersion) -> bool:
-        """Gives a freshly loaded version the seat and takes it for a prompt, unless it was closed or taken
-        meanwhile."""
+        """Seats a freshly loaded version and takes it for a prompt, unless the seat was closed or filled meanwhile."""
         with self._changed:
             if self.closed or self._drained or self.loaded is not None:
                 return False
@@ -108,10 +110,10 @@ class Seat:
             return True
 
     def give_back(self, version: LoadedVersion) -> bool:
-        """A prompt has ended. True when the runner was found dead: then the seat is empty now."""
+        """A prompt has ended. True when its runner turns out to be dead: the seat is empty then."""
         with self._changed:
             self._leases -= 1
-            self.used_at_s = time.monotonic()
+            self.used_at_s = self._clock()
             died = not version.runner.alive and self.loaded is version
             if died:
                 self.loaded = None
@@ -124,27 +126,23 @@ class Seat:
         with self._changed:
             self._changed.wait(timeout_s)
 
-    def idle_s(self, now_s: float) -> float:
-        """For how long nobody has used the version.
+    def idle_s(self) -> float:
+        """For how long nobody has used the version."""
+        return 0.0 if self._leases else self._clock() - self.used_at_s
 
-        Args:
-            now_s: monotonic seconds.
-        """
-        return 0.0 if self._leases else now_s - self.used_at_s
-
-    def give_up(self) -> LoadedVersion | None:
-        """Frees the seat, where nobody uses the version; else it is marked as leaving.
+    def unload(self) -> LoadedVersion | None:
+        """Empties the seat if nobody uses the version; otherwise asks whoever uses it to unload it afterwards.
 
         Returns:
-            What sat there; the next prompt loads it again.
+            The version that was seated; the next prompt loads it again.
         """
         with self._changed:
             if self.loaded is None or self._leases or self._drained:
-                self.leaving = self._leases > 0
+                self.unload_requested = self._leases > 0
                 return None
-            gone, self.loaded, self.leaving = self.loaded, None, False
+            unloaded, self.loaded, self.unload_requested = self.loaded, None, False
             self.serving = Serving.IDLE
-            return gone
+            return unloaded
 
     # --- Changes ---------------------------------------------------------------------------------------
 
@@ -161,21 +159,21 @@ class Seat:
             comes_back: another one will be loaded, so prompts may wait for it.
         """
         with self._changed:
-            gone, self.loaded = self.loaded, None
+            former, self.loaded = self.loaded, None
             if comes_back:
                 self.serving = Serving.LOADING
-            return gone
+            return former
 
     def swap(self, version: LoadedVersion) -> LoadedVersion | None:
         """Puts another version into a drained seat.
 
         Returns:
-            The one that has to go: the former one, or, where the seat is closed, `version` itself.
+            The one that has to go: the former one or, if the seat is closed, `version` itself.
         """
         with self._changed:
-            gone, self.loaded = (version, None) if self.closed else (self.loaded, version)
+            former, self.loaded = (version, None) if self.closed else (self.loaded, version)
             self.serving, self.reason = Serving.READY, ""
-            return gone
+            return former
 
     def open(self) -> None:
         """Lets prompts in again."""
@@ -187,10 +185,10 @@ class Seat:
         """Says what an empty seat waits for, unless it has been filled, drained or closed meanwhile.
 
         Args:
-            still: whether what is said still holds; asked behind the condition.
+            still: whether this is still true; asked while nobody can change the seat.
 
         Returns:
-            True where it was noted.
+            True when it was noted.
         """
         with self._changed:
             if self.closed or self._drained or self.loaded is not None or not still():
@@ -200,9 +198,9 @@ class Seat:
             return True
 
     def close(self) -> LoadedVersion | None:
-        """Nothing is seated any more. Gives what sat there."""
+        """Seats no version any more. Gives the one that was seated."""
         with self._changed:
             self.closed = True
-            gone, self.loaded = self.loaded, None
+            former, self.loaded = self.loaded, None
             self._changed.notify_all()
-            return gone
+            return former

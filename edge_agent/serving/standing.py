@@ -1,9 +1,10 @@
-"""Where one model's versions stand: what `state.json` says of it, and which of them may come next."""
+"""What `state.json` says of one model's versions, and which of them may come next."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import ModelState
@@ -13,10 +14,10 @@ from edge_agent.errors import StoreError
 log = logging.getLogger(__name__)
 
 
-class Standing:
-    """Keeps what the disk says, so that status and every prompt need not read it.
+class VersionStates:
+    """A copy in memory of what the disk says, so that status and every prompt need not read it.
 
-    Its model's lifecycle owns it: only there is it changed, and each change is on disk before it is seen here.
+    Only its model's lifecycle changes it, and each change is on disk before it is seen here.
 
     Attributes:
         state: what `state.json` says of this model.
@@ -29,17 +30,27 @@ class Standing:
         self._remember(store.state().model(name))
 
     def change(self, change: Callable[[ModelState], ModelState]) -> None:
-        """Writes a change down with one rename, then remembers it."""
+        """Writes a change with one rename, then remembers it."""
         before = self.state.quarantined
         self._remember(self._store.change_state(self._name, change))
         for key in self.state.quarantined.keys() - before.keys():
             self._note_served(key, served=False)
 
     def note_served(self) -> None:
-        """The active version came through the gate: its record says so, for the case that `state.json` is lost."""
+        """Writes into the active version's record that it passed the gate, in case `state.json` is lost."""
         if self.active is not None and not self.active.served:
             self._note_served(self.active.key, served=True)
             self._remember(self.state)
+
+    def pin(self, key: str | None) -> None:
+        """Fixes the version that runs; None lets it follow the registry again.
+
+        Raises:
+            StoreError: it is not in the cache.
+        """
+        if key is not None:
+            self.record(key)
+        self.change(lambda state: replace(state, pinned=key))
 
     def record(self, key: str) -> VersionRecord:
         """A committed version.
@@ -55,8 +66,8 @@ class Standing:
         return record
 
     def untried(self) -> str | None:
-        """Key of what an earlier daemon did not get to try: its candidate, or, where nothing is active, the newest
-        version of the model's own; None where there is nothing to catch up on."""
+        """Key of what an earlier daemon did not get to try: its candidate or, if nothing is active, the newest of the
+        model's own versions. None when there is none."""
         candidate = self.state.candidate
         if candidate and self._store.record(self._name, candidate):
             return candidate
@@ -64,6 +75,19 @@ class Standing:
             return None
         usable = [record for record in self._usable() if not record.fallback]
         return usable[-1].key if usable else None
+
+    @property
+    def fallback_in_use(self) -> str:
+        """Which version of the fallback runs and why, for people; empty while the model's own does."""
+        if self.active is None or not self.state.instead:
+            return ""
+        return (
+            f"fallback {self.active.registered_name} version {self.active.version} runs: {self.state.instead}"
+        )
+
+    def still_active(self, record: VersionRecord | None) -> Callable[[], bool]:
+        """Asks, when called, whether this is still the active version."""
+        return lambda: self.active == record
 
     def fallback(self) -> VersionRecord | None:
         """The newest version of the fallback that is here and may be tried."""
@@ -92,3 +116,8 @@ class Standing:
     def _remember(self, state: ModelState) -> None:
         self.state = state
         self.active = self._store.record(self._name, state.active) if state.active else None
+
+
+def fallback_reason(record: VersionRecord, reason: str) -> str:
+    """What the state says beside an active version: why it is one of the fallback, and nothing for the model's own."""
+    return (reason or "it was chosen on this device") if record.fallback else ""

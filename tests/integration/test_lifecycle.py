@@ -21,8 +21,8 @@ from edge_agent.serving.loading import Loading
 from edge_agent.serving.memory_budget import MemoryBudget
 from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import ModelSettings
+from tests.support.committed import commit, make_record
 from tests.support.packages import manifest_of
-from tests.unit.test_store import commit, make_record
 
 _PLENTY = 1 << 40
 

@@ -17,8 +17,8 @@ from edge_agent.sync.bring import bring
 from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult
 from edge_agent.sync.registry import LocalPackage
 from edge_agent.updates.operations import run_operation, without_daemon
+from tests.support.committed import commit
 from tests.support.packages import add_manifest, make_package
-from tests.unit.test_store import commit
 
 _PART_BYTES = 3_000_000
 _WEIGHTS_BYTES = 2_000_000

@@ -27,7 +27,7 @@ from edge_agent.errors import (
 from edge_agent.package.needs import GENAI, TRANSFORMERS, Needs, needs_of
 from edge_agent.package.trust import TrustDecision
 from edge_agent.runner import capability
-from edge_agent.serving.gate import GateFailed
+from edge_agent.serving.verdicts import GateFailed
 from edge_agent.updates import choice
 from edge_agent.updates.choice import NotInRollout
 from tests.support.packages import CONFIG, GENAI_CONFIG, MLMODEL, make_package, manifest_of

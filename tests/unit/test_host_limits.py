@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from edge_agent.host import cgroup, cpus, identity, memory
-from edge_agent.runner import threads
 
 V2 = "26 1 0:24 / {mount} rw,nosuid - cgroup2 cgroup2 rw\n"
 V1_MEMORY = "32 31 0:29 / {mount} rw - cgroup cgroup rw,memory\n"
@@ -131,12 +130,6 @@ def test_the_quota_caps_every_candidate_and_half_is_always_one(kernel: Kernel) -
 
 def test_cpus_that_the_kernel_does_not_describe_are_cores(kernel: Kernel) -> None:
     assert cpus.thread_counts(cpus=kernel.cpus, allowed={0, 1, 2}, quota=3) == (3, 1)
-
-
-def test_more_threads_are_taken_only_when_they_are_clearly_faster() -> None:
-    assert threads.fastest({2: 10.0, 4: 10.3}) == 2
-    assert threads.fastest({4: 18.0, 2: 10.0}) == 4
-    assert threads.fastest({4: 9.0, 8: 20.0, 2: 10.0}) == 8
 
 
 def test_the_host_is_named_by_its_cpu_and_library(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ CONTEXT = 2048
 
 
 class Model:
-    """A tenant with a runner of a given size."""
+    """Has a runner of a given size."""
 
     def __init__(self, name: str, size: int = 0, used_s: float = 0.0, *, busy: bool = False) -> None:
         self.name, self.size, self.used_s, self.busy = name, size, used_s, busy
@@ -92,39 +92,39 @@ def test_a_version_without_options_is_estimated_by_its_files(tmp_path: Path) -> 
 
 
 def test_a_model_that_fits_has_the_context_that_the_settings_want(tmp_path: Path, folder: Path) -> None:
-    tenant, shared = Model("a"), budget(tmp_path, free=NEED)
-    shared.join(tenant)
-    with shared.admit(tenant, version(), folder, CONTEXT) as admission:
+    model, shared = Model("a"), budget(tmp_path, free=NEED)
+    shared.join(model)
+    with shared.admit(model, version(), folder, CONTEXT) as admission:
         assert (admission.context_tokens, admission.warning) == (CONTEXT, "")
 
 
 def test_too_little_memory_makes_the_context_smaller_and_says_so(tmp_path: Path, folder: Path) -> None:
-    tenant, shared = Model("a"), budget(tmp_path, free=NEED - 1000 * KV_BYTES)
-    shared.join(tenant)
-    with shared.admit(tenant, version(), folder, CONTEXT) as admission:
+    model, shared = Model("a"), budget(tmp_path, free=NEED - 1000 * KV_BYTES)
+    shared.join(model)
+    with shared.admit(model, version(), folder, CONTEXT) as admission:
         assert LEAST_CONTEXT_TOKENS < admission.context_tokens <= CONTEXT - 1000
         assert f"context of {admission.context_tokens} tokens instead of 2048" in admission.warning
 
 
 def test_an_estimate_alone_refuses_nothing(tmp_path: Path, folder: Path) -> None:
-    tenant, shared = Model("a"), budget(tmp_path, free=101 * MIB)
-    shared.join(tenant)
-    with shared.admit(tenant, version(), folder, CONTEXT) as admission:
+    model, shared = Model("a"), budget(tmp_path, free=101 * MIB)
+    shared.join(model)
+    with shared.admit(model, version(), folder, CONTEXT) as admission:
         assert admission.context_tokens == LEAST_CONTEXT_TOKENS
         assert admission.warning
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, folder: Path) -> None:
-    tenant, shared = Model("a"), budget(tmp_path, free=99 * MIB)
-    shared.join(tenant)
+    model, shared = Model("a"), budget(tmp_path, free=99 * MIB)
+    shared.join(model)
     with (
         pytest.raises(MemoryShort, match="bytes of weights"),
-        shared.admit(tenant, version(), folder, CONTEXT),
+        shared.admit(model, version(), folder, CONTEXT),
     ):
         raise AssertionError("it was admitted")
     with pytest.raises(MemoryShort):
         shared.check_weights(version())
-    tenant.size = 2 * MIB
+    model.size = 2 * MIB
     shared.check_weights(version())  # what is loaded could go
 
 
@@ -143,8 +143,8 @@ def test_the_least_recently_used_model_goes_first_and_no_more_than_needed(
 ) -> None:
     new, old, older = Model("new"), Model("old", NEED, 20.0), Model("older", NEED, 10.0)
     shared = budget(tmp_path, limit=2 * NEED)
-    for tenant in (new, old, older):
-        shared.join(tenant)
+    for model in (new, old, older):
+        shared.join(model)
     with shared.admit(new, version(), folder, CONTEXT) as admission:
         assert admission.context_tokens == CONTEXT
         assert (old.size, older.size) == (NEED, 0)

@@ -13,7 +13,7 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
 from edge_agent.settings import ModelSettings, Settings
 from edge_agent.updates.operations import Operations, run_operation, without_daemon
-from tests.unit.test_store import commit
+from tests.support.committed import commit
 
 
 @pytest.fixture

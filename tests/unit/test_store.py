@@ -17,13 +17,10 @@ from edge_agent.cache.state import CacheState, ModelState
 from edge_agent.cache.store import Store
 from edge_agent.cache.verify import check_file
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
-from edge_agent.package import trust
 from edge_agent.package.manifest import Manifest, ManifestFile
-from edge_agent.package.trust import TrustDecision
-from edge_agent.serving.standing import Standing
-from tests.support.packages import WEIGHTS, make_package, manifest_of
-
-DECISION = TrustDecision(rule=trust.Rule.NO_CODE, signed_by="", unsigned_code=False, reason="a test")
+from edge_agent.serving.standing import VersionStates
+from tests.support.committed import commit, make_record
+from tests.support.packages import WEIGHTS
 
 
 @pytest.fixture
@@ -31,30 +28,6 @@ def store(tmp_path: Path) -> Store:
     store = Store(tmp_path / "state")
     store.create()
     return store
-
-
-def make_record(manifest: Manifest, version: int, *, name: str = "assistant", at: float = 0) -> VersionRecord:
-    return VersionRecord(
-        name=name,
-        version=version,
-        manifest=manifest,
-        attached=(),
-        registry_uri="sqlite:///x",
-        source="file:///x",
-        run_id="",
-        trust=DECISION,
-        created_at=at or 1_000.0 + version,
-    )
-
-
-def commit(store: Store, version: int, *, weights: bytes = b"", name: str = "assistant") -> VersionRecord:
-    tree = store.staging_root / f"{name}-{version}" / "tree"
-    make_package(tree, trust.WRAPPER, weights=weights)
-    record = make_record(manifest_of(tree, "phi"), version, name=name)
-    with store.lock():
-        store.commit(record, tree)
-    os.utime(store.record_file(record), (record.created_at, record.created_at))
-    return record
 
 
 def test_a_committed_version_is_found_whole_and_read_only(store: Store) -> None:
@@ -266,20 +239,20 @@ def test_a_damaged_state_is_rebuilt_from_what_is_committed(store: Store, damage:
     assert low in store.versions()
 
 
-def serve(standing: Standing, record: VersionRecord) -> None:
-    standing.change(lambda state: state.switched(record.key))
-    standing.note_served()
+def serve(states: VersionStates, record: VersionRecord) -> None:
+    states.change(lambda state: state.switched(record.key))
+    states.note_served()
 
 
 def test_a_lost_state_does_not_activate_a_version_that_never_served_or_failed_since(store: Store) -> None:
     older, good, failed, refused = (
         commit(store, version, weights=bytes([version])) for version in (1, 2, 3, 4)
     )
-    standing = Standing(store, "assistant")
+    states = VersionStates(store, "assistant")
     for record in (older, good, failed):
-        serve(standing, record)
-    standing.change(lambda state: state.stepped_back("crashes"))
-    standing.change(lambda state: state.trying(refused.key).refused(refused.key, "wrong answers"))
+        serve(states, record)
+    states.change(lambda state: state.stepped_back("crashes"))
+    states.change(lambda state: state.trying(refused.key).refused(refused.key, "wrong answers"))
     (store.root / "state.json").write_bytes(b"damaged")
     assert store.state().model("assistant") == ModelState(active=good.key, previous=older.key)
 

@@ -1,0 +1,118 @@
+"""When the active version fails: how often it has, and when another version takes its place.
+
+Flow: a load fails, or a runner crashes → the rules (`verdicts.py`) judge it → the previous version, else one of the
+fallback, becomes active with one rename of the state → the next prompt loads it. An operator's rollback is an
+adoption; this one happens without an operator.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from edge_agent.cache import fsck
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.store import Store
+from edge_agent.errors import EdgeAgentError, VerificationError
+from edge_agent.serving import verdicts
+from edge_agent.serving.seat import Seat, Serving
+from edge_agent.serving.standing import VersionStates, fallback_reason
+from edge_agent.serving.verdicts import Crashes, LoadFailures
+
+log = logging.getLogger(__name__)
+
+
+class Rollback:
+    """One model's. The dispatcher's thread reports failures; whoever exchanges or repairs a version clears them.
+
+    Args:
+        name: of the model, in the settings.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, name: str, *, store: Store, seat: Seat, states: VersionStates, clock: Callable[[], float]
+    ) -> None:
+        self._name = name
+        self._store = store
+        self._seat = seat
+        self._states = states
+        self._clock = clock
+        self._failures = LoadFailures()
+        self._crashes = Crashes()
+
+    @property
+    def waiting(self) -> bool:
+        """True while it is too early to load the active version again."""
+        return self._clock() < self._failures.retry_at_s
+
+    def clear(self) -> None:
+        """Another version is active: nothing counts against it yet."""
+        self._failures.clear()
+        self._crashes.clear()
+
+    def clear_load_failures(self) -> None:
+        """The active version was loaded, or its files were repaired."""
+        self._failures.clear()
+
+    def on_load_failure(self, record: VersionRecord, error: EdgeAgentError) -> None:
+        """The active version did not load: sets damaged files aside, steps back, or notes when to try again."""
+        reason = str(error)
+        if not self._seat.note(Serving.LOADING, reason, still=self._states.still_active(record)):
+            return  # another version was seated or chosen meanwhile
+        log.warning("load failed model=%s version=%s reason=%r", self._name, record.key, reason)
+        self._failures.add(self._clock())
+        verdict = verdicts.on_load_failure(error, self._failures.count)
+        stepped_back = False
+        try:
+            if isinstance(error, VerificationError):
+                self._set_damage_aside(record)
+            if verdict.step_back:
+                quarantine = reason if verdict.quarantine else None
+                stepped_back = self._step_back(record, quarantine, because=reason)
+        except EdgeAgentError as trouble:
+            log.error("step back failed model=%s reason=%r", self._name, str(trouble))
+        if not stepped_back:
+            serving = Serving.FAILED if verdict.final else Serving.LOADING
+            self._seat.note(serving, reason, still=self._states.still_active(record))
+
+    def on_crash(self, record: VersionRecord, suspects: frozenset[bytes]) -> None:
+        """A version's runner crashed. Several different prompts as its cause roll it back; one poison prompt does not.
+
+        Args:
+            suspects: digests of the prompts that may have been the cause.
+        """
+        distinct = self._crashes.add(suspects, self._clock())
+        if distinct < verdicts.MAX_CRASHES:
+            return
+        minutes = verdicts.CRASH_WINDOW_S / 60
+        reason = f"its runner failed on {distinct} different prompts within {minutes:.0f} minutes"
+        try:
+            self._step_back(record, reason, because=reason)
+        except EdgeAgentError as error:
+            log.error("step back failed model=%s reason=%r", self._name, str(error))
+
+    def _step_back(self, record: VersionRecord, quarantine: str | None, *, because: str) -> bool:
+        """Makes the previous version active, or one of the fallback, if there is one that may run.
+
+        The seat is empty.
+        """
+        successor = self._states.successor()
+        if self._states.state.active != record.key or successor is None or successor.key == record.key:
+            return False
+        to, instead = successor.key, fallback_reason(successor, because)
+        self._states.change(lambda current: current.stepped_back(quarantine, to=to, instead=instead))
+        log.warning("rolled back model=%s from=%s to=%s reason=%r", self._name, record.key, to, because)
+        self.clear()
+        self._seat.note(
+            Serving.LOADING,
+            f"rolled back from version {record.version}: {because}",
+            still=self._states.still_active(successor),
+        )
+        return True
+
+    def _set_damage_aside(self, record: VersionRecord) -> None:
+        """Moves damaged blobs away, so that the next sync fetches them, and nothing else."""
+        found = fsck.verify(self._store, [record])
+        with self._store.lock():
+            fsck.set_aside(self._store, found.damaged)
