@@ -11,10 +11,8 @@ from typing import Any
 
 from edge_agent.cache.store import Store
 from edge_agent.chat import messages
-from edge_agent.errors import PROMPT_ERRORS, EdgeAgentError, ModelFailed, NoModel, RunnerError, UnknownModel
 from edge_agent.cli.command import reported_error
 from edge_agent.errors import EdgeAgentError, ModelFailed, NoModel, RunnerError, UnknownModel
-from edge_agent.runner.process import RunnerProcess
 from edge_agent.runner.protocol import Done
 from edge_agent.serving.lifecycle import budget_of, lifecycle_of
 from edge_agent.serving.runner import Runner
