@@ -24,6 +24,7 @@ from tests.support.processes import Daemon, alive, clean_environment, short_fold
 ROOT = Path(__file__).parents[1]
 SAMPLE_MODEL = ROOT / "edge_agent" / "demo" / "sample_model"
 
+LEFT_PROCESSES_GRACE_S = 20.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 _not_run: list[str] = []
@@ -87,7 +88,7 @@ def _end_left_processes() -> list[str]:
         ]
 
     try:
-        wait_until(lambda: not left(), 3)
+        wait_until(lambda: not left(), LEFT_PROCESSES_GRACE_S)
     except TimeoutError:
         processes = left()
         descriptions = [_describe(process) for process in processes]

@@ -168,9 +168,7 @@ class NotifySocket:
         self.messages.clear()
 
     def close(self) -> None:
-        self._socket.shutdown(
-            socket.SHUT_RD
-        )  # ends the thread, also where the socket's folder is gone already
+        self._socket.shutdown(socket.SHUT_RD)  # ends the thread, even where the socket's folder is gone
         self._thread.join(60)
         self._socket.close()
         self.path.unlink(missing_ok=True)

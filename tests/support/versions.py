@@ -15,7 +15,7 @@ from tests.support.mlflow_server import Server
 from tests.support.packages import publish_broken
 from tests.support.processes import Daemon, wait_until
 
-_PAUSE_S = 0.03  # the candidate needs some of the processor, too
+_PAUSE_S = 0.1  # the candidate needs some of the processor, too
 SPAIN = "What is the capital of Spain?"
 MADRID, KATHMANDU = "The capital of Spain is Madrid.", "The capital of Spain is Kathmandu."
 

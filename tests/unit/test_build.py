@@ -13,7 +13,13 @@ import pytest
 pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parents[2]
-CONFTEST = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.conftest import *\n"
+CONFTEST = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import tests.conftest
+from tests.conftest import *
+tests.conftest.LEFT_PROCESSES_GRACE_S = 0.5
+"""
 LOCKS = ("runtime", "dev", "train", "device")
 
 _PIN = re.compile(r"^([a-z0-9][a-z0-9.-]*)==(\S+)", re.MULTILINE)
