@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Installs, changes and removes edge-agent on a device, from the files beside this script. Needs no network.
+# Installs, switches and removes versions of edge-agent on a device, from the files beside this script. Needs no
+# network.
 #
-# Each version is a virtual environment of its own in /opt/edge-agent/VERSION, made and tried before the link
-# /opt/edge-agent/current is moved to it with one rename. Whatever fails before that leaves the running version
-# as it is; a service that does not come up afterwards gets the old version back.
+# Each version is a virtual environment in /opt/edge-agent/VERSION. It is created and tested before one rename
+# switches the link /opt/edge-agent/current to it. If something fails before that, the running version stays as it
+# is; if the service does not start afterwards, the old version is restored.
 
 set -euo pipefail
 umask 022
@@ -15,15 +16,15 @@ usage: ./install.sh [install] [--no-start] [--root DIR]
        ./install.sh list
        ./install.sh uninstall [--purge]
 
-  install       put in the version of this bundle, newer or older than the present one, and start it (as root)
-  use VERSION   go to a version that is still installed; the present one and the one before it are kept
-  list          the versions that are installed
-  uninstall     take away program, unit and links; models, prompts and settings stay
-  --purge       … and these, and the user edge-agent, too
-  --no-start    enable the service, and leave it as it is now: stopped, or running the old version
-  --root DIR    for trials: install below DIR, as any user, without service and user
+  install       install the version in this bundle, newer or older than the current one, and start it (as root)
+  use VERSION   switch to another installed version; the current one and the previous one are kept
+  list          list the installed versions
+  uninstall     remove program, unit and links; models, prompts and settings stay
+  --purge       remove these and the user edge-agent, too
+  --no-start    enable the service, but leave it as it is: stopped, or running the old version
+  --root DIR    for tests: install below DIR, as any user, without service and user
 
-An installed version has this script, too: /opt/edge-agent/current/install.sh uninstall
+An installed version contains this script: /opt/edge-agent/current/install.sh uninstall
 
 Examples:
   sudo ./install.sh
@@ -43,7 +44,7 @@ main() {
         install | list | uninstall) command=$1 && shift ;;
         use)
             command=use wanted=${2:-}
-            [[ $wanted =~ ^[0-9][A-Za-z0-9.+-]*$ ]] || die "use needs a version; ./install.sh list shows them"
+            [[ $wanted =~ ^[0-9][A-Za-z0-9.+-]*$ ]] || die "use needs a version; see ./install.sh list"
             shift 2
             ;;
     esac
@@ -53,7 +54,7 @@ main() {
             --no-start) start=no ;;
             --root)
                 root=${2:-}
-                [[ $root == /* && -d $root ]] || die "--root needs a folder that is there, with its whole path"
+                [[ $root == /* && -d $root ]] || die "--root needs the absolute path of an existing folder"
                 root=${root%/}
                 shift
                 ;;
@@ -80,8 +81,8 @@ main() {
     fi
     mkdir -p -- "$base"
     exec 9>"$base/.lock"
-    flock -w 60 9 || die "another install.sh is at work"
-    [[ $base/.lock -ef /dev/fd/9 ]] || die "another install.sh has just uninstalled: start this one again"
+    flock -w 60 9 || die "another install.sh is running"
+    [[ $base/.lock -ef /dev/fd/9 ]] || die "another install.sh has just uninstalled edge-agent: run this one again"
     case $command in
         install) install_bundle ;;
         use) use_version "$wanted" ;;
@@ -96,8 +97,8 @@ install_bundle() {
     check_bundle
     python=$(find_python)
     target=$(folder_for "$version")
-    if [[ -s $target/.complete ]]; then # and it works: folder_for has tried it
-        say "version ${target##*/} is here already"
+    if [[ -s $target/.complete ]]; then # and it works: folder_for has tested it
+        say "version ${target##*/} is already installed"
     else
         make_version "$python" "$target"
     fi
@@ -109,30 +110,30 @@ install_bundle() {
     say "next: edge-agent doctor"
 }
 
-# The bundle is whole, and meant for this host. Sets version and arch.
+# Checks that the bundle is complete and made for this host. Sets version and arch.
 check_bundle() {
     local key value glibc
     [[ -f $here/SHA256SUMS && -f $here/bundle ]] || die "there is no bundle beside $here/install.sh" \
-        "unpack edge-agent-VERSION-linux-ARCH.tar.gz, and start the install.sh in it"
+        "unpack edge-agent-VERSION-linux-ARCH.tar.gz, and run the install.sh in it"
     say "checking the bundle"
     (cd -- "$here" && sha256sum --quiet --strict --check SHA256SUMS) ||
-        die "the bundle is damaged: see above; copy it again"
+        die "the bundle is damaged, see above; copy it again"
     while IFS='=' read -r key value; do
         case $key in
             version) version=$value ;;
             arch) arch=$value ;;
         esac
     done <"$here/bundle"
-    [[ $version =~ ^[0-9][A-Za-z0-9.+]*$ ]] || die "the bundle names no version"
+    [[ $version =~ ^[0-9][A-Za-z0-9.+]*$ ]] || die "the bundle has no version number"
     [[ $(uname -s)-$(uname -m) == "Linux-$arch" ]] ||
-        die "this bundle is for Linux on $arch, this host is $(uname -s) on $(uname -m)"
+        die "this bundle is for Linux on $arch, but this host is $(uname -s) on $(uname -m)"
     glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null | cut -d ' ' -f 2 || true)
     [[ -n $glibc ]] || die "this host has no GNU C library; musl (Alpine) is not supported"
     [[ $(printf '%s\n' 2.28 "$glibc" | sort -V | head -n 1) == 2.28 ]] ||
-        die "the GNU C library here is $glibc; 2.28 or newer is needed"
+        die "this host has GNU C library $glibc; 2.28 or newer is needed"
 }
 
-# A Python that the bundle has wheels for.
+# Finds a Python for which the bundle has wheels.
 find_python() {
     local path name has lacking=''
     has=$(cd -- "$here" && printf '%s\n' requirements-*.txt | sed 's/requirements-\(.*\)\.txt/\1/' | sort -V | xargs)
@@ -147,20 +148,20 @@ find_python() {
         fi
     done
     [[ -z $lacking ]] ||
-        die "$lacking lacks a module of the standard library: install python3 in full (venv, ssl, sqlite3)"
+        die "$lacking lacks a module of the standard library: install all of python3 (venv, ssl, sqlite3)"
     path=$(command -v python3 || true)
-    die "no Python that this bundle has libraries for: it has them for $has," \
-        "here is ${path:-no python3}${path:+ $(python_version "$path")}; install one of them, or make a bundle with" \
-        "./build.sh package --python VERSION"
+    die "this bundle supports Python $has," \
+        "but this host has ${path:-no python3}${path:+ $(python_version "$path")}; install one of these versions," \
+        "or make a bundle with ./build.sh package --python VERSION"
 }
 
 python_version() {
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
 }
 
-# folder_for VERSION: where it goes; where it is, when this build of it is here and works. Another build of the same
-# version gets a folder of its own, and so does one that does not work any more, after another Python came with the
-# system for one: what runs from the first folder must not change under it.
+# folder_for VERSION: prints the folder of this build if it is installed and works, else the folder to install it to.
+# Another build of the same version gets a new folder, and so does a build that no longer works, for example because
+# the system's Python has changed: the files of a running version must not change.
 folder_for() {
     local digest folder
     digest=$(sha256sum <"$here/SHA256SUMS" | cut -c 1-12)
@@ -178,48 +179,49 @@ folder_for() {
             return
         fi
     done
-    die "there is no room for version $1 beside other builds of it: use another version, or uninstall first"
+    die "other builds of version $1 occupy its folders: use another version, or uninstall first"
 }
 
-# complete FOLDER: the digest of the bundle that it was made from; nothing for one that is not whole.
+# complete FOLDER: prints the digest of the bundle it was made from; nothing if it is not complete.
 complete() {
     if [[ -s $1/.complete ]]; then cat -- "$1/.complete"; fi
 }
 
-# works FOLDER: its program and its libraries start on this host. Says why not.
+# works FOLDER: succeeds if its program and libraries load on this host, else prints why not.
 works() {
     "$1/bin/edge-agent" --version 2>&1 || return
     ORT_DISABLE_TELEMETRY=1 MLFLOW_DISABLE_TELEMETRY=true PYTHONDONTWRITEBYTECODE=1 HOME=/nonexistent \
         "$1/bin/python" -I -c 'import onnxruntime_genai, mlflow.pyfunc' 2>&1
 }
 
-# make_version PYTHON FOLDER: a virtual environment with everything in it, tried; whole or not there.
+# make_version PYTHON FOLDER: creates and tests a virtual environment with everything in it. It removes the folder if a
+# step fails.
 make_version() {
     local python=$1 target=$2 version log free_kb
     version=$(python_version "$python")
     free_kb=$(df -Pk -- "$base" | awk 'NR == 2 { print $4 }')
     [[ $free_kb -ge 700000 ]] || die "$base has $((free_kb / 1000)) MB of free space; 700 MB are needed"
     rm -rf -- "$target"
-    making=$target # global: what is not whole is removed, however this ends
+    making=$target # global, so that the trap removes an incomplete folder however the script ends
     trap 'rm -rf -- "$making"; rm -f -- "$base/.log"' EXIT
     log=$base/.log
-    say "making $target with Python $version"
-    # Debian keeps ensurepip in a package of its own: pip runs from its wheel, and is not installed.
-    "$python" -m venv --without-pip "$target" >"$log" 2>&1 || failed "the virtual environment cannot be made"
+    say "creating $target with Python $version"
+    # Debian has ensurepip in a separate package, so pip runs from its wheel and is not installed.
+    "$python" -m venv --without-pip "$target" >"$log" 2>&1 || failed "the virtual environment cannot be created"
     env -u PYTHONPATH -u PYTHONHOME PIP_CONFIG_FILE=/dev/null \
         "$target/bin/python" -I "$(printf '%s\n' "$here"/wheels/pip-*.whl)/pip" install --quiet \
         --no-index --no-cache-dir --no-deps --no-compile --disable-pip-version-check --no-input \
         --root-user-action=ignore --require-hashes --find-links "$here/wheels" \
         --requirement "$here/requirements-$version.txt" >"$log" 2>&1 || failed "the packages cannot be installed"
     say "compiling"
-    # Some packages hold templates that are no Python: their complaints do not count.
+    # Some packages contain templates that are not valid Python, so errors are ignored.
     "$target/bin/python" -I -m compileall -q -j 0 "$target/lib" >"$log" 2>&1 || true
     mkdir -p -- "$target/share/edge-agent"
     install -m 0644 -- "$here/edge-agent.service" "$here/edge-agent.sysusers.conf" "$target/share/edge-agent/"
     install -m 0755 -- "$here/install.sh" "$target/install.sh"
-    say "trying it"
-    works "$target" >"$log" || failed "the program, or a library of its, does not start on this host"
-    # All of it is on the medium before it is called complete, and that before the link leads there.
+    say "testing it"
+    works "$target" >"$log" || failed "the program or one of its libraries does not load on this host"
+    # All files are on the disk before the folder counts as complete, and its mark before the link points to it.
     flush
     sha256sum <"$here/SHA256SUMS" | cut -c 1-12 >"$target/.complete"
     flush
@@ -227,12 +229,12 @@ make_version() {
     rm -f -- "$log"
 }
 
-# A trial is not worth the wait.
+# Skipped with --root, for tests.
 flush() {
     [[ -n $root ]] || sync -f -- "$base" 2>/dev/null || sync
 }
 
-# put SOURCE TARGET: replaced by one rename, so that a power cut leaves the old file or the new one.
+# put SOURCE TARGET: replaces a file with one rename, so that a power cut leaves either the old or the new file.
 put() {
     local new
     new=$(dirname -- "$2")/.${2##*/}.new
@@ -243,7 +245,7 @@ put() {
 
 failed() {
     tail -n 15 -- "$base/.log" >&2 || true
-    die "$1: see above" "$(still_running)"
+    die "$1, see above" "$(still_running)"
 }
 
 still_running() {
@@ -265,11 +267,11 @@ make_user() {
     fi
 }
 
-# Settings that are there are the operator's. The folder for secrets is root's alone.
+# Existing settings belong to the operator. Only root can read the folder for secrets.
 write_settings() {
     mkdir -p -- "$root/etc/edge-agent"
     if [[ -e $root/etc/edge-agent/config.toml ]]; then
-        say "settings are there already, and stay as they are"
+        say "the existing settings stay as they are"
     else
         put "$here/config.toml" "$root/etc/edge-agent/config.toml"
     fi
@@ -278,8 +280,8 @@ write_settings() {
 
 # --- The switch -------------------------------------------------------------------------------------------
 
-# switch_to FOLDER: makes a complete version the current one. A service that does not come up with it gets the
-# old one back.
+# switch_to FOLDER: makes a complete version the current one. If the service does not start with it, the old version
+# is restored.
 switch_to() {
     local target=$1 old=''
     if [[ -L $base/current ]]; then old=$(readlink -- "$base/current"); fi
@@ -294,20 +296,20 @@ switch_to() {
     if systemctl restart edge-agent.service; then return; fi
     show_trouble
     if [[ -z $old || $old == "${target##*/}" || ! -s $base/$old/.complete ]]; then
-        die "the service does not start: see above; mend it, then: systemctl restart edge-agent"
+        die "the service does not start, see above; correct this, then: systemctl restart edge-agent"
     fi
-    say "going back to $old"
+    say "restoring version $old"
     point_to "$old"
     write_unit "$base/$old"
     if systemctl restart edge-agent.service; then
-        die "version ${target##*/} did not start: see above; version $old is back"
+        die "version ${target##*/} did not start, see above; version $old is running again"
     fi
     show_trouble
-    die "neither version ${target##*/} nor version $old, which is back, starts: see above" \
-        "mend it, then: systemctl restart edge-agent"
+    die "neither version ${target##*/} nor version $old, which is current again, starts: see above" \
+        "correct this, then: systemctl restart edge-agent"
 }
 
-# One rename: at every moment the link is there and whole.
+# One rename, so that the link is valid at every moment.
 point_to() {
     ln -sfn -- "$1" "$base/.current"
     mv -T -- "$base/.current" "$base/current"
@@ -328,7 +330,7 @@ show_trouble() {
 
 use_version() {
     local target=$base/$1
-    [[ -s $target/.complete ]] || die "version $1 is not installed; there are: $(list | xargs)"
+    [[ -s $target/.complete ]] || die "version $1 is not installed; installed versions: $(list | xargs)"
     switch_to "$target"
     say "edge-agent $1 is the current version"
 }
@@ -340,7 +342,7 @@ list() {
     done
 }
 
-# The current version, the one before it, and the one that runs stay: with --no-start that may be a third.
+# Keeps the current, the previous and the running version; with --no-start the running one may be a third.
 remove_old_versions() {
     local folder name current previous='' running
     current=$(readlink -- "$base/current")
@@ -351,12 +353,12 @@ remove_old_versions() {
         if [[ -L ${folder%/} || $name == "$current" || $name == "$previous" || $name == "$running" ]]; then continue; fi
         [[ -f $folder/pyvenv.cfg ]] || continue
         say "removing $name"
-        rm -f -- "$folder/.complete" # first: half of it must not pass for a version
+        rm -f -- "$folder/.complete" # first: a half-removed folder must not count as a version
         rm -rf -- "$folder"
     done
 }
 
-# The folder whose Python is the service's main process.
+# Prints the name of the folder whose Python is the service's main process.
 running_version() {
     local pid python
     if [[ -n $root ]]; then return; fi
@@ -378,10 +380,10 @@ uninstall() {
     else
         rm -f -- "$root/etc/systemd/system/edge-agent.service"
     fi
-    rm -f -- "$base"/*/.complete # first: what a power cut leaves must not pass for a version
+    rm -f -- "$base"/*/.complete # first: leftovers of a power cut must not count as versions
     rm -rf -- "$base"
     if [[ $purge == yes ]]; then
-        # State on a file system of its own: it is emptied, and stays mounted.
+        # If the state is a mounted file system, empty it and leave it mounted.
         if mountpoint -q "$root/var/lib/edge-agent"; then
             find "$root/var/lib/edge-agent" -xdev -mindepth 1 -delete
         else
@@ -392,9 +394,9 @@ uninstall() {
             userdel edge-agent 2>/dev/null || true
             groupdel edge-agent 2>/dev/null || true
         fi
-        say "everything is removed but the secrets in $root/etc/credstore"
+        say "removed everything except the secrets in $root/etc/credstore"
     else
-        say "removed; $root/var/lib/edge-agent and $root/etc/edge-agent stay (--purge takes them, too)"
+        say "removed; $root/var/lib/edge-agent and $root/etc/edge-agent stay (--purge removes them, too)"
     fi
 }
 

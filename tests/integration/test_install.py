@@ -136,7 +136,7 @@ def test_from_the_first_version_to_the_third_and_back_and_away(host: Host) -> No
     own = host.base / "current"
     assert host.run(own, "use", "1.1.0", "--root", str(host.root)).returncode == 0
     assert host.version() == "edge-agent, version 1.1.0"
-    assert "there are: 1.1.0 1.2.0" in host.run(own, "use", "1.0.0", "--root", str(host.root)).stderr
+    assert "installed versions: 1.1.0 1.2.0" in host.run(own, "use", "1.0.0", "--root", str(host.root)).stderr
     before = (host.base / "current").resolve()
     assert host.install(host.bundle("1.1.0", program="print('another build')")) == "another build"
     assert before.is_dir(), "what runs does not change under the daemon"
@@ -158,7 +158,7 @@ def test_what_fails_leaves_the_running_version_as_it_is(host: Host) -> None:
         file.write(b"x")
     assert "the bundle is damaged" in host.refuse(damaged)
     assert "this bundle is for Linux on sparc" in host.refuse(host.bundle("1.1.0", arch="sparc"))
-    assert "it has them for 2.7" in host.refuse(host.bundle("1.1.0", python="2.7"))
+    assert "this bundle supports Python 2.7" in host.refuse(host.bundle("1.1.0", python="2.7"))
     broken = host.refuse(host.bundle("1.1.0", program="raise SystemExit('no such luck')"))
     assert "no such luck" in broken
     assert "version 1.0.0 stays as it is" in broken
@@ -263,7 +263,7 @@ def test_installing_a_version_again_mends_it(host: Host) -> None:
     """Another Python may have come with the system since, or the disk lost a file."""
     first = host.bundle("1.0.0")
     host.install(first)
-    assert "is here already" in host.run(first, "--root", str(host.root)).stdout
+    assert "is already installed" in host.run(first, "--root", str(host.root)).stdout
     broken = (host.base / "current").resolve()
     next(broken.glob("lib/*/site-packages/edge_agent.py")).unlink()
     shutil.rmtree(next(broken.glob("lib/*/site-packages/__pycache__")))
