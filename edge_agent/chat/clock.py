@@ -1,8 +1,7 @@
-"""Time for deadlines and retention that survives restarts, reboots and a clock that jumps. Pure but for `now`.
+"""Time for deadlines and retention that survives restarts, reboots and a clock that jumps. Pure except for `now`.
 
-Within one boot, CLOCK_BOOTTIME is the truth: it counts suspended time and nobody sets it. Across boots only
-the wall clock can tell, and a device without a clock battery boots in the past: time that would be negative
-counts as none.
+Within one boot, CLOCK_BOOTTIME counts: it includes suspended time and nobody sets it. Across boots only the wall
+clock can tell, and a device without a clock battery boots in the past: a negative duration counts as zero.
 """
 
 from __future__ import annotations

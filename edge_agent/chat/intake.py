@@ -1,4 +1,4 @@
-"""What becomes of an arriving prompt, whatever way it came: accepted, repeated, or refused.
+"""What becomes of an arriving prompt, whichever way it came: accepted, recognised as a repeat, or refused.
 
 Owns the order of the checks. A refusal (`PromptError`) is not remembered: the same id may try again.
 
@@ -48,7 +48,7 @@ class Intake:
     Args:
         models: by configured name, the default one first.
         workers: a dispatcher for each model.
-        on_answer: told when a row got its answer here (cancelled, or too late).
+        on_answer: told when a row gets its answer here (cancelled, or too late).
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Intake:
             )
 
     def settle(self, row: int, error: PromptError, *, moment: Moment) -> bool:
-        """Gives a prompt an error for its answer now, and stops it if it runs. False when it has an answer."""
+        """Answers a prompt with an error now, and stops it if it runs. False when it has an answer already."""
         prompt = self._journal.prompt(row)
         if prompt is None:
             return False
@@ -165,7 +165,7 @@ class Intake:
         return name, None
 
     def _retry_after_ms(self, model: str) -> int:
-        """About when one place in the queue is free: the measured time of one prompt."""
+        """Roughly when a place in the queue will be free: the measured time of one prompt."""
         return max(100, round(self._workers[model].service_s * 1000))
 
 

@@ -4,10 +4,11 @@ A prompt's life, each step committed before anybody is told of it:
 
     accept → queued → claim → running → answer → answered → delivered → (kept as long as answers are) → gone
 
-Owns what the rows of `journal.db` say; the file, full disks and damage are `journal_file.py`'s. Every method is one
+Owns the life of the rows of `journal.db`. What a row says, and what becomes of a damaged one, is in `rows.py`; how long
+an answer is kept in `retention.py`; the file, full disks and damage to it in `journal_file.py`. Every method is one
 short transaction behind one lock; any thread may call it. What has been promised to somebody (accepted, answered)
-survives a loss of power; what was only noted on the way (claimed, put back, delivered) survives the death of the
-process: after a loss of power it is done again. Refuses a second answer for a row, a second row for an identity,
+survives a loss of power. What was only noted on the way (claimed, put back, delivered) survives the death of the
+process, and is done again after a loss of power. Refuses a second answer for a row, a second row for an identity,
 and, with `JournalUnavailable`, all work that it cannot commit. Contract: docs/mqtt.md, *Delivery*.
 """
 
@@ -15,15 +16,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-from edge_agent.chat import messages
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.journal_file import JournalFile
 from edge_agent.chat.prompt import Acceptance, Answer, Arrival, Outgoing, Prompt, Source, State
+from edge_agent.chat.retention import correct_times, forget_finished
+from edge_agent.chat.rows import Rows, accepted_of, outgoing_of, prompt_of
 from edge_agent.errors import IdReused, JournalUnavailable, ModelFailed, PromptError, QueueFull
 
 if TYPE_CHECKING:
@@ -31,14 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 MAX_ATTEMPTS = 2
 """A prompt that was running at this many daemon deaths is not run again."""
-
-WALL_CLOCK_STEP_S = 5.0
-MAX_FINISHED = 10_000
-MAX_FINISHED_BYTES = 64 << 20
 
 
 class Journal:
@@ -46,25 +42,28 @@ class Journal:
 
     Attributes:
         dropped_answers: answers that were forgotten before they could be delivered.
-        damaged_rows: prompts whose row could not be read: answered 500, or removed where not even that could be.
     """
 
     def __init__(self, path: Path, *, moment: Moment) -> None:
-        """Opens or makes the journal, carries over what a damaged one still holds, and takes up again what a
-        dead daemon left running.
+        """Opens or makes the journal, carries over what a damaged one still holds, and queues again what a dead
+        daemon left running.
 
         Raises:
             JournalUnavailable: the folder cannot hold a journal.
         """
         self.path = path
         self.dropped_answers = 0
-        self.damaged_rows = 0
-        self._moment = moment  # the last one that somebody told: close enough for a damaged row's
+        self._rows = Rows(moment)
         self._file = JournalFile(path)
         self._take_up_again(moment)
 
     def close(self) -> None:
         self._file.close()
+
+    @property
+    def damaged_rows(self) -> int:
+        """Prompts whose row could not be read: answered 500, or removed where not even that could be."""
+        return self._rows.damaged
 
     @property
     def trouble(self) -> str | None:
@@ -102,7 +101,7 @@ class Journal:
             JournalUnavailable: nothing can be committed now.
         """
         with self._file.transaction() as db:
-            known = self._find_repeated(db, arrival)
+            known = _find_repeated(db, arrival)
             if known is not None:
                 row, body_sha256, state = known
                 if body_sha256 != arrival.body_sha256:
@@ -126,7 +125,7 @@ class Journal:
             waiting = db.execute(
                 "SELECT * FROM prompts WHERE state=? AND model=? ORDER BY row", (State.QUEUED, model)
             )
-            prompt = next(self._read(db, waiting, _prompt), None)
+            prompt = next(self._rows.read(db, waiting, prompt_of), None)
             if prompt is None:
                 return None
             attempts = prompt.attempts + 1
@@ -142,7 +141,7 @@ class Journal:
             return db.execute(query, (State.QUEUED, model)).fetchone() is not None
 
     def running(self, row: int) -> bool:
-        """True when a prompt is claimed and has no answer yet; True too when nobody can tell."""
+        """True when a prompt is claimed and has no answer yet, or when nobody can tell."""
         try:
             with self._file.transaction() as db:
                 found = db.execute("SELECT state FROM prompts WHERE row=?", (row,)).fetchone()
@@ -151,8 +150,8 @@ class Journal:
         return found is not None and found["state"] == State.RUNNING
 
     def release(self, row: int) -> None:
-        """Puts a running prompt back into the queue, its attempt not counted: an orderly stop is no death, and
-        the death of a runner is none of those who were not its cause."""
+        """Puts a running prompt back into the queue and does not count its attempt: an orderly stop is no death, nor
+        is the death of a runner that the prompt did not cause."""
         with self._file.transaction(durable=False) as db:
             db.execute(
                 "UPDATE prompts SET state=?, attempts=attempts-1 WHERE row=? AND state=?",
@@ -182,7 +181,7 @@ class Journal:
             return cursor.rowcount == 1
 
     def replace_answer(self, row: int, answer: Answer) -> None:
-        """Puts another answer in the place of one that the broker can never take (too large)."""
+        """Replaces an answer that the broker can never take (it is too large)."""
         with self._file.transaction() as db:
             db.execute(
                 "UPDATE prompts SET answer=?, properties=? WHERE row=? AND state=?",
@@ -196,13 +195,14 @@ class Journal:
                 "SELECT * FROM prompts WHERE state=? AND source=? ORDER BY row LIMIT ?",
                 (State.ANSWERED, source, limit + len(skip)),
             ).fetchall()
-            return list(self._read(db, (row for row in rows if row["row"] not in skip), _outgoing))[:limit]
+            wanted = (row for row in rows if row["row"] not in skip)
+            return list(self._rows.read(db, wanted, outgoing_of))[:limit]
 
     def outgoing(self, row: int) -> Outgoing | None:
         """The answer of one row, None while it has none."""
         with self._file.transaction() as db:
             found = db.execute("SELECT * FROM prompts WHERE row=? AND answer IS NOT NULL", (row,))
-            return next(self._read(db, found, _outgoing), None)
+            return next(self._rows.read(db, found, outgoing_of), None)
 
     def delivered(self, row: int) -> None:
         """The broker has the answer (PUBACK), or the control connection took it."""
@@ -215,23 +215,23 @@ class Journal:
         """The prompt of an identity: how a cancel finds its request."""
         with self._file.transaction() as db:
             found = db.execute("SELECT * FROM prompts WHERE identity=?", (identity,))
-            return next(self._read(db, found, _prompt), None)
+            return next(self._rows.read(db, found, prompt_of), None)
 
     def prompt(self, row: int) -> Prompt | None:
         """One row, None when it is gone."""
         with self._file.transaction() as db:
             found = db.execute("SELECT * FROM prompts WHERE row=?", (row,))
-            return next(self._read(db, found, _prompt), None)
+            return next(self._rows.read(db, found, prompt_of), None)
 
     def overdue(self, moment: Moment) -> list[Prompt]:
         """Unanswered prompts whose deadline has passed."""
-        self._moment = moment
+        self._rows.moment = moment
         with self._file.transaction() as db:
             rows = db.execute(
                 "SELECT * FROM prompts WHERE state IN (?, ?) AND deadline_boot_s <= ? ORDER BY row",
                 (State.QUEUED, State.RUNNING, moment.boot_s),
             )
-            return list(self._read(db, rows, _prompt))
+            return list(self._rows.read(db, rows, prompt_of))
 
     def depth(self) -> int:
         """Prompts that wait or run."""
@@ -246,51 +246,11 @@ class Journal:
             )
 
     def prune(self, *, moment: Moment, ttl_s: float) -> None:
-        """Forgets old answers, by age, number and bytes; undelivered ones that go are counted."""
+        """Forgets old answers, by age, number and bytes, and counts those that were never delivered."""
         self._file.keep_reserve()
         with self._file.transaction() as db:
-            # The wall clock of a device without a battery becomes right after the boot: what this boot wrote
-            # with a wrong one is put right, so that the next boot can tell its age. Small steps of the clock (NTP)
-            # are left alone: they would write every row again each time.
-            booted_s = moment.wall_s - moment.boot_s
-            db.execute(
-                "UPDATE prompts SET answered_wall_s = ? + answered_boot_s WHERE answered_boot_id=?"
-                " AND abs(answered_wall_s - answered_boot_s - ?) > ?",
-                (booted_s, moment.boot_id, booted_s, WALL_CLOCK_STEP_S),
-            )
-            db.execute(
-                "UPDATE prompts SET accepted_wall_s = ? + accepted_boot_s WHERE boot_id=? AND answer IS NULL"
-                " AND abs(accepted_wall_s - accepted_boot_s - ?) > ?",
-                (booted_s, moment.boot_id, booted_s, WALL_CLOCK_STEP_S),
-            )
-            db.execute(
-                "UPDATE prompts SET answered_boot_id=?, answered_boot_s=?, answered_wall_s=? WHERE state IN (?, ?)"
-                " AND (typeof(answered_boot_id), typeof(answered_boot_s), typeof(answered_wall_s))"
-                " != ('text', 'real', 'real')",
-                (moment.boot_id, moment.boot_s, moment.wall_s, State.ANSWERED, State.DELIVERED),
-            )
-            rows = db.execute(
-                "SELECT row, state, answered_boot_id, answered_boot_s, answered_wall_s,"
-                " ifnull(length(answer), 0) + ifnull(length(document), 0) + 512 AS bytes"
-                " FROM prompts WHERE state IN (?, ?)"
-                " ORDER BY state=? DESC, answered_wall_s DESC, row DESC",
-                (State.ANSWERED, State.DELIVERED, State.ANSWERED),
-            ).fetchall()
-            kept_bytes = 0
-            for position, row in enumerate(rows):
-                kept_bytes += row["bytes"]
-                answered = Moment(
-                    boot_id=row["answered_boot_id"],
-                    boot_s=row["answered_boot_s"],
-                    wall_s=row["answered_wall_s"],
-                )
-                if (
-                    moment.since(answered) > ttl_s
-                    or position >= MAX_FINISHED
-                    or kept_bytes > MAX_FINISHED_BYTES
-                ):
-                    db.execute("DELETE FROM prompts WHERE row=?", (row["row"],))
-                    self.dropped_answers += row["state"] == State.ANSWERED
+            correct_times(db, moment)
+            self.dropped_answers += forget_finished(db, moment, ttl_s=ttl_s)
         self._file.shrink()
 
     def note(self, key: str) -> str:
@@ -308,7 +268,7 @@ class Journal:
         return self.note("broker_session")
 
     def begin_broker_session(self, name: str) -> None:
-        """The broker has forgotten our session: mids of the old one mean nothing any more."""
+        """The broker has forgotten our session: the mids of the old one mean nothing any more."""
         with self._file.transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta(key, value) VALUES('broker_session', ?)", (name,))
             db.execute("UPDATE prompts SET session=NULL, mid=NULL WHERE mid IS NOT NULL")
@@ -327,13 +287,15 @@ class Journal:
                 f"SELECT * FROM prompts WHERE state NOT IN ({_any(State)}) OR source NOT IN ({_any(Source)})",
                 (*State, *Source),
             )
-            for _ in self._read(db, lost, _prompt):
-                pass  # no other query would find it: none of them can be read
+            for _ in self._rows.read(db, lost, prompt_of):
+                pass  # no other query would find these rows, and none of them can be read
             unanswered = db.execute(
                 "SELECT * FROM prompts WHERE state IN (?, ?)", (State.QUEUED, State.RUNNING)
             )
             dead = []
-            for prompt, accepted in self._read(db, unanswered, lambda row: (_prompt(row), _accepted(row))):
+            for prompt, accepted in self._rows.read(
+                db, unanswered, lambda row: (prompt_of(row), accepted_of(row))
+            ):
                 accepted_boot_s = moment.boot_s - moment.since(accepted)
                 deadline_boot_s = accepted_boot_s + prompt.deadline_boot_s - prompt.accepted_boot_s
                 db.execute(
@@ -347,74 +309,32 @@ class Journal:
             self.answer(prompt.row, Answer.of_error(prompt.id, prompt.form, error), moment=moment)
             log.warning("prompt given up request=%s attempts=%d", prompt.id, MAX_ATTEMPTS)
 
-    def _read(
-        self, db: sqlite3.Connection, rows: Iterable[sqlite3.Row], read: Callable[[sqlite3.Row], T]
-    ) -> Iterator[T]:
-        """What rows say. SQLite has no checksums: one that a flipped bit has made nonsense gets its answer, once."""
-        for row in list(rows):
-            try:
-                value = read(row)
-            except (ValueError, TypeError, RecursionError):
-                self._give_up(db, row)
-            else:
-                yield value
 
-    def _give_up(self, db: sqlite3.Connection, row: sqlite3.Row) -> None:
-        """Answers a damaged row with 500; removes one that has been answered, or whose client nobody can tell."""
-        try:
-            outgoing = _outgoing(row)
-        except (ValueError, TypeError, RecursionError):
-            outgoing = None
-        if outgoing is not None and row["state"] in (State.ANSWERED, State.DELIVERED) and _is_known(row):
-            return  # its answer is as it was, and all that is needed of it
-        self.damaged_rows += 1
-        log.warning("prompt damaged row=%s state=%r", row["row"], row["state"])
-        try:
-            prompt_id, form = _typed(row, "id", str), messages.Form(_typed(row, "form", str))
-            _typed(row, "answer_topic", str)
-        except (ValueError, TypeError):
-            prompt_id = None
-        if prompt_id is None or row["state"] == State.DELIVERED:
-            db.execute("DELETE FROM prompts WHERE row=?", (row["row"],))
-            return
-        error = ModelFailed("what the agent had noted of this prompt is damaged")
-        answer = outgoing.answer if outgoing else Answer.of_error(prompt_id, form, error)
-        correlation = row["correlation"] if isinstance(row["correlation"], bytes) else None
-        source = row["source"] if row["source"] in tuple(Source) else Source.MQTT
-        db.execute(
-            "UPDATE prompts SET state=?, source=?, correlation=?, answer=?, properties=?, answered_boot_id=?,"
-            " answered_boot_s=?, answered_wall_s=? WHERE row=?",
+def _find_repeated(db: sqlite3.Connection, arrival: Arrival) -> tuple[int, bytes, State] | None:
+    """The row that an arrival repeats: by identity, else by the broker's own redelivery."""
+    delivery = arrival.delivery
+    found = None
+    if arrival.identity is not None:
+        found = db.execute("SELECT * FROM prompts WHERE identity=?", (arrival.identity,)).fetchone()
+    elif delivery is not None and delivery.redelivered:
+        found = db.execute(
+            "SELECT * FROM prompts WHERE session=? AND mid=? AND body_sha256=? AND identity IS NULL"
+            " AND (answer_topic=? OR (topic_made AND ?))",
             (
-                State.ANSWERED, source, correlation, answer.payload, json.dumps(answer.properties),
-                self._moment.boot_id, self._moment.boot_s, self._moment.wall_s, row["row"],
+                delivery.session,
+                delivery.mid,
+                arrival.body_sha256,
+                arrival.answer_topic,
+                arrival.topic_made,
             ),
-        )  # fmt: skip
-
-    def _find_repeated(self, db: sqlite3.Connection, arrival: Arrival) -> tuple[int, bytes, State] | None:
-        """The row that an arrival repeats: by identity, else by the broker's own redelivery."""
-        delivery = arrival.delivery
-        found = None
-        if arrival.identity is not None:
-            found = db.execute("SELECT * FROM prompts WHERE identity=?", (arrival.identity,)).fetchone()
-        elif delivery is not None and delivery.redelivered:
-            found = db.execute(
-                "SELECT * FROM prompts WHERE session=? AND mid=? AND body_sha256=? AND identity IS NULL"
-                " AND (answer_topic=? OR (topic_made AND ?))",
-                (
-                    delivery.session,
-                    delivery.mid,
-                    arrival.body_sha256,
-                    arrival.answer_topic,
-                    arrival.topic_made,
-                ),
-            ).fetchone()
-        if delivery is not None and not delivery.redelivered:
-            # A mid that comes with something new was acked: it recognises nothing old any more.
-            db.execute(
-                "UPDATE prompts SET session=NULL, mid=NULL WHERE session=? AND mid=?",
-                (delivery.session, delivery.mid),
-            )
-        return (found["row"], found["body_sha256"], State(found["state"])) if found else None
+        ).fetchone()
+    if delivery is not None and not delivery.redelivered:
+        # A mid that comes with something new was acked: it identifies nothing old any more.
+        db.execute(
+            "UPDATE prompts SET session=NULL, mid=NULL WHERE session=? AND mid=?",
+            (delivery.session, delivery.mid),
+        )
+    return (found["row"], found["body_sha256"], State(found["state"])) if found else None
 
 
 def _insert(db: sqlite3.Connection, arrival: Arrival, moment: Moment) -> int:
@@ -445,75 +365,3 @@ def _count_unanswered(db: sqlite3.Connection) -> int:
 
 def _any(values: Iterable[object]) -> str:
     return ", ".join("?" for _ in values)
-
-
-# --- Rows, and what they must be: SQLite promises no type ----------------------------------------------
-
-
-def _prompt(row: sqlite3.Row) -> Prompt:
-    """The prompt of a row.
-
-    Raises:
-        ValueError, TypeError, RecursionError: it is damaged.
-    """
-    return Prompt(
-        row=row["row"],
-        id=_typed(row, "id", str),
-        source=Source(row["source"]),
-        model=_typed(row, "model", str),
-        document=_object(row, "document"),
-        form=messages.Form(row["form"]),
-        stream=bool(row["stream"]),
-        answer_topic=_typed(row, "answer_topic", str),
-        correlation=_correlation(row),
-        state=State(row["state"]),
-        attempts=_typed(row, "attempts", int),
-        accepted_wall_s=_typed(row, "accepted_wall_s", float),
-        accepted_boot_s=_typed(row, "accepted_boot_s", float),
-        deadline_boot_s=_typed(row, "deadline_boot_s", float),
-    )
-
-
-def _accepted(row: sqlite3.Row) -> Moment:
-    return Moment(
-        boot_id=_typed(row, "boot_id", str),
-        boot_s=_typed(row, "accepted_boot_s", float),
-        wall_s=_typed(row, "accepted_wall_s", float),
-    )
-
-
-def _outgoing(row: sqlite3.Row) -> Outgoing:
-    """The answer of a row; raises as `_prompt` does."""
-    properties = _object(row, "properties")
-    if not all(isinstance(value, str) for value in properties.values()):
-        raise TypeError("properties")
-    return Outgoing(
-        row=row["row"],
-        id=_typed(row, "id", str),
-        topic=_typed(row, "answer_topic", str),
-        correlation=_correlation(row),
-        form=messages.Form(row["form"]),
-        answer=Answer(payload=_typed(row, "answer", bytes), properties=properties),
-    )
-
-
-def _is_known(row: sqlite3.Row) -> bool:
-    return row["state"] in tuple(State) and row["source"] in tuple(Source)
-
-
-def _typed(row: sqlite3.Row, column: str, kind: type[T]) -> T:
-    value = row[column]
-    if not isinstance(value, kind):
-        raise TypeError(column)
-    return value
-
-
-def _object(row: sqlite3.Row, column: str) -> dict[str, Any]:
-    value = json.loads(_typed(row, column, str))
-    if not isinstance(value, dict):
-        raise TypeError(column)
-    return value
-
-
-def _correlation(row: sqlite3.Row) -> bytes | None:
-    return None if row["correlation"] is None else _typed(row, "correlation", bytes)

@@ -1,9 +1,9 @@
 """The journal's file: SQLite that outlives a full disk and its own damage.
 
-Owns `journal.db`, its tables, the lock before it, and the space that is kept for the day the disk is full: that is
-given up so that accepted prompts can still be answered. What a damaged file still holds is carried over into a new
-one, and the damaged one is set aside, the newest few of them kept. What a row means is `journal.py`'s. SQLite's
-errors become `JournalUnavailable`. The only importer of sqlite3.
+Owns `journal.db`, its tables, the lock in front of it, and a reserve of disk space that is given up when the disk is
+full, so that accepted prompts can still be answered. What a damaged file still holds is carried over into a new one;
+the damaged file is set aside, and the newest few of those are kept. SQLite's errors become `JournalUnavailable`. The
+only importer of sqlite3.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class JournalFile:
                 raise
 
     def keep_reserve(self) -> bool:
-        """Space that is given up when the disk is full, so that accepted prompts can still be answered.
+        """Takes the reserve of disk space, unless it is there.
 
         Returns:
             False when there is no room for it: nothing new may be accepted.
@@ -199,7 +199,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _text(value: bytes) -> str | bytes:
-    """A text column; damaged text comes as bytes, which its reader knows, where SQLite's own error would name no row
+    """A text column. Damaged text comes as bytes, which its reader recognises; SQLite's own error would name no row
     and end the whole query."""
     try:
         return value.decode()
@@ -227,7 +227,7 @@ def _open_or_salvage(path: Path) -> sqlite3.Connection:
 
 
 def _put_in_place(path: Path) -> None:
-    """Gives a rebuilt journal the name of the damaged one, which goes aside. Goes on where another was cut off."""
+    """Gives a rebuilt journal the name of the damaged one, which is set aside. Resumes after an interruption."""
     new = path.with_name(path.name + ".new")
     if not new.exists():
         return
@@ -314,7 +314,7 @@ def _readable_rows(damaged: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _columns(db: sqlite3.Connection) -> set[str]:
-    """Of the prompts; none where the file is no database.
+    """The columns of the prompts; none where the file is no database.
 
     Raises:
         sqlite3.OperationalError: it cannot be read now (a full disk): that says nothing of its content.

@@ -2,8 +2,8 @@
 
 A Unix socket, JSON lines. A client sends one request, `{"op": …, …}`, with at most one open file, and reads
 events until the connection closes; the last event is `done` or `error`. Owns the listening socket and a bounded
-number of connection threads. Refuses lines over the bound and unknown operations. Who may connect is the
-socket's file mode.
+number of connection threads. Refuses lines over the bound and unknown operations. The socket's file mode decides
+who may connect.
 """
 
 from __future__ import annotations
@@ -179,14 +179,14 @@ def call(
             connection.connect(str(path))
         except PermissionError as error:
             raise EdgeAgentError(
-                f"control socket {path} is not yours to use", remedy="join the group edge-agent, or use sudo"
+                f"permission denied on control socket {path}", remedy="join the group edge-agent, or use sudo"
             ) from error
         except OSError as error:
             raise DaemonNotRunning(
                 f"no daemon answers on {path}",
                 remedy="start it with `edge-agent run` or `systemctl start edge-agent`",
             ) from error
-        # From here on a daemon is there, and may have done what it was asked: it must not be done again without it.
+        # From here on a daemon is there and may have done what it was asked: the caller must not do it again itself.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has closed: see what it said
             _send_request(connection, _encode({"op": op, **fields}), file)
         connection.settimeout(timeout_s)
@@ -201,7 +201,7 @@ def _send_request(connection: socket.socket, line: bytes, file: int | None) -> N
 
 
 def _lines(connection: socket.socket, files: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """Documents as they come; with `files`, one open file may come along and is put there."""
+    """Documents as they come. One open file may come along; it is put into `files`."""
     lines = LineReader(
         limit_bytes=MAX_LINE_BYTES,
         broken=lambda reason: EdgeAgentError(f"the control socket brought {reason}"),
@@ -235,7 +235,7 @@ def _error_event(error: EdgeAgentError) -> dict[str, Any]:
 
 
 def _listen(path: Path) -> socket.socket:
-    """Binds the socket; one that a dead daemon left is replaced, a living one is not."""
+    """Binds the socket. Replaces one that a dead daemon left behind, but not that of a living one."""
     listener = socket.socket(socket.AF_UNIX)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""When the next connection to the broker is tried, and which protocol it offers. Rules apart from I/O.
+"""When the next connection to the broker is tried, and which protocol it offers. Pure rules, no I/O.
 
-A device waits longer from attempt to attempt, with jitter, so that a fleet does not come back at once; longest where
-another client took its session over: two devices of one name must not fight for ever.
+A device waits longer after each attempt, with jitter, so that a fleet does not come back all at once. It waits longest
+where another client took over its session: two devices of one name must not fight for ever.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HANG_UPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """How a connection ended that reached the broker's port.
+    """How a connection that reached the broker's port ended.
 
     Attributes:
         connected: the broker had accepted it.
@@ -37,7 +37,7 @@ class Ending:
 
 
 class Reconnect:
-    """One broker's. Only the network thread touches it.
+    """The rules for one broker. Only the network thread touches it.
 
     Args:
         protocol: `mqtt.protocol`; only `auto` changes from connection to connection.
@@ -72,10 +72,10 @@ class Reconnect:
         return wait_s * random.uniform(0.5, 1.5)
 
     def _choose_protocol(self, ending: Ending) -> None:
-        """Which protocol the next connect offers.
+        """Chooses the protocol that the next connection offers.
 
-        A broker that speaks no MQTT 5 says so, or just hangs up. A hang-up has many causes, so several in a row
-        bring one attempt with 3.1.1, and a connection that was made that way is followed by one with 5 again.
+        A broker that does not speak MQTT 5 says so, or just hangs up. A hang-up has many causes, so only several in a
+        row lead to one attempt with 3.1.1, and a connection made that way is followed by one with 5 again.
         """
         if ending.unsupported:
             self.version5, self.retry_s = not self.version5, RETRY_FIRST_S

@@ -121,19 +121,8 @@ class ScriptedHost:
     blamed: list[frozenset[bytes]] = field(default_factory=list)
     on_lease: Callable[[], None] = lambda: None
 
-    @contextlib.contextmanager
-    def lease(self) -> Iterator[ScriptedLease | None]:
-        self.on_lease()
-        if self.runner is None:
-            yield None
-            return
-        self.leases += 1
-        try:
-            yield ScriptedLease(
-                runner=self.runner, version=self.version, parallel=self.parallel, blame=self.blamed.append
-            )
-        finally:
-            self.leases -= 1
+    def lease(self) -> ScriptedLoan:
+        return ScriptedLoan(self)
 
     def wait_for_change(self, timeout_s: float) -> None:
         self.waits += 1
@@ -143,6 +132,27 @@ class ScriptedHost:
 
     def unload_when_idle(self) -> None:
         self.unloads += 1
+
+
+class ScriptedLoan:
+    """Counts its lease until it is closed. Not a generator: the garbage collector would close one that is forgotten."""
+
+    def __init__(self, host: ScriptedHost) -> None:
+        self._host = host
+
+    def __enter__(self) -> ScriptedLease | None:
+        host = self._host
+        host.on_lease()
+        if host.runner is None:
+            return None
+        host.leases += 1
+        return ScriptedLease(
+            runner=host.runner, version=host.version, parallel=host.parallel, blame=host.blamed.append
+        )
+
+    def __exit__(self, *_: object) -> None:
+        if self._host.runner is not None:
+            self._host.leases -= 1
 
 
 @dataclass(frozen=True, kw_only=True)

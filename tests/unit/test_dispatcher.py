@@ -369,6 +369,19 @@ def test_what_a_runner_said_before_its_death_counts(desk: Desk) -> None:
     assert desk.host.blamed == [frozenset([digest({"prompt": "r2"})])]
 
 
+def test_what_was_put_back_starts_again_beside_an_answer_that_waits_for_the_journal(desk: Desk) -> None:
+    desk.host.parallel = 4
+    one, two, three = desk.start("r1", "r2", "r3")
+    desk.runner.finish(one, "x")
+    with desk.journal_locked():
+        desk.dispatcher.step()
+    desk.runner.die(three)
+    desk.dispatcher.step()
+    desk.dispatcher.step()
+    assert [started.name for started in desk.runner.started] == [one, two, three, two]
+    assert desk.status(1) is None, "it still waits"
+
+
 def test_a_runner_that_is_dead_at_the_start_costs_the_prompt_only_after_its_death_was_heard(
     desk: Desk,
 ) -> None:
@@ -419,7 +432,7 @@ def test_a_model_that_is_wanted_now_is_loaded_without_a_prompt(desk: Desk) -> No
 def test_a_prompt_is_left_in_the_queue_when_the_stop_comes_while_its_model_loads(desk: Desk) -> None:
     desk.host.on_lease = lambda: desk.dispatcher.drain(0.0)
     row = desk.accept("r1")
-    desk.dispatcher.run()
+    desk.dispatcher.step()
     assert state_of(desk, row) == (State.QUEUED, 0)
     assert desk.runner.started == []
     assert desk.host.leases == 0
@@ -431,7 +444,7 @@ def test_after_a_stop_nothing_more_is_claimed_and_what_runs_is_answered(desk: De
     desk.dispatcher.stop_claiming()
     waiting = desk.accept("r2")
     desk.runner.finish(name, "x")
-    desk.dispatcher.run()
+    desk.dispatcher.step()
     assert desk.text(1) == "x"
     assert state_of(desk, waiting) == (State.QUEUED, 0)
 
@@ -440,7 +453,7 @@ def test_a_prompt_whose_runner_ends_with_the_agent_goes_back_into_the_queue(desk
     (name,) = desk.start("r1")
     desk.dispatcher.stop_claiming()
     desk.runner.die(name)
-    desk.dispatcher.run()
+    desk.dispatcher.step()
     assert state_of(desk, 1) == (State.QUEUED, 0)
     assert desk.host.blamed == []
     assert desk.outlet.rows == []
@@ -452,26 +465,37 @@ def test_draining_puts_back_what_does_not_end_in_time_and_its_late_answer_is_voi
     assert desk.runner.cancelled == [name]
     assert state_of(desk, 1) == (State.QUEUED, 0)
     desk.runner.finish(name, "late")
-    desk.dispatcher.run()
+    desk.dispatcher.step()
     assert state_of(desk, 1) == (State.QUEUED, 0)
     assert desk.outlet.rows == []
 
 
 def test_draining_waits_for_what_runs(desk: Desk) -> None:
     (name,) = desk.start("r1")
-    drain = threading.Thread(target=desk.dispatcher.drain, args=(30.0,))
+    drain = threading.Thread(target=desk.dispatcher.drain, args=(3600.0,), daemon=True)
     drain.start()
     desk.runner.finish(name, "in time")
-    desk.dispatcher.run()
-    drain.join(30)
+    desk.dispatcher.step()
+    drain.join(10)
     assert not drain.is_alive()
     assert desk.text(1) == "in time"
     assert desk.runner.cancelled == []
 
 
-def test_draining_with_nothing_running_ends_at_once(desk: Desk) -> None:
+def test_draining_with_nothing_running_ends_at_once_and_ends_the_thread(desk: Desk) -> None:
+    thread = threading.Thread(target=desk.dispatcher.run, daemon=True)
+    thread.start()
     desk.dispatcher.drain(3600.0)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_the_thread_does_not_end_before_what_runs_has_ended(desk: Desk) -> None:
+    (name,) = desk.start("r1")
+    desk.dispatcher.stop_claiming()
+    desk.runner.finish(name, "whole")
     desk.dispatcher.run()
+    assert desk.text(1) == "whole"
 
 
 # --- What nobody foresaw -------------------------------------------------------------------------------
@@ -524,7 +548,7 @@ def test_an_agent_that_stops_does_not_wait_for_a_journal_that_cannot_be_written(
     desk.runner.finish(name, "lost")
     desk.dispatcher.stop_claiming()
     with desk.journal_locked():
-        desk.dispatcher.run()
+        desk.dispatcher.step()
     assert state_of(desk, 1) == (State.RUNNING, 1), "it counts as a death, and runs again"
     assert desk.host.leases == 0
 
