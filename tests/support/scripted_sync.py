@@ -1,0 +1,84 @@
+"""A sync that has no process, no network and no cache: it says what a registry with a few references would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edge_agent.errors import Quarantined, SyncStopped, UnknownReference
+from edge_agent.sync.process import SyncJob, SyncResult
+from edge_agent.updates.check import OnEvent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What a reference means now.
+
+    Attributes:
+        rollout: the version's tag.
+        new: it is not in the cache yet.
+    """
+
+    version: int
+    digest: str = "a" * 12
+    rollout: str = ""
+    new: bool = True
+
+    @property
+    def key(self) -> str:
+        return f"{self.version}-{self.digest}"
+
+
+@dataclass
+class ScriptedSync:
+    """Stands where `run_sync` does.
+
+    Attributes:
+        offers: by reference, its version, or what the sync ends with.
+        amid: called in each sync once the reference is resolved, with the reference; then the sync ends if it should.
+        jobs: all that were asked for, in order.
+    """
+
+    offers: dict[str, Offer | Exception] = field(default_factory=dict)
+    amid: Callable[[str], None] = lambda ref: None
+    jobs: list[SyncJob] = field(default_factory=list)
+
+    def __call__(
+        self, job: SyncJob, *, timeout_s: float, on_event: OnEvent, should_stop: Callable[[], bool]
+    ) -> SyncResult:
+        self.jobs.append(job)
+        offer = self.offers.get(job.ref, UnknownReference(f"the registry has no {job.ref}"))
+        if isinstance(offer, Exception):
+            raise offer
+        on_event({"event": "resolved", "version": offer.version, "rollout": offer.rollout})
+        self.amid(job.ref)
+        if should_stop():
+            raise SyncStopped(f"the sync of {job.name} was stopped")
+        if offer.key in job.quarantined:
+            on_event({"event": "quarantined", "key": offer.key})
+            raise Quarantined(f"version {offer.key} is in quarantine, and is not fetched again")
+        size_bytes = 1_000
+        on_event(
+            {
+                "event": "progress",
+                "bytes": size_bytes,
+                "total_bytes": size_bytes,
+                "bytes_per_s": 500,
+                "eta_s": 0.0,
+            }
+        )
+        return SyncResult(
+            name=job.name,
+            version=offer.version,
+            digest=offer.digest,
+            key=offer.key,
+            bytes=size_bytes,
+            bytes_fetched=size_bytes if offer.new else 0,
+            bytes_reused=0 if offer.new else size_bytes,
+            new=offer.new,
+        )
+
+    @property
+    def refs(self) -> list[str]:
+        """What was asked for, in order."""
+        return [job.ref for job in self.jobs]

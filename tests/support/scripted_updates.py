@@ -1,0 +1,144 @@
+"""Updates of a device that has no registry and no runner: what they drive is scripted, the rest is real."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.state import ModelState
+from edge_agent.cache.store import Store
+from edge_agent.errors import EdgeAgentError, Quarantined
+from edge_agent.serving.seat import Serving
+from edge_agent.settings import ModelSettings, RegistrySettings, Settings
+from edge_agent.updates.updates import Updates
+from tests.support.scripted_sync import ScriptedSync
+
+INTERVAL_S = 300.0
+NOW = 1_700_000_000.0
+OWN, FALLBACK = "models:/phi@prod", "models:/tiny@prod"
+
+
+class ScriptedLifecycle:
+    """Loads nothing: a version runs unless the script says why not.
+
+    Attributes:
+        refusals: by key, what the version is refused with.
+        untried: key of a version in the cache that `catch_up` takes up; empty for none.
+        fallback: the record of a cached version of the fallback.
+        unwritable: what writing a desired state down fails with.
+        adopted: what was asked of `adopt`, in order: key, whether an operator asked, why it is one of the fallback.
+        reloads: how often the runner was to load again.
+    """
+
+    def __init__(self, state: ModelState | None = None) -> None:
+        self.state = state or ModelState()
+        self.serving = Serving.IDLE if self.state.active else Serving.ABSENT
+        self.refusals: dict[str, EdgeAgentError] = {}
+        self.untried = ""
+        self.fallback: VersionRecord | None = None
+        self.unwritable: EdgeAgentError | None = None
+        self.adopted: list[tuple[str, bool, str]] = []
+        self.reloads = 0
+
+    @property
+    def runs_its_own(self) -> bool:
+        return self.state.active is not None and not self.instead and self.serving is not Serving.FAILED
+
+    @property
+    def instead(self) -> str:
+        return self.state.instead
+
+    def status(self) -> dict[str, object]:
+        active = self.state.active
+        return {"version": int(active.split("-")[0]) if active else None}
+
+    def adopt(self, key: str, *, asked_for: bool = False, instead: str = "") -> None:
+        self.adopted.append((key, asked_for, instead))
+        if self.state.active == key and self.serving is not Serving.FAILED:
+            return
+        self.refuse_quarantined(key)
+        if key in self.refusals:
+            raise self.refusals[key]
+        self.state = self.state.switched(key, instead=instead)
+        self.serving = Serving.READY
+
+    def catch_up(self) -> None:
+        if self.untried:
+            self.adopt(self.untried)
+
+    def cached_fallback(self) -> VersionRecord | None:
+        return self.fallback
+
+    def refuse_quarantined(self, key: str) -> None:
+        if key in self.state.quarantined:
+            raise Quarantined(f"version {key} is in quarantine: {self.state.quarantined[key]}")
+
+    def set_aside(self, key: str, reason: str) -> None:
+        self.state = replace(self.state, quarantined={**self.state.quarantined, key: reason})
+
+    def set_desired(self, uri: str) -> None:
+        if self.unwritable is not None:
+            raise self.unwritable
+        self.state = replace(self.state, desired=uri)
+
+    def reload(self) -> None:
+        self.reloads += 1
+
+
+@dataclass
+class UpdatingDevice:
+    """Updates with a clock that stands still, and the longest interval that jitter allows.
+
+    Attributes:
+        lifecycle: of the first model.
+    """
+
+    updates: Updates
+    store: Store
+    sync: ScriptedSync
+    lifecycles: dict[str, ScriptedLifecycle]
+    drawn: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def lifecycle(self) -> ScriptedLifecycle:
+        return next(iter(self.lifecycles.values()))
+
+    @property
+    def problem(self) -> str:
+        """Of the first model; `unset` before its first check."""
+        return self.updates.problems.get(next(iter(self.lifecycles)), "unset")
+
+
+def make_device(
+    folder: Path,
+    state: ModelState | None = None,
+    *,
+    models: dict[str, ModelSettings] | None = None,
+    fallback: str = "",
+    registry: str = "http://registry",
+) -> UpdatingDevice:
+    """A device with one model, `assistant`, that follows `OWN`.
+
+    Args:
+        state: of that model; of each, where `models` has others.
+    """
+    models = models or {"assistant": ModelSettings(uri=OWN, fallback=fallback)}
+    settings = Settings(
+        device_id="dev",
+        state_dir=folder / "state",
+        control_socket=folder / "c.sock",
+        registry=RegistrySettings(uri=registry, poll_interval_s=INTERVAL_S),
+        models=models,
+    )
+    store = Store(settings.state_dir)
+    store.create()
+    lifecycles = {name: ScriptedLifecycle(state) for name in models}
+    sync, drawn = ScriptedSync(), []
+
+    def longest(low: float, high: float) -> float:
+        drawn.append((low, high))
+        return high
+
+    updates = Updates(settings, store, lifecycles, run_sync=sync, clock=lambda: NOW, jitter=longest)
+    return UpdatingDevice(updates=updates, store=store, sync=sync, lifecycles=lifecycles, drawn=drawn)
