@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edge_agent.errors import Quarantined, SyncStopped, UnknownReference
-from edge_agent.sync.process import SyncJob, SyncResult
+from edge_agent.sync.protocol import SyncJob, SyncResult
 from edge_agent.updates.check import OnEvent
 
 

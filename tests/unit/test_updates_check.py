@@ -20,8 +20,8 @@ from edge_agent.errors import (
     UnknownReference,
     VerificationError,
 )
-from edge_agent.serving.gate import GateFailed
 from edge_agent.serving.seat import Serving
+from edge_agent.serving.verdicts import GateFailed
 from tests.support.scripted_sync import Offer
 from tests.support.scripted_updates import FALLBACK, NOW, OWN, UpdatingDevice, make_device
 

@@ -16,11 +16,11 @@ from edge_agent.errors import CannotRun, ContentError, TransportError, UnknownMo
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import ModelSettings
 from edge_agent.sync import version_file
-from edge_agent.sync.process import SyncResult
+from edge_agent.sync.protocol import SyncResult
+from tests.support.committed import commit
 from tests.support.packages import WEIGHTS
 from tests.support.scripted_sync import Offer
 from tests.support.scripted_updates import FALLBACK, OWN, UpdatingDevice, make_device
-from tests.unit.test_store import commit
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_an_imported_version_is_adopted_like_an_update(tmp_path: Path, file: Pat
     assert device.lifecycle.adopted == [(result.key, True, "")]
     (job,) = device.sync.jobs
     assert (job.ref, job.registry.uri, job.fallback) == ("models:/phi/1", version_file.ORIGIN, False)
-    assert (job.bundle is None, job.quarantined) == (False, ())
+    assert (job.version_file is None, job.quarantined) == (False, ())
     assert device.updates.reachable is None, "no registry was asked"
 
 
