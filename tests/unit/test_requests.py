@@ -1,0 +1,270 @@
+"""What becomes of a message: accepted, repeated or refused, and where its answer goes."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.chat.clock import Moment
+from edge_agent.chat.intake import Intake
+from edge_agent.chat.journal import Journal
+from edge_agent.chat.messages import Form
+from edge_agent.chat.prompt import Answer, Delivery, Prompt
+from edge_agent.topics import Topics
+from edge_agent.transport.inbound import Inbound
+from edge_agent.transport.requests import Requests
+
+NOW = Moment(boot_id="boot-1", boot_s=100.0, wall_s=1_000_000.0)
+ROOT = "edge/v1/dev"
+
+
+@dataclass(kw_only=True)
+class Model:
+    """A model that is here, and its worker.
+
+    Attributes:
+        fault: raised to whoever asks whether it is here.
+    """
+
+    fault: Exception | None = None
+    reason: str = ""
+    service_s: float = 2.0
+    abandoned: list[int] = field(default_factory=list)
+
+    @property
+    def available(self) -> bool:
+        if self.fault:
+            raise self.fault
+        return True
+
+    def notify(self) -> None: ...
+
+    def abandon(self, row: int) -> None:
+        self.abandoned.append(row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    topic: str
+    correlation: bytes | None
+    form: Form
+    document: dict[str, Any]
+
+
+class Replies:
+    """Keeps what goes back."""
+
+    def __init__(self) -> None:
+        self.counters: collections.Counter[str] = collections.Counter()
+        self.rows: list[int] = []
+        self.refused: list[Refused] = []
+
+    def answered(self, row: int) -> None:
+        self.rows.append(row)
+
+    def refuse(
+        self, *, topic: str, correlation: bytes | None, form: Form, answer: Answer, delivery: Delivery | None
+    ) -> None:
+        text = answer.payload.decode()
+        document = json.loads(text) if form is Form.JSON else {"text": text}
+        self.refused.append(Refused(topic=topic, correlation=correlation, form=form, document=document))
+
+
+class Room:
+    """Requests before a real intake and journal."""
+
+    def __init__(self, folder: Path) -> None:
+        self.journal = Journal(folder / "journal.db", moment=NOW)
+        self.model, self.replies = Model(), Replies()
+        self.checks = 0
+        self.desired: list[bytes] = []
+        intake = Intake(
+            self.journal,
+            models={"assistant": self.model},
+            workers={"assistant": self.model},
+            queue_depth=4,
+            deadline_s=60.0,
+            on_answer=lambda source, row: self.replies.answered(row),
+        )
+        self.requests = Requests(
+            topics=Topics(prefix="edge", device_id="dev", reply_prefixes=("replies/",)),
+            intake=intake,
+            replies=self.replies,
+            max_payload_bytes=1024,
+            check_updates=self.check,
+            desire=self.desired.append,
+            now=lambda: NOW,
+        )
+
+    def check(self) -> None:
+        self.checks += 1
+
+    def send(self, name: str, payload: bytes, **properties: Any) -> None:
+        """A message to the topic `{root}/{name}`."""
+        message = Inbound(
+            topic=f"{ROOT}/{name}",
+            payload=payload,
+            **{
+                "retained": False,
+                "response_topic": None,
+                "correlation": None,
+                "expiry_s": None,
+                "delivery": None,
+                **properties,
+            },
+        )
+        self.requests.handlers()[message.topic](message)
+
+    def ask(self, payload: bytes | dict[str, Any], **properties: Any) -> None:
+        body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+        self.send("req/chat", body, **properties)
+
+    def accepted(self) -> Prompt:
+        """The newest prompt."""
+        prompt = self.journal.prompt(self.journal.depth())
+        assert prompt is not None and self.replies.refused == []
+        return prompt
+
+    def refusal(self) -> Refused:
+        (refused,) = self.replies.refused
+        assert self.journal.depth() == 0
+        return refused
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Iterator[Room]:
+    made = Room(tmp_path)
+    yield made
+    made.journal.close()
+
+
+def test_an_answer_goes_to_the_response_topic(room: Room) -> None:
+    room.ask({"prompt": "x", "reply_to": "replies/body"}, response_topic="replies/a", correlation=b"c")
+    prompt = room.accepted()
+    assert (prompt.answer_topic, prompt.correlation, prompt.id) == ("replies/a", b"c", "c")
+
+
+def test_a_client_without_properties_names_topic_and_id_in_the_body(room: Room) -> None:
+    room.ask({"prompt": "x", "reply_to": "replies/body", "id": "r-1"})
+    prompt = room.accepted()
+    assert (prompt.answer_topic, prompt.id) == ("replies/body", "r-1")
+
+
+def test_a_client_that_names_no_topic_is_answered_under_its_id(room: Room) -> None:
+    room.ask({"prompt": "x", "id": "r-1"})
+    assert room.accepted().answer_topic == f"{ROOT}/rsp/r-1"
+
+
+@pytest.mark.parametrize(
+    ("body", "properties"),
+    [
+        ({"prompt": "x", "id": "r-1"}, {"response_topic": f"{ROOT}/req/chat"}),
+        ({"prompt": "x", "id": "r-1", "reply_to": "elsewhere/a"}, {}),
+        ({"prompt": "x", "id": "r-1", "reply_to": "replies/a"}, {"response_topic": "$SYS/x"}),
+    ],
+)
+def test_a_topic_that_is_not_allowed_gets_no_answer_and_its_client_is_told_under_the_id(
+    room: Room, body: dict[str, Any], properties: dict[str, Any]
+) -> None:
+    room.ask(body, **properties)
+    refused = room.refusal()
+    assert refused.topic == f"{ROOT}/rsp/r-1"
+    assert "answer topic" in refused.document["error"]["message"]
+    assert room.replies.counters["refused_400"] == 1
+
+
+@pytest.mark.parametrize(
+    ("payload", "status", "topic"),
+    [
+        (b'{"prompt": "x", "surprise": 1, "id": "r-1", "reply_to": "replies/a"}', 400, "replies/a"),
+        (b'{"prompt": "x", "model": "other", "id": "r-1", "reply_to": "replies/a"}', 404, "replies/a"),
+        (b'{"prompt": "x", "id": "r-1", "reply_to": 5}', 400, f"{ROOT}/rsp/r-1"),
+    ],
+    ids=["field", "model", "reply_to"],
+)
+def test_a_refusal_goes_where_the_answer_would_have_gone(
+    room: Room, payload: bytes, status: int, topic: str
+) -> None:
+    room.ask(payload)
+    refused = room.refusal()
+    assert (refused.topic, refused.document["id"], refused.document["error"]["status"]) == (
+        topic,
+        "r-1",
+        status,
+    )
+
+
+def test_a_body_that_is_too_long_is_refused_in_its_own_form(room: Room) -> None:
+    room.ask(b"x" * 1025, response_topic="replies/a", correlation=b"c")
+    refused = room.refusal()
+    assert (refused.topic, refused.correlation, refused.form) == ("replies/a", b"c", Form.TEXT)
+    assert refused.document["text"].startswith("error 413 prompt_too_long")
+
+
+def test_correlation_data_that_is_too_long_is_refused_and_not_sent_back(room: Room) -> None:
+    room.ask({"prompt": "x"}, response_topic="replies/a", correlation=b"c" * 65)
+    refused = room.refusal()
+    assert (refused.topic, refused.correlation) == ("replies/a", None)
+
+
+def test_what_nobody_foresaw_is_500_for_its_client(room: Room) -> None:
+    room.model.fault = ValueError("nobody foresaw this")
+    room.ask({"prompt": "x"}, response_topic="replies/a")
+    assert room.refusal().document["error"]["code"] == "model_failed"
+
+
+def test_a_repeat_is_no_second_prompt_and_its_answer_is_sent_again(room: Room) -> None:
+    for _ in range(2):
+        room.ask({"prompt": "x"}, response_topic="replies/a", correlation=b"c")
+    assert room.journal.depth() == 1
+    assert room.replies.rows == [1]
+    assert room.replies.counters["repeated"] == 1
+
+
+def test_a_retained_prompt_is_dropped_and_counted(room: Room) -> None:
+    room.ask({"prompt": "x"}, retained=True)
+    assert (room.journal.depth(), room.replies.refused) == (0, [])
+    assert room.replies.counters["retained_requests"] == 1
+
+
+@pytest.mark.parametrize(
+    ("payload", "properties"),
+    [
+        (b"", {"response_topic": "replies/a", "correlation": b"r-1"}),
+        (b'{"id": "r-1", "reply_to": "replies/a"}', {}),
+        (b'{"id": "r-1"}', {"response_topic": "replies/a"}),
+    ],
+    ids=["properties", "body", "both"],
+)
+def test_a_cancel_finds_its_prompt_by_topic_and_correlation_or_id(
+    room: Room, payload: bytes, properties: dict[str, Any]
+) -> None:
+    room.ask({"prompt": "x"}, response_topic="replies/a", correlation=b"r-1")
+    room.send("ctl/cancel", payload, **properties)
+    outgoing = room.journal.outgoing(1)
+    assert outgoing is not None and outgoing.answer.properties["status"] == "499"
+    assert room.model.abandoned == [1]
+    assert room.replies.rows == [1]
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"not JSON", b'{"id": "other"}', b'{"surprise": 1}', b" " * 5000 + b'{"id": "r-1"}']
+)
+def test_a_cancel_of_nothing_is_counted(room: Room, payload: bytes) -> None:
+    room.ask({"prompt": "x", "id": "r-1"})
+    room.send("ctl/cancel", payload)
+    assert room.replies.counters["cancels_unknown"] == 1
+    assert room.journal.depth() == 1
+
+
+def test_a_look_for_updates_and_a_desired_state_go_to_who_cares(room: Room) -> None:
+    room.send("ctl/sync", b"")
+    room.send("ctl/sync", b"", retained=True)
+    room.send("model/desired", b"{}", retained=True)
+    assert (room.checks, room.desired) == (1, [b"{}"])
