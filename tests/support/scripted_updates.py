@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class ScriptedLifecycle:
         untried: key of a version in the cache that `catch_up` takes up; empty for none.
         fallback: the record of a cached version of the fallback.
         unwritable: what writing a desired state down fails with.
+        amid: called when a version is adopted, with its key, or a desired state written down, with its reference.
         adopted: what was asked of `adopt`, in order: key, whether an operator asked, why it is one of the fallback.
         reloads: how often the runner was to load again.
     """
@@ -38,6 +40,7 @@ class ScriptedLifecycle:
         self.untried = ""
         self.fallback: VersionRecord | None = None
         self.unwritable: EdgeAgentError | None = None
+        self.amid: Callable[[str], None] = lambda what: None
         self.adopted: list[tuple[str, bool, str]] = []
         self.reloads = 0
 
@@ -55,6 +58,7 @@ class ScriptedLifecycle:
 
     def adopt(self, key: str, *, asked_for: bool = False, instead: str = "") -> None:
         self.adopted.append((key, asked_for, instead))
+        self.amid(key)
         if self.state.active == key and self.serving is not Serving.FAILED:
             return
         self.refuse_quarantined(key)
@@ -78,6 +82,7 @@ class ScriptedLifecycle:
         self.state = replace(self.state, quarantined={**self.state.quarantined, key: reason})
 
     def set_desired(self, uri: str) -> None:
+        self.amid(uri)
         if self.unwritable is not None:
             raise self.unwritable
         self.state = replace(self.state, desired=uri)

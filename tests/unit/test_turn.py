@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -50,6 +51,23 @@ def test_an_operator_who_does_not_wait_any_more_wants_no_turn(turn: Turn) -> Non
     with turn.of_poll("the check of a", should_stop=never):
         with pytest.raises(KeyboardInterrupt), turn.of_operator("`models pull`", on_wait=leave):
             pass
+        assert not turn.wanted
+
+
+def test_no_poll_comes_between_one_that_ends_and_the_operator_it_ends_for(turn: Turn) -> None:
+    polling = contextlib.ExitStack()
+    polling.enter_context(turn.of_poll("the check of a", should_stop=never))
+
+    def poll_again(before: str) -> None:
+        polling.close()
+        assert (before, turn.wanted) == ("the check of a", True)
+        with (
+            pytest.raises(SyncStopped, match="the check of b waits for an operator"),
+            turn.of_poll("the check of b", should_stop=lambda: True),
+        ):
+            pass
+
+    with turn.of_operator("`models pull`", on_wait=poll_again):
         assert not turn.wanted
 
 

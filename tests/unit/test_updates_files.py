@@ -149,16 +149,16 @@ def damaged(tmp_path: Path) -> tuple[UpdatingDevice, VersionRecord]:
         record = commit(device.store, version, name=name, weights=name.encode() * 1_000)
         device.lifecycles[name].state = ModelState(active=record.key)
     (record,) = device.store.versions("first")
-    break_weights(device.store, record)
+    overwrite_weights(device.store, record)
     device.sync.offers[OWN] = Offer(version=1, new=False)
     return device, record
 
 
-def break_weights(store: Store, record: VersionRecord) -> None:
+def overwrite_weights(store: Store, record: VersionRecord, content: bytes = b"other") -> None:
     (weights,) = (file for file in record.files if file.path == WEIGHTS)
     blob = store.blob(weights.sha256)
     blob.chmod(0o644)
-    blob.write_bytes(b"x" * weights.size_bytes)
+    blob.write_bytes(content)
 
 
 def found(device: UpdatingDevice) -> tuple[Damage, ...]:
@@ -179,8 +179,8 @@ def test_repair_fetches_and_loads_again_what_was_damaged_and_nothing_else(
 def test_repair_leaves_alone_what_is_whole_again(damaged: tuple[UpdatingDevice, VersionRecord]) -> None:
     device, record = damaged
     damage = found(device)
-    with device.store.lock():
-        device.store.remove(record)
+    overwrite_weights(device.store, record, b"first" * 1_000)
+    assert found(device) == ()
     assert device.updates.repair(damage) == {}
     assert (device.sync.jobs, device.lifecycles["first"].reloads) == ([], 0)
 
@@ -227,7 +227,7 @@ def test_without_a_registry_repair_sets_aside_and_loads_again(tmp_path: Path) ->
     device = make_device(tmp_path, registry="")
     record = commit(device.store, 1)
     device.lifecycle.state = ModelState(active=record.key)
-    break_weights(device.store, record)
+    overwrite_weights(device.store, record)
     assert device.updates.repair(found(device)) == {}
     assert (device.sync.jobs, device.lifecycle.reloads) == ([], 1)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edge_agent.cache.state import ModelState
-from edge_agent.errors import EdgeAgentError, StoreError, SyncStopped, TransportError
+from edge_agent.errors import EdgeAgentError, RunnerError, StoreError, SyncStopped, TransportError
 from edge_agent.settings import ModelSettings
 from edge_agent.updates.updates import JITTER
 from tests.support.scripted_sync import Offer
@@ -103,6 +103,14 @@ def test_close_ends_the_thread_and_the_running_sync(tmp_path: Path) -> None:
     assert device.updates.problems == {}
 
 
+def test_what_fails_because_the_daemon_ends_is_no_problem(device: UpdatingDevice) -> None:
+    device.sync.offers[OWN] = TWO
+    device.lifecycle.refusals = {TWO.key: RunnerError("the runner was stopped")}
+    device.lifecycle.amid = lambda key: device.updates.close()
+    device.updates.step(0)
+    assert (device.lifecycle.adopted, device.problem) == ([(TWO.key, False, "")], "unset")
+
+
 def test_the_progress_of_a_fetch_is_seen_until_it_ends(device: UpdatingDevice) -> None:
     seen: list[dict[str, Any] | None] = []
     device.sync.amid = lambda ref: seen.append(device.updates.progress_of("assistant"))
@@ -161,14 +169,12 @@ def test_a_desired_state_that_cannot_be_written_down_is_tried_again(device: Upda
     assert (device.lifecycle.state.desired, device.sync.refs) == (OTHER, [OWN, OTHER])
 
 
-def test_what_is_desired_later_counts_where_the_former_could_not_be_written_down(
-    device: UpdatingDevice,
-) -> None:
+def test_what_is_desired_while_the_former_cannot_be_written_down_counts(device: UpdatingDevice) -> None:
     device.lifecycle.unwritable = StoreError("no space")
+    device.lifecycle.amid = lambda uri: device.updates.desire({"assistant": OTHER})
     device.updates.desire({"assistant": "models:/phi/7"})
     device.updates.step(0)
-    device.lifecycle.unwritable = None
-    device.updates.desire({"assistant": OTHER})
+    device.lifecycle.unwritable, device.lifecycle.amid = None, lambda what: None
     device.updates.step(1)
     assert device.lifecycle.state.desired == OTHER
 
