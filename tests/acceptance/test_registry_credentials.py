@@ -61,7 +61,7 @@ def test_the_token_of_the_service_opens_the_registry_and_is_seen_nowhere(
             seen += [said, json.dumps(found), json.dumps(daemon.status())]
             daemon.stop()
             seen += [daemon.log, contents(folder / "support.tar.gz")]
-    assert any("edge_agent.sync" in line for line in commands.seen), "the process with the token was seen"
+    assert any("-m edge_agent.sync." in line for line in commands.seen), "the process with the token was seen"
     assert [text for text in (*seen, *commands.seen) if RIGHT in text or WRONG in text] == []
 
 

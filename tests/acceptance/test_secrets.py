@@ -71,7 +71,7 @@ def test_nothing_that_others_may_see_has_a_secret_or_a_prompt_in_it(
             }
     for step in ("prompt accepted", "prompt starts", "prompt answered", "answer delivered"):
         assert f"{step} request={NAMED} " in seen["the log"], "a request's id goes from end to end"
-    assert "edge_agent.sync" in seen["the process list"], "the process with the credentials was seen"
+    assert "-m edge_agent.sync." in seen["the process list"], "the process with the credentials was seen"
     assert "[removed]" in seen["the support archive"]
     found = [
         f"{what} in {where}"
