@@ -1,0 +1,37 @@
+"""A scripted host, and models that live on it; at the end no runner is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.scripted_runner import Life, ScriptedHost
+
+NewLife = Callable[..., Life]
+
+
+@pytest.fixture
+def host() -> ScriptedHost:
+    return ScriptedHost()
+
+
+@pytest.fixture
+def new_life(tmp_path: Path, host: ScriptedHost) -> Iterator[NewLife]:
+    lives: list[Life] = []
+
+    def new(**options: Any) -> Life:
+        lives.append(Life(tmp_path, host, **options))
+        return lives[-1]
+
+    yield new
+    for life in lives:
+        life.lifecycle.close()
+    assert host.running() == []
+
+
+@pytest.fixture
+def life(new_life: NewLife) -> Life:
+    return new_life()
