@@ -21,6 +21,7 @@ from edge_agent.cache.staging import Staging, folder_of, remove_staging, remove_
 from edge_agent.cache.store import Store
 from edge_agent.cache.verify import damage_of
 from edge_agent.errors import CannotRun, ManifestError, Quarantined, VerificationError
+from edge_agent.host.clock import CLOCK, Clock
 from edge_agent.package import manifest as manifests
 from edge_agent.package import mlmodel, trust
 from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, ManifestFile
@@ -29,7 +30,8 @@ from edge_agent.package.reference import ROLLOUT_TAG, ModelRef, ModelVersion
 from edge_agent.package.trust import TrustDecision
 from edge_agent.runner import capability
 from edge_agent.sync import protocol
-from edge_agent.sync.fetch import Pace, fetch
+from edge_agent.sync.fetch import fetch
+from edge_agent.sync.pace import Pace
 from edge_agent.sync.protocol import Emit, SyncJob, SyncResult
 from edge_agent.sync.registry import Listed, Package, Registry
 
@@ -62,21 +64,27 @@ class Wanted:
         return {file.path: file.sha256 for file in self.manifest.files} if self.manifest else {}
 
 
-def synchronise(job: SyncJob, emit: Emit) -> SyncResult:
+def synchronise(job: SyncJob, emit: Emit, *, clock: Clock = CLOCK) -> SyncResult:
     """Brings one model up to date.
 
     Raises:
         EdgeAgentError: with the code that the daemon's side turns into the same error again.
     """
-    registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s)
+    registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s, clock=clock)
     version = registry.resolve(ModelRef.parse(job.ref))
     emit(protocol.resolved(version=version.version, rollout=version.tags.get(ROLLOUT_TAG, "")))
     scratch = folder_of(Store(Path(job.state_dir)), job.name, version.version) / "scratch"
-    return bring(job, version, registry.package(version, scratch=scratch), emit)
+    return bring(job, version, registry.package(version, scratch=scratch), emit, clock=clock)
 
 
 def bring(
-    job: SyncJob, version: ModelVersion, package: Package, emit: Emit, *, promised: Manifest | None = None
+    job: SyncJob,
+    version: ModelVersion,
+    package: Package,
+    emit: Emit,
+    *,
+    promised: Manifest | None = None,
+    clock: Clock = CLOCK,
 ) -> SyncResult:
     """The one way into the cache: whatever the package comes from, it is fetched, verified, judged, committed.
 
@@ -106,6 +114,7 @@ def bring(
             total_bytes=sum(_missing_sizes(store, wanted).values()),
             max_bytes_per_s=job.cache.max_bytes_per_s,
             report=_Progress(emit, lambda: keep_room(store, job)),
+            clock=clock,
         )
         manifest, attached = fetch_missing(store, package, place, version, wanted, pace)
         tree = place.build_tree(store, (*manifest.files, *attached))
@@ -409,14 +418,14 @@ class _Progress:
     def __init__(self, emit: Emit, check: Callable[[], None]) -> None:
         self._emit = emit
         self._check = check
-        self._next_at = 0.0
+        self._next_s = 0.0
 
     def __call__(self, pace: Pace) -> None:
-        now = time.monotonic()
+        now_s = pace.clock.now_s()
         have = pace.fetched_bytes + pace.resumed_bytes
-        if now < self._next_at and have < pace.total_bytes:
+        if now_s < self._next_s and have < pace.total_bytes:
             return
-        self._next_at = now + _PROGRESS_INTERVAL_S
+        self._next_s = now_s + _PROGRESS_INTERVAL_S
         self._check()
         self._emit(
             protocol.progress(

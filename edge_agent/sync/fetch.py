@@ -9,24 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from edge_agent.cache import durable
 from edge_agent.cache.disk import store_errors
 from edge_agent.cache.staging import Note, Staging
 from edge_agent.errors import TransportError, VerificationError
+from edge_agent.host.clock import Clock
 from edge_agent.package.manifest import MAX_FILE_BYTES, ManifestFile
-from edge_agent.sync.registry import (
-    CHUNK_BYTES,
-    MIN_BYTES_PER_TIMEOUT,
-    Changed,
-    Package,
-    PastTheEnd,
-    RequestRefused,
-    Stream,
-)
+from edge_agent.sync.pace import CHUNK_BYTES, MIN_BYTES_PER_TIMEOUT, Pace
+from edge_agent.sync.registry import Changed, Package, PastTheEnd, RequestRefused, Stream
 
 MAX_ATTEMPTS = 4
 """In a row that brought next to nothing; progress starts the count again."""
@@ -34,55 +25,6 @@ MAX_RECONNECTS = 1_000
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 8.0
 _NOTE_INTERVAL_S = 0.25
-_MAX_BURST_S = 1.0
-
-
-@dataclass(kw_only=True)
-class Pace:
-    """Bytes that came in so far, and the bandwidth cap. Owned by the sync process's only thread.
-
-    Attributes:
-        total_bytes: to fetch, as far as known.
-        max_bytes_per_s: 0 for no cap.
-        report: called after each chunk; what it raises ends the fetch.
-    """
-
-    total_bytes: int
-    max_bytes_per_s: int = 0
-    report: Callable[[Pace], None] = lambda pace: None
-    fetched_bytes: int = 0
-    resumed_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        self._started_at = self._due_at = time.monotonic()
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self.fetched_bytes / max(time.monotonic() - self._started_at, 1e-3)
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds until all is here at this rate, None before the first byte."""
-        left = self.total_bytes - self.fetched_bytes - self.resumed_bytes
-        return max(left, 0) / self.bytes_per_s if self.fetched_bytes else None
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Small enough that a low cap still moves several times a second."""
-        return (
-            min(CHUNK_BYTES, max(4_096, self.max_bytes_per_s // 8)) if self.max_bytes_per_s else CHUNK_BYTES
-        )
-
-    def took(self, count: int) -> None:
-        """Counts bytes, waits as long as the cap asks for, reports."""
-        self.fetched_bytes += count
-        if self.max_bytes_per_s:
-            now = time.monotonic()
-            # What a slow time left unused is not made up for at more than the cap.
-            self._due_at = max(self._due_at, now - _MAX_BURST_S) + count / self.max_bytes_per_s
-            if self._due_at > now:
-                time.sleep(self._due_at - now)
-        self.report(self)
 
 
 class _Part:
@@ -99,7 +41,8 @@ class _Part:
         self._staging = staging
         self._pace = pace
         self._digest = hashlib.sha256()
-        self._noted_at = 0.0
+        self._now_s = pace.clock.now_s
+        self._noted_at_s = self._now_s()
 
     @property
     def digest(self) -> str:
@@ -165,7 +108,7 @@ class _Part:
                     write(chunk)
                     self._digest.update(chunk)
                     self.have += len(chunk)
-                    if self.sha256 is None and time.monotonic() - self._noted_at > _NOTE_INTERVAL_S:
+                    if self.sha256 is None and self._now_s() - self._noted_at_s > _NOTE_INTERVAL_S:
                         self._note(stream.etag)
                     self._pace.took(len(chunk))
 
@@ -181,7 +124,7 @@ class _Part:
         self._staging.drop_part(self.file)
 
     def _note(self, etag: str) -> None:
-        self._noted_at = time.monotonic()
+        self._noted_at_s = self._now_s()
         self._staging.write_note(self.file, Note(etag=etag, length=self.have, sha256=self.digest))
 
 
@@ -206,10 +149,10 @@ def fetch(
     part = _Part(staging, path, size_bytes, sha256, pace)
     with store_errors("write", part.file):
         part.take_up()
-        _fill(part, package)
+        _fill(part, package, pace.clock)
         if not part.fits and part.joined:
             part.drop()
-            _fill(part, package)
+            _fill(part, package, pace.clock)
         if not part.fits:
             part.drop()
             raise VerificationError(f"sha256 of {path!r} is not the one in its manifest")
@@ -217,7 +160,7 @@ def fetch(
     return ManifestFile(path=path, size_bytes=size_bytes, sha256=part.digest)
 
 
-def _fill(part: _Part, package: Package) -> None:
+def _fill(part: _Part, package: Package, clock: Clock) -> None:
     """Asks for bytes until the part has all of them."""
     idle_attempts, furthest = 0, part.have
     for _ in range(MAX_RECONNECTS):
@@ -245,7 +188,7 @@ def _fill(part: _Part, package: Package) -> None:
         if idle_attempts >= MAX_ATTEMPTS:
             raise failure or _ends_early(part, furthest)
         if not part.whole:
-            _wait(idle_attempts)
+            clock.sleep(_wait_s(idle_attempts))
     raise TransportError(f"the registry broke off {part.path!r} {MAX_RECONNECTS} times")
 
 
@@ -253,6 +196,6 @@ def _ends_early(part: _Part, length: int) -> VerificationError:
     return VerificationError(f"{part.path!r} ends after {length} of the promised {part.size_bytes} bytes")
 
 
-def _wait(attempt: int) -> None:
+def _wait_s(attempt: int) -> float:
     """Before the next attempt: exponential, with jitter, so that a fleet does not come back in step."""
-    time.sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.0))
+    return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0**attempt) * random.uniform(0.5, 1.0)

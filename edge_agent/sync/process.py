@@ -14,12 +14,12 @@ import os
 import selectors
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import IO
 
 from edge_agent import environment
 from edge_agent.errors import EdgeAgentError, SettingsError, SyncStopped, TransportError
+from edge_agent.host.clock import CLOCK, Clock
 from edge_agent.runner.lines import LineReader
 from edge_agent.sync.protocol import MAX_EVENTS, MAX_LINE_BYTES, Emit, Event, SyncJob, SyncResult, outcome_of
 
@@ -57,6 +57,7 @@ def run_sync(
     timeout_s: float,
     on_event: Emit = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
+    clock: Clock = CLOCK,
 ) -> SyncResult:
     """Runs one sync to its end in a process of its own.
 
@@ -64,6 +65,7 @@ def run_sync(
         timeout_s: for the whole sync; a big model on a slow line needs hours.
         on_event: gets all events but the last in this thread; keep it quick.
         should_stop: asked about five times a second; True ends the process.
+        clock: for `timeout_s` only.
 
     Raises:
         SyncStopped: `should_stop` said so.
@@ -76,8 +78,9 @@ def run_sync(
         EdgeAgentError: the process died or broke the protocol.
     """
     stderr = _Tail()
+    until_s = clock.now_s() + timeout_s
     with _started(job) as process:
-        for event in _events(process, job, stderr, time.monotonic() + timeout_s, should_stop):
+        for event in _events(process, job, stderr, lambda: clock.now_s() >= until_s, should_stop):
             outcome = outcome_of(event)
             if isinstance(outcome, EdgeAgentError):
                 raise outcome
@@ -173,7 +176,7 @@ def _events(
     process: subprocess.Popen[bytes],
     job: SyncJob,
     stderr: _Tail,
-    deadline: float,
+    is_late: Callable[[], bool],
     should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
     """Events until the process closes its stdout."""
@@ -182,7 +185,7 @@ def _events(
         limit_bytes=MAX_LINE_BYTES,
         broken=lambda reason: EdgeAgentError(f"the sync of {job.name} wrote {reason}"),
     )
-    for data in _output(process, job, stderr, deadline, should_stop):
+    for data in _output(process, job, stderr, is_late, should_stop):
         lines.add(data)
         while (event := lines.document()) is not None:
             count += 1
@@ -195,7 +198,7 @@ def _output(
     process: subprocess.Popen[bytes],
     job: SyncJob,
     stderr: _Tail,
-    deadline: float,
+    is_late: Callable[[], bool],
     should_stop: Callable[[], bool],
 ) -> Iterator[bytes]:
     """What comes on stdout; what comes on stderr is kept for the case that it dies."""
@@ -205,7 +208,7 @@ def _output(
         while selector.get_map():
             if should_stop():
                 raise SyncStopped(f"the sync of {job.name} was stopped")
-            if time.monotonic() >= deadline:
+            if is_late():
                 raise TransportError(
                     f"the sync of {job.name} took too long and was ended",
                     remedy="what it fetched is kept for the next one",
