@@ -1,8 +1,8 @@
-"""Fetching one file: from the registry into staging, resumed, paced, retried within bounds, verified.
+"""Fetches one file from the registry into staging: resumed, paced, retried within bounds, verified.
 
-Flow: what an earlier process left is continued where the server allows it → chunks are written and hashed →
-size and digest are compared → fsync → the part gets its digest as name, still in staging. Refuses more bytes
-than were promised. A digest that does not fit after a resumed download is tried once more from the start.
+Flow: continue what an earlier process left, where the server allows it → write and hash the chunks → compare
+size and digest → fsync → name the part after its digest, still in staging. Refuses more bytes than were promised.
+If the digest is wrong after a resumed download, the file is fetched once more from the start.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edge_agent.sync.pace import CHUNK_BYTES, MIN_BYTES_PER_TIMEOUT, Pace
 from edge_agent.sync.registry import Changed, Package, PastTheEnd, RequestRefused, Stream
 
 MAX_ATTEMPTS = 4
-"""In a row that brought next to nothing; progress starts the count again."""
+"""Attempts in a row that bring next to nothing; progress starts the count again."""
 MAX_RECONNECTS = 1_000
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 8.0
@@ -28,7 +28,7 @@ _NOTE_INTERVAL_S = 0.25
 
 
 class _Part:
-    """The bytes of one file that are here, with their running sha256."""
+    """The bytes of one file fetched so far, with their running sha256."""
 
     def __init__(self, staging: Staging, path: str, size_bytes: int, sha256: str | None, pace: Pace) -> None:
         self.path = path
@@ -61,10 +61,10 @@ class _Part:
         return self._staging.note(self.file).etag
 
     def take_up(self) -> None:
-        """Goes on from what an earlier process left, as far as that can be relied on.
+        """Continues what an earlier process left, as far as it can be relied on.
 
-        A part under its digest is checked at the end anyhow. One under its path goes on from what was noted,
-        and its last byte is asked for again, with If-Range: the server has to say that the file is the same.
+        A part named after its digest is checked at the end in any case. One named after its path is continued up to
+        where its note covers it, with If-Range: the server must confirm that the file is the same.
         """
         note = self._staging.note(self.file)
         try:
@@ -86,13 +86,13 @@ class _Part:
         self._pace.resumed_bytes += self.have
 
     def start_over(self) -> None:
-        """Forgets what is here: the next byte is the file's first."""
+        """Forgets what was fetched: the next byte is the file's first."""
         self._pace.resumed_bytes -= self.resumed_bytes
         self.have, self.resumed_bytes, self.joined = 0, 0, False
         self._digest = hashlib.sha256()
 
     def append(self, stream: Stream) -> None:
-        """Takes a stream's bytes, from where it starts to where it ends."""
+        """Appends a stream's bytes, from where it starts to where it ends."""
         if stream.start != self.have:
             self.start_over()
         self.joined = self.have > 0
@@ -117,7 +117,7 @@ class _Part:
         self.start_over()
 
     def keep(self) -> None:
-        """Gives the verified bytes their digest as name, durably."""
+        """Names the verified bytes after their digest, durably."""
         durable.sync_file(self.file)
         durable.rename(self.file, self._staging.verified(self.digest))
         durable.sync_folder(self._staging.parts)
@@ -131,13 +131,13 @@ class _Part:
 def fetch(
     package: Package, staging: Staging, *, path: str, size_bytes: int, sha256: str | None, pace: Pace
 ) -> ManifestFile:
-    """Brings one file into staging, whole and verified.
+    """Fetches one file into staging, whole and verified.
 
     Args:
         sha256: what it must be, or None where the package has no manifest.
 
     Returns:
-        What is now at `staging.verified(sha256)`.
+        The file at `staging.verified(sha256)`.
 
     Raises:
         VerificationError: the registry's bytes are not what the manifest promises.
@@ -161,7 +161,7 @@ def fetch(
 
 
 def _fill(part: _Part, package: Package, clock: Clock) -> None:
-    """Asks for bytes until the part has all of them."""
+    """Requests bytes until the part is complete."""
     idle_attempts, furthest = 0, part.have
     for _ in range(MAX_RECONNECTS):
         if part.whole:
@@ -197,5 +197,5 @@ def _ends_early(part: _Part, length: int) -> VerificationError:
 
 
 def _wait_s(attempt: int) -> float:
-    """Before the next attempt: exponential, with jitter, so that a fleet does not come back in step."""
+    """The wait before the next attempt: exponential, with jitter, so that a fleet does not retry in step."""
     return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0**attempt) * random.uniform(0.5, 1.0)

@@ -1,4 +1,4 @@
-"""How fast a version's bytes come: the cap on bandwidth, and when a transfer has stalled. Arithmetic on a clock."""
+"""How fast a version is fetched: the cap on bandwidth, and the limit for a stalled transfer. Arithmetic on a clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edge_agent.host.clock import CLOCK, Clock
 
 CHUNK_BYTES = 1 << 20
 MIN_BYTES_PER_TIMEOUT = 4_096
-"""Fewer bytes than these while waiting for the whole of a timeout: the transfer has stalled."""
+"""A transfer that brings fewer bytes than this in a whole timeout has stalled."""
 _MAX_BURST_S = 1.0
 _LEAST_CHUNK_BYTES = 4_096
 _CHUNKS_PER_S = 8
@@ -17,7 +17,7 @@ _CHUNKS_PER_S = 8
 
 @dataclass(kw_only=True)
 class Pace:
-    """Bytes that came in so far, and the cap on bandwidth. Owned by the sync process's only thread.
+    """The bytes fetched so far, and the cap on bandwidth. Owned by the sync process's only thread.
 
     Attributes:
         total_bytes: to fetch, as far as known.
@@ -42,13 +42,13 @@ class Pace:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until all is here at this rate, None before the first byte."""
+        """Seconds until everything is fetched at this rate, or None before the first byte."""
         left = self.total_bytes - self.fetched_bytes - self.resumed_bytes
         return max(left, 0) / self.bytes_per_s if self.fetched_bytes else None
 
     @property
     def chunk_bytes(self) -> int:
-        """Small enough that a low cap still moves several times a second."""
+        """Small enough that there are several chunks a second under a low cap."""
         if not self.max_bytes_per_s:
             return CHUNK_BYTES
         return min(CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, self.max_bytes_per_s // _CHUNKS_PER_S))
@@ -58,7 +58,7 @@ class Pace:
         self.fetched_bytes += count
         if self.max_bytes_per_s:
             now_s = self.clock.now_s()
-            # What a slow time left unused is not made up for at more than the cap.
+            # Bandwidth that a slow phase left unused is not made up for beyond one second's worth.
             self._due_s = max(self._due_s, now_s - _MAX_BURST_S) + count / self.max_bytes_per_s
             if self._due_s > now_s:
                 self.clock.sleep(self._due_s - now_s)
@@ -66,15 +66,15 @@ class Pace:
 
 
 class StallLimit:
-    """Tells a slow transfer from one that has stalled: a few bytes now and then keep no connection alive for ever.
+    """Tells a slow transfer from a stalled one: a byte now and then does not keep a connection alive for ever.
 
-    Only the wait for bytes counts, not what is done with them.
+    Only the time spent waiting for bytes counts, not the time spent on them.
 
     Args:
-        timeout_s: in which at least `MIN_BYTES_PER_TIMEOUT` have to come.
+        timeout_s: in which at least `MIN_BYTES_PER_TIMEOUT` must arrive.
 
     Attributes:
-        waited_s, came_bytes: since enough of them came last.
+        waited_s, came_bytes: since enough bytes last arrived.
     """
 
     def __init__(self, timeout_s: float, *, clock: Clock) -> None:
@@ -88,7 +88,7 @@ class StallLimit:
         return self.waited_s > self._timeout_s
 
     def wait_for(self, read: Callable[[], bytes]) -> bytes:
-        """What `read` gives, its wait counted."""
+        """Calls `read`, counts how long it took, and returns its bytes."""
         began_s = self._clock.now_s()
         chunk = read()
         self.waited_s += self._clock.now_s() - began_s

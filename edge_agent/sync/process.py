@@ -46,7 +46,7 @@ ENVIRONMENT_NAMES = (
         for name in (proxy, proxy.lower())
     ),
 )
-"""What a sync may know of this process: never tokens of other services, never EDGE_AGENT_*."""
+"""Variables that a sync inherits: never tokens of other services, never EDGE_AGENT_*."""
 ENVIRONMENT_PREFIXES = ("MLFLOW_TRACKING_", "MLFLOW_S3_", "AWS_", "AZURE_", "GOOGLE_")
 """Credentials of the registry and of artifact stores."""
 
@@ -62,9 +62,9 @@ def run_sync(
     """Runs one sync to its end in a process of its own.
 
     Args:
-        timeout_s: for the whole sync; a big model on a slow line needs hours.
-        on_event: gets all events but the last in this thread; keep it quick.
-        should_stop: asked about five times a second; True ends the process.
+        timeout_s: for the whole sync; a large model on a slow line needs hours.
+        on_event: called with every event but the last, in this thread; it must be quick.
+        should_stop: called about five times a second; True ends the process.
         clock: for `timeout_s` only.
 
     Raises:
@@ -115,7 +115,9 @@ def child_environment() -> dict[str, str]:
 
 
 def _sendable(variables: dict[str, str]) -> dict[str, str]:
-    """The same. What cannot stand in an HTTP header, the client's library quotes in its error, secret or not."""
+    """Returns them unchanged, or refuses what no HTTP header can hold: the client library quotes it in its error,
+    secret or not.
+    """
     for name in ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         value = variables.get(name, "")
         if not value.isprintable() or (name.endswith("TOKEN") and not value.isascii()):
@@ -128,7 +130,7 @@ def _sendable(variables: dict[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
-    """The process, with its job on stdin; it is dead when the block ends."""
+    """The process, with its job on stdin. When the block ends, the process is dead."""
     with _memory_file("sync") as stdin:  # a pipe would block on a job larger than its buffer
         stdin.write(job.encode())
         stdin.seek(0)
@@ -154,7 +156,7 @@ def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
 
 
 class _Tail:
-    """The last that the process wrote to stderr."""
+    """The end of what the process wrote to stderr."""
 
     def __init__(self) -> None:
         self._data = b""
@@ -168,7 +170,7 @@ class _Tail:
 
 
 def _memory_file(name: str) -> IO[bytes]:
-    """A file that needs no disk: a full one must not keep a sync from saying so."""
+    """A file in memory, so that a sync can start, and report it, when the disk is full."""
     return os.fdopen(os.memfd_create(name), "w+b")
 
 
@@ -201,7 +203,7 @@ def _output(
     is_late: Callable[[], bool],
     should_stop: Callable[[], bool],
 ) -> Iterator[bytes]:
-    """What comes on stdout; what comes on stderr is kept for the case that it dies."""
+    """Yields what the process writes to stdout. The end of its stderr is kept in case it dies."""
     with selectors.DefaultSelector() as selector:
         for pipe in (process.stdout, process.stderr):
             selector.register(_descriptor(pipe), selectors.EVENT_READ)
