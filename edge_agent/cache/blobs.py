@@ -1,7 +1,7 @@
 """Verified bytes under their digest, and the links to them that versions are made of.
 
-Each function is a step of the store's, which has the lock, wraps the errors, and syncs the folder where the order
-matters.
+Each function is one step of a change that the store makes. The store has the lock, wraps the errors, and syncs the
+folders where the order matters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from edge_agent.package.manifest import ManifestFile
 
 
 def is_there(blob: Path, file: ManifestFile) -> bool:
-    """True where the blob has the size of `file`; its name says that it was verified."""
+    """True where the blob exists with the size of `file`; under its final name it has been verified."""
     try:
         return blob.lstat().st_size == file.size_bytes
     except OSError:
@@ -33,7 +33,7 @@ def adopt(staged: Path, blob: Path, file: ManifestFile) -> None:
 
 
 def replace(source: Path, blob: Path) -> None:
-    """Gives verified bytes the blob's name; what had it before is gone."""
+    """Gives verified bytes the blob's name, and replaces the blob that had it."""
     durable.unlink(blob)
     durable.set_mode(source, durable.BLOB_MODE)
     durable.sync_file(source)
@@ -55,7 +55,7 @@ def relink(blob: Path, path: Path, *, temporary: Path) -> None:
 
 
 def drop_unlinked(blob: Path) -> int:
-    """Removes a blob that no version links; gives the bytes that became free."""
+    """Removes a blob that no version links. Returns the number of bytes freed."""
     try:
         status = blob.lstat()
     except FileNotFoundError:

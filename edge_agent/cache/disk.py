@@ -1,7 +1,7 @@
-"""How the cache looks at its disk: bounded reads, what is in a folder, what it takes, what is free.
+"""What the cache reads of its disk: small files, the names in a folder, used and free space.
 
-Changes nothing: that is `durable.py`'s. Whatever the operating system refuses, there or here, becomes a
-`StoreError` here, with a remedy where there is one.
+Changes nothing: only `durable.py` does. `store_errors` turns what the operating system refuses, there or here, into a
+`StoreError` with a remedy where there is one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REMEDIES = {
 
 @contextmanager
 def store_errors(action: str, path: Path) -> Iterator[None]:
-    """Wraps the operating system's errors, with a remedy for the ones that have one."""
+    """Turns errors of the operating system into `StoreError`."""
     try:
         yield
     except OSError as error:
@@ -37,7 +37,7 @@ def store_errors(action: str, path: Path) -> Iterator[None]:
 
 
 def store_error(action: str, path: Path, error: OSError) -> StoreError:
-    """An operating system's error in this tree's words."""
+    """The operating system's error as a `StoreError`."""
     return StoreError(f"cannot {action} {path}: {error.strerror}", remedy=_REMEDIES.get(error.errno or 0, ""))
 
 
@@ -58,7 +58,7 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes | None:
 
 
 def children(folder: Path) -> list[Path]:
-    """What is in a folder, by name; nothing where there is no such folder."""
+    """The entries of a folder, sorted by name; none if there is no such folder."""
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -71,7 +71,7 @@ def folders_below(tree: Path) -> Iterable[Path]:
 
 
 def tree_bytes(*roots: Path) -> int:
-    """Sizes of all files under these folders, each inode once; names that vanish meanwhile are passed over."""
+    """The size of all files under these folders, each inode counted once. Names that vanish meanwhile are skipped."""
     seen: dict[tuple[int, int], int] = {}
     for root in roots:
         for folder, _, names in os.walk(root):
@@ -85,7 +85,7 @@ def tree_bytes(*roots: Path) -> int:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write where `path` is, or would be made.
+    """The bytes that this user may still write on the file system of `path`, which need not exist yet.
 
     Raises:
         StoreError: the file system does not say.

@@ -1,7 +1,7 @@
 """Making room: the quota, the minimum free space, and which versions go first.
 
-Least recently used first. Never: active, previous, candidate or pinned versions, the newest one of each model
-(it may have been committed a moment ago), and what a process has leased.
+The least recently used version goes first. Never removed are active, previous, candidate and pinned versions, the
+newest version of each model (it may have been committed a moment ago), and versions that a process has leased.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def make_room(
         keep: (name, key) of versions that must stay, besides the protected ones.
 
     Returns:
-        What was removed.
+        The versions that were removed.
 
     Raises:
-        StoreError: it does not fit, and nothing more may go; nothing is removed in vain.
+        StoreError: they do not fit, and nothing more may go. Nothing is removed in vain.
     """
     excess = excess_bytes(store, needed_bytes, quota_bytes, min_free_bytes)
     if excess <= 0:
@@ -62,7 +62,7 @@ def make_room(
 
 
 def evictable(store: Store, *, keep: Set[tuple[str, str]] = frozenset()) -> list[VersionRecord]:
-    """Versions that may go, least recently used first."""
+    """The versions that may be removed, least recently used first."""
     state = store.state_locked()
     records = store.versions()
     protected = keep | _protected(state, records)
@@ -83,7 +83,7 @@ def _protected(state: CacheState, records: list[VersionRecord]) -> set[tuple[str
 
 
 def excess_bytes(store: Store, needed_bytes: int, quota_bytes: int, min_free_bytes: int) -> int:
-    """How many of `needed_bytes` more do not fit; not above 0 where all do."""
+    """How many of `needed_bytes` do not fit; 0 or less where all of them do."""
     over_quota = store.used_bytes() + needed_bytes - quota_bytes
     too_little_free = needed_bytes + min_free_bytes - store.free_bytes()
     return max(over_quota, too_little_free)

@@ -1,8 +1,8 @@
 """Checking the cache: is what was committed still what was verified?
 
 `quick_check` looks at sizes and links; `verify` reads every byte. A damaged blob is set aside, so that the
-next sync fetches it, and only it. `prune` puts in order what a crash left between two steps. Nothing here
-decides what to do with a damaged version: that is the lifecycle's.
+next sync fetches that blob and nothing else. `prune` tidies up what a crash left between two steps. What happens to a
+damaged version is not decided here: that is the lifecycle's work.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Verification:
     """What a check found.
 
     Attributes:
-        checked: number of files that were looked at.
+        checked: the number of files that were checked.
     """
 
     checked: int
@@ -62,7 +62,7 @@ class Verification:
 
 
 def quick_check(store: Store, records: Iterable[VersionRecord] | None = None) -> Verification:
-    """Sizes and links of the given versions, or of all: milliseconds, for every boot."""
+    """Checks sizes and links of the given versions, or of all. It takes milliseconds and runs at every boot."""
     return _check(store, records, lambda path, file: None)
 
 
@@ -72,10 +72,10 @@ def verify(
     *,
     on_file: Callable[[ManifestFile], None] = lambda file: None,
 ) -> Verification:
-    """Reads and hashes every byte of the given versions, or of all; changes nothing.
+    """Reads and hashes every byte of the given versions, or of all. Changes nothing.
 
     Args:
-        on_file: called before each file is read; for progress, and a place to raise from to stop.
+        on_file: called before each file is read, to show progress; it may raise to stop the check.
     """
     found: dict[tuple[int, int], str] = {}
 
@@ -118,13 +118,13 @@ def set_aside_blob(store: Store, digest: str) -> bool:
 
 
 def mend_links(store: Store) -> list[Damage]:
-    """Gives every version the blobs back that are in the cache, whole, and that it has no link to.
+    """Restores the links of every version to blobs that are whole.
 
-    So it is after a process died between the repair of a blob and that of its links. The caller has the
-    store's lock.
+    They are missing after a process died between repairing a blob and repairing the links to it. The caller has
+    the store's lock.
 
     Returns:
-        What was mended.
+        The damage that was mended.
     """
     mended = []
     found = quick_check(store)
@@ -141,8 +141,10 @@ def mend_links(store: Store) -> list[Damage]:
 
 
 def look_over(store: Store) -> tuple[Damage, ...]:
-    """At each boot: what a crash left is put in order, and damage that sizes and links show is set aside, so that
-    the next sync fetches it again. Gives that damage.
+    """The check at each boot: tidies up after a crash, and sets aside what sizes and links show to be damaged.
+
+    Returns:
+        The damage. The next sync fetches those blobs again.
     """
     with store.lock():
         store.settle()
@@ -167,14 +169,14 @@ def prune(
     max_partial_age_s: float = MAX_PARTIAL_AGE_S,
     all_partial: bool = False,
 ) -> int:
-    """Removes what no record needs: trees and blobs of a crash, old downloads, old or replaced damage.
+    """Removes what no record needs: trees and blobs left by a crash, old downloads, old or replaced damage.
 
-    What a crash left half mended is mended first. A tree whose record is there but unreadable stays. The
+    A repair that a crash interrupted is completed first. A tree stays if its record exists but is unreadable. The
     caller has the store's lock.
 
     Args:
         now: seconds since the epoch.
-        all_partial: of any age, unless a process fetches it now.
+        all_partial: removes downloads of any age, except one that a process is fetching now.
 
     Returns:
         Bytes that became free.

@@ -1,7 +1,7 @@
 """Locks of files and folders, between threads and processes: the one place that calls flock.
 
-A lock belongs to an open file. The kernel lets go of it when the file is closed, or its process dies, so there is
-no stale lock. Each `Lock` has opened the file for itself: two of them exclude each other in one process, too.
+A lock belongs to an open file. The kernel releases it when the file is closed or its process dies, so there is no
+stale lock. Each `Lock` opens the file itself, so two of them exclude each other even within one process.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _POLL_S = 0.01
 
 
 class Lock:
-    """An open file or folder, and the lock on it; both go with the block.
+    """An open file or folder, and the lock on it. Leaving the block closes both.
 
     Args:
-        descriptor: of an open file, which belongs to this object from now on.
+        descriptor: of an open file; this object owns and closes it.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -42,11 +42,11 @@ class Lock:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the lock and the file."""
+        """Releases the lock and closes the file."""
         os.close(self._descriptor)
 
     def try_exclusive(self) -> bool:
-        """Takes the lock for this object alone, or says at once that somebody else has it."""
+        """Takes the lock exclusively. Returns False at once if somebody else has it."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -54,7 +54,7 @@ class Lock:
         return True
 
     def wait_exclusive(self, wait_s: float, *, clock: Clock = CLOCK) -> bool:
-        """The same, and asks again for `wait_s`; False when somebody else had it all the time."""
+        """Takes the lock exclusively, trying for up to `wait_s`. Returns False if somebody else had it all the time."""
         deadline_s = clock.now_s() + wait_s
         while not self.try_exclusive():
             if clock.now_s() >= deadline_s:
@@ -63,14 +63,14 @@ class Lock:
         return True
 
     def share(self) -> None:
-        """Takes the lock together with all others who share it; waits for one who has it alone.
+        """Takes the lock together with others who share it. Waits while somebody has it exclusively.
 
-        That one only removes what the lock is on, and does not wait for anything itself.
+        The wait is short: whoever has it exclusively is removing the folder and waits for nothing.
         """
         fcntl.flock(self._descriptor, fcntl.LOCK_SH)
 
     def is_of(self, path: Path) -> bool:
-        """Whether the name still belongs to what is open here: it may have been removed and made again."""
+        """Whether `path` is still what was opened: it may have been removed and made again."""
         try:
             return os.path.samestat(path.stat(), os.fstat(self._descriptor))
         except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""The record of one committed version: what it is, where it came from, and why it was let in.
+"""The record of one committed version: what it is, where it came from, and why it may run here.
 
-Pure. The record is a version's commit: it is written last, and a folder without one does not count.
+Pure. Writing the record is what commits a version: it is written last, and a folder without one does not count.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class VersionRecord:
         registry_uri: where it came from.
         source: where the registry said its artifacts were.
         run_id: MLflow run, or empty.
-        trust: why its content may run here.
+        trust: the decision that its content may run here.
         created_at: seconds since the epoch, when it was committed.
-        fallback: it came by the model's `fallback`, not by its own reference.
-        served: it has been the active version here, and was not put into quarantine since.
+        fallback: it was found through the model's `fallback`, not through its own reference.
+        served: it has been the active version here, and has not been quarantined since.
     """
 
     name: str
@@ -65,7 +65,7 @@ class VersionRecord:
 
     @property
     def files(self) -> tuple[ManifestFile, ...]:
-        """Everything in the version's folder, attached files included."""
+        """Every file in the version's folder, attached files included."""
         return (*self.manifest.files, *self.attached)
 
     @property

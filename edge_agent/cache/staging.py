@@ -1,8 +1,8 @@
-"""One version on its way in: what was fetched so far, and the tree that is judged before it is committed.
+"""The download of one version: what was fetched so far, and the tree that is checked before it is committed.
 
 Owns `staging/<NAME>-<version>/`: `parts/` has the downloads by digest, unfinished ones ending in `.part`;
-`tree/` is the package. One process at a time has the folder; the lock is the folder's own, so it goes with
-the process. What a killed process leaves is continued by the next one, or pruned when it is old.
+`tree/` is the package. One process at a time has the folder; it locks the folder itself, so the lock ends with
+the process. The next process continues what a killed one left, or it is pruned when it is old.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Note:
     """What is known of a part beside its bytes.
 
     Attributes:
-        etag: the version of the file on the server that the part was begun with, or empty.
-        length: how many of its bytes `sha256` is about, in bytes.
-        sha256: of these bytes, or empty. A part whose own digest is unknown is continued only as far as this
-            one fits: after a power loss its end may be anything.
+        etag: the ETag of the file when the part was begun, or empty.
+        length: how many bytes of the part `sha256` covers.
+        sha256: of those bytes, or empty. A part whose own digest is unknown is continued only as far as this one
+            matches: after a power loss, anything may follow.
     """
 
     etag: str = ""
@@ -61,7 +61,7 @@ class Staging:
         return self.parts / sha256
 
     def note(self, part: Path) -> Note:
-        """What was noted about a part; an empty note where nothing was, or where it is damaged."""
+        """The note beside a part; an empty one where it is missing or damaged."""
         try:
             with part.with_suffix(".note").open("rb") as file:
                 fields = json.loads(file.read(_MAX_NOTE_BYTES))
@@ -82,7 +82,7 @@ class Staging:
         durable.unlink(part.with_suffix(".note"))
 
     def keep(self, path: str, data: bytes) -> ManifestFile:
-        """Stages a small file whose bytes are here already."""
+        """Stages a small file whose bytes have been read already."""
         file = ManifestFile(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         with store_errors("write", self.parts):
             durable.write_file(self.verified(file.sha256), data)
@@ -101,7 +101,7 @@ class Staging:
         return self.tree
 
     def fetched_bytes(self) -> int:
-        """What the parts take on disk."""
+        """The size of all parts on disk."""
         with suppress(OSError):
             return sum(path.stat().st_size for path in self.parts.iterdir())
         return 0
@@ -116,7 +116,7 @@ class Staging:
 def staging(store: Store, name: str, version: int) -> Iterator[Staging]:
     """Takes a version's staging folder for this process.
 
-    A disk that is full takes away what was fetched.
+    When the disk is full, what was fetched is removed.
 
     Raises:
         CacheBusy: another process is fetching this version.
@@ -157,7 +157,7 @@ def _taken(folder: Path, *, busy: str) -> Iterator[Staging]:
 
 
 def folder_of(store: Store, name: str, version: int) -> Path:
-    """Where a version is collected."""
+    """The staging folder of a version."""
     return store.staging_root / f"{name}-{version}"
 
 

@@ -1,4 +1,4 @@
-"""What each model is doing: the content of `state.json`, frozen values and their JSON form.
+"""The state of each model: the content of `state.json`, as frozen values and as JSON.
 
 Pure. A version is named by its key, `<version>-<first 12 digits of its digest>`, as its folder is. The
 lifecycle decides the changes; the store writes them with one rename.
@@ -16,8 +16,8 @@ from edge_agent.errors import StoreError
 from edge_agent.package.reference import MODEL_NAME
 
 MAX_QUARANTINED = 32
-"""Of one model; those that were noted longest ago go first. With the lengths below, `state.json` stays far under what
-the store reads of it, whatever comes."""
+"""Quarantined versions of one model; the oldest entries are dropped first. Together with the lengths below, this keeps
+`state.json` far below the size up to which the store reads it."""
 _MAX_QUARANTINE_REASON = 200
 _MAX_REASON = 1_000
 _MAX_URI = 600
@@ -31,11 +31,11 @@ class ModelState:
         active: key of the version that answers, None before the first one.
         previous: key of the version to go back to.
         candidate: key of the version that is being tried.
-        candidate_tries: how often it was; a number that stays high was written by agents that died trying.
-        quarantined: key → why it is not tried again; noted longest ago first.
-        pinned: key of the version that an operator fixed: it runs whatever the registry says.
-        desired: `models:/…` that came over MQTT, stronger than the settings' uri; empty for none.
-        instead: why the active version is one of the model's fallback; empty where it is one of its own.
+        candidate_tries: how often it has been tried; the number stays high when agents died while trying it.
+        quarantined: key → why it is not tried again, oldest first.
+        pinned: key of the version that an operator pinned: it runs whatever the registry says.
+        desired: `models:/…` that came over MQTT and overrides the settings' uri; empty for none.
+        instead: why a version of the fallback is active; empty while one of the model's own is.
     """
 
     active: str | None = None
@@ -48,16 +48,16 @@ class ModelState:
     instead: str = ""
 
     def trying(self, key: str) -> ModelState:
-        """Before a candidate's runner starts: written down, so that a death while it is tried is seen."""
+        """Recorded before a candidate's runner starts, so that a crash during the trial is noticed."""
         tries = self.candidate_tries + 1 if self.candidate == key else 1
         return replace(self, candidate=key, candidate_tries=tries)
 
     def given_up(self) -> ModelState:
-        """The candidate was not tried to its end; that says nothing about it."""
+        """The trial did not finish, which says nothing about the candidate."""
         return replace(self, candidate=None, candidate_tries=0)
 
     def refused(self, key: str, reason: str) -> ModelState:
-        """A candidate failed: it is not tried again, unless nothing else could ever answer."""
+        """A candidate failed. It is not tried again, unless no other version could answer."""
         if self.active in (None, key):
             return self.given_up()
         return replace(self.given_up(), quarantined=_with(self.quarantined, key, reason))
@@ -66,7 +66,7 @@ class ModelState:
         """A version became the active one.
 
         Args:
-            instead: why it is one of the fallback; empty for one of the model's own.
+            instead: why it is a version of the fallback; empty for one of the model's own.
         """
         quarantined = {other: reason for other, reason in self.quarantined.items() if other != key}
         previous = self.active if self.active != key else self.previous
@@ -82,8 +82,8 @@ class ModelState:
         """The previous version takes the active one's place.
 
         Args:
-            reason: why the active one is quarantined; None when it is damaged only, and may come back.
-            to: one of the fallback, where there is no previous version.
+            reason: why the active version is quarantined; None when it is only damaged and may come back.
+            to: a version of the fallback, where there is no previous one.
             instead: see `switched`.
         """
         to = to or self.previous
@@ -110,7 +110,7 @@ class ModelState:
         )
 
     def role(self, key: str) -> str:
-        """What a version is to its model, in one word: the strongest that applies."""
+        """The version's role in its model: the strongest of those that apply."""
         if key in self.quarantined:
             return "quarantined"
         roles = {self.active: "active", self.candidate: "candidate", self.previous: "previous"}
@@ -179,11 +179,11 @@ def parse(data: bytes) -> CacheState:
 
 
 def rebuild(records: Iterable[VersionRecord], *, reason: str) -> CacheState:
-    """A state from what is committed: each model's highest version active, the next one previous.
+    """A state made from the committed versions: each model's highest version is active, the next one previous.
 
-    Where some of a model's versions have served, it is one of them: the others may be in quarantine, or never came
-    through the gate. Of two commits with one version number, the later is the higher; one of the fallback is lower
-    than all of the model's own. Quarantine and pins are lost.
+    Where some of a model's versions have served, only those count: the others may have been in quarantine, or may
+    never have passed the gate. Of two commits with the same version number, the later one is higher; a version of
+    the fallback is lower than all of the model's own. Quarantine and pins are lost.
     """
     known = list(records)
     with_served = {record.name for record in known if record.served}
@@ -202,7 +202,7 @@ def rebuild(records: Iterable[VersionRecord], *, reason: str) -> CacheState:
 
 
 def _with(quarantined: Mapping[str, str], key: str, reason: str) -> dict[str, str]:
-    """One more, and no more than the bound."""
+    """With one more entry, within the bound."""
     others = [(other, why) for other, why in quarantined.items() if other != key]
     return dict([*others, (key, reason[:_MAX_QUARANTINE_REASON])][-MAX_QUARANTINED:])
 

@@ -1,7 +1,7 @@
 """`state.json` on disk: read within a bound, replaced with one rename, set aside when it is damaged.
 
-Knows no lock: who writes has the store's. Refuses to lose a damaged file: it is kept in `damaged/`, and a new
-one is made from the committed versions.
+The caller has the store's lock when it writes. A damaged file is never lost: it is kept in `damaged/`, and a new one
+is made from the committed versions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAX_BYTES = 1 << 20
 
 
 class StateFile:
-    """The file. Holds nothing but its place.
+    """The file. Holds nothing but its path.
 
     Args:
         damaged_root: the folder for what is set aside.
@@ -49,7 +49,7 @@ class StateFile:
         """Sets the damaged file aside and writes a new one from what is committed.
 
         Args:
-            reason: what is wrong with the file; the new state says it as `rebuilt`.
+            reason: what is wrong with the file; it becomes the new state's `rebuilt`.
         """
         with disk.store_errors("set aside", self._path):
             durable.make_folder(self._damaged_root)

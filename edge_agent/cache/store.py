@@ -1,6 +1,6 @@
 """The cache on disk: verified blobs, whole versions, `state.json`.
 
-Owns `<state_dir>/models` as design and ADR describe it:
+Owns `<state_dir>/models`:
 
     blobs/sha256/<digest>                       verified bytes, read-only
     versions/<NAME>/<version>-<digest12>/…      the package, hard links into blobs
@@ -9,8 +9,8 @@ Owns `<state_dir>/models` as design and ADR describe it:
     damaged/  state.json  lock
 
 Flow of a commit: blobs get their digest as name → the tree is linked and synced → the tree is renamed into
-place → the record is renamed into place. What has no record does not count and is pruned. Removal goes the
-other way round. Refuses: bytes that are not what a manifest promised, and a second writer at the same time.
+place → the record is renamed into place. A tree without a record does not count and is pruned. Removal takes the
+steps in reverse. Refuses: bytes that are not what a manifest promised, and a second writer at the same time.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Store:
 
     @contextmanager
     def fetching(self) -> Iterator[None]:
-        """Makes this the only fetch into the cache, among all processes; a dead process does not hold it.
+        """Makes this the only fetch into the cache, among all processes.
 
         Raises:
             CacheBusy: another process is fetching.
@@ -105,7 +105,7 @@ class Store:
 
     @contextmanager
     def lease(self, record: VersionRecord) -> Iterator[Path]:
-        """Keeps a version from being removed while it is loaded; gives its folder.
+        """Keeps a version from being removed while it is loaded. Yields its folder.
 
         Raises:
             StoreError: the version is not there any more.
@@ -123,7 +123,7 @@ class Store:
     # --- Versions --------------------------------------------------------------------------------------
 
     def versions(self, name: str | None = None) -> list[VersionRecord]:
-        """Committed versions, of one model or of all, by name and version. Damaged records are left out."""
+        """Committed versions of one model or of all, sorted by name and version. Damaged records are left out."""
         found = []
         for file in self.record_files(name):
             record = _read_record(file)
@@ -138,12 +138,12 @@ class Store:
         return _read_record(self.versions_root / name / f"{key}.json")
 
     def record_files(self, name: str | None = None) -> list[Path]:
-        """The files of all records, damaged ones too."""
+        """The files of all records, including damaged ones."""
         folders = [self.versions_root / name] if name else disk.children(self.versions_root)
         return [file for folder in folders for file in disk.children(folder) if file.suffix == ".json"]
 
     def folder(self, record: VersionRecord) -> Path:
-        """Where the version's package is, committed or not."""
+        """The folder of the version's package, committed or not."""
         return self.versions_root / record.name / record.key
 
     def record_file(self, record: VersionRecord) -> Path:
@@ -160,8 +160,8 @@ class Store:
         """Makes a verified, staged tree a version. The caller has the lock.
 
         Args:
-            record: what is committed; `record.files` is exactly what `tree` has.
-            tree: folder in staging; it is gone afterwards.
+            record: describes the version; `record.files` are exactly the files in `tree`.
+            tree: a folder in staging, which is moved away.
 
         Raises:
             StoreError: the file system refuses.
@@ -186,7 +186,7 @@ class Store:
             durable.write_file(self.record_file(record), record.encode())
 
     def note_served(self, name: str, key: str, *, served: bool) -> None:
-        """Writes into a version's record whether it has served, where it does not say so yet."""
+        """Records whether a version has served, if its record says otherwise."""
         with self.lock():
             record = self.record(name, key)
             if record is not None and record.served != served:
@@ -205,10 +205,10 @@ class Store:
             durable.sync_folder(stray.parent)
 
     def remove(self, record: VersionRecord) -> int:
-        """Takes a version away: record, tree, blobs that nothing else links. The caller has the lock.
+        """Removes a version: its record, its tree, and blobs that no other version links. The caller has the lock.
 
         Returns:
-            Bytes that became free.
+            The number of bytes freed.
 
         Raises:
             CacheBusy: the version is leased.
@@ -230,7 +230,7 @@ class Store:
         return blobs.is_there(self.blob(file.sha256), file)
 
     def repair(self, source: Path, file: ManifestFile) -> list[VersionRecord]:
-        """Puts verified bytes in the place of a damaged or missing blob, and relinks every version with it.
+        """Replaces a damaged or missing blob with verified bytes, and relinks every version that has it.
 
         The caller has the lock, and has stopped the runners of those versions.
 
@@ -251,7 +251,7 @@ class Store:
         return relinked
 
     def drop_unlinked(self, digest: str) -> int:
-        """Removes a blob that no version links; gives the bytes that became free. The caller has the lock."""
+        """Removes a blob that no version links. Returns the number of bytes freed. The caller has the lock."""
         return blobs.drop_unlinked(self.blob(digest))
 
     # --- State -----------------------------------------------------------------------------------------
@@ -259,8 +259,8 @@ class Store:
     def state(self) -> CacheState:
         """What `state.json` says; a missing file is an empty state.
 
-        A damaged one is set aside in `damaged/` and rebuilt from the committed versions (`rebuilt` says so):
-        a version that is whole on disk is never lost to it.
+        A damaged file is set aside in `damaged/` and rebuilt from the committed versions (`rebuilt` says why), so no
+        version that is whole on disk is lost.
         """
         try:
             return self._state_file.read()
@@ -276,7 +276,7 @@ class Store:
             return self._state_file.rebuild(self.versions(), reason=error.message)
 
     def change_state(self, name: str, change: Callable[[ModelState], ModelState]) -> ModelState:
-        """Reads one model's state, applies `change`, writes it with one rename; gives the new state."""
+        """Applies `change` to one model's state, writes it with one rename, and returns it."""
         with self.lock():
             state = self.state_locked()
             model = change(state.model(name))
@@ -296,10 +296,10 @@ class Store:
     # --- After a crash ---------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Makes durable what has its final name already: whoever gave it may have died before the folder was synced.
+        """Syncs every folder with final names in it: the process that gave them may have died before it did.
 
-        Without this, `state.json` could come to name, durably, a version whose record a power cut takes away. The
-        caller has the lock.
+        Without this, `state.json` could durably name a version whose record is lost in the next power cut. The caller
+        has the lock.
         """
         with store_errors("sync", self.root):
             for kept in (self.versions_root, self.blobs.parent):

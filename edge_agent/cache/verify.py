@@ -1,4 +1,4 @@
-"""Is a file on disk what its manifest promises? Kind and size in microseconds; with its sha256, every byte is read."""
+"""Checks that a file on disk is what its manifest promises: its kind and size, and its sha256 if it is to be read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _CHUNK_BYTES = 1 << 20
 
 
 def check_files(folder: Path, record: VersionRecord, *, read: bool = True) -> None:
-    """Checks every file of a version in its folder: what is done before it is loaded.
+    """Checks every file of a version in its folder, before it is loaded.
 
     Args:
-        read: False leaves the sha256 out: microseconds.
+        read: False leaves out the sha256, and takes microseconds.
 
     Raises:
         VerificationError: one is not what was committed; it is named.
@@ -30,7 +30,7 @@ def check_file(path: Path, file: ManifestFile, *, read: bool = True) -> None:
     """Checks a file's kind, size and sha256 on disk.
 
     Args:
-        read: False leaves the sha256 out: microseconds.
+        read: False leaves out the sha256, and takes microseconds.
 
     Raises:
         VerificationError: they are not those of `file`; the path inside the package is named.
@@ -56,7 +56,7 @@ def check_file(path: Path, file: ManifestFile, *, read: bool = True) -> None:
 
 
 def damage_of(path: Path, file: ManifestFile) -> str:
-    """What `check_file` finds wrong, for a reader who goes on to the next file; empty where it finds nothing."""
+    """What `check_file` finds wrong with a file, or an empty string."""
     try:
         check_file(path, file)
     except VerificationError as error:

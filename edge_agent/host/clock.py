@@ -1,4 +1,4 @@
-"""This host's clock for waits, as a value: who waits takes one, so that a test can pass one of its own."""
+"""The clock for waits, as a value: code that waits takes one, so that a test can pass its own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Seconds that nobody sets, and a way to let them pass.
+    """Seconds on a clock that nobody sets, and a way to sleep.
 
     Attributes:
-        now_s: seconds since any moment; they never go back.
-        sleep: returns when so many seconds have passed.
+        now_s: seconds since an arbitrary moment; they never go back.
+        sleep: returns after that many seconds.
     """
 
     now_s: Callable[[], float] = time.monotonic

@@ -1,9 +1,9 @@
-"""What this host can run: libraries, architectures that they know, memory. The number of cores refuses nothing.
+"""What this host can run: its libraries, the architectures they know, its memory. The number of cores does not matter.
 
-Asked before a download is paid for, and by the doctor. Owns no library: a native one may take seconds, or the
-process, with it, so another process asks it (`python -m edge_agent.runner.capability`). Where that one does
-not answer, nothing is known, and the version is tried for real. The package has not been judged yet: the library
-gets the name of its architecture, never its files, which could have it write or load something.
+Checked before a large download, and by the doctor. No library is loaded here: a native one may take seconds or crash
+the process, so another process asks it (`python -m edge_agent.runner.capability`). If that process does not answer,
+nothing is known, and the version is tried for real. The package has not been judged yet: the library gets the name of
+its architecture, but none of its files, which could make it write or load something.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edge_agent.package.needs import GENAI, TRANSFORMERS, Needs
 from edge_agent.runner.process import child_environment
 
 UNKNOWN_ARCHITECTURE = "Unsupported model_type"
-"""How onnxruntime-genai says so; it says it before it looks for the weights."""
+"""What onnxruntime-genai says then, before it looks for the weights."""
 
 _MODULES = {GENAI: ("onnxruntime_genai",), TRANSFORMERS: ("torch", "transformers")}
 _REMEDIES = {GENAI: "install onnxruntime-genai", TRANSFORMERS: "install edge-agent[transformers]"}
@@ -37,9 +37,9 @@ class Flavor:
     """One way to run models on this host.
 
     Attributes:
-        library: what it is called in a package's needs.
-        version: of the library, empty where it is missing.
-        problem: why it cannot be used here, with what to do; empty where it can.
+        library: its name in a package's needs.
+        version: of the library; empty if it is missing.
+        problem: why it cannot be used here, and what to do; empty if it can.
     """
 
     library: str
@@ -48,15 +48,15 @@ class Flavor:
 
 
 def flavors() -> tuple[Flavor, ...]:
-    """Both ways, as far as it can be seen without loading a library: for status and the doctor."""
+    """Both flavors, as far as they are known without loading a library; for status and the doctor."""
     return tuple(_flavor(library) for library in (GENAI, TRANSFORMERS))
 
 
 def problem(needs: Needs, *, state_dir: Path) -> str:
-    """Why a version cannot run on this host; empty where it can, and where nobody knows.
+    """Why a version cannot run on this host; empty if it can, or if that is unknown.
 
     Args:
-        state_dir: for the environment of the process that asks the library.
+        state_dir: the home of the process that asks the library.
     """
     if needs.library and (missing := _flavor(needs.library).problem):
         return missing
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def _genai_knows(architecture: str) -> str:
-    """Opens a folder without a model: an architecture is refused before a file is missed."""
+    """Opens a folder without a model: an unknown architecture is refused before the missing files are noticed."""
     import onnxruntime_genai
 
     config = json.dumps({"model": {"type": architecture, "context_length": 1}})

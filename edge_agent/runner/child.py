@@ -1,10 +1,9 @@
 """A runner's main: `python -m edge_agent.runner.child FD TURN_FD`.
 
-Owns one loaded model and the socket to the daemon. One thread does everything: between two steps of an answer
-it looks for frames, so a cancel is seen within one decode step or one prefill slice of whoever has the turn,
-and a daemon that died is noticed by the end of its socket. Refuses nothing on its own: a prompt's errors go to
-the daemon by code. Whose turn it is stands in the memory behind TURN_FD, where the daemon finds it even when
-this process is killed in the middle of it.
+Owns one loaded model and the socket to the daemon. One thread does everything: it looks for frames between two steps
+of an answer, so it sees a cancel within one decode step or one prefill slice, and notices at the end of the socket
+that the daemon has died. A prompt's errors go to the daemon by code. Whose turn it is stands in the memory behind
+TURN_FD, where the daemon finds it even if this process is killed in the middle of a turn.
 
     Load → Loaded | Failed;  Try → Tried;  Generate → Delta … Done | Refused;  Stop or end of file → exit
 """
@@ -47,7 +46,7 @@ class Runner:
     """One connection to the daemon and the model that answers on it. One thread.
 
     Args:
-        turn: descriptor of the memory in which the daemon reads whose turn it is.
+        turn: descriptor of the memory where the daemon reads whose turn it is.
     """
 
     def __init__(self, connection: socket.socket, turn: int) -> None:
@@ -102,7 +101,7 @@ class Runner:
             self._send(Failed(message=_describe(error), code=code))
             raise _Ended from error
         gc.collect()
-        gc.freeze()  # what a load leaves stays; later collections need not walk it
+        gc.freeze()  # what a load leaves behind stays; later collections need not walk it
         load_ms = (time.monotonic() - started_s) * 1000
         limit = request.parallel if model.answers_several else 1
         self._send(Loaded(flavor=model.flavor, signature=model.signature, load_ms=load_ms, parallel=limit))
@@ -114,7 +113,7 @@ class Runner:
         except Exception as error:  # noqa: BLE001 - a candidate may fail in any way; the daemon decides
             print_frames(error)
             failures, tokens_per_s = [_describe(error)], 0.0
-        # Not getrusage: its peak begins with the parent's, which had the memory until exec.
+        # Not getrusage: its peak starts with the parent's, whose memory this process shared until exec.
         peak_bytes = memory.peak_bytes(os.getpid())
         self._send(Tried(failures=failures, tokens_per_s=tokens_per_s, memory_bytes=peak_bytes))
 

@@ -1,8 +1,8 @@
 """The gate: what a candidate must answer before it becomes active. Runs in the candidate's own process.
 
 A package may bring golden prompts (MLmodel metadata `edge_agent.golden`): a list of
-`{prompt or messages, expect: regex, max_tokens}`, answered greedily. The patterns are the package's: a
-catastrophic one costs the candidate `PATTERN_LIMIT_S`, and the daemon nothing.
+`{prompt or messages, expect: regex, max_tokens}`, answered greedily. The patterns come from the package: a
+catastrophic one costs the candidate `PATTERN_LIMIT_S` and the daemon nothing.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def try_out(golden: object, *, signature: str, ask: Ask) -> tuple[list[str], flo
     """Answers every golden prompt, and measures the speed.
 
     Args:
-        golden: the package's list, None when it has none. It is input.
-        signature: `chat` or `prompt`: the form of the prompt that measures speed.
+        golden: the package's list, or None if it has none. It is untrusted.
+        signature: `chat` or `prompt`: the form of the prompt that measures the speed.
 
     Returns:
-        (what failed, each in one line; tokens a second).
+        (the failures, one line each; tokens a second).
     """
     started_s, tokens = time.monotonic(), 0
     failures: list[str] = []
@@ -55,7 +55,7 @@ def _entries(golden: object) -> Iterator[object]:
     if golden is None:
         return
     if not isinstance(golden, list):
-        yield golden  # reported as one that is not understood
+        yield golden  # reported as not understood
         return
     yield from golden[:MAX_GOLDEN]
     if len(golden) > MAX_GOLDEN:
@@ -63,7 +63,7 @@ def _entries(golden: object) -> Iterator[object]:
 
 
 def _try_one(entry: object, ask: Ask) -> tuple[str, int]:
-    """(why it failed or empty, tokens)."""
+    """(why it failed, or an empty string; tokens)."""
     if not isinstance(entry, dict) or not isinstance(entry.get("expect"), str):
         return "not understood", 0
     content = {key: entry[key] for key in ("messages", "prompt") if key in entry}
@@ -81,7 +81,7 @@ def _try_one(entry: object, ask: Ask) -> tuple[str, int]:
 
 
 def _found(pattern: str, text: str) -> bool:
-    """Whether the text has the pattern. In the main thread: `re` looks for signals while it searches.
+    """Whether the pattern is found in the text. Main thread only: `re` checks for signals while it searches.
 
     Raises:
         TimeoutError: it took too long.

@@ -1,7 +1,7 @@
-"""Bytes from a socket or a pipe, cut into lines of bounded length: what every process here speaks is JSON lines.
+"""Cuts the bytes of a socket or a pipe into JSON lines of bounded length, which all processes here speak.
 
-Pure. Whoever reads the bytes waits for them in its own way, has its own bound, and raises its own error: the reader
-says what is wrong with a line, the caller says whose line it was.
+Pure. The caller waits for the bytes in its own way and gives its own bound and error: the reader says what is wrong
+with a line, the caller says whose line it was.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 
 class LineReader:
-    """Takes bytes as they come and gives them back line by line. One owner thread.
+    """Takes bytes as they arrive and returns them line by line. One owner thread.
 
     Args:
-        limit_bytes: of one line, without its newline. No more than that, and what came with it, is ever held.
+        limit_bytes: of one line, without its newline. Little more than that is ever held.
         broken: makes the error from what is wrong with a line ("a line of more than 10 bytes").
     """
 
@@ -26,14 +26,14 @@ class LineReader:
         self._searched = 0
 
     def add(self, data: bytes) -> None:
-        """Bytes that came; take every line out before more are added."""
+        """Adds bytes that arrived. Take out every whole line before adding more."""
         self._buffer += data
 
     def line(self) -> bytes | None:
-        """The next line without its newline, None while it is not whole.
+        """The next line without its newline, or None until it is whole.
 
         Raises:
-            Exception: `broken`'s, for a line over the bound; the rest of the stream means nothing then.
+            Exception: from `broken`, for a line over the bound. The stream cannot be used any further.
         """
         end = self._buffer.find(b"\n", self._searched)
         length = end if end >= 0 else len(self._buffer)
@@ -48,10 +48,10 @@ class LineReader:
         return line
 
     def document(self) -> dict[str, Any] | None:
-        """The object that the next line holds, None while the line is not whole.
+        """The object in the next line, or None until the line is whole.
 
         Raises:
-            Exception: `broken`'s, for a line over the bound, or one that holds anything else.
+            Exception: from `broken`, for a line over the bound or one that is no JSON object.
         """
         line = self.line()
         if line is None:

@@ -1,8 +1,8 @@
 """The daemon's side of a runner: start, load, generate, cancel, stop, kill.
 
-Owns one child process, its socket and the memory in which it says whose turn it is. Refuses to trust it: every
+Owns one child process, its socket and the memory in which it notes whose turn it is. Does not trust the child: every
 frame is checked, every wait is bounded, and a child that breaks the protocol, hangs or dies is killed and
-reported as `RunnerError`; whoever owns this object then starts another.
+reported as a `RunnerError`. The owner of this object then starts another.
 
     RunnerProcess(…) → load() → start(), start() → receive(), receive() … → stop()
 """
@@ -64,14 +64,14 @@ log = logging.getLogger(__name__)
 STOP_GRACE_S = 5.0
 KILL_WAIT_S = 10.0
 CANCEL_GRACE_S = 30.0
-"""How long a cancelled prompt may take to end: one prefill slice of a large model on a slow device."""
+"""How long a cancelled prompt may take to end: up to one prefill slice of a large model on a slow device."""
 
 MAX_ANSWER_CHARACTERS = 4 << 20
 
 _OWN_SIGNALS = frozenset(
     (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
 )
-"""A process brings these on itself. SIGKILL may have been the kernel, for want of memory."""
+"""Signals that a process causes itself. SIGKILL may come from the kernel when memory runs out."""
 _SEND_TIMEOUT_S = 30.0
 _SEND_BYTES = 1 << 16
 _TAIL_LINES = 40
@@ -82,7 +82,7 @@ _ENVIRONMENT_NAMES = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH
 
 
 def child_environment(state_dir: Path) -> dict[str, str]:
-    """A runner's whole environment: nothing of the daemon's but an allow-list, no credentials, no reports home."""
+    """A runner's whole environment: an allow-list of the daemon's variables, no credentials, no telemetry."""
     return {
         **environment.inherited_environment(*_ENVIRONMENT_NAMES),
         "HOME": str(state_dir),
@@ -97,7 +97,7 @@ def child_environment(state_dir: Path) -> dict[str, str]:
 
 @dataclass(kw_only=True)
 class _Open:
-    """A prompt that the child has and has not ended."""
+    """A prompt that the child is working on."""
 
     until_s: float
     late: bool = False
@@ -112,7 +112,7 @@ class RunnerProcess:
         environment: the child's whole environment.
 
     Attributes:
-        suspects: after its death, the prompts whose turn it was, as far as the child said so.
+        suspects: after its death, the prompts whose turn it was, as far as the child noted it.
 
     Raises:
         RunnerError: the host cannot start another process.
@@ -124,7 +124,7 @@ class RunnerProcess:
         self._open: dict[str, _Open] = {}
         ours, theirs = socket.socketpair()
         self._socket, self._reader = ours, FrameReader(ours)
-        # A second object on the same socket: a sender must not wait for the reader's timeout.
+        # A second object for the same socket, because a sender must not wait for the reader's timeout.
         self._sender = ours.dup()
         self._sender.setblocking(False)
         self._send_lock = threading.Lock()  # never held while somebody waits
@@ -180,7 +180,7 @@ class RunnerProcess:
         )
 
     def try_out(self, *, timeout_s: float) -> Tried:
-        """Puts the loaded model through the gate; blocks until it has answered.
+        """Runs the gate on the loaded model; blocks until it has answered.
 
         Raises:
             RunnerError: it died, or took longer than `timeout_s`; the child is dead then.
@@ -197,18 +197,18 @@ class RunnerProcess:
         )
 
     def fileno(self) -> int:
-        """For `select`: readable when `receive` has something, unless it has it already."""
+        """For `select`. It becomes readable when a frame arrives, not for one that was read already."""
         return self._socket.fileno()
 
     def start(self, prompt_id: str, document: dict[str, Any], *, timeout_s: float) -> None:
-        """Gives the child a prompt; what becomes of it comes from `receive`.
+        """Gives the child a prompt. `receive` tells what becomes of it.
 
         Args:
             prompt_id: not given before.
             timeout_s: until the prompt is stopped.
 
         Raises:
-            PromptTooLong: the prompt is more than a frame may hold.
+            PromptTooLong: the prompt does not fit a frame.
             RunnerError: the child is gone, or took nothing for `_SEND_TIMEOUT_S`.
         """
         try:
@@ -219,10 +219,10 @@ class RunnerProcess:
         self._write(line)
 
     def receive(self, timeout_s: float) -> Delta | Done | Refused | None:
-        """The next frame of any prompt, None when none comes within `timeout_s`. Done and Refused are a prompt's last.
+        """The next frame of any prompt, or None if none comes within `timeout_s`. Done and Refused end a prompt.
 
         Raises:
-            RunnerError: the child died, hung or broke the protocol; it is dead then, and with it every prompt.
+            RunnerError: the child died, hung or broke the protocol. It is dead then, and every prompt is lost.
         """
         limit_s = time.monotonic() + timeout_s
         while True:
@@ -239,7 +239,7 @@ class RunnerProcess:
     def generate(
         self, prompt_id: str, document: dict[str, Any], *, timeout_s: float
     ) -> Iterator[Delta | Done]:
-        """Streams the answer of a prompt that is the only one; the last item is `Done`.
+        """Streams the answer to a prompt while no other is running. The last item is `Done`.
 
         Args:
             timeout_s: until the prompt is stopped.
@@ -259,20 +259,20 @@ class RunnerProcess:
                 return
 
     def cancel(self, prompt_id: str) -> None:
-        """Asks the child to end a prompt; it is refused as cancelled then. No effect on any other prompt.
+        """Asks the child to end a prompt, which is then refused as cancelled. No other prompt is affected.
 
-        Never waits: a child that takes nothing now is asked with the next `receive`.
+        Never waits: if the child takes nothing now, the next `receive` sends the request.
         """
         with contextlib.suppress(RunnerError):  # a dead child is reported by `receive`
             self._post(encode(Cancel(id=prompt_id)))
 
     def stop(self) -> None:
-        """Ends the child in order, or kills it after a grace time; what it started goes with it."""
+        """Lets the child end, or kills it after a grace period, together with everything it started."""
         with contextlib.suppress(RunnerError):
             self._post(encode(Stop()))
-        with contextlib.suppress(OSError):  # nobody reads any more: a child that waits for that sees it end
+        with contextlib.suppress(OSError):  # a child that waits for its frames to be read sees the end
             self._socket.shutdown(socket.SHUT_RD)
-        # WNOWAIT leaves a zombie: as long as it is there, its process group cannot be somebody else's.
+        # WNOWAIT leaves a zombie: while it exists, its process group's number cannot be reused.
         limit_s = time.monotonic() + STOP_GRACE_S
         while self._process.returncode is None and time.monotonic() < limit_s:
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
@@ -283,7 +283,7 @@ class RunnerProcess:
         self.kill()
 
     def kill(self) -> None:
-        """Ends the child and everything that it started, at once. May be called again."""
+        """Kills the child and everything it started, at once. May be called again."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self._process.returncode is None:  # not reaped: its number, and its group's, are still its own
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -300,7 +300,7 @@ class RunnerProcess:
         self._drain.join(1.0)
 
     def last_output(self) -> str:
-        """The end of what the child printed. Not for a log once it was given a prompt: model code may print one."""
+        """The end of what the child printed. Not to be logged once it has had a prompt: model code may print it."""
         return " | ".join(self._tail)
 
     def _send(self, frame: Frame) -> None:
@@ -312,14 +312,14 @@ class RunnerProcess:
         self._post(line)
         while self._unsent:
             if time.monotonic() > limit_s:
-                self.kill()  # it may have half of the line: what comes behind it would be no frame
+                self.kill()  # it may have half of the line, and could not read what follows as a frame
                 raise RunnerError(f"runner took nothing for {_SEND_TIMEOUT_S:.0f} s")
             with contextlib.suppress(OSError, ValueError):  # closed meanwhile: the next line finds out
                 select.select([], [self._sender], [], 0.1)
             self._send_rest()
 
     def _post(self, line: bytes) -> None:
-        """Sends as much as the child takes now; the rest goes before anything else."""
+        """Sends as much as the child takes now. The rest is sent before anything else."""
         with self._send_lock:
             self._unsent += line
         self._send_rest()
@@ -337,7 +337,7 @@ class RunnerProcess:
                 raise RunnerError(f"runner is gone ({self.exit_text()})") from error
 
     def _receive(self, deadline_s: float) -> Frame | None:
-        """The next frame, None at the deadline."""
+        """The next frame, or None at the deadline."""
         try:
             return self._reader.read(max(0.0, deadline_s - time.monotonic()))
         except EOFError as error:
@@ -349,7 +349,7 @@ class RunnerProcess:
             raise
 
     def _stop_the_late(self) -> None:
-        """Stops prompts whose time is over. A child that does not let go of one is killed."""
+        """Stops prompts whose time is over. A child that does not stop one is killed."""
         now_s = time.monotonic()
         for prompt_id, prompt in self._open.items():
             if now_s < prompt.until_s:
@@ -386,14 +386,14 @@ class RunnerProcess:
         return memory.peak_bytes(self.pid) if self.alive else 0
 
     def exit_text(self) -> str:
-        """How the child ended; nothing that it said itself."""
+        """How the child ended, without anything that it printed."""
         code = self._process.poll()
         if code is None:
             return "connection closed"
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def _keep_tail(self) -> None:
-        """Drains the child's output, so that it never blocks, and keeps its end only."""
+        """Drains the child's output so that the child never blocks, and keeps only the end of it."""
         stream = self._process.stdout
         if stream is None:  # pragma: no cover - stdout is a pipe
             return

@@ -3,8 +3,8 @@
     daemon → runner   Load, Try, Generate, Cancel, Stop
     runner → daemon   Loaded or Failed; Tried for Try; then, for each Generate and by its id, Delta …, Done or Refused
 
-Both sides treat the other's bytes as input: an unknown type, a missing or wrong field or a line over the
-bound is a `RunnerError`. Nothing is ever unpickled.
+Each side treats the other's bytes as untrusted input: an unknown type, a missing or wrong field or a line over
+the bound is a `RunnerError`. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edge_agent.runner.lines import LineReader
 
 MAX_FRAME_BYTES = 20 << 20
 TURN_BYTES = 4096
-"""Size of the memory in which a runner says whose turn it is."""
+"""Size of the shared memory in which a runner notes whose turn it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,11 @@ class Load:
 
     Attributes:
         folder: the MLflow model's folder.
-        context_tokens: prompt and answer together, at most.
-        max_tokens: of an answer, when a request names none.
-        threads: for one operation; 0 leaves it to the library.
-        parallel: prompts at once, at most.
-        kv_bytes: for the keys and values of running and remembered prompts together.
+        context_tokens: the limit for prompt and answer together.
+        max_tokens: the limit for an answer when the request names none.
+        threads: for one operation; 0 leaves the choice to the library.
+        parallel: the most prompts that run at once.
+        kv_bytes: memory for the key-value caches of running and remembered prompts together.
     """
 
     type: ClassVar[str] = "load"
@@ -47,7 +47,7 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Try:
-    """Go through the gate: golden prompts and speed."""
+    """Run the gate: answer the golden prompts and measure the speed."""
 
     type: ClassVar[str] = "try"
 
@@ -57,8 +57,8 @@ class Tried:
     """What the gate found.
 
     Attributes:
-        failures: what the candidate got wrong, one line each; empty when it passed.
-        memory_bytes: resident, the peak so far.
+        failures: what the candidate got wrong, one line each; empty if it passed.
+        memory_bytes: the peak of resident memory so far.
     """
 
     type: ClassVar[str] = "tried"
@@ -89,7 +89,7 @@ class Stop:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """The model answers from now on, `parallel` prompts at once."""
+    """The model is ready to answer up to `parallel` prompts at once."""
 
     type: ClassVar[str] = "loaded"
     flavor: str
@@ -122,7 +122,7 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """The answer is whole. `timings` are the wrapper's own, in milliseconds."""
+    """The answer is complete. `timings` are measured by the wrapper, in milliseconds."""
 
     type: ClassVar[str] = "done"
     id: str
@@ -133,7 +133,7 @@ class Done:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """The prompt has no answer: `code` is the code of a `PromptError`."""
+    """The prompt gets no answer; `code` is that of a `PromptError`."""
 
     type: ClassVar[str] = "refused"
     id: str
@@ -194,15 +194,15 @@ def encode_turn(prompts: Iterable[str]) -> bytes:
 
 
 def decode_turn(memory: bytes) -> frozenset[str]:
-    """Ids as `encode_turn` wrote them; whatever else may stand there is no error, and no id that anybody has."""
+    """The ids that `encode_turn` wrote. Anything else in the memory is no error: it matches no id."""
     return frozenset(memory.rstrip(b"\0").decode("utf-8", "replace").split())
 
 
 class FrameReader:
-    """Cuts a stream socket's bytes into frames. One owner thread.
+    """Reads frames from a stream socket. One owner thread.
 
     Args:
-        connection: a connected stream socket; its timeout is changed by `read`.
+        connection: a connected stream socket; `read` changes its timeout.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -213,7 +213,7 @@ class FrameReader:
         )
 
     def read(self, timeout_s: float | None) -> Frame | None:
-        """The next frame, or None when none is whole within `timeout_s` (0: only what is here already).
+        """The next frame, or None if none is complete within `timeout_s` (0: only what has arrived already).
 
         Raises:
             EOFError: the other side has closed.

@@ -1,7 +1,7 @@
-"""Blocking model code in a thread of its own, so that a cancel is seen while it computes.
+"""Runs blocking model code in a thread of its own, so that a cancel is seen while it computes.
 
-Owns one thread. Work that was abandoned is not killed (a thread cannot be): it ends at its next item, and the
-next work waits for that. Whoever needs it dead kills the process.
+Owns one thread. Abandoned work is not killed, because a thread cannot be: it ends at its next item, and the next work
+waits for that. To end it at once, kill the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Put = Callable[[Any], None]
 
 
 class Abandoned(Exception):
-    """Raised by `put` in the work's thread: nobody wants the rest."""
+    """Raised by `put` in the worker's thread: the rest is no longer wanted."""
 
 
 class _Job:
@@ -51,14 +51,14 @@ class _Job:
 
 
 class Worker:
-    """One thread that does one work after the other; ends with the process."""
+    """One thread that does one piece of work after another, and ends with the process."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="model", daemon=True).start()
 
     def stream(self, work: Callable[[Put], None]) -> Generator[Any, None, None]:
-        """Runs `work(put)` in the thread and yields what it puts; None at least every 50 ms meanwhile.
+        """Runs `work(put)` in the thread and yields what it puts, and None every 50 ms while nothing comes.
 
         Closing the iterator abandons the work.
 
@@ -69,7 +69,7 @@ class Worker:
         self._jobs.put(job)
         try:
             while True:
-                ended = job.ended.is_set()  # before looking: what was put until then is seen below
+                ended = job.ended.is_set()  # before looking, so that everything put until then is seen below
                 try:
                     yield job.items.get(timeout=0 if ended else _TICK_S)
                 except queue.Empty:

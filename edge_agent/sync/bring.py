@@ -1,4 +1,4 @@
-"""One version, from wherever its files are into the cache.
+"""Brings one version into the cache, wherever its files are.
 
 Flow: resolve → manifest → may it be tried, can this host run it → reserve → fetch what is missing → trust →
 stage → commit. `synchronise` and `bring` read that way. The process can be killed at any moment: the next one
@@ -21,6 +21,7 @@ from edge_agent.cache.staging import Staging, folder_of, remove_staging, remove_
 from edge_agent.cache.store import Store
 from edge_agent.cache.verify import damage_of
 from edge_agent.errors import CannotRun, ManifestError, Quarantined, VerificationError
+from edge_agent.host.clock import CLOCK, Clock
 from edge_agent.package import manifest as manifests
 from edge_agent.package import mlmodel, trust
 from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, ManifestFile
@@ -29,7 +30,8 @@ from edge_agent.package.reference import ROLLOUT_TAG, ModelRef, ModelVersion
 from edge_agent.package.trust import TrustDecision
 from edge_agent.runner import capability
 from edge_agent.sync import protocol
-from edge_agent.sync.fetch import Pace, fetch
+from edge_agent.sync.fetch import fetch
+from edge_agent.sync.pace import Pace
 from edge_agent.sync.protocol import Emit, SyncJob, SyncResult
 from edge_agent.sync.registry import Listed, Package, Registry
 
@@ -42,12 +44,12 @@ _BOOKKEEPING_BYTES = 1 << 20  # the record and the folders of a version, generou
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a version consists of, as far as it is known before its bytes are here.
+    """What a version consists of, as far as that is known before it is fetched.
 
     Attributes:
         manifest: None where the package was logged with plain MLflow.
-        listing: every file that would be fetched, with its size.
-        attached: `manifest.json` and `model.sig`, read already.
+        listing: every file to fetch, with its size.
+        attached: the content of `manifest.json` and `model.sig`, which have been read already.
     """
 
     manifest: Manifest | None
@@ -62,26 +64,32 @@ class Wanted:
         return {file.path: file.sha256 for file in self.manifest.files} if self.manifest else {}
 
 
-def synchronise(job: SyncJob, emit: Emit) -> SyncResult:
+def synchronise(job: SyncJob, emit: Emit, *, clock: Clock = CLOCK) -> SyncResult:
     """Brings one model up to date.
 
     Raises:
-        EdgeAgentError: with the code that the daemon's side turns into the same error again.
+        EdgeAgentError: the registry, the package, the way to it, or the cache.
     """
-    registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s)
+    registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s, clock=clock)
     version = registry.resolve(ModelRef.parse(job.ref))
     emit(protocol.resolved(version=version.version, rollout=version.tags.get(ROLLOUT_TAG, "")))
     scratch = folder_of(Store(Path(job.state_dir)), job.name, version.version) / "scratch"
-    return bring(job, version, registry.package(version, scratch=scratch), emit)
+    return bring(job, version, registry.package(version, scratch=scratch), emit, clock=clock)
 
 
 def bring(
-    job: SyncJob, version: ModelVersion, package: Package, emit: Emit, *, promised: Manifest | None = None
+    job: SyncJob,
+    version: ModelVersion,
+    package: Package,
+    emit: Emit,
+    *,
+    promised: Manifest | None = None,
+    clock: Clock = CLOCK,
 ) -> SyncResult:
-    """The one way into the cache: whatever the package comes from, it is fetched, verified, judged, committed.
+    """The one way into the cache: a package from any source is fetched, verified, judged and committed.
 
     Args:
-        promised: what the package's files must be, where that is known from elsewhere than the package.
+        promised: the manifest that the package must have, where it is known from somewhere else.
 
     Raises:
         EdgeAgentError: the package, the way to it, or the cache.
@@ -106,6 +114,7 @@ def bring(
             total_bytes=sum(_missing_sizes(store, wanted).values()),
             max_bytes_per_s=job.cache.max_bytes_per_s,
             report=_Progress(emit, lambda: keep_room(store, job)),
+            clock=clock,
         )
         manifest, attached = fetch_missing(store, package, place, version, wanted, pace)
         tree = place.build_tree(store, (*manifest.files, *attached))
@@ -127,13 +136,13 @@ def bring(
 
 
 def refuse_quarantined(job: SyncJob, version: ModelVersion, wanted: Wanted, emit: Emit) -> None:
-    """A version that failed here, and was removed or damaged since, is not paid for once more.
+    """Refuses to fetch a version again that failed here and has been removed or damaged since.
 
-    Of a package without a manifest the digest is known only when its bytes are here: that one comes again, and
-    the lifecycle does not try it.
+    The digest of a package without a manifest is known only once it is fetched: it comes again, and the lifecycle
+    does not try it.
 
     Raises:
-        Quarantined: it is the one that failed.
+        Quarantined: this version failed before.
     """
     key = key_of(version.version, wanted.manifest) if wanted.manifest else ""
     if key in job.quarantined:
@@ -142,11 +151,11 @@ def refuse_quarantined(job: SyncJob, version: ModelVersion, wanted: Wanted, emit
 
 
 def check_host(job: SyncJob, package: Package, wanted: Wanted) -> None:
-    """Holds what the version needs against this host, before the large files are paid for.
+    """Checks what the version needs against this host, before the large files are fetched.
 
     Raises:
-        CannotRun: something is missing here.
-        PolicyError: the package is none that this agent loads.
+        CannotRun: this host lacks something.
+        PolicyError: the agent does not load packages of this kind.
     """
     sizes = {file.path: file.size_bytes for file in wanted.listing}
     if mlmodel.FILE_NAME not in sizes:
@@ -157,7 +166,7 @@ def check_host(job: SyncJob, package: Package, wanted: Wanted) -> None:
 
 
 def read_wanted(package: Package, version: ModelVersion, promised: Manifest | None = None) -> Wanted:
-    """The manifest where there is one, else the registry's listing.
+    """Reads the manifest where there is one, and takes the registry's listing otherwise.
 
     Raises:
         ManifestError: the manifest breaks a rule, or names another model.
@@ -189,7 +198,7 @@ def read_wanted(package: Package, version: ModelVersion, promised: Manifest | No
 def committed(store: Store, job: SyncJob, version: ModelVersion, wanted: Wanted) -> VersionRecord | None:
     """The version's record, if it is in the cache.
 
-    Without a manifest the same origin, version and sizes have to do: nothing else is known before fetching.
+    Without a manifest, the same origin, version and sizes must suffice: nothing else is known before fetching.
     """
     sizes = {(file.path, file.size_bytes) for file in wanted.listing}
     for record in store.versions(job.name):
@@ -208,10 +217,10 @@ def committed(store: Store, job: SyncJob, version: ModelVersion, wanted: Wanted)
 
 
 def hold_to_policy(store: Store, job: SyncJob, record: VersionRecord) -> VersionRecord:
-    """A version that is here already must fit the settings of today, too.
+    """Holds a version that is in the cache to the settings as they are now.
 
     Raises:
-        PolicyError: it may not run, any more.
+        PolicyError: it may no longer run.
     """
     policy = asdict(job.trust)
     decision = record.trust
@@ -235,11 +244,11 @@ def reserve(
     place: Staging,
     known: VersionRecord | None,
 ) -> None:
-    """Makes sure that everything fits, before the first byte is fetched: superseded downloads go before
+    """Makes sure that everything fits before the first byte is fetched. Removes superseded downloads first, then
     versions.
 
     Raises:
-        StoreError: it does not, even after eviction.
+        StoreError: it does not fit, even after eviction.
     """
     sizes = _missing_sizes(store, wanted)
     needed = max(0, sum(sizes.values()) - place.fetched_bytes()) + _BOOKKEEPING_BYTES
@@ -260,10 +269,10 @@ def reserve(
 
 
 def keep_room(store: Store, job: SyncJob) -> None:
-    """Others write to the same disk: a fetch stops before it takes their last space.
+    """Stops a fetch before it fills the disk: others write to it, too.
 
     Raises:
-        OSError: as a full disk would do it.
+        OSError: as on a full disk.
     """
     if store.free_bytes() < job.cache.min_free_bytes // 2:
         raise OSError(errno.ENOSPC, "less than half of cache.min_free_bytes is left on the disk")
@@ -272,10 +281,10 @@ def keep_room(store: Store, job: SyncJob) -> None:
 def fetch_missing(
     store: Store, package: Package, place: Staging, version: ModelVersion, wanted: Wanted, pace: Pace
 ) -> tuple[Manifest, tuple[ManifestFile, ...]]:
-    """Fetches each blob that is not here, once, and verifies it.
+    """Fetches and verifies each blob that is missing, once.
 
     Returns:
-        The manifest, made on arrival where the package has none, and the attached files.
+        The manifest, made on arrival if the package has none, and the attached files.
     """
     files = []
     for listed in wanted.listing:
@@ -291,15 +300,15 @@ def fetch_missing(
 
 
 def judge(job: SyncJob, version: ModelVersion, tree: Path, manifest: Manifest) -> TrustDecision:
-    """The code policy, on the staged tree."""
+    """Applies the code policy to the staged tree."""
     return trust.decide(tree, manifest, registered_name=version.name, **asdict(job.trust))
 
 
 def commit(store: Store, record: VersionRecord, tree: Path, place: Staging) -> bool:
-    """Gives everything its final name; or, where the version is here and damaged, mends it.
+    """Gives everything its final name, or repairs the version if it is in the cache and damaged.
 
     Returns:
-        True where the version had not been committed before.
+        True if the version had not been committed before.
     """
     with store.lock():
         in_use = {file.sha256 for known in store.versions() for file in known.files}
@@ -327,7 +336,7 @@ def _mend(store: Store, record: VersionRecord) -> None:
 
 
 def _is_whole(store: Store, file: ManifestFile) -> bool:
-    """A blob that the cache has is read again before a new version relies on it; a damaged one is set aside."""
+    """Reads a blob in the cache again before a new version relies on it. A damaged one is set aside."""
     if not store.has_blob(file):
         return False
     if reason := damage_of(store.blob(file.sha256), file):
@@ -339,7 +348,7 @@ def _is_whole(store: Store, file: ManifestFile) -> bool:
 
 
 def _is_verified(place: Staging, file: ManifestFile) -> bool:
-    """A part that an earlier process finished: its bytes are hashed again, they cost less than a download."""
+    """Hashes a part that an earlier process finished again, which costs less than a download."""
     path = place.verified(file.sha256)
     if not path.exists():
         return False
@@ -350,7 +359,7 @@ def _is_verified(place: Staging, file: ManifestFile) -> bool:
 
 
 def _missing_sizes(store: Store, wanted: Wanted) -> dict[str, int]:
-    """What must come over the network, in bytes: by digest, or by path where that is unknown."""
+    """The bytes to fetch: by digest, or by path where the digest is unknown."""
     sizes = {}
     for listed in wanted.listing:
         sha256 = wanted.sha256(listed.path)
@@ -361,7 +370,7 @@ def _missing_sizes(store: Store, wanted: Wanted) -> dict[str, int]:
 
 
 def _read(package: Package, path: str, limit: int) -> bytes:
-    """A small file, whole."""
+    """The whole content of a small file."""
     data = b""
     with package.open(path) as stream:
         for chunk in stream.chunks:
@@ -380,7 +389,7 @@ def _check_tag(version: ModelVersion, data: bytes) -> None:
 
 
 def _check_listing(version: ModelVersion, manifest: Manifest, listed: Mapping[str, Listed]) -> None:
-    """What cannot fit is refused before a byte of it is fetched."""
+    """Compares the manifest with the listing, before anything is fetched."""
     for file in manifest.files:
         if file.path not in listed:
             raise VerificationError(f"version {version.version} of {version.name!r} has lost {file.path!r}")
@@ -404,19 +413,19 @@ def _done(record: VersionRecord, *, fetched_bytes: int, new: bool) -> SyncResult
 
 
 class _Progress:
-    """Turns chunks into at most five events a second, and one at the end; asks as often whether there is room."""
+    """Sends at most five events a second, and one at the end. Checks as often that there is room."""
 
     def __init__(self, emit: Emit, check: Callable[[], None]) -> None:
         self._emit = emit
         self._check = check
-        self._next_at = 0.0
+        self._next_s = 0.0
 
     def __call__(self, pace: Pace) -> None:
-        now = time.monotonic()
+        now_s = pace.clock.now_s()
         have = pace.fetched_bytes + pace.resumed_bytes
-        if now < self._next_at and have < pace.total_bytes:
+        if now_s < self._next_s and have < pace.total_bytes:
             return
-        self._next_at = now + _PROGRESS_INTERVAL_S
+        self._next_s = now_s + _PROGRESS_INTERVAL_S
         self._check()
         self._emit(
             protocol.progress(

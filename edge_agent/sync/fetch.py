@@ -1,92 +1,34 @@
-"""Fetching one file: from the registry into staging, resumed, paced, retried within bounds, verified.
+"""Fetches one file from the registry into staging: resumed, paced, retried within bounds, verified.
 
-Flow: what an earlier process left is continued where the server allows it → chunks are written and hashed →
-size and digest are compared → fsync → the part gets its digest as name, still in staging. Refuses more bytes
-than were promised. A digest that does not fit after a resumed download is tried once more from the start.
+Flow: continue what an earlier process left, where the server allows it → write and hash the chunks → compare
+size and digest → fsync → name the part after its digest, still in staging. Refuses more bytes than were promised.
+If the digest is wrong after a resumed download, the file is fetched once more from the start.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from edge_agent.cache import durable
 from edge_agent.cache.disk import store_errors
 from edge_agent.cache.staging import Note, Staging
 from edge_agent.errors import TransportError, VerificationError
+from edge_agent.host.clock import Clock
 from edge_agent.package.manifest import MAX_FILE_BYTES, ManifestFile
-from edge_agent.sync.registry import (
-    CHUNK_BYTES,
-    MIN_BYTES_PER_TIMEOUT,
-    Changed,
-    Package,
-    PastTheEnd,
-    RequestRefused,
-    Stream,
-)
+from edge_agent.sync.pace import CHUNK_BYTES, MIN_BYTES_PER_TIMEOUT, Pace
+from edge_agent.sync.registry import Changed, Package, PastTheEnd, RequestRefused, Stream
 
 MAX_ATTEMPTS = 4
-"""In a row that brought next to nothing; progress starts the count again."""
+"""Attempts in a row that bring next to nothing; progress starts the count again."""
 MAX_RECONNECTS = 1_000
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 8.0
 _NOTE_INTERVAL_S = 0.25
-_MAX_BURST_S = 1.0
-
-
-@dataclass(kw_only=True)
-class Pace:
-    """Bytes that came in so far, and the bandwidth cap. Owned by the sync process's only thread.
-
-    Attributes:
-        total_bytes: to fetch, as far as known.
-        max_bytes_per_s: 0 for no cap.
-        report: called after each chunk; what it raises ends the fetch.
-    """
-
-    total_bytes: int
-    max_bytes_per_s: int = 0
-    report: Callable[[Pace], None] = lambda pace: None
-    fetched_bytes: int = 0
-    resumed_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        self._started_at = self._due_at = time.monotonic()
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self.fetched_bytes / max(time.monotonic() - self._started_at, 1e-3)
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds until all is here at this rate, None before the first byte."""
-        left = self.total_bytes - self.fetched_bytes - self.resumed_bytes
-        return max(left, 0) / self.bytes_per_s if self.fetched_bytes else None
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Small enough that a low cap still moves several times a second."""
-        return (
-            min(CHUNK_BYTES, max(4_096, self.max_bytes_per_s // 8)) if self.max_bytes_per_s else CHUNK_BYTES
-        )
-
-    def took(self, count: int) -> None:
-        """Counts bytes, waits as long as the cap asks for, reports."""
-        self.fetched_bytes += count
-        if self.max_bytes_per_s:
-            now = time.monotonic()
-            # What a slow time left unused is not made up for at more than the cap.
-            self._due_at = max(self._due_at, now - _MAX_BURST_S) + count / self.max_bytes_per_s
-            if self._due_at > now:
-                time.sleep(self._due_at - now)
-        self.report(self)
 
 
 class _Part:
-    """The bytes of one file that are here, with their running sha256."""
+    """The bytes of one file fetched so far, with their running sha256."""
 
     def __init__(self, staging: Staging, path: str, size_bytes: int, sha256: str | None, pace: Pace) -> None:
         self.path = path
@@ -99,7 +41,8 @@ class _Part:
         self._staging = staging
         self._pace = pace
         self._digest = hashlib.sha256()
-        self._noted_at = 0.0
+        self._now_s = pace.clock.now_s
+        self._noted_at_s = self._now_s()
 
     @property
     def digest(self) -> str:
@@ -118,10 +61,10 @@ class _Part:
         return self._staging.note(self.file).etag
 
     def take_up(self) -> None:
-        """Goes on from what an earlier process left, as far as that can be relied on.
+        """Continues what an earlier process left, as far as it can be relied on.
 
-        A part under its digest is checked at the end anyhow. One under its path goes on from what was noted,
-        and its last byte is asked for again, with If-Range: the server has to say that the file is the same.
+        A part named after its digest is checked at the end in any case. One named after its path is continued up to
+        where its note covers it, with If-Range: the server must confirm that the file is the same.
         """
         note = self._staging.note(self.file)
         try:
@@ -143,13 +86,13 @@ class _Part:
         self._pace.resumed_bytes += self.have
 
     def start_over(self) -> None:
-        """Forgets what is here: the next byte is the file's first."""
+        """Forgets what was fetched: the next byte is the file's first."""
         self._pace.resumed_bytes -= self.resumed_bytes
         self.have, self.resumed_bytes, self.joined = 0, 0, False
         self._digest = hashlib.sha256()
 
     def append(self, stream: Stream) -> None:
-        """Takes a stream's bytes, from where it starts to where it ends."""
+        """Appends a stream's bytes, from where it starts to where it ends."""
         if stream.start != self.have:
             self.start_over()
         self.joined = self.have > 0
@@ -165,7 +108,7 @@ class _Part:
                     write(chunk)
                     self._digest.update(chunk)
                     self.have += len(chunk)
-                    if self.sha256 is None and time.monotonic() - self._noted_at > _NOTE_INTERVAL_S:
+                    if self.sha256 is None and self._now_s() - self._noted_at_s > _NOTE_INTERVAL_S:
                         self._note(stream.etag)
                     self._pace.took(len(chunk))
 
@@ -174,27 +117,27 @@ class _Part:
         self.start_over()
 
     def keep(self) -> None:
-        """Gives the verified bytes their digest as name, durably."""
+        """Names the verified bytes after their digest, durably."""
         durable.sync_file(self.file)
         durable.rename(self.file, self._staging.verified(self.digest))
         durable.sync_folder(self._staging.parts)
         self._staging.drop_part(self.file)
 
     def _note(self, etag: str) -> None:
-        self._noted_at = time.monotonic()
+        self._noted_at_s = self._now_s()
         self._staging.write_note(self.file, Note(etag=etag, length=self.have, sha256=self.digest))
 
 
 def fetch(
     package: Package, staging: Staging, *, path: str, size_bytes: int, sha256: str | None, pace: Pace
 ) -> ManifestFile:
-    """Brings one file into staging, whole and verified.
+    """Fetches one file into staging, whole and verified.
 
     Args:
         sha256: what it must be, or None where the package has no manifest.
 
     Returns:
-        What is now at `staging.verified(sha256)`.
+        The file at `staging.verified(sha256)`.
 
     Raises:
         VerificationError: the registry's bytes are not what the manifest promises.
@@ -206,10 +149,10 @@ def fetch(
     part = _Part(staging, path, size_bytes, sha256, pace)
     with store_errors("write", part.file):
         part.take_up()
-        _fill(part, package)
+        _fill(part, package, pace.clock)
         if not part.fits and part.joined:
             part.drop()
-            _fill(part, package)
+            _fill(part, package, pace.clock)
         if not part.fits:
             part.drop()
             raise VerificationError(f"sha256 of {path!r} is not the one in its manifest")
@@ -217,8 +160,8 @@ def fetch(
     return ManifestFile(path=path, size_bytes=size_bytes, sha256=part.digest)
 
 
-def _fill(part: _Part, package: Package) -> None:
-    """Asks for bytes until the part has all of them."""
+def _fill(part: _Part, package: Package, clock: Clock) -> None:
+    """Requests bytes until the part is complete."""
     idle_attempts, furthest = 0, part.have
     for _ in range(MAX_RECONNECTS):
         if part.whole:
@@ -245,7 +188,7 @@ def _fill(part: _Part, package: Package) -> None:
         if idle_attempts >= MAX_ATTEMPTS:
             raise failure or _ends_early(part, furthest)
         if not part.whole:
-            _wait(idle_attempts)
+            clock.sleep(_wait_s(idle_attempts))
     raise TransportError(f"the registry broke off {part.path!r} {MAX_RECONNECTS} times")
 
 
@@ -253,6 +196,6 @@ def _ends_early(part: _Part, length: int) -> VerificationError:
     return VerificationError(f"{part.path!r} ends after {length} of the promised {part.size_bytes} bytes")
 
 
-def _wait(attempt: int) -> None:
-    """Before the next attempt: exponential, with jitter, so that a fleet does not come back in step."""
-    time.sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.0))
+def _wait_s(attempt: int) -> float:
+    """The wait before the next attempt: exponential, with jitter, so that a fleet does not retry in step."""
+    return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0**attempt) * random.uniform(0.5, 1.0)

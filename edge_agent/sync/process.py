@@ -14,12 +14,12 @@ import os
 import selectors
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import IO
 
 from edge_agent import environment
 from edge_agent.errors import EdgeAgentError, SettingsError, SyncStopped, TransportError
+from edge_agent.host.clock import CLOCK, Clock
 from edge_agent.runner.lines import LineReader
 from edge_agent.sync.protocol import MAX_EVENTS, MAX_LINE_BYTES, Emit, Event, SyncJob, SyncResult, outcome_of
 
@@ -46,7 +46,7 @@ ENVIRONMENT_NAMES = (
         for name in (proxy, proxy.lower())
     ),
 )
-"""What a sync may know of this process: never tokens of other services, never EDGE_AGENT_*."""
+"""Variables that a sync inherits: never tokens of other services, never EDGE_AGENT_*."""
 ENVIRONMENT_PREFIXES = ("MLFLOW_TRACKING_", "MLFLOW_S3_", "AWS_", "AZURE_", "GOOGLE_")
 """Credentials of the registry and of artifact stores."""
 
@@ -57,13 +57,15 @@ def run_sync(
     timeout_s: float,
     on_event: Emit = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
+    clock: Clock = CLOCK,
 ) -> SyncResult:
     """Runs one sync to its end in a process of its own.
 
     Args:
-        timeout_s: for the whole sync; a big model on a slow line needs hours.
-        on_event: gets all events but the last in this thread; keep it quick.
-        should_stop: asked about five times a second; True ends the process.
+        timeout_s: for the whole sync; a large model on a slow line needs hours.
+        on_event: called with every event but the last, in this thread; it must be quick.
+        should_stop: called about five times a second; True ends the process.
+        clock: for `timeout_s` only.
 
     Raises:
         SyncStopped: `should_stop` said so.
@@ -77,8 +79,9 @@ def run_sync(
         EdgeAgentError: the process died or broke the protocol.
     """
     stderr = _Tail()
+    until_s = clock.now_s() + timeout_s
     with _started(job) as process:
-        for event in _events(process, job, stderr, time.monotonic() + timeout_s, should_stop):
+        for event in _events(process, job, stderr, lambda: clock.now_s() >= until_s, should_stop):
             outcome = outcome_of(event)
             if isinstance(outcome, EdgeAgentError):
                 raise outcome
@@ -113,7 +116,9 @@ def child_environment() -> dict[str, str]:
 
 
 def _sendable(variables: dict[str, str]) -> dict[str, str]:
-    """The same. What cannot stand in an HTTP header, the client's library quotes in its error, secret or not."""
+    """Returns them unchanged, or refuses what no HTTP header can hold: the client library quotes it in its error,
+    secret or not.
+    """
     for name in ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         value = variables.get(name, "")
         if not value.isprintable() or (name.endswith("TOKEN") and not value.isascii()):
@@ -126,7 +131,7 @@ def _sendable(variables: dict[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
-    """The process, with its job on stdin; it is dead when the block ends."""
+    """The process, with its job on stdin. When the block ends, the process is dead."""
     with _memory_file("sync") as stdin:  # a pipe would block on a job larger than its buffer
         stdin.write(job.encode())
         stdin.seek(0)
@@ -152,7 +157,7 @@ def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
 
 
 class _Tail:
-    """The last that the process wrote to stderr."""
+    """The end of what the process wrote to stderr."""
 
     def __init__(self) -> None:
         self._data = b""
@@ -166,7 +171,7 @@ class _Tail:
 
 
 def _memory_file(name: str) -> IO[bytes]:
-    """A file that needs no disk: a full one must not keep a sync from saying so."""
+    """A file in memory, so that a sync can start, and report it, when the disk is full."""
     return os.fdopen(os.memfd_create(name), "w+b")
 
 
@@ -174,7 +179,7 @@ def _events(
     process: subprocess.Popen[bytes],
     job: SyncJob,
     stderr: _Tail,
-    deadline: float,
+    is_late: Callable[[], bool],
     should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
     """Events until the process closes its stdout."""
@@ -183,7 +188,7 @@ def _events(
         limit_bytes=MAX_LINE_BYTES,
         broken=lambda reason: EdgeAgentError(f"the sync of {job.name} wrote {reason}"),
     )
-    for data in _output(process, job, stderr, deadline, should_stop):
+    for data in _output(process, job, stderr, is_late, should_stop):
         lines.add(data)
         while (event := lines.document()) is not None:
             count += 1
@@ -196,17 +201,17 @@ def _output(
     process: subprocess.Popen[bytes],
     job: SyncJob,
     stderr: _Tail,
-    deadline: float,
+    is_late: Callable[[], bool],
     should_stop: Callable[[], bool],
 ) -> Iterator[bytes]:
-    """What comes on stdout; what comes on stderr is kept for the case that it dies."""
+    """Yields what the process writes to stdout. The end of its stderr is kept in case it dies."""
     with selectors.DefaultSelector() as selector:
         for pipe in (process.stdout, process.stderr):
             selector.register(_descriptor(pipe), selectors.EVENT_READ)
         while selector.get_map():
             if should_stop():
                 raise SyncStopped(f"the sync of {job.name} was stopped")
-            if time.monotonic() >= deadline:
+            if is_late():
                 raise TransportError(
                     f"the sync of {job.name} took too long and was ended",
                     remedy="what it fetched is kept for the next one",

@@ -1,15 +1,15 @@
-"""What the daemon and a sync say to each other: one job on stdin, then events on stdout, one JSON object a line.
+"""The messages between the daemon and a sync: one job on stdin, then events on stdout, one JSON object a line.
 
-Pure. An event says what it is in its `event`:
+Pure. The kinds of events, by their field `event`:
 
     resolved      version, rollout: what the reference means now
     progress      bytes, total_bytes, bytes_per_s, eta_s: at most five a second
-    quarantined   key: this version is not fetched; the error of that name follows
+    quarantined   key: this version is not fetched; an error with that code follows
     done          the fields of `SyncResult`, and the process ends
     error         code, message, remedy, and the process ends
 
-Both sides treat the other's bytes as input: jobs and lines have a bound, and a last event with missing or wrong
-fields is an error.
+Each side treats the other's bytes as untrusted input: jobs and lines have a bound, and a last event with missing or
+wrong fields is an error.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _FAMILIES = (
     TransportError,
     UnknownReference,
 )
-"""Of errors that a sync may report; anything else is the root's."""
+"""The families of errors that a sync may report; any other code becomes an `EdgeAgentError`."""
 
 Event = Mapping[str, Any]
 Emit = Callable[[Event], None]
-"""Takes the events of a sync, in their order."""
+"""Takes the events of a sync in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class TrustJob:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheJob:
-    """`[cache]` of the settings, as far as a sync needs it."""
+    """The part of the settings' `[cache]` that a sync needs."""
 
     quota_bytes: int = 20_000_000_000
     min_free_bytes: int = 500_000_000
@@ -84,11 +84,11 @@ class SyncJob:
     Attributes:
         name: the settings' model name.
         ref: what to resolve, `models:/…`.
-        version_file: descriptor of an open file that has the version, None where the registry has it.
+        version_file: descriptor of an open version file, or None if the version comes from the registry.
         fallback: `ref` is the model's fallback.
-        check_host: ask whether this host can run the version, before it is fetched.
+        check_host: check that this host can run the version before it is fetched.
         running: key of the active version, which this host can run; empty for none.
-        quarantined: keys of versions that are not fetched: they would not be tried.
+        quarantined: keys of versions not to fetch, because they would not be tried.
     """
 
     state_dir: str
@@ -131,13 +131,13 @@ class SyncJob:
 
 @dataclass(frozen=True, kw_only=True)
 class SyncResult:
-    """A version that is whole, verified and committed.
+    """A version that is complete, verified and committed.
 
     Attributes:
         key: names the version in `state.json` and in the store.
-        bytes_fetched: what came over the network now.
-        bytes_reused: what was in the cache already.
-        new: False when the version had been committed before.
+        bytes_fetched: fetched over the network by this sync.
+        bytes_reused: already in the cache.
+        new: False if the version had been committed before.
     """
 
     name: str
@@ -190,7 +190,7 @@ def encode(event: Event) -> bytes:
 
 
 def outcome_of(event: Event) -> SyncResult | EdgeAgentError | None:
-    """What a last event says; None for any other event.
+    """The result or error in a last event, or None for any other event.
 
     Raises:
         EdgeAgentError: a `done` has missing or wrong fields.

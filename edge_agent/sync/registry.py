@@ -13,7 +13,6 @@ import io
 import os
 import re
 import resource
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from edge_agent.errors import (
     UnknownReference,
     VerificationError,
 )
+from edge_agent.host.clock import CLOCK, Clock
 from edge_agent.package.manifest import (
     MAX_FILES,
     MAX_MANIFEST_BYTES,
@@ -39,10 +39,8 @@ from edge_agent.package.manifest import (
 )
 from edge_agent.package.reference import ModelRef, ModelVersion
 from edge_agent.sync import refusal
+from edge_agent.sync.pace import CHUNK_BYTES, StallLimit
 
-CHUNK_BYTES = 1 << 20
-MIN_BYTES_PER_TIMEOUT = 4_096
-"""Fewer bytes than these while waiting for the whole of `timeout_s`: the transfer has stalled."""
 _MAX_LISTED = MAX_FILES + len(OUTSIDE_MANIFEST)
 _LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 _TRY_AGAIN = frozenset((408, 429))
@@ -121,9 +119,10 @@ class Registry:
         timeout_s: for one request, and for one read that brings nothing.
     """
 
-    def __init__(self, uri: str, *, timeout_s: float) -> None:
+    def __init__(self, uri: str, *, timeout_s: float, clock: Clock = CLOCK) -> None:
         self.uri = uri
         self.timeout_s = timeout_s
+        self.clock = clock
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(timeout_s)))
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -297,24 +296,21 @@ class _HttpPackage:
         from urllib3.exceptions import HTTPError
 
         read = getattr(response.raw, "read1", response.raw.read)  # urllib3 1 waits for the whole piece
-        waited_s, came = 0.0, 0
+        limit = StallLimit(self._registry.timeout_s, clock=self._registry.clock)
         while True:
-            began = time.monotonic()
             try:
                 with self._registry._errors():
-                    chunk: bytes = read(CHUNK_BYTES, decode_content=False)
+                    chunk = limit.wait_for(lambda: bytes(read(CHUNK_BYTES, decode_content=False)))
             except HTTPError as error:
                 raise TransportError(
                     f"registry {self._registry.uri} broke off: {_first_line(error)}"
                 ) from error
             if not chunk:
                 return
-            waited_s, came = waited_s + time.monotonic() - began, came + len(chunk)
-            if came >= MIN_BYTES_PER_TIMEOUT:
-                waited_s, came = 0.0, 0
-            elif waited_s > self._registry.timeout_s:
+            if limit.is_over:
                 raise TransportError(
-                    f"registry {self._registry.uri} stalled: {came} bytes in {waited_s:.0f} s"
+                    f"registry {self._registry.uri} stalled: "
+                    f"{limit.came_bytes} bytes in {limit.waited_s:.0f} s"
                 )
             yield chunk
 

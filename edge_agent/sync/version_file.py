@@ -2,12 +2,12 @@
 
 The file is an uncompressed tar: first `version.json` (which version, its manifest, the files beside it), then
 each blob once, as `blobs/<sha256>`. Names inside are digests, so no path of the file is ever followed; the
-package's own paths are in the manifest, under its rules. On the way in, the file is one more place where a
-package can be: `sync.bring` fetches from it, verifies, judges and commits, as from a registry. Refuses members
-of any other kind or name, and a header over a bound.
+package's own paths are in the manifest, under its rules. On import, the file takes the place of a registry:
+`sync.bring` fetches from it, verifies, judges and commits. Refuses members of any other kind or name, and a header
+over a bound.
 
-Any tar shows what is in it. The header is read block by block here: extended headers, which may be as large
-as the file, have no place in it.
+Any `tar` command lists its content. It is read block by block here, because extended headers, which could be as
+large as the file, are not allowed in it.
 
 Files are descriptors here: whoever asks opens them, so the daemon, which can see neither a home folder nor a USB
 stick, can be asked too.
@@ -37,14 +37,15 @@ from edge_agent.package import manifest as manifests
 from edge_agent.package.manifest import ManifestFile
 from edge_agent.package.reference import ModelRef, ModelVersion
 from edge_agent.sync.bring import bring
+from edge_agent.sync.pace import CHUNK_BYTES
 from edge_agent.sync.protocol import Emit, SyncJob, SyncResult
-from edge_agent.sync.registry import CHUNK_BYTES, Listed, PastTheEnd, RequestRefused, Stream
+from edge_agent.sync.registry import Listed, PastTheEnd, RequestRefused, Stream
 
 HEADER_NAME = "version.json"
 BLOB_PREFIX = "blobs/"
 ORIGIN = "bundle:"
-"""The `registry_uri` of a version that came from a file, so that no registry vouches for it. Records on disk have
-this word."""
+"""The `registry_uri` of a version that came from a file: no registry vouches for it. Records on disk hold this
+value."""
 
 _MAX_HEADER_BYTES = 4 << 20
 _BLOCK = tarfile.BLOCKSIZE
@@ -62,13 +63,13 @@ def export_version(
     *,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Writes a committed version into an open file; every byte is verified on its way out.
+    """Writes a committed version into an open file, and verifies every byte while it does.
 
-    After an error the file is not whole: the caller removes it.
+    After an error the file is incomplete, and the caller removes it.
 
     Args:
         descriptor: of an empty regular file, open for writing.
-        report: gets bytes written and bytes in total.
+        report: called with the bytes written and the bytes in total.
 
     Returns:
         The file's size in bytes.
@@ -95,7 +96,7 @@ def export_version(
 
 
 def read_version(descriptor: int) -> ModelVersion:
-    """Which version a file says it has; its bytes are not looked at.
+    """The version that a file says it holds. Its blobs are not read.
 
     Raises:
         ContentError: it is not a version file.
@@ -106,18 +107,18 @@ def read_version(descriptor: int) -> ModelVersion:
 
 
 def import_version(job: SyncJob, descriptor: int, emit: Emit = lambda event: None) -> SyncResult:
-    """Brings the version in a file into the cache, by the same way as one from a registry.
+    """Brings the version in a file into the cache, in the same way as one from a registry.
 
     Args:
-        job: its `ref` must be the version that the file has; its registry is `ORIGIN`.
+        job: its `ref` must be the version in the file; its registry is `ORIGIN`.
         descriptor: of the file, open for reading.
-        emit: gets `progress` events, as from a sync.
+        emit: called with `progress` events, as in any sync.
 
     Returns:
-        The committed version; making it the active one is somebody else's.
+        The committed version. Making it the active one is the caller's decision.
 
     Raises:
-        ContentError: the file, or the package in it, breaks a rule; nothing of it is in the cache.
+        ContentError: the file, or the package in it, breaks a rule; nothing of it gets into the cache.
         StoreError: the file cannot be read, or the cache cannot take it.
     """
     with _opened(descriptor) as stream:
@@ -130,7 +131,7 @@ def import_version(job: SyncJob, descriptor: int, emit: Emit = lambda event: Non
 
 @dataclass(frozen=True, kw_only=True)
 class _Member:
-    """Where a member's bytes are in the file."""
+    """The place of a member's bytes in the file."""
 
     offset: int
     size_bytes: int
@@ -177,10 +178,10 @@ class FilePackage:
 
 
 def read_package(stream: IO[bytes]) -> FilePackage:
-    """Reads the header and finds every blob, without reading it.
+    """Reads the header and locates every blob without reading it.
 
     Raises:
-        ContentError: it is not a version file, or has something in it that a version file has not.
+        ContentError: it is not a version file, or has members that do not belong in one.
     """
     size_bytes = stream.seek(0, io.SEEK_END)
     name, header = _member(stream, 0, size_bytes)
@@ -210,10 +211,10 @@ def read_package(stream: IO[bytes]) -> FilePackage:
 
 
 def _member(stream: IO[bytes], position: int, file_bytes: int) -> tuple[str, _Member]:
-    """The member whose header is at this place."""
+    """The member whose header is at this position."""
     block = _read(stream, position, _BLOCK)
     try:
-        # Of one block, this reads names, numbers and the checksum; it follows nothing.
+        # This reads the names, numbers and checksum of one block, and follows nothing.
         info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.HeaderError, ValueError) as error:
         raise ContentError(
@@ -229,10 +230,10 @@ def _member(stream: IO[bytes], position: int, file_bytes: int) -> tuple[str, _Me
 
 
 def _read(stream: IO[bytes], position: int, count: int) -> bytes:
-    """Bytes of the file, fewer only at its end.
+    """Bytes of the file; fewer than `count` only at its end.
 
     Raises:
-        StoreError: its medium fails, or is gone.
+        StoreError: its medium fails or was removed.
     """
     try:
         stream.seek(position)
@@ -242,7 +243,7 @@ def _read(stream: IO[bytes], position: int, count: int) -> bytes:
 
 
 def _write(descriptor: int, *parts: bytes) -> int:
-    """Appends all of it; gives its length."""
+    """Appends all parts and returns their length."""
     try:
         for part in parts:
             durable.write_all(descriptor, part)
@@ -254,14 +255,14 @@ def _write(descriptor: int, *parts: bytes) -> int:
 
 @contextmanager
 def _opened(descriptor: int) -> Iterator[IO[bytes]]:
-    """A stream over somebody else's open file, which stays open."""
+    """A stream over the caller's open file, which stays open."""
     _check_regular(descriptor, refused=os.O_WRONLY)
     with os.fdopen(descriptor, "rb", closefd=False) as stream:
         yield stream
 
 
 def _check_regular(descriptor: int, *, refused: int) -> None:
-    """A pipe or a device could keep its reader waiting for ever."""
+    """Refuses pipes and devices, which could keep a reader waiting for ever."""
     try:
         is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
         access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
@@ -289,7 +290,7 @@ def _padding(size_bytes: int) -> bytes:
 
 
 def _verified_chunks(path: Path, file: ManifestFile) -> Iterator[bytes]:
-    """The bytes of a version's file; what was read is compared at the end."""
+    """The bytes of a version's file, compared with its digest at the end."""
     digest, count = hashlib.sha256(), 0
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -74,7 +74,6 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def device(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
     for name in ("HTTP_REQUEST_MAX_RETRIES", "HTTP_REQUEST_TIMEOUT", "ENABLE_ARTIFACTS_PROGRESS_BAR"):
         monkeypatch.setenv(f"MLFLOW_{name}", "1")  # a sync sets them; they are put back afterwards
-    monkeypatch.setattr(fetch, "_FIRST_WAIT_S", 0.02)
     monkeypatch.setattr(Elsewhere, "fault", staticmethod(nothing))
     monkeypatch.setitem(_artifact_repository_registry._registry, SCHEME, Elsewhere)
     device = Device(f"sqlite:///{registry / 'mlflow.db'}", tmp_path)

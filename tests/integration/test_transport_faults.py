@@ -33,7 +33,6 @@ CONTENT = random.Random(1).randbytes(SIZE_BYTES)
 def device(mlflow_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
     for name in ("HTTP_REQUEST_MAX_RETRIES", "HTTP_REQUEST_TIMEOUT", "ENABLE_ARTIFACTS_PROGRESS_BAR"):
         monkeypatch.setenv(f"MLFLOW_{name}", "1")  # a sync sets them; they are put back afterwards
-    monkeypatch.setattr(fetch, "_FIRST_WAIT_S", 0.02)
     mlflow_server.start()
     return Device(mlflow_server.uri, tmp_path)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.cache.store import Store
+from edge_agent.host.clock import Clock
 from edge_agent.package import trust
 from edge_agent.sync.bring import synchronise
 from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
@@ -25,6 +26,7 @@ class Device:
 
     Attributes:
         artifact_root: the same as a URI; empty where the registry knows.
+        clock: of its syncs: by itself a real one on which nobody waits for the next attempt.
     """
 
     def __init__(self, uri: str, folder: Path, *, artifacts: Path | None = None) -> None:
@@ -34,6 +36,7 @@ class Device:
         self.store = Store(folder / "state")
         self.events: list[Mapping[str, Any]] = []
         self.artifact_root = artifacts.as_uri() if artifacts else ""
+        self.clock = Clock(sleep=lambda seconds: None)
         self._count = 0
 
     def publish(
@@ -63,7 +66,7 @@ class Device:
 
     def sync(self, job: SyncJob | None = None) -> SyncResult:
         self.events = []
-        return synchronise(job or self.job(), self.events.append)
+        return synchronise(job or self.job(), self.events.append, clock=self.clock)
 
     def has_nothing_final(self) -> bool:
         blobs = list(self.store.blobs.iterdir()) if self.store.blobs.exists() else []

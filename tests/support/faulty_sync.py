@@ -38,7 +38,7 @@ from typing import Any
 from edge_agent.cache import fsck, record
 from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, StoreError
-from edge_agent.sync import fetch, registry
+from edge_agent.sync import fetch, pace, registry
 from tests.support.power import Fault, Medium, Power, Torn
 from tests.support.power_scenarios import CHUNK_BYTES, NAME, Reported, Scenario, Scenarios
 from tests.support.state_folder import copy_state, mark
@@ -358,7 +358,7 @@ def _steady() -> None:
     """The same calls in each run; and a record that was read is not read again: reading it is pure."""
     logging.disable()
     fetch._NOTE_INTERVAL_S = 0.0  # a note after each chunk
-    for module in (registry, fetch):
+    for module in (pace, registry, fetch):
         vars(module)["CHUNK_BYTES"] = CHUNK_BYTES
     vars(record)["parse"] = functools.lru_cache(64)(record.parse)
 

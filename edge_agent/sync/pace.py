@@ -1,0 +1,98 @@
+"""How fast a version is fetched: the cap on bandwidth, and the limit for a stalled transfer. Arithmetic on a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edge_agent.host.clock import CLOCK, Clock
+
+CHUNK_BYTES = 1 << 20
+MIN_BYTES_PER_TIMEOUT = 4_096
+"""A transfer that brings fewer bytes than this in a whole timeout has stalled."""
+_MAX_BURST_S = 1.0
+_LEAST_CHUNK_BYTES = 4_096
+_CHUNKS_PER_S = 8
+
+
+@dataclass(kw_only=True)
+class Pace:
+    """The bytes fetched so far, and the cap on bandwidth. Owned by the sync process's only thread.
+
+    Attributes:
+        total_bytes: to fetch, as far as known.
+        max_bytes_per_s: 0 for no cap.
+        report: called after each chunk; what it raises ends the fetch.
+        resumed_bytes: what an earlier process had fetched.
+    """
+
+    total_bytes: int
+    max_bytes_per_s: int = 0
+    report: Callable[[Pace], None] = lambda pace: None
+    clock: Clock = CLOCK
+    fetched_bytes: int = 0
+    resumed_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._started_s = self._due_s = self.clock.now_s()
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.fetched_bytes / max(self.clock.now_s() - self._started_s, 1e-3)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until everything is fetched at this rate, or None before the first byte."""
+        left = self.total_bytes - self.fetched_bytes - self.resumed_bytes
+        return max(left, 0) / self.bytes_per_s if self.fetched_bytes else None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Small enough that there are several chunks a second under a low cap."""
+        if not self.max_bytes_per_s:
+            return CHUNK_BYTES
+        return min(CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, self.max_bytes_per_s // _CHUNKS_PER_S))
+
+    def took(self, count: int) -> None:
+        """Counts bytes, waits as long as the cap asks for, reports."""
+        self.fetched_bytes += count
+        if self.max_bytes_per_s:
+            now_s = self.clock.now_s()
+            # Bandwidth that a slow phase left unused is not made up for beyond one second's worth.
+            self._due_s = max(self._due_s, now_s - _MAX_BURST_S) + count / self.max_bytes_per_s
+            if self._due_s > now_s:
+                self.clock.sleep(self._due_s - now_s)
+        self.report(self)
+
+
+class StallLimit:
+    """Tells a slow transfer from a stalled one: a byte now and then does not keep a connection alive for ever.
+
+    Only the time spent waiting for bytes counts, not the time spent on them.
+
+    Args:
+        timeout_s: in which at least `MIN_BYTES_PER_TIMEOUT` must arrive.
+
+    Attributes:
+        waited_s, came_bytes: since enough bytes last arrived.
+    """
+
+    def __init__(self, timeout_s: float, *, clock: Clock) -> None:
+        self.waited_s = 0.0
+        self.came_bytes = 0
+        self._timeout_s = timeout_s
+        self._clock = clock
+
+    @property
+    def is_over(self) -> bool:
+        return self.waited_s > self._timeout_s
+
+    def wait_for(self, read: Callable[[], bytes]) -> bytes:
+        """Calls `read`, counts how long it took, and returns its bytes."""
+        began_s = self._clock.now_s()
+        chunk = read()
+        self.waited_s += self._clock.now_s() - began_s
+        self.came_bytes += len(chunk)
+        if self.came_bytes >= MIN_BYTES_PER_TIMEOUT:
+            self.waited_s, self.came_bytes = 0.0, 0
+        return chunk
