@@ -87,7 +87,7 @@ def test_a_file_that_cannot_be_used_changes_nothing(
     spoiled = tmp_path / "spoiled.tar"
     spoiled.write_bytes(data)
     assert "sha256" in models(device, "import", spoiled, code=1)
-    assert "no bundle" in models(device, "import", device.config_file, code=1)
+    assert "not a version file" in models(device, "import", device.config_file, code=1)
     assert "cannot read" in models(device, "import", tmp_path / "gone.tar", code=1)
     assert "not a regular file" in models(device, "import", "/dev/null", code=1)
     assert models(device, "list") == []
