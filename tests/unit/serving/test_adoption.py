@@ -388,6 +388,8 @@ def test_a_load_that_fails_after_another_version_was_adopted_counts_for_nothing(
     host.let_load(1)
     assert prompt.result() is None
     assert (life.lifecycle.serving, life.lifecycle.reason, life.ask()) == (Serving.READY, "", 2)
+    life.lifecycle.give_up_memory()
+    assert life.ask() == 2, "at once: the failure was another version's"
 
 
 def test_closing_ends_a_candidate_that_is_being_loaded_and_holds_nothing_against_it(
