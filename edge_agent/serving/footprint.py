@@ -2,7 +2,7 @@
 
     weights × LOAD_FACTOR + keys and values of the context + what the runner takes without a model
 
-An estimate: it warns and makes a context smaller. It refuses only where the weights alone do not fit.
+An estimate only causes warnings and smaller contexts. A load is refused only if the weights alone do not fit.
 Source of the factors: docs/models.md.
 """
 
@@ -18,7 +18,7 @@ from edge_agent.package import genai_options
 
 RUNNER_BYTES = 200 << 20
 LOAD_FACTOR = 1.2
-"""Some weights are there twice: as they are in the file, and as the CPU's kernels want them."""
+"""Some weights are in memory twice: as they are in the file, and as the CPU's kernels want them."""
 KV_ELEMENT_BYTES = 4
 """The model builder's int4 for CPUs keeps keys and values as float32."""
 LEAST_CONTEXT_TOKENS = 256
@@ -31,9 +31,9 @@ class Footprint:
     """One version's memory.
 
     Attributes:
-        weights_bytes: of its files.
+        weights_bytes: the size of its files.
         kv_bytes_per_token: keys and values of all layers; 0 when the package does not say.
-        model_tokens: the context that the model itself has; 0 when the package does not say.
+        model_tokens: the longest context that the model supports; 0 when the package does not say.
     """
 
     weights_bytes: int
@@ -57,10 +57,10 @@ class Footprint:
 
 
 def footprint_of(record: VersionRecord, folder: Path) -> Footprint:
-    """Reads a committed version's footprint; what its options do not say is left out.
+    """Reads a committed version's footprint, as far as its options say it.
 
     Args:
-        folder: the version's, as it was verified.
+        folder: of the version, verified.
     """
     paths = [file.path for file in record.files if Path(file.path).name == genai_options.FILE_NAME]
     model = _model(folder / paths[0]) if paths else {}
@@ -79,7 +79,7 @@ def _model(file: Path) -> dict[str, Any]:
         with file.open("rb") as stream:
             model = json.loads(stream.read(_MAX_CONFIG_BYTES + 1))["model"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}  # whoever loads the model says what is wrong with it
+        return {}  # the load says what is wrong with it
     return model if isinstance(model, dict) else {}
 
 

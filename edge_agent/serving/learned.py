@@ -1,11 +1,11 @@
-"""`learned.json`: what was measured on this device and is worth knowing at the next load.
+"""`learned.json`: what was measured on this device and helps the next load.
 
-For each model version (by digest) on a host (by `host.identity.of_host`): the number of threads that decodes
-fastest, and the peak memory of its runners by context. Nothing depends on it: a missing or damaged file is
-an empty one, and what it said is measured again. Bounded: the entries noted longest ago go first.
+For each model version (by digest) on a host (by `host.identity.of_host`): the number of threads that decodes fastest,
+and the peak memory of its runners, by context. Nothing depends on it: a missing or damaged file counts as empty, and
+its content is measured again. Bounded: the oldest entries go first.
 
-Any thread and any process: each change reads the file, changes one entry and replaces the file whole, under a lock on
-its folder.
+Any thread and any process may use it: each change reads the file, changes one entry and replaces the whole file, under
+a lock on its folder.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Entry:
 
 
 class Learned:
-    """The file. Holds nothing but its place: there may be any number of them."""
+    """The file. Objects hold only its path, so there may be any number of them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def entries(self) -> list[Entry]:
-        """Everything that is known, noted longest ago first."""
+        """Everything that is known, oldest first."""
         try:
             with self._path.open("rb") as file:
                 data = file.read(_MAX_BYTES + 1)
@@ -76,19 +76,19 @@ class Learned:
             return []
 
     def of(self, digest: str, host: str) -> Entry:
-        """What is known of a version on a host; an empty entry when nothing is."""
+        """What is known of a version on a host; an empty entry if nothing is."""
         known = (entry for entry in self.entries() if (entry.digest, entry.host) == (digest, host))
         return next(known, Entry(digest=digest, host=host))
 
     def note_threads(
         self, digest: str, host: str, *, threads: int, tokens_per_s: Mapping[int, float]
     ) -> None:
-        """Remembers the number of threads to take, and what it was chosen from."""
+        """Remembers the number of threads to take, and the speeds that it was chosen by."""
         rates = {count: round(rate, 2) for count, rate in tokens_per_s.items()}
         self._note(digest, host, lambda entry: replace(entry, threads=threads, tokens_per_s=rates))
 
     def note_peak(self, digest: str, host: str, *, context_tokens: int, peak_bytes: int) -> None:
-        """Remembers the most memory that a runner took, unless one has taken more."""
+        """Remembers the most memory that a runner took, unless another took more."""
 
         def change(entry: Entry) -> Entry:
             if peak_bytes <= entry.peaks.get(context_tokens, 0):
@@ -116,7 +116,7 @@ class Learned:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One writer, among all threads and processes: they share the name of the temporary file, too."""
+        """One writer among all threads and processes, because they share the temporary file's name."""
         with Lock.of_folder(self._path.parent) as lock:
             if not lock.wait_exclusive(_LOCK_WAIT_S):
                 raise TimeoutError("another process has its lock")

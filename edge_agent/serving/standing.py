@@ -95,7 +95,7 @@ class VersionStates:
         return max(records, key=lambda record: record.created_at, default=None)
 
     def successor(self) -> VersionRecord | None:
-        """What takes the active version's place when it cannot go on: the previous one, else one of the fallback."""
+        """What takes the active version's place when it fails: the previous one, else one of the fallback."""
         key = self.state.previous
         previous = self._store.record(self._name, key) if key else None
         if previous is None or previous.key in self.state.quarantined:

@@ -1,4 +1,4 @@
-"""How many threads a version runs on: what the settings say, else what was measured here, else what to measure.
+"""How many threads a version runs on: the number in the settings, else the fastest that was measured here.
 
 The library's own choice is half of the CPUs, which halves the speed on many small devices; one thread for each CPU
 halves it where two CPUs share a core, or where half of the cores are slow ones. So it is measured. Which numbers
@@ -50,7 +50,7 @@ class ThreadChoice:
         return self._measurable or cpus.thread_counts()
 
     def choose(self, digest: str, rates: Mapping[int, float]) -> int:
-        """The number to take, and remembered, by measured tokens a second (0: could not be measured)."""
+        """Chooses by measured tokens a second (0: could not be measured), and remembers the choice."""
         if not all(rates.values()):
             return next(iter(rates))
         best = fastest(rates)
