@@ -118,7 +118,7 @@ class Learned:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One writer among all threads and processes, because they share the temporary file's name."""
+        """One writer, among all threads and processes: they share the name of the temporary file, too."""
         descriptor = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             limit_s = time.monotonic() + _LOCK_WAIT_S
