@@ -271,7 +271,7 @@ class Dispatcher:
                 run.put_back = True
             return
         suspects = [run for run in runs if run.name in runner.suspects] or runs
-        suspects[0].lease.blame(frozenset(run.digest for run in suspects))
+        suspects[0].lease.report_crash(frozenset(run.digest for run in suspects))
         for run in runs:
             if run in suspects:
                 log.warning(

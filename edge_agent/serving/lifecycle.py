@@ -99,7 +99,7 @@ class ModelLifecycle:
                 record=version.record,
                 flavor=version.reported.flavor,
                 parallel=version.reported.parallel,
-                blame=crashes.append,
+                report_crash=crashes.append,
             )
         finally:
             self._give_back(version)

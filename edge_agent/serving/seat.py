@@ -33,14 +33,14 @@ class Lease:
 
     Attributes:
         parallel: how many prompts the runner answers at once.
-        blame: call it once when the runner failed, with the digests of the prompts that may have been the cause.
+        report_crash: call it once when the runner failed, with the digests of the prompts that may have been the cause.
     """
 
     runner: Runner
     record: VersionRecord
     flavor: str
     parallel: int
-    blame: Callable[[frozenset[bytes]], None]
+    report_crash: Callable[[frozenset[bytes]], None]
 
     @property
     def version(self) -> int:

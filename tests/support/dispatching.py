@@ -118,7 +118,7 @@ class ScriptedHost:
     wanted: bool = False
     waits: int = 0
     unloads: int = 0
-    blamed: list[frozenset[bytes]] = field(default_factory=list)
+    crashes: list[frozenset[bytes]] = field(default_factory=list)
     on_lease: Callable[[], None] = lambda: None
 
     def lease(self) -> ScriptedLoan:
@@ -147,7 +147,7 @@ class ScriptedLoan:
             return None
         host.leases += 1
         return ScriptedLease(
-            runner=host.runner, version=host.version, parallel=host.parallel, blame=host.blamed.append
+            runner=host.runner, version=host.version, parallel=host.parallel, report_crash=host.crashes.append
         )
 
     def __exit__(self, *_: object) -> None:
@@ -160,7 +160,7 @@ class ScriptedLease:
     runner: ScriptedRunner
     version: int
     parallel: int
-    blame: Callable[[frozenset[bytes]], None]
+    report_crash: Callable[[frozenset[bytes]], None]
 
 
 @dataclass(kw_only=True)

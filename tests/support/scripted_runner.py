@@ -303,7 +303,7 @@ class Life:
         with self.lifecycle.lease() as lease:
             assert lease is not None, self.lifecycle.reason
             self.newest_runner(lease.version).crash()
-            lease.blame(frozenset(prompt.encode() for prompt in prompts))
+            lease.report_crash(frozenset(prompt.encode() for prompt in prompts))
 
     def newest_runner(self, version: int) -> ScriptedRunner:
         return [runner for runner in self.host.runners if runner.version == version][-1]

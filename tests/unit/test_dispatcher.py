@@ -344,7 +344,7 @@ def test_what_may_have_killed_a_runner_is_handed_to_the_lease_as_digests(desk: D
     _, two, three = desk.start("r1", "r2", "r3")
     desk.runner.die(two, three)
     desk.dispatcher.step()
-    assert desk.host.blamed == [frozenset([digest({"prompt": "r2"}), digest({"prompt": "r3"})])]
+    assert desk.host.crashes == [frozenset([digest({"prompt": "r2"}), digest({"prompt": "r3"})])]
     assert (desk.status(1), desk.status(2), desk.status(3)) == (None, 500, 500)
 
 
@@ -355,7 +355,7 @@ def test_when_nobody_knows_whose_turn_it_was_all_are_suspects(desk: Desk, suspec
     desk.runner.die(*suspects)
     desk.dispatcher.step()
     assert (desk.status(1), desk.status(2)) == (500, 500)
-    assert desk.host.blamed == [frozenset([digest({"prompt": "r1"}), digest({"prompt": "r2"})])]
+    assert desk.host.crashes == [frozenset([digest({"prompt": "r1"}), digest({"prompt": "r2"})])]
 
 
 def test_what_a_runner_said_before_its_death_counts(desk: Desk) -> None:
@@ -366,7 +366,7 @@ def test_what_a_runner_said_before_its_death_counts(desk: Desk) -> None:
     desk.dispatcher.step()
     assert desk.text(1) == "whole"
     assert desk.status(2) == 500
-    assert desk.host.blamed == [frozenset([digest({"prompt": "r2"})])]
+    assert desk.host.crashes == [frozenset([digest({"prompt": "r2"})])]
 
 
 def test_what_was_put_back_starts_again_beside_an_answer_that_waits_for_the_journal(desk: Desk) -> None:
@@ -393,7 +393,7 @@ def test_a_runner_that_is_dead_at_the_start_costs_the_prompt_only_after_its_deat
     desk.runner.die("r1.1.1")
     desk.dispatcher.step()
     assert desk.status(1) == 500
-    assert len(desk.host.blamed) == 1
+    assert len(desk.host.crashes) == 1
 
 
 # --- Waiting, loading, stopping ------------------------------------------------------------------------
@@ -455,7 +455,7 @@ def test_a_prompt_whose_runner_ends_with_the_agent_goes_back_into_the_queue(desk
     desk.runner.die(name)
     desk.dispatcher.step()
     assert state_of(desk, 1) == (State.QUEUED, 0)
-    assert desk.host.blamed == []
+    assert desk.host.crashes == []
     assert desk.outlet.rows == []
 
 
