@@ -26,6 +26,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from paho.mqtt.client import Client as Paho
 from paho.mqtt.client import MQTTMessage, MQTTv5
@@ -49,7 +50,6 @@ DEADLINE_S = 300
 RESENT_SHARE = 0.2
 LONG_SHARE = 0.5
 LONG_ANSWER_CHARACTERS = 300
-EQUAL_SHARE_MIN = 0.95
 
 PATIENCE_S = 120.0
 """Longer than the agent's longest wait before it connects again: without a sign of life that long, it is over."""
@@ -123,6 +123,7 @@ class Verdict:
     unrepeated: list[str]
     contradictory: list[str]
     second_generations: list[str]
+    unexplained: list[str]
 
 
 # --- The tests ----------------------------------------------------------------------------------------
@@ -155,7 +156,8 @@ def test_every_acked_prompt_gets_one_answer_whatever_breaks(
     assert not verdict.second_generations, f"{story_of(verdict.second_generations, log)}\n{table}"
     assert all(prompt.acked for prompt in prompts), f"the broker did not take every prompt\n{table}"
     assert verdict.equal == verdict.completions, f"a completion says something else\n{table}"
-    assert verdict.equal >= EQUAL_SHARE_MIN * len(prompts), table
+    assert not verdict.unexplained, f"{story_of(verdict.unexplained, log)}\n{table}"
+    assert verdict.completions > len(prompts) / 2, table
 
 
 def test_the_judge_sees_what_is_lost_contradictory_wrong_or_made_twice() -> None:
@@ -189,6 +191,7 @@ def test_the_judge_sees_what_is_lost_contradictory_wrong_or_made_twice() -> None
         unrepeated=[failed.id],
         contradictory=[twice.id],
         second_generations=[again.id],
+        unexplained=[failed.id],
     )
 
 
@@ -586,6 +589,20 @@ def judged(prompts: Sequence[Asked], reference: dict[Pair, str], log: str) -> Ve
         unrepeated=[prompt.id for prompt in prompts if 0 < len(prompt.answers) < prompt.expected],
         contradictory=[prompt.id for prompt in prompts if len(set(prompt.answers)) > 1],
         second_generations=second_generations(log),
+        unexplained=[
+            prompt.id
+            for prompt, document in documents
+            if "error" in document and not given_up(prompt.id, document, log)
+        ],
+    )
+
+
+def given_up(request_id: str, document: dict[str, Any], log: str) -> bool:
+    """Whether an error is the one that the contract has: 500 for a prompt that was running at two daemon deaths."""
+    return (
+        int(document["error"]["status"]) == 500
+        and f"prompt starts request={request_id} " in log
+        and f"prompt given up request={request_id} " in log
     )
 
 
@@ -635,6 +652,7 @@ def table_of(chaos: Chaos, verdict: Verdict, *, seconds: float, seed: int) -> st
         ("not answered again", len(verdict.unrepeated)),
         ("contradictory", len(verdict.contradictory)),
         ("second generations", len(verdict.second_generations)),
+        ("errors without two daemon deaths", len(verdict.unexplained)),
         ("duration", f"{seconds:.0f} s"),
         ("seed", seed),
     ]
