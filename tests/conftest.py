@@ -31,6 +31,18 @@ _not_run: list[str] = []
 _left_over: list[str] = []
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--real-model", help="what `./build.sh real-model` made; tests/real runs with it, and only then"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Tests of the real model are no part of the default run: it takes minutes to make."""
+    real = collection_path.is_relative_to(ROOT / "tests" / "real")
+    return True if real and not config.getoption("--real-model") else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """One environment for every test, and every orphan of a test becomes this process's child."""
     environment = clean_environment({"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"})

@@ -48,6 +48,7 @@ def test_help_has_a_line_for_each_command() -> None:
         "sample-model",
         "random-model",
         "real-model",
+        "real-test",
         "lock",
         "help",
     ):

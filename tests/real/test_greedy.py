@@ -1,0 +1,100 @@
+"""At temperature 0 the same request gets the same answer, whatever was asked before it or is asked beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.real.conftest import NEW_TOKENS
+from tests.real.prompts import PROMPTS
+from tests.support.client import Client, chat
+from tests.support.processes import Daemon, standing_still
+from tests.support.sample_device import wait_for_state
+from tests.support.wrapper import ask, forget, user
+
+
+def different(answers: list[str], expected: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    """(prompt, answer, the answer that it gets alone) where those two differ."""
+    return [
+        (prompt, answer, right)
+        for prompt, answer, right in zip(PROMPTS, answers, expected, strict=True)
+        if answer != right
+    ]
+
+
+def short(prompt: str) -> dict[str, Any]:
+    return chat(prompt, max_tokens=NEW_TOKENS)
+
+
+def test_the_model_is_a_real_one(alone: tuple[str, ...]) -> None:
+    assert alone[1] == "The capital of France is Paris."
+    assert len(set(alone)) == len(PROMPTS), "no two prompts have one answer"
+
+
+def test_over_mqtt_behind_other_prompts(client: Client, alone: tuple[str, ...]) -> None:
+    assert different([client.ask(short(prompt)).text for prompt in PROMPTS], alone) == []
+
+
+def test_again(client: Client, alone: tuple[str, ...]) -> None:
+    twice = [[client.ask(short(prompt)) for _ in range(2)] for prompt in PROMPTS]
+    for number in range(2):
+        assert different([answers[number].text for answers in twice], alone) == []
+    again = [answers[1].json["usage"] for answers in twice]
+    assert all(usage["cached_tokens"] == usage["prompt_tokens"] - 2 for usage in again), "it was reused"
+
+
+def test_four_at_once(client: Client, alone: tuple[str, ...]) -> None:
+    answers: list[str] = []
+    for start in range(0, len(PROMPTS), 4):
+        sent = [client.send(short(prompt)) for prompt in PROMPTS[start : start + 4]]
+        answers += [client.answer(correlation).text for correlation in sent]
+    assert different(answers, alone) == []
+
+
+def test_after_a_cancel(client: Client, device: Daemon, alone: tuple[str, ...]) -> None:
+    (runner,) = device.runners()
+    answers, statuses = [], []
+    for prompt in PROMPTS:
+        cancelled = client.send({**chat(prompt, max_tokens=1500), "stream": True})
+        client.wait(lambda m, mine=cancelled: m.topic == f"{client.replies}/stream" and m.correlation == mine)
+        with standing_still(runner):
+            client.publish(
+                f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=cancelled
+            )
+            statuses.append(client.answer(cancelled).status)
+        answers.append(client.ask(short(prompt)).text)
+    assert statuses.count(499) > len(PROMPTS) / 2, "too few were cancelled in the middle"
+    assert different(answers, alone) == []
+
+
+def test_after_a_restart(client: Client, device: Daemon, alone: tuple[str, ...]) -> None:
+    client.ask(short(PROMPTS[0]))
+    device.restart()
+    wait_for_state(device, "ready")
+    first = client.ask(short(PROMPTS[0]))
+    answers = [first.text, *(client.ask(short(prompt)).text for prompt in PROMPTS[1:])]
+    assert first.json["usage"]["cached_tokens"] == 0
+    assert different(answers, alone) == []
+
+
+@pytest.mark.parametrize("slice_tokens", [37, 16, 4096])
+def test_in_other_slices(
+    wrapper: Any, alone: tuple[str, ...], slice_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = wrapper.unwrap_python_model().predict.__globals__
+    monkeypatch.setitem(code, "SLICE_TOKENS", slice_tokens)
+    answers = []
+    for prompt in PROMPTS:
+        forget(wrapper)
+        answers.append(ask(wrapper, user(prompt), max_tokens=NEW_TOKENS).text)
+    assert different(answers, alone) == []
+
+
+def test_a_prompt_of_65_tokens_has_no_slice_of_one(wrapper: Any) -> None:
+    engine = wrapper.unwrap_python_model()._engine
+    words = next(n for n in range(1, 60) if len(engine.prompts.chat(user("river " * n)["messages"])) == 65)
+    forget(wrapper)
+    first = ask(wrapper, user("river " * words), max_tokens=NEW_TOKENS)
+    assert first.usage["prompt_tokens"] == 65
+    assert first.text == ask(wrapper, user("river " * words), max_tokens=NEW_TOKENS).text
