@@ -74,7 +74,10 @@ def test_after_a_restart(client: Client, device: Daemon, alone: tuple[str, ...])
     wait_for_state(device, "ready")
     first = client.ask(short(PROMPTS[0]))
     answers = [first.text, *(client.ask(short(prompt)).text for prompt in PROMPTS[1:])]
-    assert first.json["usage"]["cached_tokens"] == 0
+    usage = first.json["usage"]
+    assert usage["cached_tokens"] < usage["prompt_tokens"] - 2, (
+        "nothing of a client's text survives a restart"
+    )
     assert different(answers, alone) == []
 
 
