@@ -15,6 +15,14 @@ from edge_agent.errors import BadRequest
 ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 ROLES = ("system", "user", "assistant")
 
+RESPONSE_FORMATS = {
+    "text": {"type"},
+    "json_object": {"type"},
+    "json_schema": {"type", "json_schema"},
+    "regex": {"type", "regex"},
+}
+"""The types of `response_format` and the fields of each."""
+
 MAX_MESSAGES = 256
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
@@ -131,11 +139,9 @@ def _response_format(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRequest(f"{name} must be an object")
     kind = value.get("type")
-    keys = {"text": {"type"}, "json_schema": {"type", "json_schema"}, "regex": {"type", "regex"}}.get(
-        kind if isinstance(kind, str) else ""
-    )
+    keys = RESPONSE_FORMATS.get(kind if isinstance(kind, str) else "")
     if keys is None:
-        raise BadRequest(f"{name}.type must be text, json_schema or regex")
+        raise BadRequest(f"{name}.type must be one of {', '.join(RESPONSE_FORMATS)}")
     if set(value) != keys:
         raise BadRequest(f"{name} of type {kind} has exactly the fields {', '.join(sorted(keys))}")
     if kind == "regex":

@@ -144,11 +144,11 @@ class Scheduler:
 
 
 def refusal_of(error: Exception, prompts: Sequence[str]) -> PromptError:
-    """What prompts get for what model code raised: its own refusal by code, else `model_failed`."""
+    """What prompts get for what model code raised: its own refusal by code, else `model_failed` without its text."""
     if isinstance(error, PromptError):
         return error
     code = str(getattr(error, "code", ""))
-    if kind := by_code(BadRequest, PromptTooLong).get(code):
+    if kind := by_code(BadRequest, PromptTooLong, ModelFailed).get(code):
         return kind(str(error).removeprefix(f"{code}: "))
     print_frames(error, *prompts)
     if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":

@@ -4,8 +4,8 @@ It is copied into every package byte for byte, and a device runs it because it k
 self-contained (mlflow, onnxruntime-genai, numpy, pandas, standard library), and works in any MLflow server.
 
 It owns one loaded model and its generators: those in use, and those kept for later prompts with the same
-beginning. It refuses invalid requests with `RequestError`. It knows nothing of queues, deadlines or default
-system prompts.
+beginning. It refuses invalid requests with `RequestError`, and those that the library cannot follow with
+`GuidanceError`. It knows nothing of queues, deadlines or default system prompts.
 
 Flow of a request:
     _rows, _Request  what arrived, checked field by field
@@ -44,6 +44,7 @@ KV_ELEMENT_BYTES = 4  # the model builder's int4 models for the CPU keep keys an
 DEFAULT_MAX_TOKENS = 256
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 MAX_RESPONSE_FORMAT_CHARACTERS = 32_768
+MAX_ITEMS = 10_000  # minItems and maxItems of a schema together: its grammar has a rule for each item
 ROLES = ("system", "user", "assistant")
 
 
@@ -69,6 +70,7 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         Raises:
             RequestError: the request is at fault.
+            GuidanceError: the library cannot follow its response_format.
         """
         answers: list[Any] = []
         for row in _rows(model_input):
@@ -87,7 +89,9 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             `{finish_reason, usage, timings}`.
 
         Raises:
-            RequestError: the request is at fault; raised before the first item.
+            RequestError: the request is at fault; raised before the first item with text.
+            GuidanceError: the library cannot follow its response_format. What can be known of that before the
+                first token is raised before it.
         """
         rows = _rows(model_input)
         if len(rows) != 1:
@@ -152,6 +156,19 @@ class RequestError(ValueError):
         self.code = code
 
 
+class GuidanceError(RuntimeError):
+    """The library cannot follow a right response_format; the request is not at fault. The message starts with the code.
+
+    Attributes:
+        code: `model_failed`.
+    """
+
+    code = "model_failed"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{self.code}: {message}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     """The package's `model_config`; 0 means not given.
@@ -194,7 +211,7 @@ class _Request:
     top_k: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    guidance: tuple[str, str] | None = None
+    guidance: _Guidance | None = None
 
     CHAT_INPUTS: ClassVar = frozenset({"messages", "temperature", "max_tokens", "stop", "n", "stream"})
     PROMPT_INPUTS: ClassVar = frozenset({"prompt"})
@@ -229,7 +246,7 @@ class _Request:
             top_k=_integer(given, "top_k", 0, 1 << 31),
             seed=_integer(given, "seed", -(1 << 63), 1 << 63),
             stop=_stops(given),
-            guidance=_guidance(given),
+            guidance=_Guidance.parse(given),
         )
 
 
@@ -496,8 +513,12 @@ class _Engine:
         generator_params = og.GeneratorParams(self._model)
         generator_params.set_search_options(**search)
         if request.guidance is not None:
-            generator_params.set_guidance(*request.guidance)
+            generator_params.set_guidance("lark_grammar", request.guidance.grammar)
         return og.Generator(self._model, generator_params)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of a whole answer."""
+        return str(self._tokenizer.decode(np.array(tokens, np.int32)))
 
     def _budget(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """The number of new tokens for a request, at least 1."""
@@ -557,6 +578,7 @@ class _Lane:
 
         Raises:
             RequestError: the request is at fault.
+            GuidanceError: the library cannot follow its response_format.
         """
         try:
             return next(self._steps)
@@ -604,6 +626,8 @@ class _Lane:
         session.generator.generate_next_token()
         token = int(session.generator.get_next_tokens()[0])
         is_end = token in self._engine.eos
+        if is_end and job.request.guidance is not None:
+            job.request.guidance.check(self._engine.text(job.answer))
         if session.reusable and not is_end:
             session.tokens.append(token)
         yield from job.take(token, is_end=is_end)
@@ -864,45 +888,165 @@ def _stops(given: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _guidance(given: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The arguments of the library's `set_guidance` for `response_format` (an object, or its JSON)."""
-    value = given.get("response_format")
-    if value is None or value == "":
-        return None
-    if isinstance(value, str):
-        if len(value) > MAX_RESPONSE_FORMAT_CHARACTERS:
+@dataclass(frozen=True, kw_only=True)
+class _Guidance:
+    """What an answer must look like.
+
+    The library's own `json_schema` and `regex` are written as a grammar here, because only a grammar can say
+    `no_forcing`: the model chooses the tokens of literal text, too. Else the library encodes that text, and the rest of
+    a character whose first byte is decided becomes U+FFFD. White space is compact unless a schema says otherwise in
+    `x-guidance`: small models write line breaks until their last token.
+
+    Attributes:
+        grammar: for the library, in its variant of Lark.
+        is_json: a finished answer is JSON.
+    """
+
+    grammar: str
+    is_json: bool
+
+    HEAD: ClassVar = '%llguidance {"no_forcing": true}\nstart: '
+    SPACING: ClassVar = {"whitespace_flexible": False}
+    QUOTED: ClassVar = {"/": r"\/", "\n": r"\n", "\r": r"\r"}
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> _Guidance | None:
+        """Reads the field `response_format` (an object, or its JSON); None if the answer is free.
+
+        Raises:
+            RequestError: it is invalid.
+        """
+        value = given.get("response_format")
+        if value is None or value == "":
+            return None
+        if isinstance(value, str):
+            value = _response_format(value)
+        kind = value.get("type") if isinstance(value, Mapping) else None
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return cls.for_schema({"type": "object"})
+        if kind == "regex" and isinstance(value.get("regex"), str) and value["regex"]:
+            return cls.for_regex(_text(value["regex"], "regex of response_format"))
+        if kind == "json_schema":
+            nested = value.get("json_schema")
+            schema = nested.get("schema") if isinstance(nested, Mapping) else value.get("schema")
+            if isinstance(schema, Mapping):
+                return cls.for_schema(schema)
+        raise RequestError(
+            "bad_request",
+            'response_format must be {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": …}} '
+            'or {"type": "regex", "regex": …}',
+        )
+
+    @classmethod
+    def for_schema(cls, schema: Mapping[str, Any]) -> _Guidance:
+        """JSON that a schema admits."""
+        if _items(schema) > MAX_ITEMS:
             raise RequestError(
-                "bad_request", f"response_format has more than {MAX_RESPONSE_FORMAT_CHARACTERS} characters"
+                "bad_request", f"minItems and maxItems in response_format are more than {MAX_ITEMS} together"
             )
+        spacing = schema.get("x-guidance", {})
+        if isinstance(spacing, Mapping):
+            spacing = {**cls.SPACING, **spacing}
         try:
-            value = json.loads(value)
+            text = json.dumps({**schema, "x-guidance": spacing}, ensure_ascii=False, allow_nan=False)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RequestError("bad_request", "the schema of response_format is not JSON") from error
+        return cls(grammar=f"{cls.HEAD}%json {_text(text, 'response_format')}", is_json=True)
+
+    @classmethod
+    def for_regex(cls, regex: str) -> _Guidance:
+        """Text that a regular expression matches as a whole."""
+        quoted = re.sub(
+            r"\\?([/\n\r])|\\.", lambda match: cls.QUOTED.get(match[1], match[0]), regex, flags=re.DOTALL
+        )
+        return cls(grammar=f"{cls.HEAD}/{quoted}/", is_json=False)
+
+    def check(self, text: str) -> None:
+        """Checks a finished answer: the library stops anywhere in a schema that has no finite answer.
+
+        Raises:
+            GuidanceError: it is not what it should be.
+        """
+        if not self.is_json:
+            return
+        try:
+            json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise RequestError("bad_request", "response_format is not JSON") from error
-    kind = value.get("type") if isinstance(value, Mapping) else None
-    if kind == "text":
-        return None
-    if kind == "regex" and isinstance(value.get("regex"), str) and value["regex"]:
-        return "regex", _text(value["regex"], "regex of response_format")
-    if kind == "json_schema":
-        nested = value.get("json_schema")
-        schema = nested.get("schema") if isinstance(nested, Mapping) else value.get("schema")
-        if isinstance(schema, Mapping):
-            return "json_schema", json.dumps(schema)
-    raise RequestError(
-        "bad_request",
-        'response_format must be {"type": "json_schema", "json_schema": {"schema": …}} or '
-        '{"type": "regex", "regex": …}',
-    )
+            raise GuidanceError("the answer ended before it was what response_format asks for") from error
 
 
-def _refusal(error: Exception, request: _Request) -> RequestError | None:
-    """The error as a `RequestError` if the request caused it, judged by its text: the library has no error codes."""
+def _response_format(value: str) -> Any:
+    """The JSON text of a response_format, as MLflow's params have it, parsed."""
+    if len(value) > MAX_RESPONSE_FORMAT_CHARACTERS:
+        raise RequestError(
+            "bad_request", f"response_format has more than {MAX_RESPONSE_FORMAT_CHARACTERS} characters"
+        )
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RequestError("bad_request", "response_format is not JSON") from error
+
+
+def _items(schema: Any) -> float:
+    """The sum of every `minItems` and `maxItems` in a schema."""
+    total, rest = 0.0, [schema]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, Mapping):
+            counts = (part.get("minItems"), part.get("maxItems"))
+            total += sum(max(0, count) for count in counts if isinstance(count, (int, float)))
+            rest += part.values()
+        elif isinstance(part, list):
+            rest += part
+    return total
+
+
+# What the library says of a grammar that it does not take, and what we say of it.
+_UNSUPPORTED = {
+    r'Unimplemented keys: \[([\w", $-]+)\]': "{} in a schema is not supported",
+    r"Unknown format: ([\w-]{1,40})": "the string format {} is not supported",
+    r"oneOf constraints": "oneOf is not supported where several of its schemas may fit one value",
+    r"min/maxProperties only": "minProperties and maxProperties are not supported beside properties that are optional",
+    r"look-?around": "look-around and word boundaries in a regular expression are not supported",
+    r"backreferences": "back-references in a regular expression are not supported",
+    r"not present in a registry": "a $ref to another document is not supported",
+    r"recursion limit": "the schema is nested too deeply",
+}
+_WRONG = {
+    r"Unsatisfiable schema": "no answer can satisfy the schema",
+    r"Pointer .* does not exist": "a $ref points to nothing",
+    r"regex parse error|invalid regex|lexer error": "a regular expression is invalid",
+    r"Invalid type|must be an? |invalid type|unknown field": "the schema is invalid",
+}
+
+
+def _refusal(error: Exception, request: _Request) -> RequestError | GuidanceError | None:
+    """The error in the terms of the request that met it, judged by its text: the library has no error codes."""
     text = str(error)
     if "exceeds max length" in text or "cannot be greater than model context_length" in text:
         return RequestError("prompt_too_long", text)
-    if request.guidance is not None and re.search(r"Error (creating grammar|committing tokens)", text):
-        return RequestError("bad_request", f"this model cannot follow response_format: {text[:300]}")
+    if request.guidance is None:
+        return None
+    if text.startswith("Error creating grammar: "):
+        reason, _, _ = text.partition("\n   1 | ")  # then comes the grammar, with the schema in it
+        return _grammar_refusal(reason)
+    if text.startswith("Error creating llg_tokenizer: "):
+        return GuidanceError("this model's tokenizer does not support response_format")
+    if text.startswith(("Error committing tokens: ", "Error computing mask: ")):
+        return GuidanceError("response_format is too complex for this model's library")
     return None
+
+
+def _grammar_refusal(reason: str) -> RequestError | GuidanceError:
+    for pattern, words in _UNSUPPORTED.items():
+        if found := re.search(pattern, reason):
+            return GuidanceError(f"response_format: {words.format(*found.groups())}")
+    for pattern, words in _WRONG.items():
+        if re.search(pattern, reason):
+            return RequestError("bad_request", f"response_format: {words}")
+    return GuidanceError("response_format: this schema or regular expression is not supported")
 
 
 def _added_tokens(folder: Path) -> list[tuple[int, str, bool]]:

@@ -96,6 +96,7 @@ def use(daemon: Daemon, client: Client, commands: Commands) -> None:
         chat(words * 400),
         chat(words, temperature=words),
         chat(words, response_format={"type": "regex", "regex": f"({words}"}),
+        chat(words, response_format={"type": "json_schema", "json_schema": {"schema": {"format": words}}}),
     ):
         assert client.ask(wrong).status >= 400
     for place in (unforeseen.ON_ACCEPTANCE, unforeseen.ON_THE_WAY):

@@ -298,7 +298,7 @@ def test_a_bad_request_is_refused_by_code(chat: Any, row: dict[str, Any]) -> Non
         {"response_format": '{"type": "xml"}'},
         {"response_format": '{"type": "regex"}'},
         {"response_format": '{"type": "regex", "regex": "["}'},
-        {"response_format": '{"type": "regex", "regex": "a(?=b)"}'},
+        {"response_format": '{"type": "json_schema", "json_schema": {"schema": {"maxItems": 1000000}}}'},
         {"response_format": '{"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}'},
         {"response_format": " " * 40_000},
     ],
@@ -335,6 +335,56 @@ def test_an_answer_follows_a_regular_expression(chat: Any) -> None:
     response_format = json.dumps({"type": "regex", "regex": "(Madrid|Paris), [0-9]{3}"})
     assert re.fullmatch("(Madrid|Paris), [0-9]{3}", ask(chat, SPAIN, response_format=response_format).text)
     assert ask(chat, SPAIN, response_format='{"type": "text"}').text == MADRID
+
+
+@pytest.mark.parametrize("character", ["€", "—", "½", "ł", "温度", "👍"])
+def test_text_outside_ascii_in_a_response_format(chat: Any, character: str) -> None:
+    schema = json.dumps({"type": "json_schema", "json_schema": {"schema": {"enum": [character, "other"]}}})
+    answer = ask(chat, SPAIN, response_format=schema, max_tokens=60)
+    assert answer.finish_reason == "stop" and json.loads(answer.text) in (character, "other")
+    schema = json.dumps({"type": "json_schema", "json_schema": {"schema": {"const": {character: character}}}})
+    answer = ask(chat, SPAIN, response_format=schema, max_tokens=60)
+    assert answer.text == json.dumps({character: character}, ensure_ascii=False, separators=(",", ":"))
+    regex = json.dumps({"type": "regex", "regex": character})
+    assert ask(chat, SPAIN, response_format=regex, max_tokens=60).text == character
+
+
+def test_json_has_no_white_space_unless_the_schema_wants_it(chat: Any) -> None:
+    schema = {"const": {"a": [1, {"b": 2}]}}
+    spaced = {**schema, "x-guidance": {"item_separator": ", ", "key_separator": ": "}}
+    for wanted, text in ((schema, '{"a":[1,{"b":2}]}'), (spaced, '{"a": [1, {"b": 2}]}')):
+        response_format = json.dumps({"type": "json_schema", "json_schema": {"schema": wanted}})
+        assert ask(chat, SPAIN, response_format=response_format, max_tokens=60).text == text
+
+
+def test_any_json_object(chat: Any) -> None:
+    answer = ask(chat, SPAIN, response_format='{"type": "json_object"}', max_tokens=200)
+    assert answer.text.startswith("{")
+    assert answer.finish_reason == "length" or isinstance(json.loads(answer.text), dict)
+
+
+UNENDING = {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]}
+TOO_MANY = {"anyOf": [{"type": "object", "properties": {f"k{n}": {"const": n}}} for n in range(2500)]}
+
+
+@pytest.mark.parametrize(
+    "response_format",
+    [
+        {"type": "regex", "regex": "a(?=b)"},
+        {"type": "json_schema", "schema": {"not": {"const": 1}}},
+        {"type": "json_schema", "schema": TOO_MANY},
+        {"type": "json_schema", "schema": UNENDING},
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_the_library_cannot_follow_is_the_models_failure(
+    chat: Any, response_format: dict[str, Any]
+) -> None:
+    with pytest.raises(RuntimeError, match=r"^model_failed: ") as caught:
+        list(chat.unwrap_python_model().predict_stream(None, SPAIN, {"response_format": response_format}))
+    assert caught.value.code == "model_failed"  # type: ignore[attr-defined]
+    assert len(str(caught.value)) < 120, "in few words of our own"
+    assert ask(chat, SPAIN).text == MADRID
 
 
 # --- Stopping early, and going on -----------------------------------------------------------------------

@@ -65,6 +65,7 @@ _formats = st.one_of(
     st.sampled_from(
         [
             {"type": "text"},
+            {"type": "json_object"},
             {"type": "regex", "regex": "(yes|no)"},
             {"type": "regex", "regex": "(("},
             {"type": "regex", "regex": "a\0"},

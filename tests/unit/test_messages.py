@@ -100,6 +100,7 @@ def test_anything_that_does_not_begin_with_a_brace_is_a_plain_text_prompt(payloa
         (chat(model=7), "model"),
         (chat(response_format={"type": "xml"}), "response_format"),
         (chat(response_format={"type": "regex"}), "response_format"),
+        (chat(response_format={"type": "json_object", "schema": {}}), "response_format"),
         (chat(response_format={"type": "json_schema", "json_schema": "x"}), "response_format"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from edge_agent.runner.model import End, Lane, Model
 from edge_agent.runner.protocol import Delta, Done, Generate, Refused
-from edge_agent.runner.scheduler import Scheduler
+from edge_agent.runner.scheduler import Scheduler, refusal_of
 
 Steps = Callable[[dict[str, Any]], Iterator[str | End]]
 
@@ -166,6 +166,23 @@ def test_a_lane_that_fails_costs_its_own_prompt(capsys: pytest.CaptureFixture[st
     assert bench.text("c") == "ccc"
     assert model.open == 0
     assert "request=a ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", ["bad_request", "prompt_too_long", "model_failed"])
+def test_what_the_wrapper_says_of_a_request_is_its_answer(
+    code: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = RuntimeError(f"{code}: the reason")
+    error.code = code  # type: ignore[attr-defined]
+    refusal = refusal_of(error, ["a"])
+    assert (refusal.code, refusal.message) == (code, "the reason")
+    assert capsys.readouterr().err == "", "nothing of it is in the log"
+
+
+def test_an_error_with_a_code_that_is_not_the_models_to_give_says_nothing() -> None:
+    error = RuntimeError("queue_full: a prompt")
+    error.code = "queue_full"  # type: ignore[attr-defined]
+    assert refusal_of(error, ["a"]).message == "the model raised RuntimeError"
 
 
 def test_whose_turn_it_is_is_said_before_the_model_is_asked() -> None:
