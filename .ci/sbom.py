@@ -18,7 +18,6 @@ from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.model.license import License, LicenseAcknowledgement
 from cyclonedx.output.json import JsonV1Dot6
 from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
 from wheels import Wheel
 
@@ -55,6 +54,8 @@ def make(
     digests = "".join(sorted(wheel.sha256 for wheel in (root, *wheels)))
     bom.serial_number = uuid.uuid5(uuid.NAMESPACE_OID, digests)
     text = str(JsonV1Dot6(bom).output_as_string(indent=1))
+    from cyclonedx.validation.json import JsonStrictValidator  # takes seconds to import: it compiles grammars
+
     if error := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text):
         raise ValueError(f"the SBOM is not CycloneDX 1.6: {error}")
     return text

@@ -29,7 +29,7 @@ from edge_agent.chat.intake import Intake
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Source
 from edge_agent.device_status import DeviceStatus, StatusPublisher
-from edge_agent.errors import DaemonRunning, JournalUnavailable, StoreError
+from edge_agent.errors import DaemonRunning, JournalUnavailable, StoreError, disk_remedy
 from edge_agent.sd_notify import Notifier
 from edge_agent.serving.lifecycle import lifecycles_of
 from edge_agent.settings import Settings
@@ -284,7 +284,7 @@ def _only_daemon(state_dir: Path) -> Lock:
     except OSError as error:
         raise StoreError(
             f"lock {path} cannot be opened: {error.strerror}",
-            remedy="run as the user that owns state_dir, or give it its files back with chown",
+            remedy=disk_remedy(error),
         ) from error
     if not lock.try_exclusive():
         lock.close()

@@ -10,6 +10,7 @@ turns a code that crossed a process boundary into its class again.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, TypeVar
 
@@ -31,6 +32,20 @@ class EdgeAgentError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}; {self.remedy}" if self.remedy else self.message
+
+
+_DISK_REMEDIES = {
+    errno.ENOSPC: "free some space on the agent's disk",
+    errno.EDQUOT: "free some space, or raise the disk quota of the agent's user",
+    errno.EROFS: "mount it read-write; if the kernel made it read-only, `dmesg` says why",
+    errno.EIO: "look at `dmesg`: the disk fails",
+    errno.EACCES: "run as the user that owns state_dir, or give it its files back with chown",
+}
+
+
+def disk_remedy(error: OSError) -> str:
+    """What to do about a refusal of the file system under `state_dir`; empty if nothing is known."""
+    return _DISK_REMEDIES.get(error.errno or 0, "")
 
 
 _Error = TypeVar("_Error", bound=EdgeAgentError)

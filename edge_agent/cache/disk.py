@@ -12,15 +12,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edge_agent.errors import StoreError
+from edge_agent.errors import StoreError, disk_remedy
 
-_NO_SPACE = "free some space, or lower cache.quota_bytes"
 _NO_LINKS = "the file system must have hard links; see `edge-agent doctor`"
 _REMEDIES = {
-    errno.ENOSPC: _NO_SPACE,
-    errno.EDQUOT: _NO_SPACE,
-    errno.EACCES: "give the agent's user the state directory",
-    errno.EROFS: "mount the state directory read-write",
+    errno.ENOSPC: "free some space, or lower cache.quota_bytes",
     errno.EPERM: _NO_LINKS,
     errno.EOPNOTSUPP: _NO_LINKS,
     errno.EXDEV: "the whole state directory must be on one file system",
@@ -38,7 +34,8 @@ def store_errors(action: str, path: Path) -> Iterator[None]:
 
 def store_error(action: str, path: Path, error: OSError) -> StoreError:
     """The operating system's error as a `StoreError`."""
-    return StoreError(f"cannot {action} {path}: {error.strerror}", remedy=_REMEDIES.get(error.errno or 0, ""))
+    remedy = _REMEDIES.get(error.errno or 0) or disk_remedy(error)
+    return StoreError(f"cannot {action} {path}: {error.strerror}", remedy=remedy)
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes | None:

@@ -71,10 +71,10 @@ class Journal:
         return self._file.trouble
 
     def mend(self) -> None:
-        """Opens a journal that turned out damaged again, with what it still holds.
+        """Opens a journal that turned out damaged again, with what it still holds, and keeps `trouble` true.
 
         Raises:
-            JournalUnavailable: it cannot be opened; the next call tries again.
+            JournalUnavailable: it cannot be opened or written; a later call tries again.
         """
         self._file.mend()
 
@@ -113,7 +113,9 @@ class Journal:
             if refusal is not None:
                 raise refusal
             if not self._file.keep_reserve():
-                raise JournalUnavailable("the disk is full", remedy="free some space on the agent's disk")
+                raise JournalUnavailable(
+                    "the agent's disk is full or failing", remedy="`edge-agent status` on the device says why"
+                )
             depth = _count_unanswered(db)
             if depth >= queue_depth:
                 raise QueueFull(f"{depth} prompts wait already", retry_after_ms=retry_after_ms)

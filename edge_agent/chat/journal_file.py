@@ -1,8 +1,9 @@
 """The journal's file: SQLite that outlives a full disk and its own damage.
 
 Owns `journal.db`, its tables, the lock in front of it, and a reserve of disk space that is given up when the disk is
-full, so that accepted prompts can still be answered. What a damaged file still holds is carried over into a new one;
-the damaged file is set aside, and the newest few of those are kept. SQLite's errors become `JournalUnavailable`. The
+full, so that accepted prompts can still be answered. Knows whether the disk takes what is written to it: once it did
+not, only a write that reached it says otherwise. What a damaged file still holds is carried over into a new one; the
+damaged file is set aside, and the newest few of those are kept. SQLite's errors become `JournalUnavailable`. The
 only importer of sqlite3.
 """
 
@@ -13,12 +14,13 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edge_agent.errors import JournalUnavailable
+from edge_agent.errors import JournalUnavailable, disk_remedy
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ _PARTS = ("-wal", "-shm", "")
 """What a database consists of, itself last."""
 _MAX_DAMAGED_KEPT = 3
 _MAX_SALVAGE_ROWS = 200_000
+_TRY_INTERVAL_S = 2.0
+"""Between two tries to write to a disk that has failed."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS prompts(
@@ -50,11 +54,15 @@ class JournalFile:
     """One connection behind one lock; any thread.
 
     Attributes:
-        trouble: why nothing can be committed or accepted, None when all is well.
+        trouble: why nothing can be committed or accepted, None when all is well. Ends with a durable write, and with
+            nothing else: on a read-only disk, every transaction that changes nothing still succeeds.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, now_s: Callable[[], float] = time.monotonic) -> None:
         """Opens or makes the file.
+
+        Args:
+            now_s: monotonic seconds.
 
         Raises:
             JournalUnavailable: the folder cannot hold one.
@@ -62,6 +70,8 @@ class JournalFile:
         self.path = path
         self.trouble: str | None = None
         self._lock = threading.RLock()
+        self._now_s = now_s
+        self._try_at_s = 0.0
         self._damaged = False
         self._reserve = path.with_name(path.name + ".reserve")
         try:
@@ -72,7 +82,7 @@ class JournalFile:
                 self._reserve.unlink(missing_ok=True)
                 self._db = _open_or_salvage(path)
         except (sqlite3.Error, OSError) as error:
-            raise JournalUnavailable(f"journal {path} cannot be opened: {error}") from error
+            raise _cannot_open(path, error) from error
         self.keep_reserve()
 
     def close(self) -> None:
@@ -90,15 +100,15 @@ class JournalFile:
             try:
                 self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                 self._db.execute("BEGIN IMMEDIATE")
+                changes = self._db.total_changes
                 yield self._db
                 self._db.execute("COMMIT")
-                self.trouble = (
-                    None if self._reserve.is_file() else "the disk is full: no prompts are accepted"
-                )
+                if durable and self._db.total_changes > changes and self._reserve.is_file():
+                    self.trouble = None
             except (sqlite3.Error, OSError) as error:
                 self._roll_back()
                 self._note_failure(error)
-                raise JournalUnavailable(f"the journal cannot be written: {error}") from error
+                raise JournalUnavailable(f"the journal cannot be written: {self.trouble}") from error
             except BaseException:
                 self._roll_back()
                 raise
@@ -115,36 +125,70 @@ class JournalFile:
             with open(self._reserve, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
         except OSError as error:
-            log.warning("journal reserve cannot be kept path=%s error=%s", self._reserve, error)
+            if self.trouble is None:
+                log.warning("journal reserve cannot be kept path=%s error=%s", self._reserve, error)
+            self.trouble = self.trouble or f"no prompts are accepted: {_reason(error)}"
             with contextlib.suppress(OSError):
                 self._reserve.unlink(missing_ok=True)
             return False
         return True
 
     def mend(self) -> None:
-        """Opens a journal that turned out damaged again, with what it still holds.
+        """Finds out, without traffic, what is wrong, and puts it right when that can be done.
+
+        A journal that turned out damaged is opened again, with what it still holds. A disk that became read-only is
+        noticed. One that failed is tried again from time to time.
 
         Raises:
-            JournalUnavailable: it cannot be opened; the next call tries again.
+            JournalUnavailable: it cannot be opened or written; a later call tries again.
         """
         with self._lock:
-            if not self._damaged and self.path.exists():
-                return
-            if not self.path.exists():
-                log.warning("journal removed path=%s: what it held is lost", self.path)
-            try:
-                self._db.close()
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._db = _open_or_salvage(self.path)
-            except (sqlite3.Error, OSError) as error:
-                raise JournalUnavailable(f"journal {self.path} cannot be opened: {error}") from error
-            self._damaged = False
-            self.trouble = None
+            if self._damaged or not self.path.exists():
+                self._reopen()
+            elif self.trouble is None and (refusal := self._refusal()):
+                self._note_failure(refusal)
+            if self.trouble is not None and self._now_s() >= self._try_at_s:
+                self._try_at_s = self._now_s() + _TRY_INTERVAL_S
+                self._try_to_write()
 
     def shrink(self) -> None:
         """Gives pages back to the disk when it can; nothing depends on it."""
         with self._lock, contextlib.suppress(sqlite3.Error):
             self._db.executescript("PRAGMA incremental_vacuum(256)")
+
+    def _reopen(self) -> None:
+        if not self.path.exists():
+            log.warning("journal removed path=%s: what it held is lost", self.path)
+        try:
+            self._db.close()
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._db = _open_or_salvage(self.path)
+        except (sqlite3.Error, OSError) as error:
+            raise _cannot_open(self.path, error) from error
+        self._damaged = False
+        self._try_at_s = self._now_s()  # it can be written again as soon as it is whole
+
+    def _refusal(self) -> OSError | None:
+        """Why the file system refuses to open a file for writing; None if it does not.
+
+        That writes nothing, so it may be asked often. A kernel that gave up on a file system refuses it, though
+        `statvfs` may still say that it is writable, and SQLite calls it an I/O error. Not asked of `journal.db`
+        itself: closing that would take away the locks that SQLite has on it.
+        """
+        try:
+            os.close(os.open(self._reserve, os.O_RDWR | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return None  # given up on a full disk, which is known, or removed: the next prompt takes it again
+        except OSError as error:
+            return error
+        return None
+
+    def _try_to_write(self) -> None:
+        """Ends the trouble if the disk takes a write again."""
+        if self.keep_reserve():
+            with self.transaction() as db:
+                db.execute("INSERT OR REPLACE INTO meta(key, value) VALUES('written', '')")
+            log.info("journal can be written again path=%s", self.path)
 
     def _roll_back(self) -> None:
         with contextlib.suppress(
@@ -157,12 +201,25 @@ class JournalFile:
         """A full disk gets the reserve, a damaged file is mended by the next `mend`."""
         if self.trouble is None:
             log.warning("journal failed path=%s error=%s", self.path, error)
-        self.trouble = str(error)
+        self.trouble = _reason(self._refusal() or error)
+        self._try_at_s = self._now_s() + _TRY_INTERVAL_S
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
         if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):  # over a disk quota, SQLite says I/O error
             with contextlib.suppress(OSError):
                 self._reserve.unlink(missing_ok=True)
         self._damaged = self._damaged or code in _DAMAGED
+
+
+def _cannot_open(path: Path, error: sqlite3.Error | OSError) -> JournalUnavailable:
+    return JournalUnavailable(f"journal {path} cannot be opened: {_reason(error)}")
+
+
+def _reason(error: sqlite3.Error | OSError) -> str:
+    """What failed, and what to do if that is known."""
+    if not isinstance(error, OSError):
+        return str(error)
+    remedy = disk_remedy(error)
+    return f"{error.strerror}; {remedy}" if remedy else str(error)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

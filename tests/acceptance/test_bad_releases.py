@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.support import namespaces
 from tests.support.client import chat
 from tests.support.processes import wait_until
@@ -69,6 +71,16 @@ def crash_on_load(folder: Path) -> None:
     add_code(folder, "import os; os.abort()")
 
 
+def test_a_release_that_fails_its_golden_prompts_is_quarantined_and_nobody_notices(
+    follow: Callable[..., FollowingDevice], sample_model: Path, short_dir: Path
+) -> None:
+    device = follow(trust={"allow_unsigned_code": True})
+    bad_release(device, sample_model, expect_lisbon, short_dir)
+    assert "Lisbon" in refused_under_load(device, 0)
+    check_not_tried_again(device)
+
+
+@pytest.mark.long
 def test_bad_releases_are_quarantined_one_after_the_other_and_nobody_notices(
     follow: Callable[..., FollowingDevice], sample_model: Path, short_dir: Path
 ) -> None:

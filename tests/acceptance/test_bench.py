@@ -27,6 +27,7 @@ def bench(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
 
+@pytest.mark.long
 def test_every_layer_is_measured_and_nothing_is_left_behind(
     pulled: Settings, sample_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,6 +78,21 @@ def device(
         yield made
 
 
+def test_the_fallback_answers_until_a_version_runs(device: Device, sample_model: Path) -> None:
+    wait_for_state(device.daemon, "degraded", 180)
+    model = device.wait_for_reason("own-fallback version 1 runs", "Unsupported model_type", "nonsense")
+    assert (model["state"], model["version"], model["uri"]) == ("ready", 1, "models:/own@prod")
+    assert device.ask_whom() == (KATHMANDU, "1")
+    assert device.in_cache() == {"own-fallback 1"}, "a version that cannot run here was fetched"
+
+    assert device.publish(sample_model) == 2
+    pulled = json.loads(device.daemon.cli("models", "pull", "assistant", "--json", timeout_s=120).stdout)
+    assert (pulled["version"], pulled["instead"]) == (2, "")
+    assert device.ask_whom() == (MADRID, "2")
+    assert device.model()["reason"] == ""
+
+
+@pytest.mark.long
 def test_each_way_to_fail_leaves_the_fallback_answering_until_a_version_runs(
     device: Device, sample_model: Path, short_dir: Path
 ) -> None:

@@ -2,7 +2,8 @@
 
 At each point two folders are started from: what the killed processes leave, and what a disk leaves that kept only
 what was synced. What the cache does at every single point is in `tests/integration/test_powerloss.py`; here are the
-real daemon, its real sync, runners and registry. The default run takes ten points, `./build.sh powerloss` all.
+real daemon, its real sync, runners and registry. The default run takes four points, `./build.sh long-test` the other
+six of those that matter most, `./build.sh powerloss` all.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ TEN = {
     "the candidate is loaded": Point("utime", rf"{VERSIONS}/2-\w+\.json"),
     "the switch": Point("rename", r"models/state\.json", 2),
 }
+FOUR = ("in a file", "the first blob gets its name", "the commit", "the switch")
 
 
 @dataclass
@@ -202,7 +204,13 @@ def check_it_stays(daemon: FaultyDaemon) -> None:
     assert Store(dropped).record("assistant", active), f"{active} is active, and its record is gone"
 
 
-@pytest.mark.parametrize("point", TEN.values(), ids=TEN.keys())
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param(point, id=name, marks=[] if name in FOUR else [pytest.mark.long])
+        for name, point in TEN.items()
+    ],
+)
 def test_cut_off_at_a_change_the_daemon_answers_again_and_finishes_its_update(
     before: Before, point: Point, tried: Tried, capsys: pytest.CaptureFixture[str]
 ) -> None:

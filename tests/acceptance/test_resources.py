@@ -79,6 +79,7 @@ def test_threads_are_measured_once_and_remembered(pulled: Settings) -> None:
     assert runners_for_a_load() == 1
 
 
+@pytest.mark.long
 def test_a_runners_memory_is_flat_over_a_thousand_prompts(pulled: Settings) -> None:
     store = Store(pulled.state_dir)
     folder = store.folder(store.versions("assistant")[0])
@@ -139,6 +140,7 @@ def device(
         yield Device(new_daemon(settings_for(broker, mlflow_server.uri, device="memory")), client)
 
 
+@pytest.mark.long
 def test_the_memory_budget_refuses_shrinks_shares_and_gives_back(device: Device) -> None:
     daemon = device.daemon
 

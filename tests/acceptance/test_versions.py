@@ -47,6 +47,7 @@ def test_rollback_pins_and_unpin_follows_again(device: FollowingDevice, swapped_
     assert device.ask() == MADRID
 
 
+@pytest.mark.long
 def test_versions_are_removed_when_nothing_needs_them(
     device: FollowingDevice, swapped_model: Path, sample_model: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_the_progress_of_a_fetch_is_reported_and_its_end(
     )
 
 
+@pytest.mark.long
 def test_several_poisonous_prompts_roll_back_and_one_does_not(
     device: FollowingDevice, swapped_model: Path
 ) -> None:
@@ -148,6 +150,7 @@ def test_several_poisonous_prompts_roll_back_and_one_does_not(
     assert "3 different prompts" in next(iter(model["quarantined"].values()))
 
 
+@pytest.mark.long
 def test_a_damaged_active_version_gives_way_and_is_mended(
     device: FollowingDevice, swapped_model: Path
 ) -> None:

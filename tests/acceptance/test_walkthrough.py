@@ -4,6 +4,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import clean_environment
@@ -30,6 +32,7 @@ def script(found: list[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.long
 def test_every_command_of_the_walkthrough_works_as_it_is_written(
     mlflow_server: Server, broker: Broker, tmp_path: Path
 ) -> None:

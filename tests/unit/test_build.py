@@ -40,6 +40,7 @@ def test_help_has_a_line_for_each_command() -> None:
     for command in (
         "demo",
         "test",
+        "long-test",
         "chaos",
         "powerloss",
         "check",

@@ -1,0 +1,91 @@
+"""A disk that refuses the journal: noticed without a prompt, and over only when a write has reached it."""
+
+import contextlib
+import errno
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_agent.chat.journal_file import JournalFile
+from edge_agent.errors import JournalUnavailable
+
+
+class Disk:
+    """The reserve's place on a disk that can be made to refuse, and a clock for the tries to write to it again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.now_s = 100.0
+        self.file = JournalFile(folder / "journal.db", now_s=lambda: self.now_s)
+        self._reserve = folder / "journal.db.reserve"
+
+    def refuse(self) -> None:
+        self._reserve.unlink()
+        self._reserve.mkdir()
+
+    def recover(self) -> None:
+        self._reserve.rmdir()
+
+    def mend(self) -> str | None:
+        self.now_s += 10
+        with contextlib.suppress(JournalUnavailable):
+            self.file.mend()
+        return self.file.trouble
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    made = Disk(tmp_path)
+    yield made
+    made.file.close()
+
+
+def test_a_disk_that_refuses_is_noticed_without_a_prompt_and_so_is_its_end(disk: Disk) -> None:
+    assert disk.mend() is None
+    disk.refuse()
+    assert "directory" in str(disk.mend())
+    disk.recover()
+    assert disk.mend() is None
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_trouble_outlives_every_transaction_that_writes_nothing_to_the_disk(
+    disk: Disk, durable: bool
+) -> None:
+    disk.refuse()
+    trouble = disk.mend()
+    with disk.file.transaction() as db:
+        db.execute("SELECT count(*) FROM prompts")
+    with disk.file.transaction(durable=durable) as db:
+        db.execute("UPDATE prompts SET state='x' WHERE row=77")
+    with disk.file.transaction(durable=False) as db:
+        db.execute("INSERT OR REPLACE INTO meta(key, value) VALUES('a', 'b')")
+    assert trouble and disk.file.trouble == trouble
+    disk.recover()
+    assert disk.file.keep_reserve()
+    with disk.file.transaction() as db:
+        db.execute("INSERT OR REPLACE INTO meta(key, value) VALUES('a', 'b')")
+    assert disk.file.trouble is None
+
+
+def test_a_disk_that_fails_is_tried_again_from_time_to_time_and_not_at_each_turn(disk: Disk) -> None:
+    disk.refuse()
+    disk.mend()
+    tries: list[str] = []
+    disk.file._db.set_trace_callback(tries.append)
+    disk.recover()
+    for _ in range(5):
+        disk.file.mend()
+    assert tries == [] and disk.file.trouble
+    assert disk.mend() is None
+    assert any("meta" in statement for statement in tries)
+
+
+def test_the_reason_is_the_file_systems_and_not_sqlites(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_only = OSError(errno.EROFS, os.strerror(errno.EROFS), "reserve")
+    monkeypatch.setattr(disk.file, "_refusal", lambda: read_only)
+    with pytest.raises(JournalUnavailable, match="read-write"), disk.file.transaction():
+        raise sqlite3.OperationalError("disk I/O error")
+    assert str(disk.file.trouble).startswith("Read-only file system; mount it read-write")
