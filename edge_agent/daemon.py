@@ -30,6 +30,7 @@ from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Source
 from edge_agent.device_status import DeviceStatus, StatusPublisher
 from edge_agent.errors import DaemonRunning, JournalUnavailable, StoreError, disk_remedy
+from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
 from edge_agent.serving.lifecycle import lifecycles_of
 from edge_agent.settings import Settings
@@ -244,7 +245,7 @@ class Daemon:
             host=self._lifecycles[name],
             journal=self._journal,
             outlets=self._outlets,
-            defaults=lambda document: messages.with_system(document, self._settings.models[name].system),
+            defaults=lambda document: protocol.with_system(document, self._settings.models[name].system),
             now=clock.now,
         )
 

@@ -188,6 +188,8 @@ class DeviceStatus:
         for name, lifecycle in self._lifecycles.items():
             if lifecycle.instead:
                 yield f"model {name}: {lifecycle.instead}"
+            if lifecycle.system_refused:
+                yield f"model {name}: {lifecycle.system_refused} (models.{name}.system)"
         for name, lifecycle in self._lifecycles.items():
             for key, reason in lifecycle.state.quarantined.items():
                 yield f"model {name}: version {key} is in quarantine: {reason}"

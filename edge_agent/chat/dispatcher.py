@@ -215,7 +215,10 @@ class Dispatcher:
             remaining_s = prompt.deadline_boot_s - now_s
             if remaining_s <= 0:
                 raise DeadlineExceeded("the deadline passed before the prompt could start")
-            lease.runner.start(run.name, self._defaults(prompt.document), timeout_s=remaining_s)
+            document = self._defaults(prompt.document)
+            if lease.system_refused and document.get("messages") != prompt.document.get("messages"):
+                raise ModelFailed(lease.system_refused)  # not the client's fault: it brought no system prompt
+            lease.runner.start(run.name, document, timeout_s=remaining_s)
         except PromptError as error:
             run.answer = run.refusal(error)
         except RunnerError:

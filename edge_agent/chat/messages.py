@@ -215,14 +215,6 @@ def timings(
     }
 
 
-def with_system(document: dict[str, Any], system: str) -> dict[str, Any]:
-    """Adds the configured system prompt to a chat that brings none; a raw prompt stays as it is."""
-    chat = document.get("messages")
-    if not system or not chat or chat[0]["role"] == "system":
-        return document
-    return {**document, "messages": [{"role": "system", "content": system}, *chat]}
-
-
 def error_document(request_id: str | None, error: PromptError) -> dict[str, Any]:
     """`{"id", "error": {"status", "code", "message", "retry_after_ms"?}}`."""
     body: dict[str, Any] = {"status": error.status, "code": error.code, "message": str(error)}

@@ -55,6 +55,9 @@ class Lease(Protocol):
     def parallel(self) -> int: ...
 
     @property
+    def system_refused(self) -> str: ...
+
+    @property
     def report_crash(self) -> Callable[[frozenset[bytes]], None]: ...
 
 

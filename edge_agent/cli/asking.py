@@ -13,7 +13,7 @@ from edge_agent.cache.store import Store
 from edge_agent.chat import messages
 from edge_agent.cli.command import reported_error
 from edge_agent.errors import EdgeAgentError, ModelFailed, NoModel, RunnerError, UnknownModel
-from edge_agent.runner.protocol import Done
+from edge_agent.runner.protocol import Done, with_system
 from edge_agent.serving.lifecycle import budget_of, lifecycle_of
 from edge_agent.serving.runner import Runner
 from edge_agent.settings import Settings, find_control_socket
@@ -77,7 +77,7 @@ def ask_direct(
         raise UnknownModel(f"no model is called {name!r} here; there are {', '.join(settings.models)}")
     body = messages.encode({"messages": [{"role": "user", "content": question}]})
     request = messages.parse(body, limit_bytes=settings.limits.payload_bytes)
-    document = messages.with_system(request.document, settings.models[name].system)
+    document = with_system(request.document, settings.models[name].system)
     store = Store(settings.state_dir)
     lifecycle = lifecycle_of(settings, name, store, budget_of(settings, store))
     try:
@@ -86,6 +86,8 @@ def ask_direct(
                 raise NoModel(
                     f"model {name!r} cannot answer: {lifecycle.reason}", remedy="run `edge-agent models pull`"
                 )
+            if lease.system_refused and document["messages"] != request.document["messages"]:
+                raise ModelFailed(lease.system_refused)
             try:
                 answer = _generate(
                     lease.runner,

@@ -97,7 +97,7 @@ def publish(
     else:
         click.echo(f"{name} version {published.version} registered{f', alias {alias}' if alias else ''}")
         click.echo(f"digest {published.digest}")
-    for line in build_advice.of_folder(folder):
+    for line in (*published.limits, *build_advice.of_folder(folder)):
         click.echo(f"edge-agent: {folder.name}: {line} (docs/models.md)", err=True)
 
 

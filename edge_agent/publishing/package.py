@@ -6,7 +6,7 @@ apply. Flow (`build_package`):
     _save               MLflow writes MLmodel, wrapper, input example and requirements
                         (hugging_face.py does so for the transformers flavor)
     _add_files          adds the folder's files, as hard links where the file system allows it
-    trial.try_out       asks the model once, and the golden prompts
+    trial.try_out       asks the model once, and the golden prompts; tries its chat template
     _write_manifest     lists every file with size and sha256; then the package is signed
 """
 
@@ -55,10 +55,15 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A finished package on disk."""
+    """A finished package on disk.
+
+    Attributes:
+        limits: what does not make it useless, and its publisher should know; one sentence each.
+    """
 
     manifest: Manifest
     folder: Path
+    limits: tuple[str, ...] = ()
 
 
 def no_progress(step: str, done_bytes: int, total_bytes: int) -> None:
@@ -111,7 +116,9 @@ def build_package(
         files = {f"artifacts/{ARTIFACT}/{path.as_posix()}": source_dir / path for path in found}
     _add_files(files, destination, progress)
     progress("try", 0, 0)
-    trial.try_out(destination, EXAMPLES[signature], prompts, flavor=flavor)
+    limits = trial.try_out(destination, EXAMPLES[signature], prompts, flavor=flavor)
+    if flavor == "onnx":
+        limits += trial.compare_ends(source_dir)
     manifest = _write_manifest(name, destination, progress)
     try:
         trust.decide(destination, manifest, registered_name=name)
@@ -119,7 +126,7 @@ def build_package(
         raise PublishError(f"devices would refuse the package: {error}") from error
     if sign_key is not None:
         _sign(destination, sign_key)
-    return Package(manifest=manifest, folder=destination)
+    return Package(manifest=manifest, folder=destination, limits=tuple(limits))
 
 
 def _save(

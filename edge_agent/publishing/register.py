@@ -37,6 +37,7 @@ class Published:
         version: its number.
         digest: sha256 of `manifest.json`, the package's identity on devices.
         run_id: MLflow run that holds the files.
+        limits: see `Package`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Published:
     alias: str | None
     digest: str
     run_id: str
+    limits: tuple[str, ...] = ()
 
 
 def check_target(*, name: str, registry_uri: str, alias: str | None) -> None:
@@ -118,6 +120,7 @@ def publish(
         alias=alias,
         digest=package.manifest.digest,
         run_id=registration.run_id,
+        limits=package.limits,
     )
 
 

@@ -34,6 +34,7 @@ from edge_agent.runner.protocol import (
     Try,
     encode,
     encode_turn,
+    with_system,
 )
 from edge_agent.runner.scheduler import MAX_MESSAGE, Scheduler, print_frames
 
@@ -54,6 +55,7 @@ class Runner:
         self._reader = FrameReader(connection)
         self._turn = turn
         self._announced: Sequence[str] = ()
+        self._system = ""
 
     def run(self) -> None:
         """Serves until the daemon says stop or is gone."""
@@ -95,6 +97,7 @@ class Runner:
                 kv_bytes=request.kv_bytes,
             )
             model.warm_up()
+            system_refused = model.system_refusal(request.system)
         except Exception as error:
             print_frames(error)
             code = CannotRun.code if isinstance(error, CannotRun) else LoadFailed.code
@@ -104,12 +107,25 @@ class Runner:
         gc.freeze()  # what a load leaves behind stays; later collections need not walk it
         load_ms = (time.monotonic() - started_s) * 1000
         limit = request.parallel if model.answers_several else 1
-        self._send(Loaded(flavor=model.flavor, signature=model.signature, load_ms=load_ms, parallel=limit))
+        self._send(
+            Loaded(
+                flavor=model.flavor,
+                signature=model.signature,
+                load_ms=load_ms,
+                parallel=limit,
+                system_refused=system_refused,
+            )
+        )
+        self._system = request.system
         return model, limit
 
     def _try_out(self, model: loader.Model) -> None:
         try:
-            failures, tokens_per_s = golden.try_out(model.golden, signature=model.signature, ask=model.ask)
+            failures, tokens_per_s = golden.try_out(
+                model.golden,
+                signature=model.signature,
+                ask=lambda document: model.ask(with_system(document, self._system)),
+            )
         except Exception as error:  # noqa: BLE001 - a candidate may fail in any way; the daemon decides
             print_frames(error)
             failures, tokens_per_s = [_describe(error)], 0.0

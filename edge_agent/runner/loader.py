@@ -10,11 +10,12 @@ import importlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edge_agent.errors import CannotRun
+from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, by_code
 from edge_agent.package import mlmodel, trust
 from edge_agent.package.mlmodel import TRANSFORMERS_LOADER, MLmodel
 from edge_agent.runner.capability import UNKNOWN_ARCHITECTURE
@@ -24,6 +25,8 @@ __all__ = ["End", "Model", "load"]
 
 PARAMS = ("temperature", "max_tokens", "stop", "top_p", "top_k", "seed", "response_format")
 """Request options that reach a package as MLflow params when its signature declares them."""
+TEMPLATE_REFUSES = "the chat template refuses the messages"
+"""The wrapper's words."""
 _NO_BYTECODE = "/nonexistent/edge-agent"
 
 
@@ -82,7 +85,7 @@ class WrapperModel(Model):
             opened = self._wrapper.predict_streams([_request(document)])
             if not opened:
                 break
-            lanes.append(Lane(([_item(item) for _, item in step] for step in opened[0]), opened[0].close))
+            lanes.append(Lane(_steps(opened[0]), opened[0].close))
         return lanes
 
     def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
@@ -94,10 +97,32 @@ class WrapperModel(Model):
             # MLflow's schema admits one form only; the wrapper itself answers both.
             items = self._wrapper.predict_stream(None, row, params)
         try:
-            for item in items:
-                yield _item(item)
+            with _own_refusals():
+                for item in items:
+                    yield _item(item)
         finally:
             items.close()
+
+
+def _steps(lane: Any) -> Iterator[list[str | End]]:
+    with _own_refusals():
+        for step in lane:
+            yield [_item(item) for _, item in step]
+
+
+@contextmanager
+def _own_refusals() -> Iterator[None]:
+    """The wrapper's refusals as the agent's own. That of 0.1.0 quotes the chat template, and with it the messages."""
+    try:
+        yield
+    except ValueError as error:
+        code = str(getattr(error, "code", ""))
+        refusal = by_code(BadRequest, PromptTooLong).get(code)
+        if refusal is None:
+            raise
+        message = str(error).removeprefix(f"{code}: ")
+        quoted = message.startswith(TEMPLATE_REFUSES)
+        raise refusal(TEMPLATE_REFUSES if quoted else message) from None
 
 
 def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Model:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_agent.errors import RunnerError
+from edge_agent.errors import BadRequest, RunnerError
+from edge_agent.runner.protocol import with_system
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,20 @@ class Model(ABC):
                 return "".join(texts), item.usage.get("completion_tokens", 0)
             texts.append(item)
         raise RunnerError("the model's stream ended without usage and finish_reason")
+
+    def system_refusal(self, system: str) -> str:
+        """Why it takes no chat with this system prompt, although it takes one without; empty if it does."""
+        chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+        if not system or not (refusal := self._refusal(with_system(chat, system))) or self._refusal(chat):
+            return ""
+        return refusal
+
+    def _refusal(self, document: dict[str, Any]) -> str:
+        try:
+            self.ask(document)
+        except BadRequest as error:
+            return error.message
+        return ""
 
     def warm_up(self) -> None:
         """Generates one token, so that the first prompt does not pay for what the library does only once."""

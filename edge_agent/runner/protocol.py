@@ -34,6 +34,7 @@ class Load:
         threads: for one operation; 0 leaves the choice to the library.
         parallel: the most prompts that run at once.
         kv_bytes: memory for the key-value caches of running and remembered prompts together.
+        system: the system prompt of chats that bring none; empty for none.
     """
 
     type: ClassVar[str] = "load"
@@ -43,11 +44,12 @@ class Load:
     threads: int
     parallel: int = 1
     kv_bytes: int = 0
+    system: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Try:
-    """Run the gate: answer the golden prompts and measure the speed."""
+    """Run the gate: answer the golden prompts as clients would ask them, and measure the speed."""
 
     type: ClassVar[str] = "try"
 
@@ -89,13 +91,18 @@ class Stop:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """The model is ready to answer up to `parallel` prompts at once."""
+    """The model is ready to answer up to `parallel` prompts at once.
+
+    Attributes:
+        system_refused: why it takes no chat with the system prompt of `Load`; empty if it does.
+    """
 
     type: ClassVar[str] = "loaded"
     flavor: str
     signature: str
     load_ms: float
     parallel: int = 1
+    system_refused: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +159,14 @@ _HINTS: dict[str, _Hints] = {
     name: {hint: value for hint, value in get_type_hints(kind).items() if hint != "type"}
     for name, kind in _KINDS.items()
 }
+
+
+def with_system(document: dict[str, Any], system: str) -> dict[str, Any]:
+    """Adds the configured system prompt to a chat that brings none; a raw prompt stays as it is."""
+    chat = document.get("messages")
+    if not system or not chat or chat[0]["role"] == "system":
+        return document
+    return {**document, "messages": [{"role": "system", "content": system}, *chat]}
 
 
 def encode(frame: Frame) -> bytes:

@@ -153,12 +153,13 @@ class Adoption:
         self._stop_active()
 
     def _pass_gate(self, version: LoadedVersion) -> None:
-        """Golden prompts must be answered right; speed and memory are reported.
+        """It must take the settings' system prompt and answer golden prompts right; speed and memory are reported.
 
         Raises:
-            EdgeAgentError: a golden prompt failed, or the candidate died or took too long; its runner is gone.
+            EdgeAgentError: it does not, or died or took too long; its runner is gone.
         """
         with self._loader.tracked(version.runner):
+            verdicts.check_system(version.system_refused, model=self._name)
             tried = version.runner.try_out(timeout_s=verdicts.GATE_TIMEOUT_S)
             verdicts.check_golden(tried)
         self._loader.note_peak(version)

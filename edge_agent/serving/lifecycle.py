@@ -99,6 +99,7 @@ class ModelLifecycle:
                 record=version.record,
                 flavor=version.reported.flavor,
                 parallel=version.reported.parallel,
+                system_refused=version.system_refused,
                 report_crash=crashes.append,
             )
         finally:
@@ -296,6 +297,12 @@ class ModelLifecycle:
         """What runs the loaded version, None while none is loaded."""
         version = self._seat.loaded
         return version.reported.flavor if version else None
+
+    @property
+    def system_refused(self) -> str:
+        """Why prompts without a system prompt of their own get no answer, for people; empty while they do."""
+        version = self._seat.loaded
+        return version.system_refused if version else ""
 
     @property
     def runs_its_own(self) -> bool:

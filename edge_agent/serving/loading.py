@@ -76,6 +76,13 @@ class LoadedVersion:
     context_tokens: int
     peak_bytes: int = 0
 
+    @property
+    def system_refused(self) -> str:
+        """What prompts without a system prompt of their own are told where the model refuses the settings'; empty
+        where it takes that one."""
+        refusal = self.reported.system_refused
+        return f"the model refuses the system prompt of this device's settings: {refusal}" if refusal else ""
+
 
 class VersionLoader:
     """One model's. Any thread; it owns the runners that are being started, so that `close` finds them.
@@ -176,6 +183,7 @@ class VersionLoader:
                         threads=threads,
                         parallel=self._loading.parallel,
                         kv_bytes=min(self._loading.kv_bytes, admission.spare_bytes),
+                        system=self._loading.settings.system,
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
                 )

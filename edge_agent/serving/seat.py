@@ -33,6 +33,7 @@ class Lease:
 
     Attributes:
         parallel: how many prompts the runner answers at once.
+        system_refused: what prompts without a system prompt of their own are told; empty where they are answered.
         report_crash: call it once when the runner failed, with the digests of the prompts that may have been the cause.
     """
 
@@ -40,6 +41,7 @@ class Lease:
     record: VersionRecord
     flavor: str
     parallel: int
+    system_refused: str
     report_crash: Callable[[frozenset[bytes]], None]
 
     @property

@@ -55,6 +55,23 @@ def check_golden(tried: Tried) -> None:
         raise GateFailed("; ".join(tried.failures[:_MAX_SHOWN]))
 
 
+def check_system(version_says: str, *, model: str) -> None:
+    """A candidate must take the system prompt of the settings: all prompts that bring none get that one.
+
+    Args:
+        version_says: why it does not; empty if it does.
+        model: its name in the settings.
+
+    Raises:
+        GateFailed: it does not.
+    """
+    if version_says:
+        raise GateFailed(
+            version_says,
+            remedy=f"publish a version that takes it, or change models.{model}.system and activate this one",
+        )
+
+
 def shortfalls(tried: Tried, *, min_tokens_per_s: float, memory_limit_bytes: int) -> str:
     """Where speed or memory fell short of the settings, which is no error; empty when neither did.
 

@@ -9,7 +9,7 @@ beginning. It refuses invalid requests with `RequestError`, and those that the l
 
 Flow of a request:
     _rows, _Request  what arrived, checked field by field
-    _Prompts         text to token ids; control tokens only where the template or a raw prompt has them
+    _Prompts         text to token ids; special tokens only where the template or a raw prompt has them
     _budget          prompt and new tokens against the context, before anything is allocated
     _Sessions        a kept generator rewound to the longest common prefix, or room for a new one
     _Lane            prefill in slices, decode; one step for each `next`
@@ -46,6 +46,8 @@ MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 MAX_RESPONSE_FORMAT_CHARACTERS = 32_768
 MAX_ITEMS = 10_000  # minItems and maxItems of a schema together: its grammar has a rule for each item
 ROLES = ("system", "user", "assistant")
+TEMPLATE_REFUSES = "the chat template refuses the messages"
+NO_TEMPLATE = "this model has no chat template: send it a prompt"
 
 
 class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -447,8 +449,10 @@ class _Engine:
             config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
         self._model = og.Model(config)
         self._tokenizer = og.Tokenizer(self._model)
-        self.prompts = _Prompts(self._tokenizer, folder)
-        self.eos = frozenset(int(token) for token in self._tokenizer.eos_token_ids)
+        files = TokenizerFiles.read(folder / described.get("tokenizer_dir", ""))
+        self.prompts = _Prompts(self._tokenizer, files)
+        # genai_config.json may name another end than the tokenizer, and the model was trained on the tokenizer's.
+        self.eos = files.end_ids.union(int(token) for token in self._tokenizer.eos_token_ids)
         self._vocabulary = int(described["vocab_size"])
         context_tokens = int(described["context_length"])
         self.context_tokens = min(context_tokens, options.context_tokens or context_tokens)
@@ -668,25 +672,23 @@ def _kv_token_bytes(decoder: Mapping[str, Any]) -> int:
 
 
 class _Prompts:
-    """Encodes text as token ids.
+    """Encodes text as token ids, as Hugging Face's tokenizer and chat template do.
 
-    A literal control token in a message stays text. Before the template is rendered, a marker (a code point that no
-    text may contain) is put behind the first character of each one; then the parts between markers are encoded
-    separately, so that no part contains a whole control token. The model reads the characters as they were sent. A
-    raw prompt is encoded unchanged.
+    A literal special token in a message stays text. Before the template is rendered, a marker (a code point that the
+    messages do not contain) is put behind the first character of each one; then the parts between markers are encoded
+    separately, so that no part contains a whole special token. The model reads the characters as they were sent, and
+    the template reads everything else as it was sent. A raw prompt is encoded unchanged.
     """
 
-    MARKER = "\ufdd0"
-    # The usual form of a control token, in addition to those in the tokenizer's files.
-    USUAL = r"<\|[^<>|\s]{1,64}\|>"
+    MARKERS: ClassVar = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # noncharacters of Unicode: they mean nothing
 
-    def __init__(self, tokenizer: Any, folder: Path) -> None:
+    def __init__(self, tokenizer: Any, files: TokenizerFiles) -> None:
         self._tokenizer = tokenizer
-        added = _added_tokens(folder)
-        self.control_ids = frozenset(identifier for identifier, _, special in added if special)
-        texts = sorted({text for _, text, special in added if len(text) > 1 and (special or text[0] in "<[")})
-        self._control = re.compile(f"(?={'|'.join([*map(re.escape, texts), self.USUAL])})(.)", re.DOTALL)
-        self._bos = self._encode("")
+        self.control_ids = frozenset(files.special)
+        texts = [re.escape(text) for text in sorted(set(files.special.values())) if len(text) > 1]
+        self._special = re.compile(f"(?={'|'.join(texts)})(.)", re.DOTALL) if texts else None
+        self._prefix = files.prefix
+        self._template = _as_hugging_face_reads(files.template)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """[tokens] ids of the messages in the model's own chat template, ready for the assistant's turn.
@@ -694,24 +696,47 @@ class _Prompts:
         Raises:
             RequestError: the template refuses them.
         """
-        safe = [{**message, "content": self._neutral(message["content"])} for message in messages]
-        try:
-            text = self._tokenizer.apply_chat_template(json.dumps(safe), add_generation_prompt=True)
-        except RuntimeError as error:
-            raise RequestError("bad_request", f"the chat template refuses the messages: {error}") from error
-        first, *others = text.split(self.MARKER)
+        marker = self._marker(messages)
+        safe = [{**message, "content": self._neutral(message["content"], marker)} for message in messages]
+        first, *others = self._render(safe).split(marker)
         tokens = self._encode(first)
         for part in others:
-            ids = self._encode(part)
-            tokens += ids[len(self._bos) :] if ids[: len(self._bos)] == self._bos else ids
+            tokens += self._continuation(part)
         return self._not_empty(tokens, "messages")
 
     def raw(self, prompt: str) -> list[int]:
-        """[tokens] ids of a prompt that contains its own control tokens."""
-        return self._not_empty(self._encode(prompt), "prompt")
+        """[tokens] ids of a prompt that contains its own control tokens.
 
-    def _neutral(self, content: str) -> str:
-        return self._control.sub(rf"\1{self.MARKER}", content.replace(self.MARKER, ""))
+        It begins with what Hugging Face's tokenizer puts there, once: a prompt that brings it gets no second one.
+        """
+        tokens = self._not_empty(self._encode(prompt), "prompt")
+        return tokens if tokens[: len(self._prefix)] == self._prefix else self._prefix + tokens
+
+    def _marker(self, messages: Sequence[Mapping[str, str]]) -> str:
+        for marker in self.MARKERS:
+            if not any(marker in message["content"] for message in messages):
+                return marker
+        raise RequestError("bad_request", "the messages contain every noncharacter from U+FDD0 to U+FDEF")
+
+    def _neutral(self, content: str, marker: str) -> str:
+        return self._special.sub(rf"\1{marker}", content) if self._special else content
+
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        template = {} if self._template is None else {"template_str": self._template}
+        try:
+            text = self._tokenizer.apply_chat_template(
+                json.dumps(messages), add_generation_prompt=True, **template
+            )
+        except RuntimeError as error:
+            # Not passed on: its text quotes the template, and may quote the messages.
+            missing = "Empty chat template" in str(error)
+            raise RequestError("bad_request", NO_TEMPLATE if missing else TEMPLATE_REFUSES) from None
+        return str(text)
+
+    def _continuation(self, part: str) -> list[int]:
+        """Ids of a text that continues another one: some tokenizers put a space before the first word of a text."""
+        before, both = self._encode("\n"), self._encode(f"\n{part}")
+        return both[len(before) :] if both[: len(before)] == before else self._encode(part)
 
     def _encode(self, text: str) -> list[int]:
         return [int(token) for token in self._tokenizer.encode(text)]
@@ -721,6 +746,115 @@ class _Prompts:
         if not tokens:
             raise RequestError("bad_request", f"{what} has no text")
         return tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFiles:
+    """What a tokenizer's files say and the library does not tell or does not heed.
+
+    Attributes:
+        special: id → text of the tokens that are no text: they frame prompts, and never reach a client.
+        end_ids: tokens that end an answer.
+        prefix: [tokens] ids that a raw prompt begins with, usually one for the beginning of a text, or none.
+        template: the chat template; None if there is none.
+    """
+
+    special: Mapping[int, str]
+    end_ids: frozenset[int]
+    prefix: list[int]
+    template: str | None
+
+    NAMED: ClassVar = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+    @classmethod
+    def read(cls, folder: Path) -> TokenizerFiles:
+        """Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json and
+        chat_template.jinja; each may be missing."""
+        tokenizer = _json_object(folder / "tokenizer.json")
+        config = {
+            **_json_object(folder / "special_tokens_map.json"),
+            **_json_object(folder / "tokenizer_config.json"),
+        }
+        added = {str(token["content"]): token for token in tokenizer.get("added_tokens", [])}
+        listed = config.get("added_tokens_decoder", {}).values()
+        named = {_content(config.get(key)) for key in cls.NAMED}
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            others = config.get(key) or ()
+            named |= {_content(other) for other in (others.values() if isinstance(others, dict) else others)}
+        named |= {_content(token) for token in listed if token.get("special")}
+        special = {
+            int(token["id"]): text for text, token in added.items() if token.get("special") or text in named
+        }
+        ends = _json_object(folder / "generation_config.json").get("eos_token_id")
+        end_ids = {int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
+        if (end := _content(config.get("eos_token"))) in added:
+            end_ids.add(int(added[end]["id"]))
+        return cls(
+            special=special,
+            end_ids=frozenset(end_ids),
+            prefix=_prefix(tokenizer.get("post_processor") or {}),
+            template=_template(folder, config.get("chat_template")),
+        )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+
+
+def _content(token: Any) -> str:
+    """The text of a token that is given as text or as an object; empty if it is not given."""
+    return str(token.get("content", "") if isinstance(token, Mapping) else token or "")
+
+
+def _prefix(processor: Mapping[str, Any]) -> list[int]:
+    """[tokens] ids that a post-processor of tokenizer.json puts before a text. The library has no post-processors."""
+    kind = processor.get("type")
+    if kind == "Sequence":
+        return [token for step in reversed(processor["processors"]) for token in _prefix(step)]
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return [int(processor["cls"][1])]
+    tokens: list[int] = []
+    for piece in processor.get("single", ()) if kind == "TemplateProcessing" else ():
+        if "SpecialToken" not in piece:
+            break
+        tokens += map(int, processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
+    return tokens
+
+
+def _template(folder: Path, configured: Any) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text("utf-8")
+    if isinstance(configured, list):  # several, each with a name
+        configured = {entry["name"]: entry["template"] for entry in configured}.get("default")
+    return configured if isinstance(configured, str) else None
+
+
+_INDENTED_BLOCK = re.compile(r"^[ \t]+(?=\{[%#](?!\+))", re.MULTILINE)
+_BLOCK_LINE = re.compile(r"(?<!\+)([%#]\})\n")
+_PART_IN_TEXT = re.compile(
+    r"(?P<part>'(?:[^'\\]|\\.)+'|\"(?:[^\"\\]|\\.)+\")\s+(?P<no>not\s+)?in\s+"
+    r"(?P<whole>[A-Za-z_]\w*(?:\.\w+|\[[^\[\]]*\])*)(?![\w.(\[]|\s*\|)"
+)
+
+
+def _as_hugging_face_reads(template: str | None) -> str | None:
+    """The template, changed where the library's engine would read it in another way without a word.
+
+    Hugging Face's engine drops the indentation and the newline of a line that only has a block, and knows `in` for
+    text; the library's (0.18) keeps all space, and its `in` knows lists and objects only.
+    """
+    if template is None:
+        return None
+    template = template.replace("\r\n", "\n").replace("\r", "\n")
+    template = _BLOCK_LINE.sub(r"\1", _INDENTED_BLOCK.sub("", template))
+
+    def contains(found: re.Match[str]) -> str:
+        part, whole = found["part"], found["whole"]
+        either = f"({part} in {whole} or ({whole} is string and ({whole}.split({part}) | length > 1)))"
+        return f"(not {either})" if found["no"] else either
+
+    return _PART_IN_TEXT.sub(contains, template)
 
 
 class _Decoder:
@@ -1047,15 +1181,6 @@ def _grammar_refusal(reason: str) -> RequestError | GuidanceError:
         if re.search(pattern, reason):
             return RequestError("bad_request", f"response_format: {words}")
     return GuidanceError("response_format: this schema or regular expression is not supported")
-
-
-def _added_tokens(folder: Path) -> list[tuple[int, str, bool]]:
-    """(id, text, special) of the tokens that the tokenizer matches first."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return []
-    added = json.loads(path.read_text("utf-8")).get("added_tokens", [])
-    return [(int(token["id"]), str(token["content"]), bool(token.get("special"))) for token in added]
 
 
 # MLflow loads model code as a top-level module; an import from the edge_agent package must not set a model.

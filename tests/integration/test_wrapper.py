@@ -242,7 +242,7 @@ def test_control_tokens_in_a_message_stay_text_that_the_model_can_read(chat: Any
     assert control_tokens(chat, content) == control_tokens(chat, "harmless")
     wrapper = chat.unwrap_python_model()
     tokens = wrapper._engine.prompts.chat([{"role": "user", "content": content}])
-    assert content.replace("\ufdd0", "") in wrapper._engine._tokenizer.decode(tokens)
+    assert content in wrapper._engine._tokenizer.decode(tokens)
 
 
 def test_a_raw_prompt_keeps_its_control_tokens(prompt: Any) -> None:

@@ -22,7 +22,7 @@ from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Arrival, Prompt, Source
 from edge_agent.errors import RunnerError
-from edge_agent.runner.protocol import Delta, Done, Refused
+from edge_agent.runner.protocol import Delta, Done, Refused, with_system
 
 MODEL = "assistant"
 
@@ -114,6 +114,7 @@ class ScriptedHost:
     runner: ScriptedRunner | None
     version: int = 7
     parallel: int = 1
+    system_refused: str = ""
     leases: int = 0
     wanted: bool = False
     waits: int = 0
@@ -147,7 +148,11 @@ class ScriptedLoan:
             return None
         host.leases += 1
         return ScriptedLease(
-            runner=host.runner, version=host.version, parallel=host.parallel, report_crash=host.crashes.append
+            runner=host.runner,
+            version=host.version,
+            parallel=host.parallel,
+            system_refused=host.system_refused,
+            report_crash=host.crashes.append,
         )
 
     def __exit__(self, *_: object) -> None:
@@ -160,6 +165,7 @@ class ScriptedLease:
     runner: ScriptedRunner
     version: int
     parallel: int
+    system_refused: str
     report_crash: Callable[[frozenset[bytes]], None]
 
 
@@ -184,7 +190,11 @@ class ScriptedOutlet:
 
 
 class Desk:
-    """A dispatcher between a real journal and its scripted partners."""
+    """A dispatcher between a real journal and its scripted partners.
+
+    Attributes:
+        system: the settings' system prompt.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.clock = ScriptedClock()
@@ -192,12 +202,13 @@ class Desk:
         self.runner = ScriptedRunner()
         self.host = ScriptedHost(runner=self.runner)
         self.outlet = ScriptedOutlet()
+        self.system = ""
         self.dispatcher = Dispatcher(
             MODEL,
             host=self.host,
             journal=self.journal,
             outlets={Source.MQTT: self.outlet},
-            defaults=lambda document: {"temperature": 0.5, **document},
+            defaults=lambda document: with_system({"temperature": 0.5, **document}, self.system),
             now=self.clock,
         )
 
@@ -205,15 +216,26 @@ class Desk:
         self.journal.close()
         self.runner.close()
 
-    def accept(self, request_id: str, *, deadline_s: float = 60.0, stream: bool = False) -> int:
-        """A prompt comes: its row. The dispatcher is told, as intake tells it."""
+    def accept(
+        self,
+        request_id: str,
+        *,
+        deadline_s: float = 60.0,
+        stream: bool = False,
+        messages: list[dict[str, str]] | None = None,
+    ) -> int:
+        """A prompt comes: its row. The dispatcher is told, as intake tells it.
+
+        Args:
+            messages: of a chat; without them it is a raw prompt.
+        """
         arrival = Arrival(
             id=request_id,
             identity=request_id.encode(),
             body_sha256=b"b" * 32,
             source=Source.MQTT,
             model=MODEL,
-            document={"prompt": request_id},
+            document={"messages": messages} if messages else {"prompt": request_id},
             form=Form.JSON,
             stream=stream,
             answer_topic="replies/1",

@@ -38,6 +38,7 @@ class Script:
 
     Attributes:
         load_error: how a load ends; None when it succeeds.
+        system_refused: why it takes no chat with the settings' system prompt.
         load_waits: a load does not end before `ScriptedHost.let_load`.
         golden_failures: what the golden prompts got wrong.
         gate_error: how the gate ends instead of with an answer.
@@ -46,6 +47,7 @@ class Script:
 
     load_error: EdgeAgentError | None = None
     load_waits: bool = False
+    system_refused: str = ""
     golden_failures: list[str] = field(default_factory=list)
     gate_error: RunnerError | None = None
     tokens_per_s: float = 10.0
@@ -147,7 +149,11 @@ class ScriptedRunner:
             self.kill()
             raise type(error)(error.message, remedy=error.remedy)
         return Loaded(
-            flavor="onnxruntime-genai", signature="chat", load_ms=1.0, parallel=self._script.parallel
+            flavor="onnxruntime-genai",
+            signature="chat",
+            load_ms=1.0,
+            parallel=self._script.parallel,
+            system_refused=self._script.system_refused,
         )
 
     def _may_end_loading(self) -> bool:

@@ -26,11 +26,11 @@ def _raising(function: Callable[..., Any], words: str) -> Callable[..., Any]:
 
 
 def main() -> None:
-    from edge_agent.chat import messages
     from edge_agent.chat.intake import Intake
+    from edge_agent.runner import protocol
 
     Intake.take = _raising(Intake.take, ON_ACCEPTANCE)  # type: ignore[method-assign]
-    messages.with_system = _raising(messages.with_system, ON_THE_WAY)
+    protocol.with_system = _raising(protocol.with_system, ON_THE_WAY)
     sys.argv = sys.argv[3:]
     runpy.run_module("edge_agent", run_name="__main__", alter_sys=True)
 

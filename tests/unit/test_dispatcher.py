@@ -65,6 +65,25 @@ def test_a_runner_gets_the_settings_defaults_and_the_time_that_is_left(desk: Des
     assert started.name == "r1.1.1", "unique for each row and attempt"
 
 
+def test_a_system_prompt_of_the_settings_that_the_model_refuses_is_not_the_clients_fault(desk: Desk) -> None:
+    system, user = {"role": "system", "content": "Sing."}, {"role": "user", "content": "Hi"}
+    desk.system, desk.host.system_refused = "Be brief.", "the model refuses the settings' system prompt"
+    row = desk.accept("r1", messages=[user])
+    desk.dispatcher.step()
+    document, properties = desk.answer(row)
+    assert (properties["status"], document["error"]["code"]) == ("500", "model_failed")
+    assert document["error"]["message"] == desk.host.system_refused
+    assert desk.runner.started == []
+    assert desk.host.leases == 0
+    desk.accept("r2", messages=[system, user])
+    desk.dispatcher.step()
+    desk.runner.finish("r2.2.1")
+    desk.dispatcher.step()
+    desk.accept("r3")
+    desk.dispatcher.step()
+    assert [started.name for started in desk.runner.started] == ["r2.2.1", "r3.3.1"], "those did not get it"
+
+
 def test_an_answer_is_told_only_after_it_was_committed(desk: Desk) -> None:
     (name,) = desk.start("r1")
     desk.runner.finish(name, "x")

@@ -215,15 +215,6 @@ def test_the_models_own_times_give_the_rate() -> None:
     assert timings["tokens_per_s"] == 20.0
 
 
-def test_the_configured_system_prompt_is_for_chats_without_one_only() -> None:
-    user = {"role": "user", "content": "Hello"}
-    system = {"role": "system", "content": "Be brief."}
-    assert messages.with_system({"messages": [user]}, "Be brief.") == {"messages": [system, user]}
-    own = {"messages": [{"role": "system", "content": "Sing."}, user]}
-    assert messages.with_system(own, "Be brief.") == own
-    assert messages.with_system({"prompt": "x"}, "Be brief.") == {"prompt": "x"}
-
-
 @pytest.mark.parametrize(
     ("payload", "expected"),
     [

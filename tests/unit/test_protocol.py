@@ -9,10 +9,25 @@ from hypothesis import strategies as st
 
 from edge_agent.errors import RunnerError
 from edge_agent.runner import protocol
-from edge_agent.runner.protocol import Cancel, Delta, Done, Frame, FrameReader, Generate, Load, Refused, Stop
+from edge_agent.runner.protocol import (
+    Cancel,
+    Delta,
+    Done,
+    Frame,
+    FrameReader,
+    Generate,
+    Load,
+    Loaded,
+    Refused,
+    Stop,
+    with_system,
+)
 
 FRAMES: list[Frame] = [
-    Load(folder="/m", context_tokens=64, max_tokens=8, threads=0, parallel=4, kv_bytes=1 << 20),
+    Load(
+        folder="/m", context_tokens=64, max_tokens=8, threads=0, parallel=4, kv_bytes=1 << 20, system="Sing."
+    ),
+    Loaded(flavor="f", signature="chat", load_ms=1.5, parallel=4, system_refused="no such role"),
     Generate(id="1.1", document={"prompt": "é\n\U0001f34e"}),
     Cancel(id="1.1"),
     Stop(),
@@ -25,6 +40,15 @@ FRAMES: list[Frame] = [
 @pytest.mark.parametrize("frame", FRAMES, ids=lambda frame: frame.type)
 def test_a_frame_survives_the_way(frame: Frame) -> None:
     assert protocol.decode(protocol.encode(frame)) == frame
+
+
+def test_the_configured_system_prompt_is_for_chats_without_one_only() -> None:
+    user = {"role": "user", "content": "Hello"}
+    system = {"role": "system", "content": "Be brief."}
+    assert with_system({"messages": [user]}, "Be brief.") == {"messages": [system, user]}
+    own = {"messages": [{"role": "system", "content": "Sing."}, user]}
+    assert with_system(own, "Be brief.") == own
+    assert with_system({"prompt": "x"}, "Be brief.") == {"prompt": "x"}
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,39 @@ def refusal(life: Life, version: int, **options: Any) -> EdgeAgentError:
     return caught.value
 
 
+# --- The system prompt of the settings -----------------------------------------------------------------
+
+
+def test_a_candidate_that_refuses_the_system_prompt_of_the_settings_does_not_answer(
+    new_life: NewLife, host: ScriptedHost
+) -> None:
+    life = new_life(system="Be brief.")
+    life.serve(1)
+    host.script(2, Script(system_refused="the chat template refuses the messages"))
+    life.commit(2)
+    error = refusal(life, 2)
+    assert (type(error), life.active, life.ask()) == (GateFailed, 1, 1)
+    assert "refuses the system prompt of this device's settings: the chat template" in life.quarantined[2]
+    assert "models.assistant.system" in error.remedy
+    assert host.events[2:] == ["load 2", "kill 2"], "no golden prompt was asked"
+    assert [runner.request.system for runner in host.runners if runner.request] == ["Be brief."] * 2
+
+
+def test_an_active_version_that_refuses_a_new_system_prompt_says_so_and_stays(
+    new_life: NewLife, host: ScriptedHost
+) -> None:
+    life = new_life(system="Be brief.")
+    life.serve(1)
+    assert life.lifecycle.system_refused == ""
+    host.script(1, Script(system_refused="no such role"))
+    life.restart()
+    with life.lifecycle.lease() as lease:
+        assert lease is not None
+        assert lease.system_refused.endswith("settings: no such role")
+        assert life.lifecycle.system_refused == lease.system_refused
+    assert (life.active, life.quarantined) == (1, {})
+
+
 # --- A version that passes -----------------------------------------------------------------------------
 
 

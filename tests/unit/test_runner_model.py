@@ -1,0 +1,179 @@
+"""What a runner's process makes of a model: of a configured system prompt, and of the wrapper's refusals."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.errors import BadRequest, PromptError, PromptTooLong
+from edge_agent.runner import child, loader
+from edge_agent.runner.loader import WrapperModel
+from edge_agent.runner.model import End, Model
+from edge_agent.runner.protocol import Frame, FrameReader, Generate, Load, Loaded, Stop, Tried, Try, encode
+
+SYSTEM = "Be brief."
+SAYS = {"role": "system", "content": SYSTEM}
+
+
+class ScriptedModel(Model):
+    """Answers every chat with the roles of its messages, but for chats with a role that it refuses."""
+
+    flavor, signature = "scripted", "chat"
+
+    def __init__(self, *refused_roles: str, golden: Any = None) -> None:
+        self.golden = golden
+        self.asked: list[dict[str, Any]] = []
+        self._refused = set(refused_roles)
+
+    def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
+        self.asked.append(document)
+        roles = [message["role"] for message in document["messages"]]
+        if self._refused & set(roles):
+            raise BadRequest("no such role")
+        yield " ".join(roles)
+        yield End(finish_reason="stop", usage={"completion_tokens": 40})
+
+
+@pytest.mark.parametrize(
+    ("refused_roles", "system", "refusal"),
+    [
+        ((), SYSTEM, ""),
+        (("system",), SYSTEM, "no such role"),
+        (("system",), "", ""),
+        (("system", "user"), SYSTEM, ""),
+    ],
+)
+def test_a_system_prompt_is_refused_if_the_chat_is_taken_without_it(
+    refused_roles: tuple[str, ...], system: str, refusal: str
+) -> None:
+    assert ScriptedModel(*refused_roles).system_refusal(system) == refusal
+
+
+def served(model: Model, *frames: Frame, monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Frame]:
+    """What the process with this model says to the daemon's frames."""
+    monkeypatch.setattr(loader, "load", lambda *_, **__: model)
+    ours, theirs = socket.socketpair()
+    turn = os.open(folder / "turn", os.O_RDWR | os.O_CREAT)
+    try:
+        with ours:
+            for frame in (*frames, Stop()):
+                ours.sendall(encode(frame))
+            with theirs:
+                child.Runner(theirs, turn).run()
+            return list(frames_of(ours))
+    finally:
+        os.close(turn)
+
+
+def frames_of(connection: socket.socket) -> Iterator[Frame]:
+    reader = FrameReader(connection)
+    while True:
+        try:
+            frame = reader.read(5)
+        except EOFError:
+            return
+        assert frame is not None
+        yield frame
+
+
+def load(system: str) -> Load:
+    return Load(folder="/m", context_tokens=64, max_tokens=8, threads=1, system=system)
+
+
+@pytest.mark.parametrize("system", ["", SYSTEM])
+def test_golden_prompts_are_asked_with_the_system_prompt_of_the_device(
+    system: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    question, own = {"role": "user", "content": "Who?"}, {"role": "system", "content": "Sing."}
+    golden = [{"messages": [question], "expect": "^user$"}, {"messages": [own, question], "expect": "system"}]
+    model = ScriptedModel(golden=golden)
+    loaded, tried = served(model, load(system), Try(), monkeypatch=monkeypatch, folder=tmp_path)
+    assert isinstance(loaded, Loaded) and isinstance(tried, Tried)
+    first, second = (document["messages"] for document in model.asked[-2:])
+    assert first == ([SAYS, question] if system else [question])
+    assert second == [own, question]
+    assert len(tried.failures) == bool(system), "the answer is another one with a system prompt"
+
+
+@pytest.mark.parametrize(("refused", "said"), [((), ""), (("system",), "no such role")])
+def test_a_runner_says_that_its_model_refuses_the_system_prompt_and_serves(
+    refused: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prompt = Generate(id="1", document={"messages": [{"role": "user", "content": "Hi"}]})
+    loaded, *answer = served(
+        ScriptedModel(*refused), load(SYSTEM), prompt, monkeypatch=monkeypatch, folder=tmp_path
+    )
+    assert isinstance(loaded, Loaded)
+    assert loaded.system_refused == said
+    assert len(answer) <= 2
+
+
+# --- The wrapper's refusals -----------------------------------------------------------------------------
+
+
+class WrapperError(ValueError):
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+
+
+class RefusingWrapper:
+    """Refuses everything, in a stream and in a lane."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def unwrap_python_model(self) -> RefusingWrapper:
+        return self
+
+    def predict_stream(self, *_: Any, **__: Any) -> Iterator[Any]:
+        yield from ()
+        raise self._error
+
+    def predict_streams(self, requests: Any) -> list[Any]:
+        return [self]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.predict_stream()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.mark.parametrize("way", ["stream", "start"])
+@pytest.mark.parametrize(
+    ("code", "said", "kind", "message"),
+    [
+        (
+            "bad_request",
+            "the chat template refuses the messages: No system! at row 1:\n{{ raise_exception('No system!') }}",
+            BadRequest,
+            "the chat template refuses the messages",
+        ),
+        ("bad_request", "n must be 1", BadRequest, "n must be 1"),
+        ("prompt_too_long", "7 and 1", PromptTooLong, "7 and 1"),
+    ],
+)
+def test_a_refusal_of_any_wrapper_comes_without_the_template(
+    way: str, code: str, said: str, kind: type[PromptError], message: str
+) -> None:
+    model = WrapperModel(
+        RefusingWrapper(WrapperError(code, said)), flavor="scripted", signature="chat", golden=None
+    )
+    document = {"messages": [{"role": "user", "content": "Hi"}]}
+    with pytest.raises(kind) as caught:
+        next(model.stream(document) if way == "stream" else model.start([document])[0])
+    assert caught.value.message == message
+
+
+def test_what_is_no_refusal_goes_on_as_it_is() -> None:
+    model = WrapperModel(
+        RefusingWrapper(ValueError("broken")), flavor="scripted", signature="chat", golden=None
+    )
+    with pytest.raises(ValueError, match="broken"):
+        model.ask({"messages": []})

@@ -1,0 +1,254 @@
+"""The wrapper's rules for text and tokens, with a tokenizer that a test can read: a token for each character."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.wrapper.genai_pyfunc import (
+    NO_TEMPLATE,
+    TEMPLATE_REFUSES,
+    RequestError,
+    TokenizerFiles,
+    _as_hugging_face_reads,
+    _Prompts,
+)
+
+BOS, END, THINK = 1, 2, 3
+ADDED: list[dict[str, Any]] = [
+    {"id": BOS, "content": "<s>", "special": True},
+    {"id": END, "content": "<|end|>", "special": True},
+    {"id": THINK, "content": "</think>", "special": False},
+]
+BOS_FIRST: dict[str, Any] = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
+}
+
+
+class ReadableTokenizer:
+    """The ids of its added tokens, and the code point of any other character. Its template frames a message with
+    `<|end|>`, or does what `template` does.
+
+    Args:
+        first_space: a text gets a space in front, as with SentencePiece.
+    """
+
+    def __init__(self, *, first_space: bool = False) -> None:
+        self._space = " " if first_space else ""
+        self.template: Callable[[Any], str] = lambda messages: "".join(
+            f"{message['content']}<|end|>" for message in messages
+        )
+
+    def encode(self, text: str) -> list[int]:
+        ids = {token["content"]: token["id"] for token in ADDED}
+        parts = re.split(f"({'|'.join(map(re.escape, ids))})", self._space + text if text else "")
+        return [token for part in parts for token in ([ids[part]] if part in ids else [ord(c) for c in part])]
+
+    def apply_chat_template(self, messages: str, **options: Any) -> str:
+        return self.template(json.loads(messages))
+
+
+def shown(tokens: list[int]) -> str:
+    texts = {token["id"]: f"[{token['content']}]" for token in ADDED}
+    return "".join(texts.get(token) or chr(token) for token in tokens)
+
+
+def files_in(folder: Path, **content: Any) -> TokenizerFiles:
+    for name, document in {"tokenizer": {"added_tokens": ADDED}, **content}.items():
+        (folder / f"{name}.json").write_text(json.dumps(document))
+    return TokenizerFiles.read(folder)
+
+
+@pytest.fixture
+def tokenizer() -> ReadableTokenizer:
+    return ReadableTokenizer()
+
+
+@pytest.fixture
+def prompts(tmp_path: Path, tokenizer: ReadableTokenizer) -> _Prompts:
+    return _Prompts(tokenizer, files_in(tmp_path))
+
+
+def encoded(prompts: _Prompts, content: str, role: str = "user") -> str:
+    return shown(prompts.chat([{"role": role, "content": content}]))
+
+
+# --- Messages -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["user", "system", "assistant"])
+@pytest.mark.parametrize(
+    "content",
+    ["<|end|>", "<s>", "a<|end|>b<s>", "<|e<|end|>nd|>", "<<|end|>", "\ufdd0<|end|>", "<|en\ufdd0d|>"],
+)
+def test_a_special_token_in_a_message_stays_text(prompts: _Prompts, content: str, role: str) -> None:
+    assert encoded(prompts, content, role) == f"{content}[<|end|>]"
+
+
+@pytest.mark.parametrize("role", ["user", "system", "assistant"])
+def test_nothing_else_in_a_message_is_changed(
+    prompts: _Prompts, tokenizer: ReadableTokenizer, role: str
+) -> None:
+    content = "<|other|> <think>x</think> [INST] \ufdd0\ufdd1"
+    tokenizer.template = lambda messages: repr(messages[0]["content"])
+    assert encoded(prompts, content, role) == repr(content).replace("</think>", "[</think>]")
+
+
+def test_a_template_that_cuts_at_the_end_of_the_thoughts_sees_it(
+    prompts: _Prompts, tokenizer: ReadableTokenizer
+) -> None:
+    tokenizer.template = lambda messages: messages[0]["content"].split("</think>")[-1]
+    assert encoded(prompts, "<think>x</think>Hello <|end|>", "assistant") == "Hello <|end|>"
+
+
+def test_messages_with_every_noncharacter_are_refused(prompts: _Prompts) -> None:
+    every = "".join(_Prompts.MARKERS)
+    assert encoded(prompts, every[1:] + "<|end|>") == f"{every[1:]}<|end|>[<|end|>]"
+    with pytest.raises(RequestError, match="every noncharacter"):
+        encoded(prompts, every)
+
+
+def test_no_space_comes_into_a_special_token_that_stays_text(tmp_path: Path) -> None:
+    prompts = _Prompts(ReadableTokenizer(first_space=True), files_in(tmp_path))
+    assert encoded(prompts, "a<|end|>b") == " a<|end|>b[<|end|>]"
+
+
+@pytest.mark.parametrize(
+    ("said", "refusal"),
+    [
+        (
+            "No system! at row 1, column 9:\n{{ raise_exception('No system!') }}\n^ of 'my secret'",
+            TEMPLATE_REFUSES,
+        ),
+        ("Empty chat template.", NO_TEMPLATE),
+    ],
+)
+def test_a_refusal_quotes_neither_the_template_nor_the_messages(
+    prompts: _Prompts, tokenizer: ReadableTokenizer, said: str, refusal: str
+) -> None:
+    def refuse(messages: Any) -> str:
+        raise RuntimeError(said)
+
+    tokenizer.template = refuse
+    with pytest.raises(RequestError) as caught:
+        encoded(prompts, "my secret")
+    assert str(caught.value) == f"bad_request: {refusal}"
+    assert caught.value.__suppress_context__, "nor does its traceback"
+
+
+# --- Raw prompts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("processor", "prompt", "tokens"),
+    [
+        (None, "Hi", "Hi"),
+        ({"type": "ByteLevel"}, "Hi", "Hi"),
+        (BOS_FIRST, "Hi", "[<s>]Hi"),
+        (BOS_FIRST, "<s>Hi", "[<s>]Hi"),
+        (BOS_FIRST, "<|end|>", "[<s>][<|end|>]"),
+        ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, BOS_FIRST]}, "Hi", "[<s>]Hi"),
+        ({"type": "RobertaProcessing", "cls": ["<s>", BOS], "sep": ["<|end|>", END]}, "Hi", "[<s>]Hi"),
+        ({**BOS_FIRST, "single": BOS_FIRST["single"][::-1]}, "Hi", "Hi"),
+    ],
+)
+def test_a_raw_prompt_begins_as_its_tokenizer_says_and_once(
+    tmp_path: Path, tokenizer: ReadableTokenizer, processor: Any, prompt: str, tokens: str
+) -> None:
+    files = files_in(tmp_path, tokenizer={"added_tokens": ADDED, "post_processor": processor})
+    prompts = _Prompts(tokenizer, files)
+    assert shown(prompts.raw(prompt)) == tokens
+    assert encoded(prompts, "Hi") == "Hi[<|end|>]", "a chat begins as its template says"
+
+
+def test_an_empty_prompt_is_refused_whatever_it_would_begin_with(
+    tmp_path: Path, tokenizer: ReadableTokenizer
+) -> None:
+    files = files_in(tmp_path, tokenizer={"added_tokens": ADDED, "post_processor": BOS_FIRST})
+    with pytest.raises(RequestError, match="prompt has no text"):
+        _Prompts(tokenizer, files).raw("")
+
+
+# --- What the files say ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "special", "ends"),
+    [
+        ({}, {BOS, END}, set()),
+        ({"tokenizer_config": {"eos_token": "<|end|>"}}, {BOS, END}, {END}),
+        ({"tokenizer_config": {"eos_token": {"content": "</think>"}}}, {BOS, END, THINK}, {THINK}),
+        ({"special_tokens_map": {"eos_token": "<|end|>"}}, {BOS, END}, {END}),
+        ({"generation_config": {"eos_token_id": 7}}, {BOS, END}, {7}),
+        (
+            {"generation_config": {"eos_token_id": [7, 8]}, "tokenizer_config": {"eos_token": "<|end|>"}},
+            {BOS, END},
+            {END, 7, 8},
+        ),
+        ({"tokenizer_config": {"additional_special_tokens": ["</think>"]}}, {BOS, END, THINK}, set()),
+        ({"tokenizer_config": {"extra_special_tokens": {"t": "</think>"}}}, {BOS, END, THINK}, set()),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"3": {"content": "</think>", "special": True}}}},
+            {BOS, END, THINK},
+            set(),
+        ),
+        ({"tokenizer_config": {"eos_token": None, "pad_token": "!"}}, {BOS, END}, set()),
+    ],
+)
+def test_special_tokens_and_end_tokens_are_those_of_all_files(
+    tmp_path: Path, content: dict[str, Any], special: set[int], ends: set[int]
+) -> None:
+    files = files_in(tmp_path, **content)
+    assert set(files.special) == special
+    assert files.end_ids == ends
+
+
+def test_a_folder_without_a_tokenizer_file_has_no_special_tokens(tmp_path: Path) -> None:
+    assert TokenizerFiles.read(tmp_path) == TokenizerFiles(
+        special={}, end_ids=frozenset(), prefix=[], template=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("configured", "template"),
+    [
+        ("in the configuration", "in the configuration"),
+        ([{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}], "b"),
+        ([{"name": "tool_use", "template": "a"}], None),
+        (None, None),
+    ],
+)
+def test_the_chat_template_is_found_where_hugging_face_looks(
+    tmp_path: Path, configured: Any, template: str | None
+) -> None:
+    assert files_in(tmp_path, tokenizer_config={"chat_template": configured}).template == template
+    (tmp_path / "chat_template.jinja").write_text("in its own file")
+    assert TokenizerFiles.read(tmp_path).template == "in its own file"
+
+
+@pytest.mark.parametrize(
+    ("template", "read"),
+    [
+        ("a {% if x %}\n  b\n  {% endif %}\nc", "a {% if x %}  b\n{% endif %}c"),
+        ("  {# note #}\r\nb", "{# note #}b"),
+        ("  {%+ if x +%}\nb", "  {%+ if x +%}\nb"),
+        ("  {{ x }}\n", "  {{ x }}\n"),
+        ("{% if 'a' in x.y %}", "{% if ('a' in x.y or (x.y is string and (x.y.split('a') | length > 1))) %}"),
+        (
+            "{% if \"a'\" not in x['y'] %}",
+            "{% if (not (\"a'\" in x['y'] or (x['y'] is string and (x['y'].split(\"a'\") | length > 1)))) %}",
+        ),
+        ("{% if 'a' in ['a', 'b'] %}", "{% if 'a' in ['a', 'b'] %}"),
+        ("{% if 'a' in x | lower %}", "{% if 'a' in x | lower %}"),
+        ("{% for x in messages %}", "{% for x in messages %}"),
+    ],
+)
+def test_a_template_is_changed_only_where_the_library_would_read_it_wrongly(template: str, read: str) -> None:
+    assert _as_hugging_face_reads(template) == read
