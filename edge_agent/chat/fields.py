@@ -159,6 +159,7 @@ FIELDS: dict[str, Callable[[str, object], Any]] = {
     "stream": _boolean,
     "top_p": _number(0, 1, above=True),
     "top_k": _integer(1, 1 << 20),
+    "repetition_penalty": _number(0.01, 100),
     "seed": _integer(0, (1 << 31) - 1),
     "response_format": _response_format,
     "model": _name,

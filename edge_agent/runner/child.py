@@ -93,6 +93,7 @@ class Runner:
                 max_tokens=request.max_tokens,
                 threads=request.threads,
                 kv_bytes=request.kv_bytes,
+                repetition_penalty=request.repetition_penalty,
             )
             model.warm_up()
         except Exception as error:

@@ -22,19 +22,31 @@ from edge_agent.runner.model import End, Lane, Model
 
 __all__ = ["End", "Model", "load"]
 
-PARAMS = ("temperature", "max_tokens", "stop", "top_p", "top_k", "seed", "response_format")
+PARAMS = (
+    *("temperature", "max_tokens", "stop", "top_p", "top_k", "repetition_penalty", "seed"),
+    "response_format",
+)
 """Request options that reach a package as MLflow params when its signature declares them."""
 _NO_BYTECODE = "/nonexistent/edge-agent"
 
 
-def load(folder: Path, *, context_tokens: int, max_tokens: int, threads: int, kv_bytes: int = 0) -> Model:
+def load(
+    folder: Path,
+    *,
+    context_tokens: int,
+    max_tokens: int,
+    threads: int,
+    kv_bytes: int = 0,
+    repetition_penalty: float = 0.0,
+) -> Model:
     """Loads the package in `folder`.
 
     Args:
         context_tokens: prompt and answer together, at most.
-        max_tokens: of an answer, when a request names none.
+        max_tokens: of an answer, when a request names none; 0 leaves it to the package.
         threads: for one operation; 0 leaves it to the library.
         kv_bytes: for the keys and values of running and remembered prompts together, where a package knows it.
+        repetition_penalty: when a request names none; 0 leaves it to the package.
 
     Raises:
         CannotRun: this host lacks what runs it.
@@ -49,13 +61,18 @@ def load(folder: Path, *, context_tokens: int, max_tokens: int, threads: int, kv
 
         sys.dont_write_bytecode = True
         return transformers_flavor.load(
-            folder, package, context_tokens=context_tokens, max_tokens=max_tokens, threads=threads
+            folder,
+            package,
+            context_tokens=context_tokens,
+            max_tokens=max_tokens,
+            threads=threads,
+            repetition_penalty=repetition_penalty,
         )
+    given = {"max_tokens": max_tokens, "threads": threads, "repetition_penalty": repetition_penalty}
     config = {
         "context_tokens": context_tokens,
-        "max_tokens": max_tokens,
         "kv_bytes": kv_bytes,
-        **({"threads": threads} if threads else {}),
+        **{key: value for key, value in given.items() if value},
     }
     return _load_pyfunc(folder, package, config)
 

@@ -176,6 +176,7 @@ class VersionLoader:
                         threads=threads,
                         parallel=self._loading.parallel,
                         kv_bytes=min(self._loading.kv_bytes, admission.spare_bytes),
+                        repetition_penalty=self._loading.settings.repetition_penalty,
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
                 )
