@@ -200,6 +200,7 @@ def _config(subject: Subject, folder: Path, state_dir: Path, port: int) -> str:
             "uri": model.uri,
             "context_tokens": model.context_tokens,
             "max_tokens": model.max_tokens,
+            "repetition_penalty": model.repetition_penalty,
         },
         "mqtt": {"host": "127.0.0.1", "port": port},
         "limits": {"deadline_s": ANSWER_TIMEOUT_S},

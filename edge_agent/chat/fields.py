@@ -1,6 +1,7 @@
 """The fields of a request and the rule of each. Pure.
 
-A rule takes the field's name and its value, and gives the value to go on with. It refuses by the field's name.
+A rule takes the field's name and its value, and gives the value to go on with: another way to write a value becomes
+the usual one (`8.0` is 8, `developer` is `system`, text parts are one text). It refuses by the field's name.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 from edge_agent.errors import BadRequest
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant")
+"""`developer` is a newer word for `system`."""
 
 RESPONSE_FORMATS = {
     "text": {"type"},
@@ -24,6 +26,7 @@ RESPONSE_FORMATS = {
 """The types of `response_format` and the fields of each."""
 
 MAX_MESSAGES = 256
+MAX_PARTS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_TOPIC_BYTES = 512
@@ -39,15 +42,30 @@ def _messages(name: str, value: object) -> list[dict[str, str]]:
 def _message(name: str, value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         raise BadRequest(f"{name} must be an object")
-    unknown = sorted(set(value) - {"role", "content", "name"})
-    if unknown:
-        raise BadRequest(f"unknown field {name}.{shown(unknown[0])}")
+    _only_known(name, value, {"role", "content", "name"})
     if value.get("role") not in ROLES:
         raise BadRequest(f"{name}.role must be one of {', '.join(ROLES)}")
-    message = {"role": value["role"], "content": _text(f"{name}.content", value.get("content"))}
+    role = "system" if value["role"] == "developer" else value["role"]
+    message = {"role": role, "content": _content(f"{name}.content", value.get("content"))}
     if value.get("name") is not None:
         message["name"] = _text(f"{name}.name", value["name"])
     return message
+
+
+def _content(name: str, value: object) -> str:
+    """A text, or a list of text parts, which become lines of one text, as in other servers."""
+    if not isinstance(value, list):
+        return _text(name, value)
+    if not 1 <= len(value) <= MAX_PARTS:
+        raise BadRequest(f"{name} must be a string, or a list of 1 to {MAX_PARTS} text parts")
+    return "\n".join(_part(f"{name}[{index}]", part) for index, part in enumerate(value))
+
+
+def _part(name: str, value: object) -> str:
+    if not isinstance(value, dict) or value.get("type") != "text":
+        raise BadRequest(f'{name} must be {{"type": "text", "text": "…"}}')
+    _only_known(name, value, {"type", "text"})
+    return _text(f"{name}.text", value.get("text"))
 
 
 def _text(name: str, value: object) -> str:
@@ -96,6 +114,8 @@ def _number(low: float, high: float, *, above: bool = False) -> Callable[[str, o
 
 def _integer(low: int, high: int) -> Callable[[str, object], int]:
     def check(name: str, value: object) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # some clients' languages have no integers
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise BadRequest(f"{name} must be a whole number from {low} to {high}")
         return value
@@ -110,9 +130,28 @@ def _boolean(name: str, value: object) -> bool:
 
 
 def _one(name: str, value: object) -> int:
-    if value != 1 or isinstance(value, bool | float):
+    if value != 1 or isinstance(value, bool):
         raise BadRequest(f"{name} must be 1: one answer for each prompt")
     return 1
+
+
+def _no_penalty(name: str, value: object) -> int:
+    if value != 0 or isinstance(value, bool):
+        raise BadRequest(f"{name} must be 0: use repetition_penalty instead")
+    return 0
+
+
+def _no_logprobs(name: str, value: object) -> bool:
+    if value is not False:
+        raise BadRequest(f"{name} must be false: an answer has no log probabilities")
+    return False
+
+
+def _stream_options(name: str, value: object) -> dict[str, bool]:
+    if not isinstance(value, dict):
+        raise BadRequest(f"{name} must be an object")
+    _only_known(name, value, {"include_usage"})
+    return {key: _boolean(f"{name}.{key}", item) for key, item in value.items() if item is not None}
 
 
 def check_id(name: str, value: object) -> str:
@@ -151,6 +190,11 @@ def _response_format(name: str, value: object) -> dict[str, Any]:
     return value
 
 
+def _only_known(name: str, value: dict[str, Any], known: set[str]) -> None:
+    if unknown := sorted(set(value) - known):
+        raise BadRequest(f"unknown field {name}.{shown(unknown[0])}")
+
+
 def shown(name: str) -> str:
     return json.dumps(name[:40])
 
@@ -160,16 +204,29 @@ FIELDS: dict[str, Callable[[str, object], Any]] = {
     "prompt": _prompt,
     "temperature": _number(0, 2),
     "max_tokens": _integer(1, 1 << 20),
+    "max_completion_tokens": _integer(1, 1 << 20),
     "stop": _stops,
     "n": _one,
     "stream": _boolean,
     "top_p": _number(0, 1, above=True),
     "top_k": _integer(1, 1 << 20),
+    "repetition_penalty": _number(0.01, 100),
     "seed": _integer(0, (1 << 31) - 1),
     "response_format": _response_format,
     "model": _name,
     "id": check_id,
     "reply_to": check_topic,
     "deadline_ms": _integer(1, MAX_DEADLINE_MS),
+    "user": _text,
+    "stream_options": _stream_options,
+    "logprobs": _no_logprobs,
+    "frequency_penalty": _no_penalty,
+    "presence_penalty": _no_penalty,
 }
 """Every field of a request and its rule."""
+
+WITHOUT_EFFECT = frozenset(
+    {"n", "user", "stream_options", "logprobs", "frequency_penalty", "presence_penalty"}
+)
+"""Fields that OpenAI's clients send by habit, with the only values that ask for nothing (a completion has its usage
+anyway)."""

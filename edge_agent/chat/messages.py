@@ -9,13 +9,22 @@ Refuses what it does not know, by name: a field that is ignored today is a wrong
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from edge_agent.chat.fields import FIELDS, ID_PATTERN, check_id, check_text, check_topic, shown
+from edge_agent.chat.fields import (
+    FIELDS,
+    ID_PATTERN,
+    WITHOUT_EFFECT,
+    check_id,
+    check_text,
+    check_topic,
+    shown,
+)
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 
 MAX_DEPTH = 64
@@ -37,7 +46,8 @@ class Request:
     Attributes:
         form: JSON or plain text.
         content: `{"messages": […]}` or `{"prompt": "…"}`.
-        options: what the request fixes of temperature, max_tokens, stop, top_p, top_k, seed, response_format.
+        options: what the request fixes of temperature, max_tokens, stop, top_p, top_k, repetition_penalty, seed,
+            response_format.
         model: configured name asked for, None for the default model.
         stream: chunks are wanted.
         id: the client's id, or None.
@@ -96,10 +106,11 @@ def read(payload: bytes, *, limit_bytes: int) -> Body:
     """Decodes a body. One whose first non-blank byte is `{` is JSON; anything else is a plain-text prompt.
 
     Args:
-        payload: as it arrived.
+        payload: as it arrived. A byte order mark in front is no part of the body: editors and shells add it unasked.
         limit_bytes: `limits.payload_bytes`.
     """
-    form = Form.JSON if payload.lstrip(_BLANK).startswith(b"{") else Form.TEXT
+    begin = payload.removeprefix(codecs.BOM_UTF8).lstrip(_BLANK)
+    form = Form.JSON if begin.startswith(b"{") else Form.TEXT
     try:
         text = _decode(payload, limit_bytes)
     except PromptError as error:
@@ -128,7 +139,7 @@ def parse_cancel(payload: bytes) -> tuple[str | None, str | None]:
         BadRequest: it is not that.
     """
     try:
-        document, problem = _load_json(payload.decode("utf-8"))
+        document, problem = _load_json(payload.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadRequest("the cancel is not UTF-8") from error
     if problem is not None:
@@ -231,14 +242,27 @@ def encode(document: dict[str, Any]) -> bytes:
 
 
 def encode_answer(document: dict[str, Any], form: Form) -> bytes:
-    """An answer's bytes: the document, or only its text where the request was plain text."""
+    """An answer's bytes: the document, or only its text where the request was plain text.
+
+    Plain text has no field for it, so an answer that was cut says so in a last line.
+    """
     if form is Form.JSON:
         return encode(document)
     if "error" in document:
         error = document["error"]
         return f"error {error['status']} {error['code']}: {error['message']}".encode("utf-8", "replace")
-    text: str = document["choices"][0]["message"]["content"]
-    return text.encode("utf-8", "replace")
+    choice = document["choices"][0]
+    note = cut_note(choice["finish_reason"], document["usage"])
+    text: str = choice["message"]["content"]
+    return (f"{text}\n\n[{note}]" if note else text).encode("utf-8", "replace")
+
+
+def cut_note(finish_reason: str, usage: Mapping[str, int]) -> str:
+    """What to tell a person whose answer ended at its limit; empty for one that is whole."""
+    if finish_reason != "length":
+        return ""
+    tokens = usage.get("completion_tokens", 0)  # 0: the model does not count
+    return f"cut at {tokens} tokens" if tokens else "cut at its limit of tokens"
 
 
 # --- Reading JSON -------------------------------------------------------------------------------------------
@@ -261,12 +285,13 @@ def _depth(value: object) -> int:
 def _decode(payload: bytes, limit_bytes: int) -> str:
     if len(payload) > limit_bytes:
         raise PromptTooLong(f"the request has {len(payload)} bytes, at most {limit_bytes} are allowed")
-    if not payload.strip(_BLANK):
-        raise BadRequest("the request is empty")
     try:
-        return payload.decode("utf-8")
+        text = payload.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise BadRequest(f"the request is not UTF-8 (byte {error.start})") from error
+    if not text.strip():  # of any kind: a no-break space says nothing either
+        raise BadRequest("the request is empty")
+    return text
 
 
 def _load_json(text: str) -> tuple[dict[str, Any], BadRequest | None]:
@@ -301,13 +326,21 @@ def _parse_object(document: dict[str, Any]) -> Request:
     if unknown:
         raise BadRequest(f"unknown field {', '.join(shown(name) for name in unknown[:8])}")
     given = {name: FIELDS[name](name, value) for name, value in document.items() if value is not None}
+    _use_one_name(given)
     if ("messages" in given) == ("prompt" in given):
         raise BadRequest("give either messages or prompt")
     content: dict[str, Any] = {name: given.pop(name) for name in ("messages", "prompt") if name in given}
-    given.pop("n", None)
     envelope = {
         name: given.pop(name)
         for name in ("model", "stream", "id", "reply_to", "deadline_ms")
         if name in given
     }
-    return Request(form=Form.JSON, content=content, options=given, **envelope)
+    options = {name: value for name, value in given.items() if name not in WITHOUT_EFFECT}
+    return Request(form=Form.JSON, content=content, options=options, **envelope)
+
+
+def _use_one_name(given: dict[str, Any]) -> None:
+    """`max_completion_tokens` is a newer word for `max_tokens`; a client that says both must mean the same."""
+    newer = given.pop("max_completion_tokens", None)
+    if newer is not None and given.setdefault("max_tokens", newer) != newer:
+        raise BadRequest("max_tokens and max_completion_tokens differ: give one of them")

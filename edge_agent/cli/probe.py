@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 
 import click
 
 from edge_agent import terminal
+from edge_agent.chat import messages
 from edge_agent.cli.command import Command, Invocation
 from edge_agent.errors import EdgeAgentError
 from edge_agent.owner import acting_as_owner_of
@@ -33,7 +35,8 @@ def probe(
 ) -> None:
     """Send one prompt through the running daemon and stream the answer.
 
-    If TEXT is -, the prompt is read from standard input.
+    If TEXT is -, the prompt is read from standard input, without the newline that a shell puts at its end.
+    An answer that ends at its limit of tokens is reported on standard error, and as finish_reason "length" with --json.
 
     \b
     Examples:
@@ -68,6 +71,8 @@ def probe(
         click.echo(json.dumps(result, ensure_ascii=False))
     else:
         click.echo(f"\n\n{terminal.answer_line(result)}")
+        if note := messages.cut_note(result["finish_reason"], result["usage"]):
+            click.echo(f"edge-agent: the answer was {note}", err=True)
 
 
 def _question(text: str | None, limit_bytes: int) -> str:
@@ -76,7 +81,7 @@ def _question(text: str | None, limit_bytes: int) -> str:
         if len(data) > limit_bytes:
             raise click.UsageError(f"standard input has more than {limit_bytes} bytes (limits.payload_bytes)")
         try:
-            text = data.decode("utf-8")
+            text = re.sub(r"\r?\n\Z", "", data.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise click.UsageError("standard input is not UTF-8") from error
     if not text or not text.strip():

@@ -28,13 +28,17 @@ from edge_agent.cli.command import Command, Invocation
 )
 @click.option("--signature", type=click.Choice(["chat", "prompt"]), default="chat", show_default=True)
 @click.option(
-    "--option", "options", multiple=True, metavar="K=V", help="Generation default; may be repeated."
+    "--option",
+    "options",
+    multiple=True,
+    metavar="K=V",
+    help="Generation default, for requests and settings that say nothing else; may be repeated.",
 )
 @click.option(
     "--golden",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="JSON list of prompts that a device tries before it uses the version.",
+    help="JSON list of prompts that a device tries before it uses the version, as described above.",
 )
 @click.option(
     "--sign-key", type=click.Path(path_type=Path), metavar="PEM", help="Private key that signs the package."
@@ -61,7 +65,16 @@ def publish(
       edge-agent publish ./phi3-int4 --name phi3-mini --alias prod --registry http://localhost:5000
       edge-agent publish ./phi3-int4 --name phi3-mini --registry sqlite:////srv/registry.db \\
           --signature prompt --option max_length=300 --option temperature=0.2
-      edge-agent publish ./phi3-hf --name phi3-hf --alias prod --flavor transformers
+      edge-agent publish ./phi3-hf --name phi3-hf --alias prod --flavor transformers --golden golden.json
+
+    \b
+    Golden prompts, a JSON list of 1 to 32 objects, each with
+      prompt or messages   what to ask: unchanged text, or a chat
+      expect               a regular expression that must be found in the answer
+      max_tokens           of the answer, 1 to 1024; 64 if it is left out
+    For example, golden.json:
+      [{"messages": [{"role": "user", "content": "What is 2 plus 3?"}], "expect": "5|five"}]
+    They are asked at temperature 0, here and on each device.
     """
     from edge_agent import publishing
     from edge_agent.publishing import build_advice

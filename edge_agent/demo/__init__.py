@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent import environment, terminal
+from edge_agent.chat import messages
 from edge_agent.errors import DaemonNotRunning, EdgeAgentError
 from edge_agent.private_broker import child_process, private_broker, tail
 from edge_agent.transport import control
@@ -172,6 +173,8 @@ def _ask(port: int, question: str, flavor: str) -> dict[str, Any]:
 def _print_result(result: dict[str, Any]) -> None:
     print(f"\nQuestion: {result['question']}\nAnswer:   {result['answer']}\nUsage:    {result['usage']}")
     print(f"\n{terminal.answer_line(result)}", flush=True)
+    if note := messages.cut_note(result["finish_reason"], result["usage"]):
+        _say(f"the answer was {note}")
 
 
 def _stay(config: Path, port: int) -> None:

@@ -20,6 +20,10 @@ CODE_LOADER = "mlflow.pyfunc.loaders.code_model"
 TRANSFORMERS_LOADER = "mlflow.transformers"
 PICKLE_LOADER = "mlflow.pyfunc.model"
 
+GOLDEN_TOKENS = 64
+"""The limit of an answer to a golden prompt that names none."""
+MAX_GOLDEN_TOKENS = 1024
+
 MAX_BYTES = 1 << 20
 _MAX_NODES = 50_000
 

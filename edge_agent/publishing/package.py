@@ -148,7 +148,7 @@ def _save(
 
     # A loader can override only keys that the package has: 0 stands for "not given".
     unset = ("context_tokens", "max_length", "max_tokens", "threads", "kv_bytes")
-    defaults = {"model": name, **dict.fromkeys(unset, 0)}
+    defaults = {"model": name, **dict.fromkeys(unset, 0), "repetition_penalty": 0.0}
     try:
         mlflow.pyfunc.save_model(
             destination,

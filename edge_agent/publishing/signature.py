@@ -39,6 +39,7 @@ def _params() -> ParamSchema:
             ParamSpec("stop", _STRING, [], shape=(-1,)),
             ParamSpec("top_p", _DOUBLE, None),
             ParamSpec("top_k", _LONG, None),
+            ParamSpec("repetition_penalty", _DOUBLE, None),
             ParamSpec("seed", _LONG, None),
             ParamSpec("response_format", _STRING, None),
         ]

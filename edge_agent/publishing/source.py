@@ -13,9 +13,12 @@ from typing import Any
 
 from edge_agent.errors import ContentError, PublishError
 from edge_agent.package import genai_options
+from edge_agent.package.mlmodel import MAX_GOLDEN_TOKENS
 
 MAX_GOLDEN = 32
 MAX_GOLDEN_BYTES = 1 << 20
+GOLDEN_FIELDS = ("prompt", "messages", "expect", "max_tokens")
+_GOLDEN_FORM = 'write [{"prompt": "…", "expect": "…"}]; `edge-agent publish --help` has an example'
 _REBUILD = "make the folder with python -m onnxruntime_genai.models.builder"
 
 
@@ -137,15 +140,17 @@ def read_golden(golden: Path | Sequence[Mapping[str, Any]] | None) -> list[dict[
         return []
     content = _read_json(golden) if isinstance(golden, Path) else golden
     if not isinstance(content, list | tuple) or not 0 < len(content) <= MAX_GOLDEN:
-        raise PublishError(f"golden prompts must be a list of 1 to {MAX_GOLDEN} entries")
+        raise PublishError(f"golden prompts must be a list of 1 to {MAX_GOLDEN} entries", remedy=_GOLDEN_FORM)
     return [_golden_entry(entry, f"golden prompt {number}") for number, entry in enumerate(content, 1)]
 
 
 def _golden_entry(entry: object, what: str) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
-        raise PublishError(f"{what} is not an object")
-    if unknown := sorted(set(entry) - {"prompt", "messages", "expect", "max_tokens"}):
-        raise PublishError(f"{what} has an unknown field {unknown[0]!r}")
+        raise PublishError(f"{what} is not an object", remedy=_GOLDEN_FORM)
+    if unknown := sorted(set(entry) - set(GOLDEN_FIELDS)):
+        raise PublishError(
+            f"{what} has an unknown field {unknown[0]!r}", remedy=f"choose from {', '.join(GOLDEN_FIELDS)}"
+        )
     if ("prompt" in entry) == ("messages" in entry):
         raise PublishError(f"{what} needs either prompt or messages")
     if not isinstance(entry.get("prompt", ""), str) or not isinstance(entry.get("messages", []), list):
@@ -158,8 +163,9 @@ def _golden_entry(entry: object, what: str) -> dict[str, Any]:
     except re.error as error:
         raise PublishError(f"{what}: expect is not a regular expression: {error}") from error
     max_tokens = entry.get("max_tokens", 1)
-    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
-        raise PublishError(f"{what}: max_tokens must be a positive integer")
+    whole = isinstance(max_tokens, int) and not isinstance(max_tokens, bool)
+    if not whole or not 1 <= max_tokens <= MAX_GOLDEN_TOKENS:
+        raise PublishError(f"{what}: max_tokens must be an integer from 1 to {MAX_GOLDEN_TOKENS}")
     return dict(entry)
 
 

@@ -19,14 +19,13 @@ from typing import Any
 
 from edge_agent.errors import BadRequest, PromptTooLong, PublishError
 from edge_agent.package import genai_options
+from edge_agent.package.mlmodel import GOLDEN_TOKENS
 from edge_agent.publishing import prompting
 
 Ask = Callable[[Mapping[str, Any], int], str]
 """(messages or prompt, most new tokens) → the answer's text."""
 
 EXAMPLE_TOKENS = 16
-GOLDEN_TOKENS = 128
-"""The limit for a golden prompt that has none of its own."""
 
 
 def calm_libraries() -> None:
@@ -126,7 +125,7 @@ def _as_on_a_device(folder: Path) -> _Loaded:
     """Asks as a device does: MLflow's pyfunc of the transformers flavor cannot decode greedily."""
     from edge_agent.runner import loader
 
-    model = loader.load(folder, context_tokens=1 << 20, max_tokens=GOLDEN_TOKENS, threads=0)
+    model = loader.load(folder, context_tokens=1 << 20, max_tokens=0, threads=0)
 
     def ask(row: Mapping[str, Any], max_tokens: int) -> str:
         return model.ask({**row, "max_tokens": max_tokens, "temperature": 0.0})[0]

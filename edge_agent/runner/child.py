@@ -95,9 +95,9 @@ class Runner:
                 max_tokens=request.max_tokens,
                 threads=request.threads,
                 kv_bytes=request.kv_bytes,
+                repetition_penalty=request.repetition_penalty,
             )
-            model.warm_up()
-            system_refused = model.system_refusal(request.system)
+            system_refused = model.warm_up(request.system)
         except Exception as error:
             print_frames(error)
             code = CannotRun.code if isinstance(error, CannotRun) else LoadFailed.code

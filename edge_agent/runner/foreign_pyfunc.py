@@ -19,7 +19,10 @@ from edge_agent.runner.model import End, Model
 from edge_agent.runner.stop import StopFilter
 from edge_agent.runner.worker import Put, Worker
 
-OPTIONS = ("temperature", "max_tokens", "stop", "top_p", "top_k", "seed", "response_format")
+OPTIONS = (
+    *("temperature", "max_tokens", "stop", "top_p", "top_k", "repetition_penalty", "seed"),
+    "response_format",
+)
 USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 _TEXT_KEYS = (
     "content",

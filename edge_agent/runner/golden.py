@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from edge_agent.package.mlmodel import GOLDEN_TOKENS, MAX_GOLDEN_TOKENS
+
 MAX_GOLDEN = 64
-MAX_GOLDEN_TOKENS = 1024
 PATTERN_LIMIT_S = 5.0
-_DEFAULT_MAX_TOKENS = 64
 _SPEED_TOKENS = 32
 _MAX_SHOWN = 80
 
@@ -67,7 +67,7 @@ def _try_one(entry: object, ask: Ask) -> tuple[str, int]:
     if not isinstance(entry, dict) or not isinstance(entry.get("expect"), str):
         return "not understood", 0
     content = {key: entry[key] for key in ("messages", "prompt") if key in entry}
-    max_tokens = entry.get("max_tokens", _DEFAULT_MAX_TOKENS)
+    max_tokens = entry.get("max_tokens", GOLDEN_TOKENS)
     if len(content) != 1 or not isinstance(max_tokens, int) or not 0 < max_tokens <= MAX_GOLDEN_TOKENS:
         return "not understood", 0
     text, tokens = ask({**content, "max_tokens": max_tokens, "temperature": 0.0})

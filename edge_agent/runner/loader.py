@@ -23,21 +23,37 @@ from edge_agent.runner.model import End, Lane, Model
 
 __all__ = ["End", "Model", "load"]
 
-PARAMS = ("temperature", "max_tokens", "stop", "top_p", "top_k", "seed", "response_format")
+PARAMS = (
+    *("temperature", "max_tokens", "stop", "top_p", "top_k", "repetition_penalty", "seed"),
+    "response_format",
+)
 """Request options that reach a package as MLflow params when its signature declares them."""
+DEFAULT_MAX_TOKENS = 256
+"""Of the wrapper."""
+_QUESTION_TOKENS = 256
+"""What a first prompt may add to the system prompt, and still go on from what the warm-up has run."""
 TEMPLATE_REFUSES = "the chat template refuses the messages"
 """The wrapper's words."""
 _NO_BYTECODE = "/nonexistent/edge-agent"
 
 
-def load(folder: Path, *, context_tokens: int, max_tokens: int, threads: int, kv_bytes: int = 0) -> Model:
+def load(
+    folder: Path,
+    *,
+    context_tokens: int,
+    max_tokens: int,
+    threads: int,
+    kv_bytes: int = 0,
+    repetition_penalty: float = 0.0,
+) -> Model:
     """Loads the package in `folder`.
 
     Args:
         context_tokens: prompt and answer together, at most.
-        max_tokens: of an answer, when a request names none.
+        max_tokens: of an answer, when a request names none; 0 leaves it to the package.
         threads: for one operation; 0 leaves it to the library.
         kv_bytes: for the keys and values of running and remembered prompts together, where a package knows it.
+        repetition_penalty: when a request names none; 0 leaves it to the package.
 
     Raises:
         CannotRun: this host lacks what runs it.
@@ -52,13 +68,18 @@ def load(folder: Path, *, context_tokens: int, max_tokens: int, threads: int, kv
 
         sys.dont_write_bytecode = True
         return transformers_flavor.load(
-            folder, package, context_tokens=context_tokens, max_tokens=max_tokens, threads=threads
+            folder,
+            package,
+            context_tokens=context_tokens,
+            max_tokens=max_tokens,
+            threads=threads,
+            repetition_penalty=repetition_penalty,
         )
+    given = {"max_tokens": max_tokens, "threads": threads, "repetition_penalty": repetition_penalty}
     config = {
         "context_tokens": context_tokens,
-        "max_tokens": max_tokens,
         "kv_bytes": kv_bytes,
-        **({"threads": threads} if threads else {}),
+        **{key: value for key, value in given.items() if value},
     }
     return _load_pyfunc(folder, package, config)
 
@@ -68,9 +89,12 @@ class WrapperModel(Model):
 
     answers_several = True
 
-    def __init__(self, pyfunc: Any, *, flavor: str, signature: str, golden: Any) -> None:
+    def __init__(
+        self, pyfunc: Any, *, flavor: str, signature: str, golden: Any, max_tokens: int = DEFAULT_MAX_TOKENS
+    ) -> None:
         self._pyfunc = pyfunc
         self._wrapper = pyfunc.unwrap_python_model()
+        self.room_tokens = max_tokens + _QUESTION_TOKENS
         self.flavor = flavor
         self.signature = signature
         self.golden = golden
@@ -139,6 +163,7 @@ def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Mode
         _import_quietly("onnxruntime_genai")
     _distrust_bytecode()
     signature = foreign_pyfunc.signature_of(mlflow.models.Model.load(str(folder)))
+    own = package.pyfunc.get("config")
     if ours:
         try:
             pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=config)
@@ -147,8 +172,13 @@ def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Mode
                 raise CannotRun(f"onnxruntime-genai: {' '.join(str(error).split())[:200]}") from error
             raise
         flavor = f"onnxruntime-genai {importlib.metadata.version('onnxruntime-genai')}"
-        return WrapperModel(pyfunc, flavor=flavor, signature=signature.form, golden=package.golden)
-    own = package.pyfunc.get("config")
+        return WrapperModel(
+            pyfunc,
+            flavor=flavor,
+            signature=signature.form,
+            golden=package.golden,
+            max_tokens=_max_tokens(config, own),
+        )
     known = {key: value for key, value in config.items() if isinstance(own, dict) and key in own}
     pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=known or None)
     return foreign_pyfunc.ForeignModel(
@@ -158,6 +188,12 @@ def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Mode
         streams=bool(package.pyfunc.get("streamable")),
         golden=package.golden,
     )
+
+
+def _max_tokens(config: dict[str, Any], own: object) -> int:
+    """Of an answer to a request that names none: the settings', else the package's, else the wrapper's."""
+    packages = own.get("max_tokens") if isinstance(own, dict) else None
+    return config.get("max_tokens") or (packages if isinstance(packages, int) else 0) or DEFAULT_MAX_TOKENS
 
 
 def _need(library: str, *, package: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_agent.errors import BadRequest, RunnerError
+from edge_agent.errors import BadRequest, PromptTooLong, RunnerError
 from edge_agent.runner.protocol import with_system
 
 
@@ -49,12 +49,15 @@ class Model(ABC):
         signature: `chat` or `prompt`: the form that the package is made for.
         golden: the package's golden prompts as they stand in its metadata; None when it has none.
         answers_several: prompts can run at the same time; otherwise one ends before the next starts.
+        room_tokens: that a warm-up asks for; more than 1 where what it has run is kept, and the first prompt needs
+            room after it.
     """
 
     flavor: str
     signature: str
     golden: Any = None
     answers_several = False
+    room_tokens = 1
 
     @abstractmethod
     def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
@@ -81,26 +84,45 @@ class Model(ABC):
             texts.append(item)
         raise RunnerError("the model's stream ended without usage and finish_reason")
 
-    def system_refusal(self, system: str) -> str:
-        """Why it takes no chat with this system prompt, although it takes one without; empty if it does."""
-        chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
-        if not system or not (refusal := self._refusal(with_system(chat, system))) or self._refusal(chat):
+    def warm_up(self, system: str = "") -> str:
+        """Runs what the first prompt would otherwise pay for: what the library does only once, and the beginning of
+        each chat, which is the system prompt of the settings or the template's own. A model that keeps what it has
+        run goes on from there.
+
+        Args:
+            system: of the settings; empty for none.
+
+        Returns:
+            Why the model takes no chat with this system prompt, although it takes one without; empty if it does.
+
+        Raises:
+            BadRequest, PromptTooLong: it takes neither.
+        """
+        if self.signature != "chat":
+            self._begin({"prompt": "Hi"})
             return ""
+        chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+        refusal = ""
+        if system:
+            try:
+                self._begin(with_system(chat, system))
+                return ""
+            except (BadRequest, PromptTooLong) as error:
+                refusal = error.message
+        self._begin(chat)
         return refusal
 
-    def _refusal(self, document: dict[str, Any]) -> str:
-        try:
-            self.ask(document)
-        except BadRequest as error:
-            return error.message
-        return ""
-
-    def warm_up(self) -> None:
-        """Generates one token, so that the first prompt does not pay for what the library does only once."""
-        document = (
-            {"messages": [{"role": "user", "content": "Hi"}]}
-            if self.signature == "chat"
-            else {"prompt": "Hi"}
-        )
-        for _ in self.stream({**document, "max_tokens": 1}):
-            pass
+    def _begin(self, document: dict[str, Any]) -> None:
+        """Answers a document up to its first text, with as much of the room as the context has."""
+        tokens = self.room_tokens
+        while True:
+            items = self.stream({**document, "max_tokens": tokens})
+            try:
+                next((item for item in items if item), None)
+                return
+            except PromptTooLong:
+                if tokens == 1:
+                    raise
+                tokens //= 2
+            finally:
+                items.close()

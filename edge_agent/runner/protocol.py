@@ -30,11 +30,12 @@ class Load:
     Attributes:
         folder: the MLflow model's folder.
         context_tokens: the limit for prompt and answer together.
-        max_tokens: the limit for an answer when the request names none.
+        max_tokens: the limit for an answer when the request names none; 0 leaves it to the package.
         threads: for one operation; 0 leaves the choice to the library.
         parallel: the most prompts that run at once.
         kv_bytes: memory for the key-value caches of running and remembered prompts together.
         system: the system prompt of chats that bring none; empty for none.
+        repetition_penalty: when the request names none; 0 leaves it to the package.
     """
 
     type: ClassVar[str] = "load"
@@ -45,6 +46,7 @@ class Load:
     parallel: int = 1
     kv_bytes: int = 0
     system: str = ""
+    repetition_penalty: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

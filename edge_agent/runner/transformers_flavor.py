@@ -36,6 +36,7 @@ TEMPLATE_TIMEOUT_S = 10.0
 """A chat template is a program in a sandbox, and may loop for ever."""
 MAX_RENDERED_CHARACTERS = 8 << 20
 _LEAST_TEMPERATURE = 1e-5  # logits are divided by it
+_DEFAULT_MAX_TOKENS = 256
 
 _LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -46,7 +47,7 @@ class _Defaults:
 
     Attributes:
         context_tokens: prompt and new tokens together, at most.
-        max_tokens: new ones, for a request that names none.
+        max_tokens: new ones, for a request that names none; 0 for as many as `max_length` leaves, else 256.
         max_length: the package's own cap on prompt and new tokens together; 0 for none.
     """
 
@@ -59,12 +60,20 @@ class _Defaults:
     repetition_penalty: float | None = None
 
 
-def load(folder: Path, package: MLmodel, *, context_tokens: int, max_tokens: int, threads: int) -> Model:
+def load(
+    folder: Path,
+    package: MLmodel,
+    *,
+    context_tokens: int,
+    max_tokens: int,
+    threads: int,
+    repetition_penalty: float,
+) -> Model:
     """Loads the package.
 
     Args:
         package: its MLmodel.
-        context_tokens, max_tokens, threads: see `loader.load`.
+        context_tokens, max_tokens, threads, repetition_penalty: see `loader.load`.
 
     Raises:
         CannotRun: this version of transformers does not know the architecture.
@@ -86,11 +95,13 @@ def load(folder: Path, package: MLmodel, *, context_tokens: int, max_tokens: int
         tokenizer_folder if tokenizer_folder.is_dir() else weights, **_LOCAL
     )
     longest = getattr(model.config, "max_position_embeddings", None) or context_tokens
-    options = _package_options(package.pyfunc.get("config"))
+    given = {"max_tokens": max_tokens, "repetition_penalty": repetition_penalty}
+    options = {"max_tokens": 0, **_package_options(package.pyfunc.get("config"))}
+    options |= {name: value for name, value in given.items() if value}
     return TransformersModel(
         model,
         tokenizer,
-        defaults=_Defaults(context_tokens=min(context_tokens, longest), max_tokens=max_tokens, **options),
+        defaults=_Defaults(context_tokens=min(context_tokens, longest), **options),
         golden=package.golden,
     )
 
@@ -173,16 +184,20 @@ class TransformersModel(Model):
         if prompt_tokens + wanted > limit:
             parts = f"{prompt_tokens} of the prompt and {wanted} new"
             raise PromptTooLong(f"{parts} are more than the context of {limit} tokens")
-        left = min(limit, self._defaults.max_length or limit) - prompt_tokens
+        max_length = self._defaults.max_length
+        left = min(limit, max_length or limit) - prompt_tokens
         if left < 1:
             raise PromptTooLong(f"{prompt_tokens} tokens leave nothing of the package's max_length")
-        return min(left, max_tokens or self._defaults.max_tokens)
+        open_end = left if max_length else _DEFAULT_MAX_TOKENS
+        return min(left, max_tokens or self._defaults.max_tokens or open_end)
 
     def _sampling(self, document: Mapping[str, Any]) -> dict[str, Any]:
         defaults = self._defaults
         chosen: dict[str, Any] = {"do_sample": False}
-        if defaults.repetition_penalty is not None:
-            chosen["repetition_penalty"] = defaults.repetition_penalty
+        penalty = document.get("repetition_penalty")
+        penalty = defaults.repetition_penalty if penalty is None else penalty
+        if penalty is not None:
+            chosen["repetition_penalty"] = float(penalty)
         temperature = document.get("temperature")
         temperature = defaults.temperature if temperature is None else temperature
         if temperature:
@@ -348,6 +363,7 @@ def _package_options(config: object) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         return found
     for key, least, most in (
+        ("max_new_tokens", 1, 1 << 20),
         ("temperature", 0.0, 100.0),
         ("top_p", 0.0, 1.0),
         ("top_k", 0, 1 << 20),
@@ -359,6 +375,8 @@ def _package_options(config: object) -> dict[str, Any]:
             found[key] = value
     if config.get("do_sample") is False:
         found.pop("temperature", None)
+    if "max_new_tokens" in found:  # the library's name
+        found["max_tokens"] = int(found.pop("max_new_tokens"))
     return found
 
 

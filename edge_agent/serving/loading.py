@@ -184,6 +184,7 @@ class VersionLoader:
                         parallel=self._loading.parallel,
                         kv_bytes=min(self._loading.kv_bytes, admission.spare_bytes),
                         system=self._loading.settings.system,
+                        repetition_penalty=self._loading.settings.repetition_penalty,
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
                 )

@@ -100,7 +100,7 @@ def parse_desired(payload: bytes, *, refs: Mapping[str, ModelRef]) -> dict[str, 
     if len(payload) > MAX_DESIRED_BYTES:
         raise BadDesired(f"the desired state has more than {MAX_DESIRED_BYTES} bytes")
     try:
-        document = json.loads(payload.decode("utf-8"))
+        document = json.loads(payload.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise BadDesired("the desired state is not JSON") from error
     models = document.get("models") if isinstance(document, dict) and set(document) == {"models"} else None

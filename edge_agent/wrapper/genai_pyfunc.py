@@ -45,7 +45,7 @@ DEFAULT_MAX_TOKENS = 256
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 MAX_RESPONSE_FORMAT_CHARACTERS = 32_768
 MAX_ITEMS = 10_000  # minItems and maxItems of a schema together: its grammar has a rule for each item
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant")  # developer is a newer word for system
 TEMPLATE_REFUSES = "the chat template refuses the messages"
 NO_TEMPLATE = "this model has no chat template: send it a prompt"
 
@@ -182,6 +182,7 @@ class _Options:
         context_tokens: a smaller context than the model's own, to save memory.
         threads: threads of one operator.
         kv_bytes: memory for the keys and values of all generators together; always at least one context.
+        repetition_penalty: 1 is off; not given, the folder's own holds.
     """
 
     model: str = ""
@@ -190,7 +191,7 @@ class _Options:
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: float = 0.0
     context_tokens: int = 0
     threads: int = 0
     kv_bytes: int = 0
@@ -211,6 +212,7 @@ class _Request:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     guidance: _Guidance | None = None
@@ -218,7 +220,10 @@ class _Request:
     CHAT_INPUTS: ClassVar = frozenset({"messages", "temperature", "max_tokens", "stop", "n", "stream"})
     PROMPT_INPUTS: ClassVar = frozenset({"prompt"})
     PARAMS: ClassVar = frozenset(
-        {"temperature", "max_tokens", "stop", "top_p", "top_k", "seed", "response_format"}
+        {
+            *("temperature", "max_tokens", "stop", "top_p", "top_k", "repetition_penalty", "seed"),
+            "response_format",
+        }
     )
 
     @classmethod
@@ -246,6 +251,7 @@ class _Request:
             temperature=_number(given, "temperature", 0.0, 100.0),
             top_p=_number(given, "top_p", 0.0, 1.0),
             top_k=_integer(given, "top_k", 0, 1 << 31),
+            repetition_penalty=_number(given, "repetition_penalty", 0.01, 100.0),
             seed=_integer(given, "seed", -(1 << 63), 1 << 63),
             stop=_stops(given),
             guidance=_Guidance.parse(given),
@@ -262,6 +268,7 @@ class _Job:
         answer: [tokens] ids, without an end token.
         max_new: most tokens of the answer.
         greedy: no sampling.
+        penalty: for tokens that came before; 1 is none, 0 leaves it to the folder.
         cached: tokens of the prompt that did not have to be prefilled.
         finish_reason: empty until the answer is complete.
     """
@@ -271,6 +278,7 @@ class _Job:
     prompt: list[int]
     max_new: int
     greedy: bool
+    penalty: float
     decoder: _Decoder
     stops: _StopFilter
     started: float
@@ -288,8 +296,8 @@ class _Job:
 
     @property
     def plain(self) -> bool:
-        """True if its generator can serve other requests, too. A generator's search options are fixed, and the state
-        of a sampler or a grammar cannot be rewound (library limitation)."""
+        """True if its generator can serve other requests of the same penalty, too. A generator's search options are
+        fixed, and the state of a sampler or a grammar cannot be rewound (library limitation)."""
         return self.greedy and self.request.guidance is None
 
     def take(self, token: int, *, is_end: bool) -> Iterator[Any]:
@@ -333,12 +341,14 @@ class _Session:
     Attributes:
         max_length: tokens that it takes memory for.
         reusable: it may serve another request.
+        penalty: of its generator.
         generator: None until its lane starts.
         tokens: [tokens] ids that it has seen.
     """
 
     max_length: int
     reusable: bool
+    penalty: float
     generator: Any = None
     tokens: list[int] = field(default_factory=list)
 
@@ -377,22 +387,22 @@ class _Sessions:
         self._kept: list[_Session] = []
         self._in_use = 0
 
-    def known(self, prompt: Sequence[int]) -> int:
+    def known(self, job: _Job) -> int:
         """Length of the prompt's prefix that a kept session has processed already."""
         with self._lock:
-            return self._best(prompt)[1]
+            return self._best(job)[1]
 
-    def resume(self, prompt: Sequence[int], max_length: int) -> _Session | None:
+    def resume(self, job: _Job) -> _Session | None:
         """The kept session with the longest common prefix, rewound to it; None if no session is worth it.
 
         A session that is too small for this request is dropped: it would be too small for the chat's next one, too.
         """
         with self._lock:
-            best, shared = self._best(prompt)
+            best, shared = self._best(job)
             if best is None:
                 return None
             self._kept.remove(best)
-            if best.max_length < max_length:
+            if best.max_length < job.length:
                 return None
             self._in_use += best.max_length
         best.rewind(shared)
@@ -428,10 +438,10 @@ class _Sessions:
     def _kept_tokens(self) -> int:
         return sum(kept.max_length for kept in self._kept)
 
-    def _best(self, prompt: Sequence[int]) -> tuple[_Session | None, int]:
+    def _best(self, job: _Job) -> tuple[_Session | None, int]:
         best: tuple[_Session | None, int] = (None, 0)
         for kept in self._kept:
-            shared = kept.shared(prompt)
+            shared = kept.shared(job.prompt) if kept.penalty == job.penalty else 0
             if shared > best[1] and shared * self.WORTH >= len(kept.tokens):
                 best = (kept, shared)
         return best
@@ -474,6 +484,7 @@ class _Engine:
             prompt=prompt,
             max_new=self._budget(len(prompt), request.max_tokens),
             greedy=self._temperature(request) == 0,
+            penalty=request.repetition_penalty or self.options.repetition_penalty,
             decoder=_Decoder(self._tokenizer, self.prompts.control_ids),
             stops=_StopFilter(request.stop),
             started=started,
@@ -495,23 +506,23 @@ class _Engine:
     def _session(self, job: _Job, *, beyond: bool) -> _Session | None:
         """A kept session that goes on for a job, or room for a new one; None when there is not enough."""
         length = job.length
-        known = self.sessions.known(job.prompt) if job.plain else 0
-        if known and (kept := self.sessions.resume(job.prompt, length)):
+        known = self.sessions.known(job) if job.plain else 0
+        if known and (kept := self.sessions.resume(job)):
             return kept
         if job.plain:  # a chat that outgrew its generator will probably keep growing
             wanted = length * 2 if known else length
             length = min(self.context_tokens, math.ceil(wanted / ROUND_TOKENS) * ROUND_TOKENS)
         if not self.sessions.reserve(length, beyond=beyond):
             return None
-        return _Session(max_length=length, reusable=job.plain)
+        return _Session(max_length=length, reusable=job.plain, penalty=job.penalty)
 
     def generator(self, job: _Job, max_length: int) -> Any:
         """A new generator with the job's options."""
         request, greedy = job.request, job.greedy
         search: dict[str, Any] = {"max_length": max_length, "num_beams": 1, "num_return_sequences": 1}
         search |= {"batch_size": 1, "do_sample": not greedy}
-        if self.options.repetition_penalty is not None:
-            search["repetition_penalty"] = self.options.repetition_penalty
+        if job.penalty:
+            search["repetition_penalty"] = job.penalty
         if not greedy:
             search |= self._sampling(request)
         generator_params = og.GeneratorParams(self._model)
@@ -974,7 +985,8 @@ def _message(message: Any, where: str) -> dict[str, str]:
         raise RequestError("bad_request", f"role of {where} must be one of {', '.join(ROLES)}")
     if message.get("name") is not None:
         _text(message["name"], f"name of {where}")  # only checked: chat templates do not use it
-    return {"role": message["role"], "content": _text(message.get("content"), f"content of {where}")}
+    role = "system" if message["role"] == "developer" else message["role"]
+    return {"role": role, "content": _text(message.get("content"), f"content of {where}")}
 
 
 def _text(value: Any, what: str) -> str:

@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
 
+from edge_agent.chat import messages
+from edge_agent.errors import PromptError
 from edge_agent.publishing.package import EXAMPLES, build_package
+from edge_agent.runner import loader
+from tests.support.generated_messages import LIMIT_BYTES, examples, objects
 from tests.support.wrapper import Answer, ask, forget, load, user
 
 MADRID = "The capital of Spain is Madrid."
@@ -165,6 +170,32 @@ def test_top_k_one_is_greedy_at_any_temperature(chat: Any) -> None:
     assert ask(chat, SPAIN, temperature=0.01, top_k=10**6).text == MADRID
 
 
+def test_a_repetition_penalty_changes_an_answer_and_1_is_off(chat: Any, chat_folder: Path) -> None:
+    plain = ask(chat, COUNT).text
+    assert ask(chat, COUNT, repetition_penalty=1.0).text == plain
+    assert ask(chat, COUNT, repetition_penalty=2.0).text != plain
+    penalised = load(chat_folder, repetition_penalty=2.0)
+    assert ask(penalised, COUNT).text == ask(chat, COUNT, repetition_penalty=2.0).text
+    assert ask(penalised, COUNT, repetition_penalty=1.0).text == plain
+
+
+def test_a_generator_serves_only_requests_of_its_own_penalty(chat: Any) -> None:
+    """Its search options are fixed when it is made."""
+    row = {
+        "messages": [{"role": "system", "content": "You are a helpful assistant. " * 4}, *COUNT["messages"]]
+    }
+    alone = {}
+    for penalty in (1.0, 3.0):
+        forget(chat)
+        alone[penalty] = ask(chat, row, repetition_penalty=penalty, max_tokens=20).text
+    assert len(set(alone.values())) == len(alone)
+    forget(chat)
+    for number, penalty in enumerate((1.0, 3.0, 1.0, 3.0)):
+        answer = ask(chat, row, repetition_penalty=penalty, max_tokens=20)
+        assert answer.text == alone[penalty]
+        assert (answer.usage["cached_tokens"] > 0) == (number >= 2), "the second one of a penalty goes on"
+
+
 # --- Stop strings and characters ------------------------------------------------------------------------
 
 
@@ -245,6 +276,36 @@ def test_control_tokens_in_a_message_stay_text_that_the_model_can_read(chat: Any
     assert content in wrapper._engine._tokenizer.decode(tokens)
 
 
+def test_a_developer_is_the_system(chat: Any) -> None:
+    prompts = [
+        chat.unwrap_python_model()._engine.read(row, None, 0).prompt
+        for row in ({"messages": [{"role": role, "content": "Be kind."}]} for role in ("system", "developer"))
+    ]
+    assert prompts[0] == prompts[1]
+
+
+@examples(400)
+@given(document=objects())
+def test_what_the_agent_accepts_the_wrapper_accepts_with_the_same_meaning(
+    document: dict[str, Any], chat: Any
+) -> None:
+    """The agent's parser has the say; the wrapper checks again, for those who use the package without the agent."""
+    try:
+        accepted = messages.parse(json.dumps(document).encode(), limit_bytes=LIMIT_BYTES).document
+    except PromptError:
+        return
+    row, params = loader._request(accepted)
+    assert set(row) | set(params) == set(accepted)
+    request = sys.modules[type(chat.unwrap_python_model()).__module__]._Request.parse(row, params)
+    for name in ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed"):
+        assert getattr(request, name) == accepted.get(name)
+    assert request.stop == tuple(accepted.get("stop", ()))
+    assert request.prompt == accepted.get("prompt", "")
+    assert [message["content"] for message in request.messages] == [
+        message["content"] for message in accepted.get("messages", ())
+    ]
+
+
 def test_a_raw_prompt_keeps_its_control_tokens(prompt: Any) -> None:
     wrapper = prompt.unwrap_python_model()
     tokens = wrapper._engine.prompts.raw(EXAMPLES["prompt"]["prompt"])
@@ -279,6 +340,7 @@ def test_a_raw_prompt_keeps_its_control_tokens(prompt: Any) -> None:
         user("a", stop=[""]),
         user("a", stop=["a"] * 17),
         user("a", colour="red"),
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
     ],
     ids=repr,
 )
@@ -291,6 +353,10 @@ def test_a_bad_request_is_refused_by_code(chat: Any, row: dict[str, Any]) -> Non
     [
         {"top_p": 1.1},
         {"top_k": -1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": -1.0},
+        {"repetition_penalty": 100.5},
+        {"repetition_penalty": "high"},
         {"seed": "x"},
         {"logit_bias": {}},
         {"response_format": "{"},

@@ -36,8 +36,19 @@ _numbers = st.one_of(
     st.floats(allow_nan=False, allow_infinity=False),
 )
 _odd = st.one_of(st.none(), st.booleans(), _numbers, _texts, st.just([]), st.just({}), st.just([None]))
+_parts = st.lists(
+    st.one_of(
+        st.fixed_dictionaries({"type": st.sampled_from(["text", "text", "image_url"]), "text": _texts}), _odd
+    ),
+    max_size=3,
+)
 _message = st.one_of(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant"]), "content": _texts}),
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["user", "system", "assistant", "developer"]),
+            "content": st.one_of(_texts, _parts),
+        }
+    ),
     st.fixed_dictionaries(
         {"role": st.one_of(st.just("user"), _odd), "content": st.one_of(_texts, _odd)},
         optional={"name": st.one_of(_texts, _odd), "tool": _odd},
@@ -94,6 +105,13 @@ _fields: dict[str, st.SearchStrategy[Any]] = {
     "top_p": _numbers,
     "top_k": _numbers,
     "seed": _numbers,
+    "repetition_penalty": _numbers,
+    "max_completion_tokens": st.one_of(st.sampled_from([1, 4, 4.0]), _odd),
+    "user": st.one_of(_texts, _odd),
+    "stream_options": st.one_of(st.just({"include_usage": True}), _odd),
+    "logprobs": st.one_of(st.just(False), _odd),
+    "frequency_penalty": st.one_of(st.just(0), _odd),
+    "presence_penalty": st.one_of(st.just(0.0), _odd),
     "stop": st.one_of(_texts, st.lists(st.one_of(_texts, _odd), max_size=3), st.just(["x"] * 17), _odd),
     "n": st.one_of(st.just(1), _odd),
     "stream": st.one_of(st.booleans(), _odd),

@@ -27,6 +27,9 @@ def test_a_desired_state_names_a_uri_a_version_or_gives_the_choice_back() -> Non
     assert desired({"models": {"assistant": {"version": 7}}}) == {"assistant": "models:/phi3/7"}
     assert desired({"models": {"assistant": None}}) == {"assistant": ""}
     assert choice.parse_desired(b"", refs=REFS) == {"assistant": ""}
+    assert choice.parse_desired(b'\xef\xbb\xbf{"models": {"assistant": null}}', refs=REFS) == {
+        "assistant": ""
+    }
 
 
 @pytest.mark.parametrize(

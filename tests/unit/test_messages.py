@@ -1,6 +1,8 @@
 """The wire shapes of the MQTT contract: what is accepted, what is refused, and how it is said."""
 
+import codecs
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,8 @@ from edge_agent.chat import messages
 from edge_agent.chat.fields import FIELDS
 from edge_agent.chat.messages import Form
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong, QueueFull
+from edge_agent.runner.protocol import with_system
+from tests.support.generated_messages import examples
 
 LIMIT = 102_400
 
@@ -52,10 +56,69 @@ def test_anything_that_does_not_begin_with_a_brace_is_a_plain_text_prompt(payloa
 
 
 @pytest.mark.parametrize(
+    "payload", [b'{"prompt": "a"}', b' \n{"prompt": "a"}', b"What is 2 plus 3?", b"{", b"\xff", b" "]
+)
+def test_a_byte_order_mark_in_front_changes_nothing(payload: bytes) -> None:
+    def result(body: bytes) -> messages.Request | str:
+        try:
+            return parse(body)
+        except BadRequest as error:
+            return error.message.partition("byte")[
+                0
+            ]  # which byte is wrong is counted from the very first one
+
+    assert result(codecs.BOM_UTF8 + payload) == result(payload)
+    marked, plain = (messages.read(body, limit_bytes=LIMIT) for body in (codecs.BOM_UTF8 + payload, payload))
+    assert (marked.form, marked.id, marked.reply_to) == (plain.form, plain.id, plain.reply_to)
+
+
+def test_a_mark_that_is_not_in_front_is_text() -> None:
+    assert parse("a\ufeffb".encode()).content == {"messages": [{"role": "user", "content": "a\ufeffb"}]}
+    assert parse({"prompt": "\ufeffa"}).content == {"prompt": "\ufeffa"}
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        ({"max_tokens": 8.0, "n": 1.0}, {"max_tokens": 8}),
+        ({"top_k": 40.0, "seed": 7.0}, {"top_k": 40, "seed": 7}),
+        ({"max_completion_tokens": 9}, {"max_tokens": 9}),
+        ({"max_completion_tokens": 9.0, "max_tokens": 9}, {"max_tokens": 9}),
+        ({"max_completion_tokens": None, "max_tokens": 9}, {"max_tokens": 9}),
+        ({"user": "someone", "stream_options": {"include_usage": True}, "stream": True}, {"stream": True}),
+        ({"logprobs": False, "frequency_penalty": 0, "presence_penalty": 0.0}, {}),
+        ({"repetition_penalty": 1}, {"repetition_penalty": 1.0}),
+    ],
+    ids=str,
+)
+def test_what_clients_send_by_habit_is_taken(sent: dict[str, Any], meant: dict[str, Any]) -> None:
+    request = parse(chat(**sent))
+    assert request == parse(chat(**meant))
+    assert all(isinstance(request.options[name], int) for name in {"max_tokens", "top_k"} & set(meant))
+
+
+def test_a_deadline_may_be_written_as_a_float_too() -> None:
+    assert parse(chat(deadline_ms=500.0)).deadline_ms == 500
+
+
+def test_text_parts_are_lines_of_one_text_and_a_developer_is_the_system() -> None:
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "there"}]
+    request = parse(
+        {"messages": [{"role": "developer", "content": parts[:1]}, {"role": "user", "content": parts}]}
+    )
+    system, user = {"role": "system", "content": "Hello"}, {"role": "user", "content": "Hello\nthere"}
+    assert request.document == {"messages": [system, user]}
+    assert with_system(request.document, "Be brief.") == request.document
+
+
+@pytest.mark.parametrize(
     ("payload", "word"),
     [
         (b"", "empty"),
         (b" \r\n\t", "empty"),
+        (b"\xef\xbb\xbf", "empty"),
+        ("\u00a0".encode(), "empty"),
+        ("\u2003\u3000\u2028 \u00a0\n".encode(), "empty"),
         (b'{"messages": ', "not JSON"),
         (b'{"prompt": "a"} trailing', "not JSON"),
         (b'{"prompt": NaN}', "NaN"),
@@ -85,6 +148,38 @@ def test_anything_that_does_not_begin_with_a_brace_is_a_plain_text_prompt(payloa
         (chat(max_tokens=0), "max_tokens"),
         (chat(max_tokens=1.5), "max_tokens"),
         (chat(max_tokens=1 << 60), "max_tokens"),
+        (chat(max_tokens="8"), "max_tokens"),
+        (b'{"prompt": "x", "max_tokens": 1e999}', "max_tokens"),
+        (chat(max_completion_tokens=0), "max_completion_tokens"),
+        (chat(max_completion_tokens=8, max_tokens=9), "max_tokens and max_completion_tokens differ"),
+        (chat(n=1.5), "n"),
+        (chat(user=3), "user"),
+        (chat(logprobs=True), "logprobs"),
+        (chat(logprobs=0), "logprobs"),
+        (chat(frequency_penalty=0.5), "frequency_penalty must be 0: use repetition_penalty"),
+        (chat(presence_penalty=False), "presence_penalty"),
+        (chat(stream_options=[]), "stream_options"),
+        (chat(stream_options={"include_usage": 1}), "stream_options.include_usage"),
+        (chat(stream_options={"surprise": 1}), 'stream_options."surprise"'),
+        (chat(repetition_penalty=0), "repetition_penalty"),
+        (chat(repetition_penalty=101), "repetition_penalty"),
+        (chat(tools=[]), '"tools"'),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0]",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "mark": 1}]}]},
+            'messages[0].content[0]."mark"',
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a\0b"}]}]},
+            "messages[0].content[0].text",
+        ),
         (chat(stop=[""]), "stop"),
         (chat(stop=[3]), "stop"),
         (chat(stop=["x"] * 17), "stop"),
@@ -119,6 +214,7 @@ def test_a_request_over_the_limit_is_told_both_numbers() -> None:
         parse(b"x" * (LIMIT + 1))
 
 
+@examples(100)
 @given(st.binary(max_size=300))
 def test_no_bytes_raise_anything_but_the_contracts_errors(payload: bytes) -> None:
     try:
@@ -165,6 +261,7 @@ _json = st.recursive(
 )
 
 
+@examples(100)
 @given(st.dictionaries(st.sampled_from([*FIELDS, "other"]), _json, max_size=6))
 def test_no_json_object_raises_anything_but_the_contracts_errors(document: dict[str, object]) -> None:
     try:
@@ -197,6 +294,30 @@ def test_a_plain_text_prompt_is_answered_in_plain_text_also_when_it_fails() -> N
     assert messages.encode_answer(answer, Form.TEXT) == "Olá".encode()
 
 
+@pytest.mark.parametrize(
+    ("finish_reason", "tokens", "end"),
+    [
+        ("stop", 256, ""),
+        ("length", 256, "\n\n[cut at 256 tokens]"),
+        ("length", 0, "\n\n[cut at its limit of tokens]"),
+    ],
+)
+def test_a_plain_text_answer_that_was_cut_says_so_and_a_json_answer_keeps_its_text(
+    finish_reason: str, tokens: int, end: str
+) -> None:
+    answer = messages.completion(
+        request_id="a",
+        created_s=0,
+        model="m",
+        text="The capital of",
+        finish_reason=finish_reason,
+        usage={"completion_tokens": tokens},
+        timings={},
+    )
+    assert messages.encode_answer(answer, Form.TEXT).decode() == f"The capital of{end}"
+    assert json.loads(messages.encode_answer(answer, Form.JSON)) == answer
+
+
 def test_timings_leave_the_first_token_out_of_the_rate() -> None:
     moments = {"queued_s": 1.0, "started_s": 1.5, "first_s": 2.0, "ended_s": 3.0}
     timings = messages.timings(**moments, tokens=11, measured={})
@@ -220,6 +341,7 @@ def test_the_models_own_times_give_the_rate() -> None:
     [
         (b'{"id": "a"}', ("a", None)),
         (b'{"id": "a", "reply_to": "replies/x"}', ("a", "replies/x")),
+        (b'\xef\xbb\xbf{"id": "a"}', ("a", None)),
         (b"{}", (None, None)),
     ],
 )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edge_agent.cli import publish
 from edge_agent.errors import PublishError
 from edge_agent.package import trust
+from edge_agent.package.mlmodel import GOLDEN_TOKENS, MAX_GOLDEN_TOKENS
 from edge_agent.publishing import source
 from edge_agent.publishing.register import check_target
 
@@ -105,14 +109,18 @@ def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("text", "golden prompt 1 is not an object"),
+        ("text", "golden prompt 1 is not an object; write"),
         ({"prompt": "a"}, "has no expect"),
         ({"expect": "a"}, "needs either prompt or messages"),
         ({"prompt": "a", "messages": [], "expect": "a"}, "needs either prompt or messages"),
         ({"prompt": 1, "expect": "a"}, "prompt must be text"),
         ({"prompt": "a", "expect": "("}, "not a regular expression"),
         ({"prompt": "a", "expect": "a", "max_tokens": 0}, "max_tokens"),
-        ({"prompt": "a", "expect": "a", "temperature": 1}, "unknown field 'temperature'"),
+        ({"prompt": "a", "expect": "a", "max_tokens": 1025}, "max_tokens must be an integer from 1 to 1024"),
+        (
+            {"prompt": "a", "expect": "a", "temperature": 1},
+            "unknown field 'temperature'; choose from prompt, messages, expect, max_tokens",
+        ),
     ],
 )
 def test_a_wrong_golden_prompt_is_named_by_its_place(entry: Any, message: str) -> None:
@@ -125,11 +133,35 @@ def test_golden_prompts_come_from_a_file_too(tmp_path: Path) -> None:
     file.write_text('[{"prompt": "a", "expect": "b", "max_tokens": 4}]')
     assert source.read_golden(file) == [{"prompt": "a", "expect": "b", "max_tokens": 4}]
     assert source.read_golden(None) == []
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())  # as some editors write it
+    assert source.read_golden(file)[0]["expect"] == "b"
     file.write_text("{")
     with pytest.raises(PublishError, match=r"golden\.json is not JSON"):
         source.read_golden(file)
     with pytest.raises(PublishError, match="cannot be read"):
         source.read_golden(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    "content", [{"prompt": "a", "expect": "b"}, [], [{}] * 33], ids=["object", "none", "many"]
+)
+def test_golden_prompts_that_are_no_list_are_told_their_form(content: Any) -> None:
+    with pytest.raises(PublishError, match=r"list of 1 to 32 entries; write \[\{"):
+        source.read_golden(content)
+
+
+def test_the_documented_golden_prompts_are_golden_prompts() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text("utf-8")
+    in_page = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    help_text = publish.publish.help or ""
+    in_help = [json.loads(line) for line in help_text.splitlines() if line.strip().startswith("[{")]
+    assert len(in_page) == len(in_help) == 1
+    for example in in_page + in_help:
+        assert source.read_golden(example) == example
+    for described in (page, help_text):
+        assert all(field in described for field in source.GOLDEN_FIELDS)
+        assert str(GOLDEN_TOKENS) in described and str(MAX_GOLDEN_TOKENS) in described
+        assert f"1 to {source.MAX_GOLDEN} objects" in described
 
 
 @pytest.mark.parametrize(

@@ -28,15 +28,20 @@ class ScriptedModel(Model):
     def __init__(self, *refused_roles: str, golden: Any = None) -> None:
         self.golden = golden
         self.asked: list[dict[str, Any]] = []
+        self.closed = 0
         self._refused = set(refused_roles)
 
     def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
         self.asked.append(document)
-        roles = [message["role"] for message in document["messages"]]
-        if self._refused & set(roles):
-            raise BadRequest("no such role")
-        yield " ".join(roles)
-        yield End(finish_reason="stop", usage={"completion_tokens": 40})
+        try:
+            roles = [message["role"] for message in document["messages"]]
+            if self._refused & set(roles):
+                raise BadRequest("no such role")
+            yield ""
+            yield " ".join(roles)
+            yield End(finish_reason="stop", usage={"completion_tokens": 40})
+        finally:
+            self.closed += 1
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,45 @@ class ScriptedModel(Model):
 def test_a_system_prompt_is_refused_if_the_chat_is_taken_without_it(
     refused_roles: tuple[str, ...], system: str, refusal: str
 ) -> None:
-    assert ScriptedModel(*refused_roles).system_refusal(system) == refusal
+    model = ScriptedModel(*refused_roles)
+    if set(refused_roles) >= {"system", "user"}:
+        with pytest.raises(BadRequest):
+            model.warm_up(system)
+    else:
+        assert model.warm_up(system) == refusal
+    assert model.closed == len(model.asked), "a stream was left open"
+
+
+class KeepingModel(ScriptedModel):
+    """Has a context of 100 tokens, and a system prompt that needs some of it."""
+
+    room_tokens = 80
+
+    def __init__(self, prompt_tokens: int) -> None:
+        super().__init__()
+        self._prompt_tokens = prompt_tokens
+
+    def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
+        if self._prompt_tokens + document["max_tokens"] > 100 and len(document["messages"]) > 1:
+            raise PromptTooLong("more than the context")
+        yield from super().stream(document)
+
+
+@pytest.mark.parametrize(("prompt_tokens", "room"), [(10, 80), (30, 40), (90, 10), (99, 1)])
+def test_a_warm_up_runs_the_system_prompt_and_asks_for_as_much_room_as_there_is(
+    prompt_tokens: int, room: int
+) -> None:
+    model = KeepingModel(prompt_tokens)
+    assert model.warm_up(SYSTEM) == ""
+    (asked,) = model.asked
+    assert asked["messages"][0] == SAYS
+    assert asked["max_tokens"] == room
+
+
+def test_a_system_prompt_longer_than_the_context_is_refused_and_the_model_loads() -> None:
+    model = KeepingModel(100)
+    assert model.warm_up(SYSTEM) == "more than the context"
+    assert [len(asked["messages"]) for asked in model.asked] == [1]
 
 
 def served(model: Model, *frames: Frame, monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Frame]:

@@ -189,11 +189,12 @@ def test_a_waiting_thread_hears_of_a_version_that_came(life: Life) -> None:
 
 
 def test_a_runner_is_given_what_the_settings_say(new_life: NewLife, host: ScriptedHost) -> None:
-    life = new_life(context_tokens=512, max_tokens=32)
+    life = new_life(context_tokens=512, max_tokens=32, repetition_penalty=1.1)
     life.serve(1)
     request = life.newest_runner(1).request
     assert request is not None
     assert (request.context_tokens, request.max_tokens, request.threads) == (512, 32, 1)
+    assert request.repetition_penalty == 1.1
     assert request.folder == str(life.store.folder(life.records[1]))
     with life.lifecycle.lease() as lease:
         assert lease is not None
