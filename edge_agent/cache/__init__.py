@@ -1,1 +1,1 @@
-"""Versions on disk: always whole, always verified."""
+"""Versions on disk: always whole, always verified, changed by one process at a time, within a quota."""

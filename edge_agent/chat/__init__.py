@@ -1,1 +1,1 @@
-"""What a prompt and an answer are, and the promise that each accepted prompt gets exactly one answer."""
+"""What a prompt and an answer are, the journal that holds both, and the promise of exactly one answer."""

@@ -1,1 +1,1 @@
-"""Model packages: references, manifests, MLmodel, options, needs, and which code may run."""
+"""Model packages: references, manifests, MLmodel, options, needs, signatures, and which code may run."""

@@ -1,1 +1,1 @@
-"""One loaded model: a child process, and the daemon's handle on it."""
+"""One loaded model: a child process that answers prompts, golden ones too, and the daemon's handle on it."""

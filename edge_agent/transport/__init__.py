@@ -1,1 +1,1 @@
-"""How prompts get in and answers get out."""
+"""How prompts get in and answers get out: MQTT, and the control socket."""
