@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from edge_agent import publishing
+from edge_agent.cli import main
 from edge_agent.errors import BadRequest, PublishError
 from edge_agent.publishing import prompting
+from edge_agent.publishing.register import Published
 
 QUESTION = ("user",)
 REFUSED = "the chat template refuses the messages"
@@ -88,3 +93,15 @@ def test_end_tokens_that_genai_config_lacks_are_named(
     lines = prompting.of_end_tokens(configured, frozenset(tokenizer))
     assert len(lines) == (said is not None)
     assert all(said in line for line in lines if said)
+
+
+def test_the_command_says_what_limits_a_package_beside_its_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    published = Published(name="m", version=3, alias=None, digest="d", run_id="r", limits=("it has a limit",))
+    monkeypatch.setattr(publishing, "publish_folder", lambda *_, **__: published)
+    arguments = ["publish", str(tmp_path), "--name", "m", "--registry", "sqlite:///r.db", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0
+    assert result.stderr == f"edge-agent: {tmp_path.name}: it has a limit (docs/models.md)\n"
+    assert '"version": 3' in result.stdout and "limit" not in result.stdout
