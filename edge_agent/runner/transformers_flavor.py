@@ -14,7 +14,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, RunnerError
 from edge_agent.package.mlmodel import MLmodel
 from edge_agent.runner.model import End, Model
 from edge_agent.runner.stop import StopFilter
-from edge_agent.runner.worker import Put, Worker
+from edge_agent.runner.worker import Job, Worker
 
 TASKS = frozenset({"text-generation", "llm/v1/chat", "llm/v1/completions"})
 TEMPLATE_TIMEOUT_S = 10.0
@@ -133,7 +133,7 @@ class TransformersModel(Model):
         stops = StopFilter([stop] if isinstance(stop, str) else stop)
         decoder = _Decoder(self._tokenizer)
 
-        def generate(put: Put) -> None:
+        def generate(job: Job) -> None:
             if (seed := document.get("seed")) is not None:
                 torch.manual_seed(int(seed) & 0x7FFF_FFFF_FFFF_FFFF)
             ids = torch.tensor([prompt])
@@ -142,7 +142,7 @@ class TransformersModel(Model):
                 ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
-                streamer=_Tokens(put),
+                streamer=_Tokens(job.put),
             )
 
         new_tokens, finish_reason, first_s = 0, "length", 0.0
@@ -198,7 +198,7 @@ class TransformersModel(Model):
 class _Tokens(BaseStreamer):  # type: ignore[misc]
     """Hands each new token to `put`; the first thing that `generate` pushes is the prompt."""
 
-    def __init__(self, put: Put) -> None:
+    def __init__(self, put: Callable[[Any], None]) -> None:
         self._put = put
         self._is_prompt = True
 
