@@ -17,7 +17,7 @@ from typing import Any
 from edge_agent.errors import BadRequest, ModelFailed, RunnerError
 from edge_agent.runner.model import End, Model
 from edge_agent.runner.stop import StopFilter
-from edge_agent.runner.worker import Put, Worker
+from edge_agent.runner.worker import Job, Worker
 
 OPTIONS = (
     *("temperature", "max_tokens", "stop", "top_p", "top_k", "repetition_penalty", "seed"),
@@ -121,14 +121,14 @@ class ForeignModel(Model):
         stop = document.get("stop") or ()
         stops = StopFilter([stop] if isinstance(stop, str) else stop)
 
-        def predict(put: Put) -> None:
+        def predict(job: Job) -> None:
             if not self._streams:
-                put(self._pyfunc.predict(data, params=params))
+                job.put(self._pyfunc.predict(data, params=params))
                 return
             items = self._pyfunc.predict_stream(data, params=params)
             try:
                 for item in items:
-                    put(item)
+                    job.put(item)
             finally:
                 items.close()
 

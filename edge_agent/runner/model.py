@@ -75,6 +75,11 @@ class Model(ABC):
         items = self.stream(documents[0])
         return [Lane(([item] for item in items), items.close)]
 
+    def stopped(self, timeout_s: float) -> bool:
+        """True when nothing is computed any longer for prompts whose lanes are closed. Waits for it, up to
+        `timeout_s`."""
+        return True
+
     def ask(self, document: dict[str, Any]) -> tuple[str, int]:
         """Answers one document whole: (text, completion tokens)."""
         texts: list[str] = []

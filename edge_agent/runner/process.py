@@ -13,6 +13,7 @@ import collections
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import select
 import signal
@@ -97,11 +98,22 @@ def child_environment(state_dir: Path) -> dict[str, str]:
 
 @dataclass(kw_only=True)
 class _Open:
-    """A prompt that the child is working on."""
+    """A prompt that the child is working on.
+
+    Attributes:
+        until_s: its deadline.
+        late: it was stopped because of that.
+        kill_s: when the child is killed, because it was told to stop this prompt and has not.
+    """
 
     until_s: float
     late: bool = False
+    kill_s: float = math.inf
     characters: int = 0
+
+    def next_s(self) -> float:
+        """When there is something to do for it."""
+        return self.kill_s if self.late else min(self.until_s, self.kill_s)
 
 
 class RunnerProcess:
@@ -229,7 +241,7 @@ class RunnerProcess:
             with contextlib.suppress(RunnerError):  # a child that is gone is seen at the end of what it said
                 self._send_rest()
             self._stop_the_late()
-            first_s = min((prompt.until_s for prompt in self._open.values()), default=limit_s)
+            first_s = min((prompt.next_s() for prompt in self._open.values()), default=limit_s)
             frame = self._receive(min(limit_s, first_s))
             if frame is not None:
                 return self._checked(frame)
@@ -259,10 +271,13 @@ class RunnerProcess:
                 return
 
     def cancel(self, prompt_id: str) -> None:
-        """Asks the child to end a prompt, which is then refused as cancelled. No other prompt is affected.
+        """Asks the child to end a prompt, which is then refused as cancelled. No other prompt is affected, unless the
+        child does not do it within `CANCEL_GRACE_S`: then `receive` kills it.
 
         Never waits: if the child takes nothing now, the next `receive` sends the request.
         """
+        if prompt := self._open.get(prompt_id):
+            prompt.kill_s = min(prompt.kill_s, time.monotonic() + CANCEL_GRACE_S)
         with contextlib.suppress(RunnerError):  # a dead child is reported by `receive`
             self._post(encode(Cancel(id=prompt_id)))
 
@@ -352,13 +367,12 @@ class RunnerProcess:
         """Stops prompts whose time is over. A child that does not stop one is killed."""
         now_s = time.monotonic()
         for prompt_id, prompt in self._open.items():
-            if now_s < prompt.until_s:
-                continue
-            if prompt.late:
+            if now_s >= prompt.kill_s:
                 self.kill()
                 raise RunnerError("runner did not stop when it was told to")
-            self.cancel(prompt_id)
-            prompt.late, prompt.until_s = True, now_s + CANCEL_GRACE_S
+            if now_s >= prompt.until_s and not prompt.late:
+                prompt.late = True
+                self.cancel(prompt_id)
 
     def _checked(self, frame: Frame) -> Delta | Done | Refused:
         prompt = self._open.get(frame.id) if isinstance(frame, Delta | Done | Refused) else None

@@ -7,6 +7,8 @@ memory. Knows nothing of tokens. Why it is this policy: docs/adr/0006.
 
 - A newcomer has the next turn, and then one in each round: it waits for a step of each lane, never for an answer.
 - Memory goes in the order in which prompts came: a small one does not overtake a large one for ever.
+- A cancelled prompt has ended when the model computes nothing more for it, and not before: the daemon, which waits for
+  that end, kills a process that does not stop, and the prompt behind it is not to blame.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from edge_agent.runner.model import End, Lane, Model
 from edge_agent.runner.protocol import Delta, Done, Generate, Refused
 
 MAX_MESSAGE = 500
+_TICK_S = 0.05
 
 
 @dataclass(kw_only=True)
@@ -55,12 +58,13 @@ class Scheduler:
         self._announce = announce
         self._waiting: collections.deque[Generate] = collections.deque()
         self._lanes: collections.deque[_Running] = collections.deque()
+        self._stopping: list[Generate] = []
         self._may_start = False
 
     @property
     def idle(self) -> bool:
         """True when nobody waits and nothing runs."""
-        return not self._waiting and not self._lanes
+        return not self._waiting and not self._lanes and not self._stopping
 
     def add(self, request: Generate) -> None:
         """A prompt came."""
@@ -68,20 +72,23 @@ class Scheduler:
         self._may_start = True
 
     def cancel(self, prompt_id: str) -> None:
-        """Refuses a prompt at once, waiting or running; unknown ids are ignored."""
-        error = Cancelled("the prompt was cancelled")
+        """Refuses a prompt, waiting or running, as soon as the model has stopped; unknown ids are ignored."""
         for request in list(self._waiting):
             if request.id == prompt_id:
                 self._waiting.remove(request)
-                self._refuse(request, error)
+                self._refuse(request, _cancelled())
         for running in list(self._lanes):
             if running.request.id == prompt_id:
                 self._lanes.remove(running)
-                self._refuse(running.request, error)
                 self._close(running)
+                self._stopping.append(running.request)
+                self._refuse_stopped(0)
 
     def step(self) -> None:
-        """One turn: starts who can start, then one step of the lane whose turn it is."""
+        """One turn: starts who can start, then one step of the lane whose turn it is. While the model has not stopped
+        for a cancelled prompt, a short wait instead."""
+        if self._stopping and not self._refuse_stopped(_TICK_S):
+            return
         if self._may_start and self._waiting:
             self._may_start = False
             self._start()
@@ -131,6 +138,14 @@ class Scheduler:
         self._lanes.extendleft(reversed(started))
         self._waiting.extendleft(reversed(coming[len(lanes) :]))
 
+    def _refuse_stopped(self, timeout_s: float) -> bool:
+        if not self._model.stopped(timeout_s):
+            return False
+        for request in self._stopping:
+            self._refuse(request, _cancelled())
+        self._stopping.clear()
+        return True
+
     def _end(self, running: _Running, error: PromptError) -> None:
         self._refuse(running.request, error)
         self._close(running)
@@ -141,6 +156,10 @@ class Scheduler:
 
     def _refuse(self, request: Generate, error: PromptError) -> None:
         self._send(Refused(id=request.id, code=error.code, message=error.message[:MAX_MESSAGE]))
+
+
+def _cancelled() -> Cancelled:
+    return Cancelled("the prompt was cancelled")
 
 
 def refusal_of(error: Exception, prompts: Sequence[str]) -> PromptError:

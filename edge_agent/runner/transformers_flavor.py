@@ -6,15 +6,20 @@ not used: offline it fails on `stop`, raises on `n`, `stream` and `temperature=0
 
     load           MLmodel → config → weights and tokenizer; what this cannot serve is refused with its reason
     stream         options, tokens, budget → `generate` in a thread → tokens → text → stop → deltas and one `End`
+
+A prompt is run in slices, and between any two layers the thread looks whether the answer is still wanted: a cancel ends
+the longest prefill within a layer of one slice. Slices have a fixed length, because a length that followed the measured
+speed would let the speed decide between two tokens that are nearly equally likely.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +32,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, RunnerError
 from edge_agent.package.mlmodel import MLmodel
+from edge_agent.runner.decoder import Decoder
 from edge_agent.runner.model import End, Model
 from edge_agent.runner.stop import StopFilter
-from edge_agent.runner.worker import Put, Worker
+from edge_agent.runner.worker import Job, Worker
 
 TASKS = frozenset({"text-generation", "llm/v1/chat", "llm/v1/completions"})
 TEMPLATE_TIMEOUT_S = 10.0
 """A chat template is a program in a sandbox, and may loop for ever."""
 MAX_RENDERED_CHARACTERS = 8 << 20
+SLICE_TOKENS = 256
+"""Of a prompt, run at once."""
 _LEAST_TEMPERATURE = 1e-5  # logits are divided by it
 _DEFAULT_MAX_TOKENS = 256
 
@@ -122,6 +130,8 @@ class TransformersModel(Model):
         self._defaults = defaults
         self._prompts = _Prompts(tokenizer)
         self._worker = Worker()
+        # A recurrent state, or a cache of the architecture's own, is not made for a prompt that comes in parts.
+        self._in_slices = not model._is_stateful and model._supports_default_dynamic_cache()
         self._base = _clean_generation_config(model, tokenizer)
         self._eos = frozenset(self._base["eos_token_id"])
         model.generation_config = transformers.GenerationConfig(**self._base)
@@ -142,19 +152,25 @@ class TransformersModel(Model):
         sampling = self._sampling(document)
         stop = document.get("stop") or ()
         stops = StopFilter([stop] if isinstance(stop, str) else stop)
-        decoder = _Decoder(self._tokenizer)
+        decoder = Decoder(self._tokenizer)
 
-        def generate(put: Put) -> None:
+        def generate(job: Job) -> None:
             if (seed := document.get("seed")) is not None:
                 torch.manual_seed(int(seed) & 0x7FFF_FFFF_FFFF_FFFF)
             ids = torch.tensor([prompt])
-            config = transformers.GenerationConfig(**self._base, **sampling, max_new_tokens=max_new)
-            self._model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=config,
-                streamer=_Tokens(put),
+            config = transformers.GenerationConfig(
+                **self._base,
+                **sampling,
+                max_new_tokens=max_new,
+                prefill_chunk_size=slice_tokens(len(prompt)) if self._in_slices else None,
             )
+            with _before_each_layer(self._model, job.check):
+                self._model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=config,
+                    streamer=_Tokens(job.put),
+                )
 
         new_tokens, finish_reason, first_s = 0, "length", 0.0
         tokens = self._worker.stream(generate)
@@ -174,9 +190,13 @@ class TransformersModel(Model):
                     break
         finally:
             tokens.close()
-        if rest := stops.push(decoder.flush()) + stops.flush():
+        if rest := stops.flush():
             yield rest
         yield _end(finish_reason, len(prompt), new_tokens, started_s=started_s, first_s=first_s)
+
+    def stopped(self, timeout_s: float) -> bool:
+        """See `Model.stopped`."""
+        return self._worker.ended(timeout_s)
 
     def _budget(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """How many new tokens a request gets, at least 1; the context is checked before anything is computed."""
@@ -210,10 +230,35 @@ class TransformersModel(Model):
         return chosen
 
 
+def slice_tokens(prompt_tokens: int) -> int | None:
+    """How many tokens of a prompt are run at once; None for all.
+
+    The last slice has at least two: one token alone takes another path through the arithmetic.
+    """
+    if prompt_tokens <= SLICE_TOKENS:
+        return None
+    return next(size for size in itertools.count(SLICE_TOKENS) if prompt_tokens % size != 1)
+
+
+@contextmanager
+def _before_each_layer(model: Any, check: Callable[[], None]) -> Iterator[None]:
+    """Calls `check` before each part of the model computes; what it raises ends a forward pass in the middle."""
+
+    def call(*_: object) -> None:
+        check()
+
+    hooks = [module.register_forward_pre_hook(call) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _Tokens(BaseStreamer):  # type: ignore[misc]
     """Hands each new token to `put`; the first thing that `generate` pushes is the prompt."""
 
-    def __init__(self, put: Put) -> None:
+    def __init__(self, put: Callable[[Any], None]) -> None:
         self._put = put
         self._is_prompt = True
 
@@ -283,43 +328,6 @@ class _Prompts:
 
     def _neutral(self, content: str) -> str:
         return self._control.sub(rf"\1{self.MARKER}", content.replace(self.MARKER, ""))
-
-
-class _Decoder:
-    """Token ids of one answer to text; a character that is not complete waits for its other tokens.
-
-    Some tokenizers strip a text's first space: each group is decoded behind the one before it.
-    """
-
-    BROKEN = "\ufffd"
-    MAX_WAITING = 4  # a character has at most four bytes, and a token at least one
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._before: list[int] = []
-        self._waiting: list[int] = []
-
-    def push(self, token: int) -> str:
-        """Text that is complete with this token, often empty."""
-        self._waiting.append(token)
-        text = self._text()
-        if text.endswith(self.BROKEN) and len(self._waiting) < self.MAX_WAITING:
-            return ""
-        if text:  # a control token has none: it goes with what comes behind it
-            self._before, self._waiting = self._waiting, []
-        return text
-
-    def flush(self) -> str:
-        """What was never completed."""
-        text, self._waiting = self._text() if self._waiting else "", []
-        return text
-
-    def _text(self) -> str:
-        before = self._decode(self._before)
-        return self._decode(self._before + self._waiting).removeprefix(before)
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _load_weights(folder: Path) -> Any:

@@ -14,6 +14,7 @@ import pytest
 
 from edge_agent.errors import PromptTooLong, RunnerError
 from edge_agent.publishing.package import build_package
+from edge_agent.runner import process
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Delta, Done, Load, Refused
 from tests.support.processes import wait_until
@@ -147,3 +148,25 @@ def test_a_cancel_does_not_wait_for_a_runner_that_reads_nothing(runner: RunnerPr
     assert ends(runner, 1)["large"].type == "refused"
     runner.start("next", document(), timeout_s=60)
     assert ends(runner, 1)["next"].type == "done", "nothing in the stream was torn"
+
+
+def test_a_runner_that_does_not_do_what_a_cancel_says_is_killed_after_its_grace(
+    runner: RunnerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only at the deadline: the next prompt waits for it."""
+    monkeypatch.setattr(process, "CANCEL_GRACE_S", 0.5)
+    runner.start("hangs", long(), timeout_s=3600)
+    wait_until(lambda: isinstance(runner.receive(1.0), Delta), 60, "a part of the answer")
+    psutil.Process(runner.pid).suspend()
+    runner.cancel("hangs")
+
+    def killed() -> bool:
+        try:
+            runner.receive(1.0)
+        except RunnerError as error:
+            return "did not stop when it was told to" in error.message
+        return False
+
+    wait_until(killed, 60, "the end of the process")
+    assert not runner.alive
+    assert runner.suspects == {"hangs"}

@@ -23,11 +23,15 @@ class Script(Model):
 
     Args:
         memory: documents that run at once, at most.
+
+    Attributes:
+        still_computes: it goes on with what was cancelled.
     """
 
     def __init__(self, memory: int = 100) -> None:
         self.memory = memory
         self.open = 0
+        self.still_computes = False
         self.starts: list[list[str]] = []
 
     def stream(self, document: dict[str, Any]) -> Any:
@@ -38,6 +42,9 @@ class Script(Model):
         self.open += len(taken)
         self.starts.append([document["text"] for document in taken])
         return [self._lane(document) for document in taken]
+
+    def stopped(self, timeout_s: float) -> bool:
+        return not self.still_computes
 
     def _lane(self, document: dict[str, Any]) -> Lane:
         closed: list[bool] = []
@@ -153,6 +160,36 @@ def test_a_cancelled_prompt_is_answered_at_once_and_the_others_go_on(steps: int)
     assert sorted(bench.ends()[1:]) == [("b", "done"), ("c", "done")]
     assert (bench.text("b"), bench.text("c")) == ("bbb", "ccc")
     assert model.open == 0
+
+
+def test_a_cancelled_prompt_has_ended_when_the_model_has_stopped_and_nobody_has_a_turn_before() -> None:
+    """Until then it is the one to blame, and the daemon sees that the runner does not do what it was told."""
+    model = Script()
+    bench = Bench(model, limit=1)
+    bench.add("a", "b")
+    bench.run(2)
+    model.still_computes = True
+    bench.scheduler.cancel("a")
+    bench.run(5)
+    assert bench.ends() == []
+    assert bench.turns[-1] == ["a"]
+    assert not bench.scheduler.idle
+    assert model.open == 0, "it was told"
+    model.still_computes = False
+    bench.run()
+    assert bench.ends() == [("a", "refused"), ("b", "done")]
+    assert bench.text("b") == "bbb"
+
+
+def test_a_prompt_that_waits_behind_one_that_does_not_stop_can_be_cancelled() -> None:
+    model = Script()
+    bench = Bench(model, limit=1)
+    bench.add("a", "b")
+    bench.run(2)
+    model.still_computes = True
+    bench.scheduler.cancel("a")
+    bench.scheduler.cancel("b")
+    assert bench.ends() == [("b", "refused")]
 
 
 def test_a_lane_that_fails_costs_its_own_prompt(capsys: pytest.CaptureFixture[str]) -> None:
