@@ -285,7 +285,7 @@ def _only_daemon(state_dir: Path) -> Lock:
     except OSError as error:
         raise StoreError(
             f"lock {path} cannot be opened: {error.strerror}",
-            remedy=disk_remedy(error),
+            remedy=disk_remedy(error) or "give the user that runs the daemon its files back with chown",
         ) from error
     if not lock.try_exclusive():
         lock.close()
