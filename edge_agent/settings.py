@@ -66,13 +66,16 @@ class ModelSettings(_Section):
         default=2048, ge=16, le=1 << 20, description="tokens of prompt and answer together"
     )
     max_tokens: int = Field(
-        default=0,
-        ge=0,
+        default=256,
+        ge=1,
         le=1 << 20,
-        description="tokens of an answer, for requests without max_tokens; 0: the package's own, else 256",
+        description="tokens of an answer, for requests without max_tokens; not set: the package's own comes first",
     )
     repetition_penalty: float = Field(
-        default=0, description="for requests without one, 0.01 to 100, 1 is off; 0: the package's own"
+        default=1,
+        ge=0.01,
+        le=100,
+        description="for requests without one; 1 is off; not set: the package's own comes first",
     )
     system: str = Field(default="", max_length=32_768, description="system prompt for requests without one")
     preload: bool = Field(default=True, description="load at start; READY waits for it")
@@ -93,12 +96,15 @@ class ModelSettings(_Section):
                 raise ValueError(str(error)) from error
         return uri
 
-    @field_validator("repetition_penalty")
-    @classmethod
-    def _penalty(cls, penalty: float) -> float:
-        if penalty != 0 and not 0.01 <= penalty <= 100:
-            raise ValueError("must be 0, or from 0.01 to 100")
-        return penalty
+    @property
+    def generation(self) -> dict[str, float]:
+        """What the settings themselves say of `max_tokens` and `repetition_penalty`. What they leave out, the
+        package may say."""
+        return {
+            name: getattr(self, name)
+            for name in ("max_tokens", "repetition_penalty")
+            if name in self.model_fields_set
+        }
 
     @model_validator(mode="after")
     def _has_uri(self) -> ModelSettings:

@@ -199,8 +199,7 @@ def _config(subject: Subject, folder: Path, state_dir: Path, port: int) -> str:
         f"models.{json.dumps(subject.record.name)}": {
             "uri": model.uri,
             "context_tokens": model.context_tokens,
-            "max_tokens": model.max_tokens,
-            "repetition_penalty": model.repetition_penalty,
+            **model.generation,
         },
         "mqtt": {"host": "127.0.0.1", "port": port},
         "limits": {"deadline_s": ANSWER_TIMEOUT_S},

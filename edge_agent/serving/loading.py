@@ -171,6 +171,7 @@ class VersionLoader:
             EdgeAgentError: it is damaged, or does not load; no runner is left.
         """
         started_s = self._clock()
+        generation = self._loading.settings.generation
         runner = self._start_runner()
         with self.tracked(runner):
             try:
@@ -179,12 +180,12 @@ class VersionLoader:
                     Load(
                         folder=str(folder),
                         context_tokens=admission.context_tokens,
-                        max_tokens=self._loading.settings.max_tokens,
+                        max_tokens=int(generation.get("max_tokens", 0)),
                         threads=threads,
                         parallel=self._loading.parallel,
                         kv_bytes=min(self._loading.kv_bytes, admission.spare_bytes),
                         system=self._loading.settings.system,
-                        repetition_penalty=self._loading.settings.repetition_penalty,
+                        repetition_penalty=generation.get("repetition_penalty", 0.0),
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
                 )

@@ -60,13 +60,13 @@ def test_systemds_directories_are_used(tmp_path: Path, monkeypatch: pytest.Monke
         ({"models": {"a/b": {"uri": "models:/a@b"}}}, "models"),
         ({"models": {"a": {"uri": "models:/a/latest"}}}, "models.a.uri"),
         ({"models": {"a": {}}}, "models.a.uri"),
-        ({"models": {"a": {"uri": "models:/a@b", "max_tokens": -1}}}, "models.a.max_tokens"),
+        ({"models": {"a": {"uri": "models:/a@b", "max_tokens": 0}}}, "models.a.max_tokens"),
         *(
             (
                 {"models": {"a": {"uri": "models:/a@b", "repetition_penalty": bad}}},
                 "models.a.repetition_penalty",
             )
-            for bad in (-1, 0.001, 101, float("nan"), "high")
+            for bad in (-1, 0, 0.001, 101, float("nan"), "high")
         ),
         ({"device_id": "with space"}, "device_id"),
         ({"control_socket": "/" + "x" * 120}, "control_socket"),
@@ -80,10 +80,19 @@ def test_what_is_wrong_is_named(tmp_path: Path, content: dict[str, Any], key: st
     assert "secret" not in caught.value.message
 
 
-@pytest.mark.parametrize("penalty", [0, 0.01, 1, 1.1, 100])
-def test_a_penalty_is_off_at_1_and_the_packages_own_at_0(tmp_path: Path, penalty: float) -> None:
-    loaded = load(tmp_path, models={"a": {"uri": "models:/a@b", "repetition_penalty": penalty}})
-    assert loaded.models["a"].repetition_penalty == penalty
+@pytest.mark.parametrize(
+    "named",
+    [{}, {"max_tokens": 256}, {"repetition_penalty": 1.0}, {"max_tokens": 80, "repetition_penalty": 1.2}],
+)
+def test_only_what_the_settings_name_comes_before_the_package(
+    tmp_path: Path, named: dict[str, float]
+) -> None:
+    model = load(tmp_path, models={"a": {"uri": "models:/a@b", **named}}).models["a"]
+    assert model.generation == named
+    assert (model.max_tokens, model.repetition_penalty) == (
+        named.get("max_tokens", 256),
+        named.get("repetition_penalty", 1),
+    )
 
 
 def test_a_file_that_is_not_there_or_not_toml_is_an_error(tmp_path: Path) -> None:
