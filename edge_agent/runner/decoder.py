@@ -13,20 +13,24 @@ class Decoder:
 
     Args:
         tokenizer: its `decode` puts U+FFFD where bytes are no text (yet).
+        control_ids: tokens that are no text.
     """
 
     BROKEN = "\ufffd"
     MAX_WAITING = 32
     """Tokens. A character has at most four bytes, so bytes that are no text are shown as they are at last."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, control_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
+        self._control_ids = control_ids
         self._before: list[int] = []
         self._waiting: list[int] = []
         self._shown = 0  # characters of what waits: a token may end one character and begin another
 
     def push(self, token: int) -> str:
         """Text that is complete with this token, often empty."""
+        if token in self._control_ids:
+            return ""
         self._waiting.append(token)
         text = self._text()
         complete = text.rstrip(self.BROKEN) if len(self._waiting) < self.MAX_WAITING else text

@@ -20,6 +20,7 @@ from edge_agent.package import mlmodel, trust
 from edge_agent.package.mlmodel import TRANSFORMERS_LOADER, MLmodel
 from edge_agent.runner.capability import UNKNOWN_ARCHITECTURE
 from edge_agent.runner.model import End, Lane, Model
+from edge_agent.runner.prompts import TEMPLATE_REFUSES
 
 __all__ = ["End", "Model", "load"]
 
@@ -32,8 +33,6 @@ DEFAULT_MAX_TOKENS = 256
 """Of the wrapper."""
 _QUESTION_TOKENS = 256
 """What a first prompt may add to the system prompt, and still go on from what the warm-up has run."""
-TEMPLATE_REFUSES = "the chat template refuses the messages"
-"""The wrapper's words."""
 _NO_BYTECODE = "/nonexistent/edge-agent"
 
 

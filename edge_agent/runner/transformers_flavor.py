@@ -15,11 +15,8 @@ speed would let the speed decide between two tokens that are nearly equally like
 from __future__ import annotations
 
 import itertools
-import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +31,11 @@ from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, RunnerError
 from edge_agent.package.mlmodel import MLmodel
 from edge_agent.runner.decoder import Decoder
 from edge_agent.runner.model import End, Model
+from edge_agent.runner.prompts import Prompts
 from edge_agent.runner.stop import StopFilter
 from edge_agent.runner.worker import Job, Worker
 
 TASKS = frozenset({"text-generation", "llm/v1/chat", "llm/v1/completions"})
-TEMPLATE_TIMEOUT_S = 10.0
-"""A chat template is a program in a sandbox, and may loop for ever."""
-MAX_RENDERED_CHARACTERS = 8 << 20
 SLICE_TOKENS = 256
 """Of a prompt, run at once."""
 _LEAST_TEMPERATURE = 1e-5  # logits are divided by it
@@ -123,12 +118,12 @@ class TransformersModel(Model):
 
     def __init__(self, model: Any, tokenizer: Any, *, defaults: _Defaults, golden: Any = None) -> None:
         self.flavor = f"transformers {transformers.__version__} (torch {torch.__version__})"
-        self.signature = "chat" if tokenizer.chat_template else "prompt"
         self.golden = golden
         self._model = model
         self._tokenizer = tokenizer
         self._defaults = defaults
-        self._prompts = _Prompts(tokenizer)
+        self._prompts = Prompts(tokenizer)
+        self.signature = "chat" if self._prompts.has_template else "prompt"
         self._worker = Worker()
         # A recurrent state, or a cache of the architecture's own, is not made for a prompt that comes in parts.
         self._in_slices = not model._is_stateful and model._supports_default_dynamic_cache()
@@ -152,7 +147,7 @@ class TransformersModel(Model):
         sampling = self._sampling(document)
         stop = document.get("stop") or ()
         stops = StopFilter([stop] if isinstance(stop, str) else stop)
-        decoder = Decoder(self._tokenizer)
+        decoder = Decoder(self._tokenizer, self._prompts.control_ids)
 
         def generate(job: Job) -> None:
             if (seed := document.get("seed")) is not None:
@@ -273,63 +268,6 @@ class _Tokens(BaseStreamer):  # type: ignore[misc]
         """Nothing is held back here."""
 
 
-class _Prompts:
-    """Text to token ids.
-
-    A control token that a message has literally stays text: a marker (a code point that no text may contain)
-    goes behind its first character before the template is rendered, and the parts between markers are encoded
-    one by one. A raw prompt is encoded as it stands.
-    """
-
-    MARKER = "\ufdd0"
-    USUAL = r"<\|[^<>|\s]{1,64}\|>"  # beside what the tokenizer lists
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder.values()
-        texts = {str(token.content) for token in added if token.special or str(token.content)[:1] in "<["}
-        known = [
-            re.escape(text) for text in sorted(texts | set(tokenizer.all_special_tokens)) if len(text) > 1
-        ]
-        self._control = re.compile(f"(?={'|'.join([*known, self.USUAL])})(.)", re.DOTALL)
-
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """[tokens] ids of the messages in the model's own chat template, ready for the assistant's turn.
-
-        Raises:
-            BadRequest: the template refuses them, takes too long, or there is none.
-        """
-        safe = [
-            {"role": message["role"], "content": self._neutral(message["content"])} for message in messages
-        ]
-        text = self._render(safe)
-        if len(text) > MAX_RENDERED_CHARACTERS:
-            raise BadRequest(f"the chat template makes {len(text)} characters of the messages")
-        tokens: list[int] = []
-        for part in text.split(self.MARKER):
-            tokens += self._tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
-        return _not_empty(tokens, "messages")
-
-    def raw(self, prompt: str) -> list[int]:
-        """[tokens] ids of a prompt that brings its own control tokens."""
-        return _not_empty(list(self._tokenizer(prompt)["input_ids"]), "prompt")
-
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        if not self._tokenizer.chat_template:
-            raise BadRequest("this model has no chat template: send it a prompt")
-        try:
-            with _time_limit(TEMPLATE_TIMEOUT_S):
-                return str(
-                    self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-                )
-        except Exception as error:  # a template raises what it likes, and Jinja has its own errors
-            reason = " ".join(str(error).split())[:200]
-            raise BadRequest(f"the chat template refuses the messages: {reason}") from error
-
-    def _neutral(self, content: str) -> str:
-        return self._control.sub(rf"\1{self.MARKER}", content.replace(self.MARKER, ""))
-
-
 def _load_weights(folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -353,16 +291,15 @@ def _load_weights(folder: Path) -> Any:
 
 
 def _clean_generation_config(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Of the package's `generation_config.json` only which tokens end an answer: the rest is options, and files."""
+    """Of the package's `generation_config.json` only which tokens end an answer: the rest is options, and files.
+
+    The file may name another end than the tokenizer, and the model was trained on the tokenizer's.
+    """
     given = model.generation_config
-    eos = given.eos_token_id if given.eos_token_id is not None else tokenizer.eos_token_id
-    ends = [int(token) for token in (eos if isinstance(eos, list | tuple) else [eos]) if token is not None]
-    pad = next((t for t in (given.pad_token_id, tokenizer.pad_token_id) if t is not None), None)
-    return {
-        "eos_token_id": ends,
-        "pad_token_id": pad if pad is not None else (ends[0] if ends else 0),
-        "bos_token_id": given.bos_token_id,
-    }
+    ends = given.eos_token_id if isinstance(given.eos_token_id, list | tuple) else [given.eos_token_id]
+    ends = list(dict.fromkeys(int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None))
+    pad = next((t for t in (given.pad_token_id, tokenizer.pad_token_id, *ends) if t is not None), 0)
+    return {"eos_token_id": ends, "pad_token_id": pad, "bos_token_id": given.bos_token_id}
 
 
 def _package_options(config: object) -> dict[str, Any]:
@@ -406,28 +343,3 @@ def _end(finish_reason: str, prompt: int, new: int, *, started_s: float, first_s
             "total_ms": (ended_s - started_s) * 1000,
         },
     )
-
-
-def _not_empty(tokens: list[int], what: str) -> list[int]:
-    if not tokens:
-        raise BadRequest(f"{what} has no text")
-    return tokens
-
-
-@contextmanager
-def _time_limit(timeout_s: float) -> Iterator[None]:
-    """Ends Python code that runs longer, where this is the main thread: only that one gets signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(*_: object) -> None:
-        raise TimeoutError(f"it took more than {timeout_s:g} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +134,28 @@ def test_a_model_with_a_recurrent_state_gets_its_prompt_in_one_piece(model: Any)
     with watched(recurrent) as passes:
         _, end = ask(recurrent, words(SLICE_TOKENS + 10))
     assert passes[0] == end.usage["prompt_tokens"] > SLICE_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("configured", "of_tokenizer", "ends"),
+    [
+        (7, 4, [7, 4]),
+        ([4, 0], 4, [4, 0]),
+        (None, 4, [4]),
+        ([7, 0], 4, [7, 0, 4]),
+        (7, None, [7]),
+        (None, None, []),
+    ],
+)
+def test_an_answer_ends_at_the_end_tokens_of_the_package_and_of_the_tokenizer(
+    configured: Any, of_tokenizer: int | None, ends: list[int]
+) -> None:
+    given = transformers.GenerationConfig(eos_token_id=configured)
+    config = transformers_flavor._clean_generation_config(
+        SimpleNamespace(generation_config=given),
+        SimpleNamespace(eos_token_id=of_tokenizer, pad_token_id=None),
+    )
+    assert config["eos_token_id"] == ends
 
 
 def test_an_answer_cut_within_a_character_ends_before_it(model: Any) -> None:

@@ -30,8 +30,8 @@ def hook(event, arguments):
         raise PermissionError("no network here")
 sys.addaudithook(hook)
 from pathlib import Path
-from edge_agent.runner import loader, transformers_flavor
-transformers_flavor.TEMPLATE_TIMEOUT_S = 1.0
+from edge_agent.runner import loader, prompts
+prompts.TEMPLATE_TIMEOUT_S = 1.0
 results = {}
 for folder in map(Path, sys.argv[1:]):
     try:
@@ -100,7 +100,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
             "components/tokenizer/chat_template.jinja",
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         ),
-        "took more than 1 s",
+        "takes more than 1 s",
     ),
     "a-template-that-reaches-out": (
         write(

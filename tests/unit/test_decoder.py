@@ -37,7 +37,8 @@ class ByteRuns(ByteTokens):
 
 def pushed(*vocabulary: bytes, kind: type[ByteTokens] = ByteTokens) -> list[str]:
     """What comes with each token."""
-    decoder = Decoder(kind(*vocabulary))
+    controls = frozenset(token for token, text in enumerate(vocabulary) if not text)
+    decoder = Decoder(kind(*vocabulary), controls)
     return [decoder.push(token) for token in range(len(vocabulary))]
 
 
