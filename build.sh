@@ -29,7 +29,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
 
   demo [OPTION…]       set up what is needed, then a model from registry to answer on this machine; --real first:
                        with a real language model (fetches 90 MB and torch, minutes)
-  test [PYTEST ARG…]   set up what is needed, then all tests (or those that the pytest arguments select)
+  test [PYTEST ARG…]   set up what is needed, then the tests (or those that the pytest arguments select)
   long-test [ARG…]     the longer ways through what the tests show in short (minutes)
   chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
   powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)

@@ -103,8 +103,6 @@ class JournalFile:
                 changes = self._db.total_changes
                 yield self._db
                 self._db.execute("COMMIT")
-                if durable and self._db.total_changes > changes and self._reserve.is_file():
-                    self.trouble = None
             except (sqlite3.Error, OSError) as error:
                 self._roll_back()
                 self._note_failure(error)
@@ -112,6 +110,14 @@ class JournalFile:
             except BaseException:
                 self._roll_back()
                 raise
+            if durable and self._db.total_changes > changes and self._has_reserve():
+                self.trouble = None
+
+    def _has_reserve(self) -> bool:
+        try:
+            return self._reserve.is_file()
+        except OSError:  # a disk that fails does not even say
+            return False
 
     def keep_reserve(self) -> bool:
         """Takes the reserve of disk space, unless it is there.
@@ -143,8 +149,13 @@ class JournalFile:
             JournalUnavailable: it cannot be opened or written; a later call tries again.
         """
         with self._lock:
-            if self._damaged or not self.path.exists():
-                self._reopen()
+            try:
+                removed = not self.path.exists()
+            except OSError as error:  # a disk that fails does not even say
+                removed = False
+                self._note_failure(error)
+            if self._damaged or removed:
+                self._reopen(removed=removed)
             elif self.trouble is None and (refusal := self._refusal()):
                 self._note_failure(refusal)
             if self.trouble is not None and self._now_s() >= self._try_at_s:
@@ -156,8 +167,8 @@ class JournalFile:
         with self._lock, contextlib.suppress(sqlite3.Error):
             self._db.executescript("PRAGMA incremental_vacuum(256)")
 
-    def _reopen(self) -> None:
-        if not self.path.exists():
+    def _reopen(self, *, removed: bool) -> None:
+        if removed:
             log.warning("journal removed path=%s: what it held is lost", self.path)
         try:
             self._db.close()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_agent.errors import BadRequest, PromptTooLong, RunnerError
+from edge_agent.errors import PromptError, PromptTooLong, RunnerError
 from edge_agent.runner.protocol import with_system
 
 
@@ -98,10 +98,11 @@ class Model(ABC):
             system: of the settings; empty for none.
 
         Returns:
-            Why the model takes no chat with this system prompt, although it takes one without; empty if it does.
+            Why the model takes no chat with this system prompt, although it takes one without; empty if it does, or
+            if the prompt is too long for the context, which memory may have made short.
 
         Raises:
-            BadRequest, PromptTooLong: it takes neither.
+            Exception: it takes neither.
         """
         if self.signature != "chat":
             self._begin({"prompt": "Hi"})
@@ -112,8 +113,12 @@ class Model(ABC):
             try:
                 self._begin(with_system(chat, system))
                 return ""
-            except (BadRequest, PromptTooLong) as error:
-                refusal = error.message
+            except PromptTooLong:
+                refusal = ""
+            except Exception as error:  # noqa: BLE001 - model code may raise anything
+                refusal = (
+                    error.message if isinstance(error, PromptError) else f"it raised {type(error).__name__}"
+                )
         self._begin(chat)
         return refusal
 

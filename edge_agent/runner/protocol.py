@@ -166,7 +166,7 @@ _HINTS: dict[str, _Hints] = {
 def with_system(document: dict[str, Any], system: str) -> dict[str, Any]:
     """Adds the configured system prompt to a chat that brings none; a raw prompt stays as it is."""
     chat = document.get("messages")
-    if not system or not chat or chat[0]["role"] == "system":
+    if not system or not chat or chat[0]["role"] in ("system", "developer"):
         return document
     return {**document, "messages": [{"role": "system", "content": system}, *chat]}
 

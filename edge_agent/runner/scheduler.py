@@ -133,7 +133,13 @@ class Scheduler:
             return
         coming = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
         self._announce([request.id for request in coming])
-        lanes = self._model.start([request.document for request in coming])
+        try:
+            lanes = self._model.start([request.document for request in coming])
+        except Exception as error:  # noqa: BLE001 - model code may raise anything
+            for request in coming:
+                self._refuse(request, refusal_of(error, [request.id]))
+            self._may_start = True
+            return
         started = [_Running(lane=lane, request=request) for lane, request in zip(lanes, coming, strict=False)]
         self._lanes.extendleft(reversed(started))
         self._waiting.extendleft(reversed(coming[len(lanes) :]))

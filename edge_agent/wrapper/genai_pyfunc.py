@@ -1005,7 +1005,7 @@ def _integer(given: Mapping[str, Any], key: str, least: int, most: int) -> int |
         return None
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise RequestError("bad_request", f"{key} must be an integer")
-    if not math.isfinite(value) or value != int(value) or not least <= value <= most:
+    if not least <= value <= most or value != int(value):
         raise RequestError("bad_request", f"{key} must be an integer from {least} to {most}")
     return int(value)
 
@@ -1136,13 +1136,13 @@ def _response_format(value: str) -> Any:
 
 
 def _items(schema: Any) -> float:
-    """The sum of every `minItems` and `maxItems` in a schema."""
+    """The sum of every `minItems` and `maxItems` in a schema; each counts as `MAX_ITEMS` + 1 at most."""
     total, rest = 0.0, [schema]
     while rest:
         part = rest.pop()
         if isinstance(part, Mapping):
             counts = (part.get("minItems"), part.get("maxItems"))
-            total += sum(max(0, count) for count in counts if isinstance(count, (int, float)))
+            total += sum(max(0, min(MAX_ITEMS + 1, n)) for n in counts if isinstance(n, (int, float)))
             rest += part.values()
         elif isinstance(part, list):
             rest += part
@@ -1171,13 +1171,13 @@ _WRONG = {
 def _refusal(error: Exception, request: _Request) -> RequestError | GuidanceError | None:
     """The error in the terms of the request that met it, judged by its text: the library has no error codes."""
     text = str(error)
+    if request.guidance is not None and text.startswith("Error creating grammar: "):
+        reason, _, _ = text.partition("\n   1 | ")  # then comes the grammar, with the schema in it
+        return _grammar_refusal(reason)
     if "exceeds max length" in text or "cannot be greater than model context_length" in text:
         return RequestError("prompt_too_long", text)
     if request.guidance is None:
         return None
-    if text.startswith("Error creating grammar: "):
-        reason, _, _ = text.partition("\n   1 | ")  # then comes the grammar, with the schema in it
-        return _grammar_refusal(reason)
     if text.startswith("Error creating llg_tokenizer: "):
         return GuidanceError("this model's tokenizer does not support response_format")
     if text.startswith(("Error committing tokens: ", "Error computing mask: ")):

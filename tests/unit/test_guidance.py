@@ -90,6 +90,7 @@ def test_json_object_is_any_object() -> None:
         {"minItems": -MAX_ITEMS, "items": {"maxItems": MAX_ITEMS + 1}},
         {"anyOf": [{"maxItems": MAX_ITEMS / 2}, {"items": [{"minItems": MAX_ITEMS / 2, "maxItems": 1}]}]},
         {"maxItems": float("inf")},
+        {"maxItems": 10**400},
     ],
     ids=repr,
 )

@@ -89,3 +89,19 @@ def test_the_reason_is_the_file_systems_and_not_sqlites(disk: Disk, monkeypatch:
     with pytest.raises(JournalUnavailable, match="read-write"), disk.file.transaction():
         raise sqlite3.OperationalError("disk I/O error")
     assert str(disk.file.trouble).startswith("Read-only file system; mount it read-write")
+
+
+def test_a_disk_that_does_not_even_say_what_is_there_is_trouble_and_no_end(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "exists", fails)
+        patched.setattr(Path, "is_file", fails)
+        assert "dmesg" in str(disk.mend())
+        with disk.file.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta(key, value) VALUES('a', 'b')")
+        assert disk.file.trouble, "the reserve could not be seen"
+    assert disk.mend() is None

@@ -46,8 +46,9 @@ def test_the_configured_system_prompt_is_for_chats_without_one_only() -> None:
     user = {"role": "user", "content": "Hello"}
     system = {"role": "system", "content": "Be brief."}
     assert with_system({"messages": [user]}, "Be brief.") == {"messages": [system, user]}
-    own = {"messages": [{"role": "system", "content": "Sing."}, user]}
-    assert with_system(own, "Be brief.") == own
+    for role in ("system", "developer"):
+        own = {"messages": [{"role": role, "content": "Sing."}, user]}
+        assert with_system(own, "Be brief.") == own
     assert with_system({"prompt": "x"}, "Be brief.") == {"prompt": "x"}
 
 

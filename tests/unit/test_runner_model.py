@@ -14,7 +14,7 @@ from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 from edge_agent.runner import child, loader
 from edge_agent.runner.loader import WrapperModel
 from edge_agent.runner.model import End, Model
-from edge_agent.runner.protocol import Frame, FrameReader, Generate, Load, Loaded, Stop, Tried, Try, encode
+from edge_agent.runner.protocol import Frame, FrameReader, Load, Loaded, Stop, Tried, Try, encode
 
 SYSTEM = "Be brief."
 SAYS = {"role": "system", "content": SYSTEM}
@@ -91,9 +91,9 @@ def test_a_warm_up_runs_the_system_prompt_and_asks_for_as_much_room_as_there_is(
     assert asked["max_tokens"] == room
 
 
-def test_a_system_prompt_longer_than_the_context_is_refused_and_the_model_loads() -> None:
+def test_a_system_prompt_longer_than_the_context_is_held_against_no_version() -> None:
     model = KeepingModel(100)
-    assert model.warm_up(SYSTEM) == "more than the context"
+    assert model.warm_up(SYSTEM) == ""
     assert [len(asked["messages"]) for asked in model.asked] == [1]
 
 
@@ -144,16 +144,22 @@ def test_golden_prompts_are_asked_with_the_system_prompt_of_the_device(
 
 
 @pytest.mark.parametrize(("refused", "said"), [((), ""), (("system",), "no such role")])
-def test_a_runner_says_that_its_model_refuses_the_system_prompt_and_serves(
+def test_a_runner_says_that_its_model_refuses_the_system_prompt(
     refused: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    prompt = Generate(id="1", document={"messages": [{"role": "user", "content": "Hi"}]})
-    loaded, *answer = served(
-        ScriptedModel(*refused), load(SYSTEM), prompt, monkeypatch=monkeypatch, folder=tmp_path
-    )
+    (loaded,) = served(ScriptedModel(*refused), load(SYSTEM), monkeypatch=monkeypatch, folder=tmp_path)
     assert isinstance(loaded, Loaded)
     assert loaded.system_refused == said
-    assert len(answer) <= 2
+
+
+def test_a_model_that_raises_at_a_system_prompt_still_loads() -> None:
+    class Raising(ScriptedModel):
+        def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
+            if len(document["messages"]) > 1:
+                raise ValueError("system role is not supported")
+            yield from super().stream(document)
+
+    assert Raising().warm_up(SYSTEM) == "it raised ValueError"
 
 
 # --- The wrapper's refusals -----------------------------------------------------------------------------

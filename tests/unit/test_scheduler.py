@@ -231,3 +231,25 @@ def test_whose_turn_it_is_is_said_before_the_model_is_asked() -> None:
     assert bench.turns[0] == ["a", "b"], "a start may kill as well"
     bench.run()
     assert ["a"] in bench.turns
+
+
+def test_a_start_that_fails_costs_the_prompts_in_it_and_no_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Script()
+    bench = Bench(model)
+    start = model.start
+
+    def failing(documents: Any) -> Any:
+        monkeypatch.setattr(model, "start", start)
+        raise OverflowError("int too large")
+
+    monkeypatch.setattr(model, "start", failing)
+    bench.add("a")
+    bench.run()
+    bench.add("b")
+    bench.run()
+    refused = [frame for frame in bench.frames if isinstance(frame, Refused)]
+    assert [(frame.id, frame.code) for frame in refused] == [("a", "model_failed")]
+    assert bench.text("b") == "bbb"
+    assert "request=a OverflowError" in capsys.readouterr().err
