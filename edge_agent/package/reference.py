@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from edge_agent.errors import SettingsError
+from edge_agent.errors import ManifestError, SettingsError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 """A name in `[models.NAME]`: it also names a folder, and clients send it in `model`."""
@@ -17,6 +17,18 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _URI = re.compile(
     r"models:/(?P<name>[^/@:]{1,250})(?:@(?P<alias>[A-Za-z0-9_-]{1,255})|/(?P<version>[1-9][0-9]{0,17}))"
 )
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+
+
+def version_number(value: object) -> int:
+    """A version's number as a registry gives it: from 1, with at most 18 digits, as every key in the cache has it.
+
+    Raises:
+        ManifestError: no version can have that number.
+    """
+    if not _VERSION.fullmatch(str(value)):
+        raise ManifestError(f"the registry has a version {str(value)[:40]!r}, which is no version number")
+    return int(str(value))
 
 
 @dataclass(frozen=True, kw_only=True)

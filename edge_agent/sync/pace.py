@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from edge_agent.host.clock import CLOCK, Clock
+
+_Bytes = TypeVar("_Bytes", bytes, memoryview)
 
 CHUNK_BYTES = 1 << 20
 MIN_BYTES_PER_TIMEOUT = 4_096
@@ -87,7 +90,7 @@ class StallLimit:
     def is_over(self) -> bool:
         return self.waited_s > self._timeout_s
 
-    def wait_for(self, read: Callable[[], bytes]) -> bytes:
+    def wait_for(self, read: Callable[[], _Bytes]) -> _Bytes:
         """Calls `read`, counts how long it took, and returns its bytes."""
         began_s = self._clock.now_s()
         chunk = read()

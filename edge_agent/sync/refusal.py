@@ -6,6 +6,8 @@ plain HTTP status of a file, or from a gateway before the registry that has word
 
 from __future__ import annotations
 
+import re
+
 from edge_agent.errors import RegistryRefused
 
 STATUSES = frozenset((401, 403))
@@ -50,3 +52,19 @@ def refuses(uri: str) -> bool:
         return False
     response.close()
     return response.status_code in STATUSES
+
+
+def reason_of(error: BaseException) -> str:
+    """What the system said first: HTTP libraries put three times its length before it."""
+    first = error
+    while (before := first.__cause__ or first.__context__) is not None:
+        first = before
+    if isinstance(first, TimeoutError):
+        return "timed out"
+    return first.strerror if isinstance(first, OSError) and first.strerror else first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Short, and without the queries of addresses: an artifact store's may be a signature that lets anybody in."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"(https?://[^\s?]+)\?[^\s'\"]+", r"\1?…", line)[:300]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,12 +36,14 @@ from edge_agent.package.manifest import (
     check_path,
     check_paths,
 )
-from edge_agent.package.reference import ModelRef, ModelVersion
-from edge_agent.sync import refusal
+from edge_agent.package.reference import ModelRef, ModelVersion, version_number
+from edge_agent.sync import http_session, refusal
 from edge_agent.sync.pace import CHUNK_BYTES, StallLimit
 
 _MAX_LISTED = MAX_FILES + len(OUTSIDE_MANIFEST)
-_LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
+_UNBOUNDED_STORES = frozenset(("ftp", "sftp", "hdfs", "viewfs", "dbfs"))
+"""MLflow's clients of these have no limit in time, or take keys and tokens that are not the registry's."""
+_MAX_NAMES = 4
 _TRY_AGAIN = frozenset((408, 429))
 
 
@@ -128,6 +129,12 @@ class Registry:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
         self._refuse_missing_database()
+        try:
+            self._session = http_session.RegistrySession(uri, timeout_s=timeout_s, clock=clock)
+        except ValueError as error:
+            raise TransportError(
+                f"registry.uri {uri!r} is not an address", remedy="check registry.uri"
+            ) from error
         with self._errors():
             from mlflow.tracking import MlflowClient
 
@@ -139,6 +146,7 @@ class Registry:
         Raises:
             UnknownReference: the registry has no such model, alias or version.
             RegistryRefused: it does not let this device in.
+            ManifestError: the version has a number that no version can have.
             TransportError: the registry cannot be reached, or fails.
         """
         with self._errors(ref):
@@ -147,11 +155,11 @@ class Registry:
             else:
                 found = self._client.get_model_version(ref.name, str(ref.version))
             source = self._client.get_model_version_download_uri(found.name, found.version)
-        if found.name != ref.name or not str(found.version).isdecimal():
+        if found.name != ref.name:
             raise TransportError(f"the registry answered {ref} with another model")
         return ModelVersion(
             name=found.name,
-            version=int(found.version),
+            version=version_number(found.version),
             run_id=found.run_id or "",
             source=source,
             tags=dict(found.tags or {}),
@@ -164,7 +172,7 @@ class Registry:
             scratch: a folder to make, for stores that give whole files only.
 
         Raises:
-            PolicyError: a remote registry names a folder of this device.
+            PolicyError: a remote registry names a folder of this device, or a store that is never asked.
             TransportError: there is no way to its artifact store.
         """
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -172,10 +180,8 @@ class Registry:
         from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
         with self._errors():
-            repository = get_artifact_repository(version.source, tracking_uri=self.uri, registry_uri=self.uri)
-            # `models:` and `runs:` are names for another store; that one is asked, so that nothing is added.
-            while hasattr(repository, "repo"):
-                repository = repository.repo
+            source = self._store_of(version.source)
+            repository = get_artifact_repository(source, tracking_uri=self.uri, registry_uri=self.uri)
         if isinstance(repository, LocalArtifactRepository):
             if not self._is_local():
                 raise PolicyError(f"the registry says that {version.name!r} is in a folder of this device")
@@ -184,9 +190,41 @@ class Registry:
             return _HttpPackage(repository, self)
         return _OtherPackage(repository, self, scratch)
 
+    def _store_of(self, source: str) -> str:
+        """The store that a source names. `models:` and `runs:` are names for another one: this registry says which.
+
+        Looked at before MLflow makes a client for it: some of them connect at once.
+
+        Raises:
+            PolicyError: that store is never asked.
+        """
+        from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
+        from mlflow.store.artifact.utils.models import get_model_name_and_version
+        from mlflow.tracking.artifact_utils import get_artifact_uri
+
+        for _ in range(_MAX_NAMES):
+            scheme = urlsplit(source).scheme.lower()
+            if scheme in _UNBOUNDED_STORES:
+                raise PolicyError(f"the registry says that the version is in a store of the kind {scheme!r}")
+            if scheme == "runs":
+                source = get_artifact_uri(*RunsArtifactRepository.parse_runs_uri(source), self.uri)
+            elif scheme == "models":
+                named = get_model_name_and_version(self._client, source)
+                if len(named) == 1:
+                    source = self._client.get_logged_model(*named).artifact_location
+                else:
+                    source = self._client.get_model_version_download_uri(*named)
+            else:
+                return source
+        raise PolicyError("the registry names one name after the other for the version's store")
+
+    def is_at(self, url: str) -> bool:
+        """True for an address of the registry itself, where its credentials go."""
+        return http_session.origin_of(url) == http_session.origin_of(self.uri)
+
     def _is_local(self) -> bool:
         url = urlsplit(self.uri)
-        return url.scheme not in ("http", "https") or url.hostname in _LOOPBACK
+        return url.scheme not in ("http", "https") or http_session.is_local(url.hostname or "")
 
     def _refuse_missing_database(self) -> None:
         """MLflow would make a new, empty one: a misspelt path must not look like an unknown model."""
@@ -201,8 +239,11 @@ class Registry:
         from mlflow.exceptions import MlflowException, RestException
 
         try:
-            yield
+            with http_session.in_use(self._session):
+                yield
         except MlflowException as error:
+            if ours := http_session.refusal_in(error):
+                raise ours from None
             if ref and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise UnknownReference(
                     f"the registry has no {ref}", remedy="check the name and the alias or version"
@@ -211,16 +252,18 @@ class Registry:
                 raise refusal.refused(self.uri) from error
             if isinstance(error, RestException) and "error_code" not in error.json:
                 if refusal.refuses(self.uri):
-                    raise refusal.refused(self.uri, words=_first_line(error)) from error
+                    raise refusal.refused(self.uri, words=refusal.first_line(error)) from error
                 raise TransportError(
-                    f"registry {self.uri} is behind something else that answered: {_first_line(error)}",
+                    f"registry {self.uri} is behind something else that answered: {refusal.first_line(error)}",
                     remedy="see what stands before it",
                 ) from error
             if isinstance(error, RestException):
                 raise TransportError(
-                    f"registry {self.uri} answered with an error: {_first_line(error)}"
+                    f"registry {self.uri} answered with an error: {refusal.first_line(error)}"
                 ) from error
-            raise TransportError(f"registry {self.uri} cannot be reached: {_reason(error)}") from error
+            raise TransportError(
+                f"registry {self.uri} cannot be reached: {refusal.reason_of(error)}"
+            ) from error
         except ImportError as error:
             raise TransportError(
                 f"registry {self.uri} needs a library that is missing: {error.name}",
@@ -229,7 +272,9 @@ class Registry:
         except OSError as error:  # requests' exceptions are OSErrors
             if refusal.is_refusal(error):
                 raise refusal.refused(self.uri) from error
-            raise TransportError(f"registry {self.uri} cannot be reached: {_reason(error)}") from error
+            raise TransportError(
+                f"registry {self.uri} cannot be reached: {refusal.reason_of(error)}"
+            ) from error
 
 
 class _HttpPackage:
@@ -282,7 +327,7 @@ class _HttpPackage:
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise TransportError(f"registry {self._registry.uri} sends {path!r} in another encoding")
             return
-        if status in refusal.STATUSES:
+        if status in refusal.STATUSES and self._registry.is_at(response.url):
             raise refusal.refused(self._registry.uri)
         message = f"registry {self._registry.uri} answered {status} for {path!r}"
         if status == 416:
@@ -303,7 +348,7 @@ class _HttpPackage:
                     chunk = limit.wait_for(lambda: bytes(read(CHUNK_BYTES, decode_content=False)))
             except HTTPError as error:
                 raise TransportError(
-                    f"registry {self._registry.uri} broke off: {_first_line(error)}"
+                    f"registry {self._registry.uri} broke off: {refusal.first_line(error)}"
                 ) from error
             if not chunk:
                 return
@@ -436,7 +481,13 @@ def _walk(repository: Any) -> list[Listed]:
     while folders:
         folder = folders.pop()
         visited += 1
-        for entry in repository.list_artifacts(folder):
+        try:
+            entries = repository.list_artifacts(folder)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            if isinstance(error, OSError):
+                raise  # what `requests` raises of an answer that is not JSON is both
+            raise ManifestError("the registry's listing is not understood") from error
+        for entry in entries:
             path = check_path(entry.path)
             if folder is not None and not path.startswith(f"{folder}/"):
                 raise ManifestError(f"the registry lists {path!r} in folder {folder!r}")
@@ -444,7 +495,7 @@ def _walk(repository: Any) -> list[Listed]:
                 continue
             if entry.is_dir:
                 folders.append(path)
-            elif entry.file_size is None:
+            elif entry.file_size is None or int(entry.file_size) < 0:
                 raise ManifestError(f"the registry gives no size for {path!r}")
             else:
                 found.append(Listed(path=path, size_bytes=int(entry.file_size)))
@@ -470,19 +521,3 @@ def _range_start(response: Any, offset: int) -> int:
         if start == offset:
             return start
     raise TransportError("the registry answered with another range than was asked for")
-
-
-def _reason(error: BaseException) -> str:
-    """What the system said first: HTTP libraries put three times its length before it."""
-    first = error
-    while (before := first.__cause__ or first.__context__) is not None:
-        first = before
-    if isinstance(first, TimeoutError):
-        return "timed out"
-    return first.strerror if isinstance(first, OSError) and first.strerror else _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    """Short, and without the queries of addresses: an artifact store's may be a signature that lets anybody in."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return re.sub(r"(https?://[^\s?]+)\?[^\s'\"]+", r"\1?…", line)[:300]

@@ -1,0 +1,87 @@
+"""A registry that answers as a test scripts it: one loopback server, one answer for each path."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+class HostileRegistry:
+    """Owns its threads and sockets.
+
+    Attributes:
+        answers: by the beginning of a path; the longest that fits counts.
+        requests: path and headers of every request, in order.
+    """
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.requests: list[tuple[str, Mapping[str, str]]] = []
+        self.closing = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.place = f"127.0.0.1:{self._server.server_address[1]}"
+        self.uri = f"http://{self.place}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+
+    def version(self, name: str, *, source: str, version: str = "1") -> None:
+        """Has one version, under every alias and number."""
+        found = {"model_version": {"name": name, "version": version, "source": source, "run_id": ""}}
+        self.answers["/api/2.0/mlflow/registered-models/get"] = as_json({"registered_model": {"name": name}})
+        self.answers["/api/2.0/mlflow/registered-models/alias"] = as_json(found)
+        self.answers["/api/2.0/mlflow/model-versions/get"] = as_json(found)
+        self.answers["/api/2.0/mlflow/model-versions/get-download-uri"] = as_json({"artifact_uri": source})
+
+    def close(self) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(30)
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        registry = self
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = 30
+
+            def do_GET(self) -> None:
+                registry.requests.append((self.path, dict(self.headers)))
+                fitting = [path for path in registry.answers if self.path.startswith(path)]
+                answer = registry.answers[max(fitting, key=len)] if fitting else status(404)
+                with contextlib.suppress(ConnectionError):
+                    answer(self)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Silent."""
+
+        return Handler
+
+
+def status(code: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> Answer:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)
+
+    return answer
+
+
+def as_json(document: object) -> Answer:
+    return status(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
+
+
+@contextlib.contextmanager
+def hostile_registry() -> Iterator[HostileRegistry]:
+    registry = HostileRegistry()
+    try:
+        yield registry
+    finally:
+        registry.close()
