@@ -31,9 +31,10 @@ from edge_agent.package.trust import TrustDecision
 from edge_agent.runner import capability
 from edge_agent.sync import protocol
 from edge_agent.sync.fetch import fetch
+from edge_agent.sync.files import Listed, Package
 from edge_agent.sync.pace import Pace
 from edge_agent.sync.protocol import Emit, SyncJob, SyncResult
-from edge_agent.sync.registry import Listed, Package, Registry
+from edge_agent.sync.registry import Registry
 
 log = logging.getLogger(__name__)
 

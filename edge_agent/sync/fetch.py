@@ -16,8 +16,8 @@ from edge_agent.cache.staging import Note, Staging
 from edge_agent.errors import TransportError, VerificationError
 from edge_agent.host.clock import Clock
 from edge_agent.package.manifest import MAX_FILE_BYTES, ManifestFile
+from edge_agent.sync.files import Changed, Package, PastTheEnd, RequestRefused, Stream
 from edge_agent.sync.pace import CHUNK_BYTES, MIN_BYTES_PER_TIMEOUT, Pace
-from edge_agent.sync.registry import Changed, Package, PastTheEnd, RequestRefused, Stream
 
 MAX_ATTEMPTS = 4
 """Attempts in a row that bring next to nothing; progress starts the count again."""

@@ -37,9 +37,9 @@ from edge_agent.package import manifest as manifests
 from edge_agent.package.manifest import ManifestFile
 from edge_agent.package.reference import ModelRef, ModelVersion
 from edge_agent.sync.bring import bring
+from edge_agent.sync.files import Listed, PastTheEnd, RequestRefused, Stream
 from edge_agent.sync.pace import CHUNK_BYTES
 from edge_agent.sync.protocol import Emit, SyncJob, SyncResult
-from edge_agent.sync.registry import Listed, PastTheEnd, RequestRefused, Stream
 
 HEADER_NAME = "version.json"
 BLOB_PREFIX = "blobs/"

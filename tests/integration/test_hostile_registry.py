@@ -13,7 +13,8 @@ from edge_agent.errors import EdgeAgentError, ManifestError, PolicyError, Transp
 from edge_agent.host.clock import CLOCK
 from edge_agent.package.reference import ModelRef
 from edge_agent.sync import http_session
-from edge_agent.sync.registry import Registry, RequestRefused
+from edge_agent.sync.files import RequestRefused
+from edge_agent.sync.registry import Registry
 from tests.support.hostile_registry import HostileRegistry, as_json, hostile_registry, status
 from tests.support.mlflow_server import Server
 

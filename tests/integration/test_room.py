@@ -14,8 +14,8 @@ from edge_agent.package import trust
 from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
 from edge_agent.settings import ModelSettings, Settings
 from edge_agent.sync.bring import bring
+from edge_agent.sync.files import LocalPackage
 from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult
-from edge_agent.sync.registry import LocalPackage
 from edge_agent.updates.operations import run_operation, without_daemon
 from tests.support.committed import commit
 from tests.support.packages import add_manifest, make_package

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from edge_agent.errors import TransportError
-from edge_agent.sync.registry import Listed, Stream
+from edge_agent.sync.files import Listed, Stream
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from edge_agent.package import trust
 from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
 from edge_agent.sync import version_file
 from edge_agent.sync.bring import bring, synchronise
+from edge_agent.sync.files import LocalPackage
 from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob
-from edge_agent.sync.registry import LocalPackage
 from tests.support.packages import WEIGHTS, add_manifest, make_package, register
 
 NAME = "assistant"

@@ -12,8 +12,8 @@ from edge_agent.cache.store import Store
 from edge_agent.package import trust
 from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
 from edge_agent.sync.bring import bring
+from edge_agent.sync.files import LocalPackage
 from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, TrustJob
-from edge_agent.sync.registry import LocalPackage
 from edge_agent.sync.version_file import ORIGIN, export_version, import_version
 from tests.support.keys import sign
 from tests.support.packages import add_manifest, make_package

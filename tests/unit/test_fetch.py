@@ -14,8 +14,8 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import TransportError, VerificationError
 from edge_agent.package.manifest import ManifestFile
 from edge_agent.sync.fetch import MAX_ATTEMPTS, fetch
+from edge_agent.sync.files import Changed, PastTheEnd, RequestRefused
 from edge_agent.sync.pace import Pace
-from edge_agent.sync.registry import Changed, PastTheEnd, RequestRefused
 from tests.support.clock import ScriptedClock
 from tests.support.flaky_package import FlakyPackage, Give
 

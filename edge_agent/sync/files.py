@@ -1,0 +1,183 @@
+"""A version's files, wherever they lie: what is listed, how one is opened, and the folder on this host.
+
+Owns the bounds of a listing, whoever made it. The registry's own two sources are in `registry.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from edge_agent.errors import ManifestError, TransportError
+from edge_agent.package.manifest import MAX_FILES, OUTSIDE_MANIFEST, check_path, check_paths
+from edge_agent.sync.pace import CHUNK_BYTES
+
+_MAX_LISTED = MAX_FILES + len(OUTSIDE_MANIFEST)
+
+
+class RequestRefused(TransportError):
+    """There is no such file, or it cannot be read: asking again does not help."""
+
+
+class PastTheEnd(TransportError):
+    """The file on the server has no byte at the offset that was asked for."""
+
+
+class Changed(TransportError):
+    """The file on the server is not the one any more that its first bytes came from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A file as the registry lists it."""
+
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Bytes of one file.
+
+    Attributes:
+        start: offset of the first byte; 0 where the registry could not, or would not, start in the middle.
+        etag: the file's version on the server, or empty.
+        chunks: ends early when the connection does; raises TransportError.
+    """
+
+    start: int
+    etag: str
+    chunks: Iterator[bytes]
+
+
+class Package(Protocol):
+    """Where the files of one version are.
+
+    Attributes:
+        whole_files: each file is in staging whole before its first byte can be read, and once more as it is read.
+    """
+
+    whole_files: bool
+
+    def listing(self) -> list[Listed]:
+        """All files, sorted by path; MLflow's own `registered_model_meta` is left out.
+
+        Raises:
+            ManifestError: a path or the number of files breaks a rule.
+            TransportError: the registry failed.
+        """
+
+    @contextmanager
+    def open(self, path: str, *, offset: int = 0, etag: str = "") -> Iterator[Stream]:
+        """A file from `offset` on, if it still is the file that had `etag`.
+
+        Raises:
+            RequestRefused: there is no such file.
+            RegistryRefused: the registry does not let this device in.
+            PastTheEnd: it ends before `offset`.
+            Changed: it is another file now, and the registry goes on in the middle of it all the same.
+            TransportError: the registry failed.
+        """
+
+
+class LocalPackage:
+    """A folder on this host: the embedded registry's artifacts."""
+
+    whole_files = False
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def listing(self) -> list[Listed]:
+        found: list[Listed] = []
+        try:
+            self._walk(self._folder, found)
+        except OSError as error:
+            raise TransportError(
+                f"the package's folder {self._folder} cannot be read: {error.strerror}"
+            ) from error
+        return _checked(found)
+
+    def _walk(self, folder: Path, found: list[Listed]) -> None:
+        """Regular files only: a link could show any file of this host as the package's."""
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = Path(entry.path).relative_to(self._folder).as_posix()
+                if len(found) > _MAX_LISTED:
+                    raise ManifestError(f"the package has more than {MAX_FILES} files")
+                if entry.is_dir(follow_symlinks=False):
+                    check_path(name)
+                    self._walk(Path(entry.path), found)
+                elif entry.is_file(follow_symlinks=False):
+                    found.append(Listed(path=name, size_bytes=entry.stat(follow_symlinks=False).st_size))
+                else:
+                    raise ManifestError(f"{name!r} of the package is neither a file nor a folder")
+
+    @contextmanager
+    def open(self, path: str, *, offset: int = 0, etag: str = "") -> Iterator[Stream]:
+        try:
+            descriptor = os.open(self._folder / check_path(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise RequestRefused(f"{path!r} of the package cannot be read: {error.strerror}") from error
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            now = f"{status.st_mtime_ns}-{status.st_size}"
+            start = offset if not etag or etag == now else 0
+            file.seek(start)
+            yield Stream(start=start, etag=now, chunks=self._chunks(file, path))
+
+    def _chunks(self, file: io.FileIO, path: str) -> Iterator[bytes]:
+        while True:
+            try:
+                chunk = file.read(CHUNK_BYTES)
+            except OSError as error:
+                raise TransportError(f"{path!r} of the package cannot be read: {error.strerror}") from error
+            if not chunk:
+                return
+            yield chunk
+
+
+def walk(repository: Any) -> list[Listed]:
+    """All files below a store's root; every answer of the registry is bounded and checked."""
+    found: list[Listed] = []
+    folders: list[str | None] = [None]
+    visited = 0
+    while folders:
+        folder = folders.pop()
+        visited += 1
+        try:
+            entries = repository.list_artifacts(folder)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            if isinstance(error, OSError):
+                raise  # what `requests` raises of an answer that is not JSON is both
+            raise ManifestError("the registry's listing is not understood") from error
+        for entry in entries:
+            path = check_path(entry.path)
+            if folder is not None and not path.startswith(f"{folder}/"):
+                raise ManifestError(f"the registry lists {path!r} in folder {folder!r}")
+            if path.split("/")[0] == "registered_model_meta":
+                continue
+            if entry.is_dir:
+                folders.append(path)
+            elif entry.file_size is None or int(entry.file_size) < 0:
+                raise ManifestError(f"the registry gives no size for {path!r}")
+            else:
+                found.append(Listed(path=path, size_bytes=int(entry.file_size)))
+        if len(found) + len(folders) + visited > 2 * _MAX_LISTED:
+            raise ManifestError(f"the package has more than {MAX_FILES} files")
+    return _checked(found)
+
+
+def _checked(found: list[Listed]) -> list[Listed]:
+    kept = sorted(
+        (file for file in found if file.path != "registered_model_meta"), key=lambda file: file.path
+    )
+    check_paths(file.path for file in kept)
+    if len(kept) > _MAX_LISTED:
+        raise ManifestError(f"the package has more than {MAX_FILES} files")
+    return kept
