@@ -295,14 +295,12 @@ class ModelLifecycle:
     @property
     def flavor(self) -> str | None:
         """What runs the loaded version, None while none is loaded."""
-        version = self._seat.loaded
-        return version.reported.flavor if version else None
+        return version.reported.flavor if (version := self._seat.loaded) else None
 
     @property
     def system_refused(self) -> str:
         """Why prompts without a system prompt of their own get no answer, for people; empty while they do."""
-        version = self._seat.loaded
-        return version.system_refused if version else ""
+        return version.system_refused if (version := self._seat.loaded) else ""
 
     @property
     def runs_its_own(self) -> bool:
