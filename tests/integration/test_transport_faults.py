@@ -210,13 +210,13 @@ def test_a_fetch_stops_before_it_takes_the_last_space_of_others(
 
 def test_one_fetch_at_a_time_has_the_cache(device: Device, proxy: FaultyProxy) -> None:
     device.publish(weights=CONTENT)
+    other = Device(device.uri, device.folder)
+    other.publish()  # before the sync: its HTTP session is for every request of this process
     proxy.use(Plan(fault=HttpFault.STALL, file=FILE, after_bytes=500_000, times=1))
     first = threading.Thread(target=lambda: device.sync(device.job(uri=proxy.uri, timeout_s=20)))
     first.start()
     try:
         fetch_started(device)
-        other = Device(device.uri, device.folder)
-        other.publish()
         with pytest.raises(CacheBusy, match="fetching"):
             other.sync(replace(other.job(), name="other"))
     finally:
