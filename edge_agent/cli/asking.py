@@ -86,7 +86,7 @@ def ask_direct(
                 raise NoModel(
                     f"model {name!r} cannot answer: {lifecycle.reason}", remedy="run `edge-agent models pull`"
                 )
-            if lease.system_refused and document["messages"] != request.document["messages"]:
+            if lease.system_refused and document.get("messages") != request.document.get("messages"):
                 raise ModelFailed(lease.system_refused)
             try:
                 answer = _generate(

@@ -15,14 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_agent.errors import BadRequest, ModelFailed, RunnerError
-from edge_agent.runner.model import End, Model
+from edge_agent.runner.model import OPTIONS, End, Model
 from edge_agent.runner.stop import StopFilter
 from edge_agent.runner.worker import Job, Worker
 
-OPTIONS = (
-    *("temperature", "max_tokens", "stop", "top_p", "top_k", "repetition_penalty", "seed"),
-    "response_format",
-)
 USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 _TEXT_KEYS = (
     "content",

@@ -19,18 +19,11 @@ from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, by_code
 from edge_agent.package import mlmodel, trust
 from edge_agent.package.mlmodel import TRANSFORMERS_LOADER, MLmodel
 from edge_agent.runner.capability import UNKNOWN_ARCHITECTURE
-from edge_agent.runner.model import End, Lane, Model
+from edge_agent.runner.model import DEFAULT_MAX_TOKENS, OPTIONS, End, Lane, Model
 from edge_agent.runner.prompts import TEMPLATE_REFUSES
 
 __all__ = ["End", "Model", "load"]
 
-PARAMS = (
-    *("temperature", "max_tokens", "stop", "top_p", "top_k", "repetition_penalty", "seed"),
-    "response_format",
-)
-"""Request options that reach a package as MLflow params when its signature declares them."""
-DEFAULT_MAX_TOKENS = 256
-"""Of the wrapper."""
 _QUESTION_TOKENS = 256
 """What a first prompt may add to the system prompt, and still go on from what the warm-up has run."""
 _NO_BYTECODE = "/nonexistent/edge-agent"
@@ -225,7 +218,7 @@ def _distrust_bytecode() -> None:
 def _request(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(row, params) as a wrapper takes them."""
     key = "messages" if "messages" in document else "prompt"
-    return {key: document[key]}, {name: _param(document[name]) for name in PARAMS if name in document}
+    return {key: document[key]}, {name: _param(document[name]) for name in OPTIONS if name in document}
 
 
 def _param(value: Any) -> Any:

@@ -15,6 +15,20 @@ from typing import Any
 from edge_agent.errors import PromptError, PromptTooLong, RunnerError
 from edge_agent.runner.protocol import with_system
 
+OPTIONS = (
+    "temperature",
+    "max_tokens",
+    "stop",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "seed",
+    "response_format",
+)
+"""Request options that reach a package as MLflow params when its signature declares them."""
+DEFAULT_MAX_TOKENS = 256
+"""Of an answer where neither request, settings nor package say otherwise; the wrapper has the same."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class End:

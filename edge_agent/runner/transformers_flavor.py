@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, RunnerError
 from edge_agent.package.mlmodel import MLmodel
 from edge_agent.runner.decoder import Decoder
-from edge_agent.runner.model import End, Model
+from edge_agent.runner.model import DEFAULT_MAX_TOKENS, End, Model
 from edge_agent.runner.prompts import Prompts
 from edge_agent.runner.stop import StopFilter
 from edge_agent.runner.worker import Job, Worker
@@ -39,7 +39,6 @@ TASKS = frozenset({"text-generation", "llm/v1/chat", "llm/v1/completions"})
 SLICE_TOKENS = 256
 """Of a prompt, run at once."""
 _LEAST_TEMPERATURE = 1e-5  # logits are divided by it
-_DEFAULT_MAX_TOKENS = 256
 
 _LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -203,7 +202,7 @@ class TransformersModel(Model):
         left = min(limit, max_length or limit) - prompt_tokens
         if left < 1:
             raise PromptTooLong(f"{prompt_tokens} tokens leave nothing of the package's max_length")
-        open_end = left if max_length else _DEFAULT_MAX_TOKENS
+        open_end = left if max_length else DEFAULT_MAX_TOKENS
         return min(left, max_tokens or self._defaults.max_tokens or open_end)
 
     def _sampling(self, document: Mapping[str, Any]) -> dict[str, Any]:

@@ -226,40 +226,31 @@ class _Adapter(HTTPAdapter):
             return made
 
         manager.pool_classes_by_scheme = {
-            "http": functools.partial(pool, HTTPConnectionPool, _Connection),
-            "https": functools.partial(pool, HTTPSConnectionPool, _TlsConnection),
+            "http": functools.partial(pool, HTTPConnectionPool, _Watched),
+            "https": functools.partial(pool, HTTPSConnectionPool, _WatchedTls),
         }
 
 
-class _Connection(HTTPConnection):
+class _Watched(HTTPConnection):
+    """A connection with answers of a kind, and a peer that is looked at."""
+
     def __init__(self, *args: Any, answers: Any, peers: Callable[[str], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.response_class = answers
         self._peers = peers
 
     def connect(self) -> None:
+        """Looks once connected, and before the request: a name may mean another address at each look-up."""
         super().connect()
-        _look_at_peer(self, self._peers)
+        try:
+            self._peers(self.sock.getpeername()[0])
+        except EdgeAgentError:
+            self.close()
+            raise
 
 
-class _TlsConnection(HTTPSConnection):
-    def __init__(self, *args: Any, answers: Any, peers: Callable[[str], None], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.response_class = answers
-        self._peers = peers
-
-    def connect(self) -> None:
-        super().connect()
-        _look_at_peer(self, self._peers)
-
-
-def _look_at_peer(connection: Any, peers: Callable[[str], None]) -> None:
-    """Once connected, and before the request: a name may mean another address at each look-up."""
-    try:
-        peers(connection.sock.getpeername()[0])
-    except EdgeAgentError:
-        connection.close()
-        raise
+class _WatchedTls(_Watched, HTTPSConnection):
+    """The same over TLS."""
 
 
 class _Answer(http.client.HTTPResponse):
