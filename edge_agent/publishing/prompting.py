@@ -33,7 +33,7 @@ _AFTERWARDS: Mapping[str, tuple[tuple[tuple[str, str], ...], str]] = {
     ),
     "a conversation that ends with the assistant": (
         (_USER, _ANSWER),
-        "clients cannot have an answer continued",
+        "clients cannot send a conversation that ends with an answer",
     ),
 }
 """What a chat may be beside a question: the messages, and what it means if they are refused."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from edge_agent.errors import CannotRun, EdgeAgentError, LoadFailed, RunnerError
 from edge_agent.host import memory
 from edge_agent.runner import golden, loader
+from edge_agent.runner.model import TOO_LONG
 from edge_agent.runner.protocol import (
     Cancel,
     Failed,
@@ -114,6 +115,7 @@ class Runner:
                 load_ms=load_ms,
                 parallel=limit,
                 system_refused=system_refused,
+                system_too_long=system_refused == TOO_LONG,
             )
         )
         self._system = request.system

@@ -26,6 +26,8 @@ OPTIONS = (
     "response_format",
 )
 """Request options that reach a package as MLflow params when its signature declares them."""
+TOO_LONG = "it is too long for the context that there is memory for"
+"""Why a system prompt is refused that the model may take elsewhere."""
 DEFAULT_MAX_TOKENS = 256
 """Of an answer where neither request, settings nor package say otherwise; the wrapper has the same."""
 
@@ -112,29 +114,36 @@ class Model(ABC):
             system: of the settings; empty for none.
 
         Returns:
-            Why the model takes no chat with this system prompt, although it takes one without; empty if it does, or
-            if the prompt is too long for the context, which memory may have made short.
+            Why the model takes no chat with this system prompt, although it takes one without; empty if it does.
+            `TOO_LONG` is the context's fault, which memory may have made short, rather than the model's.
 
         Raises:
             Exception: it takes neither.
         """
+        chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
         if self.signature != "chat":
             self._begin({"prompt": "Hi"})
-            return ""
-        chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
-        refusal = ""
-        if system:
-            try:
-                self._begin(with_system(chat, system))
-                return ""
-            except PromptTooLong:
-                refusal = ""
-            except Exception as error:  # noqa: BLE001 - model code may raise anything
-                refusal = (
-                    error.message if isinstance(error, PromptError) else f"it raised {type(error).__name__}"
-                )
-        self._begin(chat)
+            if not system or self._refusal(chat):
+                return ""  # it takes no chats at all
+            return self._refusal(with_system(chat, system))
+        refusal = self._refusal(with_system(chat, system)) if system else ""
+        if refusal or not system:
+            self._begin(chat)
+        if self.room_tokens > 1:  # as the first prompt will: it goes on from what is kept
+            self._refusal(with_system({"messages": [{"role": "user", "content": "Hello there"}]}, system))
         return refusal
+
+    def _refusal(self, chat: dict[str, Any]) -> str:
+        """Why a chat gets no answer; empty if it does."""
+        try:
+            self._begin(chat)
+        except PromptTooLong:
+            return TOO_LONG
+        except PromptError as error:
+            return error.message
+        except Exception as error:  # noqa: BLE001 - model code may raise anything
+            return f"it raised {type(error).__name__}"
+        return ""
 
     def _begin(self, document: dict[str, Any]) -> None:
         """Answers a document up to its first text, with as much of the room as the context has."""

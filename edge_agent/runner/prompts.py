@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,15 +40,19 @@ class Prompts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         special = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in tokenizer.all_special_ids}
-        special |= {
-            token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special
-        }
-        self.control_ids = frozenset(special)
-        texts = [re.escape(text) for text in sorted(set(special.values())) if len(text) > 1]
-        self._special = re.compile(f"(?={'|'.join(texts)})(.)", re.DOTALL) if texts else None
-        self._prefix = self._beginning()
+        added = {token: added.content for token, added in tokenizer.added_tokens_decoder.items()}
         template = tokenizer.chat_template  # several, each with a name, are a dict
         self.has_template = bool(template.get("default") if isinstance(template, dict) else template)
+        marks = self._role_marks(added.values())
+        special |= {
+            token: text
+            for token, text in added.items()
+            if tokenizer.added_tokens_decoder[token].special or text in marks
+        }
+        self.control_ids = frozenset(special)
+        texts = _any_of(special.values())
+        self._special = re.compile(f"(?={texts})(.)", re.DOTALL)
+        self._prefix = self._beginning()
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """[tokens] ids of the messages in the model's own chat template, ready for the assistant's turn.
@@ -81,6 +85,19 @@ class Prompts:
         starts = (n for n in range(len(whole)) if whole[n : n + len(text)] == text)
         return whole[: next(starts, 0)]
 
+    def _role_marks(self, added: Iterable[str]) -> list[str]:
+        """The added tokens that the template begins a turn with, whether the tokenizer calls them special or not: a
+        message that brought one would begin a turn, too."""
+        content = self.MARKERS[0]
+        roles = ("user", "assistant", "user")
+        try:
+            rendered = self._render([{"role": role, "content": content} for role in roles])
+        except BadRequest:
+            return []
+        marks = re.compile(rf"\s*((?:{_any_of(added)})+)")
+        begins = (marks.match(frame) for frame in rendered.split(content)[: len(roles)])
+        return [mark for begin in begins if begin for mark in re.findall(_any_of(added), begin[1])]
+
     def _marker(self, messages: Sequence[Mapping[str, str]]) -> str:
         for marker in self.MARKERS:
             if not any(marker in message["content"] for message in messages):
@@ -88,7 +105,7 @@ class Prompts:
         raise BadRequest("the messages contain every noncharacter from U+FDD0 to U+FDEF")
 
     def _neutral(self, content: str, marker: str) -> str:
-        return self._special.sub(rf"\1{marker}", content) if self._special else content
+        return self._special.sub(rf"\1{marker}", content)
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
         if not self.has_template:
@@ -114,6 +131,13 @@ class Prompts:
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """A regular expression for each of some texts, the longest first; it matches nothing if there are none."""
+    return (
+        "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True) if len(text) > 1) or "(?!)"
+    )
 
 
 def _not_empty(tokens: list[int], what: str) -> list[int]:

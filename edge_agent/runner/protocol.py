@@ -97,6 +97,7 @@ class Loaded:
 
     Attributes:
         system_refused: why it takes no chat with the system prompt of `Load`; empty if it does.
+        system_too_long: because the context that it got does not hold it.
     """
 
     type: ClassVar[str] = "loaded"
@@ -105,6 +106,7 @@ class Loaded:
     load_ms: float
     parallel: int = 1
     system_refused: str = ""
+    system_too_long: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,8 +255,8 @@ class FrameReader:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    if hint is str:
-        return isinstance(value, str)
+    if hint in (str, bool):
+        return isinstance(value, hint)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is float:

@@ -159,7 +159,8 @@ class Adoption:
             EdgeAgentError: it does not, or died or took too long; its runner is gone.
         """
         with self._loader.tracked(version.runner):
-            verdicts.check_system(version.system_refused, model=self._name)
+            if not version.reported.system_too_long:
+                verdicts.check_system(version.system_refused, model=self._name)
             tried = version.runner.try_out(timeout_s=verdicts.GATE_TIMEOUT_S)
             verdicts.check_golden(tried)
         self._loader.note_peak(version)

@@ -300,7 +300,7 @@ class ModelLifecycle:
     @property
     def system_refused(self) -> str:
         """Why prompts without a system prompt of their own get no answer, for people; empty while they do."""
-        return version.system_refused if (version := self._seat.loaded) else ""
+        return self._loader.system_refused(record.key) if (record := self._states.active) else ""
 
     @property
     def runs_its_own(self) -> bool:

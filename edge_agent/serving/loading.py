@@ -112,6 +112,7 @@ class VersionLoader:
         self._start_runner = start_runner
         self._lock = threading.Lock()
         self._starting: set[Runner] = set()
+        self._refusals: dict[str, str] = {}  # by version; only of those that refuse the system prompt
         self._closed = False
 
     def load(self, record: VersionRecord) -> LoadedVersion:
@@ -134,7 +135,15 @@ class VersionLoader:
             if len(candidates) > 1 and version.reported.flavor.startswith(THREADED_FLAVOR):
                 version = self._choose_threads(version, folder, admission, candidates)
             self.memory_report = admission.warning
+        self._refusals.pop(record.key, None)
+        if version.system_refused:
+            self._refusals[record.key] = version.system_refused
         return version
+
+    def system_refused(self, key: str) -> str:
+        """What a version said of the settings' system prompt when it was loaded last, for people; empty if it takes
+        it, or has not been loaded yet."""
+        return self._refusals.get(key, "")
 
     def _choose_threads(
         self, version: LoadedVersion, folder: Path, admission: Admission, candidates: Sequence[int]

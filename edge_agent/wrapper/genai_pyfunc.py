@@ -26,7 +26,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -453,16 +453,19 @@ class _Engine:
     def __init__(self, folder: Path, options: _Options) -> None:
         self.options = options
         described = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
+        files = TokenizerFiles.read(folder / described.get("tokenizer_dir", ""))
         config = og.Config(str(folder))
         if options.threads:
             session_options = {"intra_op_num_threads": int(options.threads)}
             config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
+        # genai_config.json may name another end than the tokenizer, and the model was trained on the tokenizer's.
+        self.eos = files.end_ids | _ids(described.get("eos_token_id"))
+        if files.eos_id is not None:  # of several, guidance lets an answer end at the first one only (0.18)
+            config.overlay(json.dumps({"model": {"eos_token_id": files.eos_id}}))
         self._model = og.Model(config)
         self._tokenizer = og.Tokenizer(self._model)
-        files = TokenizerFiles.read(folder / described.get("tokenizer_dir", ""))
+        self.eos |= _ids(self._tokenizer.eos_token_ids)
         self.prompts = _Prompts(self._tokenizer, files)
-        # genai_config.json may name another end than the tokenizer, and the model was trained on the tokenizer's.
-        self.eos = files.end_ids.union(int(token) for token in self._tokenizer.eos_token_ids)
         self._vocabulary = int(described["vocab_size"])
         context_tokens = int(described["context_length"])
         self.context_tokens = min(context_tokens, options.context_tokens or context_tokens)
@@ -695,11 +698,11 @@ class _Prompts:
 
     def __init__(self, tokenizer: Any, files: TokenizerFiles) -> None:
         self._tokenizer = tokenizer
-        self.control_ids = frozenset(files.special)
-        texts = [re.escape(text) for text in sorted(set(files.special.values())) if len(text) > 1]
-        self._special = re.compile(f"(?={'|'.join(texts)})(.)", re.DOTALL) if texts else None
         self._prefix = files.prefix
         self._template = _as_hugging_face_reads(files.template)
+        special = {*files.special.values(), *self._role_marks(files.added.values())}
+        self.control_ids = frozenset(token for token, text in files.added.items() if text in special)
+        self._special = re.compile(f"(?={_any_of(special)})(.)", re.DOTALL)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """[tokens] ids of the messages in the model's own chat template, ready for the assistant's turn.
@@ -723,6 +726,19 @@ class _Prompts:
         tokens = self._not_empty(self._encode(prompt), "prompt")
         return tokens if tokens[: len(self._prefix)] == self._prefix else self._prefix + tokens
 
+    def _role_marks(self, added: Iterable[str]) -> list[str]:
+        """The added tokens that the template begins a turn with, whether the tokenizer calls them special or not: a
+        message that brought one would begin a turn, too."""
+        content = self.MARKERS[0]
+        roles = ("user", "assistant", "user")
+        try:
+            rendered = self._render([{"role": role, "content": content} for role in roles])
+        except RequestError:
+            return []
+        marks = re.compile(rf"\s*((?:{_any_of(added)})+)")
+        begins = (marks.match(frame) for frame in rendered.split(content)[: len(roles)])
+        return [mark for begin in begins if begin for mark in re.findall(_any_of(added), begin[1])]
+
     def _marker(self, messages: Sequence[Mapping[str, str]]) -> str:
         for marker in self.MARKERS:
             if not any(marker in message["content"] for message in messages):
@@ -730,7 +746,7 @@ class _Prompts:
         raise RequestError("bad_request", "the messages contain every noncharacter from U+FDD0 to U+FDEF")
 
     def _neutral(self, content: str, marker: str) -> str:
-        return self._special.sub(rf"\1{marker}", content) if self._special else content
+        return self._special.sub(rf"\1{marker}", content)
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
         template = {} if self._template is None else {"template_str": self._template}
@@ -764,13 +780,17 @@ class TokenizerFiles:
     """What a tokenizer's files say and the library does not tell or does not heed.
 
     Attributes:
-        special: id → text of the tokens that are no text: they frame prompts, and never reach a client.
+        added: id → text of the tokens that are found in a text before it is split into others.
+        special: those of them that are no text: they frame prompts, and never reach a client.
+        eos_id: of `eos_token`; None if there is none.
         end_ids: tokens that end an answer.
         prefix: [tokens] ids that a raw prompt begins with, usually one for the beginning of a text, or none.
         template: the chat template; None if there is none.
     """
 
+    added: Mapping[int, str]
     special: Mapping[int, str]
+    eos_id: int | None
     end_ids: frozenset[int]
     prefix: list[int]
     template: str | None
@@ -796,13 +816,14 @@ class TokenizerFiles:
         special = {
             int(token["id"]): text for text, token in added.items() if token.get("special") or text in named
         }
-        ends = _json_object(folder / "generation_config.json").get("eos_token_id")
-        end_ids = {int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
-        if (end := _content(config.get("eos_token"))) in added:
-            end_ids.add(int(added[end]["id"]))
+        end_ids = _ids(_json_object(folder / "generation_config.json").get("eos_token_id"))
+        end = _content(config.get("eos_token"))
+        eos_id = int(added[end]["id"]) if end in added else None
         return cls(
+            added={int(token["id"]): text for text, token in added.items()},
             special=special,
-            end_ids=frozenset(end_ids),
+            eos_id=eos_id,
+            end_ids=end_ids | _ids(eos_id),
             prefix=_prefix(tokenizer.get("post_processor") or {}),
             template=_template(folder, config.get("chat_template")),
         )
@@ -810,6 +831,19 @@ class TokenizerFiles:
 
 def _json_object(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+
+
+def _ids(tokens: Any) -> frozenset[int]:
+    """Token ids that are given as one, as several or not at all."""
+    several = tokens if isinstance(tokens, (list, np.ndarray)) else [] if tokens is None else [tokens]
+    return frozenset(int(token) for token in several)
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """A regular expression for each of some texts, the longest first; it matches nothing if there are none."""
+    return (
+        "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True) if len(text) > 1) or "(?!)"
+    )
 
 
 def _content(token: Any) -> str:
@@ -841,12 +875,16 @@ def _template(folder: Path, configured: Any) -> str | None:
     return configured if isinstance(configured, str) else None
 
 
-_INDENTED_BLOCK = re.compile(r"^[ \t]+(?=\{[%#](?!\+))", re.MULTILINE)
-_BLOCK_LINE = re.compile(r"(?<!\+)([%#]\})\n")
-_PART_IN_TEXT = re.compile(
-    r"(?P<part>'(?:[^'\\]|\\.)+'|\"(?:[^\"\\]|\\.)+\")\s+(?P<no>not\s+)?in\s+"
-    r"(?P<whole>[A-Za-z_]\w*(?:\.\w+|\[[^\[\]]*\])*)(?![\w.(\[]|\s*\|)"
-)
+_STRING = r"'(?:[^'\\]|\\.)*+'|\"(?:[^\"\\]|\\.)*+\""
+_OPENING = re.compile(r"\{[{%#]")
+_TAGS = {
+    "{#": re.compile(r"\{#.*?#\}", re.DOTALL),
+    "{%": re.compile(rf"(\{{%[-+]?)((?:{_STRING}|[^'\"])*?)([-+]?%\}})", re.DOTALL),
+    "{{": re.compile(rf"(\{{\{{[-+]?)((?:{_STRING}|[^'\"])*?)([-+]?\}}\}})", re.DOTALL),
+}
+_CODE = re.compile(rf"{_STRING}|\w+|\s+|[=!<>]=|.", re.DOTALL)
+_AROUND_IN = re.compile(r"and|or|not|if|elif|else|in|for|set|[=!<>]=|[=<>,:]")
+_MAX_OPERAND_CHARACTERS = 1000
 
 
 def _as_hugging_face_reads(template: str | None) -> str | None:
@@ -857,15 +895,89 @@ def _as_hugging_face_reads(template: str | None) -> str | None:
     """
     if template is None:
         return None
-    template = template.replace("\r\n", "\n").replace("\r", "\n")
-    template = _BLOCK_LINE.sub(r"\1", _INDENTED_BLOCK.sub("", template))
+    source = template.replace("\r\n", "\n").replace("\r", "\n")
+    parts, at, line_begins = [], 0, True
+    while opening := _OPENING.search(source, at):
+        tag = _TAGS[opening[0]].match(source, opening.start())
+        if tag is None:  # it never ends: the engine says so
+            break
+        text, at = source[at : tag.start()], tag.end()
+        if opening[0] == "{{":
+            line_begins = False
+        else:
+            start = text.rfind("\n") + 1
+            if (start or line_begins) and not text[start:].strip(" \t") and tag[0][2] != "+":
+                text = text[:start]
+            line_begins = source.startswith("\n", at) and tag[0][-3] != "+"
+            at += line_begins
+        parts += [text, *((tag[1], _with_in_for_text(tag[2]), tag[3]) if tag.lastindex else (tag[0],))]
+    return "".join([*parts, source[at:]])
 
-    def contains(found: re.Match[str]) -> str:
-        part, whole = found["part"], found["whole"]
-        either = f"({part} in {whole} or ({whole} is string and ({whole}.split({part}) | length > 1)))"
-        return f"(not {either})" if found["no"] else either
 
-    return _PART_IN_TEXT.sub(contains, template)
+def _with_in_for_text(code: str) -> str:
+    """The code of one tag, with `in` for text wherever it stands."""
+    levels: list[list[str]] = [[]]  # what the brackets that are open hold so far
+    for piece in _CODE.findall(code):
+        if piece in ("(", "[", "{"):
+            levels.append([piece])
+        elif piece in (")", "]", "}") and len(levels) > 1:
+            first, *inner = levels.pop()
+            levels[-1].append(f"{first}{_comparisons(inner)}{piece}")
+        else:
+            levels[-1].append(piece)
+    return _comparisons(levels[0]) if len(levels) == 1 else code
+
+
+def _comparisons(pieces: Sequence[str]) -> str:
+    """Code in pieces, a bracket with what it holds being one, with `in` for text."""
+    is_loop = next((piece for piece in pieces if not piece.isspace()), "") == "for"
+    done: list[str] = []
+    place = 0
+    while place < len(pieces):
+        piece, place = pieces[place], place + 1
+        if piece != "in" or is_loop:
+            is_loop = is_loop and piece != "in"  # its first one
+            done.append(piece)
+            continue
+        end = place
+        while end < len(pieces) and not _AROUND_IN.fullmatch(pieces[end]):
+            end += 1
+        last = len(done)
+        while last and done[last - 1].isspace():
+            last -= 1
+        negated = last > 0 and done[last - 1] == "not"
+        start = last = last - negated
+        while start and not _AROUND_IN.fullmatch(done[start - 1]):
+            start -= 1
+        while start < last and done[start].isspace():
+            start += 1
+        compared = _contains(_operand(done[start:last]), _operand(pieces[place:end]))
+        if compared is None:
+            done.append(piece)
+            continue
+        space = " " if pieces[end - 1].isspace() else ""
+        done[start:] = [f"(not {compared})" if negated else compared, space]
+        place = end
+    return "".join(done)
+
+
+def _operand(pieces: Sequence[str]) -> str:
+    """Code that may stand before a dot; empty if there is none."""
+    text = "".join(pieces).strip()
+    words = [piece for piece in pieces if not piece.isspace()]
+    simple = len(words) == 1 or all(word == "." or word[0] in "[(" or word.isidentifier() for word in words)
+    return text if simple or not text else f"({text})"
+
+
+def _contains(part: str, whole: str) -> str | None:
+    """`part in whole` for lists, objects and text; None if it has to stay as it is."""
+    if not part or whole[:1] in ("", "[", "{") or len(part) + len(whole) > _MAX_OPERAND_CHARACTERS:
+        return None
+    if len(part) > 2 and re.fullmatch(_STRING, part, re.DOTALL):
+        return f"({part} in {whole} or ({whole} is string and ({whole}.split({part}) | length > 1)))"
+    # Splitting at nothing would take all memory.
+    is_part = f"{part} == '' or ({whole}.split({part}) | length > 1)"
+    return f"({part} in {whole} or ({part} is string and {whole} is string and ({is_part})))"
 
 
 class _Decoder:
@@ -886,6 +998,7 @@ class _Decoder:
         self._before: list[int] = []
         self._before_text = ""
         self._pending: list[int] = []
+        self._shown = 0  # characters of what waits: a token may end one character and begin another
 
     def push(self, token: int) -> str:
         """The text that this token completes, often empty."""
@@ -896,14 +1009,18 @@ class _Decoder:
             broken, group = self._pending[:start], self._pending[start:]
             text = self._text(group)
             if not text.endswith(self.BROKEN):
-                text = (self._text(broken) if broken else "") + text
+                text = ((self._text(broken) if broken else "") + text)[self._shown :]
                 if text:
                     self._before, self._before_text = group, self._decode(group)
-                self._pending = []
+                self._pending, self._shown = [], 0
                 return text
         if len(self._pending) > self.MAX_PENDING:
-            return self._text([self._pending.pop(0)])
-        return ""
+            new = self._text([self._pending.pop(0)])[self._shown :]
+            self._shown = 0
+            return new
+        complete = self._text(self._pending).rstrip(self.BROKEN)
+        new, self._shown = complete[self._shown :], max(self._shown, len(complete))
+        return new
 
     def _text(self, group: list[int]) -> str:
         return self._decode(self._before + group).removeprefix(self._before_text)

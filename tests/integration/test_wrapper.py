@@ -247,6 +247,36 @@ def test_an_invalid_byte_costs_one_replacement_character_and_nothing_else(chat: 
     assert decoded([emoji[1]] * 6 + ids("b")).endswith("b")
 
 
+class TwoInOne:
+    """Decodes as the library does: up to the first byte that is not (yet) UTF-8. A token is bytes."""
+
+    TOKENS = ("😀".encode()[:2], "😀".encode()[2:] + "é".encode()[:1], "é".encode()[1:], b"x", b"\xff")
+
+    def decode(self, ids: Any) -> str:
+        whole = b"".join(self.TOKENS[token] for token in ids)
+        text = whole.decode("utf-8", "replace")
+        return text[: text.index("\ufffd") + 1] if "\ufffd" in text else text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "deltas"),
+    [
+        ([0, 1, 2, 3], ["", "😀", "é", "x"]),
+        ([0, 1], ["", "😀"]),
+        ([3, 0, 1, 3, 3], ["x", "", "😀", "\ufffdx", "x"]),
+        ([0, 1, 4, 3], ["", "😀", "", "\ufffdx"]),
+        ([4, 0, 1, 2], ["", "", "", "\ufffd😀é"]),
+        ([0, 3, 1, 3], ["", "\ufffdx", "", "\ufffdx"]),
+    ],
+)
+def test_a_token_that_ends_a_character_and_begins_another_holds_nothing_back(
+    chat: Any, tokens: list[int], deltas: list[str]
+) -> None:
+    wrapper = chat.unwrap_python_model()
+    decoder = sys.modules[type(wrapper).__module__]._Decoder(TwoInOne(), frozenset())
+    assert [decoder.push(token) for token in tokens] == deltas
+
+
 # --- What a request may not do --------------------------------------------------------------------------
 
 

@@ -112,6 +112,18 @@ TEMPLATES: Mapping[str, str] = {
     "<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% else %}"
     "<|assistant|>\n{{ message['content'] }}<|end|>\n{% endif %}{% endfor %}<|assistant|>\n",
     "drops the system message": DROPS_SYSTEM,
+    "asks for text in many ways": """\
+{%- for m in messages %}
+    {%- set content = m.content %}
+    {%- if m.role == 'assistant' and '</think>' in content.strip() %}
+        {%- set content = (content | trim).split('</think>')[-1] %}
+    {%- elif '<b>' not in content | trim and not ('zzz' in (m['content'])) %}
+        {{- "'</think>' in content: no\\n" }}
+    {%- endif %}
+    {{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+'x' in text is text
+""",
 }
 
 

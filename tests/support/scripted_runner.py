@@ -48,6 +48,7 @@ class Script:
     load_error: EdgeAgentError | None = None
     load_waits: bool = False
     system_refused: str = ""
+    system_too_long: bool = False
     golden_failures: list[str] = field(default_factory=list)
     gate_error: RunnerError | None = None
     tokens_per_s: float = 10.0
@@ -154,6 +155,7 @@ class ScriptedRunner:
             load_ms=1.0,
             parallel=self._script.parallel,
             system_refused=self._script.system_refused,
+            system_too_long=self._script.system_too_long,
         )
 
     def _may_end_loading(self) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 from edge_agent.runner import child, loader
 from edge_agent.runner.loader import WrapperModel
-from edge_agent.runner.model import End, Model
+from edge_agent.runner.model import TOO_LONG, End, Model
 from edge_agent.runner.protocol import Frame, FrameReader, Load, Loaded, Stop, Tried, Try, encode
 
 SYSTEM = "Be brief."
@@ -34,7 +34,7 @@ class ScriptedModel(Model):
     def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
         self.asked.append(document)
         try:
-            roles = [message["role"] for message in document["messages"]]
+            roles = [message["role"] for message in document.get("messages", [{"role": "prompt"}])]
             if self._refused & set(roles):
                 raise BadRequest("no such role")
             yield ""
@@ -86,15 +86,39 @@ def test_a_warm_up_runs_the_system_prompt_and_asks_for_as_much_room_as_there_is(
 ) -> None:
     model = KeepingModel(prompt_tokens)
     assert model.warm_up(SYSTEM) == ""
-    (asked,) = model.asked
-    assert asked["messages"][0] == SAYS
-    assert asked["max_tokens"] == room
+    first, second = model.asked
+    assert first["messages"][0] == second["messages"][0] == SAYS
+    assert first["messages"][1] != second["messages"][1], "it goes on from what was kept, as a prompt will"
+    assert first["max_tokens"] == second["max_tokens"] == room
 
 
-def test_a_system_prompt_longer_than_the_context_is_held_against_no_version() -> None:
+def test_a_system_prompt_longer_than_the_context_is_the_contexts_fault() -> None:
     model = KeepingModel(100)
-    assert model.warm_up(SYSTEM) == ""
+    assert model.warm_up(SYSTEM) == TOO_LONG
     assert [len(asked["messages"]) for asked in model.asked] == [1]
+
+
+class PromptModel(ScriptedModel):
+    """Made for prompts; takes chats, too, but for some roles."""
+
+    signature = "prompt"
+
+
+@pytest.mark.parametrize(
+    ("refused_roles", "system", "refusal"),
+    [
+        ((), SYSTEM, ""),
+        (("system",), SYSTEM, "no such role"),
+        (("system",), "", ""),
+        (("system", "user"), SYSTEM, ""),
+    ],
+)
+def test_a_model_for_prompts_is_asked_whether_its_chats_take_the_system_prompt(
+    refused_roles: tuple[str, ...], system: str, refusal: str
+) -> None:
+    model = PromptModel(*refused_roles)
+    assert model.warm_up(system) == refusal
+    assert "prompt" in model.asked[0]
 
 
 def served(model: Model, *frames: Frame, monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Frame]:

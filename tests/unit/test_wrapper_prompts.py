@@ -108,6 +108,31 @@ def test_a_template_that_cuts_at_the_end_of_the_thoughts_sees_it(
     assert encoded(prompts, "<think>x</think>Hello <|end|>", "assistant") == "Hello <|end|>"
 
 
+@pytest.mark.parametrize(
+    ("begins", "user"),
+    [({"user": "", "assistant": ""}, "</think>"), ({"user": "</think>", "assistant": ""}, "</think>")],
+)
+@pytest.mark.parametrize("role", ["user", "system", "assistant"])
+def test_a_token_that_begins_a_turn_stays_text_in_a_message_special_or_not(
+    tmp_path: Path, tokenizer: ReadableTokenizer, begins: dict[str, str], user: str, role: str
+) -> None:
+    tokenizer.template = lambda messages: "".join(
+        f"{begins.get(message['role'], '')}{message['content']}<|end|>" for message in messages
+    )
+    prompts = _Prompts(tokenizer, files_in(tmp_path))
+    begin = f"[{mark}]" if (mark := begins.get(role)) else ""
+    content = "</think>" if begins["user"] else "[</think>]"
+    assert encoded(prompts, "a</think>b", role) == f"{begin}a{content}b[<|end|>]"
+    assert (THINK in prompts.control_ids) == bool(begins["user"])
+
+
+def test_a_token_within_a_turn_is_no_beginning(tmp_path: Path, tokenizer: ReadableTokenizer) -> None:
+    tokenizer.template = lambda messages: "".join(
+        f"<|end|>\n</think>{message['content']}" for message in messages
+    )
+    assert THINK not in _Prompts(tokenizer, files_in(tmp_path)).control_ids
+
+
 def test_messages_with_every_noncharacter_are_refused(prompts: _Prompts) -> None:
     every = "".join(_Prompts.MARKERS)
     assert encoded(prompts, every[1:] + "<|end|>") == f"{every[1:]}<|end|>[<|end|>]"
@@ -212,7 +237,7 @@ def test_special_tokens_and_end_tokens_are_those_of_all_files(
 
 def test_a_folder_without_a_tokenizer_file_has_no_special_tokens(tmp_path: Path) -> None:
     assert TokenizerFiles.read(tmp_path) == TokenizerFiles(
-        special={}, end_ids=frozenset(), prefix=[], template=None
+        added={}, special={}, eos_id=None, end_ids=frozenset(), prefix=[], template=None
     )
 
 
@@ -246,9 +271,26 @@ def test_the_chat_template_is_found_where_hugging_face_looks(
             "{% if (not (\"a'\" in x['y'] or (x['y'] is string and (x['y'].split(\"a'\") | length > 1)))) %}",
         ),
         ("{% if 'a' in ['a', 'b'] %}", "{% if 'a' in ['a', 'b'] %}"),
-        ("{% if 'a' in x | lower %}", "{% if 'a' in x | lower %}"),
         ("{% for x in messages %}", "{% for x in messages %}"),
+        ("Is 'a' in x? {# 'a' in x #}{{ \"'a' in x\" }}", "Is 'a' in x? {# 'a' in x #}{{ \"'a' in x\" }}"),
+        ("{{ '  {% if x %}\n' }}\n{{ 'a' in x", "{{ '  {% if x %}\n' }}\n{{ 'a' in x"),
     ],
 )
 def test_a_template_is_changed_only_where_the_library_would_read_it_wrongly(template: str, read: str) -> None:
     assert _as_hugging_face_reads(template) == read
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ '" + "\\'" * 50_000,
+        "{{ '" * 50_000,
+        "{% " + "'a' in (" * 20_000 + "x" + ")" * 20_000 + " %}",
+        "{{ " + "a in " * 9_999,
+    ],
+)
+def test_a_template_of_any_form_is_read_in_one_pass(template: str) -> None:
+    """The pass takes a second at most; a way back at each character would take minutes."""
+    read = _as_hugging_face_reads(template)
+    assert read is not None
+    assert len(read) < 100 * len(template)

@@ -67,7 +67,19 @@ def test_an_active_version_that_refuses_a_new_system_prompt_says_so_and_stays(
         assert lease is not None
         assert lease.system_refused.endswith("settings: no such role")
         assert life.lifecycle.system_refused == lease.system_refused
+    assert life.lifecycle.give_up_memory()
+    assert life.lifecycle.system_refused.endswith("settings: no such role"), "the next prompt will meet it"
     assert (life.active, life.quarantined) == (1, {})
+
+
+def test_a_system_prompt_that_the_context_does_not_hold_is_the_devices_fault(
+    new_life: NewLife, host: ScriptedHost
+) -> None:
+    life = new_life(system="Be brief.")
+    host.script(1, Script(system_refused="it is too long", system_too_long=True))
+    life.serve(1)
+    assert (life.active, life.quarantined) == (1, {})
+    assert life.lifecycle.system_refused.endswith("it is too long")
 
 
 # --- A version that passes -----------------------------------------------------------------------------
