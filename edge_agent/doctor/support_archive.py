@@ -73,7 +73,8 @@ def write(path: Path, findings: Sequence[Finding], settings: Settings | None) ->
             info.size, info.mtime, info.mode = len(data), now_s, 0o600
             archive.addfile(info, io.BytesIO(data))
     try:
-        durable.write_file(path.absolute(), buffer.getvalue())
+        with durable.replacing(path.absolute(), mode=0o600) as descriptor:
+            durable.write_all(descriptor, buffer.getvalue())
     except OSError as error:
         raise EdgeAgentError(
             f"{path} cannot be written: {error.strerror}", remedy="choose another file"
