@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import edge_agent
+from edge_agent import printable
 from edge_agent.cache.store import Store
 from edge_agent.chat import messages
 from edge_agent.chat.journal import Journal
@@ -77,6 +78,7 @@ class DeviceStatus:
         state = state or self._state()
         self._seq += 1
         stamp = self.stamp()
+        models = [self._of_model(name, lifecycle) for name, lifecycle in self._lifecycles.items()]
         return {
             "state": state,
             "time": stamp["time"],
@@ -84,7 +86,7 @@ class DeviceStatus:
             "seq": self._seq,
             "agent_version": edge_agent.__version__,
             "queue_depth": stamp["queue_depth"],
-            "models": [self._of_model(name, lifecycle) for name, lifecycle in self._lifecycles.items()],
+            "models": printable.document(models),
         }
 
     def full(self, *, broker: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +96,7 @@ class DeviceStatus:
             entry.update(lifecycle.versions())
             entry["update_problem"] = self._updates.problems.get(lifecycle.name, "")
             entry["progress"] = self._updates.progress_of(lifecycle.name)
-        return {
+        everything = {
             **document,
             "cache": {
                 "bytes": self._store.used_bytes(),
@@ -110,6 +112,7 @@ class DeviceStatus:
             "broker": dict(broker),
             "troubles": list(self._troubles()),
         }
+        return dict(printable.document(everything))
 
     def reported(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """`model/reported`: what runs, why it is not what was desired, and how far a fetch is.
@@ -124,7 +127,7 @@ class DeviceStatus:
             progress = self._updates.progress_of(model["name"])
             models[model["name"]] = {
                 **{key: model[key] for key in keys},
-                "reason": reason,
+                "reason": printable.text(reason),
                 "progress": progress,
             }
         return {"models": models}

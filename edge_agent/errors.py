@@ -5,7 +5,8 @@ Each error has a stable `code`, says what happened and where, and, if something 
 
 Families: `PromptError` is the table of errors in the MQTT contract; `ContentError` is for bad content in a package,
 `TransportError` for a failed connection to the registry; the others are named after the part they belong to. `error_of`
-turns a code that crossed a process boundary into its class again.
+turns a code that crossed a process boundary into its class again. What an error quotes, from a registry, a package or
+a client, is written without control characters: see `printable.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, TypeVar
+
+from edge_agent import printable
 
 
 class EdgeAgentError(Exception):
@@ -26,9 +29,9 @@ class EdgeAgentError(Exception):
     code: ClassVar[str] = "internal"
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.remedy = remedy
+        self.message = printable.text(message)
+        self.remedy = printable.text(remedy)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}; {self.remedy}" if self.remedy else self.message

@@ -1,7 +1,8 @@
 """Logs: one line for each event on stderr, as key=value or JSON. Never prompt text, answers or secrets.
 
 For an unexpected exception they have its class and its traceback, but not its message, which may quote a prompt.
-This holds for every logger, and for exceptions that end the process or a thread.
+This holds for every logger, and for exceptions that end the process or a thread. An event is one line without control
+characters, whatever it quotes.
 
 Under systemd a line begins with its priority and has no time, since the journal adds that.
 Source: sd-daemon(3), "SD_ERR" and the others.
@@ -17,6 +18,8 @@ import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Literal
+
+from edge_agent import printable
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +85,11 @@ def _log_end_of_thread(ended: threading.ExceptHookArgs) -> None:
 
 
 class _Formatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable.line(super().formatMessage(record))
+
     def formatException(self, ei: Any) -> str:
-        return describe(ei[1])
+        return printable.text(describe(ei[1]))
 
 
 class _TextFormatter(_Formatter):
@@ -107,7 +113,7 @@ class _JsonFormatter(_Formatter):
             "time": record.created,
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": printable.line(record.getMessage()),
         }
         if record.exc_info:
             document["exception"] = self.formatException(record.exc_info)

@@ -1,4 +1,7 @@
-"""Output of the commands: tables, progress, numbers for people.
+"""Output of the commands: lines, tables, progress, numbers for people.
+
+Everything that a command prints goes through here, and loses its control characters here: it may quote a registry, a
+package, a version file or a client.
 
 rich is imported only when a table or a progress bar is drawn; `edge-agent run` never needs it.
 """
@@ -11,10 +14,22 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from edge_agent import printable
+
 ProgressReport = Callable[[str, float, float], None]
 """Called with (step, bytes done, total bytes)."""
 
 _LINE_EVERY_BYTES = 64 << 20
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Prints a text and a line feed, on stdout or stderr, without control characters. JSON stays the same document."""
+    print(printable.text(text), file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def echo_answer(text: str) -> None:
+    """Prints a piece of a model's answer as it comes: unchanged, but on a terminal, which would obey it."""
+    print(printable.text(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def human_bytes(count: float) -> str:
@@ -72,7 +87,7 @@ class _PlainProgress:
         last = self._printed.get(what)
         if last is None or done - last >= _LINE_EVERY_BYTES or (done >= total and last < done):
             self._printed[what] = done
-            print(f"{what}: {human_bytes(done)} of {human_bytes(total)}", file=sys.stderr, flush=True)
+            echo(f"{what}: {human_bytes(done)} of {human_bytes(total)}", err=True)
 
 
 def print_table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
@@ -84,24 +99,24 @@ def print_table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -
     for heading in headings:
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+        table.add_row(*("" if cell is None else printable.text(str(cell)) for cell in row))
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
 
 
 def print_status(status: Mapping[str, Any]) -> None:
     """Prints the status document for people."""
     cache, registry, broker = status["cache"], status["registry"], status["broker"]
-    print(
+    echo(
         f"state     {status['state']}   (edge-agent {status['agent_version']}, queue {status['queue_depth']})"
     )
     for trouble in status.get("troubles", []):
-        print(f"look at   {trouble}")
-    problem = f": {broker['problem']}" if broker.get("problem") else ""
+        echo(f"look at   {printable.line(trouble)}")
+    problem = f": {printable.line(broker['problem'])}" if broker.get("problem") else ""
     place = f"{broker['host']}:{broker['port']}"
-    print(f"broker    {place} {'connected' if broker['connected'] else f'not connected{problem}'}")
-    print(f"registry  {registry['uri'] or 'none'}   {_reach(registry)}")
-    print(f"cache     {human_bytes(cache['bytes'])} of {human_bytes(cache['quota_bytes'])}, "
-          f"{human_bytes(cache['free_bytes'])} free on the disk")  # fmt: skip
+    echo(f"broker    {place} {'connected' if broker['connected'] else f'not connected{problem}'}")
+    echo(f"registry  {registry['uri'] or 'none'}   {_reach(registry)}")
+    echo(f"cache     {human_bytes(cache['bytes'])} of {human_bytes(cache['quota_bytes'])}, "
+         f"{human_bytes(cache['free_bytes'])} free on the disk")  # fmt: skip
     rows = [
         (
             model["name"],
@@ -114,7 +129,7 @@ def print_status(status: Mapping[str, Any]) -> None:
         for model in status["models"]
     ]
     if rows:
-        print()
+        echo()
         print_table(("MODEL", "STATE", "VERSION", "URI", "FLAVOR", "REASON"), rows)
 
 
@@ -144,9 +159,10 @@ _LEVEL_COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m"}
 def print_finding(level: str, check: str, message: str, remedy: str) -> None:
     """Prints one finding of doctor with its remedy below; on a terminal the level is in colour."""
     colour, plain = (_LEVEL_COLOURS[level], "\033[0m") if sys.stdout.isatty() else ("", "")
-    print(f"{colour}{level:<5}{plain} {check:<18} {message}", flush=True)
+    print(f"{colour}{level:<5}{plain}", end="")
+    echo(f" {check:<18} {printable.line(message)}")
     if remedy:
-        print(f"{'':<25}→ {remedy}", flush=True)
+        echo(f"{'':<25}→ {printable.line(remedy)}")
 
 
 def answer_line(result: Mapping[str, Any]) -> str:

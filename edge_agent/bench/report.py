@@ -160,9 +160,11 @@ def _subtracted(name: str, unit: str, goal: str, left: float, right: float) -> R
 
 def print_report(result: Mapping[str, Any]) -> None:
     """Prints tables on stdout."""
-    print(f"model     {result['model']} version {result['version']}, {result['threads']} threads")
-    print(f"host      {result['host']}")
-    print(f"medians of {result['launches']} launches of each side, in turn; {result['tokens']} new tokens\n")
+    terminal.echo(f"model     {result['model']} version {result['version']}, {result['threads']} threads")
+    terminal.echo(f"host      {result['host']}")
+    terminal.echo(
+        f"medians of {result['launches']} launches of each side, in turn; {result['tokens']} new tokens\n"
+    )
     rows = [
         (SIDE_NAMES[name], length, *(_number(values[key]) for key in _COLUMNS))
         for name, lengths in result["sides"].items()
@@ -170,7 +172,7 @@ def print_report(result: Mapping[str, Any]) -> None:
     ]
     terminal.print_table(("SIDE", "PROMPT", *_COLUMNS.values()), rows)
     if "at_once" in result:
-        print()
+        terminal.echo()
         terminal.print_table(
             ("AT ONCE", "TOKENS/S", "FIRST TOKEN P50 MS", "P95 MS"),
             [
@@ -178,11 +180,11 @@ def print_report(result: Mapping[str, Any]) -> None:
                 for count, row in result["at_once"].items()
             ],
         )
-    print()
+    terminal.echo()
     _print_memory(result)
     roofline = result["roofline"]
     share = f"{roofline['decode_share']:.0%}" if roofline["decode_share"] else "not known"
-    print(
+    terminal.echo(
         f"\nroofline  {terminal.human_bytes(roofline['bandwidth_bytes_per_s'])}/s read, "
         f"{terminal.human_bytes(roofline['model_bytes'])} for a token: "
         f"at most {roofline['limit_tokens_per_s']:.1f} tokens/s; decode reaches {share}\n"
@@ -193,7 +195,7 @@ def print_report(result: Mapping[str, Any]) -> None:
          for r in result["ratios"]],
     )  # fmt: skip
     for note in result["notes"]:
-        print(f"note      {note}")
+        terminal.echo(f"note      {note}")
 
 
 def _print_memory(result: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ Source: the order in which RAUC and Borg write (temporary file, fsync, rename, f
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,13 +58,17 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[int]:
+def replacing(path: Path, *, mode: int = 0o666) -> Iterator[int]:
     """A new file for the block to write; afterwards it has replaced `path`, or there is nothing new.
 
-    Its mode is what the umask leaves: it is somebody's file, not a part of the cache.
+    It is somebody's file, not a part of the cache, and its folder may be everybody's: no file and no link that another
+    user has prepared there is opened, and nobody can know the name of the new one before.
+
+    Args:
+        mode: of the file, before the umask.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         try:
             yield descriptor

@@ -18,6 +18,8 @@ from edge_agent.package.trust import TrustDecision
 
 KEY = re.compile(r"[1-9][0-9]{0,17}-[0-9a-f]{12}")
 """`<version>-<first 12 hex digits of its digest>`: a version's folder, and its name in state.json."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MOST_SECONDS = 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +109,14 @@ def parse(data: bytes) -> VersionRecord:
             raise ValueError("format or name")
         record = VersionRecord(
             name=document["name"],
-            version=int(document["version"]),
+            version=whole(document["version"], least=1),
             manifest=manifests.parse(json.dumps(document["manifest"]).encode()),
             attached=tuple(_attached(fields) for fields in document["attached"]),
             registry_uri=str(document["registry_uri"]),
             source=str(document["source"]),
             run_id=str(document["run_id"]),
             trust=TrustDecision(**document["trust"]),
-            created_at=float(document["created_at"]),
+            created_at=_seconds(document["created_at"]),
             fallback=bool(document.get("fallback", False)),
             served=bool(document.get("served", False)),
         )
@@ -126,7 +128,25 @@ def parse(data: bytes) -> VersionRecord:
 
 
 def _attached(fields: Any) -> ManifestFile:
-    file = ManifestFile(path=fields["path"], size_bytes=int(fields["size"]), sha256=fields["sha256"])
-    if file.path not in manifests.ATTACHED:
+    file = ManifestFile(path=fields["path"], size_bytes=whole(fields["size"]), sha256=fields["sha256"])
+    if file.path not in manifests.ATTACHED or not _DIGEST.fullmatch(file.sha256):
         raise ValueError("attached")
     return file
+
+
+def whole(value: object, *, least: int = 0) -> int:
+    """A whole number of a JSON document, which may as well say `Infinity`, `NaN`, `1e999` or `true` there.
+
+    Raises:
+        ValueError: it is something else, or out of range.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 62:
+        raise ValueError("not a whole number")
+    return value
+
+
+def _seconds(value: object) -> float:
+    """Seconds since the epoch. NaN would be neither before nor after another version."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _MOST_SECONDS:
+        raise ValueError("not a time")
+    return float(value)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edge_agent.cache.record import KEY, VersionRecord
+from edge_agent.cache.record import KEY, VersionRecord, whole
 from edge_agent.errors import StoreError
 from edge_agent.package.reference import MODEL_NAME
 
@@ -215,7 +215,7 @@ def _model(fields: Any) -> ModelState:
         active=_optional_key(fields["active"]),
         previous=_optional_key(fields["previous"]),
         candidate=_optional_key(fields["candidate"]),
-        candidate_tries=int(fields.get("candidate_tries", 0)),
+        candidate_tries=whole(fields.get("candidate_tries", 0)),
         quarantined=quarantined,
         pinned=_optional_key(fields["pinned"]),
         desired=str(fields.get("desired", ""))[:_MAX_URI],

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from edge_agent import terminal
 from edge_agent.cli.command import Command, Invocation
 from edge_agent.owner import acting_as_owner_of
 
@@ -41,12 +42,12 @@ def bench(invocation: Invocation, model: str | None, launches: int, tokens: int,
     end_in_order()
 
     def say(line: str) -> None:
-        click.echo(f"bench: {line}", err=True)
+        terminal.echo(f"bench: {line}", err=True)
 
     settings = invocation.settings()
     with acting_as_owner_of(settings.state_dir):
         result = run_bench(settings, model=model, launches=launches, tokens=tokens, say=say)
     if as_json:
-        click.echo(json.dumps(result))
+        terminal.echo(json.dumps(result))
     else:
         report.print_report(result)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from edge_agent import settings as settings_module
+from edge_agent import terminal
 from edge_agent.errors import (
     DaemonNotRunning,
     DeadlineExceeded,
@@ -71,7 +72,7 @@ class Command(click.Command):
         except EdgeAgentError as error:
             _fail(error)
         except TimeoutError:
-            click.echo("edge-agent: timed out", err=True)
+            terminal.echo("edge-agent: timed out", err=True)
             sys.exit(TIMED_OUT)
         except KeyboardInterrupt:
             sys.exit(130)
@@ -86,7 +87,8 @@ class Group(click.Group):
 
 
 def _fail(error: EdgeAgentError) -> NoReturn:
-    click.echo(f"edge-agent: {error.message}", err=True)
-    if error.remedy:
-        click.echo(f"            {error.remedy}", err=True)
+    """Further lines of a message are indented: no quoted text looks like a line of ours."""
+    for text, begin in ((error.message, "edge-agent: "), (error.remedy, " " * 12)):
+        if text:
+            terminal.echo(begin + text.replace("\n", "\n" + " " * 12), err=True)
     sys.exit(_EXIT_CODES.get(error.code, FAILED))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from edge_agent import terminal
 from edge_agent.cli.command import Command
 
 
@@ -37,4 +38,4 @@ def demo(once: bool, as_json: bool, question: str, model: Path | None) -> None:
     end_in_order()
     result = run_demo(question, stay=not (once or as_json), quiet=as_json, model=model or SAMPLE_MODEL)
     if as_json:
-        click.echo(json.dumps(result, ensure_ascii=False))
+        terminal.echo(json.dumps(result, ensure_ascii=False))

@@ -56,12 +56,12 @@ def doctor(invocation: Invocation, as_json: bool, archive: Path | None) -> None:
     failures = sum(finding.level is Level.FAIL for finding in found)
     if as_json:
         findings = [asdict(finding) for finding in found]
-        click.echo(
+        terminal.echo(
             json.dumps({"ok": not failures, "agent_version": edge_agent.__version__, "findings": findings})
         )
     else:
         warnings = sum(finding.level is Level.WARN for finding in found)
-        click.echo(f"\n{len(found)} checks, {warnings} warnings, {failures} failed")
+        terminal.echo(f"\n{len(found)} checks, {warnings} warnings, {failures} failed")
     if archive is not None:
         _write_archive(invocation, archive, found)
     sys.exit(FAILED if failures else 0)
@@ -74,4 +74,4 @@ def _write_archive(invocation: Invocation, path: Path, findings: Sequence[Findin
     with contextlib.suppress(SettingsError):  # already one of the findings
         settings = invocation.settings()
     members = support_archive.write(path, findings, settings)
-    click.echo(f"{path}: {', '.join(members)}; read it before you send it", err=True)
+    terminal.echo(f"{path}: {', '.join(members)}; read it before you send it", err=True)

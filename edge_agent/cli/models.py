@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_agent import terminal
+from edge_agent import printable, terminal
 from edge_agent.cache import durable
 from edge_agent.cli.command import FAILED, Group, Invocation
 from edge_agent.cli.operation import operate
@@ -49,7 +49,7 @@ def models_list(invocation: Invocation, as_json: bool) -> None:
     records = [(record, state.model(record.name).role(record.key)) for record in store.versions()]
     if as_json:
         keys = ("name", "version", "digest", "bytes", "state")
-        click.echo(
+        terminal.echo(
             json.dumps(
                 [
                     dict(zip(keys, (r.name, r.version, r.digest, r.total_bytes, role), strict=True))
@@ -66,7 +66,7 @@ def models_list(invocation: Invocation, as_json: bool) -> None:
             ],
         )
     else:
-        click.echo("the cache has no versions yet; `edge-agent models pull` fetches them")
+        terminal.echo("the cache has no versions yet; `edge-agent models pull` fetches them")
 
 
 @models.command("show")
@@ -109,13 +109,13 @@ def models_show(invocation: Invocation, name: str, as_json: bool) -> None:
         "versions": versions,
     }
     if as_json:
-        click.echo(json.dumps(document))
+        terminal.echo(json.dumps(document))
         return
-    click.echo(f"model   {name}\nuri     {document['uri']}\nactive  {state.active}")
+    terminal.echo(f"model   {name}\nuri     {document['uri']}\nactive  {state.active}")
     for version in versions:
-        click.echo(f"\nversion {version['version']}   {version['state']}")
+        terminal.echo(f"\nversion {version['version']}   {version['state']}")
         for key in ("digest", "bytes", "files", "registered_name", "registry_uri", "run_id", "trust"):
-            click.echo(f"  {key:<16}{version[key]}")
+            terminal.echo(f"  {key:<16}{printable.line(str(version[key]))}")
 
 
 @models.command("pull")
@@ -139,15 +139,15 @@ def models_pull(invocation: Invocation, name: str | None, as_json: bool) -> None
         )
     results = operate(settings, "pull", name=name)
     if as_json:
-        click.echo(json.dumps(results[0] if len(results) == 1 else results))
+        terminal.echo(json.dumps(results[0] if len(results) == 1 else results))
         return
     for result in results:
-        click.echo(
+        terminal.echo(
             f"{result['name']} version {result['version']}: {terminal.human_bytes(result['bytes_fetched'])} fetched, "
             f"{terminal.human_bytes(result['bytes_reused'])} already here"
         )
         if result["instead"]:
-            click.echo(f"  {result['instead']}")
+            terminal.echo(f"  {result['instead']}")
 
 
 def _version_command(do: str, summary: str, example: str) -> None:
@@ -204,9 +204,9 @@ def models_prune(invocation: Invocation, as_json: bool) -> None:
     """
     document = operate(invocation.settings(), "prune")
     if as_json:
-        click.echo(json.dumps(document))
+        terminal.echo(json.dumps(document))
     else:
-        click.echo(
+        terminal.echo(
             f"{len(document['removed'])} versions removed, {terminal.human_bytes(document['bytes_freed'])} freed"
         )
 
@@ -233,9 +233,9 @@ def models_export(invocation: Invocation, name: str, version: int, file: Path, a
     with _file_errors("write", file), durable.replacing(file) as descriptor:
         document = operate(settings, "export", name=name, version=version, file=descriptor, doing="exporting")
     if as_json:
-        click.echo(json.dumps(document))
+        terminal.echo(json.dumps(document))
     else:
-        click.echo(f"{name} version {version}: {terminal.human_bytes(document['bytes'])} in {file}")
+        terminal.echo(f"{name} version {version}: {terminal.human_bytes(document['bytes'])} in {file}")
 
 
 @models.command("import")
@@ -262,10 +262,10 @@ def models_import(invocation: Invocation, file: Path, name: str | None, as_json:
     finally:
         os.close(descriptor)
     if as_json:
-        click.echo(json.dumps(document))
+        terminal.echo(json.dumps(document))
         return
     pinned = f"; the model is pinned to {document['pinned']}" if document["pinned"] else ""
-    click.echo(
+    terminal.echo(
         f"{document['name']} version {document['version']}: {terminal.human_bytes(document['bytes_fetched'])} "
         f"imported, {terminal.human_bytes(document['bytes_reused'])} already here; {document['state']}{pinned}"
     )
@@ -285,15 +285,17 @@ def models_verify(invocation: Invocation, as_json: bool) -> None:
     """
     document = operate(invocation.settings(), "verify")
     if as_json:
-        click.echo(json.dumps(document))
+        terminal.echo(json.dumps(document))
     else:
         for kind in ("damaged", "repaired"):
             for entry in document[kind]:
-                click.echo(f"{kind:<9}{entry['name']} {entry['version']}  {entry['path']}  {entry['reason']}")
+                terminal.echo(
+                    f"{kind:<9}{entry['name']} {entry['version']}  {entry['path']}  {entry['reason']}"
+                )
         for name, problem in document.get("problems", {}).items():
-            click.echo(f"{name} was not fetched again: {problem}", err=True)
+            terminal.echo(f"{name} was not fetched again: {problem}", err=True)
         repaired, damaged = len(document["repaired"]), len(document["damaged"])
-        click.echo(f"{document['checked']} files checked, {repaired} repaired, {damaged} damaged")
+        terminal.echo(f"{document['checked']} files checked, {repaired} repaired, {damaged} damaged")
     sys.exit(FAILED if document["damaged"] else 0)
 
 
@@ -305,14 +307,14 @@ def _store(settings: Settings) -> Store:
 
 def _show_operation(document: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(document))
+        terminal.echo(json.dumps(document))
     elif document.get("forgotten"):
-        click.echo(f"version {document['version']} is not in the cache; it is no longer in quarantine")
+        terminal.echo(f"version {document['version']} is not in the cache; it is no longer in quarantine")
     elif "bytes_freed" in document:
-        click.echo(f"{terminal.human_bytes(document['bytes_freed'])} freed")
+        terminal.echo(f"{terminal.human_bytes(document['bytes_freed'])} freed")
     else:
         pinned = f", pinned to {document['pinned']}" if document.get("pinned") else ""
-        click.echo(f"{document['name']}: version {document['version']} is active{pinned}")
+        terminal.echo(f"{document['name']}: version {document['version']} is active{pinned}")
 
 
 @contextmanager

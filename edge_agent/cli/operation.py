@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +38,7 @@ def operate(
             if event.get("event") == "progress":
                 report(doing, event["bytes"], event["total_bytes"])
             elif event.get("event") == "waiting":
-                print(f"waiting for {event['for']} to end", file=sys.stderr, flush=True)
+                terminal.echo(f"waiting for {event['for']} to end", err=True)
 
         try:
             return _through_daemon(settings, on_event, do=do, name=name, version=version, file=file)

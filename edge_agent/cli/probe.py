@@ -57,22 +57,21 @@ def probe(
         nonlocal shown
         if not as_json:
             shown = True
-            click.echo(delta, nl=False)
-            sys.stdout.flush()
+            terminal.echo_answer(delta)
 
     try:
         with user:
             result = ask(settings, question, model=model, timeout_s=timeout_s, on_text=show)
     except EdgeAgentError:
         if shown:  # the message begins on a line of its own
-            click.echo()
+            terminal.echo()
         raise
     if as_json:
-        click.echo(json.dumps(result, ensure_ascii=False))
+        terminal.echo(json.dumps(result, ensure_ascii=False))
     else:
-        click.echo(f"\n\n{terminal.answer_line(result)}")
+        terminal.echo(f"\n\n{terminal.answer_line(result)}")
         if note := messages.cut_note(result["finish_reason"], result["usage"]):
-            click.echo(f"edge-agent: the answer was {note}", err=True)
+            terminal.echo(f"edge-agent: the answer was {note}", err=True)
 
 
 def _question(text: str | None, limit_bytes: int) -> str:

@@ -96,7 +96,7 @@ def publish(
             progress=report,
         )
     if as_json:
-        click.echo(
+        terminal.echo(
             json.dumps(
                 {
                     "name": name,
@@ -108,10 +108,10 @@ def publish(
             )
         )
     else:
-        click.echo(f"{name} version {published.version} registered{f', alias {alias}' if alias else ''}")
-        click.echo(f"digest {published.digest}")
+        terminal.echo(f"{name} version {published.version} registered{f', alias {alias}' if alias else ''}")
+        terminal.echo(f"digest {published.digest}")
     for line in (*published.limits, *build_advice.of_folder(folder)):
-        click.echo(f"edge-agent: {folder.name}: {line} (docs/models.md)", err=True)
+        terminal.echo(f"edge-agent: {folder.name}: {line} (docs/models.md)", err=True)
 
 
 def _key_value(option: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from edge_agent import environment
+from edge_agent import environment, terminal
 from edge_agent import settings as settings_module
 from edge_agent.cli.command import Command, Invocation
 
@@ -25,7 +25,7 @@ def run(invocation: Invocation) -> None:
     settings = invocation.settings()
     logs.configure(settings.log_format, journal=environment.logs_to_journal())
     if invocation.config is None and settings_module.find_config() is None:
-        click.echo(
+        terminal.echo(
             "edge-agent: no settings file found; docs/settings.md says where the agent looks for one",
             err=True,
         )

@@ -43,10 +43,10 @@ def status(invocation: Invocation, as_json: bool, watch: bool) -> None:
         if watch and not as_json:
             click.clear()
         if as_json:
-            click.echo(json.dumps(document, ensure_ascii=False))
+            terminal.echo(json.dumps(document, ensure_ascii=False))
         else:
             if code:
-                click.echo("edge-agent: the daemon is not running; this state is from the disk", err=True)
+                terminal.echo("edge-agent: the daemon is not running; this state is from the disk", err=True)
             terminal.print_status(document)
         if not watch:
             sys.exit(code)

@@ -171,8 +171,9 @@ def _ask(port: int, question: str, flavor: str) -> dict[str, Any]:
 
 
 def _print_result(result: dict[str, Any]) -> None:
-    print(f"\nQuestion: {result['question']}\nAnswer:   {result['answer']}\nUsage:    {result['usage']}")
-    print(f"\n{terminal.answer_line(result)}", flush=True)
+    terminal.echo(f"\nQuestion: {result['question']}")
+    terminal.echo_answer(f"Answer:   {result['answer']}\n")
+    terminal.echo(f"Usage:    {result['usage']}\n\n{terminal.answer_line(result)}")
     if note := messages.cut_note(result["finish_reason"], result["usage"]):
         _say(f"the answer was {note}")
 
@@ -180,15 +181,14 @@ def _print_result(result: dict[str, Any]) -> None:
 def _stay(config: Path, port: int) -> None:
     own = sys.argv[0] if Path(sys.argv[0]).name == "edge-agent" else f"{sys.executable} -m edge_agent"
     client = shutil.which("mosquitto_rr", path=environment.search_path()) or "mosquitto_rr"
-    print(
+    terminal.echo(
         f"""
 Everything is still running. Ask more from another terminal; press Ctrl-C here to stop:
 
   {own} --config {config} probe "What is the capital of Nepal?"
   {own} --config {config} status
   {client} -V 5 -p {port} -t edge/v1/{DEVICE}/req/chat -e replies/me -m "What is the capital of Japan?"
-""",
-        flush=True,
+"""
     )
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     signal.sigwait({signal.SIGINT, signal.SIGTERM})
@@ -196,4 +196,4 @@ Everything is still running. Ask more from another terminal; press Ctrl-C here t
 
 
 def _say(line: str) -> None:
-    print(f"demo: {line}", file=sys.stderr, flush=True)
+    terminal.echo(f"demo: {line}", err=True)

@@ -28,7 +28,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import edge_agent
-from edge_agent import logs
+from edge_agent import logs, printable
 from edge_agent.cache import durable
 from edge_agent.cache.store import Store
 from edge_agent.doctor import cache, service
@@ -73,7 +73,8 @@ def write(path: Path, findings: Sequence[Finding], settings: Settings | None) ->
             info.size, info.mtime, info.mode = len(data), now_s, 0o600
             archive.addfile(info, io.BytesIO(data))
     try:
-        durable.write_file(path.absolute(), buffer.getvalue())
+        with durable.replacing(path.absolute(), mode=0o600) as descriptor:
+            durable.write_all(descriptor, buffer.getvalue())
     except OSError as error:
         raise EdgeAgentError(
             f"{path} cannot be written: {error.strerror}", remedy="choose another file"
@@ -99,9 +100,9 @@ def _members(
     documents["unit.json"] = service.unit_properties
     for name, make in documents.items():
         text = json.dumps(_without(_made(make), secrets), indent=2, ensure_ascii=False, default=str)
-        yield name, text.encode("utf-8", "replace")
+        yield name, printable.text(text).encode()
     for name, selection in (("log.txt", _LOG), ("kernel.txt", _KERNEL_LOG)):
-        yield name, _without(_log_lines(selection), secrets).encode("utf-8", "replace")
+        yield name, printable.text(_without(_log_lines(selection), secrets)).encode()
 
 
 def _made(make: Callable[[], Any]) -> Any:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edge_agent import printable
 from edge_agent.errors import ManifestError
 
 MANIFEST_NAME = "manifest.json"
@@ -153,7 +154,7 @@ def check_path(path: object) -> str:
         raise ManifestError(f"path {path!r} is not valid text") from error
     if len(encoded) > MAX_PATH_BYTES:
         raise ManifestError(f"path {path[:80]!r}… has more than {MAX_PATH_BYTES} bytes")
-    if "\\" in path or any(ord(character) < 32 or ord(character) == 127 for character in path):
+    if "\\" in path or not printable.is_line(path):
         raise ManifestError(f"path {path!r} has a backslash or a control character")
     for part in path.split("/"):
         if part in ("", ".", ".."):
@@ -180,5 +181,5 @@ def _object(value: object, what: str, keys: set[str]) -> Mapping[str, Any]:
 
 
 def _check_name(name: object) -> None:
-    if not isinstance(name, str) or not 0 < len(name) <= 250 or any(ord(letter) < 32 for letter in name):
+    if not isinstance(name, str) or not 0 < len(name) <= 250 or not printable.is_line(name):
         raise ManifestError(f"model name {name!r} must be 1 to 250 printable characters")

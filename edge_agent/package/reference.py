@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from edge_agent import printable
 from edge_agent.errors import ManifestError, SettingsError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -50,7 +51,7 @@ class ModelRef:
             SettingsError: the text has neither form.
         """
         match = _URI.fullmatch(uri)
-        if match is None or any(ord(character) < 32 for character in uri):
+        if match is None or not printable.is_line(uri):
             raise SettingsError(
                 f"model uri {uri!r} is not understood",
                 remedy="write models:/NAME@ALIAS or models:/NAME/VERSION",

@@ -7,8 +7,27 @@ with a line, the caller says whose line it was.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
+
+
+def strict_json(line: bytes) -> Any:
+    """The document in a line. `NaN` and `Infinity`, which Python reads and writes, are no JSON; neither is 1e999 a
+    number that anybody could mean.
+
+    Raises:
+        ValueError: it is not JSON, or has such a number.
+        RecursionError: it is nested too deep.
+    """
+    return json.loads(line, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number that is not finite")
+    return value
 
 
 class LineReader:
@@ -57,7 +76,7 @@ class LineReader:
         if line is None:
             return None
         try:
-            document = json.loads(line)
+            document = strict_json(line)
         except (ValueError, RecursionError) as error:
             raise self._broken("a line that is not JSON") from error
         if not isinstance(document, dict):

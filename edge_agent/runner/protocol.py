@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, get_type_hints
 
 from edge_agent.errors import RunnerError
-from edge_agent.runner.lines import LineReader
+from edge_agent.runner.lines import LineReader, strict_json
 
 MAX_FRAME_BYTES = 20 << 20
 TURN_BYTES = 4096
@@ -194,7 +194,7 @@ def decode(line: bytes) -> Frame:
         RunnerError: it is no frame of this protocol.
     """
     try:
-        values = json.loads(line)
+        values = strict_json(line)
         kind = _KINDS[values.pop("type")]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunnerError(f"a line of {len(line)} bytes is no frame") from error

@@ -152,7 +152,7 @@ def walk(repository: Any) -> list[Listed]:
         visited += 1
         try:
             entries = repository.list_artifacts(folder)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
             if isinstance(error, OSError):
                 raise  # what `requests` raises of an answer that is not JSON is both
             raise ManifestError("the registry's listing is not understood") from error
@@ -164,10 +164,10 @@ def walk(repository: Any) -> list[Listed]:
                 continue
             if entry.is_dir:
                 folders.append(path)
-            elif entry.file_size is None or int(entry.file_size) < 0:
+            elif not isinstance(entry.file_size, int) or entry.file_size < 0:
                 raise ManifestError(f"the registry gives no size for {path!r}")
             else:
-                found.append(Listed(path=path, size_bytes=int(entry.file_size)))
+                found.append(Listed(path=path, size_bytes=entry.file_size))
         if len(found) + len(folders) + visited > 2 * _MAX_LISTED:
             raise ManifestError(f"the package has more than {MAX_FILES} files")
     return _checked(found)

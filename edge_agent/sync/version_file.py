@@ -265,12 +265,12 @@ def _check_regular(descriptor: int, *, refused: int) -> None:
     """Refuses pipes and devices, which could keep a reader waiting for ever."""
     try:
         is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
-        access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     except OSError as error:
         raise StoreError("no file was given") from error
     if not is_regular:
         raise StoreError("the file is not a regular file")
-    if access == refused:
+    if flags & os.O_PATH or flags & os.O_ACCMODE == refused:  # with O_PATH it is a name, not an open file
         raise StoreError("the file is not open for that")
 
 

@@ -2,8 +2,9 @@
 
 A Unix socket, JSON lines. A client sends one request, `{"op": …, …}`, with at most one open file, and reads
 events until the connection closes; the last event is `done` or `error`. Owns the listening socket and a bounded
-number of connection threads. Refuses lines over the bound and unknown operations. The socket's file mode decides
-who may connect.
+number of connection threads: one user cannot take all of them, and root has its own. Refuses lines over the bound,
+requests that are slow to come, and unknown operations; a client whose request is wrong gets an `error` event in any
+case. The socket's file mode decides who may connect.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import logging
 import os
 import select
 import socket
+import struct
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +29,17 @@ from edge_agent.runner.lines import LineReader
 log = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 20 << 20
-MAX_CONNECTIONS = 32
+MAX_CONNECTIONS = 64
+MAX_OF_ONE_USER = 16
 SOCKET_MODE = 0o660
 _REQUEST_TIMEOUT_S = 10.0
+"""For the whole of it: a client that sends a byte now and then has no more time than one that sends nothing."""
 _ACCEPT_S = 0.5
 _SEND_TIMEOUT_S = 30.0
+_CONNECT_S = 5.0
+_CONNECT_AGAIN_S = 0.05
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
+_ROOT = 0
 
 
 class ClientGone(Exception):
@@ -61,6 +71,14 @@ class Call:
         except OSError as error:
             raise ClientGone from error
 
+    def fail(self, error: EdgeAgentError) -> None:
+        """Sends the last event of a call that failed.
+
+        Raises:
+            ClientGone: nobody reads any more.
+        """
+        self.send("error", code=error.code, message=error.message, remedy=error.remedy)
+
     def check(self) -> None:
         """Raises ClientGone when the client has closed; does not wait.
 
@@ -78,6 +96,31 @@ Operation = Callable[[Call], None]
 """Answers one request; what it raises becomes the `error` event."""
 
 
+class _Seats:
+    """How many connections each user has. Any thread.
+
+    A connection that says nothing, or a command that waits for a long answer, keeps its seat; so a user has a part of
+    the seats only. Root's are beside the others': whoever has to mend the device gets in.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken: Counter[int] = Counter()
+
+    def take(self, user: int) -> bool:
+        """True where the user has a seat now; `leave` gives it back."""
+        with self._lock:
+            of_others = self._taken.total() - self._taken[_ROOT]
+            if self._taken[user] >= MAX_OF_ONE_USER or (user != _ROOT and of_others >= MAX_CONNECTIONS):
+                return False
+            self._taken[user] += 1
+            return True
+
+    def leave(self, user: int) -> None:
+        with self._lock:
+            self._taken[user] -= 1
+
+
 class ControlServer:
     """Listens on the control socket; `run` is its thread.
 
@@ -92,7 +135,7 @@ class ControlServer:
     def __init__(self, path: Path, operations: Mapping[str, Operation]) -> None:
         self._path = path
         self._operations = operations
-        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._seats = _Seats()
         self._closing = threading.Event()
         self._listener = _listen(path)
 
@@ -109,12 +152,17 @@ class ControlServer:
                     return
                 raise
             connection.settimeout(_SEND_TIMEOUT_S)
-            if not self._slots.acquire(blocking=False):
-                with connection, contextlib.suppress(OSError):
-                    connection.sendall(_encode(_error_event(EdgeAgentError("too many control connections"))))
+            user = _user_of(connection)
+            if not self._seats.take(user):
+                with connection, contextlib.suppress(ClientGone):
+                    Call(connection, {}).fail(
+                        EdgeAgentError(
+                            "too many control connections", remedy="end some of the other commands"
+                        )
+                    )
                 continue
             threading.Thread(
-                target=self._serve, args=(connection,), name="control-connection", daemon=True
+                target=self._serve, args=(connection, user), name="control-connection", daemon=True
             ).start()
 
     def close(self) -> None:
@@ -123,40 +171,34 @@ class ControlServer:
         self._listener.close()
         self._path.unlink(missing_ok=True)
 
-    def _serve(self, connection: socket.socket) -> None:
-        with connection:
-            try:
-                self._answer(connection)
-            except ClientGone:
-                pass
-            except Exception:
-                log.exception("control connection failed")
-            finally:
-                self._slots.release()
-
-    def _answer(self, connection: socket.socket) -> None:
-        connection.settimeout(_REQUEST_TIMEOUT_S)
+    def _serve(self, connection: socket.socket, user: int) -> None:
         files: list[int] = []
         try:
-            try:
-                request = next(_lines(connection, files), None)
-            except (OSError, EdgeAgentError):
-                return
-            # A client that stops reading must not hold its slot for ever.
-            connection.settimeout(_SEND_TIMEOUT_S)
-            self._run(Call(connection, request or {}, files[0] if files else None))
+            with connection, contextlib.suppress(ClientGone):
+                self._answer(connection, files)
         finally:
             for file in files:
                 os.close(file)
+            self._seats.leave(user)
 
-    def _run(self, call: Call) -> None:
+    def _answer(self, connection: socket.socket, files: list[int]) -> None:
+        call = Call(connection, {})
         try:
-            operation = self._operations.get(str(call.request.get("op")))
+            request = _request(connection, files)
+            # A client that stops reading must not keep its seat for ever.
+            connection.settimeout(_SEND_TIMEOUT_S)
+            call = Call(connection, request, files[0] if files else None)
+            operation = self._operations.get(str(request.get("op")))
             if operation is None:
-                raise EdgeAgentError(f"unknown operation {call.request.get('op')!r}")
+                raise EdgeAgentError(f"unknown operation {str(request.get('op'))[:80]!r}")
             operation(call)
         except EdgeAgentError as error:
-            call.send(**_error_event(error))
+            call.fail(error)
+        except ClientGone:
+            raise
+        except Exception:
+            log.exception("control connection failed")
+            call.fail(EdgeAgentError("an error that nobody foresaw", remedy="see the daemon's log"))
 
 
 def call(
@@ -174,12 +216,15 @@ def call(
         EdgeAgentError: the daemon sent something that is no event.
     """
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(5.0)
         try:
-            connection.connect(str(path))
+            _connect(connection, path)
         except PermissionError as error:
             raise EdgeAgentError(
                 f"permission denied on control socket {path}", remedy="join the group edge-agent, or use sudo"
+            ) from error
+        except (BlockingIOError, TimeoutError) as error:
+            raise EdgeAgentError(
+                f"the daemon on {path} is too busy to answer", remedy="try again; see `edge-agent status`"
             ) from error
         except OSError as error:
             raise DaemonNotRunning(
@@ -193,6 +238,26 @@ def call(
         yield from _lines(connection)
 
 
+def _connect(connection: socket.socket, path: Path) -> None:
+    """Waits while the listener's queue is full: a daemon is there, and the caller must not do its work."""
+    connection.settimeout(_CONNECT_S)
+    until_s = time.monotonic() + _CONNECT_S
+    while True:
+        try:
+            connection.connect(str(path))
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until_s:
+                raise
+        time.sleep(_CONNECT_AGAIN_S)
+
+
+def _user_of(connection: socket.socket) -> int:
+    """The user who connected, as the kernel says it."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(credentials)[1])
+
+
 def _send_request(connection: socket.socket, line: bytes, file: int | None) -> None:
     if file is not None:
         line = line[socket.send_fds(connection, [line], [file]) :]
@@ -200,15 +265,12 @@ def _send_request(connection: socket.socket, line: bytes, file: int | None) -> N
         connection.sendall(line)
 
 
-def _lines(connection: socket.socket, files: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """Documents as they come. One open file may come along; it is put into `files`."""
-    lines = LineReader(
-        limit_bytes=MAX_LINE_BYTES,
-        broken=lambda reason: EdgeAgentError(f"the control socket brought {reason}"),
-    )
+def _lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
+    """The daemon's documents as they come."""
+    lines = _reader()
     while True:
         try:
-            data = connection.recv(1 << 16) if files is None else _receive(connection, files)
+            data = connection.recv(1 << 16)
         except ConnectionResetError:
             return
         if not data:
@@ -216,6 +278,42 @@ def _lines(connection: socket.socket, files: list[int] | None = None) -> Iterato
         lines.add(data)
         while (document := lines.document()) is not None:
             yield document
+
+
+def _request(connection: socket.socket, files: list[int]) -> dict[str, Any]:
+    """A client's one request. One open file may come along; it is put into `files`.
+
+    Raises:
+        EdgeAgentError: it is no request, or it does not come in time.
+        ClientGone: the client closed before it had said anything.
+    """
+    lines = _reader()
+    until_s = time.monotonic() + _REQUEST_TIMEOUT_S
+    came = False
+    while (document := lines.document()) is None:
+        try:
+            if (left_s := until_s - time.monotonic()) <= 0:
+                raise TimeoutError
+            connection.settimeout(left_s)
+            data = _receive(connection, files)
+        except TimeoutError as error:
+            raise EdgeAgentError(f"no whole request came within {_REQUEST_TIMEOUT_S:.0f} s") from error
+        except OSError as error:
+            raise ClientGone from error
+        if not data:
+            if came:
+                raise EdgeAgentError("the request ends before its line does")
+            raise ClientGone
+        came = True
+        lines.add(data)
+    return document
+
+
+def _reader() -> LineReader:
+    return LineReader(
+        limit_bytes=MAX_LINE_BYTES,
+        broken=lambda reason: EdgeAgentError(f"the control socket brought {reason}"),
+    )
 
 
 def _receive(connection: socket.socket, files: list[int]) -> bytes:
@@ -228,10 +326,6 @@ def _receive(connection: socket.socket, files: list[int]) -> bytes:
 
 def _encode(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode() + b"\n"
-
-
-def _error_event(error: EdgeAgentError) -> dict[str, Any]:
-    return {"event": "error", "code": error.code, "message": error.message, "remedy": error.remedy}
 
 
 def _listen(path: Path) -> socket.socket:
@@ -253,7 +347,7 @@ def _listen(path: Path) -> socket.socket:
             listener.bind(str(path))
         finally:
             os.umask(old_mask)
-        listener.listen(MAX_CONNECTIONS)
+        listener.listen(2 * MAX_CONNECTIONS)
     except OSError as error:
         listener.close()
         raise ControlSocketError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,10 +76,10 @@ def check_rollout(tag: str | None, *, device_id: str, name: str, version: int) -
         return
     try:
         percent = float(tag.strip().removesuffix("%"))
-    except ValueError as error:
-        raise NotInRollout(
-            f"version {version} has the rollout tag {tag[:40]!r}, which is no percentage"
-        ) from error
+    except ValueError:
+        percent = math.nan
+    if not math.isfinite(percent):
+        raise NotInRollout(f"version {version} has the rollout tag {tag[:40]!r}, which is no percentage")
     if not in_rollout(device_id=device_id, name=name, version=version, percent=percent):
         raise NotInRollout(
             f"version {version} is rolled out to {percent:g} % of the devices, not yet to this one"

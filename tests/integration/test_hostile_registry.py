@@ -203,8 +203,12 @@ def test_a_byte_now_and_then_does_not_keep_a_sync_waiting(
         asked(registry, tmp_path, timeout_s=1)
 
 
+INFINITE = [{"path": "MLmodel", "is_dir": False, "file_size": float("inf")}]
+
+
 @pytest.mark.parametrize(
-    "files", [[{"path": 1}], [{}], ["x"], 7, [{"path": "MLmodel", "is_dir": False, "file_size": -1}]]
+    "files",
+    [[{"path": 1}], [{}], ["x"], 7, [{"path": "MLmodel", "is_dir": False, "file_size": -1}], INFINITE],
 )
 def test_a_listing_of_another_shape_breaks_a_rule(
     registry: HostileRegistry, tmp_path: Path, files: object

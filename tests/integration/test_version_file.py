@@ -152,6 +152,14 @@ def test_what_is_no_regular_file_open_the_right_way_is_refused(tmp_path: Path, o
         os.close(writer)
     with made.file.open("rb") as stream, pytest.raises(StoreError, match="not open for that"):
         export_version(made.store, made.record, stream.fileno())
+    name = os.open(made.file, os.O_PATH)
+    try:
+        with pytest.raises(StoreError, match="not open for that"):
+            read_version(name)
+        with pytest.raises(StoreError, match="not open for that"):
+            export_version(made.store, made.record, name)
+    finally:
+        os.close(name)
 
 
 # --- Damaged and hostile files -------------------------------------------------------------------------
@@ -248,6 +256,9 @@ HOSTILE: dict[str, Callable[[Members], Members]] = {
     "a header that is no JSON": lambda m: [*member(HEADER_NAME, b"[" * 100_000), *m[1:]],
     "a header without bound": lambda m: [*member(HEADER_NAME, bytes(5 << 20)), *m[1:]],
     "another version": lambda m: other_header(m, version=-1),
+    "a version without an end": lambda m: other_header(m, version=float("inf")),
+    "a version that is no number": lambda m: other_header(m, version=float("nan")),
+    "a time without an end": lambda m: other_header(m, created_at=float("inf")),
     "another digest": lambda m: other_header(m, digest="0" * 64),
     "a path in the manifest": lambda m: with_path(m, "../../escaped"),
 }

@@ -49,6 +49,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "package",
         "host",
         "wrapper environment topics errors logs terminal sd_notify",
+        "printable",
     )
 )
 """From the top down: a room imports what stands below it. Rooms in one line do not know each other."""

@@ -82,7 +82,7 @@ def test_no_tag_and_all_devices_let_everybody_through(tag: str | None) -> None:
     choice.check_rollout(tag, device_id="d", name="m", version=3)
 
 
-@pytest.mark.parametrize("tag", ["0", "0%", "soon", "nan", "-5"])
+@pytest.mark.parametrize("tag", ["0", "0%", "soon", "nan", "inf", "1e999", "-5"])
 def test_none_and_nonsense_let_nobody_through(tag: str) -> None:
     with pytest.raises(NotInRollout):
         choice.check_rollout(tag, device_id="d", name="m", version=3)

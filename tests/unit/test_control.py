@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from edge_agent.errors import DaemonNotRunning
+from edge_agent.errors import DaemonNotRunning, EdgeAgentError
 from edge_agent.transport import control
 from edge_agent.transport.control import Call, ClientGone, ControlServer
 from tests.support.processes import wait_until
@@ -22,9 +25,13 @@ def say(call: Call) -> None:
     call.send("done", text="" if call.file is None else os.pread(call.file, 100, 0).decode())
 
 
+def stumble(call: Call) -> None:
+    raise ValueError("a text that may be a prompt")
+
+
 @contextmanager
 def serving(path: Path) -> Iterator[ControlServer]:
-    server = ControlServer(path, {"say": say})
+    server = ControlServer(path, {"say": say, "stumble": stumble})
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -60,6 +67,161 @@ def test_a_client_that_sends_files_without_end_is_dropped(short_dir: Path) -> No
                 for _ in range(10_000):
                     socket.send_fds(client, [b" "], [stream.fileno()])
         wait_until(lambda: open_files() <= before, 60, "the files to be closed")
+
+
+@contextmanager
+def connected(path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(str(path))
+        yield client
+
+
+def answer_of(client: socket.socket) -> list[dict[str, Any]]:
+    """Everything until the server closes."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := client.recv(1 << 16):
+            data += chunk
+    return [json.loads(line) for line in data.splitlines()]
+
+
+MALFORMED = {
+    "no JSON": b"x\n",
+    "no object": b"[]\n",
+    "no UTF-8": b"\x80\x04\x95\n",
+    "a deadline that is no number": b'{"op": "say", "deadline_ms": NaN}\n',
+    "a deadline without an end": b'{"op": "say", "deadline_ms": Infinity}\n',
+    "a deadline beyond all numbers": b'{"op": "say", "deadline_ms": 1e999}\n',
+    "nested too deep": b'{"a":' * 100_000 + b"\n",
+    "no operation": b"{}\n",
+    "an unknown operation": b'{"op": "explode"}\n',
+    "an operation that is no text": b'{"op": {"say": 1}}\n',
+    "half a line": b'{"op": "say"',
+    "an operation that stumbles": b'{"op": "stumble"}\n',
+}
+
+
+@pytest.mark.parametrize("line", MALFORMED.values(), ids=MALFORMED.keys())
+def test_every_malformed_call_gets_one_error_event(short_dir: Path, line: bytes) -> None:
+    with serving(short_dir / "c.sock"), connected(short_dir / "c.sock") as client:
+        client.sendall(line)
+        client.shutdown(socket.SHUT_WR)
+        (event,) = answer_of(client)
+    assert event["event"] == "error"
+    assert event["message"]
+    assert "prompt" not in event["message"], "what nobody foresaw may quote one"
+
+
+def test_a_file_that_is_no_open_file_gets_an_error_event(short_dir: Path) -> None:
+    (short_dir / "file").touch()
+    with serving(short_dir / "c.sock"):
+        name = os.open(short_dir / "file", os.O_PATH)
+        try:
+            (event,) = control.call(short_dir / "c.sock", "say", file=name, timeout_s=60)
+        finally:
+            os.close(name)
+    assert event["event"] == "error"
+
+
+@pytest.mark.parametrize("keeps_sending", [False, True], ids=["silent", "a byte now and then"])
+def test_a_request_has_one_time_limit_for_the_whole_of_it(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch, keeps_sending: bool
+) -> None:
+    monkeypatch.setattr(control, "_REQUEST_TIMEOUT_S", 0.5)
+    with serving(short_dir / "c.sock"), connected(short_dir / "c.sock") as client:
+        ended = threading.Event()
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                while keeps_sending and not ended.wait(0.05):
+                    client.send(b" ")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        try:
+            (event,) = answer_of(client)
+        finally:
+            ended.set()
+            dripping.join(60)
+    assert "no whole request came" in event["message"]
+
+
+def test_one_user_cannot_take_all_seats_and_root_has_its_own() -> None:
+    seats = control._Seats()
+    assert [seats.take(1000) for _ in range(control.MAX_OF_ONE_USER + 1)].count(
+        True
+    ) == control.MAX_OF_ONE_USER
+    assert seats.take(1001)
+    others = iter(range(2000, 3000))
+    while seats.take(next(others)):
+        pass  # every seat but root's is taken now
+    assert seats.take(0)
+    seats.leave(1001)
+    assert seats.take(1002)
+    assert not seats.take(1003)
+
+
+def test_idle_connections_of_a_user_lock_out_nobody_else(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = {"user": 1000}
+    monkeypatch.setattr(control, "_user_of", lambda connection: caller["user"])
+    with serving(short_dir / "c.sock"), contextlib.ExitStack() as idle:
+        for _ in range(control.MAX_OF_ONE_USER):
+            idle.enter_context(connected(short_dir / "c.sock"))
+        (event,) = control.call(short_dir / "c.sock", "say", timeout_s=60)
+        assert "too many" in event["message"]
+        for caller["user"] in (0, 1001):
+            (event,) = control.call(short_dir / "c.sock", "say", timeout_s=60)
+            assert event["event"] == "done"
+        idle.close()
+        caller["user"] = 1000
+        wait_until(
+            lambda: (
+                [event["event"] for event in control.call(short_dir / "c.sock", "say", timeout_s=60)]
+                == ["done"]
+            ),
+            60,
+            "the seats to be free again",
+        )
+
+
+def test_the_kernel_says_who_connected() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert control._user_of(ours) == os.geteuid()
+
+
+def test_a_daemon_whose_queue_is_full_is_waited_for_and_is_not_one_that_is_not_running(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as waiting:
+        listener.bind(str(short_dir / "c.sock"))
+        listener.listen(1)
+        with pytest.raises(BlockingIOError):  # the next ones wait in the queue until it is full
+            while True:
+                waiting.enter_context(connected(short_dir / "c.sock"))
+        monkeypatch.setattr(control, "_CONNECT_S", 0.2)
+        with pytest.raises(EdgeAgentError, match="too busy") as refused:
+            next(control.call(short_dir / "c.sock", "say"))
+        assert type(refused.value) is EdgeAgentError, (
+            "a command that took it for stopped would do the work itself"
+        )
+        monkeypatch.setattr(control, "_CONNECT_S", 60.0)
+        answered: list[dict[str, Any]] = []
+        client = threading.Thread(
+            target=lambda: answered.extend(control.call(short_dir / "c.sock", "say", timeout_s=60))
+        )
+        client.start()
+        waiting.close()
+        listener.settimeout(60)
+        while b"say" not in (accepted := listener.accept()[0]).recv(100):
+            accepted.close()
+        with accepted:
+            accepted.sendall(b'{"event": "done"}\n')
+        client.join(60)
+        assert answered == [{"event": "done"}]
 
 
 def test_no_listener_is_a_daemon_that_is_not_running(short_dir: Path) -> None:

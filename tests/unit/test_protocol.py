@@ -64,6 +64,8 @@ def test_the_configured_system_prompt_is_for_chats_without_one_only() -> None:
         b'{"type": "delta", "id": "1", "text": 3}',
         b'{"type": "delta", "id": "1", "text": "x", "more": 1}',
         b'{"type": "done", "id": "1", "finish_reason": "stop", "usage": {"a": "b"}, "timings": {}}',
+        b'{"type": "done", "id": "1", "finish_reason": "stop", "usage": {}, "timings": {"a": NaN}}',
+        b'{"type": "done", "id": "1", "finish_reason": "stop", "usage": {}, "timings": {"a": 1e999}}',
         b'{"type": ["delta"]}',
         b"\x80\x04\x95",
     ],

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from edge_agent.cache import eviction, fsck
+from edge_agent.cache import record as records
 from edge_agent.cache import state as states
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import CacheState, ModelState
 from edge_agent.cache.store import Store
 from edge_agent.cache.verify import check_file
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
-from edge_agent.package.manifest import Manifest, ManifestFile
+from edge_agent.package.manifest import MANIFEST_NAME, Manifest, ManifestFile
 from edge_agent.serving.standing import VersionStates
 from tests.support.committed import commit, make_record
 from tests.support.packages import WEIGHTS
@@ -203,6 +204,28 @@ def test_a_missing_file_and_a_replaced_link_are_damage(store: Store) -> None:
     assert {damage.path for damage in fsck.quick_check(store).damaged} == {"requirements.txt", "MLmodel"}
 
 
+NO_NUMBERS = ["Infinity", "-Infinity", "NaN", "1e999", "-1", "1.5", "true", '"1"', "null", "1" + "0" * 400]
+
+
+@pytest.mark.parametrize("number", NO_NUMBERS)
+@pytest.mark.parametrize("field", ["version", "created_at", "size"])
+def test_a_number_of_a_record_that_is_none_is_damage_and_no_crash(
+    store: Store, field: str, number: str
+) -> None:
+    record = replace(
+        commit(store, 1), attached=(ManifestFile(path=MANIFEST_NAME, size_bytes=77, sha256="0" * 64),)
+    )
+    value = {"version": 1, "created_at": record.created_at, "size": 77}[field]
+    data = record.encode()
+    assert records.parse(data) == record
+    swapped = data.replace(f'"{field}": {value}'.encode(), f'"{field}": {number}'.encode())
+    assert swapped != data
+    if field == "created_at" and number in ("-1", "1.5"):
+        return  # a time that a clock can show
+    with pytest.raises(StoreError, match="damaged"):
+        records.parse(swapped)
+
+
 def test_a_damaged_record_is_passed_over_and_its_tree_is_kept(store: Store) -> None:
     record = commit(store, 1)
     store.record_file(record).write_bytes(b"{")
@@ -226,7 +249,16 @@ def test_a_state_is_read_back_equal(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"{", b"[]", b'{"format": 1}', b"\xff", b'{"format": 2, "models": {}}']
+    "damage",
+    [
+        *(b"", b"{", b"[]", b'{"format": 1}', b"\xff", b'{"format": 2, "models": {}}'),
+        *(
+            CacheState(models={"assistant": ModelState(candidate_tries=7)})
+            .encode()
+            .replace(b": 7", b": " + tries)
+            for tries in (b"Infinity", b"1e999", b"NaN", b"-1", b"true", b'"1"', b"1" * 5_000)
+        ),
+    ],
 )
 def test_a_damaged_state_is_rebuilt_from_what_is_committed(store: Store, damage: bytes) -> None:
     low, middle, high = (commit(store, version, weights=bytes([version])) for version in (2, 9, 10))
