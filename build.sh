@@ -33,6 +33,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   long-test [ARG…]     the longer ways through what the tests show in short (minutes)
   chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
   powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)
+  attack [OPTION…]     input that means harm: what is known, then generated, in at most 10 minutes; --help
   check                ruff, formatting and mypy --strict
   package [OPTION…]    wheel, sdist and the offline bundles into dist/; --arch A and --python V choose some
   boot-test            a bundle installed, upgraded and broken in every way on a Debian that boots (root; minutes)
@@ -61,6 +62,7 @@ main() {
         long-test) run_tests -m long "$@" ;;
         powerloss) POWERLOSS_FAULTS=all run_tests -m 'long or not long' tests/*/test_powerloss.py "$@" ;;
         chaos) chaos "$@" ;;
+        attack) attack "$@" ;;
         check) check ;;
         package) package "$@" ;;
         boot-test) boot_test ;;
@@ -93,9 +95,7 @@ run_tests() {
     local started=$SECONDS tested status=0
     set_up dev
     need_torch "$VENV"
-    need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
-    need_programs systemd systemd-analyze -- systemd
-    need_programs strace strace -- strace
+    need_test_programs
     # Most tests wait for processes; a file's tests stay together, for they share a broker or a daemon.
     [[ $# -gt 0 ]] || set -- -n "$(($(nproc) < 2 ? 2 : 4))" --dist loadfile --no-loadscope-reorder
     tested=$SECONDS
@@ -104,8 +104,21 @@ run_tests() {
     return "$status"
 }
 
+need_test_programs() {
+    need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
+    need_programs systemd systemd-analyze -- systemd
+    need_programs strace strace -- strace
+}
+
 chaos() {
     CHAOS_PLAN=long run_tests -q --capture=no tests/acceptance/test_chaos.py "$@"
+}
+
+attack() {
+    set_up dev
+    need_torch "$VENV"
+    need_test_programs
+    exec "$VENV/bin/python" -m tests.attack "$@"
 }
 
 check() {

@@ -17,6 +17,9 @@ from typing import ClassVar, TypeVar
 
 from edge_agent import printable
 
+MAX_MESSAGE_CHARACTERS = 4000
+"""What an error quotes may be of any length; the rest is cut off."""
+
 
 class EdgeAgentError(Exception):
     """Root of the tree.
@@ -29,7 +32,8 @@ class EdgeAgentError(Exception):
     code: ClassVar[str] = "internal"
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
-        self.message = printable.text(message)
+        long = len(message) > MAX_MESSAGE_CHARACTERS
+        self.message = printable.text(f"{message[:MAX_MESSAGE_CHARACTERS]}…" if long else message)
         self.remedy = printable.text(remedy)
         super().__init__(self.message)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from tests.support import generated_messages
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.mosquitto import TOOLS, Broker, running_broker
 from tests.support.processes import Daemon, alive, clean_environment, short_folder, wait_until
@@ -27,6 +29,7 @@ SAMPLE_MODEL = ROOT / "edge_agent" / "demo" / "sample_model"
 LEFT_PROCESSES_GRACE_S = 20.0
 _PR_SET_CHILD_SUBREAPER = 36
 
+_ran = 0
 _not_run: list[str] = []
 _left_over: list[str] = []
 
@@ -60,6 +63,8 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    global _ran
+    _ran += report.when == "call"
     if report.skipped or hasattr(report, "wasxfail"):
         _not_run.append(report.nodeid)
 
@@ -88,6 +93,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.section(title, red=True)
             for name in names:
                 terminalreporter.line(name)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Tells `./build.sh attack` how much was tried."""
+    if counts := os.environ.get("PYTEST_ATTACK_COUNTS"):
+        Path(counts).write_text(json.dumps({"tests": _ran, "inputs": generated_messages.tried}))
 
 
 def _end_left_processes() -> list[str]:

@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote, urlsplit
 from edge_agent.cache import durable
 from edge_agent.cache.disk import store_error, store_errors
 from edge_agent.errors import (
+    EdgeAgentError,
     PolicyError,
     TransportError,
     UnknownReference,
@@ -179,6 +180,8 @@ class Registry:
         try:
             with http_session.in_use(self._session):
                 yield
+        except EdgeAgentError:
+            raise
         except MlflowException as error:
             if ours := http_session.refusal_in(error):
                 raise ours from None
@@ -212,6 +215,12 @@ class Registry:
                 raise refusal.refused(self.uri) from error
             raise TransportError(
                 f"registry {self.uri} cannot be reached: {refusal.reason_of(error)}"
+            ) from error
+        except Exception as error:
+            # Its client trusts the registry: an answer of another form ends in whatever is raised there.
+            raise TransportError(
+                f"registry {self.uri} gave an answer that cannot be read: {refusal.first_line(error)}",
+                remedy="see what answers at registry.uri",
             ) from error
 
 

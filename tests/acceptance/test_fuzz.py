@@ -24,6 +24,8 @@ from tests.support.generated_messages import Properties, examples, payloads, pro
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, wait_until
 
+pytestmark = pytest.mark.attack
+
 CASES = 500
 WINDOW = 20
 SPAIN = "What is the capital of Spain?"

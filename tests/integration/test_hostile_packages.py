@@ -23,6 +23,8 @@ from tests.support.device import Changes, Device
 from tests.support.keys import KeyPair, make_keys, sign
 from tests.support.packages import CONFIG, GENAI_CONFIG, MLMODEL, WEIGHTS, add_manifest, make_package
 
+pytestmark = pytest.mark.attack
+
 CANARY = "canary"
 RUN = f"open({CANARY!r}, 'w')\n"
 """Code that would leave a file in the current folder."""

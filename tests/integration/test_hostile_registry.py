@@ -18,6 +18,8 @@ from edge_agent.sync.registry import Registry
 from tests.support.hostile_registry import HostileRegistry, as_json, hostile_registry, status
 from tests.support.mlflow_server import Server
 
+pytestmark = pytest.mark.attack
+
 TOKEN = "a-token-of-this-device"
 NAME = "phi"
 FILES = "/api/2.0/mlflow-artifacts/artifacts"

@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 LIMIT_BYTES = 102_400
 
 
-def examples(number: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The same `number` examples each time, however slow the host is."""
-    return settings(
+CORPUS = "PYTEST_ATTACK_CORPUS"
+"""The environment's name for the folder in which `./build.sh attack` keeps what got through."""
+tried = 0
+"""Generated inputs, so far."""
+
+
+def examples(number: int) -> Callable[[Any], Any]:
+    """The same `number` examples each time, however slow the host is; other ones each time in `./build.sh attack`,
+    after those that got through before."""
+    corpus = os.environ.get(CORPUS)
+    chosen = settings(
         max_examples=number,
-        derandomize=True,
-        database=None,
+        derandomize=corpus is None,
+        database=DirectoryBasedExampleDatabase(corpus) if corpus else None,
         deadline=None,
-        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        phases=[Phase.explicit, *([Phase.reuse] if corpus else []), Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
+
+    def counted(test: Any) -> Any:
+        inner = test.hypothesis.inner_test
+
+        @functools.wraps(inner)
+        def count(*args: Any, **kwargs: Any) -> None:
+            global tried
+            tried += 1
+            inner(*args, **kwargs)
+
+        test.hypothesis.inner_test = count
+        return chosen(test)
+
+    return counted
 
 
 _characters = st.characters(codec="utf-8", exclude_characters="\0")

@@ -43,6 +43,7 @@ def test_help_has_a_line_for_each_command() -> None:
         "long-test",
         "chaos",
         "powerloss",
+        "attack",
         "check",
         "package",
         "boot-test",

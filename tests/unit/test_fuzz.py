@@ -40,6 +40,8 @@ from tests.support.generated_messages import (
 )
 from tests.support.processes import short_folder
 
+pytestmark = pytest.mark.attack
+
 TOPICS = Topics(prefix="edge", device_id="dev", reply_prefixes=("replies/",))
 
 
