@@ -189,6 +189,12 @@ class Quarantined(ContentError):
     code = "quarantined"
 
 
+class PackageReplayed(ContentError):
+    """A signed package is older than what was active here, under a higher number: it was registered anew."""
+
+    code = "package_replayed"
+
+
 class TransportError(EdgeAgentError):
     """The registry could not be reached, or closed the connection. Trying again later may help."""
 

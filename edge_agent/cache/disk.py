@@ -50,8 +50,11 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes | None:
         return None
     except OSError as error:
         raise store_error("read", path, error) from error
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read(limit_bytes + 1)
+    try:
+        with store_errors("read", path), open(descriptor, "rb", closefd=False) as file:  # a folder is refused here
+            return file.read(limit_bytes + 1)
+    finally:
+        os.close(descriptor)
 
 
 def children(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from edge_agent.package.trust import TrustDecision
 
 KEY = re.compile(r"[1-9][0-9]{0,17}-[0-9a-f]{12}")
 """`<version>-<first 12 hex digits of its digest>`: a version's folder, and its name in state.json."""
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 _MOST_SECONDS = 1e12
 
 
@@ -38,6 +38,8 @@ class VersionRecord:
         created_at: seconds since the epoch, when it was committed.
         fallback: it was found through the model's `fallback`, not through its own reference.
         served: it has been the active version here, and has not been quarantined since.
+        packaged_at: seconds since the epoch, when its MLmodel says that it was made; 0 where it does not say, None
+            where nobody has looked.
     """
 
     name: str
@@ -51,6 +53,7 @@ class VersionRecord:
     created_at: float
     fallback: bool = False
     served: bool = False
+    packaged_at: float | None = None
 
     @property
     def digest(self) -> str:
@@ -89,6 +92,7 @@ class VersionRecord:
             "created_at": self.created_at,
             "fallback": self.fallback,
             "served": self.served,
+            "packaged_at": self.packaged_at,
         }
         return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
 
@@ -116,9 +120,10 @@ def parse(data: bytes) -> VersionRecord:
             source=str(document["source"]),
             run_id=str(document["run_id"]),
             trust=TrustDecision(**document["trust"]),
-            created_at=_seconds(document["created_at"]),
+            created_at=seconds(document["created_at"]),
             fallback=bool(document.get("fallback", False)),
             served=bool(document.get("served", False)),
+            packaged_at=None if document.get("packaged_at") is None else seconds(document["packaged_at"]),
         )
         if record.digest != document["digest"] or not KEY.fullmatch(record.key):
             raise ValueError("digest or version")
@@ -129,7 +134,7 @@ def parse(data: bytes) -> VersionRecord:
 
 def _attached(fields: Any) -> ManifestFile:
     file = ManifestFile(path=fields["path"], size_bytes=whole(fields["size"]), sha256=fields["sha256"])
-    if file.path not in manifests.ATTACHED or not _DIGEST.fullmatch(file.sha256):
+    if file.path not in manifests.ATTACHED or not DIGEST.fullmatch(file.sha256):
         raise ValueError("attached")
     return file
 
@@ -145,8 +150,12 @@ def whole(value: object, *, least: int = 0) -> int:
     return value
 
 
-def _seconds(value: object) -> float:
-    """Seconds since the epoch. NaN would be neither before nor after another version."""
+def seconds(value: object) -> float:
+    """Seconds since the epoch. NaN would be neither before nor after another version.
+
+    Raises:
+        ValueError: it is something else, or no time.
+    """
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _MOST_SECONDS:
         raise ValueError("not a time")
     return float(value)

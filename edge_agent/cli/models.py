@@ -118,14 +118,23 @@ def models_show(invocation: Invocation, name: str, as_json: bool) -> None:
             terminal.echo(f"  {key:<16}{printable.line(str(version[key]))}")
 
 
+_ALLOW_OLDER = click.option(
+    "--allow-older",
+    is_flag=True,
+    help="Take a signed package that is older than one that was active, under a higher number.",
+)
+
+
 @models.command("pull")
 @click.argument("name", required=False)
+@_ALLOW_OLDER
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
-def models_pull(invocation: Invocation, name: str | None, as_json: bool) -> None:
+def models_pull(invocation: Invocation, name: str | None, allow_older: bool, as_json: bool) -> None:
     """Ask the registry now and update NAME, or every model.
 
     The running daemon does the work, or this command if there is none.
+    --allow-older needs NAME: an old package that was registered anew may be an attack.
 
     \b
     Examples:
@@ -137,7 +146,9 @@ def models_pull(invocation: Invocation, name: str | None, as_json: bool) -> None
         raise UnknownModel(
             f"no model is called {name!r} here", remedy="add a [models.NAME] table to the settings"
         )
-    results = operate(settings, "pull", name=name)
+    if allow_older and name is None:
+        raise click.UsageError("--allow-older needs NAME")
+    results = operate(settings, "pull", name=name, allow_older=allow_older)
     if as_json:
         terminal.echo(json.dumps(results[0] if len(results) == 1 else results))
         return
@@ -241,9 +252,12 @@ def models_export(invocation: Invocation, name: str, version: int, file: Path, a
 @models.command("import")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--model", "name", metavar="NAME", help="The [models.NAME] that takes it, if several could.")
+@_ALLOW_OLDER
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
-def models_import(invocation: Invocation, file: Path, name: str | None, as_json: bool) -> None:
+def models_import(
+    invocation: Invocation, file: Path, name: str | None, allow_older: bool, as_json: bool
+) -> None:
     """Import a version file, written by `models export`, into the cache.
 
     The version passes the same checks and the same gate as one from the registry, and becomes active unless
@@ -258,7 +272,9 @@ def models_import(invocation: Invocation, file: Path, name: str | None, as_json:
     with _file_errors("read", file):
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        document = operate(settings, "import", name=name, file=descriptor, doing="importing")
+        document = operate(
+            settings, "import", name=name, file=descriptor, allow_older=allow_older, doing="importing"
+        )
     finally:
         os.close(descriptor)
     if as_json:

@@ -21,12 +21,14 @@ def operate(
     name: str | None = None,
     version: int | None = None,
     file: int | None = None,
+    allow_older: bool = False,
     doing: str = "fetching",
 ) -> Any:
     """Runs an operation by its name, shows its progress, and returns the document for `--json`.
 
     Args:
         file: descriptor of an open file, for operations that need one.
+        allow_older: for operations that bring a version; see `Updates.check`.
         doing: a word for the progress, such as `importing`.
 
     Raises:
@@ -40,17 +42,21 @@ def operate(
             elif event.get("event") == "waiting":
                 terminal.echo(f"waiting for {event['for']} to end", err=True)
 
+        fields: dict[str, Any] = {
+            "name": name,
+            "version": version,
+            "file": file,
+            "allow_older": allow_older,
+        }
         try:
-            return _through_daemon(settings, on_event, do=do, name=name, version=version, file=file)
+            return _through_daemon(settings, on_event, do=do, **fields)
         except DaemonNotRunning:
             from edge_agent.updates import operations
 
             with acting_as_owner_of(settings.state_dir):
                 local, lifecycles = operations.without_daemon(settings)
                 try:
-                    return operations.run_operation(
-                        local, do, name=name, version=version, file=file, on_event=on_event
-                    )
+                    return operations.run_operation(local, do, **fields, on_event=on_event)
                 finally:
                     for lifecycle in lifecycles.values():
                         lifecycle.close()

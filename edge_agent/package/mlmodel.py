@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,16 @@ class MLmodel:
             PolicyError: the flavor is missing, or is not a mapping.
         """
         return _mapping(_mapping(self.document.get("flavors"), "flavors").get(name), f"flavor {name}")
+
+    @property
+    def created_at(self) -> float:
+        """When MLflow made the package, in seconds since the epoch; 0 where the file does not say, or says no time."""
+        said = self.document.get("utc_time_created")
+        try:
+            at = said if isinstance(said, datetime) else datetime.fromisoformat(str(said))
+            return max(0.0, (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
+        except (ValueError, OverflowError):
+            return 0.0
 
     @property
     def golden(self) -> Any:

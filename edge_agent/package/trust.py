@@ -210,6 +210,35 @@ def check_signature(tree: Path, manifest: Manifest, public_keys: Sequence[str]) 
     raise VerificationError(f"the package's signature matches no configured key ({'; '.join(reasons)})")
 
 
+def claimed_signer(signature: bytes, public_keys: Sequence[str]) -> str:
+    """The configured key that a signature names as its own, without a look at what it signs: nothing is shown by it.
+
+    Returns:
+        sha256 of that key's file; empty where it names none of them. `check_signature` refuses it then, or it is from a
+        signer that names none.
+
+    Raises:
+        SettingsError: a key cannot be read.
+    """
+    try:
+        hint = json.loads(signature)["verificationMaterial"]["publicKey"]["hint"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return next((_fingerprint(key) for key in public_keys if _hint(key) == hint), "")
+
+
+def _hint(key: str) -> str:
+    """How OpenSSF Model Signing names a key: sha256 of its PEM in the form that the library writes."""
+    try:
+        from cryptography.hazmat.primitives import serialization
+
+        public = serialization.load_pem_public_key(Path(key).read_bytes())
+    except (ImportError, OSError, ValueError):
+        return ""  # check_signature says what is wrong with it
+    pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(pem).hexdigest()
+
+
 def _rule(
     tree: Path, model: MLmodel, code: dict[str, str], *, signed_by: str, allow_unsigned_code: bool
 ) -> TrustDecision:

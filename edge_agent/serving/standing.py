@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from edge_agent.cache import marks
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
@@ -37,8 +38,17 @@ class VersionStates:
             self._note_served(key, served=False)
 
     def note_served(self) -> None:
-        """Writes into the active version's record that it passed the gate, in case `state.json` is lost."""
-        if self.active is not None and not self.active.served:
+        """Writes into the active version's record that it passed the gate, in case `state.json` is lost, and raises the
+        mark of its key: no older package may come after it under a higher number."""
+        if self.active is None:
+            return
+        try:
+            marks.note_active(self._store, self.active)
+        except StoreError as error:  # the next look at the registry tries again
+            log.warning(
+                "mark not raised model=%s version=%s reason=%r", self._name, self.active.key, str(error)
+            )
+        if not self.active.served:
             self._note_served(self.active.key, served=True)
             self._remember(self.state)
 

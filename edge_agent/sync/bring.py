@@ -29,7 +29,7 @@ from edge_agent.package.needs import MAX_CONFIG_BYTES, needs_of
 from edge_agent.package.reference import ROLLOUT_TAG, ModelRef, ModelVersion
 from edge_agent.package.trust import TrustDecision
 from edge_agent.runner import capability
-from edge_agent.sync import protocol
+from edge_agent.sync import protocol, replay
 from edge_agent.sync.fetch import fetch
 from edge_agent.sync.files import Listed, Package
 from edge_agent.sync.pace import Pace
@@ -103,10 +103,12 @@ def bring(
     whole = known if known and not fsck.quick_check(store, [known]).damaged else None
     if whole is None:
         refuse_quarantined(job, version, wanted, emit)
+        refuse_replayed(store, job, package, version, wanted)
     if job.check_host and not (known and known.key == job.running):
         check_host(job, package, wanted)
     if whole:
         record = hold_to_policy(store, job, whole)
+        replay.refuse(store, job, record)
         remove_staging(folder_of(store, job.name, version.version))  # of a process that died after the commit
         return _done(record, fetched_bytes=0, new=False)
     with store.fetching(), staging(store, job.name, version.version) as place:
@@ -131,7 +133,9 @@ def bring(
             trust=decision,
             created_at=time.time(),
             fallback=job.fallback,
+            packaged_at=mlmodel.read(tree).created_at,
         )
+        replay.refuse(store, job, record)
         new = commit(store, record, tree, place)
     return _done(record, fetched_bytes=pace.fetched_bytes, new=new)
 
@@ -149,6 +153,26 @@ def refuse_quarantined(job: SyncJob, version: ModelVersion, wanted: Wanted, emit
     if key in job.quarantined:
         emit(protocol.quarantined(key))
         raise Quarantined(f"version {key} is in quarantine, and is not fetched again")
+
+
+def refuse_replayed(
+    store: Store, job: SyncJob, package: Package, version: ModelVersion, wanted: Wanted
+) -> None:
+    """Refuses an old signed package under a new number, before the large files are fetched.
+
+    Raises:
+        PackageReplayed: it is one.
+        PolicyError: its MLmodel cannot be read.
+    """
+    signature = wanted.attached.get(SIGNATURE_NAME)
+    if not job.trust.public_keys or signature is None:
+        return
+    if mlmodel.FILE_NAME not in {file.path for file in wanted.listing}:
+        return  # refused later, with everything else that is wrong
+    model = _read(package, mlmodel.FILE_NAME, mlmodel.MAX_BYTES)
+    replay.refuse_by_its_words(
+        store, job, name=version.name, version=version.version, signature=signature, model=model
+    )
 
 
 def check_host(job: SyncJob, package: Package, wanted: Wanted) -> None:
@@ -224,14 +248,16 @@ def hold_to_policy(store: Store, job: SyncJob, record: VersionRecord) -> Version
         PolicyError: it may no longer run.
     """
     policy = asdict(job.trust)
-    decision = record.trust
+    decision, packaged_at = record.trust, record.packaged_at
+    if packaged_at is None:  # an earlier release wrote the record
+        packaged_at = mlmodel.read(store.folder(record)).created_at
     if not trust.still_holds(decision, **policy):
         decision = trust.decide(
             store.folder(record), record.manifest, registered_name=record.registered_name, **policy
         )
-    elif record.fallback == job.fallback:
+    elif record.fallback == job.fallback and record.packaged_at == packaged_at:
         return record
-    record = replace(record, trust=decision, fallback=job.fallback)
+    record = replace(record, trust=decision, fallback=job.fallback, packaged_at=packaged_at)
     with store.lock():
         store.rewrite(record)
     return record

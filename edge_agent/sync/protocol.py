@@ -89,6 +89,7 @@ class SyncJob:
         check_host: check that this host can run the version before it is fetched.
         running: key of the active version, which this host can run; empty for none.
         quarantined: keys of versions not to fetch, because they would not be tried.
+        allow_older: an operator takes a package that is older than what was active here, under a higher number.
     """
 
     state_dir: str
@@ -102,6 +103,7 @@ class SyncJob:
     check_host: bool = False
     running: str = ""
     quarantined: tuple[str, ...] = ()
+    allow_older: bool = False
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()

@@ -20,6 +20,7 @@ class RunOperation(Protocol):
         name: object,
         version: object,
         file: int | None,
+        allow_older: object,
         on_event: Callable[[Mapping[str, Any]], None],
     ) -> Any: ...
 
@@ -48,6 +49,7 @@ def control_operations(
             name=fields.get("name"),
             version=fields.get("version"),
             file=call.file,
+            allow_older=fields.get("allow_older"),
             on_event=lambda event: call.send("progress", progress=dict(event)),
         )
         call.send("done", result=result)

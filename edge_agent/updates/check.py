@@ -130,11 +130,12 @@ class ModelCheck:
         refs = (self.wanted, self._model.fallback_ref)
         return registered_name in (ref.name for ref in refs if ref)
 
-    def run(self, watch: Watch, *, asked_for: bool) -> Checked:
+    def run(self, watch: Watch, *, asked_for: bool, allow_older: bool = False) -> Checked:
         """Brings what the model wants, and makes it active unless another version is pinned.
 
         Args:
             asked_for: by an operator; see `Updates.check`.
+            allow_older: see `SyncJob`.
 
         Raises:
             EdgeAgentError: it does not run here, and no fallback does in its place.
@@ -142,7 +143,7 @@ class ModelCheck:
         """
         key = ""
         try:
-            result = self._sync(watch, self.wanted, asked_for=asked_for)
+            result = self._sync(watch, self.wanted, asked_for=asked_for, allow_older=allow_older)
             key = self._lifecycle.state.pinned or result.key
             self._lifecycle.adopt(key, asked_for=asked_for)
         except EdgeAgentError as error:
@@ -172,7 +173,9 @@ class ModelCheck:
         fallback = self._model.fallback_ref if self._lifecycle.state.instead else None
         self._sync(watch, fallback or self.wanted, fallback=fallback is not None)
 
-    def take_in(self, watch: Watch, version: ModelVersion, file: int) -> SyncResult:
+    def take_in(
+        self, watch: Watch, version: ModelVersion, file: int, *, allow_older: bool = False
+    ) -> SyncResult:
         """Brings a version that comes as a file, and adopts it where it is the wanted one; see `Updates.take_in`.
 
         Raises:
@@ -185,6 +188,7 @@ class ModelCheck:
             self._job(ref, fallback=fallback),
             registry=RegistryJob(uri=version_file.ORIGIN),
             version_file=file,
+            allow_older=allow_older,
         )
         result = self._bring(watch, job, ref)
         if fallback:
@@ -221,14 +225,20 @@ class ModelCheck:
         return result
 
     def _sync(
-        self, watch: Watch, ref: ModelRef, *, fallback: bool = False, asked_for: bool = False
+        self,
+        watch: Watch,
+        ref: ModelRef,
+        *,
+        fallback: bool = False,
+        asked_for: bool = False,
+        allow_older: bool = False,
     ) -> SyncResult:
         """From the registry into the cache; what the registry was is noted."""
         if not self._settings.registry.uri:
             raise SettingsError(
                 "registry.uri: no registry is configured", remedy="set registry.uri in the settings"
             )
-        job = self._job(ref, fallback=fallback)
+        job = replace(self._job(ref, fallback=fallback), allow_older=allow_older)
         if not asked_for:
             job = replace(job, quarantined=tuple(self._lifecycle.state.quarantined))
         try:

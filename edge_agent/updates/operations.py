@@ -41,8 +41,13 @@ class Operations:
         self._lifecycles = lifecycles
         self._updates = updates
 
-    def pull(self, name: str | None, on_event: OnEvent = lambda event: None) -> list[dict[str, Any]]:
+    def pull(
+        self, name: str | None, on_event: OnEvent = lambda event: None, *, allow_older: bool = False
+    ) -> list[dict[str, Any]]:
         """Brings one model, or all, up to date.
+
+        Args:
+            allow_older: see `Updates.check`.
 
         Raises:
             EdgeAgentError: no registry is configured, or the registry, a package, the cache or the gate says no.
@@ -50,7 +55,7 @@ class Operations:
         names = [name] if name else list(self._lifecycles)
         for one in names:
             self._lifecycle(one)
-        return [self._pulled(one, on_event) for one in names]
+        return [self._pulled(one, on_event, allow_older=allow_older) for one in names]
 
     def export(
         self, name: str, version: int, file: int | None, on_event: OnEvent = lambda event: None
@@ -73,17 +78,23 @@ class Operations:
         return {"name": name, "version": version, "digest": record.digest, "bytes": size_bytes}
 
     def take_in(
-        self, name: str | None, file: int | None, on_event: OnEvent = lambda event: None
+        self,
+        name: str | None,
+        file: int | None,
+        on_event: OnEvent = lambda event: None,
+        *,
+        allow_older: bool = False,
     ) -> dict[str, Any]:
         """Brings the version in an open version file into the cache, and through the gate as an update would be.
 
         Args:
             name: which model takes it; None where only one follows the file's registered model.
             file: descriptor of the version file, open for reading.
+            allow_older: see `Updates.check`.
         """
         if name is not None:
             self._lifecycle(name)
-        result = self._updates.take_in(_given(file), name=name, on_event=on_event)
+        result = self._updates.take_in(_given(file), name=name, on_event=on_event, allow_older=allow_older)
         state = self._lifecycle(result.name).state
         return {**_brought(result), "state": state.role(result.key), "pinned": state.pinned}
 
@@ -163,8 +174,8 @@ class Operations:
                 document["repaired"].append(entry)
         return document
 
-    def _pulled(self, name: str, on_event: OnEvent) -> dict[str, Any]:
-        result = self._updates.check(name, on_event, asked_for=True)
+    def _pulled(self, name: str, on_event: OnEvent, *, allow_older: bool) -> dict[str, Any]:
+        result = self._updates.check(name, on_event, asked_for=True, allow_older=allow_older)
         return {**_brought(result), "instead": self._lifecycle(name).instead}
 
     def _only_quarantined(self, name: str, version: int) -> list[str]:
@@ -224,12 +235,13 @@ def run_operation(
     name: object,
     version: object,
     file: int | None = None,
+    allow_older: object = None,
     on_event: OnEvent = lambda event: None,
 ) -> Any:
     """Runs one operation by its name, as the control socket asks for it.
 
     Args:
-        name, version: from outside; checked here.
+        name, version, allow_older: from outside; checked here.
         file: descriptor of an open file, where the operation has one.
 
     Raises:
@@ -238,13 +250,13 @@ def run_operation(
     if name is not None and not (isinstance(name, str) and MODEL_NAME.fullmatch(name)):
         raise UnknownModel(f"{str(name)[:80]!r} is no name of a model")
     if do == "pull":
-        return operations.pull(name, on_event)
+        return operations.pull(name, on_event, allow_older=allow_older is True)
     if do == "prune":
         return operations.prune()
     if do == "verify":
         return operations.verify(on_event)
     if do == "import":
-        return operations.take_in(name, file, on_event)
+        return operations.take_in(name, file, on_event, allow_older=allow_older is True)
     if name is None:
         raise UnknownModel("name the model")
     if do == "rollback":

@@ -149,13 +149,19 @@ class Updates:
         self._due.set()
 
     def check(
-        self, name: str, on_event: OnEvent = lambda event: None, *, asked_for: bool = False
+        self,
+        name: str,
+        on_event: OnEvent = lambda event: None,
+        *,
+        asked_for: bool = False,
+        allow_older: bool = False,
     ) -> SyncResult:
         """Brings what one model wants from the registry, and makes it active unless another version is pinned.
 
         Args:
             asked_for: by an operator: a running poll gives way to it, and a version in quarantine is fetched, too, for
                 `activate` to take.
+            allow_older: he takes a signed package that is older than what was active, under a higher number.
 
         Raises:
             EdgeAgentError: the registry, the package, the cache or the gate says no, or it is not for this
@@ -163,7 +169,9 @@ class Updates:
             SyncStopped: it is a poll, and something more urgent came.
         """
         with self._operators_turn("`models pull`", on_event) if asked_for else self._polls_turn(name):
-            checked = self._checks[name].run(self._watch(on_event), asked_for=asked_for)
+            checked = self._checks[name].run(
+                self._watch(on_event), asked_for=asked_for, allow_older=allow_older
+            )
             self.problems[name] = checked.problem
             return checked.result
 
@@ -195,7 +203,12 @@ class Updates:
         return problems
 
     def take_in(
-        self, file: int, *, name: str | None = None, on_event: OnEvent = lambda event: None
+        self,
+        file: int,
+        *,
+        name: str | None = None,
+        on_event: OnEvent = lambda event: None,
+        allow_older: bool = False,
     ) -> SyncResult:
         """Brings the version that a version file has, and makes it active as one from the registry would be.
 
@@ -204,6 +217,7 @@ class Updates:
         Args:
             file: descriptor of the version file, open for reading.
             name: which model takes it; needed where several follow the same registered model.
+            allow_older: as for `check`.
 
         Raises:
             EdgeAgentError: the file, the package in it, the cache or the gate says no.
@@ -211,7 +225,7 @@ class Updates:
         version = version_file.read_version(file)
         name = self._taker(version, name)
         with self._operators_turn("`models import`", on_event):
-            return self._checks[name].take_in(self._watch(on_event), version, file)
+            return self._checks[name].take_in(self._watch(on_event), version, file, allow_older=allow_older)
 
     def _taker(self, version: ModelVersion, name: str | None) -> str:
         """The configured model that a version from a file is for."""

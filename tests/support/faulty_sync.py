@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_agent.cache import fsck, record
+from edge_agent.cache import fsck, marks, record
 from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, StoreError
 from edge_agent.sync import fetch, pace, registry
@@ -247,6 +247,7 @@ class Trial:
         keys = {record.key for record in store.versions()}
         if unread := [file.name for file in store.record_files() if file.stem not in keys]:
             raise Wrong(f"record {unread[0]} cannot be read")
+        _marks(store)
         active = _active(store, state)
         if active not in (self._active_before, self._active):
             raise Wrong(f"version {active} is active")
@@ -265,6 +266,8 @@ class Trial:
         active = _active(store, state)
         if reported.active not in (None, active):
             raise Wrong(f"version {reported.active} was reported active, and {active} is")
+        if reported.mark > max((mark.version for mark in _marks(store)), default=0):
+            raise Wrong(f"the mark of version {reported.mark} was lost")
 
     def _check_end(self, state: Path, reported: Reported) -> None:
         """The power is cut when all is done: that is the state to stay in."""
@@ -297,6 +300,14 @@ def _active(store: Store, state: Path) -> str | None:
     if current.rebuilt:
         raise Wrong(f"state.json was lost: {current.rebuilt}")
     return current.model(NAME).active
+
+
+def _marks(store: Store) -> tuple[marks.Mark, ...]:
+    """What `marks.json` says: it is there whole, or not at all."""
+    try:
+        return marks.parse(store.marks_file.read_bytes())
+    except FileNotFoundError:
+        return ()
 
 
 def _check_verified(store: Store) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edge_agent.cache import durable, eviction, fsck
+from edge_agent.cache import durable, eviction, fsck, marks
 from edge_agent.cache.staging import Note, Staging, folder_of
 from edge_agent.cache.store import Store
 from edge_agent.package import trust
@@ -28,6 +28,7 @@ from tests.support.packages import WEIGHTS, add_manifest, make_package, register
 NAME = "assistant"
 MODEL = "phi"
 PLAIN_MODEL = "plain"
+KEY = "5e" * 32
 
 CHUNK_BYTES = 32_768
 _WEIGHTS_BYTES = 75_000  # three chunks, two after the part
@@ -42,10 +43,12 @@ class Reported:
     Attributes:
         committed: keys of versions that are in the cache, whole.
         active: key of the version that answers, None before that was said.
+        mark: the number of the newest version that was active, see `cache/marks.py`.
     """
 
     committed: set[str] = field(default_factory=set)
     active: str | None = None
+    mark: int = 0
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,12 @@ def _adopt(store: Store, key: str, reported: Reported) -> None:
         store.change_state(NAME, lambda model: replace(model, candidate=key))
         store.change_state(NAME, lambda model: replace(model, active=key, previous=active, candidate=None))
     reported.active = key
+    record = store.record(NAME, key)
+    assert record is not None
+    # As if it were signed: the marks know no more of that.
+    signed = replace(record, trust=replace(record.trust, signed_by=KEY), packaged_at=1_000.0 + record.version)
+    marks.note_active(store, signed)
+    reported.mark = record.version
 
 
 def _tidy(store: Store) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,6 +103,24 @@ def test_a_version_that_is_none_is_refused(
 ) -> None:
     with pytest.raises(StoreError, match="whole number"):
         run_operation(operations[0], do, name="assistant", version=version)
+
+
+@pytest.mark.parametrize("value", [True, False, None, "true", 1, ["x"]])
+@pytest.mark.parametrize("do", ["pull", "import"])
+def test_an_old_package_is_allowed_by_nothing_but_true(
+    operations: tuple[Operations, Store], monkeypatch: pytest.MonkeyPatch, do: str, value: object
+) -> None:
+    asked: list[bool] = []
+
+    def note(*_: object, allow_older: bool, **__: object) -> Any:
+        asked.append(allow_older)
+        raise StoreError("that is enough")
+
+    monkeypatch.setattr("edge_agent.updates.updates.Updates.check", note)
+    monkeypatch.setattr("edge_agent.updates.updates.Updates.take_in", note)
+    with pytest.raises(StoreError, match="that is enough"):
+        run_operation(operations[0], do, name="assistant", version=None, file=0, allow_older=value)
+    assert asked == [value is True]
 
 
 @pytest.mark.parametrize("do", ["import", "export"])

@@ -12,6 +12,7 @@ from edge_agent.errors import (
     EdgeAgentError,
     LoadFailed,
     MemoryShort,
+    PackageReplayed,
     Quarantined,
     RegistryRefused,
     SettingsError,
@@ -110,6 +111,17 @@ def test_a_pull_of_a_pinned_model_brings_the_version_and_leaves_the_pin(tmp_path
     device.sync.offers[OWN] = TWO
     assert device.updates.check("assistant", asked_for=True).version == 2
     assert device.lifecycle.state.active == ONE.key
+
+
+def test_only_an_operator_takes_an_old_package_under_a_new_number(device: UpdatingDevice) -> None:
+    device.sync.offers[OWN] = PackageReplayed("it is old", remedy="allow it")
+    device.updates.step(0)
+    assert (device.problem, device.lifecycle.adopted) == ("it is old; allow it", [])
+    assert (device.updates.reachable, device.updates.registry_problem) == (True, "")
+    device.sync.offers[OWN] = TWO
+    device.updates.check("assistant", asked_for=True)
+    device.updates.check("assistant", asked_for=True, allow_older=True)
+    assert [job.allow_older for job in device.sync.jobs] == [False, False, True]
 
 
 def test_a_quarantined_version_is_not_fetched_by_a_poll(tmp_path: Path) -> None:

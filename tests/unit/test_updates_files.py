@@ -35,10 +35,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def take_in(device: UpdatingDevice, file: Path, name: str | None = None) -> SyncResult:
+def take_in(
+    device: UpdatingDevice, file: Path, name: str | None = None, *, allow_older: bool = False
+) -> SyncResult:
     device.sync.offers.setdefault("models:/phi/1", Offer(version=1))
     with file.open("rb") as stream:
-        return device.updates.take_in(stream.fileno(), name=name)
+        return device.updates.take_in(stream.fileno(), name=name, allow_older=allow_older)
 
 
 # --- Files ---------------------------------------------------------------------------------------------
@@ -52,6 +54,13 @@ def test_an_imported_version_is_adopted_like_an_update(tmp_path: Path, file: Pat
     assert (job.ref, job.registry.uri, job.fallback) == ("models:/phi/1", version_file.ORIGIN, False)
     assert (job.version_file is None, job.quarantined) == (False, ())
     assert device.updates.reachable is None, "no registry was asked"
+
+
+def test_an_operator_may_allow_an_old_package_in_a_file(tmp_path: Path, file: Path) -> None:
+    device = make_device(tmp_path, registry="")
+    take_in(device, file)
+    take_in(device, file, allow_older=True)
+    assert [job.allow_older for job in device.sync.jobs] == [False, True]
 
 
 @pytest.mark.parametrize(

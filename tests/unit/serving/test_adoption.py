@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from edge_agent.cache.marks import mark_of
 from edge_agent.cache.state import MAX_QUARANTINED, ModelState
 from edge_agent.errors import (
     CannotRun,
@@ -112,6 +113,33 @@ def test_an_update_runs_beside_the_active_version_until_it_has_passed(life: Life
     assert (life.active, life.previous, life.ask()) == (2, 1, 2)
     assert life.host.events == ["load 1", "try 1", "load 2", "try 2", "stop 1"]
     assert life.store.state().model("assistant").candidate is None
+
+
+def test_only_a_version_that_passed_raises_the_mark_of_its_key(life: Life) -> None:
+    key = "5e" * 32
+    signed = TrustDecision(
+        rule=trust.Rule.SHIPPED_WRAPPER, signed_by=key, unsigned_code=False, reason="a test"
+    )
+    life.commit(1, decision=signed)
+    life.adopt(1)
+    assert mark_of(life.store, key=key, name="phi").version == 1
+    life.host.script(2, Script(golden_failures=["wrong"]))
+    life.commit(2, decision=signed)
+    refusal(life, 2)
+    assert mark_of(life.store, key=key, name="phi").version == 1
+    life.store.marks_file.unlink()
+    life.adopt(1)
+    assert life.store.marks_file.exists(), "each look at the registry makes good for what was lost"
+
+
+def test_a_mark_that_cannot_be_written_keeps_no_version_from_answering(life: Life) -> None:
+    life.store.marks_file.mkdir()
+    signed = TrustDecision(
+        rule=trust.Rule.SHIPPED_WRAPPER, signed_by="5e" * 32, unsigned_code=False, reason="a test"
+    )
+    life.commit(1, decision=signed)
+    life.adopt(1)
+    assert (life.active, life.ask()) == (1, 1)
 
 
 def test_the_records_of_versions_that_passed_say_that_they_served(life: Life) -> None:
