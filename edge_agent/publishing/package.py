@@ -101,10 +101,12 @@ def build_package(
         if not sign_key.is_file():
             raise PublishError(f"signing key {sign_key} is not a file")
     checked, prompts = sources.check_options(options), sources.read_golden(golden)
+    limits: list[str] = []
     if flavor == "transformers":
         trial.need_transformers()
         checkpoint = hugging_face.check_checkpoint(source_dir, sources.list_files(source_dir))
         sources.check_length(checkpoint.context_tokens, checked)
+        limits += checkpoint.limits
         _save_checkpoint(destination, checkpoint, signature=signature, options=checked, golden=prompts)
         files = {
             target: path for target, path in checkpoint.files.items() if target not in checkpoint.rewritten
@@ -116,7 +118,7 @@ def build_package(
         files = {f"artifacts/{ARTIFACT}/{path.as_posix()}": source_dir / path for path in found}
     _add_files(files, destination, progress)
     progress("try", 0, 0)
-    limits = trial.try_out(destination, EXAMPLES[signature], prompts, flavor=flavor)
+    limits += trial.try_out(destination, EXAMPLES[signature], prompts, flavor=flavor)
     if flavor == "onnx":
         limits += trial.compare_ends(source_dir)
     manifest = _write_manifest(name, destination, progress)

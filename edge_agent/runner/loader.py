@@ -49,6 +49,7 @@ def load(
 
     Raises:
         CannotRun: this host lacks what runs it.
+        PolicyError: a file of it leads out of the package.
         RunnerError: it is no language model.
         Exception: whatever MLflow, the package or the library raises; the runner reports it.
     """
