@@ -186,17 +186,20 @@ class Cleaned:
     dropped: tuple[str, ...]
 
 
-def clean(name: str, document: Mapping[str, Any]) -> Cleaned:
+def clean(name: str, document: Mapping[str, Any], *, any_tokenizer: bool = False) -> Cleaned:
     """The part of a file that the library may see.
 
     Args:
         name: the file's name: one of those with an allow-list here.
+        any_tokenizer: `tokenizer_class` may be any: it is for another library.
 
     Raises:
         PolicyError: a text in it leads out of the package, or the tokenizer is not of a kind that is taken; the
             message names the key.
     """
     refuse_paths(document)
+    if name == TOKENIZER_CONFIG and not any_tokenizer:
+        tokenizer_class(document)
     dropped: list[str] = []
     cleaned = _CLEANERS[name](document, dropped)
     return Cleaned(document=cleaned, dropped=tuple(dropped))
@@ -217,7 +220,7 @@ def read(file: Path, path: str = "") -> dict[str, Any]:
         PolicyError: it is no file of bounded size, or not a JSON object.
     """
     path = path or file.name
-    document = _parsed(_bytes(file, path), path)
+    document = _parsed(read_bytes(file, path), path)
     if not isinstance(document, dict):
         raise PolicyError(f"{path!r} is not a JSON object")
     return document
@@ -231,7 +234,12 @@ def _parsed(data: bytes, path: str) -> object:
     return document
 
 
-def _bytes(file: Path, path: str) -> bytes:
+def read_bytes(file: Path, path: str) -> bytes:
+    """A file's content.
+
+    Raises:
+        PolicyError: it is no regular file of bounded size.
+    """
     status = file.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise PolicyError(f"{path!r} is not a regular file")
@@ -277,6 +285,22 @@ def tokenizer_class(config: Mapping[str, Any]) -> str:
     return name
 
 
+def check_tokenizer(data: bytes) -> None:
+    """Checks that `tokenizer.json` brings its vocabulary: some classes of the library open one that is a text.
+
+    Raises:
+        PolicyError: it does not.
+    """
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return  # no library takes it
+    model = document.get("model") if isinstance(document, dict) else None
+    for key in ("vocab", "merges"):
+        if isinstance(model, dict) and not isinstance(model.get(key, []), list | dict):
+            raise PolicyError(f"{f'model.{key}'!r} is not a table")
+
+
 def weight_files(index: Mapping[str, Any], path: str, names: Set[str]) -> dict[str, str]:
     """tensor → file of `model.safetensors.index.json`.
 
@@ -298,7 +322,7 @@ def weight_files(index: Mapping[str, Any], path: str, names: Set[str]) -> dict[s
 def _check_json(file: Path, path: str, paths: Set[str]) -> None:
     place = PurePosixPath(path)
     name = place.name.casefold()
-    data = _bytes(file, path)
+    data = read_bytes(file, path)
     words = (*_REMOTE_KEYS, "attn_implementation", "\\u")
     if not has_list(name) and not any(word.encode() in data for word in words):
         return
@@ -367,8 +391,6 @@ def _generation_config(document: Mapping[str, Any], dropped: list[str]) -> dict[
 
 
 def _tokenizer_config(document: Mapping[str, Any], dropped: list[str]) -> dict[str, Any]:
-    tokenizer_class(document)
-
     def is_allowed(key: str, value: object) -> bool:
         return key in _TOKENIZER_KEYS or _is_token(key, value)
 

@@ -26,7 +26,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 from edge_agent.errors import PolicyError, SettingsError, VerificationError
-from edge_agent.package import genai_options, mlmodel, transformers_options
+from edge_agent.package import genai_options, genai_tokenizer, mlmodel, requirements, transformers_options
 from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from edge_agent.package.mlmodel import CODE_LOADER, TRANSFORMERS_LOADER, MLmodel
 
@@ -111,9 +111,11 @@ def decide(
         if not stat.S_ISREG((tree / path).lstat().st_mode):
             raise PolicyError(f"{path!r} is not a regular file")
     mlmodel.check(model, paths)
+    requirements.check(tree, paths)
     for path in sorted(paths):
         if PurePosixPath(path).name.casefold() == genai_options.FILE_NAME:
             genai_options.check(tree / path, path)
+            genai_tokenizer.check(tree, PurePosixPath(path).parent, paths)
     if model.loader == TRANSFORMERS_LOADER:
         transformers_options.check(
             tree, paths, model_folder=str(model.flavor("transformers").get("model_binary"))

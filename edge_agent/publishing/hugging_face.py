@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_agent.errors import PolicyError, PublishError
+from edge_agent.errors import PublishError
 from edge_agent.package import transformers_options
+from edge_agent.publishing import cleaning
 
 CONFIG = "config.json"
 MODEL_FOLDER, TOKENIZER_FOLDER = "model", "components/tokenizer"
@@ -34,7 +35,6 @@ _TOKENIZER_FILES = (
 _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md")
 _FLAVOR_OPTIONS = {"max_tokens": "max_new_tokens"}
 _MAX_JSON_BYTES = 64 << 20
-_MAX_SHOWN = 16
 _SAVE = "save it again with transformers: model.save_pretrained(DIR)"
 
 
@@ -44,17 +44,15 @@ class Checkpoint:
 
     Attributes:
         files: path in the package → path on this machine.
-        rewritten: path in the package → content, for configurations that must be changed.
+        rewritten: the configurations that must be changed.
         architecture: the model's class in transformers.
         context_tokens: the model's longest context; 0 if its configuration does not say.
-        limits: what was left out of the configurations, one sentence a file.
     """
 
     files: Mapping[str, Path]
-    rewritten: Mapping[str, bytes]
+    rewritten: cleaning.Rewritten
     architecture: str
     context_tokens: int
-    limits: tuple[str, ...] = ()
 
 
 def check_checkpoint(folder: Path, files: Sequence[Path]) -> Checkpoint:
@@ -90,22 +88,10 @@ def check_checkpoint(folder: Path, files: Sequence[Path]) -> Checkpoint:
     chosen |= {name: folder / name for name in _LICENSES}
     chosen = {target: path for target, path in chosen.items() if path.name in names}
     context_tokens = config.get("max_position_embeddings")
-    rewritten: dict[str, bytes] = {}
-    limits: list[str] = []
-    for target, path in chosen.items():
-        if transformers_options.has_list(path.name):
-            document = _read_object(path)
-            cleaned = _cleaned(path, document)
-            if cleaned.dropped:
-                keys = ", ".join(sorted(set(cleaned.dropped))[:_MAX_SHOWN])
-                limits.append(f"left out of {path.name}, because no device reads it: {keys}")
-            if cleaned.document != document:
-                text = json.dumps(cleaned.document, indent=2, ensure_ascii=False)
-                rewritten[target] = text.encode() + b"\n"
+    rewritten = cleaning.rewrite(chosen, transformers_options.has_list, transformers_options.clean)
     return Checkpoint(
         files=chosen,
         rewritten=rewritten,
-        limits=tuple(limits),
         architecture=architectures[0],
         context_tokens=context_tokens if isinstance(context_tokens, int) else 0,
     )
@@ -120,7 +106,7 @@ def save(
     options: Mapping[str, int | float],
     metadata: Mapping[str, Any] | None,
 ) -> None:
-    """Writes MLmodel, the environment files and the rewritten configurations into a new folder.
+    """Writes MLmodel and the environment files into a new folder.
 
     Args:
         signature: MLflow's `ModelSignature`.
@@ -170,9 +156,6 @@ def save(
         f"name: mlflow-env\nchannels:\n- conda-forge\ndependencies:\n- python={python_version}\n- pip\n- pip:\n"
         + "".join(f"  {line}\n" for line in lines.splitlines())
     )
-    for target, data in checkpoint.rewritten.items():
-        (destination / target).parent.mkdir(parents=True, exist_ok=True)
-        (destination / target).write_bytes(data)
 
 
 def _weights(folder: Path, names: set[str]) -> list[str]:
@@ -189,13 +172,6 @@ def _weights(folder: Path, names: set[str]) -> list[str]:
     if not found:
         raise PublishError(f"{folder} has no safetensors weights", remedy=_SAVE)
     return found
-
-
-def _cleaned(path: Path, document: Mapping[str, Any]) -> transformers_options.Cleaned:
-    try:
-        return transformers_options.clean(path.name, document)
-    except PolicyError as error:
-        raise PublishError(f"devices would refuse {path}: {error.message}", remedy=error.remedy) from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:

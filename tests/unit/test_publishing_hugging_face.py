@@ -40,7 +40,7 @@ def test_the_samples_files_go_to_their_places() -> None:
         "model/model.safetensors",
     ]
     assert (checkpoint.architecture, checkpoint.context_tokens) == ("Phi3ForCausalLM", 2048)
-    assert checkpoint.rewritten == {}
+    assert checkpoint.rewritten.files == {}
 
 
 def test_what_is_no_part_of_the_model_stays_here(folder: Path) -> None:
@@ -49,7 +49,7 @@ def test_what_is_no_part_of_the_model_stays_here(folder: Path) -> None:
     configure(folder, auto_map={"AutoConfig": "a.B"}, _name_or_path="/home/somebody")
     checkpoint = check(folder)
     assert set(checkpoint.files) - set(check(SAMPLE_HF).files) == {"LICENSE"}
-    (data,) = checkpoint.rewritten.values()
+    (data,) = checkpoint.rewritten.files.values()
     assert json.loads(data) == json.loads((SAMPLE_HF / "config.json").read_text())
 
 
@@ -104,12 +104,12 @@ def test_what_no_device_reads_is_left_out_with_a_line(folder: Path) -> None:
         folder, transformers_weights="other.safetensors", rope_parameters={"rope_theta": 1e4, "note": "x"}
     )
     checkpoint = check(folder)
-    tokenizer, config = sorted(checkpoint.rewritten)
-    assert json.loads(checkpoint.rewritten[tokenizer]) == json.loads(
+    tokenizer, config = sorted(checkpoint.rewritten.files)
+    assert json.loads(checkpoint.rewritten.files[tokenizer]) == json.loads(
         (SAMPLE_HF / "tokenizer_config.json").read_text()
     )
-    assert json.loads(checkpoint.rewritten[config])["rope_parameters"] == {"rope_theta": 1e4}
-    assert checkpoint.limits == (
+    assert json.loads(checkpoint.rewritten.files[config])["rope_parameters"] == {"rope_theta": 1e4}
+    assert checkpoint.rewritten.limits == (
         "left out of config.json, because no device reads it: rope_parameters.note, transformers_weights",
         "left out of tokenizer_config.json, because no device reads it: something, sp_model_kwargs",
     )
