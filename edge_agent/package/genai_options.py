@@ -128,16 +128,28 @@ def check(file: Path, path: str) -> None:
     # The library has its own JSON reader. Without escapes and repeated keys, both readers see the same keys.
     if b"\\" in data:
         raise PolicyError(f"{path!r} has escaped characters")
-    try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
-    except PolicyError as error:
-        raise PolicyError(f"{path!r}: {error.message}") from error
-    except (ValueError, RecursionError) as error:
-        raise PolicyError(f"{path!r} is not JSON ({type(error).__name__})") from error
+    document = parse(data, path)
     try:
         _check(document, _ROOT, "")
     except PolicyError as error:
         raise PolicyError(f"{path!r}: {error.message}") from error
+
+
+def parse(data: bytes, path: str) -> object:
+    """Parses JSON that another reader will read as well: without repeated keys, both see the same.
+
+    Raises:
+        PolicyError: it is not plain JSON.
+    """
+    try:
+        document: object = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant
+        )
+    except PolicyError as error:
+        raise PolicyError(f"{path!r}: {error.message}") from error
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"{path!r} is not JSON ({type(error).__name__})") from error
+    return document
 
 
 def _check(value: object, rule: Any, place: str) -> None:

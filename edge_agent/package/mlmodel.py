@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import ManifestError, PolicyError
+from edge_agent.package import plain_yaml
 from edge_agent.package.manifest import check_path
 
 FILE_NAME = "MLmodel"
@@ -26,7 +27,6 @@ GOLDEN_TOKENS = 64
 MAX_GOLDEN_TOKENS = 1024
 
 MAX_BYTES = 1 << 20
-_MAX_NODES = 50_000
 
 _COMMON_KEYS = frozenset(("config", "env", "loader_module", "python_version", "streamable", "task"))
 _ARTIFACT_KEYS = frozenset(("artifacts",))
@@ -114,7 +114,7 @@ def parse(data: bytes) -> MLmodel:
     Raises:
         PolicyError: the file is not plain YAML, or its loader is not allowed.
     """
-    document = _mapping(_parse(data), FILE_NAME)
+    document = _mapping(plain_yaml.load(data, FILE_NAME), FILE_NAME)
     flavors = _mapping(document.get("flavors"), "flavors of MLmodel")
     pyfunc = _mapping(flavors.get("python_function"), "flavor python_function of MLmodel")
     loader = pyfunc.get("loader_module")
@@ -204,29 +204,6 @@ def _inside(path: object, place: str, paths: Set[str]) -> None:
         raise PolicyError(f"MLmodel: {place}: {error.message}") from error
     if text not in paths and not any(known.startswith(f"{text}/") for known in paths):
         raise PolicyError(f"MLmodel: {place}: {text!r} is not in the package")
-
-
-def _parse(data: bytes) -> object:
-    import yaml  # type: ignore[import-untyped]  # takes 10 ms, so only when a package is checked
-
-    class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
-        """Safe YAML of bounded size, without anchors, which can expand a small file into a huge document."""
-
-        nodes = 0
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            self.nodes += 1
-            event = self.peek_event()
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-                raise PolicyError("MLmodel has YAML anchors or aliases")
-            if self.nodes > _MAX_NODES:
-                raise PolicyError(f"MLmodel has more than {_MAX_NODES} values")
-            return super().compose_node(parent, index)
-
-    try:
-        return yaml.load(data, Loader=PlainLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise PolicyError(f"MLmodel is not YAML ({type(error).__name__})") from error
 
 
 def _mapping(value: object, what: str) -> Mapping[str, Any]:

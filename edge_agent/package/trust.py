@@ -2,7 +2,7 @@
 
 Owns the decision whether a package may run. It is made on the staged files before any of them gets its final name,
 and can be made again from the same files at any time. Flow: signature → loader and its options (`mlmodel.py`,
-`genai_options.py`) → which files are code → one of four rules:
+`genai_options.py`, `transformers_options.py`) → which files are code → one of four rules:
 
 1. If `trust.public_keys` is set, one of the keys must have signed the package, under its own name.
 2. A package without code may run.
@@ -18,14 +18,15 @@ import base64
 import hashlib
 import json
 import logging
+import stat
 import zipfile
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 from edge_agent.errors import PolicyError, SettingsError, VerificationError
-from edge_agent.package import genai_options, mlmodel
+from edge_agent.package import genai_options, genai_tokenizer, mlmodel, requirements, transformers_options
 from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from edge_agent.package.mlmodel import CODE_LOADER, TRANSFORMERS_LOADER, MLmodel
 
@@ -48,10 +49,6 @@ _WEIGHT_SUFFIXES = frozenset((".onnx", ".data", ".safetensors", ".gguf"))
 """These files are not inspected: their readers run no code, and their first bytes can be anything."""
 _PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 _PROGRAM_STARTS = (b"\x7fELF", b"MZ\x90\x00", b"\xca\xfe\xba\xbe", b"\xcf\xfa\xed\xfe", b"#!")
-_MAX_JSON_BYTES = 64 << 20
-_MAX_TEMPLATE_BYTES = 1 << 20
-_REMOTE_KEYS = ("auto_map", "custom_", "attn_implementation", "weight_map")
-"""Parts of the keys that make transformers load something from outside the file."""
 _MAX_SIGNATURE_BYTES = 4 << 20
 
 
@@ -110,10 +107,19 @@ def decide(
     signed_by = check_signature(tree, manifest, public_keys) if public_keys else ""
     model = mlmodel.read(tree)
     paths = {file.path for file in manifest.files}
+    for path in sorted(paths):
+        if not stat.S_ISREG((tree / path).lstat().st_mode):
+            raise PolicyError(f"{path!r} is not a regular file")
     mlmodel.check(model, paths)
+    requirements.check(tree, paths)
     for path in sorted(paths):
         if PurePosixPath(path).name.casefold() == genai_options.FILE_NAME:
             genai_options.check(tree / path, path)
+            genai_tokenizer.check(tree, PurePosixPath(path).parent, paths)
+    if model.loader == TRANSFORMERS_LOADER:
+        transformers_options.check(
+            tree, paths, model_folder=str(model.flavor("transformers").get("model_binary"))
+        )
     code = code_files(tree, manifest, model)
     return _rule(tree, model, code, signed_by=signed_by, allow_unsigned_code=allow_unsigned_code)
 
@@ -132,8 +138,6 @@ def code_files(tree: Path, manifest: Manifest, model: MLmodel) -> dict[str, str]
         kind = _code_kind(tree / file.path, path)
         if kind is None and model.loader == TRANSFORMERS_LOADER and path.suffix == ".bin":
             kind = "pickled weights"
-        if kind is None and model.loader == TRANSFORMERS_LOADER:
-            _check_transformers_file(tree / file.path, file.path, {known.path for known in manifest.files})
         if kind:
             found[file.path] = kind
     return found
@@ -314,56 +318,6 @@ def _code_kind(file: Path, path: PurePosixPath) -> str | None:
     if start.startswith(b"PK") and zipfile.is_zipfile(file):
         return "an archive"
     return None
-
-
-def _check_transformers_file(file: Path, path: str, paths: Set[str]) -> None:
-    """Refuses data that makes transformers load something else: a module, another model, a file outside."""
-    name = PurePosixPath(path.casefold())
-    if name.name == "adapter_config.json":
-        raise PolicyError(f"{path!r} names a base model that is not in the package")
-    if name.suffix == ".jinja" and file.stat().st_size > _MAX_TEMPLATE_BYTES:
-        raise PolicyError(f"{path!r} has more than {_MAX_TEMPLATE_BYTES} bytes")
-    if name.suffix != ".json":
-        return
-    if file.stat().st_size > _MAX_JSON_BYTES:
-        raise PolicyError(f"{path!r} is too large to be checked")
-    data = file.read_bytes()
-    if not any(key.encode() in data for key in (*_REMOTE_KEYS, "\\u")):
-        return
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise PolicyError(f"{path!r} is not JSON") from error
-    for key, value in _pairs(document):
-        if key == "auto_map":
-            raise PolicyError(
-                f"{path!r} has auto_map, which loads code from elsewhere",
-                remedy="publish it without that key; transformers has its own classes for most models",
-            )
-        if key in ("custom_pipelines", "custom_generate") and value:
-            raise PolicyError(f"{path!r} has {key}, which loads code from elsewhere")
-        if key in ("attn_implementation", "_attn_implementation") and "/" in json.dumps(value):
-            raise PolicyError(f"{path!r} has {key} {value!r}, which loads a kernel from elsewhere")
-        if key == "weight_map" and not _is_weight_map(value, PurePosixPath(path).parent, paths):
-            raise PolicyError(f"{path!r} names weights that are not in the package")
-
-
-def _is_weight_map(value: object, folder: PurePosixPath, paths: Set[str]) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and str(folder / name) in paths for name in value.values()
-    )
-
-
-def _pairs(document: object) -> Iterator[tuple[str, object]]:
-    """Every key with its value, at any depth."""
-    waiting = [document]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            yield from value.items()
-            waiting.extend(value.values())
-        elif isinstance(value, list):
-            waiting.extend(value)
 
 
 def _signed_files(signature: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """A Hugging Face folder as a package of MLflow's transformers flavor.
 
-It chooses the files that go into the package and writes the MLmodel that names them. It neither loads nor rewrites
+It chooses the files that go into the package, leaves out of their configurations what no device reads
+(`package/transformers_options.py`), and writes the MLmodel that names them. It neither loads nor rewrites
 the weights: MLflow's `save_model` would hold them in memory, write them again, and put this machine's path into the
 package. It refuses pickled weights and everything else that devices refuse.
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import PublishError
+from edge_agent.package import transformers_options
+from edge_agent.publishing import cleaning
 
 CONFIG = "config.json"
 MODEL_FOLDER, TOKENIZER_FOLDER = "model", "components/tokenizer"
@@ -29,7 +32,6 @@ _TOKENIZER_FILES = (
     *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
     *("chat_template.jinja", "chat_template.json"),
 )
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md")
 _FLAVOR_OPTIONS = {"max_tokens": "max_new_tokens"}
 _MAX_JSON_BYTES = 64 << 20
@@ -42,13 +44,13 @@ class Checkpoint:
 
     Attributes:
         files: path in the package → path on this machine.
-        rewritten: path in the package → content, for configurations that must be changed.
+        rewritten: the configurations that must be changed.
         architecture: the model's class in transformers.
         context_tokens: the model's longest context; 0 if its configuration does not say.
     """
 
     files: Mapping[str, Path]
-    rewritten: Mapping[str, bytes]
+    rewritten: cleaning.Rewritten
     architecture: str
     context_tokens: int
 
@@ -76,20 +78,20 @@ def check_checkpoint(folder: Path, files: Sequence[Path]) -> Checkpoint:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise PublishError(f"{folder / CONFIG} names no architecture", remedy=_SAVE)
-    if not names & set(_TOKENIZERS):
-        raise PublishError(f"{folder} has no tokenizer", remedy="tokenizer.save_pretrained(DIR)")
+    if transformers_options.TOKENIZER not in names:
+        raise PublishError(
+            f"{folder} has no tokenizer that devices read: no {transformers_options.TOKENIZER}",
+            remedy="transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it",
+        )
     chosen = {f"{MODEL_FOLDER}/{name}": folder / name for name in (*_MODEL_FILES, *_weights(folder, names))}
     chosen |= {f"{TOKENIZER_FOLDER}/{name}": folder / name for name in _TOKENIZER_FILES}
     chosen |= {name: folder / name for name in _LICENSES}
     chosen = {target: path for target, path in chosen.items() if path.name in names}
     context_tokens = config.get("max_position_embeddings")
+    rewritten = cleaning.rewrite(chosen, transformers_options.has_list, transformers_options.clean)
     return Checkpoint(
         files=chosen,
-        rewritten={
-            target: data
-            for target, path in chosen.items()
-            if path.name in (CONFIG, "tokenizer_config.json") and (data := _without_remote_code(path))
-        },
+        rewritten=rewritten,
         architecture=architectures[0],
         context_tokens=context_tokens if isinstance(context_tokens, int) else 0,
     )
@@ -104,7 +106,7 @@ def save(
     options: Mapping[str, int | float],
     metadata: Mapping[str, Any] | None,
 ) -> None:
-    """Writes MLmodel, the environment files and the rewritten configurations into a new folder.
+    """Writes MLmodel and the environment files into a new folder.
 
     Args:
         signature: MLflow's `ModelSignature`.
@@ -154,9 +156,6 @@ def save(
         f"name: mlflow-env\nchannels:\n- conda-forge\ndependencies:\n- python={python_version}\n- pip\n- pip:\n"
         + "".join(f"  {line}\n" for line in lines.splitlines())
     )
-    for target, data in checkpoint.rewritten.items():
-        (destination / target).parent.mkdir(parents=True, exist_ok=True)
-        (destination / target).write_bytes(data)
 
 
 def _weights(folder: Path, names: set[str]) -> list[str]:
@@ -173,15 +172,6 @@ def _weights(folder: Path, names: set[str]) -> list[str]:
     if not found:
         raise PublishError(f"{folder} has no safetensors weights", remedy=_SAVE)
     return found
-
-
-def _without_remote_code(path: Path) -> bytes | None:
-    """A configuration without `auto_map` and without its original path; None if it has neither."""
-    document = _read_object(path)
-    cleaned = {key: value for key, value in document.items() if key not in ("auto_map", "_name_or_path")}
-    if cleaned == document:
-        return None
-    return json.dumps(cleaned, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ apply. Flow (`build_package`):
     source.check_*      checks folder, options and golden prompts
     _save               MLflow writes MLmodel, wrapper, input example and requirements
                         (hugging_face.py does so for the transformers flavor)
+    cleaning.rewrite    leaves out of the configurations what no device reads
     _add_files          adds the folder's files, as hard links where the file system allows it
     trial.try_out       asks the model once, and the golden prompts; tries its chat template
     _write_manifest     lists every file with size and sha256; then the package is signed
@@ -23,10 +24,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge_agent.errors import ContentError, PublishError
+from edge_agent.package import genai_tokenizer, trust
 from edge_agent.package import manifest as manifests
-from edge_agent.package import trust
 from edge_agent.package.manifest import Manifest, ManifestFile
-from edge_agent.publishing import hugging_face, trial
+from edge_agent.publishing import cleaning, hugging_face, trial
 from edge_agent.publishing import source as sources
 
 Flavor = Literal["onnx", "transformers"]
@@ -106,17 +107,18 @@ def build_package(
         checkpoint = hugging_face.check_checkpoint(source_dir, sources.list_files(source_dir))
         sources.check_length(checkpoint.context_tokens, checked)
         _save_checkpoint(destination, checkpoint, signature=signature, options=checked, golden=prompts)
-        files = {
-            target: path for target, path in checkpoint.files.items() if target not in checkpoint.rewritten
-        }
+        files, rewritten = checkpoint.files, checkpoint.rewritten
     else:
         found = sources.check_folder(source_dir)
         sources.check_length(sources.context_of(source_dir), checked)
-        _save(destination, name=name, signature=signature, options=checked, golden=prompts)
         files = {f"artifacts/{ARTIFACT}/{path.as_posix()}": source_dir / path for path in found}
-    _add_files(files, destination, progress)
+        rewritten = cleaning.rewrite(
+            files, genai_tokenizer.CONFIGURATIONS.__contains__, genai_tokenizer.clean
+        )
+        _save(destination, name=name, signature=signature, options=checked, golden=prompts)
+    _add_files(files, rewritten.files, destination, progress)
     progress("try", 0, 0)
-    limits = trial.try_out(destination, EXAMPLES[signature], prompts, flavor=flavor)
+    limits = [*rewritten.limits, *trial.try_out(destination, EXAMPLES[signature], prompts, flavor=flavor)]
     if flavor == "onnx":
         limits += trial.compare_ends(source_dir)
     manifest = _write_manifest(name, destination, progress)
@@ -197,15 +199,20 @@ def _save_checkpoint(
     )
 
 
-def _add_files(files: Mapping[str, Path], destination: Path, report: Progress) -> None:
-    """Links or copies each file to its place in the package."""
+def _add_files(
+    files: Mapping[str, Path], rewritten: Mapping[str, bytes], destination: Path, report: Progress
+) -> None:
+    """Links or copies each file to its place in the package, or writes its new content."""
     total = sum(path.stat().st_size for path in files.values())
     done = 0
     for target, path in files.items():
         report("copy", done, total)
         (destination / target).parent.mkdir(parents=True, exist_ok=True)
         try:
-            _link_or_copy(path, destination / target)
+            if target in rewritten:
+                (destination / target).write_bytes(rewritten[target])
+            else:
+                _link_or_copy(path, destination / target)
         except OSError as error:
             raise PublishError(f"{path} cannot be copied: {error.strerror}") from error
         done += path.stat().st_size

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_agent.errors import CannotRun, EdgeAgentError, LoadFailed, RunnerError
+from edge_agent.errors import CannotRun, EdgeAgentError, LoadFailed, PolicyError, RunnerError
 from edge_agent.host import memory
 from edge_agent.runner import golden, loader
 from edge_agent.runner.model import TOO_LONG
@@ -101,7 +101,7 @@ class Runner:
             system_refused = model.warm_up(request.system)
         except Exception as error:
             print_frames(error)
-            code = CannotRun.code if isinstance(error, CannotRun) else LoadFailed.code
+            code = error.code if isinstance(error, CannotRun | PolicyError) else LoadFailed.code
             self._send(Failed(message=_describe(error), code=code))
             raise _Ended from error
         gc.collect()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, by_code
-from edge_agent.package import mlmodel, trust
+from edge_agent.package import genai_tokenizer, mlmodel, trust
 from edge_agent.package.mlmodel import TRANSFORMERS_LOADER, MLmodel
 from edge_agent.runner.capability import UNKNOWN_ARCHITECTURE
 from edge_agent.runner.model import DEFAULT_MAX_TOKENS, OPTIONS, End, Lane, Model
@@ -49,6 +49,7 @@ def load(
 
     Raises:
         CannotRun: this host lacks what runs it.
+        PolicyError: a file of it leads out of the package.
         RunnerError: it is no language model.
         Exception: whatever MLflow, the package or the library raises; the runner reports it.
     """
@@ -142,7 +143,11 @@ def _own_refusals() -> Iterator[None]:
 
 
 def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Model:
-    """A package whose code runs: our wrapper, or somebody else's."""
+    """A package whose code runs: our wrapper, or somebody else's.
+
+    `suppress_warnings`: MLflow would compare `requirements.txt` with what is installed, follow its `-r` wherever it
+    leads, and print its lines, which would reach the log.
+    """
     import mlflow.pyfunc
 
     from edge_agent.runner import foreign_pyfunc
@@ -150,6 +155,7 @@ def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Mode
     code = folder / package.code_file
     ours = package.code_file != "" and trust.is_shipped(code)
     if ours:
+        genai_tokenizer.check_package(folder)
         _need("onnxruntime_genai", package="onnxruntime-genai")
     else:  # whatever else it needs, it finds by itself
         _import_quietly("onnxruntime_genai")
@@ -158,7 +164,7 @@ def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Mode
     own = package.pyfunc.get("config")
     if ours:
         try:
-            pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=config)
+            pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=config, suppress_warnings=True)
         except RuntimeError as error:
             if UNKNOWN_ARCHITECTURE in str(error):  # the library tells its faults apart by text only
                 raise CannotRun(f"onnxruntime-genai: {' '.join(str(error).split())[:200]}") from error
@@ -172,7 +178,7 @@ def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Mode
             max_tokens=_max_tokens(config, own),
         )
     known = {key: value for key, value in config.items() if isinstance(own, dict) and key in own}
-    pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=known or None)
+    pyfunc = mlflow.pyfunc.load_model(str(folder), model_config=known or None, suppress_warnings=True)
     return foreign_pyfunc.ForeignModel(
         pyfunc,
         flavor=f"mlflow.pyfunc {mlflow.__version__}",

@@ -34,6 +34,7 @@ from edge_agent.errors import (
     DeadlineExceeded,
     LoadFailed,
     ModelFailed,
+    PolicyError,
     PromptError,
     PromptTooLong,
     RunnerCrashed,
@@ -186,7 +187,9 @@ class RunnerProcess:
         self.kill()
         if isinstance(frame, Failed):
             message = f"model does not load: {frame.message}"
-            raise error_of(frame.code, message, among=(CannotRun, LoadFailed), otherwise=LoadFailed)
+            raise error_of(
+                frame.code, message, among=(CannotRun, LoadFailed, PolicyError), otherwise=LoadFailed
+            )
         raise RunnerError(
             f"model did not load within {timeout_s:.0f} s" if frame is None else "runner spoke out of turn"
         )

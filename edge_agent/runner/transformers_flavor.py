@@ -1,8 +1,8 @@
 """MLflow's transformers flavor, served with the agent's own contract.
 
-Owns one loaded model and its tokenizer, read from the package's folder as data: safetensors weights, classes
-that transformers itself has, never a hub, never code from the package. MLflow's own wrapper for this flavor is
-not used: offline it fails on `stop`, raises on `n`, `stream` and `temperature=0`, and cannot stream.
+Owns one loaded model and its tokenizer, read as data: what `checkpoint.py` shows of the package's folder, safetensors
+weights, classes that transformers itself has, never a hub, never code from the package. MLflow's own wrapper for this
+flavor is not used: offline it fails on `stop`, raises on `n`, `stream` and `temperature=0`, and cannot stream.
 
     load           MLmodel → config → weights and tokenizer; what this cannot serve is refused with its reason
     stream         options, tokens, budget → `generate` in a thread → tokens → text → stop → deltas and one `End`
@@ -14,6 +14,7 @@ speed would let the speed decide between two tokens that are nearly equally like
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -26,9 +27,12 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, RunnerError
 from edge_agent.package.mlmodel import MLmodel
+from edge_agent.package.transformers_options import TOKENIZER_FOLDER
+from edge_agent.runner import checkpoint
 from edge_agent.runner.decoder import Decoder
 from edge_agent.runner.model import DEFAULT_MAX_TOKENS, End, Model
 from edge_agent.runner.prompts import Prompts
@@ -79,6 +83,7 @@ def load(
 
     Raises:
         CannotRun: this version of transformers does not know the architecture.
+        PolicyError: a file of the package leads out of it.
         RunnerError: it is no language model of this flavor, or its weights are not those of its architecture.
     """
     transformers.utils.logging.set_verbosity_error()
@@ -90,12 +95,10 @@ def load(
         raise RunnerError(
             f"the model's task is {task!r}", remedy="this agent serves language models: text-generation"
         )
-    weights = folder / str(flavor.get("model_binary"))
-    tokenizer_folder = folder / "components" / "tokenizer"
-    model = _load_weights(weights)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        tokenizer_folder if tokenizer_folder.is_dir() else weights, **_LOCAL
-    )
+    weights, tokenizer_folder = folder / str(flavor.get("model_binary")), folder / TOKENIZER_FOLDER
+    with checkpoint.opened(weights, tokenizer_folder if tokenizer_folder.is_dir() else weights) as shown:
+        model = _load_weights(shown)
+        tokenizer = _load_tokenizer(shown)
     longest = getattr(model.config, "max_position_embeddings", None) or context_tokens
     given = {"max_tokens": max_tokens, "repetition_penalty": repetition_penalty}
     options = {"max_tokens": 0, **_package_options(package.pyfunc.get("config"))}
@@ -267,19 +270,19 @@ class _Tokens(BaseStreamer):  # type: ignore[misc]
         """Nothing is held back here."""
 
 
-def _load_weights(folder: Path) -> Any:
-    config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+def _load_weights(shown: checkpoint.Checkpoint) -> Any:
+    config = transformers.AutoConfig.from_pretrained(shown.model, **_LOCAL)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise CannotRun(
             f"transformers {transformers.__version__} has no language model of the type {config.model_type!r}"
         )
-    if getattr(config, "quantization_config", None):
+    if shown.quantized:
         raise CannotRun(
             "the weights are quantized in a form that needs more libraries than transformers and torch",
             remedy="publish the weights as they were before, in float16 or bfloat16",
         )
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, config=config, use_safetensors=True, dtype="auto", output_loading_info=True, **_LOCAL
+        shown.model, config=config, use_safetensors=True, dtype="auto", output_loading_info=True, **_LOCAL
     )
     if missing := sorted(map(str, loading["missing_keys"])):
         # The library would go on with random numbers in their place.
@@ -287,6 +290,30 @@ def _load_weights(folder: Path) -> Any:
             f"the weights lack {len(missing)} tensors of this architecture, {missing[0]!r} first"
         )
     return model.eval()
+
+
+def _load_tokenizer(shown: checkpoint.Checkpoint) -> Any:
+    """The tokenizer that `tokenizer.json` describes.
+
+    Not `AutoTokenizer`: the classes that it chooses from build a tokenizer of their own from parts of that file, and
+    open a part that is a text instead of a table. Of the package's class only the names of tokens are taken that no
+    configuration gives.
+    """
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(shown.tokenizer, **_LOCAL)
+    for name, text in _class_tokens(shown.tokenizer_class).items():
+        if getattr(tokenizer, name) is None and tokenizer.backend_tokenizer.token_to_id(text) is not None:
+            setattr(tokenizer, name, text)
+    return tokenizer
+
+
+def _class_tokens(name: str) -> dict[str, str]:
+    """Named tokens, such as `eos_token`, that a class of the library has where no configuration gives any."""
+    kind = tokenizer_class_from_name(name) if name else None
+    if kind is None or not issubclass(kind, transformers.PreTrainedTokenizerFast):
+        return {}
+    parameters = inspect.signature(kind.__init__).parameters
+    named = {key: parameters[key].default for key in kind.SPECIAL_TOKENS_ATTRIBUTES if key in parameters}
+    return {key: text for key, text in named.items() if isinstance(text, str)}
 
 
 def _clean_generation_config(model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def test_the_samples_files_go_to_their_places() -> None:
         "model/model.safetensors",
     ]
     assert (checkpoint.architecture, checkpoint.context_tokens) == ("Phi3ForCausalLM", 2048)
-    assert checkpoint.rewritten == {}
+    assert checkpoint.rewritten.files == {}
 
 
 def test_what_is_no_part_of_the_model_stays_here(folder: Path) -> None:
@@ -49,7 +49,7 @@ def test_what_is_no_part_of_the_model_stays_here(folder: Path) -> None:
     configure(folder, auto_map={"AutoConfig": "a.B"}, _name_or_path="/home/somebody")
     checkpoint = check(folder)
     assert set(checkpoint.files) - set(check(SAMPLE_HF).files) == {"LICENSE"}
-    (data,) = checkpoint.rewritten.values()
+    (data,) = checkpoint.rewritten.files.values()
     assert json.loads(data) == json.loads((SAMPLE_HF / "config.json").read_text())
 
 
@@ -91,3 +91,48 @@ def test_what_a_device_would_refuse_is_refused_here(
     edit(folder)
     with pytest.raises(PublishError, match=reason):
         check(folder)
+
+
+def configure_tokenizer(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_what_no_device_reads_is_left_out_with_a_line(folder: Path) -> None:
+    configure_tokenizer(folder, something="new", sp_model_kwargs={"a": 1})
+    configure(
+        folder, transformers_weights="other.safetensors", rope_parameters={"rope_theta": 1e4, "note": "x"}
+    )
+    checkpoint = check(folder)
+    tokenizer, config = sorted(checkpoint.rewritten.files)
+    assert json.loads(checkpoint.rewritten.files[tokenizer]) == json.loads(
+        (SAMPLE_HF / "tokenizer_config.json").read_text()
+    )
+    assert json.loads(checkpoint.rewritten.files[config])["rope_parameters"] == {"rope_theta": 1e4}
+    assert checkpoint.rewritten.limits == (
+        "left out of config.json, because no device reads it: rope_parameters.note, transformers_weights",
+        "left out of tokenizer_config.json, because no device reads it: something, sp_model_kwargs",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"vocab": "/etc/passwd"}, "vocab"),
+        ({"vocab": "../../etc/passwd"}, "vocab"),
+        ({"init_inputs": ["/etc/passwd"]}, "init_inputs"),
+        ({"a": {"b": [{"c": "x/../y"}]}}, "a.b.c"),
+        ({"eos_token": {"content": "/etc/passwd"}}, "eos_token.content"),
+        ({"tokenizer_class": "BertTokenizer"}, "tokenizer_class"),
+        ({"tokenizer_class": ["LlamaTokenizer"]}, "tokenizer_class"),
+    ],
+)
+def test_a_path_or_a_foreign_tokenizer_is_refused_with_its_key(
+    folder: Path, changes: dict[str, Any], key: str
+) -> None:
+    configure_tokenizer(folder, **changes)
+    with pytest.raises(
+        PublishError, match=rf"devices would refuse .*tokenizer_config\.json: .*{key}"
+    ) as caught:
+        check(folder)
+    assert "passwd" not in str(caught.value)
