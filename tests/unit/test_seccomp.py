@@ -1,0 +1,137 @@
+"""The filter of system calls, run instruction by instruction: for both architectures, on any."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from edge_agent.host import seccomp
+from edge_agent.host.seccomp import ARCHITECTURES, MISSING, NETWORKING, REFUSED, Network, program
+from tests.support.bpf import verdict
+
+PID = 4711
+KINDS = [(name, network) for name in ARCHITECTURES for network in Network]
+ALLOWED = {
+    "read": (0, 63), "write": (1, 64), "close": (3, 57), "mmap": (9, 222), "mprotect": (10, 226),
+    "munmap": (11, 215), "brk": (12, 214), "futex": (202, 98), "exit_group": (231, 94), "getdents64": (217, 61),
+    "pread64": (17, 67), "pwrite64": (18, 68), "readlinkat": (267, 78), "newfstatat": (262, 79),
+    "rt_sigaction": (13, 134), "sendto": (44, 206), "recvfrom": (45, 207), "ftruncate": (77, 46),
+    "sched_getaffinity": (204, 123), "getrandom": (318, 278), "unlinkat": (263, 35), "rseq": (334, 293),
+    "set_robust_list": (273, 99), "madvise": (28, 233), "wait4": (61, 260), "ppoll": (271, 73),
+}  # fmt: skip
+
+
+class Filter:
+    def __init__(self, machine: str, network: Network = Network.NONE) -> None:
+        self.architecture = ARCHITECTURES[machine]
+        self.program = program(self.architecture, pid=PID, network=network)
+
+    def number(self, name: str) -> int | None:
+        tables = (*REFUSED.values(), MISSING, NETWORKING, seccomp._CHECKED, ALLOWED)
+        return next(table[name] for table in tables if name in table)[self.architecture.column]
+
+    def __call__(self, name: str, *arguments: int) -> str:
+        number = self.number(name)
+        assert number is not None, f"{name} is not a call of this architecture"
+        return verdict(self.program, audit=self.architecture.audit, number=number, arguments=arguments)
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def asked(request: pytest.FixtureRequest) -> Filter:
+    return Filter(request.param)
+
+
+@pytest.mark.parametrize(("machine", "network"), KINDS)
+def test_it_fits_the_kernel(machine: str, network: Network) -> None:
+    steps = Filter(machine, network).program
+    assert len(steps) <= 4096, "BPF_MAXINSNS"
+    assert all(step[1] <= 255 and step[2] <= 255 for step in steps)
+
+
+@pytest.mark.parametrize(("machine", "network"), KINDS)
+def test_what_models_need_is_allowed(machine: str, network: Network) -> None:
+    asked = Filter(machine, network)
+    assert {name: asked(name) for name in ALLOWED} == dict.fromkeys(ALLOWED, "allowed")
+
+
+@pytest.mark.parametrize(("machine", "network"), KINDS)
+def test_every_refused_call_is_refused_whatever_its_arguments(machine: str, network: Network) -> None:
+    asked = Filter(machine, network)
+    names = [name for group in REFUSED.values() for name in group if asked.number(name) is not None]
+    assert len(names) > 90
+    for arguments in ((), (PID, PID), (1, 1, 1)):
+        assert {name: asked(name, *arguments) for name in names} == dict.fromkeys(names, "EPERM")
+
+
+def test_calls_whose_arguments_cannot_be_read_do_not_exist(asked: Filter) -> None:
+    assert {name: asked(name) for name in MISSING} == {"clone3": "ENOSYS", "openat2": "ENOSYS"}
+
+
+def test_calls_that_are_newer_than_the_filter_do_not_exist(asked: Filter) -> None:
+    for number in (seccomp.NEWEST + 1, 466, 500, seccomp.X32_BIT - 1):
+        assert verdict(asked.program, audit=asked.architecture.audit, number=number) == "ENOSYS"
+    assert verdict(asked.program, audit=asked.architecture.audit, number=seccomp.NEWEST) == "allowed"
+
+
+def test_a_call_of_another_architecture_or_of_x32_is_refused(asked: Filter) -> None:
+    others = {0x40000003, 0x40000028, *(each.audit for each in ARCHITECTURES.values())}
+    for audit in others - {asked.architecture.audit}:
+        assert verdict(asked.program, audit=audit, number=0) == "EPERM"
+    for number in (seccomp.X32_BIT, seccomp.X32_BIT | 0, 0xFFFFFFFF):
+        assert verdict(asked.program, audit=asked.architecture.audit, number=number) == "EPERM"
+
+
+def test_threads_are_allowed_and_processes_and_namespaces_are_not(asked: Filter) -> None:
+    thread = 0x3D0F00  # what pthread_create asks for
+    assert asked("clone", thread) == "allowed"
+    assert asked("clone", 17) == "EPERM", "fork"
+    assert asked("clone", 0x4111) == "EPERM", "vfork"
+    for namespace in (0x80, 0x20000, *(1 << bit for bit in range(25, 31))):
+        assert asked("clone", thread | namespace) == "EPERM"
+
+
+def test_a_process_signals_itself_only(asked: Filter) -> None:
+    for name in ("kill", "tgkill"):
+        assert [asked(name, pid, 9) for pid in (PID, PID + 1, 0, -1, 1)] == ["allowed", *["EPERM"] * 4]
+    assert [asked("prlimit64", pid) for pid in (0, PID, PID + 1)] == ["allowed", "allowed", "EPERM"]
+
+
+def test_a_file_is_truncated_by_writers_only(asked: Filter) -> None:
+    calls = [("openat", (0, 0))] + ([("open", (0,))] if asked.number("open") is not None else [])
+    for name, before in calls:
+        found = {flags: asked(name, *before, flags) for flags in (0o0, 0o1, 0o2, 0o1001, 0o1002, 0o101, 0o3)}
+        assert set(found.values()) == {"allowed"}
+        assert [asked(name, *before, flags) for flags in (0o1000, 0o1003, 0o2001000)] == ["EPERM"] * 3
+
+
+def test_dangerous_commands_of_common_calls_are_refused(asked: Filter) -> None:
+    assert {asked("prctl", each) for each in seccomp._REFUSED_PRCTL.values()} == {"EPERM"}
+    assert {asked("fcntl", 3, each) for each in seccomp._REFUSED_FCNTL.values()} == {"EPERM"}
+    assert {asked("ioctl", 3, each) for each in seccomp._REFUSED_IOCTL.values()} == {"EPERM"}
+    assert asked("prctl", 15) == asked("fcntl", 3, 1030) == asked("ioctl", 3, 0x5401) == "allowed"
+    assert asked("ioctl", 3, 1 << 32 | 0x5412) == "EPERM", "the kernel reads the lower half only"
+
+
+@pytest.mark.parametrize("machine", list(ARCHITECTURES))
+def test_sockets_are_those_that_were_asked_for(machine: str) -> None:
+    families = {"unix": 1, "inet": 2, "inet6": 10, "netlink": 16, "packet": 17, "vsock": 40, "alg": 38}
+    stream = int(socket.SOCK_STREAM) | 0o2004000  # non-blocking, closed at exec
+    found = {}
+    for network in Network:
+        asked = Filter(machine, network)
+        found[network] = {
+            name for name, family in families.items() if asked("socket", family, stream) == "allowed"
+        }
+        assert asked("socket", 2, 3) == "EPERM", "raw"
+        assert {asked(name) for name in ("listen", "accept", "accept4")} == {"EPERM"}
+        assert {asked(name) for name in ("connect", "bind")} == {
+            "EPERM" if network is Network.NONE else "allowed"
+        }
+        assert asked("socketpair", 1, stream) == "allowed", "asyncio has one"
+        assert {asked("socketpair", 1, 2), asked("socketpair", 1, 5), asked("socketpair", 2, 1)} == {"EPERM"}
+    assert found == {
+        Network.NONE: set(),
+        Network.INTERNET: {"inet", "inet6"},
+        Network.INTERNET_AND_UNIX: {"unix", "inet", "inet6"},
+    }
