@@ -99,6 +99,8 @@ def print_status(status: Mapping[str, Any]) -> None:
     problem = f": {broker['problem']}" if broker.get("problem") else ""
     place = f"{broker['host']}:{broker['port']}"
     print(f"broker    {place} {'connected' if broker['connected'] else f'not connected{problem}'}")
+    if count := broker.get("answers_undelivered"):
+        print(f"          did not take {count} answers")
     print(f"registry  {registry['uri'] or 'none'}   {_reach(registry)}")
     print(f"cache     {human_bytes(cache['bytes'])} of {human_bytes(cache['quota_bytes'])}, "
           f"{human_bytes(cache['free_bytes'])} free on the disk")  # fmt: skip

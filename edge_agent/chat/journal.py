@@ -4,28 +4,30 @@ A prompt's life, each step committed before anybody is told of it:
 
     accept → queued → claim → running → answer → answered → delivered → (kept as long as answers are) → gone
 
-Owns the life of the rows of `journal.db`. What a row says, and what becomes of a damaged one, is in `rows.py`; how long
-an answer is kept in `retention.py`; the file, full disks and damage to it in `journal_file.py`. Every method is one
-short transaction behind one lock; any thread may call it. What has been promised to somebody (accepted, answered)
-survives a loss of power. What was only noted on the way (claimed, put back, delivered) survives the death of the
-process, and is done again after a loss of power. Refuses a second answer for a row, a second row for an identity,
-and, with `JournalUnavailable`, all work that it cannot commit. Contract: docs/mqtt.md, *Delivery*.
+Owns the life of the rows of `journal.db`. What a row says, and what becomes of a damaged one, is in `rows.py`; what a
+dead daemon left in `recovery.py`; the way of answers out in `deliveries.py`; how long they are kept in
+`retention.py`; the file, full disks and damage to it in `journal_file.py`. Every method is one short transaction
+behind one lock; any thread may call it. What has been promised to somebody (accepted, answered) survives a loss of
+power. What was only noted on the way (claimed, put back, delivered) survives the death of the process, and is done
+again after a loss of power. Refuses a second answer for a row, a second row for an identity, and, with
+`JournalUnavailable`, all work that it cannot commit. Contract: docs/mqtt.md, *Delivery*.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_agent.chat.clock import Moment
+from edge_agent.chat.deliveries import Deliveries
 from edge_agent.chat.journal_file import JournalFile
-from edge_agent.chat.prompt import Acceptance, Answer, Arrival, Outgoing, Prompt, Source, State
+from edge_agent.chat.prompt import Acceptance, Answer, Arrival, Prompt, State
+from edge_agent.chat.recovery import MAX_ATTEMPTS, take_up_again
 from edge_agent.chat.retention import correct_times, forget_finished
-from edge_agent.chat.rows import Rows, accepted_of, outgoing_of, prompt_of
+from edge_agent.chat.rows import Rows, prompt_of
 from edge_agent.errors import IdReused, JournalUnavailable, ModelFailed, PromptError, QueueFull
 
 if TYPE_CHECKING:
@@ -33,14 +35,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 2
-"""A prompt that was running at this many daemon deaths is not run again."""
-
 
 class Journal:
     """The only owner of `journal.db`; safe to call from any thread.
 
     Attributes:
+        deliveries: its answers on their way out.
         dropped_answers: answers that were forgotten before they could be delivered.
     """
 
@@ -55,6 +55,7 @@ class Journal:
         self.dropped_answers = 0
         self._rows = Rows(moment)
         self._file = JournalFile(path)
+        self.deliveries = Deliveries(self._file, self._rows)
         self._take_up_again(moment)
 
     def close(self) -> None:
@@ -106,8 +107,11 @@ class Journal:
                 row, body_sha256, state = known
                 if body_sha256 != arrival.body_sha256:
                     raise IdReused(f"id {arrival.id!r} was used for another request on this answer topic")
-                if state is State.DELIVERED:
-                    db.execute("UPDATE prompts SET state=? WHERE row=?", (State.ANSWERED, row))
+                if state in (State.DELIVERED, State.UNDELIVERED):
+                    db.execute(
+                        "UPDATE prompts SET state=?, tries=0, retry_boot_s=0 WHERE row=?",
+                        (State.ANSWERED, row),
+                    )
                     state = State.ANSWERED
                 return Acceptance(row=row, new=False, state=state)
             if refusal is not None:
@@ -172,8 +176,8 @@ class Journal:
         """
         with self._file.transaction() as db:
             cursor = db.execute(
-                "UPDATE prompts SET state=?, answer=?, properties=?, answered_boot_id=?, answered_boot_s=?,"
-                " answered_wall_s=? WHERE row=? AND (state=? OR (state=? AND ? IS NULL))"
+                "UPDATE prompts SET state=?, answer=?, properties=?, tries=0, retry_boot_s=0, answered_boot_id=?,"
+                " answered_boot_s=?, answered_wall_s=? WHERE row=? AND (state=? OR (state=? AND ? IS NULL))"
                 " AND attempts=ifnull(?, attempts)",
                 (
                     State.ANSWERED, answer.payload, json.dumps(answer.properties), moment.boot_id, moment.boot_s,
@@ -181,37 +185,6 @@ class Journal:
                 ),
             )  # fmt: skip
             return cursor.rowcount == 1
-
-    def replace_answer(self, row: int, answer: Answer) -> None:
-        """Replaces an answer that the broker can never take (it is too large)."""
-        with self._file.transaction() as db:
-            db.execute(
-                "UPDATE prompts SET answer=?, properties=? WHERE row=? AND state=?",
-                (answer.payload, json.dumps(answer.properties), row, State.ANSWERED),
-            )
-
-    def outbox(self, source: Source, *, limit: int, skip: frozenset[int] = frozenset()) -> list[Outgoing]:
-        """Up to `limit` undelivered answers, oldest first, without the rows in `skip`."""
-        with self._file.transaction() as db:
-            rows = db.execute(
-                "SELECT * FROM prompts WHERE state=? AND source=? ORDER BY row LIMIT ?",
-                (State.ANSWERED, source, limit + len(skip)),
-            ).fetchall()
-            wanted = (row for row in rows if row["row"] not in skip)
-            return list(self._rows.read(db, wanted, outgoing_of))[:limit]
-
-    def outgoing(self, row: int) -> Outgoing | None:
-        """The answer of one row, None while it has none."""
-        with self._file.transaction() as db:
-            found = db.execute("SELECT * FROM prompts WHERE row=? AND answer IS NOT NULL", (row,))
-            return next(self._rows.read(db, found, outgoing_of), None)
-
-    def delivered(self, row: int) -> None:
-        """The broker has the answer (PUBACK), or the control connection took it."""
-        with self._file.transaction(durable=False) as db:
-            db.execute(
-                "UPDATE prompts SET state=? WHERE row=? AND state=?", (State.DELIVERED, row, State.ANSWERED)
-            )
 
     def find(self, identity: bytes) -> Prompt | None:
         """The prompt of an identity: how a cancel finds its request."""
@@ -239,13 +212,6 @@ class Journal:
         """Prompts that wait or run."""
         with self._file.transaction() as db:
             return _count_unanswered(db)
-
-    def undelivered(self) -> int:
-        """Answers that wait for their PUBACK."""
-        with self._file.transaction() as db:
-            return int(
-                db.execute("SELECT count(*) FROM prompts WHERE state=?", (State.ANSWERED,)).fetchone()[0]
-            )
 
     def prune(self, *, moment: Moment, ttl_s: float) -> None:
         """Forgets old answers, by age, number and bytes, and counts those that were never delivered."""
@@ -276,36 +242,9 @@ class Journal:
             db.execute("UPDATE prompts SET session=NULL, mid=NULL WHERE mid IS NOT NULL")
 
     def _take_up_again(self, moment: Moment) -> None:
-        """After a death: running prompts queue again or, at their second death, fail; deadlines move to this boot.
-
-        A control connection dies with its daemon, so its prompts have nobody to answer.
-        """
+        """After a death: running prompts queue again or, at their second death, fail; deadlines move to this boot."""
         with self._file.transaction() as db:
-            db.execute(
-                "DELETE FROM prompts WHERE source=? AND state IN (?, ?, ?)",
-                (Source.CONTROL, State.QUEUED, State.RUNNING, State.ANSWERED),
-            )
-            lost = db.execute(
-                f"SELECT * FROM prompts WHERE state NOT IN ({_any(State)}) OR source NOT IN ({_any(Source)})",
-                (*State, *Source),
-            )
-            for _ in self._rows.read(db, lost, prompt_of):
-                pass  # no other query would find these rows, and none of them can be read
-            unanswered = db.execute(
-                "SELECT * FROM prompts WHERE state IN (?, ?)", (State.QUEUED, State.RUNNING)
-            )
-            dead = []
-            for prompt, accepted in self._rows.read(
-                db, unanswered, lambda row: (prompt_of(row), accepted_of(row))
-            ):
-                accepted_boot_s = moment.boot_s - moment.since(accepted)
-                deadline_boot_s = accepted_boot_s + prompt.deadline_boot_s - prompt.accepted_boot_s
-                db.execute(
-                    "UPDATE prompts SET state=?, boot_id=?, accepted_boot_s=?, deadline_boot_s=? WHERE row=?",
-                    (State.QUEUED, moment.boot_id, accepted_boot_s, deadline_boot_s, prompt.row),
-                )
-                if prompt.attempts >= MAX_ATTEMPTS:
-                    dead.append(prompt)
+            dead = take_up_again(db, self._rows, moment)
         for prompt in dead:
             error = ModelFailed(f"the agent died {MAX_ATTEMPTS} times while this prompt was running")
             self.answer(prompt.row, Answer.of_error(prompt.id, prompt.form, error), moment=moment)
@@ -363,7 +302,3 @@ def _count_unanswered(db: sqlite3.Connection) -> int:
             "SELECT count(*) FROM prompts WHERE state IN (?, ?)", (State.QUEUED, State.RUNNING)
         ).fetchone()[0]
     )
-
-
-def _any(values: Iterable[object]) -> str:
-    return ", ".join("?" for _ in values)

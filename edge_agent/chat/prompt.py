@@ -18,6 +18,8 @@ class State(StrEnum):
     RUNNING = "running"
     ANSWERED = "answered"
     DELIVERED = "delivered"
+    UNDELIVERED = "undelivered"
+    """The broker does not take this answer, and was asked often enough."""
 
 
 class Source(StrEnum):
@@ -109,7 +111,11 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Outgoing:
-    """An answer that waits for its PUBACK."""
+    """An answer that waits for its PUBACK.
+
+    Attributes:
+        tries: how often the broker has refused it.
+    """
 
     row: int
     id: str
@@ -117,6 +123,7 @@ class Outgoing:
     correlation: bytes | None
     form: messages.Form
     answer: Answer
+    tries: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,8 +92,12 @@ def _reported_by_daemon(settings: Settings, broker: Mapping[str, Any]) -> Iterat
     else:
         yield ok("broker.subscribe", "the broker granted the daemon's subscriptions")
     if count := broker.get("answers_refused"):
+        undelivered = broker.get("answers_undelivered", 0)
         yield fail(
-            "broker.publish", f"the broker has refused {count} answers since the daemon started", _ACL_REMEDY
+            "broker.publish",
+            f"the broker has refused an answer {count} times since the daemon started;"
+            f" {undelivered} answers stay undelivered",
+            _ACL_REMEDY,
         )
     else:
         yield ok("broker.publish", "the broker refused none of the daemon's answers")

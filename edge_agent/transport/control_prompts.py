@@ -88,7 +88,7 @@ class ControlPrompts:
         finally:
             with self._lock:
                 del self._waiters[acceptance.row]
-            self._journal.delivered(acceptance.row)
+            self._journal.deliveries.delivered(acceptance.row)
 
     def _request(self, fields: Mapping[str, Any]) -> messages.Request:
         document = {
@@ -112,7 +112,7 @@ class ControlPrompts:
                 call.send("delta", text=text)
 
     def _finish(self, call: Call, row: int) -> None:
-        outgoing = self._journal.outgoing(row)
+        outgoing = self._journal.deliveries.of(row)
         if outgoing is not None:
             answer, properties = json.loads(outgoing.answer.payload), outgoing.answer.properties
             flavor = self._flavor_of(properties["model"]) if "model" in properties else None

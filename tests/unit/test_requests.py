@@ -247,7 +247,7 @@ def test_a_cancel_finds_its_prompt_by_topic_and_correlation_or_id(
 ) -> None:
     room.ask({"prompt": "x"}, response_topic="replies/a", correlation=b"r-1")
     room.send("ctl/cancel", payload, **properties)
-    outgoing = room.journal.outgoing(1)
+    outgoing = room.journal.deliveries.of(1)
     assert outgoing is not None and outgoing.answer.properties["status"] == "499"
     assert room.model.abandoned == [1]
     assert room.replies.rows == [1]
