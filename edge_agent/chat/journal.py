@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.deliveries import Deliveries
+from edge_agent.chat.fairness import Turns, check_share
 from edge_agent.chat.journal_file import JournalFile
 from edge_agent.chat.prompt import Acceptance, Answer, Arrival, Prompt, State
 from edge_agent.chat.recovery import MAX_ATTEMPTS, take_up_again
 from edge_agent.chat.retention import correct_times, forget_finished
 from edge_agent.chat.rows import Rows, prompt_of
-from edge_agent.errors import IdReused, JournalUnavailable, ModelFailed, PromptError, QueueFull
+from edge_agent.errors import IdReused, JournalUnavailable, ModelFailed, PromptError
 
 if TYPE_CHECKING:
     import sqlite3
@@ -54,6 +55,7 @@ class Journal:
         self.path = path
         self.dropped_answers = 0
         self._rows = Rows(moment)
+        self._turns = Turns()
         self._file = JournalFile(path)
         self.deliveries = Deliveries(self._file, self._rows)
         self._take_up_again(moment)
@@ -98,7 +100,7 @@ class Journal:
         Raises:
             PromptError: `refusal`, and the prompt is new.
             IdReused: the identity is known with another body.
-            QueueFull: `queue_depth` prompts wait or run already.
+            QueueFull: there is no room in the queue, or the client has its share of it.
             JournalUnavailable: nothing can be committed now.
         """
         with self._file.transaction() as db:
@@ -106,7 +108,7 @@ class Journal:
             if known is not None:
                 row, body_sha256, state = known
                 if body_sha256 != arrival.body_sha256:
-                    raise IdReused(f"id {arrival.id!r} was used for another request on this answer topic")
+                    raise IdReused(f"id {arrival.id!r} was used for another request")
                 if state in (State.DELIVERED, State.UNDELIVERED):
                     db.execute(
                         "UPDATE prompts SET state=?, tries=0, retry_boot_s=0 WHERE row=?",
@@ -120,20 +122,31 @@ class Journal:
                 raise JournalUnavailable(
                     "the agent's disk is full or failing", remedy="`edge-agent status` on the device says why"
                 )
-            depth = _count_unanswered(db)
-            if depth >= queue_depth:
-                raise QueueFull(f"{depth} prompts wait already", retry_after_ms=retry_after_ms)
+            check_share(
+                _count_by_client(db),
+                arrival.client,
+                queue_depth=queue_depth,
+                retry_after_ms=retry_after_ms,
+            )
             return Acceptance(row=_insert(db, arrival, moment), new=True, state=State.QUEUED)
 
     def claim(self, model: str) -> Prompt | None:
-        """The oldest waiting prompt of a model, its attempt committed; None when none waits."""
+        """The oldest waiting prompt of the client whose turn it is, its attempt committed; None when none waits for
+        this model."""
         with self._file.transaction(durable=False) as db:
-            waiting = db.execute(
-                "SELECT * FROM prompts WHERE state=? AND model=? ORDER BY row", (State.QUEUED, model)
-            )
-            prompt = next(self._rows.read(db, waiting, prompt_of), None)
-            if prompt is None:
-                return None
+            prompt = None
+            while prompt is None:
+                waiting = dict(
+                    db.execute(
+                        "SELECT client, min(row) FROM prompts WHERE state=? AND model=? GROUP BY client",
+                        (State.QUEUED, model),
+                    ).fetchall()
+                )
+                if not waiting:
+                    return None
+                row = waiting[self._turns.choose(waiting, _count_by_client(db, State.RUNNING))]
+                found = db.execute("SELECT * FROM prompts WHERE row=?", (row,))
+                prompt = next(self._rows.read(db, found, prompt_of), None)  # a damaged one waits no more
             attempts = prompt.attempts + 1
             db.execute(
                 "UPDATE prompts SET state=?, attempts=? WHERE row=?", (State.RUNNING, attempts, prompt.row)
@@ -211,7 +224,7 @@ class Journal:
     def depth(self) -> int:
         """Prompts that wait or run."""
         with self._file.transaction() as db:
-            return _count_unanswered(db)
+            return sum(_count_by_client(db).values())
 
     def prune(self, *, moment: Moment, ttl_s: float) -> None:
         """Forgets old answers, by age, number and bytes, and counts those that were never delivered."""
@@ -282,23 +295,26 @@ def _insert(db: sqlite3.Connection, arrival: Arrival, moment: Moment) -> int:
     delivery = arrival.delivery
     cursor = db.execute(
         "INSERT INTO prompts(id, identity, body_sha256, source, model, document, form, stream, answer_topic,"
-        " topic_made, correlation, session, mid, state, boot_id, accepted_boot_s, accepted_wall_s, deadline_boot_s)"
-        " VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        " topic_made, correlation, session, mid, state, boot_id, accepted_boot_s, accepted_wall_s, deadline_boot_s,"
+        " client) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             arrival.id, arrival.identity, arrival.body_sha256, arrival.source, arrival.model,
             json.dumps(arrival.document), arrival.form, arrival.stream, arrival.answer_topic,
             arrival.topic_made, arrival.correlation,
             delivery.session if delivery else None, delivery.mid if delivery else None, State.QUEUED,
             moment.boot_id, moment.boot_s, moment.wall_s, moment.boot_s + arrival.deadline_s,
+            arrival.client,
         ),
     )  # fmt: skip
     assert cursor.lastrowid is not None  # an INSERT has a row
     return cursor.lastrowid
 
 
-def _count_unanswered(db: sqlite3.Connection) -> int:
-    return int(
-        db.execute(
-            "SELECT count(*) FROM prompts WHERE state IN (?, ?)", (State.QUEUED, State.RUNNING)
-        ).fetchone()[0]
+def _count_by_client(db: sqlite3.Connection, *states: State) -> dict[object, int]:
+    """Client → how many of its prompts are in these states; without any: wait or run."""
+    wanted = states or (State.QUEUED, State.RUNNING)
+    marks = ", ".join("?" for _ in wanted)
+    rows = db.execute(
+        f"SELECT client, count(*) FROM prompts WHERE state IN ({marks}) GROUP BY client", wanted
     )
+    return dict(rows.fetchall())

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import JournalUnavailable, disk_remedy
+from edge_agent.topics import ANONYMOUS
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,11 @@ CREATE TABLE IF NOT EXISTS prompts(
 );
 CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
-_ADDED = {"tries": "INTEGER NOT NULL DEFAULT 0", "retry_boot_s": "REAL NOT NULL DEFAULT 0"}
+_ADDED = {
+    "tries": "INTEGER NOT NULL DEFAULT 0",
+    "retry_boot_s": "REAL NOT NULL DEFAULT 0",
+    "client": f"TEXT NOT NULL DEFAULT '{ANONYMOUS}'",
+}
 """Columns that the journal of an earlier version lacks. Each has a default, so that an earlier version can go on with
 this journal, too."""
 _INDEXES = """

@@ -99,6 +99,7 @@ def prompt_of(row: sqlite3.Row) -> Prompt:
         stream=bool(row["stream"]),
         answer_topic=_typed(row, "answer_topic", str),
         correlation=_correlation(row),
+        client=_typed(row, "client", str),
         state=State(row["state"]),
         attempts=_typed(row, "attempts", int),
         accepted_wall_s=_typed(row, "accepted_wall_s", float),

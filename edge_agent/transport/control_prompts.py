@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_agent.chat import clock, messages
+from edge_agent.chat.fairness import LOCAL
 from edge_agent.chat.intake import Intake, make_id
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Prompt, Source
@@ -70,6 +71,7 @@ class ControlPrompts:
                 request_id=request_id,
                 body=messages.encode(request.document),
                 source=Source.CONTROL,
+                client=LOCAL,
                 answer_topic="control",
                 correlation=None,
                 expiry_s=None,

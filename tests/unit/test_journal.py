@@ -19,6 +19,7 @@ from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Arrival, Delivery, Source, State
 from edge_agent.chat.recovery import MAX_ATTEMPTS
 from edge_agent.errors import IdReused, JournalUnavailable, NoModel, QueueFull
+from edge_agent.topics import ANONYMOUS
 
 START = Moment(boot_id="boot-1", boot_s=100.0, wall_s=1_000_000.0)
 
@@ -563,6 +564,9 @@ def test_the_journal_of_0_1_0_is_taken_over_row_by_row_and_can_go_back(tmp_path:
         assert [each.id for each in journal.deliveries.waiting(Source.MQTT, limit=8)] == ["id-2"]
         assert journal.damaged_rows == 0
         journal.close()
+    prompt = (journal := Journal(path, moment=START)).claim("assistant")
+    assert prompt is not None and prompt.client == ANONYMOUS
+    journal.close()
     with sqlite3.connect(path) as db:  # 0.1.0 names the columns that it writes
         db.execute(INSERT_0_1_0, ("id-9", b"9", "queued"))
     db.close()
