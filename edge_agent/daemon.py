@@ -256,6 +256,7 @@ class Daemon:
             workers=dict(self._dispatchers),
             queue_depth=self._settings.limits.queue_depth,
             deadline_s=self._settings.limits.deadline_s,
+            max_deadline_s=self._settings.limits.max_deadline_s,
             on_answer=lambda source, row: self._outlets[source].answered(row),
         )
 

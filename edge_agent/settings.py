@@ -185,6 +185,9 @@ class LimitSettings(_Section):
     queue_depth: int = Field(default=32, ge=1, le=100_000, description="prompts waiting and running")
     payload_bytes: int = Field(default=102_400, ge=256, le=1 << 24, description="size of one request")
     deadline_s: Seconds = Field(default=120, description="for prompts without a deadline")
+    max_deadline_s: Seconds = Field(
+        default=3600, description="the longest deadline that a client may ask for"
+    )
 
 
 class TrustSettings(_Section):

@@ -17,7 +17,8 @@ from edge_agent.chat.clock import Moment
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Request
 from edge_agent.chat.prompt import Acceptance, Answer, Arrival, Delivery, Source
-from edge_agent.errors import Cancelled, DeadlineExceeded, NoModel, PromptError, UnknownModel
+from edge_agent.errors import BadRequest, Cancelled, DeadlineExceeded, NoModel, PromptError, UnknownModel
+from edge_agent.topics import ANONYMOUS
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class Intake:
     Args:
         models: by configured name, the default one first.
         workers: a dispatcher for each model.
+        deadline_s: for prompts without one.
+        max_deadline_s: the longest that a client may ask for.
         on_answer: told when a row gets its answer here (cancelled, or too late).
     """
 
@@ -59,6 +62,7 @@ class Intake:
         workers: dict[str, Worker],
         queue_depth: int,
         deadline_s: float,
+        max_deadline_s: float,
         on_answer: Callable[[Source, int], None],
     ) -> None:
         self._journal = journal
@@ -66,6 +70,7 @@ class Intake:
         self._workers = workers
         self._queue_depth = queue_depth
         self._deadline_s = deadline_s
+        self._max_deadline_s = max_deadline_s
         self._on_answer = on_answer
 
     def take(
@@ -75,6 +80,7 @@ class Intake:
         request_id: str,
         body: bytes,
         source: Source,
+        client: str,
         answer_topic: str,
         correlation: bytes | None,
         expiry_s: float | None,
@@ -87,6 +93,7 @@ class Intake:
         Args:
             request_id: the client's id or one that was made for it.
             body: the message as it came: a repeat must be equal to it.
+            client: who asks.
             correlation: the client's Correlation Data, or None.
             topic_made: the client named no answer topic.
             expiry_s: what is left of the message's expiry interval, or None.
@@ -95,21 +102,22 @@ class Intake:
             PromptError: refused; nothing is remembered.
         """
         model, refusal = self._model(request.model)
-        deadlines_s = [expiry_s, request.deadline_ms / 1000 if request.deadline_ms is not None else None]
-        deadline_s = min((given for given in deadlines_s if given is not None), default=self._deadline_s)
+        # A client with a name has one name space for all its answer topics.
+        where = f"{answer_topic}\0".encode() if client != ANONYMOUS and not topic_made else b""
         acceptance = self._journal.accept(
             Arrival(
                 id=request_id,
-                identity=identity(answer_topic, correlation, request.id),
-                body_sha256=hashlib.sha256(body).digest(),
+                identity=identity(answer_topic, correlation, request.id, client),
+                body_sha256=hashlib.sha256(where + body).digest(),
                 source=source,
+                client=client,
                 model=model,
                 document=request.document,
                 form=request.form,
                 stream=request.stream,
                 answer_topic=answer_topic,
                 correlation=correlation,
-                deadline_s=deadline_s,
+                deadline_s=self._deadline(request, expiry_s),
                 delivery=delivery,
                 topic_made=topic_made,
             ),
@@ -164,19 +172,41 @@ class Intake:
             )
         return name, None
 
+    def _deadline(self, request: Request, expiry_s: float | None) -> float:
+        """Seconds that a prompt may take.
+
+        Raises:
+            BadRequest: the client wants more than anybody may have.
+        """
+        asked_s = [expiry_s, request.deadline_ms / 1000 if request.deadline_ms is not None else None]
+        deadline_s = min((given for given in asked_s if given is not None), default=self._deadline_s)
+        longest_s = max(self._max_deadline_s, self._deadline_s)
+        if deadline_s > longest_s:
+            raise BadRequest(
+                f"the deadline is {deadline_s:.0f} s away; limits.max_deadline_s allows {longest_s:.0f} s"
+            )
+        return deadline_s
+
     def _retry_after_ms(self, model: str) -> int:
         """Roughly when a place in the queue will be free: the measured time of one prompt."""
         return max(100, round(self._workers[model].service_s * 1000))
 
 
-def identity(answer_topic: str, correlation: bytes | None, request_id: str | None) -> bytes | None:
-    """Digest of (answer topic, Correlation Data or id); None for a request that has neither.
+def identity(
+    answer_topic: str, correlation: bytes | None, request_id: str | None, client: str = ANONYMOUS
+) -> bytes | None:
+    """Digest of (client, Correlation Data or id), and for `ANONYMOUS`, which may be many, of (answer topic, Correlation
+    Data or id); None for a request that has neither of the last two.
 
     Both share one name space, so that a client without MQTT 5 properties can cancel by `id` what was sent
     with equal Correlation Data.
     """
     key = correlation if correlation is not None else request_id.encode() if request_id is not None else None
-    return hashlib.sha256(answer_topic.encode() + b"\0" + key).digest() if key is not None else None
+    if key is None:
+        return None
+    # No text begins with this byte, so no answer topic is taken for a client.
+    whose = answer_topic.encode() if client == ANONYMOUS else b"\xff" + client.encode()
+    return hashlib.sha256(whose + b"\0" + key).digest()
 
 
 def make_id() -> str:

@@ -4,43 +4,44 @@ A prompt's life, each step committed before anybody is told of it:
 
     accept → queued → claim → running → answer → answered → delivered → (kept as long as answers are) → gone
 
-Owns the life of the rows of `journal.db`. What a row says, and what becomes of a damaged one, is in `rows.py`; how long
-an answer is kept in `retention.py`; the file, full disks and damage to it in `journal_file.py`. Every method is one
-short transaction behind one lock; any thread may call it. What has been promised to somebody (accepted, answered)
-survives a loss of power. What was only noted on the way (claimed, put back, delivered) survives the death of the
-process, and is done again after a loss of power. Refuses a second answer for a row, a second row for an identity,
-and, with `JournalUnavailable`, all work that it cannot commit. Contract: docs/mqtt.md, *Delivery*.
+Owns the life of the rows of `journal.db`. What a row says, and what becomes of a damaged one, is in `rows.py`; what a
+dead daemon left in `recovery.py`; the way of answers out in `deliveries.py`; how long they are kept in
+`retention.py`; the file, full disks and damage to it in `journal_file.py`. Every method is one short transaction
+behind one lock; any thread may call it. What has been promised to somebody (accepted, answered) survives a loss of
+power. What was only noted on the way (claimed, put back, delivered) survives the death of the process, and is done
+again after a loss of power. Refuses a second answer for a row, a second row for an identity, and, with
+`JournalUnavailable`, all work that it cannot commit. Contract: docs/mqtt.md, *Delivery*.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_agent.chat.clock import Moment
+from edge_agent.chat.deliveries import Deliveries
+from edge_agent.chat.fairness import Turns, check_share
 from edge_agent.chat.journal_file import JournalFile
-from edge_agent.chat.prompt import Acceptance, Answer, Arrival, Outgoing, Prompt, Source, State
+from edge_agent.chat.prompt import Acceptance, Answer, Arrival, Prompt, State
+from edge_agent.chat.recovery import MAX_ATTEMPTS, take_up_again
 from edge_agent.chat.retention import correct_times, forget_finished
-from edge_agent.chat.rows import Rows, accepted_of, outgoing_of, prompt_of
-from edge_agent.errors import IdReused, JournalUnavailable, ModelFailed, PromptError, QueueFull
+from edge_agent.chat.rows import Rows, prompt_of
+from edge_agent.errors import IdReused, JournalUnavailable, ModelFailed, PromptError
 
 if TYPE_CHECKING:
     import sqlite3
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 2
-"""A prompt that was running at this many daemon deaths is not run again."""
-
 
 class Journal:
     """The only owner of `journal.db`; safe to call from any thread.
 
     Attributes:
+        deliveries: its answers on their way out.
         dropped_answers: answers that were forgotten before they could be delivered.
     """
 
@@ -54,7 +55,9 @@ class Journal:
         self.path = path
         self.dropped_answers = 0
         self._rows = Rows(moment)
+        self._turns = Turns()
         self._file = JournalFile(path)
+        self.deliveries = Deliveries(self._file, self._rows)
         self._take_up_again(moment)
 
     def close(self) -> None:
@@ -97,7 +100,7 @@ class Journal:
         Raises:
             PromptError: `refusal`, and the prompt is new.
             IdReused: the identity is known with another body.
-            QueueFull: `queue_depth` prompts wait or run already.
+            QueueFull: there is no room in the queue, or the client has its share of it.
             JournalUnavailable: nothing can be committed now.
         """
         with self._file.transaction() as db:
@@ -105,9 +108,12 @@ class Journal:
             if known is not None:
                 row, body_sha256, state = known
                 if body_sha256 != arrival.body_sha256:
-                    raise IdReused(f"id {arrival.id!r} was used for another request on this answer topic")
-                if state is State.DELIVERED:
-                    db.execute("UPDATE prompts SET state=? WHERE row=?", (State.ANSWERED, row))
+                    raise IdReused(f"id {arrival.id!r} was used for another request")
+                if state in (State.DELIVERED, State.UNDELIVERED):
+                    db.execute(
+                        "UPDATE prompts SET state=?, tries=0, retry_boot_s=0 WHERE row=?",
+                        (State.ANSWERED, row),
+                    )
                     state = State.ANSWERED
                 return Acceptance(row=row, new=False, state=state)
             if refusal is not None:
@@ -116,20 +122,31 @@ class Journal:
                 raise JournalUnavailable(
                     "the agent's disk is full or failing", remedy="`edge-agent status` on the device says why"
                 )
-            depth = _count_unanswered(db)
-            if depth >= queue_depth:
-                raise QueueFull(f"{depth} prompts wait already", retry_after_ms=retry_after_ms)
+            check_share(
+                _count_by_client(db),
+                arrival.client,
+                queue_depth=queue_depth,
+                retry_after_ms=retry_after_ms,
+            )
             return Acceptance(row=_insert(db, arrival, moment), new=True, state=State.QUEUED)
 
     def claim(self, model: str) -> Prompt | None:
-        """The oldest waiting prompt of a model, its attempt committed; None when none waits."""
+        """The oldest waiting prompt of the client whose turn it is, its attempt committed; None when none waits for
+        this model."""
         with self._file.transaction(durable=False) as db:
-            waiting = db.execute(
-                "SELECT * FROM prompts WHERE state=? AND model=? ORDER BY row", (State.QUEUED, model)
-            )
-            prompt = next(self._rows.read(db, waiting, prompt_of), None)
-            if prompt is None:
-                return None
+            prompt = None
+            while prompt is None:
+                waiting = dict(
+                    db.execute(
+                        "SELECT client, min(row) FROM prompts WHERE state=? AND model=? GROUP BY client",
+                        (State.QUEUED, model),
+                    ).fetchall()
+                )
+                if not waiting:
+                    return None
+                row = waiting[self._turns.choose(waiting, _count_by_client(db, State.RUNNING))]
+                found = db.execute("SELECT * FROM prompts WHERE row=?", (row,))
+                prompt = next(self._rows.read(db, found, prompt_of), None)  # a damaged one waits no more
             attempts = prompt.attempts + 1
             db.execute(
                 "UPDATE prompts SET state=?, attempts=? WHERE row=?", (State.RUNNING, attempts, prompt.row)
@@ -172,8 +189,8 @@ class Journal:
         """
         with self._file.transaction() as db:
             cursor = db.execute(
-                "UPDATE prompts SET state=?, answer=?, properties=?, answered_boot_id=?, answered_boot_s=?,"
-                " answered_wall_s=? WHERE row=? AND (state=? OR (state=? AND ? IS NULL))"
+                "UPDATE prompts SET state=?, answer=?, properties=?, tries=0, retry_boot_s=0, answered_boot_id=?,"
+                " answered_boot_s=?, answered_wall_s=? WHERE row=? AND (state=? OR (state=? AND ? IS NULL))"
                 " AND attempts=ifnull(?, attempts)",
                 (
                     State.ANSWERED, answer.payload, json.dumps(answer.properties), moment.boot_id, moment.boot_s,
@@ -181,37 +198,6 @@ class Journal:
                 ),
             )  # fmt: skip
             return cursor.rowcount == 1
-
-    def replace_answer(self, row: int, answer: Answer) -> None:
-        """Replaces an answer that the broker can never take (it is too large)."""
-        with self._file.transaction() as db:
-            db.execute(
-                "UPDATE prompts SET answer=?, properties=? WHERE row=? AND state=?",
-                (answer.payload, json.dumps(answer.properties), row, State.ANSWERED),
-            )
-
-    def outbox(self, source: Source, *, limit: int, skip: frozenset[int] = frozenset()) -> list[Outgoing]:
-        """Up to `limit` undelivered answers, oldest first, without the rows in `skip`."""
-        with self._file.transaction() as db:
-            rows = db.execute(
-                "SELECT * FROM prompts WHERE state=? AND source=? ORDER BY row LIMIT ?",
-                (State.ANSWERED, source, limit + len(skip)),
-            ).fetchall()
-            wanted = (row for row in rows if row["row"] not in skip)
-            return list(self._rows.read(db, wanted, outgoing_of))[:limit]
-
-    def outgoing(self, row: int) -> Outgoing | None:
-        """The answer of one row, None while it has none."""
-        with self._file.transaction() as db:
-            found = db.execute("SELECT * FROM prompts WHERE row=? AND answer IS NOT NULL", (row,))
-            return next(self._rows.read(db, found, outgoing_of), None)
-
-    def delivered(self, row: int) -> None:
-        """The broker has the answer (PUBACK), or the control connection took it."""
-        with self._file.transaction(durable=False) as db:
-            db.execute(
-                "UPDATE prompts SET state=? WHERE row=? AND state=?", (State.DELIVERED, row, State.ANSWERED)
-            )
 
     def find(self, identity: bytes) -> Prompt | None:
         """The prompt of an identity: how a cancel finds its request."""
@@ -238,14 +224,7 @@ class Journal:
     def depth(self) -> int:
         """Prompts that wait or run."""
         with self._file.transaction() as db:
-            return _count_unanswered(db)
-
-    def undelivered(self) -> int:
-        """Answers that wait for their PUBACK."""
-        with self._file.transaction() as db:
-            return int(
-                db.execute("SELECT count(*) FROM prompts WHERE state=?", (State.ANSWERED,)).fetchone()[0]
-            )
+            return sum(_count_by_client(db).values())
 
     def prune(self, *, moment: Moment, ttl_s: float) -> None:
         """Forgets old answers, by age, number and bytes, and counts those that were never delivered."""
@@ -276,36 +255,9 @@ class Journal:
             db.execute("UPDATE prompts SET session=NULL, mid=NULL WHERE mid IS NOT NULL")
 
     def _take_up_again(self, moment: Moment) -> None:
-        """After a death: running prompts queue again or, at their second death, fail; deadlines move to this boot.
-
-        A control connection dies with its daemon, so its prompts have nobody to answer.
-        """
+        """After a death: running prompts queue again or, at their second death, fail; deadlines move to this boot."""
         with self._file.transaction() as db:
-            db.execute(
-                "DELETE FROM prompts WHERE source=? AND state IN (?, ?, ?)",
-                (Source.CONTROL, State.QUEUED, State.RUNNING, State.ANSWERED),
-            )
-            lost = db.execute(
-                f"SELECT * FROM prompts WHERE state NOT IN ({_any(State)}) OR source NOT IN ({_any(Source)})",
-                (*State, *Source),
-            )
-            for _ in self._rows.read(db, lost, prompt_of):
-                pass  # no other query would find these rows, and none of them can be read
-            unanswered = db.execute(
-                "SELECT * FROM prompts WHERE state IN (?, ?)", (State.QUEUED, State.RUNNING)
-            )
-            dead = []
-            for prompt, accepted in self._rows.read(
-                db, unanswered, lambda row: (prompt_of(row), accepted_of(row))
-            ):
-                accepted_boot_s = moment.boot_s - moment.since(accepted)
-                deadline_boot_s = accepted_boot_s + prompt.deadline_boot_s - prompt.accepted_boot_s
-                db.execute(
-                    "UPDATE prompts SET state=?, boot_id=?, accepted_boot_s=?, deadline_boot_s=? WHERE row=?",
-                    (State.QUEUED, moment.boot_id, accepted_boot_s, deadline_boot_s, prompt.row),
-                )
-                if prompt.attempts >= MAX_ATTEMPTS:
-                    dead.append(prompt)
+            dead = take_up_again(db, self._rows, moment)
         for prompt in dead:
             error = ModelFailed(f"the agent died {MAX_ATTEMPTS} times while this prompt was running")
             self.answer(prompt.row, Answer.of_error(prompt.id, prompt.form, error), moment=moment)
@@ -343,27 +295,26 @@ def _insert(db: sqlite3.Connection, arrival: Arrival, moment: Moment) -> int:
     delivery = arrival.delivery
     cursor = db.execute(
         "INSERT INTO prompts(id, identity, body_sha256, source, model, document, form, stream, answer_topic,"
-        " topic_made, correlation, session, mid, state, boot_id, accepted_boot_s, accepted_wall_s, deadline_boot_s)"
-        " VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        " topic_made, correlation, session, mid, state, boot_id, accepted_boot_s, accepted_wall_s, deadline_boot_s,"
+        " client) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             arrival.id, arrival.identity, arrival.body_sha256, arrival.source, arrival.model,
             json.dumps(arrival.document), arrival.form, arrival.stream, arrival.answer_topic,
             arrival.topic_made, arrival.correlation,
             delivery.session if delivery else None, delivery.mid if delivery else None, State.QUEUED,
             moment.boot_id, moment.boot_s, moment.wall_s, moment.boot_s + arrival.deadline_s,
+            arrival.client,
         ),
     )  # fmt: skip
     assert cursor.lastrowid is not None  # an INSERT has a row
     return cursor.lastrowid
 
 
-def _count_unanswered(db: sqlite3.Connection) -> int:
-    return int(
-        db.execute(
-            "SELECT count(*) FROM prompts WHERE state IN (?, ?)", (State.QUEUED, State.RUNNING)
-        ).fetchone()[0]
+def _count_by_client(db: sqlite3.Connection, *states: State) -> dict[object, int]:
+    """Client → how many of its prompts are in these states; without any: wait or run."""
+    wanted = states or (State.QUEUED, State.RUNNING)
+    marks = ", ".join("?" for _ in wanted)
+    rows = db.execute(
+        f"SELECT client, count(*) FROM prompts WHERE state IN ({marks}) GROUP BY client", wanted
     )
-
-
-def _any(values: Iterable[object]) -> str:
-    return ", ".join("?" for _ in values)
+    return dict(rows.fetchall())

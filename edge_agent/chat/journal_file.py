@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import JournalUnavailable, disk_remedy
+from edge_agent.topics import ANONYMOUS
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,20 @@ CREATE TABLE IF NOT EXISTS prompts(
   boot_id TEXT NOT NULL, accepted_boot_s REAL NOT NULL, accepted_wall_s REAL NOT NULL, deadline_boot_s REAL NOT NULL,
   answer BLOB, properties TEXT, answered_boot_id TEXT, answered_boot_s REAL, answered_wall_s REAL
 );
+CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+_ADDED = {
+    "tries": "INTEGER NOT NULL DEFAULT 0",
+    "retry_boot_s": "REAL NOT NULL DEFAULT 0",
+    "client": f"TEXT NOT NULL DEFAULT '{ANONYMOUS}'",
+}
+"""Columns that the journal of an earlier version lacks. Each has a default, so that an earlier version can go on with
+this journal, too."""
+_INDEXES = """
 CREATE UNIQUE INDEX IF NOT EXISTS prompts_identity ON prompts(identity) WHERE identity IS NOT NULL;
 CREATE INDEX IF NOT EXISTS prompts_state ON prompts(state, model, row);
 CREATE INDEX IF NOT EXISTS prompts_mid ON prompts(session, mid) WHERE mid IS NOT NULL;
-CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS prompts_outbox ON prompts(source, retry_boot_s, row) WHERE state='answered';
 """
 
 
@@ -241,11 +252,19 @@ def _connect(path: Path) -> sqlite3.Connection:
         # Not quick_check: an index that says something else than its table makes every later change fail.
         if db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("integrity_check found damage")
-        db.executescript(_SCHEMA)
+        _make_tables(db)
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _make_tables(db: sqlite3.Connection) -> None:
+    """Makes the tables, or gives those of an earlier version what they lack."""
+    db.executescript(_SCHEMA)
+    for name in _ADDED.keys() - _columns(db):
+        db.execute(f"ALTER TABLE prompts ADD COLUMN {name} {_ADDED[name]}")
+    db.executescript(_INDEXES)
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -313,7 +332,7 @@ def _rebuild(path: Path) -> None:
         rebuilding.with_name(rebuilding.name + suffix).unlink(missing_ok=True)
     carried = 0
     with contextlib.closing(_open(rebuilding)) as db:
-        db.executescript(_SCHEMA)
+        _make_tables(db)
         known = _columns(db)
         db.execute("BEGIN IMMEDIATE")
         for table, row in _readable_rows(path):

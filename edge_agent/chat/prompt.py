@@ -11,6 +11,7 @@ from typing import Any
 
 from edge_agent.chat import messages
 from edge_agent.errors import PromptError
+from edge_agent.topics import ANONYMOUS
 
 
 class State(StrEnum):
@@ -18,6 +19,8 @@ class State(StrEnum):
     RUNNING = "running"
     ANSWERED = "answered"
     DELIVERED = "delivered"
+    UNDELIVERED = "undelivered"
+    """The broker does not take this answer, and was asked often enough."""
 
 
 class Source(StrEnum):
@@ -45,6 +48,7 @@ class Submission:
         model: configured name.
         document: what the runner gets.
         form: how the request was written, and so how its answer is.
+        client: who asked, as far as anybody knows.
     """
 
     id: str
@@ -55,6 +59,7 @@ class Submission:
     stream: bool
     answer_topic: str
     correlation: bytes | None
+    client: str = ANONYMOUS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +67,8 @@ class Arrival(Submission):
     """A checked prompt on its way into the journal.
 
     Attributes:
-        identity: digest of (answer topic, correlation or id), None where the client gave neither.
-        body_sha256: of the message's body as it came.
+        identity: see `intake.identity`; None where the client gave neither Correlation Data nor an id.
+        body_sha256: of what a repeat has to have in common: the message's body as it came.
         deadline_s: seconds from now.
         topic_made: the client named no answer topic, so a redelivery comes with a different one.
     """
@@ -109,7 +114,11 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Outgoing:
-    """An answer that waits for its PUBACK."""
+    """An answer that waits for its PUBACK.
+
+    Attributes:
+        tries: how often the broker has refused it.
+    """
 
     row: int
     id: str
@@ -117,6 +126,7 @@ class Outgoing:
     correlation: bytes | None
     form: messages.Form
     answer: Answer
+    tries: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

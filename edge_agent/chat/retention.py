@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.prompt import State
+from edge_agent.chat.rows import FINISHED
 
 if TYPE_CHECKING:
     import sqlite3
@@ -32,21 +33,22 @@ def correct_times(db: sqlite3.Connection, moment: Moment) -> None:
         (booted_s, moment.boot_id, booted_s, WALL_CLOCK_STEP_S),
     )
     db.execute(
-        "UPDATE prompts SET answered_boot_id=?, answered_boot_s=?, answered_wall_s=? WHERE state IN (?, ?)"
+        "UPDATE prompts SET answered_boot_id=?, answered_boot_s=?, answered_wall_s=? WHERE state IN (?, ?, ?)"
         " AND (typeof(answered_boot_id), typeof(answered_boot_s), typeof(answered_wall_s))"
         " != ('text', 'real', 'real')",
-        (moment.boot_id, moment.boot_s, moment.wall_s, State.ANSWERED, State.DELIVERED),
+        (moment.boot_id, moment.boot_s, moment.wall_s, *FINISHED),
     )
 
 
 def forget_finished(db: sqlite3.Connection, moment: Moment, *, ttl_s: float) -> int:
-    """Deletes answers over the limits, delivered ones first. Gives the number of undelivered ones among them."""
+    """Deletes answers over the limits, first those that wait for nobody. Gives the number of those that still waited
+    to be delivered."""
     rows = db.execute(
         "SELECT row, state, answered_boot_id, answered_boot_s, answered_wall_s,"
         " ifnull(length(answer), 0) + ifnull(length(document), 0) + 512 AS bytes"
-        " FROM prompts WHERE state IN (?, ?)"
+        " FROM prompts WHERE state IN (?, ?, ?)"
         " ORDER BY state=? DESC, answered_wall_s DESC, row DESC",
-        (State.ANSWERED, State.DELIVERED, State.ANSWERED),
+        (*FINISHED, State.ANSWERED),
     ).fetchall()
     kept_bytes = dropped = 0
     for position, row in enumerate(rows):

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+FINISHED = (State.ANSWERED, State.DELIVERED, State.UNDELIVERED)
+"""With an answer."""
+
 
 class Rows:
     """Reads rows inside the journal's transactions.
@@ -54,7 +57,7 @@ class Rows:
             outgoing = outgoing_of(row)
         except (ValueError, TypeError, RecursionError):
             outgoing = None
-        if outgoing is not None and row["state"] in (State.ANSWERED, State.DELIVERED) and _is_known(row):
+        if outgoing is not None and row["state"] in FINISHED and _is_known(row):
             return  # the answer is undamaged, and nothing else of the row is needed
         self.damaged += 1
         log.warning("prompt damaged row=%s state=%r", row["row"], row["state"])
@@ -63,7 +66,7 @@ class Rows:
             _typed(row, "answer_topic", str)
         except (ValueError, TypeError):
             prompt_id = None
-        if prompt_id is None or row["state"] == State.DELIVERED:
+        if prompt_id is None or row["state"] in (State.DELIVERED, State.UNDELIVERED):
             db.execute("DELETE FROM prompts WHERE row=?", (row["row"],))
             return
         error = ModelFailed("what the agent had noted of this prompt is damaged")
@@ -96,6 +99,7 @@ def prompt_of(row: sqlite3.Row) -> Prompt:
         stream=bool(row["stream"]),
         answer_topic=_typed(row, "answer_topic", str),
         correlation=_correlation(row),
+        client=_typed(row, "client", str),
         state=State(row["state"]),
         attempts=_typed(row, "attempts", int),
         accepted_wall_s=_typed(row, "accepted_wall_s", float),
@@ -124,6 +128,7 @@ def outgoing_of(row: sqlite3.Row) -> Outgoing:
         correlation=_correlation(row),
         form=messages.Form(row["form"]),
         answer=Answer(payload=_typed(row, "answer", bytes), properties=properties),
+        tries=row["tries"] if isinstance(row["tries"], int) else 0,
     )
 
 

@@ -92,8 +92,12 @@ def _reported_by_daemon(settings: Settings, broker: Mapping[str, Any]) -> Iterat
     else:
         yield ok("broker.subscribe", "the broker granted the daemon's subscriptions")
     if count := broker.get("answers_refused"):
+        undelivered = broker.get("answers_undelivered", 0)
         yield fail(
-            "broker.publish", f"the broker has refused {count} answers since the daemon started", _ACL_REMEDY
+            "broker.publish",
+            f"the broker has refused an answer {count} times since the daemon started;"
+            f" {undelivered} answers stay undelivered",
+            _ACL_REMEDY,
         )
     else:
         yield ok("broker.publish", "the broker refused none of the daemon's answers")
@@ -202,7 +206,8 @@ def _check_certificate(sock: ssl.SSLSocket) -> Iterator[Finding]:
 
 
 def _check_subscribe(session: _Session, topics: Topics) -> Finding:
-    wanted = [topics.chat, topics.cancel, topics.sync, topics.desired]
+    wanted = [topics.chat, topics.chat_of_clients, topics.cancel, topics.cancel_of_clients]
+    wanted += [topics.sync, topics.desired]
     if session.version5:  # ask for no retained messages: only the daemon acts on a desired state
         never = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
         session.client.subscribe([(topic, never) for topic in wanted])

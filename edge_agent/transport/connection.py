@@ -44,6 +44,9 @@ _CONNECT_TIMEOUT_S = 10.0
 _TURN_S = 1.0
 _CONNACK_S = 15.0
 _TAKEN_OVER = 0x8E
+_NO_MESSAGES_FAULT = (0x00, 0x89, 0x8B, 0x8D, _TAKEN_OVER, 0x98, 0x9C, 0x9D, 0x9F, 0xA0)
+"""Reasons of a DISCONNECT that no message can be the cause of: the broker is busy, stops, moves, heard nothing."""
+_SOON_S = 10.0
 _UNSUPPORTED_PROTOCOL = (0x84, 0x01)
 _CONTENT_TYPES = {Form.JSON: "application/json", Form.TEXT: "text/plain"}
 
@@ -71,6 +74,27 @@ class _Client(paho.Client):
             return self.ack(mid, (self._in_packet["command"] & 0x06) >> 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """A message of QoS 1 whose PUBACK has not come.
+
+    Attributes:
+        topic: of an answer; empty for what is none.
+        row: of the journal; None for a refusal, and for what is no answer.
+        id: the request's.
+        tries: how often the broker has refused it before.
+        from_behind: it was a suspect, or of a backlog.
+        at_s: when, in seconds of the clock of whoever sent it.
+    """
+
+    topic: str = ""
+    row: int | None = None
+    id: str = ""
+    tries: int = 0
+    from_behind: bool = False
+    at_s: float = 0.0
+
+
 class Events(Protocol):
     """What a connection tells its owner, in the network thread."""
 
@@ -93,10 +117,12 @@ class Connection:
         connected: the broker has accepted it.
         ended: why it is over; empty while it is not.
         session: name of the broker's session that mids belong to.
-        in_flight: mid → journal row, None for what is no answer of the journal.
+        worked: the broker has acked something on it.
+        hung_up: the broker ended it, and may have done so over a message.
+        over_an_answer: it did so over one answer.
+        in_flight: by mid.
         ack_after: mid of a refusal → mid of the message that it refuses.
-        delivering: journal row → the request's id, of an answer that is in flight.
-        refused_rows: answers that the broker did not take.
+        chunked: answer topics of chunks, which are never acked → when the last one was sent.
     """
 
     client: _Client
@@ -111,11 +137,12 @@ class Connection:
     session: str = ""
     max_packet_bytes: int = 268_435_455
     max_in_flight: int = MAX_IN_FLIGHT
-    in_flight: dict[int, int | None] = field(default_factory=dict)
+    worked: bool = False
+    hung_up: bool = False
+    over_an_answer: bool = False
+    in_flight: dict[int, Sent] = field(default_factory=dict)
     ack_after: dict[int, int] = field(default_factory=dict)
-    delivering: dict[int, str] = field(default_factory=dict)
-    refused_rows: set[int] = field(default_factory=set)
-    refused_at_s: float = 0.0
+    chunked: dict[str, float] = field(default_factory=dict)
 
     def turn(self, wake: socket.socket, send_due: Callable[[Connection], None]) -> None:
         """Waits for the socket or for `wake`, reads, writes, and then sends what is due.
@@ -213,6 +240,16 @@ class Connection:
         """False for what the broker would end the connection over."""
         return len(payload) + len(topic.encode()) + PACKET_OVERHEAD_BYTES <= self.max_packet_bytes
 
+    def answers(self) -> list[Sent]:
+        """What is in flight of answers and refusals."""
+        return [sent for sent in self.in_flight.values() if sent.topic]
+
+    def suspects(self, now_s: float) -> list[Sent]:
+        """The answers and refusals over which the broker may have hung up: those that it had got just before."""
+        if not self.hung_up or not self.worked:
+            return []
+        return [sent for sent in self.answers() if now_s - sent.at_s < _SOON_S]
+
     def disconnect(self) -> None:
         """An orderly DISCONNECT: it keeps the will unsent and the session alive."""
         with contextlib.suppress(Exception):
@@ -233,6 +270,7 @@ class Connection:
             unsupported=self.unsupported,
             silent=self.silent,
             taken_over=self.taken_over,
+            over_an_answer=self.over_an_answer,
         )
 
     def attach(self, events: Events) -> None:
@@ -262,6 +300,7 @@ class Connection:
 
     def _on_disconnect(self, code: ReasonCode) -> None:
         self.taken_over = code.value == _TAKEN_OVER
+        self.hung_up = not self.ended and code.value not in _NO_MESSAGES_FAULT
         self.ended = self.ended or f"disconnected: {code}"
 
 

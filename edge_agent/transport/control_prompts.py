@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_agent.chat import clock, messages
+from edge_agent.chat.fairness import LOCAL
 from edge_agent.chat.intake import Intake, make_id
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Prompt, Source
@@ -70,6 +71,7 @@ class ControlPrompts:
                 request_id=request_id,
                 body=messages.encode(request.document),
                 source=Source.CONTROL,
+                client=LOCAL,
                 answer_topic="control",
                 correlation=None,
                 expiry_s=None,
@@ -88,7 +90,7 @@ class ControlPrompts:
         finally:
             with self._lock:
                 del self._waiters[acceptance.row]
-            self._journal.delivered(acceptance.row)
+            self._journal.deliveries.delivered(acceptance.row)
 
     def _request(self, fields: Mapping[str, Any]) -> messages.Request:
         document = {
@@ -112,7 +114,7 @@ class ControlPrompts:
                 call.send("delta", text=text)
 
     def _finish(self, call: Call, row: int) -> None:
-        outgoing = self._journal.outgoing(row)
+        outgoing = self._journal.deliveries.of(row)
         if outgoing is not None:
             answer, properties = json.loads(outgoing.answer.payload), outgoing.answer.properties
             flavor = self._flavor_of(properties["model"]) if "model" in properties else None

@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from edge_agent.chat import clock
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Delivery, Prompt
@@ -93,7 +94,7 @@ class MqttTransport:
             will_topic=topics.status,
             will=will,
         )
-        self._outbox = Outbox(topics=topics, journal=journal, counters=self.counters)
+        self._outbox = Outbox(topics=topics, journal=journal, counters=self.counters, now=clock.now)
         self._subscriptions = Subscriptions(handlers, retained=topics.desired, counters=self.counters)
         self._connection: Connection | None = None
         self._closing = threading.Event()
@@ -117,11 +118,12 @@ class MqttTransport:
             "problem": self.problem,
             "refused_topics": list(self._subscriptions.refused),
             "answers_refused": self.counters["answers_refused"],
+            "answers_undelivered": self.counters["answers_undelivered"],
         }
 
     def answered(self, row: int) -> None:
         """An answer waits in the journal."""
-        self._outbox.answered()
+        self._outbox.answered(row)
         self._wake()
 
     def chunk(self, prompt: Prompt, document: dict[str, Any]) -> None:
@@ -174,7 +176,7 @@ class MqttTransport:
                 if self._closing.is_set() and connection.connected:
                     self._say_goodbye(connection)
                 self._connection = None
-                self._outbox.end()
+                connection.over_an_answer = self._outbox.end(connection)
                 connection.close()
             if not self._closing.is_set():
                 self._wait_to_reconnect(connection)

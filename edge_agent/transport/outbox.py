@@ -2,6 +2,11 @@
 
 Owns bounded queues, and the order in which they are emptied. Answers wait in the journal, not here. Refuses to block
 on a slow broker: what does not fit is dropped if it is a chunk, and waits in the journal if it is an answer.
+
+    new answers → those that waited for a connection, oldest first → those that the broker has refused, a few a second
+
+An answer that the broker refuses `1 + len(RETRY_WAITS_S)` times is undelivered. `suspicion.py` says what counts as a
+refusal where the broker ends the connection instead.
 """
 
 from __future__ import annotations
@@ -9,16 +14,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edge_agent.chat.clock import Moment
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form, encode
 from edge_agent.chat.prompt import Answer, Outgoing, Prompt, Source
 from edge_agent.errors import AnswerTooLarge, JournalUnavailable
 from edge_agent.topics import Topics, can_be_published
-from edge_agent.transport.connection import PACKET_OVERHEAD_BYTES, Connection
+from edge_agent.transport.connection import PACKET_OVERHEAD_BYTES, Connection, Sent
+from edge_agent.transport.suspicion import REFUSALS_LOST, Suspicion
 
 if TYPE_CHECKING:
     from paho.mqtt.reasoncodes import ReasonCode
@@ -27,8 +34,15 @@ log = logging.getLogger(__name__)
 
 MAX_REFUSALS = 256
 MAX_CHUNKS = 256
-_LOOK_S = 2.0
-_REFUSED_RETRY_S = 60.0
+MAX_NEW = 1024
+RETRY_WAITS_S = (2.0, 10.0, 60.0, 240.0)
+"""Between the tries of an answer that the broker refuses: an ACL may be mended, a quota freed, within five minutes."""
+MAX_BACKLOG = 4
+"""Answers of a backlog under way at once: a new one does not wait behind many of them at the broker."""
+MAX_RETRIES = 16
+"""Refused answers that are tried again at one look: thousands of them take little of the device's time."""
+_LOOK_S = 1.0
+_PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +65,18 @@ class Outbox:
 
     Args:
         counters: of the transport.
+        now: the clock.
     """
 
-    def __init__(self, *, topics: Topics, journal: Journal, counters: collections.Counter[str]) -> None:
+    def __init__(
+        self,
+        *,
+        topics: Topics,
+        journal: Journal,
+        counters: collections.Counter[str],
+        now: Callable[[], Moment],
+    ) -> None:
+        self._now = now
         self._topics = topics
         self._journal = journal
         self._counters = counters
@@ -64,20 +87,22 @@ class Outbox:
         self._retained: dict[str, bytes] = {}
         self._retained_due: set[str] = set()
         self._metrics: bytes | None = None
+        self._new: collections.deque[int] = collections.deque(maxlen=MAX_NEW)
+        self._suspicion = Suspicion()
         self._answers_due = True
-        self._looked_s = 0.0
+        self._looked_s = self._began_s = 0.0
 
     # --- From any thread -------------------------------------------------------------------------------
 
-    def answered(self) -> None:
-        """An answer waits in the journal."""
-        self._answers_due = True
+    def answered(self, row: int) -> None:
+        """An answer waits in the journal. With many of them, the oldest are found there."""
+        self._new.append(row)
 
     def chunk(self, prompt: Prompt, document: dict[str, Any]) -> None:
         """Adds a part of an answer; the oldest parts go when the broker is slow."""
         if len(self._chunks) == MAX_CHUNKS:
             self._counters["chunks_dropped"] += 1
-        self._chunks.append((self._topics.stream(prompt.answer_topic), prompt.correlation, encode(document)))
+        self._chunks.append((prompt.answer_topic, prompt.correlation, encode(document)))
 
     def set_retained(self, topic: str, document: bytes) -> None:
         """A retained document; published now and after each connect."""
@@ -102,12 +127,26 @@ class Outbox:
     def begin(self) -> None:
         """A connection was accepted: answers and retained documents are due again."""
         self._answers_due = True
+        self._began_s = self._now().boot_s
         self._retained_due.update(self._retained)
 
-    def end(self) -> None:
-        """The connection is over."""
+    def end(self, connection: Connection) -> bool:
+        """The connection is over. True if the broker probably ended it over one answer: the next one can do without
+        a long wait."""
         self._chunks.clear()
         self._refusals.clear()  # what they refuse was not acked: it comes again
+        now_s = self._now().boot_s
+        suspects = connection.suspects(now_s)
+        topics = {sent.topic for sent in suspects}
+        if connection.hung_up and connection.worked:
+            topics |= {topic for topic, at_s in connection.chunked.items() if now_s - at_s < _PATIENCE_S}
+        alone = len(suspects) == 1
+        suspected = self._suspicion.ended(topics, alone=alone, now_s=now_s)
+        with contextlib.suppress(JournalUnavailable):  # the next end tells as much
+            self._journal.deliveries.suspect(suspected, moment=self._now())
+            if alone:
+                self._note_refused(suspects[0], "the broker ended the connection at it")
+        return alone
 
     def unsaid(self, connection: Connection) -> bool:
         """True while the broker does not have the last status, or has not taken something that was sent."""
@@ -115,21 +154,27 @@ class Outbox:
 
     def send_due(self, connection: Connection) -> None:
         """Hands paho what waits, as far as the socket takes it: nothing piles up in its memory."""
-        while self._refusals and connection.may_publish:
-            refusal = self._refusals.popleft()
-            if self._fits(connection, refusal.topic, refusal.answer.payload):
-                self._send_refusal(connection, refusal)
-            elif refusal.refused_mid is not None:
-                connection.ack(refusal.refused_mid)
-        while self._chunks and connection.writable:
-            topic, correlation, payload = self._chunks.popleft()
-            if self._fits(connection, topic, payload):
-                connection.publish(topic, payload, qos=0, form=Form.JSON, correlation=correlation)
         while self._retained_due and connection.may_publish:
             topic = self._retained_due.pop()
             if self._fits(connection, topic, self._retained[topic]):
                 mid = connection.publish(topic, self._retained[topic], qos=1, retain=True)
-                connection.in_flight[mid] = None
+                connection.in_flight[mid] = Sent()
+        while self._refusals and connection.may_publish and self._is_tried(connection):
+            refusal = self._refusals.popleft()
+            if self._suspicion.of(refusal.topic) >= REFUSALS_LOST:
+                self._counters["refusals_dropped"] += 1
+                if refusal.refused_mid is not None:
+                    connection.ack(refusal.refused_mid)
+            elif self._fits(connection, refusal.topic, refusal.answer.payload):
+                self._send_refusal(connection, refusal)
+            elif refusal.refused_mid is not None:
+                connection.ack(refusal.refused_mid)
+        while self._chunks and connection.writable:
+            answer_topic, correlation, payload = self._chunks.popleft()
+            topic = self._topics.stream(answer_topic)
+            if not self._suspicion.of(answer_topic) and self._fits(connection, topic, payload):
+                connection.publish(topic, payload, qos=0, form=Form.JSON, correlation=correlation)
+                connection.chunked[answer_topic] = self._now().boot_s
         if self._metrics is not None and connection.writable:
             if self._fits(connection, self._topics.metrics, self._metrics):
                 connection.publish(self._topics.metrics, self._metrics, qos=0)
@@ -138,19 +183,22 @@ class Outbox:
 
     def published(self, connection: Connection, mid: int, code: ReasonCode) -> None:
         """The broker has a message of QoS 1, or says why not."""
-        row = connection.in_flight.pop(mid, None)
+        sent = connection.in_flight.pop(mid, None)
+        connection.worked = True
         if (refused_mid := connection.ack_after.pop(mid, None)) is not None:
             connection.ack(refused_mid)
-        if row is None:
+        if sent is None or not sent.topic:
             return
-        request_id = connection.delivering.pop(row, "")
-        if code.is_failure:
-            self._note_refused(connection, row, request_id, str(code))
-            return
-        log.info("answer delivered request=%s row=%d", request_id, row)
+        connection.chunked.pop(sent.topic, None)
+        self._suspicion.taken(sent.topic, from_behind=sent.from_behind)
         with contextlib.suppress(JournalUnavailable):  # it will be sent again: a repeat, not a loss
-            self._journal.delivered(row)
-        self._answers_due = True
+            if code.is_failure:
+                self._note_refused(sent, str(code))
+            elif sent.row is not None:
+                log.info("answer delivered request=%s row=%d", sent.id, sent.row)
+                self._journal.deliveries.delivered(sent.row)
+        if not sent.tries:
+            self._answers_due = True
 
     def _drop_refusal(self, connection: Connection | None) -> None:
         """Drops the oldest refusal of QoS 0; without any, the oldest, and acks its message: un-acked messages up to
@@ -174,33 +222,95 @@ class Outbox:
         mid = self._send_answer(
             connection, refusal.topic, refusal.answer, form=refusal.form, correlation=refusal.correlation
         )
-        connection.in_flight[mid] = None
+        connection.in_flight[mid] = Sent(topic=refusal.topic, at_s=self._now().boot_s)
         if refusal.refused_mid is not None:
             connection.ack_after[mid] = refusal.refused_mid
 
+    # --- Answers ---------------------------------------------------------------------------------------
+
     def _send_answers(self, connection: Connection) -> None:
-        now_s = time.monotonic()
-        due = self._answers_due or now_s - self._looked_s > _LOOK_S
-        room = connection.max_in_flight - len(connection.in_flight)
-        if not due or room <= 0 or not connection.writable:
-            return
-        self._answers_due, self._looked_s = False, now_s
-        if now_s - connection.refused_at_s > _REFUSED_RETRY_S:
-            connection.refused_rows.clear()  # an ACL may have been mended, a quota freed
-        in_flight = frozenset(row for row in connection.in_flight.values() if row is not None)
-        try:
-            waiting = self._journal.outbox(Source.MQTT, limit=room, skip=in_flight | connection.refused_rows)
-        except JournalUnavailable:
-            return
+        with contextlib.suppress(JournalUnavailable):  # they wait there
+            self._send_new(connection)
+            now_s = self._now().boot_s
+            look = now_s - self._looked_s > _LOOK_S
+            if look:
+                self._looked_s = now_s
+            if (look or self._answers_due) and self._has_room(connection, now_s):
+                self._answers_due = self._send_backlog(connection, now_s)
+            if look and not self._answers_due and self._has_room(connection, now_s):
+                self._send_postponed(connection, now_s)
+
+    def _send_new(self, connection: Connection) -> None:
+        """Answers since the last look, in the order in which they were given."""
+        while self._new and self._has_room(connection, self._now().boot_s):
+            outgoing = self._journal.deliveries.unsent(self._new.popleft())
+            if outgoing is None or outgoing.row in _rows_in_flight(connection):
+                continue
+            if self._suspicion.of(outgoing.topic):
+                self._journal.deliveries.suspect([outgoing.topic], moment=self._now())
+                continue
+            self._send_row(connection, outgoing)
+
+    def _send_backlog(self, connection: Connection, now_s: float) -> bool:
+        """Answers that waited for a connection. True if more of them wait."""
+        careful = self._suspicion.careful
+        under_way = sum(sent.from_behind for sent in connection.in_flight.values())
+        room = 1 if careful else MAX_BACKLOG - under_way
+        if room <= 0 or (careful and not self._suspicion.may_try(now_s)):
+            return False
+        waiting = self._journal.deliveries.waiting(Source.MQTT, limit=room, skip=_rows_in_flight(connection))
+        if not waiting:
+            self._suspicion.no_backlog(now_s)
         for outgoing in waiting:
             if not connection.may_publish:
                 break
-            self._send_row(connection, outgoing)
-        self._answers_due = len(waiting) == room
+            self._send_row(connection, outgoing, from_behind=True)
+        return len(waiting) == room
 
-    def _send_row(self, connection: Connection, outgoing: Outgoing) -> None:
+    def _send_postponed(self, connection: Connection, now_s: float) -> None:
+        """Answers that the broker has refused, or that may have ended a connection. The latter go alone."""
+        active = self._suspicion.active
+        if active and (connection.answers() or not self._suspicion.may_try(now_s)):
+            return
+        due = self._journal.deliveries.due(
+            Source.MQTT,
+            moment=self._now(),
+            limit=1 if active else MAX_RETRIES,
+            skip=_rows_in_flight(connection),
+        )
+        for outgoing in due:
+            if not connection.may_publish:
+                break
+            self._send_row(connection, outgoing, from_behind=True)
+
+    def _has_room(self, connection: Connection, now_s: float) -> bool:
+        """True if an answer can go now. After a connection that was ended over one of them, they go one at a time,
+        once the connection works; but nobody waits long for a PUBACK that does not come."""
+        if not connection.may_publish:
+            return False
+        if not self._suspicion.careful:
+            return True
+        if any(now_s - sent.at_s < _PATIENCE_S for sent in connection.answers()):
+            return False
+        return self._is_tried(connection)
+
+    def _is_tried(self, connection: Connection) -> bool:
+        """False while an end of this connection would tell nothing of an answer."""
+        if connection.worked or not self._suspicion.active:
+            return True
+        return self._now().boot_s - self._began_s > _PATIENCE_S
+
+    def _send_row(self, connection: Connection, outgoing: Outgoing, *, from_behind: bool = False) -> None:
+        sent = Sent(
+            topic=outgoing.topic,
+            row=outgoing.row,
+            id=outgoing.id,
+            tries=outgoing.tries,
+            from_behind=from_behind,
+            at_s=self._now().boot_s,
+        )
         if not can_be_published(outgoing.topic):  # a flipped bit in the journal would end each connection
-            self._note_refused(connection, outgoing.row, outgoing.id, "its topic is damaged")
+            self._give_up(sent, "its topic is damaged")
             return
         answer = outgoing.answer
         size = _packet_bytes(outgoing.topic, answer)
@@ -210,14 +320,13 @@ class Outbox:
             )
             answer = Answer.of_error(outgoing.id, outgoing.form, error)
             if _packet_bytes(outgoing.topic, answer) > connection.max_packet_bytes:
-                connection.refused_rows.add(outgoing.row)
+                self._note_refused(sent, "no answer fits into the broker's packets")
                 return
-            self._journal.replace_answer(outgoing.row, answer)
-        connection.delivering[outgoing.row] = outgoing.id
+            self._journal.deliveries.replace(outgoing.row, answer)
         mid = self._send_answer(
             connection, outgoing.topic, answer, form=outgoing.form, correlation=outgoing.correlation
         )
-        connection.in_flight[mid] = outgoing.row
+        connection.in_flight[mid] = sent
 
     def _send_answer(
         self, connection: Connection, topic: str, answer: Answer, *, form: Form, correlation: bytes | None
@@ -231,11 +340,38 @@ class Outbox:
             user_properties=answer.properties,
         )
 
-    def _note_refused(self, connection: Connection, row: int, request_id: str, reason: str) -> None:
+    def _note_refused(self, sent: Sent, reason: str) -> None:
+        """Tries an answer again later, or never: a broker that refuses it so often has a rule against it."""
+        if sent.row is None:
+            return
         self._counters["answers_refused"] += 1
-        connection.refused_rows.add(row)
-        connection.refused_at_s = time.monotonic()
-        log.warning("answer refused by the broker request=%s row=%d reason=%s", request_id, row, reason)
+        if sent.tries >= len(RETRY_WAITS_S):
+            self._give_up(sent, reason)
+            return
+        wait_s = RETRY_WAITS_S[sent.tries]
+        self._journal.deliveries.postpone(
+            sent.row, tries=sent.tries + 1, until_boot_s=self._now().boot_s + wait_s
+        )
+        log.info(
+            "answer refused by the broker request=%s row=%d retry_s=%.0f reason=%s",
+            sent.id, sent.row, wait_s, reason,
+        )  # fmt: skip
+
+    def _give_up(self, sent: Sent, reason: str) -> None:
+        assert sent.row is not None
+        self._counters["answers_undelivered"] += 1
+        self._journal.deliveries.give_up(sent.row)
+        log.warning(
+            "answer undelivered request=%s row=%d tries=%d reason=%s",
+            sent.id,
+            sent.row,
+            sent.tries + 1,
+            reason,
+        )
+
+
+def _rows_in_flight(connection: Connection) -> frozenset[int]:
+    return frozenset(sent.row for sent in connection.in_flight.values() if sent.row is not None)
 
 
 def _packet_bytes(topic: str, answer: Answer) -> int:

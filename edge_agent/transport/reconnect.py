@@ -26,6 +26,7 @@ class Ending:
         unsupported: the reason was the protocol.
         silent: the broker said nothing at all until the limit.
         taken_over: another client of the same name came.
+        over_an_answer: the broker took exception to one answer, which will not be in the way next time.
     """
 
     lasted_s: float
@@ -34,6 +35,7 @@ class Ending:
     unsupported: bool = False
     silent: bool = False
     taken_over: bool = False
+    over_an_answer: bool = False
 
 
 class Reconnect:
@@ -67,6 +69,8 @@ class Reconnect:
                 self.retry_s = RETRY_FIRST_S
             if self._auto:
                 self._choose_protocol(ending)
+        if ending is not None and ending.over_an_answer:
+            return RETRY_FIRST_S * random.uniform(0.5, 1.5)
         wait_s = TAKEN_OVER_S if ending is not None and ending.taken_over else self.retry_s
         self.retry_s = min(RETRY_LAST_S, self.retry_s * 2)
         return wait_s * random.uniform(0.5, 1.5)

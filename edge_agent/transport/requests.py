@@ -1,7 +1,8 @@
 """What MQTT messages ask of the agent: a prompt, a cancel, a look for updates, a desired state.
 
-Owns the way from a message to its acceptance or its refusal: which id it has, where its answer goes. Every method runs
-in the network thread. Refuses answer topics that are not allowed, and retained requests. Contract: docs/mqtt.md.
+Owns the way from a message to its acceptance or its refusal: whose it is, which id it has, where its answer goes. Every
+method runs in the network thread. Refuses answer topics that are not allowed, and retained requests. Contract:
+docs/mqtt.md.
 
     message → body, id, answer topic → intake.take (committed) → ack, or a refusal that says why
 """
@@ -20,7 +21,7 @@ from edge_agent.chat.intake import Intake, identity, make_id
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Acceptance, Answer, Delivery, Source
 from edge_agent.errors import BadRequest, ModelFailed, PromptError, UnknownModel
-from edge_agent.topics import Topics
+from edge_agent.topics import ANONYMOUS, Topics
 from edge_agent.transport.inbound import Handler, Inbound
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,9 @@ class Requests:
         """What handles a message, by its topic."""
         return {
             self._topics.chat: self.on_chat,
+            self._topics.chat_of_clients: self.on_chat,
             self._topics.cancel: self.on_cancel,
+            self._topics.cancel_of_clients: self.on_cancel,
             self._topics.sync: self.on_sync,
             self._topics.desired: self.on_desired,
         }
@@ -86,13 +89,19 @@ class Requests:
             counters["retained_requests"] += 1
             log.warning("retained request dropped topic=%s", message.topic)
             return
+        client = self._client(message.topic, self._topics.chat)
+        if client is None:
+            return
         body = messages.read(message.payload, limit_bytes=self._max_payload_bytes)
         request_id = body.id or _id_from(message.correlation) or make_id()
-        topic, problem = self._answer_topic(message, body, self._topics.response(request_id))
+        made = self._topics.response(request_id, client)
+        topic, problem = self._answer_topic(message, body, made, client)
         try:
             if problem is not None:
                 raise problem
-            acceptance = self._take(message, body, request_id, topic)
+            acceptance = self._take(
+                message, body, request_id, topic, client=client, topic_made=topic == made and body.id is None
+            )
         except PromptError as error:
             counters[f"refused_{error.status}"] += 1
             # What a client got wrong is named to the client: its words may be a prompt's.
@@ -106,17 +115,18 @@ class Requests:
             self._refuse(message, body.form, request_id, topic, failed)
             return
         if acceptance.new:
-            log.info("prompt accepted request=%s row=%d", request_id, acceptance.row)
+            log.info("prompt accepted request=%s row=%d client=%s", request_id, acceptance.row, client)
         else:
             log.info("prompt repeated request=%s row=%d", request_id, acceptance.row)
             counters["repeated"] += 1
             self._replies.answered(acceptance.row)
 
     def on_cancel(self, message: Inbound) -> None:
-        """Cancels by (answer topic, Correlation Data or id). What it does not find, it counts."""
+        """Cancels by (answer topic, or the client's name; Correlation Data or id). What it does not find, it counts."""
         if message.retained:
             return
-        wanted = self._cancelled(message)
+        client = self._client(message.topic, self._topics.cancel)
+        wanted = self._cancelled(message, client) if client is not None else None
         if wanted is None or not self._intake.cancel(wanted, moment=self._now()):
             self._replies.counters["cancels_unknown"] += 1
 
@@ -128,8 +138,23 @@ class Requests:
         """What a fleet's operator wants here; retained, so it comes again with each connection."""
         self._desire(message.payload)
 
+    def _client(self, topic: str, plain: str) -> str | None:
+        """Whose message it is: the last level of its topic. None for a name that is none.
+
+        Args:
+            plain: the topic without a name.
+        """
+        if topic == plain:
+            return ANONYMOUS
+        name = topic.removeprefix(f"{plain}/")
+        if ID_PATTERN.fullmatch(name):
+            return name
+        self._replies.counters["unknown_topic"] += 1
+        log.warning("message dropped: its client's name is no id bytes=%d", len(name.encode()))
+        return None
+
     def _answer_topic(
-        self, message: Inbound, body: messages.Body, made: str
+        self, message: Inbound, body: messages.Body, made: str, client: str
     ) -> tuple[str, BadRequest | None]:
         """Where the answer goes, be it a refusal; and why that is not where the client wants it.
 
@@ -140,11 +165,20 @@ class Requests:
         if named is None:
             return made, None
         try:
-            return self._topics.check_answer_topic(named), None
+            return self._topics.check_answer_topic(named, client), None
         except BadRequest as error:
             return made, error
 
-    def _take(self, message: Inbound, body: messages.Body, request_id: str, topic: str) -> Acceptance:
+    def _take(
+        self,
+        message: Inbound,
+        body: messages.Body,
+        request_id: str,
+        topic: str,
+        *,
+        client: str,
+        topic_made: bool,
+    ) -> Acceptance:
         """Commits the prompt.
 
         Raises:
@@ -157,10 +191,11 @@ class Requests:
             request_id=request_id,
             body=message.payload,
             source=Source.MQTT,
+            client=client,
             answer_topic=topic,
             correlation=message.correlation,
             expiry_s=message.expiry_s,
-            topic_made=topic == self._topics.response(request_id) and body.id is None,
+            topic_made=topic_made,
             delivery=message.delivery,
             moment=self._now(),
         )
@@ -177,8 +212,8 @@ class Requests:
             delivery=message.delivery,
         )
 
-    def _cancelled(self, message: Inbound) -> bytes | None:
-        """The identity of the prompt that a cancel means."""
+    def _cancelled(self, message: Inbound, client: str) -> bytes | None:
+        """The identity of the prompt that a cancel means: always one of its own client."""
         topic, correlation, request_id = message.response_topic, message.correlation, None
         if message.payload.strip() and len(message.payload) <= MAX_CANCEL_BYTES:
             try:
@@ -187,6 +222,8 @@ class Requests:
                 log.info("cancel not understood reason=%r", str(error))
                 return None
             topic = topic or reply_to or (self._topics.response(request_id) if request_id else None)
+        if client != ANONYMOUS:
+            return identity("", correlation, request_id, client)
         return identity(topic, correlation, request_id) if topic else None
 
 

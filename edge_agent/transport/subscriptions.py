@@ -25,7 +25,7 @@ class Subscriptions:
     """Used by the network thread, but for `accepting`.
 
     Args:
-        handlers: by topic.
+        handlers: by topic, or by a filter whose last level is `+`.
         retained: the one topic whose retained message is wanted.
         counters: of the transport.
 
@@ -66,7 +66,7 @@ class Subscriptions:
             return
         self.ack_later = False
         try:
-            handler = self._handlers.get(message.topic)
+            handler = self._handlers.get(message.topic) or self._handlers.get(_any_last_level(message.topic))
             if handler is None:
                 self._counters["unknown_topic"] += 1
             else:
@@ -77,3 +77,7 @@ class Subscriptions:
             self.ack_later = False
         if not self.ack_later:
             connection.client.ack(message.mid, message.qos)
+
+
+def _any_last_level(topic: str) -> str:
+    return f"{topic.rpartition('/')[0]}/+"

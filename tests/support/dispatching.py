@@ -264,7 +264,7 @@ class Desk:
 
     def answer(self, row: int) -> tuple[dict[str, Any], dict[str, str]]:
         """The document and the properties of an answer."""
-        outgoing = self.journal.outgoing(row)
+        outgoing = self.journal.deliveries.of(row)
         assert outgoing is not None, "it has no answer"
         return json.loads(outgoing.answer.payload), outgoing.answer.properties
 
@@ -274,7 +274,7 @@ class Desk:
         return str(document["choices"][0]["message"]["content"])
 
     def status(self, row: int) -> int | None:
-        outgoing = self.journal.outgoing(row)
+        outgoing = self.journal.deliveries.of(row)
         return int(outgoing.answer.properties["status"]) if outgoing else None
 
     @contextlib.contextmanager

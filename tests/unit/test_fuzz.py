@@ -232,7 +232,7 @@ def test_what_is_accepted_reaches_the_runner_as_it_was_read(
         protocol.encode(protocol.Generate(id="1.1", document=prompt.document))
         answer = Answer.of_error(prompt.id, prompt.form, ModelFailed("no model here"))
         assert journal.answer(prompt.row, answer, moment=clock.now())
-        journal.delivered(prompt.row)
+        journal.deliveries.delivered(prompt.row)
 
 
 # --- Found once ----------------------------------------------------------------------------------------

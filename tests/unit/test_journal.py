@@ -14,10 +14,12 @@ import pytest
 
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.intake import identity
-from edge_agent.chat.journal import MAX_ATTEMPTS, Journal
+from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Arrival, Delivery, Source, State
+from edge_agent.chat.recovery import MAX_ATTEMPTS
 from edge_agent.errors import IdReused, JournalUnavailable, NoModel, QueueFull
+from edge_agent.topics import ANONYMOUS
 
 START = Moment(boot_id="boot-1", boot_s=100.0, wall_s=1_000_000.0)
 
@@ -72,15 +74,15 @@ def test_a_prompt_goes_from_queued_to_delivered(journal: Journal) -> None:
     assert claimed is not None
     assert (claimed.row, claimed.attempts, claimed.state) == (row, 1, State.RUNNING)
     assert journal.answer(row, ANSWER, moment=later(1), attempt=1)
-    (waiting,) = journal.outbox(Source.MQTT, limit=8)
+    (waiting,) = journal.deliveries.waiting(Source.MQTT, limit=8)
     assert (waiting.row, waiting.topic, waiting.correlation, waiting.answer) == (
         row,
         "replies/a",
         b"c",
         ANSWER,
     )
-    journal.delivered(row)
-    assert journal.outbox(Source.MQTT, limit=8) == []
+    journal.deliveries.delivered(row)
+    assert journal.deliveries.waiting(Source.MQTT, limit=8) == []
     assert journal.depth() == 0
 
 
@@ -96,7 +98,7 @@ def test_a_second_answer_is_void(journal: Journal) -> None:
     row = accept(journal, arrival())
     assert journal.answer(row, ANSWER, moment=START)
     assert not journal.answer(row, Answer(payload=b"other", properties={}), moment=START)
-    assert journal.outbox(Source.MQTT, limit=8)[0].answer == ANSWER
+    assert journal.deliveries.waiting(Source.MQTT, limit=8)[0].answer == ANSWER
 
 
 def test_an_answer_from_an_attempt_that_was_put_back_is_void(journal: Journal) -> None:
@@ -120,10 +122,58 @@ def test_a_repeat_while_it_waits_or_runs_is_nothing_new(journal: Journal) -> Non
 def test_a_repeat_of_a_finished_prompt_gets_the_same_bytes_again(journal: Journal) -> None:
     row = accept(journal, arrival())
     journal.answer(row, ANSWER, moment=START)
-    journal.delivered(row)
+    journal.deliveries.delivered(row)
     assert accept(journal, arrival()) == row
-    assert [outgoing.answer for outgoing in journal.outbox(Source.MQTT, limit=8)] == [ANSWER]
+    assert [outgoing.answer for outgoing in journal.deliveries.waiting(Source.MQTT, limit=8)] == [ANSWER]
     assert journal.claim("assistant") is None
+
+
+def test_a_repeat_gives_an_undelivered_answer_a_new_chance(journal: Journal) -> None:
+    row = accept(journal, arrival())
+    journal.answer(row, ANSWER, moment=START)
+    journal.deliveries.postpone(row, tries=4, until_boot_s=1e6)
+    journal.deliveries.give_up(row)
+    assert journal.deliveries.pending() == 0
+    assert accept(journal, arrival()) == row
+    (outgoing,) = journal.deliveries.waiting(Source.MQTT, limit=8)
+    assert (outgoing.row, outgoing.tries) == (row, 0)
+
+
+def test_a_postponed_answer_stands_behind_all_others_and_comes_at_its_time(journal: Journal) -> None:
+    old, new = accept(journal, arrival(1)), accept(journal, arrival(2))
+    for row in (old, new):
+        journal.answer(row, ANSWER, moment=START)
+    journal.deliveries.postpone(old, tries=1, until_boot_s=later(10).boot_s)
+    assert [each.row for each in journal.deliveries.waiting(Source.MQTT, limit=8)] == [new]
+    assert journal.deliveries.due(Source.MQTT, moment=later(9), limit=8) == []
+    (due,) = journal.deliveries.due(Source.MQTT, moment=later(10), limit=8)
+    assert (due.row, due.tries) == (old, 1)
+
+
+def test_after_a_reboot_a_postponed_answer_is_due_and_still_stands_behind(journal: Journal) -> None:
+    row = accept(journal, arrival())
+    journal.answer(row, ANSWER, moment=START)
+    journal.deliveries.postpone(row, tries=3, until_boot_s=later(240).boot_s)
+    rebooted = replace(START, boot_id="boot-2", boot_s=5.0)
+    journal = reopened(journal, rebooted)
+    assert journal.deliveries.waiting(Source.MQTT, limit=8) == []
+    (due,) = journal.deliveries.due(Source.MQTT, moment=rebooted, limit=8)
+    assert due.tries == 3
+    journal.close()
+
+
+def test_of_ten_thousand_refused_answers_a_look_for_new_ones_reads_none(journal: Journal) -> None:
+    for number in range(20):
+        row = accept(journal, arrival(number))
+        journal.answer(row, ANSWER, moment=START)
+        journal.deliveries.postpone(row, tries=1, until_boot_s=1e6)
+    with journal._file.transaction() as db:
+        plan = db.execute(
+            "EXPLAIN QUERY PLAN SELECT * FROM prompts WHERE state='answered' AND source=? AND retry_boot_s=0"
+            " ORDER BY row LIMIT ?",
+            ("mqtt", 16),
+        ).fetchall()
+    assert ["prompts_outbox (source=? AND retry_boot_s=?)" in row["detail"] for row in plan] == [True]
 
 
 def test_an_id_with_another_body_is_refused(journal: Journal) -> None:
@@ -172,7 +222,7 @@ def test_an_answer_given_before_the_clock_was_right_is_not_old_after_a_reboot(jo
     rebooted = Moment(boot_id="boot-2", boot_s=1.0, wall_s=2_000_000_100.0)
     journal = reopened(journal, rebooted)
     journal.prune(moment=rebooted, ttl_s=86_400)
-    assert journal.undelivered() == 1
+    assert journal.deliveries.pending() == 1
 
 
 def test_a_look_at_old_answers_writes_nothing_that_has_not_changed(journal: Journal) -> None:
@@ -192,7 +242,7 @@ def test_a_row_that_cannot_be_read_stops_nobody_and_is_answered_500(journal: Jou
     claimed = journal.claim("assistant")
     assert claimed is not None
     assert claimed.row == good
-    (outgoing,) = journal.outbox(Source.MQTT, limit=8)
+    (outgoing,) = journal.deliveries.waiting(Source.MQTT, limit=8)
     assert (outgoing.row, outgoing.topic) == (bad, "replies/a")
     assert b'"status":500' in outgoing.answer.payload
     assert journal.damaged_rows == 1
@@ -210,11 +260,11 @@ def settle_all(journal: Journal) -> list[int]:
         journal.find(identity("replies/a", None, f"id-{number}") or b"")
     sent = []
     for _ in range(3):  # one that is damaged comes with the next look
-        for outgoing in journal.outbox(Source.MQTT, limit=32):
+        for outgoing in journal.deliveries.waiting(Source.MQTT, limit=32):
             sent.append(outgoing.row)
-            journal.delivered(outgoing.row)
+            journal.deliveries.delivered(outgoing.row)
     journal.prune(moment=later(1), ttl_s=60)
-    assert (journal.depth(), journal.undelivered()) == (0, 0), "nothing stays behind"
+    assert (journal.depth(), journal.deliveries.pending()) == (0, 0), "nothing stays behind"
     return sent
 
 
@@ -229,15 +279,17 @@ def test_whatever_is_damaged_in_a_row_it_is_answered_once_or_removed(
         rows[column] = accept(journal, arrival(number))
         if state is not State.QUEUED:
             journal.claim("assistant")
-        if state in (State.ANSWERED, State.DELIVERED):
+        if state not in (State.QUEUED, State.RUNNING):
             journal.answer(rows[column], ANSWER, moment=START)
         if state is State.DELIVERED:
-            journal.delivered(rows[column])
+            journal.deliveries.delivered(rows[column])
+        if state is State.UNDELIVERED:
+            journal.deliveries.give_up(rows[column])
     for column, row in rows.items():
         journal._file._db.execute(f"UPDATE prompts SET {column}={nonsense} WHERE row=?", (row,))
     journal = reopened(journal, later(1))
     sent = settle_all(journal)
-    if state is State.DELIVERED:
+    if state in (State.DELIVERED, State.UNDELIVERED):
         assert set(sent) <= {rows["state"], rows["source"]}, "a repeat where nobody can tell"
     else:
         without = {rows[column] for column in ("id", "form", "answer_topic")}
@@ -304,7 +356,7 @@ def test_after_a_death_what_ran_runs_again_and_what_was_answered_is_sent(journal
     journal.answer(done, ANSWER, moment=START)
     journal.claim("assistant")
     journal = reopened(journal, later(5))
-    assert [outgoing.row for outgoing in journal.outbox(Source.MQTT, limit=8)] == [done]
+    assert [outgoing.row for outgoing in journal.deliveries.waiting(Source.MQTT, limit=8)] == [done]
     claimed = [journal.claim("assistant"), journal.claim("assistant")]
     assert [(prompt.row, prompt.attempts) for prompt in claimed if prompt] == [(running, 2), (waiting, 1)]
 
@@ -315,7 +367,7 @@ def test_a_prompt_that_ran_at_two_deaths_is_answered_500_and_not_run_again(journ
         assert journal.claim("assistant") is not None
         journal = reopened(journal, START)
     assert journal.claim("assistant") is None
-    (outgoing,) = journal.outbox(Source.MQTT, limit=8)
+    (outgoing,) = journal.deliveries.waiting(Source.MQTT, limit=8)
     assert outgoing.row == row
     assert b'"status":500' in outgoing.answer.payload
 
@@ -358,11 +410,11 @@ def test_old_answers_are_forgotten_and_undelivered_ones_counted(journal: Journal
     delivered, undelivered = accept(journal, arrival(1)), accept(journal, arrival(2))
     for row in (delivered, undelivered):
         journal.answer(row, ANSWER, moment=START)
-    journal.delivered(delivered)
+    journal.deliveries.delivered(delivered)
     journal.prune(moment=later(50), ttl_s=60)
-    assert journal.undelivered() == 1
+    assert journal.deliveries.pending() == 1
     journal.prune(moment=later(61), ttl_s=60)
-    assert journal.undelivered() == 0
+    assert journal.deliveries.pending() == 0
     assert journal.dropped_answers == 1
     assert accept(journal, arrival(1)) not in (delivered, undelivered)
 
@@ -373,7 +425,7 @@ def test_the_file_does_not_grow_with_the_number_of_prompts(journal: Journal) -> 
         for number in range(60):
             row = accept(journal, arrival(round_number * 100 + number))
             journal.answer(row, Answer(payload=b"x" * 20_000, properties={}), moment=START)
-            journal.delivered(row)
+            journal.deliveries.delivered(row)
         journal.prune(moment=later(100), ttl_s=1)
         sizes.append(journal.path.stat().st_size)
     assert sizes[-1] <= 2 * sizes[0]
@@ -473,6 +525,54 @@ def test_a_rebuild_that_is_killed_at_any_step_loses_no_prompt(journal: Journal, 
             break
         assert status == -signal.SIGKILL
     assert 5 < point < 19, "every step had its turn"
+
+
+SCHEMA_0_1_0 = """
+CREATE TABLE prompts(
+  row INTEGER PRIMARY KEY AUTOINCREMENT,
+  id TEXT NOT NULL, identity BLOB, body_sha256 BLOB NOT NULL,
+  source TEXT NOT NULL, model TEXT NOT NULL, document TEXT NOT NULL, form TEXT NOT NULL, stream INTEGER NOT NULL,
+  answer_topic TEXT NOT NULL, topic_made INTEGER NOT NULL, correlation BLOB, session TEXT, mid INTEGER,
+  state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+  boot_id TEXT NOT NULL, accepted_boot_s REAL NOT NULL, accepted_wall_s REAL NOT NULL, deadline_boot_s REAL NOT NULL,
+  answer BLOB, properties TEXT, answered_boot_id TEXT, answered_boot_s REAL, answered_wall_s REAL
+);
+CREATE UNIQUE INDEX prompts_identity ON prompts(identity) WHERE identity IS NOT NULL;
+CREATE INDEX prompts_state ON prompts(state, model, row);
+CREATE INDEX prompts_mid ON prompts(session, mid) WHERE mid IS NOT NULL;
+CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+INSERT_0_1_0 = """
+INSERT INTO prompts(id, identity, body_sha256, source, model, document, form, stream, answer_topic, topic_made,
+  correlation, session, mid, state, boot_id, accepted_boot_s, accepted_wall_s, deadline_boot_s, answer, properties,
+  answered_boot_id, answered_boot_s, answered_wall_s)
+VALUES(?, ?, x'00', 'mqtt', 'assistant', '{}', 'json', 0, 'replies/a', 0, NULL, NULL, NULL, ?, 'boot-1', 100.0,
+  1000000.0, 160.0, x'7b7d', '{}', 'boot-1', 100.0, 1000000.0)
+"""
+
+
+def test_the_journal_of_0_1_0_is_taken_over_row_by_row_and_can_go_back(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    with sqlite3.connect(path) as db:
+        db.executescript(SCHEMA_0_1_0)
+        for number, state in enumerate(("queued", "running", "answered", "delivered")):
+            db.execute(INSERT_0_1_0, (f"id-{number}", bytes([number]), state))
+    db.close()
+    for _ in range(2):  # the second time there is nothing to add
+        journal = Journal(path, moment=START)
+        assert journal.depth() == 2
+        assert [each.id for each in journal.deliveries.waiting(Source.MQTT, limit=8)] == ["id-2"]
+        assert journal.damaged_rows == 0
+        journal.close()
+    prompt = (journal := Journal(path, moment=START)).claim("assistant")
+    assert prompt is not None and prompt.client == ANONYMOUS
+    journal.close()
+    with sqlite3.connect(path) as db:  # 0.1.0 names the columns that it writes
+        db.execute(INSERT_0_1_0, ("id-9", b"9", "queued"))
+    db.close()
+    journal = Journal(path, moment=START)
+    assert journal.depth() == 3
+    journal.close()
 
 
 def test_nobody_else_can_read_any_file_of_the_journal(tmp_path: Path) -> None:

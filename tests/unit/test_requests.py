@@ -16,6 +16,7 @@ from edge_agent.chat.intake import Intake
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Delivery, Prompt
+from edge_agent.errors import BadRequest
 from edge_agent.topics import Topics
 from edge_agent.transport.inbound import Inbound
 from edge_agent.transport.requests import Requests
@@ -90,6 +91,7 @@ class Room:
             workers={"assistant": self.model},
             queue_depth=4,
             deadline_s=60.0,
+            max_deadline_s=3600.0,
             on_answer=lambda source, row: self.replies.answered(row),
         )
         self.requests = Requests(
@@ -119,11 +121,14 @@ class Room:
                 **properties,
             },
         )
-        self.requests.handlers()[message.topic](message)
+        handlers = self.requests.handlers()
+        filters = (message.topic, f"{message.topic.rpartition('/')[0]}/+")
+        next(handlers[each] for each in filters if each in handlers)(message)
 
-    def ask(self, payload: bytes | dict[str, Any], **properties: Any) -> None:
+    def ask(self, payload: bytes | dict[str, Any], *, client: str = "", **properties: Any) -> None:
+        """A prompt, from a client with a name if one is given."""
         body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-        self.send("req/chat", body, **properties)
+        self.send(f"req/chat/{client}" if client else "req/chat", body, **properties)
 
     def accepted(self) -> Prompt:
         """The newest prompt."""
@@ -247,7 +252,7 @@ def test_a_cancel_finds_its_prompt_by_topic_and_correlation_or_id(
 ) -> None:
     room.ask({"prompt": "x"}, response_topic="replies/a", correlation=b"r-1")
     room.send("ctl/cancel", payload, **properties)
-    outgoing = room.journal.outgoing(1)
+    outgoing = room.journal.deliveries.of(1)
     assert outgoing is not None and outgoing.answer.properties["status"] == "499"
     assert room.model.abandoned == [1]
     assert room.replies.rows == [1]
@@ -268,3 +273,149 @@ def test_a_look_for_updates_and_a_desired_state_go_to_who_cares(room: Room) -> N
     room.send("ctl/sync", b"", retained=True)
     room.send("model/desired", b"{}", retained=True)
     assert (room.checks, room.desired) == (1, [b"{}"])
+
+
+# --- Clients with a name -------------------------------------------------------------------------------
+
+
+def test_a_client_with_a_name_is_answered_where_only_it_reads(room: Room) -> None:
+    room.ask({"prompt": "x", "id": "r-1"}, client="shop")
+    prompt = room.accepted()
+    assert (prompt.client, prompt.answer_topic) == ("shop", f"{ROOT}/rsp/shop/r-1")
+
+
+@pytest.mark.parametrize("topic", ["replies/shop/dev/1", f"{ROOT}/rsp/shop/1"])
+def test_a_client_with_a_name_names_a_topic_of_its_own(room: Room, topic: str) -> None:
+    room.ask({"prompt": "x"}, client="shop", response_topic=topic, correlation=b"c")
+    assert room.accepted().answer_topic == topic
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        "replies/victim/dev",
+        "replies/shop2/dev",
+        "replies/shop",
+        "replies/",
+        "replies",
+        f"{ROOT}/rsp/victim/1",
+        f"{ROOT}/rsp/shop",
+        f"{ROOT}/rsp/1",
+        "replies/shop/../victim/+",
+        "shop/1",
+    ],
+)
+def test_a_topic_of_somebody_else_gets_no_answer_and_its_client_is_told_on_its_own(
+    room: Room, topic: str
+) -> None:
+    room.ask({"prompt": "x", "id": "r-1"}, client="shop", response_topic=topic)
+    refused = room.refusal()
+    assert refused.topic == f"{ROOT}/rsp/shop/r-1"
+    assert refused.document["error"]["status"] == 400
+
+
+@pytest.mark.parametrize("prefixes", [("answers/",), ("re", "repl"), ()])
+def test_other_reply_prefixes_are_a_clients_own_only_with_whole_levels(prefixes: tuple[str, ...]) -> None:
+    topics = Topics(prefix="edge", device_id="dev", reply_prefixes=prefixes)
+    for topic in ("replies/victim/1", "replies/x", "answers/victim/1"):
+        with pytest.raises(BadRequest):
+            topics.check_answer_topic(topic, "plies")
+    assert topics.check_answer_topic(f"{ROOT}/rsp/plies/1", "plies")
+    if "answers/" in prefixes:
+        assert topics.check_answer_topic("answers/plies/1", "plies")
+
+
+@pytest.mark.parametrize("name", ["@anonymous", "@local", "a b", "x" * 65, "", "ü"])
+def test_a_name_that_is_no_id_is_dropped_and_counted(room: Room, name: str) -> None:
+    room.send(f"req/chat/{name}", b"{}")
+    room.send(f"ctl/cancel/{name}", b"")
+    assert (room.journal.depth(), room.replies.refused) == (0, [])
+    assert room.replies.counters["unknown_topic"] == 2
+
+
+def test_two_clients_may_use_the_same_correlation(room: Room) -> None:
+    for client in ("", "shop", "lab"):
+        room.ask(
+            {"prompt": "x"}, client=client, correlation=b"1", response_topic=f"replies/{client or 'x'}/1"
+        )
+    assert (room.journal.depth(), room.replies.refused) == (3, [])
+
+
+def test_a_clients_correlation_is_one_for_all_its_answer_topics(room: Room) -> None:
+    room.ask({"prompt": "x"}, client="shop", correlation=b"1", response_topic="replies/shop/a")
+    room.ask({"prompt": "x"}, client="shop", correlation=b"1", response_topic="replies/shop/a")
+    assert room.replies.rows == [1], "the same again"
+    room.ask({"prompt": "x"}, client="shop", correlation=b"1", response_topic="replies/shop/b")
+    (refused,) = room.replies.refused
+    assert (refused.document["error"]["status"], refused.topic) == (409, "replies/shop/b")
+
+
+def test_a_clients_redelivered_request_without_any_id_is_recognised(room: Room) -> None:
+    for redelivered in (False, True):
+        delivery = Delivery(session="s", mid=1, redelivered=redelivered)
+        room.ask({"prompt": "x"}, client="shop", delivery=delivery)
+    assert room.journal.depth() == 1
+
+
+@pytest.mark.parametrize(
+    ("payload", "properties"),
+    [
+        (b"", {"correlation": b"r-1"}),
+        (b"", {"response_topic": "replies/elsewhere", "correlation": b"r-1"}),
+        (b'{"id": "r-1"}', {}),
+        (b'{"id": "r-1", "reply_to": "replies/shop/a"}', {}),
+    ],
+)
+def test_a_client_cancels_by_its_name_and_correlation_or_id(
+    room: Room, payload: bytes, properties: dict[str, Any]
+) -> None:
+    room.ask({"prompt": "x"}, client="shop", correlation=b"r-1", response_topic="replies/shop/a")
+    room.send("ctl/cancel/shop", payload, **properties)
+    assert room.model.abandoned == [1]
+
+
+@pytest.mark.parametrize("canceller", ["ctl/cancel", "ctl/cancel/other", "ctl/cancel/Shop"])
+@pytest.mark.parametrize(
+    ("payload", "properties"),
+    [
+        (b"", {"response_topic": "replies/shop/a", "correlation": b"r-1"}),
+        (b'{"id": "r-1", "reply_to": "replies/shop/a"}', {}),
+        (b'{"id": "r-1", "reply_to": "\\u00ffshop"}', {}),
+        (b'{"id": "r-1", "reply_to": "shop"}', {}),
+    ],
+)
+def test_nobody_cancels_what_another_client_asked(
+    room: Room, canceller: str, payload: bytes, properties: dict[str, Any]
+) -> None:
+    room.ask({"prompt": "x"}, client="shop", correlation=b"r-1", response_topic="replies/shop/a")
+    room.send(canceller, payload, **properties)
+    assert room.model.abandoned == []
+    assert room.replies.counters["cancels_unknown"] == 1
+
+
+def test_a_client_with_a_name_does_not_cancel_what_nobody_signed(room: Room) -> None:
+    room.ask({"prompt": "x"}, correlation=b"r-1", response_topic="replies/shop/a")
+    room.send("ctl/cancel/shop", b"", response_topic="replies/shop/a", correlation=b"r-1")
+    assert room.model.abandoned == []
+
+
+# --- Deadlines -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "properties"),
+    [({"deadline_ms": 604_800_000}, {}), ({}, {"expiry_s": 604_800.0})],
+    ids=["deadline_ms", "expiry"],
+)
+def test_a_deadline_of_seven_days_is_refused_with_the_settings_name(
+    room: Room, body: dict[str, Any], properties: dict[str, Any]
+) -> None:
+    room.ask({"prompt": "x", "reply_to": "replies/a", **body}, **properties)
+    error = room.refusal().document["error"]
+    assert error["status"] == 400
+    assert "limits.max_deadline_s allows 3600 s" in error["message"]
+
+
+def test_the_shorter_of_two_deadlines_counts(room: Room) -> None:
+    room.ask({"prompt": "x", "reply_to": "replies/a", "deadline_ms": 3_600_000}, expiry_s=604_800.0)
+    assert room.accepted().deadline_boot_s == NOW.boot_s + 3600

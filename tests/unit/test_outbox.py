@@ -1,0 +1,202 @@
+"""What answers that a broker does not take cost the others: nothing."""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_agent.chat.prompt import State
+from edge_agent.transport.outbox import RETRY_WAITS_S
+from edge_agent.transport.suspicion import LAST_WAIT_S, REFUSALS_LOST
+from tests.support.scripted_broker import HANGS_UP, NOT_AUTHORIZED, SAYS_NOTHING, TAKES, Room
+
+TRIES = 1 + len(RETRY_WAITS_S)
+LONG_S = sum(RETRY_WAITS_S) + 60
+NEW = "replies/good/1"
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Iterator[Room]:
+    made = Room(tmp_path)
+    yield made
+    made.journal.close()
+
+
+def forbids(way: str) -> object:
+    """A broker with a rule against topics under `replies/bad`."""
+    return lambda topic: way if topic.startswith("replies/bad") else TAKES
+
+
+@pytest.fixture(params=[NOT_AUTHORIZED, HANGS_UP])
+def strict(room: Room, request: pytest.FixtureRequest) -> Room:
+    """A broker that has a rule, and says so or ends the connection."""
+    room.rule = forbids(request.param)  # type: ignore[assignment]
+    room.turn()
+    return room
+
+
+def test_an_answer_that_the_broker_does_not_take_is_undelivered_after_a_few_tries(
+    strict: Room, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    row = strict.answer("replies/bad/1")
+    strict.pass_by(LONG_S)
+    assert strict.states() == [State.UNDELIVERED]
+    assert strict.log == ["replies/bad/1"] * TRIES
+    assert strict.counters["answers_undelivered"] == 1
+    (line,) = [record.getMessage() for record in caplog.records if "undelivered" in record.getMessage()]
+    assert f"row={row} tries={TRIES}" in line
+    strict.pass_by(1000, step_s=10)
+    strict.restart()
+    strict.pass_by(1000, step_s=10)
+    assert len(strict.log) == TRIES
+
+
+def test_the_tries_are_counted_over_restarts(strict: Room) -> None:
+    strict.answer("replies/bad/1")
+    for _ in range(TRIES):
+        strict.restart()
+        strict.pass_by(max(RETRY_WAITS_S) + LAST_WAIT_S + 10)
+    assert len(strict.log) == TRIES
+
+
+def test_a_mended_rule_gets_the_answer_that_was_refused(strict: Room) -> None:
+    strict.answer("replies/bad/1")
+    strict.pass_by(20)
+    strict.rule = lambda topic: TAKES
+    strict.pass_by(LONG_S)
+    assert strict.states() == [State.DELIVERED]
+
+
+def test_a_new_answer_goes_before_all_that_were_refused(room: Room) -> None:
+    room.rule = forbids(NOT_AUTHORIZED)  # type: ignore[assignment]
+    for number in range(200):
+        room.answer(f"replies/bad/{number}")
+        room.turn(0.01)
+    room.pass_by(5)
+    room.restart()
+    for _ in range(20):
+        before = len(room.log)
+        room.answer(NEW)
+        room.turn(1.0)
+        assert room.log[before] == NEW
+
+
+def test_a_new_answer_goes_before_those_that_an_earlier_version_left_behind(strict: Room) -> None:
+    for number in range(200):
+        strict.answer(f"replies/bad/{number}", told=False)
+    strict.restart()
+    ends = strict.ends
+    waited = []
+    for _ in range(20):
+        strict.answer(NEW)
+        before, turns = len(strict.log), 0
+        while NEW not in strict.log[before:]:
+            strict.turn(0.1)
+            turns += 1
+        waited.append(turns)
+        strict.pass_by(5)
+    assert sorted(waited)[15] <= 1, "a turn after it was given, but for a few that meet a connection's end"
+    assert strict.ends - ends < 200 / 4
+
+
+def test_answers_that_end_connections_end_few_of_them_however_many_there_are(room: Room) -> None:
+    room.rule = forbids(HANGS_UP)  # type: ignore[assignment]
+    for number in range(300):
+        room.answer(f"replies/bad/{number}", told=False)
+    room.restart()
+    hour_s = 3600
+    room.pass_by(hour_s)
+    assert 5 < room.ends < 20 + hour_s / LAST_WAIT_S * 1.2
+
+
+def test_who_was_under_way_beside_the_cause_gets_his_answers(room: Room) -> None:
+    room.rule = forbids(HANGS_UP)  # type: ignore[assignment]
+    room.turn()
+    for number in range(8):
+        room.answer(f"replies/good/{number}")
+        room.answer(f"replies/bad/{number % 2}")
+    room.pass_by(LONG_S)
+    assert room.states().count(State.DELIVERED) == 8
+    room.pass_by(LONG_S * 8, step_s=3)
+    assert collections.Counter(room.states()) == {State.DELIVERED: 8, State.UNDELIVERED: 8}
+    assert {topic for topic in room.log if "good" in topic} == {f"replies/good/{n}" for n in range(8)}
+    room.answer("replies/good/0")
+    room.turn()
+    assert room.log[-1] == "replies/good/0", "nothing is held against it any more"
+
+
+def test_a_client_that_asks_again_and_again_ends_no_second_connection(room: Room) -> None:
+    room.rule = forbids(HANGS_UP)  # type: ignore[assignment]
+    room.answer(NEW)
+    room.turn()
+    for _ in range(50):
+        room.answer("replies/bad/1")
+        room.answer(NEW)
+        room.turn(0.01)
+        room.turn(0.01)
+    assert room.ends == 1
+    assert room.states().count(State.DELIVERED) == 51
+
+
+def test_a_broker_that_goes_away_at_each_answer_for_an_hour_costs_none_of_them(room: Room) -> None:
+    """It restarts, is cut off, falls silent: nothing of it is the answer's fault."""
+    room.turn()
+    room.rule = lambda topic: SAYS_NOTHING
+    rows = [room.answer(f"replies/good/{number}") for number in range(3)]
+    for reason in [0x8B, 0x8D, 0x98, 0x8E] * 50:
+        room.turn(1.0)
+        room.hang_up(reason)
+    for _ in range(50):  # a connection that breaks before the broker has said anything at all
+        room.turn(1.0)
+        room.hang_up()
+    for _ in range(20):
+        room.turn(60.0)  # half an hour without a word, then a reset
+        room.hang_up()
+    room.rule = lambda topic: TAKES
+    room.pass_by(60)
+    assert room.states() == [State.DELIVERED] * len(rows)
+
+
+def test_a_refusal_that_ends_connections_is_not_sent_for_ever(room: Room) -> None:
+    """Its message is not acked, so it comes again with each connection."""
+    room.rule = forbids(HANGS_UP)  # type: ignore[assignment]
+    room.turn()
+    for _ in range(REFUSALS_LOST):
+        room.refuse("replies/bad/1", 7)
+        room.turn()
+        room.turn()
+    assert room.ends == REFUSALS_LOST
+    room.refuse("replies/bad/1", 7)
+    room.turn()
+    assert room.ends == REFUSALS_LOST
+    assert room.client.acked == [7]
+    assert room.counters["refusals_dropped"] == 1
+
+
+def test_chunks_that_end_connections_are_left_out(room: Room) -> None:
+    room.rule = forbids(HANGS_UP)  # type: ignore[assignment]
+    room.turn()
+    prompt = room.prompt("replies/bad/1")
+    for _ in range(20):
+        room.outbox.chunk(prompt, {})
+        room.turn(0.05)
+    assert room.ends == 1
+    room.answer(NEW)
+    room.pass_by(2)
+    assert NEW in room.log
+
+
+def test_an_answer_whose_ack_never_comes_holds_nobody_up(room: Room) -> None:
+    room.turn()
+    room.answer(NEW)
+    room.hang_up()  # from here on the outbox is careful
+    room.rule = lambda topic: SAYS_NOTHING if "mute" in topic else TAKES
+    room.answer("replies/mute")
+    room.answer("replies/good/2")
+    room.pass_by(10)
+    assert "replies/good/2" in room.log
