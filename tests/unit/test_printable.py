@@ -227,7 +227,7 @@ def test_the_support_archive_is_safe_to_read_in_a_terminal(
 def test_nothing_is_printed_past_the_terminal_module() -> None:
     """Processes of our own print JSON to their parent; the daemon's log has its formatter."""
     own_processes = {
-        *("runner/scheduler.py", "runner/capability.py"),
+        *("runner/scheduler.py", "runner/capability.py", "host/confinement.py"),
         *("bench/pyfunc.py", "bench/bandwidth.py", "bench/bare.py"),
     }
     printing = {
