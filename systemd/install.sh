@@ -1,13 +1,20 @@
-#!/usr/bin/env bash
+#!/bin/bash -p
 # Installs, switches and removes versions of edge-agent on a device, from the files beside this script. Needs no
 # network.
 #
 # Each version is a virtual environment in /opt/edge-agent/VERSION. It is created and tested before one rename
 # switches the link /opt/edge-agent/current to it. If something fails before that, the running version stays as it
 # is; if the service does not start afterwards, the old version is restored.
+#
+# Root may be in anybody's folder: nothing is run, imported or read from there but what the command line names. With -p,
+# bash takes no code from the environment either.
 
 set -euo pipefail
 umask 022
+unset BASH_ENV CDPATH OPENSSL_CONF "${!PYTHON@}"
+script=${BASH_SOURCE[0]}
+[[ $script == /* ]] || script=$PWD/$script
+cd /
 
 usage() {
     cat <<'TEXT'
@@ -69,7 +76,7 @@ main() {
         esac
         shift
     done
-    here=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
+    here=$(dirname -- "$(readlink -f -- "$script")")
     base=$root/opt/edge-agent
     if [[ $command == list ]]; then
         list
@@ -140,7 +147,7 @@ find_python() {
     for name in python3 python3.14 python3.13 python3.12 python3.11; do
         path=$(command -v "$name" || true)
         if [[ -n $path && " $has " == *" $(python_version "$path") "* ]]; then
-            if "$path" -c 'import venv, ssl, sqlite3, ctypes' 2>/dev/null; then
+            if "$path" -I -c 'import venv, ssl, sqlite3, ctypes' 2>/dev/null; then
                 printf '%s\n' "$path"
                 return
             fi
@@ -156,7 +163,7 @@ find_python() {
 }
 
 python_version() {
-    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
+    "$1" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
 }
 
 # folder_for VERSION: prints the folder of this build if it is installed and works, else the folder to install it to.
@@ -207,8 +214,8 @@ make_version() {
     log=$base/.log
     say "creating $target with Python $version"
     # Debian has ensurepip in a separate package, so pip runs from its wheel and is not installed.
-    "$python" -m venv --without-pip "$target" >"$log" 2>&1 || failed "the virtual environment cannot be created"
-    env -u PYTHONPATH -u PYTHONHOME PIP_CONFIG_FILE=/dev/null \
+    "$python" -I -m venv --without-pip "$target" >"$log" 2>&1 || failed "the virtual environment cannot be created"
+    PIP_CONFIG_FILE=/dev/null \
         "$target/bin/python" -I "$(printf '%s\n' "$here"/wheels/pip-*.whl)/pip" install --quiet \
         --no-index --no-cache-dir --no-deps --no-compile --disable-pip-version-check --no-input \
         --root-user-action=ignore --require-hashes --find-links "$here/wheels" \

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pip
@@ -71,15 +71,29 @@ class Host:
         bundle.write_files(stage, version, changes.get("arch", platform.machine()))
         return stage
 
-    def run(self, folder: Path, *arguments: str, user: int | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self,
+        folder: Path,
+        *arguments: str,
+        user: int | None = None,
+        cwd: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """
+        Args:
+            cwd: start the script there, by a relative path.
+            variables: of its environment.
+        """
+        script = folder / "install.sh"
         return subprocess.run(
-            [str(folder / "install.sh"), *arguments],
+            [os.path.relpath(script, cwd) if cwd else str(script), *arguments],
             capture_output=True,
             text=True,
             timeout=120,
             check=False,
-            env=clean_environment({"PATH": self.path}),
+            env=clean_environment({"PATH": self.path, **(variables or {})}),
             user=user,
+            cwd=cwd,
         )
 
     def install(self, folder: Path) -> str:
@@ -163,6 +177,43 @@ def test_what_fails_leaves_the_running_version_as_it_is(host: Host) -> None:
     assert "no such luck" in broken
     assert "version 1.0.0 stays as it is" in broken
     assert (host.version(), host.versions()) == ("edge-agent, version 1.0.0", ["1.0.0"])
+
+
+def test_nothing_of_the_current_folder_or_the_environment_is_run(host: Host) -> None:
+    """An administrator may start it wherever somebody has put a module or a program for him."""
+    trap, sprung = host.folder / "downloads", host.folder / "sprung"
+    trap.mkdir()
+    module = f"open({str(sprung)!r}, 'a').write(__name__)\n"
+    for name in (
+        "ssl",
+        "venv",
+        "pip",
+        "ctypes",
+        "sqlite3",
+        "compileall",
+        "site",
+        "sitecustomize",
+        "encodings",
+    ):
+        (trap / f"{name}.py").write_text(module)
+    (trap / "mlflow").mkdir()
+    (trap / "mlflow" / "__init__.py").write_text(module)
+    for name in ("bash", "python3", "dirname", "readlink", "flock", "sha256sum", "SHA256SUMS", "startup"):
+        (trap / name).write_text(f"#!/bin/sh\necho {name} >> {sprung}\n")
+        (trap / name).chmod(0o755)
+    first, second = host.bundle("1.0.0"), host.bundle("1.1.0")
+    hostile = {"PATH": f".:{host.path}", "PYTHONPATH": str(trap), "BASH_ENV": str(trap / "startup")}
+    for folder, arguments in (
+        (first, ()),
+        (second, ("install",)),
+        (host.base / "current", ("list",)),
+        (host.base / "current", ("use", "1.0.0")),
+        (host.base / "current", ("uninstall",)),
+    ):
+        result = host.run(folder, *arguments, "--root", str(host.root), cwd=trap, variables=hostile)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert not sprung.exists(), f"{arguments}: {sprung.read_text()}"
+    assert not host.base.exists()
 
 
 def test_only_root_installs_a_service(host: Host) -> None:
