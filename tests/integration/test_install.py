@@ -13,12 +13,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pip
 import pytest
 
+from tests.support.keys import KeyPair, make_keys
 from tests.support.processes import clean_environment, short_folder
 from tests.support.wheels import make_wheel
 
@@ -214,6 +215,122 @@ def test_nothing_of_the_current_folder_or_the_environment_is_run(host: Host) -> 
         assert result.returncode == 0, result.stdout + result.stderr
         assert not sprung.exists(), f"{arguments}: {sprung.read_text()}"
     assert not host.base.exists()
+
+
+# --- Signed bundles ------------------------------------------------------------------------------------
+
+
+def signed(host: Host, version: str, key: KeyPair, **changes: str) -> Path:
+    made = host.bundle(version, **changes)
+    bundle.sign(made / "SHA256SUMS", key.private)
+    return made
+
+
+def test_a_signed_bundle_is_installed_from_a_copy_by_the_script_that_is_there(host: Host) -> None:
+    key = make_keys(host.folder, "release")
+    first = signed(host, "1.0.0", key)
+    beside = host.run(first, "--root", str(host.root), "--verify-key", "release.pub", cwd=host.folder)
+    assert beside.returncode == 0, beside.stderr
+    assert f"signed with {host.folder}/release.pub" in beside.stdout
+    second = signed(host, "1.1.0", key)
+    stray = second / "wheels" / "stray-1.0-py3-none-any.whl"
+    stray.write_text("no part of the bundle: it is left behind")
+    installed = host.base / "current"
+    arguments = ("--from", second.name, "--verify-key", "release.pub", "--root", str(host.root))
+    result = host.run(installed, *arguments, cwd=host.folder)
+    assert (result.returncode, host.version()) == (0, "edge-agent, version 1.1.0"), result.stderr
+    assert sorted(path.name for path in host.base.glob(".*")) == [".lock", ".previous"], "no copy is left"
+
+
+def forge(host: Host, made: Path) -> None:
+    """Another agent in the bundle, with sums that fit."""
+    shutil.rmtree(made / "wheels")
+    shutil.copytree(host.bundle("1.1.0", program="print('forged')") / "wheels", made / "wheels")
+    add_up(made)
+
+
+def unsign(host: Host, made: Path) -> None:
+    (made / "SHA256SUMS.sig").unlink()
+
+
+def sign_by_another(host: Host, made: Path) -> None:
+    bundle.sign(made / "SHA256SUMS", make_keys(host.folder, "another").private)
+
+
+def add_a_python(host: Host, made: Path) -> None:
+    """Wheels for this Python that the sums do not name; what was signed is for another one."""
+    (made / f"requirements-{PYTHON}.txt").write_text("edge-agent==1.1.0 --hash=sha256:" + "0" * 64)
+
+
+def link(host: Host, made: Path) -> None:
+    """What is checked could be exchanged before it is installed."""
+    (made / "config.toml").rename(host.folder / "config.toml")
+    (made / "config.toml").symlink_to(host.folder / "config.toml")
+
+
+def lose(host: Host, made: Path) -> None:
+    (made / "config.toml").unlink()
+
+
+def damage(host: Host, made: Path) -> None:
+    with (made / "config.toml").open("a") as file:
+        file.write("# and more")
+
+
+def cut_signature(host: Host, made: Path) -> None:
+    (made / "SHA256SUMS.sig").write_bytes(b"")
+
+
+FORGERIES: dict[Callable[[Host, Path], None], str] = {
+    forge: "was not signed with",
+    unsign: "has no SHA256SUMS.sig",
+    sign_by_another: "was not signed with",
+    cut_signature: "was not signed with",
+    add_a_python: "this bundle supports Python 2.7",
+    link: "has a link",
+    lose: "lacks a file",
+    damage: "the bundle is damaged",
+}
+
+
+def test_what_was_not_signed_is_neither_run_nor_installed(host: Host) -> None:
+    key = make_keys(host.folder, "release")
+    host.install(host.bundle("1.0.0"))
+    sprung = host.folder / "sprung"
+    for change, reason in FORGERIES.items():
+        made = signed(host, "1.1.0", key, python="2.7" if change is add_a_python else PYTHON)
+        change(host, made)
+        if "signed" in reason:
+            (made / "install.sh").write_text(f"#!/bin/sh\n: >{sprung}\n")
+        arguments = ("--from", str(made), "--verify-key", str(key.public), "--root", str(host.root))
+        result = host.run(host.base / "current", *arguments)
+        assert (result.returncode, reason in result.stderr) == (1, True), (
+            f"{change.__name__}: {result.stderr}"
+        )
+        assert (host.version(), host.versions()) == ("edge-agent, version 1.0.0", ["1.0.0"])
+        assert not sprung.exists()
+        assert not list(host.base.glob(".bundle*"))
+
+
+def test_without_openssl_or_a_key_nothing_is_verified_and_nothing_installed(host: Host) -> None:
+    key = make_keys(host.folder, "release")
+    made = signed(host, "1.0.0", key)
+    root = ("--root", str(host.root))
+    programs = host.folder / "without"
+    programs.mkdir()
+    for folder in ("/usr/bin", "/bin"):
+        for path in Path(folder).iterdir():
+            if path.name != "openssl" and not (programs / path.name).exists():
+                (programs / path.name).symlink_to(path)
+    without = host.run(made, "--verify-key", str(key.public), *root, variables={"PATH": str(programs)})
+    assert (without.returncode, "needs openssl" in without.stderr) == (1, True), without.stderr
+    for wrong in ("/nowhere", str(host.folder), ""):
+        refused = host.run(made, "--verify-key", wrong, *root)
+        assert (refused.returncode, "needs a file with a public key" in refused.stderr) == (1, True)
+    for unfit in (key.private, made / "config.toml"):
+        assert "was not signed with" in host.run(made, "--verify-key", str(unfit), *root).stderr
+    assert host.run(made, "use", "1.0.0", "--verify-key", str(key.public), *root).returncode == 1
+    assert host.versions() == []
 
 
 def test_only_root_installs_a_service(host: Host) -> None:
