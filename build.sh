@@ -35,7 +35,8 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)
   attack [OPTION…]     input that means harm: what is known, then generated, in at most 10 minutes; --help
   check                ruff, formatting and mypy --strict
-  package [OPTION…]    wheel, sdist and the offline bundles into dist/; --arch A and --python V choose some
+  package [OPTION…]    wheel, sdist and the offline bundles into dist/; --arch A and --python V choose some,
+                       --sign-key PEM signs their sums (a private key on a NIST curve, as for packages)
   boot-test            a bundle installed, upgraded and broken in every way on a Debian that boots (root; minutes)
   sample-model         make the sample model and the tests' second model again (fetches torch)
   random-model OUT [ARG…]  a model of random weights and a real size, to measure with; --help lists its shapes
@@ -128,13 +129,19 @@ check() {
     "$VENV/bin/python" -m mypy --strict
 }
 
-# package [--arch A]… [--python V]…: everything into dist/. The bundles fetch wheels; the first time takes minutes.
+# package [--arch A]… [--python V]… [--sign-key PEM]: everything into dist/. The bundles fetch wheels; the first time takes minutes.
 package() {
-    local archs=() pythons=() arch started=$SECONDS
+    local archs=() pythons=() signing=() key='' arch started=$SECONDS
     while [[ $# -gt 0 ]]; do
         case $1 in
             --arch) archs+=("${2:?--arch needs x86_64 or aarch64}") ;;
             --python) pythons+=(--python "${2:?--python needs a version, 3.11 for one}") ;;
+            --sign-key)
+                key=${2:?--sign-key needs a private key}
+                [[ $key == /* ]] || key=$OLDPWD/$key
+                openssl pkey -in "$key" -passin pass: -noout 2>/dev/null || die "package: $key is no unencrypted private key (PEM)"
+                signing=(--sign-key "$key")
+                ;;
             *) die "package: unknown option $1" ;;
         esac
         shift 2
@@ -149,9 +156,10 @@ package() {
     "$VENV/bin/python" -m build --no-isolation --outdir "$ROOT/dist" "$ROOT"
     for arch in "${archs[@]}"; do
         "$VENV/bin/python" .ci/bundle.py --arch "$arch" "${pythons[@]}" --wheel "$ROOT"/dist/*.whl \
-            --cache "$TOOLS/wheelhouse" --out "$ROOT/dist"
+            "${signing[@]}" --cache "$TOOLS/wheelhouse" --out "$ROOT/dist"
     done
     (cd dist && sha256sum -- * >SHA256SUMS)
+    [[ -z $key ]] || openssl dgst -sha256 -sign "$key" -out dist/SHA256SUMS.sig dist/SHA256SUMS
     say "packaged in $((SECONDS - started)) s"
 }
 

@@ -2,7 +2,7 @@
 
     lock → wheels for each Python (pip download, hashes checked) → all there? → requirements, SBOM, sums → tar.gz
 
-The same sources and wheels give the same bytes: files are sorted, times are SOURCE_DATE_EPOCH.
+The same sources and wheels give the same bytes: files are sorted, times are SOURCE_DATE_EPOCH. Signatures differ.
 Called by `./build.sh package`.
 """
 
@@ -59,6 +59,8 @@ def main() -> None:
             sbom.make(own, others, needs, arch=options.arch, made_at_s=made_at_s), encoding="utf-8"
         )
         write_files(stage, own.version, options.arch)
+        if options.sign_key:
+            sign(stage / "SHA256SUMS", options.sign_key)
         target_file = options.out / f"{name}.tar.gz"
         pack(stage, target_file, made_at_s)
     print(f"{target_file}: {target_file.stat().st_size / 1e6:.0f} MB, {len(others) + 1} wheels")
@@ -147,6 +149,18 @@ def write_files(stage: Path, version: str, arch: str) -> None:
     (stage / "SHA256SUMS").write_text("".join(sums))
 
 
+def sign(sums: Path, key: Path) -> None:
+    """Writes `SHA256SUMS.sig`: ECDSA over SHA-256, which plain openssl on a device can check.
+
+    Args:
+        key: unencrypted private key (PEM) on a NIST curve, as one that signs packages.
+    """
+    command = ["openssl", "dgst", "-sha256", "-sign", str(key), "-out", f"{sums}.sig", str(sums)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if result.returncode:
+        sys.exit(f"{key} cannot sign: {result.stderr.strip()}")
+
+
 def pack(stage: Path, target: Path, made_at_s: int) -> None:
     """Writes the archive whole or not at all."""
     temporary = target.with_suffix(".tmp")
@@ -178,6 +192,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--python", required=True, action="append", help="3.11, …; may be repeated")
     parser.add_argument("--wheel", required=True, type=Path, help="the agent's own wheel")
     parser.add_argument("--cache", required=True, type=Path, help="where fetched wheels are kept")
+    parser.add_argument("--sign-key", type=Path, help="private key (PEM) that signs SHA256SUMS")
     parser.add_argument("--out", required=True, type=Path)
     return parser.parse_args()
 

@@ -1,17 +1,25 @@
-#!/usr/bin/env bash
+#!/bin/bash -p
 # Installs, switches and removes versions of edge-agent on a device, from the files beside this script. Needs no
 # network.
 #
 # Each version is a virtual environment in /opt/edge-agent/VERSION. It is created and tested before one rename
 # switches the link /opt/edge-agent/current to it. If something fails before that, the running version stays as it
 # is; if the service does not start afterwards, the old version is restored.
+#
+# Root may be in anybody's folder: nothing is run, imported or read from there but what the command line names. With -p,
+# bash takes no code from the environment either.
 
 set -euo pipefail
 umask 022
+unset BASH_ENV CDPATH OPENSSL_CONF "${!PYTHON@}"
+script=${BASH_SOURCE[0]}
+[[ $script == /* ]] || script=$PWD/$script
+started_in=$PWD
+cd /
 
 usage() {
     cat <<'TEXT'
-usage: ./install.sh [install] [--no-start] [--root DIR]
+usage: ./install.sh [install] [--from DIR] [--verify-key FILE] [--no-start] [--root DIR]
        ./install.sh use VERSION [--no-start]
        ./install.sh list
        ./install.sh uninstall [--purge]
@@ -21,6 +29,10 @@ usage: ./install.sh [install] [--no-start] [--root DIR]
   list          list the installed versions
   uninstall     remove program, unit and links; models, prompts and settings stay
   --purge       remove these and the user edge-agent, too
+  --from DIR    install the bundle in DIR instead of the one beside this script
+  --verify-key FILE
+                first check that the bundle was signed with this public key (PEM), and install a copy of it that only
+                root can change. The script in a forged bundle would not check: start the installed one, with --from
   --no-start    enable the service, but leave it as it is: stopped, or running the old version
   --root DIR    for tests: install below DIR, as any user, without service and user
 
@@ -28,6 +40,7 @@ An installed version contains this script: /opt/edge-agent/current/install.sh un
 
 Examples:
   sudo ./install.sh
+  sudo /opt/edge-agent/current/install.sh --from ./edge-agent-0.2.0-linux-aarch64 --verify-key /etc/edge-agent/release.pub
   sudo /opt/edge-agent/current/install.sh use 0.1.0
 TEXT
 }
@@ -39,7 +52,7 @@ die() {
 }
 
 main() {
-    local command=install purge=no start=yes root='' wanted=''
+    local command=install purge=no start=yes root='' wanted='' from='' key=''
     case ${1:-} in
         install | list | uninstall) command=$1 && shift ;;
         use)
@@ -52,6 +65,16 @@ main() {
         case $1 in
             --purge) purge=yes ;;
             --no-start) start=no ;;
+            --from)
+                from=$(absolute "${2:-}")
+                [[ $command == install && -n ${2:-} && -d $from ]] || die "--from needs the folder of an unpacked bundle"
+                shift
+                ;;
+            --verify-key)
+                key=$(absolute "${2:-}")
+                [[ $command == install && -f $key ]] || die "--verify-key needs a file with a public key (PEM)"
+                shift
+                ;;
             --root)
                 root=${2:-}
                 [[ $root == /* && -d $root ]] || die "--root needs the absolute path of an existing folder"
@@ -69,7 +92,7 @@ main() {
         esac
         shift
     done
-    here=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
+    here=${from:-$(dirname -- "$(readlink -f -- "$script")")}
     base=$root/opt/edge-agent
     if [[ $command == list ]]; then
         list
@@ -90,10 +113,18 @@ main() {
     esac
 }
 
+# absolute PATH: prints the path as it was meant where the script was started.
+absolute() {
+    if [[ $1 == /* ]]; then printf '%s\n' "$1"; else printf '%s\n' "$started_in/$1"; fi
+}
+
 # --- install ----------------------------------------------------------------------------------------------
 
 install_bundle() {
     local version='' arch='' python target
+    making='' copy='' # global: what is removed however the script ends
+    trap clean_up EXIT
+    if [[ -n $key ]]; then copy_signed; fi
     check_bundle
     python=$(find_python)
     target=$(folder_for "$version")
@@ -108,6 +139,40 @@ install_bundle() {
     remove_old_versions
     say "edge-agent ${target##*/} is installed; settings: $root/etc/edge-agent/config.toml"
     say "next: edge-agent doctor"
+}
+
+clean_up() {
+    if [[ -n $making ]]; then rm -rf -- "$making"; fi
+    if [[ -n $copy ]]; then rm -rf -- "$copy"; fi
+    rm -f -- "$base/.log"
+}
+
+# Checks who signed the bundle's sums, and copies what they name to where only root can change it. From then on, `here` is
+# the copy: what is checked later is what is installed. Nothing of the bundle runs before that.
+copy_signed() {
+    local name needed_kb free_kb
+    command -v openssl >/dev/null || die "--verify-key needs openssl: install it"
+    for name in SHA256SUMS SHA256SUMS.sig; do
+        [[ -f $here/$name ]] || die "the bundle is not signed: $here has no $name"
+    done
+    rm -rf -- "$base"/.bundle.* # left by a power cut
+    copy=$(mktemp -d -- "$base/.bundle.XXXXXX")
+    head -c 1000000 -- "$here/SHA256SUMS" >"$copy/SHA256SUMS"
+    head -c 10000 -- "$here/SHA256SUMS.sig" >"$copy/SHA256SUMS.sig"
+    openssl dgst -sha256 -verify "$key" -signature "$copy/SHA256SUMS.sig" "$copy/SHA256SUMS" >/dev/null 2>&1 ||
+        die "the bundle was not signed with $key" "$(still_running)"
+    needed_kb=$(du -sk -- "$here" | cut -f 1)
+    free_kb=$(space_kb)
+    [[ $free_kb -ge $needed_kb ]] || die "$base has no space for a copy of the bundle: $((needed_kb / 1000)) MB are needed"
+    (cd -- "$here" && cut -c 67- "$copy/SHA256SUMS" | tr '\n' '\0' | xargs -0 cp -RP --parents -t "$copy" --) ||
+        die "the bundle lacks a file that its sums name" "$(still_running)"
+    [[ -z $(find "$copy" ! -type f ! -type d -print -quit) ]] || die "the bundle has a link or a device in it"
+    say "the bundle was signed with $key"
+    here=$copy
+}
+
+space_kb() {
+    df -Pk -- "$base" | awk 'NR == 2 { print $4 }'
 }
 
 # Checks that the bundle is complete and made for this host. Sets version and arch.
@@ -140,7 +205,7 @@ find_python() {
     for name in python3 python3.14 python3.13 python3.12 python3.11; do
         path=$(command -v "$name" || true)
         if [[ -n $path && " $has " == *" $(python_version "$path") "* ]]; then
-            if "$path" -c 'import venv, ssl, sqlite3, ctypes' 2>/dev/null; then
+            if "$path" -I -c 'import venv, ssl, sqlite3, ctypes' 2>/dev/null; then
                 printf '%s\n' "$path"
                 return
             fi
@@ -156,7 +221,7 @@ find_python() {
 }
 
 python_version() {
-    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
+    "$1" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
 }
 
 # folder_for VERSION: prints the folder of this build if it is installed and works, else the folder to install it to.
@@ -199,16 +264,15 @@ works() {
 make_version() {
     local python=$1 target=$2 version log free_kb
     version=$(python_version "$python")
-    free_kb=$(df -Pk -- "$base" | awk 'NR == 2 { print $4 }')
+    free_kb=$(space_kb)
     [[ $free_kb -ge 700000 ]] || die "$base has $((free_kb / 1000)) MB of free space; 700 MB are needed"
     rm -rf -- "$target"
-    making=$target # global, so that the trap removes an incomplete folder however the script ends
-    trap 'rm -rf -- "$making"; rm -f -- "$base/.log"' EXIT
+    making=$target
     log=$base/.log
     say "creating $target with Python $version"
     # Debian has ensurepip in a separate package, so pip runs from its wheel and is not installed.
-    "$python" -m venv --without-pip "$target" >"$log" 2>&1 || failed "the virtual environment cannot be created"
-    env -u PYTHONPATH -u PYTHONHOME PIP_CONFIG_FILE=/dev/null \
+    "$python" -I -m venv --without-pip "$target" >"$log" 2>&1 || failed "the virtual environment cannot be created"
+    PIP_CONFIG_FILE=/dev/null \
         "$target/bin/python" -I "$(printf '%s\n' "$here"/wheels/pip-*.whl)/pip" install --quiet \
         --no-index --no-cache-dir --no-deps --no-compile --disable-pip-version-check --no-input \
         --root-user-action=ignore --require-hashes --find-links "$here/wheels" \
@@ -225,8 +289,7 @@ make_version() {
     flush
     sha256sum <"$here/SHA256SUMS" | cut -c 1-12 >"$target/.complete"
     flush
-    trap - EXIT
-    rm -f -- "$log"
+    making=''
 }
 
 # Skipped with --root, for tests.

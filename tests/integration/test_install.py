@@ -13,12 +13,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pip
 import pytest
 
+from tests.support.keys import KeyPair, make_keys
 from tests.support.processes import clean_environment, short_folder
 from tests.support.wheels import make_wheel
 
@@ -71,15 +72,29 @@ class Host:
         bundle.write_files(stage, version, changes.get("arch", platform.machine()))
         return stage
 
-    def run(self, folder: Path, *arguments: str, user: int | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self,
+        folder: Path,
+        *arguments: str,
+        user: int | None = None,
+        cwd: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """
+        Args:
+            cwd: start the script there, by a relative path.
+            variables: of its environment.
+        """
+        script = folder / "install.sh"
         return subprocess.run(
-            [str(folder / "install.sh"), *arguments],
+            [os.path.relpath(script, cwd) if cwd else str(script), *arguments],
             capture_output=True,
             text=True,
             timeout=120,
             check=False,
-            env=clean_environment({"PATH": self.path}),
+            env=clean_environment({"PATH": self.path, **(variables or {})}),
             user=user,
+            cwd=cwd,
         )
 
     def install(self, folder: Path) -> str:
@@ -163,6 +178,159 @@ def test_what_fails_leaves_the_running_version_as_it_is(host: Host) -> None:
     assert "no such luck" in broken
     assert "version 1.0.0 stays as it is" in broken
     assert (host.version(), host.versions()) == ("edge-agent, version 1.0.0", ["1.0.0"])
+
+
+def test_nothing_of_the_current_folder_or_the_environment_is_run(host: Host) -> None:
+    """An administrator may start it wherever somebody has put a module or a program for him."""
+    trap, sprung = host.folder / "downloads", host.folder / "sprung"
+    trap.mkdir()
+    module = f"open({str(sprung)!r}, 'a').write(__name__)\n"
+    for name in (
+        "ssl",
+        "venv",
+        "pip",
+        "ctypes",
+        "sqlite3",
+        "compileall",
+        "site",
+        "sitecustomize",
+        "encodings",
+    ):
+        (trap / f"{name}.py").write_text(module)
+    (trap / "mlflow").mkdir()
+    (trap / "mlflow" / "__init__.py").write_text(module)
+    for name in ("bash", "python3", "dirname", "readlink", "flock", "sha256sum", "SHA256SUMS", "startup"):
+        (trap / name).write_text(f"#!/bin/sh\necho {name} >> {sprung}\n")
+        (trap / name).chmod(0o755)
+    first, second = host.bundle("1.0.0"), host.bundle("1.1.0")
+    hostile = {"PATH": f".:{host.path}", "PYTHONPATH": str(trap), "BASH_ENV": str(trap / "startup")}
+    for folder, arguments in (
+        (first, ()),
+        (second, ("install",)),
+        (host.base / "current", ("list",)),
+        (host.base / "current", ("use", "1.0.0")),
+        (host.base / "current", ("uninstall",)),
+    ):
+        result = host.run(folder, *arguments, "--root", str(host.root), cwd=trap, variables=hostile)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert not sprung.exists(), f"{arguments}: {sprung.read_text()}"
+    assert not host.base.exists()
+
+
+# --- Signed bundles ------------------------------------------------------------------------------------
+
+
+def signed(host: Host, version: str, key: KeyPair, **changes: str) -> Path:
+    made = host.bundle(version, **changes)
+    bundle.sign(made / "SHA256SUMS", key.private)
+    return made
+
+
+def test_a_signed_bundle_is_installed_from_a_copy_by_the_script_that_is_there(host: Host) -> None:
+    key = make_keys(host.folder, "release")
+    first = signed(host, "1.0.0", key)
+    beside = host.run(first, "--root", str(host.root), "--verify-key", "release.pub", cwd=host.folder)
+    assert beside.returncode == 0, beside.stderr
+    assert f"signed with {host.folder}/release.pub" in beside.stdout
+    second = signed(host, "1.1.0", key)
+    stray = second / "wheels" / "stray-1.0-py3-none-any.whl"
+    stray.write_text("no part of the bundle: it is left behind")
+    installed = host.base / "current"
+    arguments = ("--from", second.name, "--verify-key", "release.pub", "--root", str(host.root))
+    result = host.run(installed, *arguments, cwd=host.folder)
+    assert (result.returncode, host.version()) == (0, "edge-agent, version 1.1.0"), result.stderr
+    assert sorted(path.name for path in host.base.glob(".*")) == [".lock", ".previous"], "no copy is left"
+
+
+def forge(host: Host, made: Path) -> None:
+    """Another agent in the bundle, with sums that fit."""
+    shutil.rmtree(made / "wheels")
+    shutil.copytree(host.bundle("1.1.0", program="print('forged')") / "wheels", made / "wheels")
+    add_up(made)
+
+
+def unsign(host: Host, made: Path) -> None:
+    (made / "SHA256SUMS.sig").unlink()
+
+
+def sign_by_another(host: Host, made: Path) -> None:
+    bundle.sign(made / "SHA256SUMS", make_keys(host.folder, "another").private)
+
+
+def add_a_python(host: Host, made: Path) -> None:
+    """Wheels for this Python that the sums do not name; what was signed is for another one."""
+    (made / f"requirements-{PYTHON}.txt").write_text("edge-agent==1.1.0 --hash=sha256:" + "0" * 64)
+
+
+def link(host: Host, made: Path) -> None:
+    """What is checked could be exchanged before it is installed."""
+    (made / "config.toml").rename(host.folder / "config.toml")
+    (made / "config.toml").symlink_to(host.folder / "config.toml")
+
+
+def lose(host: Host, made: Path) -> None:
+    (made / "config.toml").unlink()
+
+
+def damage(host: Host, made: Path) -> None:
+    with (made / "config.toml").open("a") as file:
+        file.write("# and more")
+
+
+def cut_signature(host: Host, made: Path) -> None:
+    (made / "SHA256SUMS.sig").write_bytes(b"")
+
+
+FORGERIES: dict[Callable[[Host, Path], None], str] = {
+    forge: "was not signed with",
+    unsign: "has no SHA256SUMS.sig",
+    sign_by_another: "was not signed with",
+    cut_signature: "was not signed with",
+    add_a_python: "this bundle supports Python 2.7",
+    link: "has a link",
+    lose: "lacks a file",
+    damage: "the bundle is damaged",
+}
+
+
+def test_what_was_not_signed_is_neither_run_nor_installed(host: Host) -> None:
+    key = make_keys(host.folder, "release")
+    host.install(host.bundle("1.0.0"))
+    sprung = host.folder / "sprung"
+    for change, reason in FORGERIES.items():
+        made = signed(host, "1.1.0", key, python="2.7" if change is add_a_python else PYTHON)
+        change(host, made)
+        if "signed" in reason:
+            (made / "install.sh").write_text(f"#!/bin/sh\n: >{sprung}\n")
+        arguments = ("--from", str(made), "--verify-key", str(key.public), "--root", str(host.root))
+        result = host.run(host.base / "current", *arguments)
+        assert (result.returncode, reason in result.stderr) == (1, True), (
+            f"{change.__name__}: {result.stderr}"
+        )
+        assert (host.version(), host.versions()) == ("edge-agent, version 1.0.0", ["1.0.0"])
+        assert not sprung.exists()
+        assert not list(host.base.glob(".bundle*"))
+
+
+def test_without_openssl_or_a_key_nothing_is_verified_and_nothing_installed(host: Host) -> None:
+    key = make_keys(host.folder, "release")
+    made = signed(host, "1.0.0", key)
+    root = ("--root", str(host.root))
+    programs = host.folder / "without"
+    programs.mkdir()
+    for folder in ("/usr/bin", "/bin"):
+        for path in Path(folder).iterdir():
+            if path.name != "openssl" and not (programs / path.name).exists():
+                (programs / path.name).symlink_to(path)
+    without = host.run(made, "--verify-key", str(key.public), *root, variables={"PATH": str(programs)})
+    assert (without.returncode, "needs openssl" in without.stderr) == (1, True), without.stderr
+    for wrong in ("/nowhere", str(host.folder), ""):
+        refused = host.run(made, "--verify-key", wrong, *root)
+        assert (refused.returncode, "needs a file with a public key" in refused.stderr) == (1, True)
+    for unfit in (key.private, made / "config.toml"):
+        assert "was not signed with" in host.run(made, "--verify-key", str(unfit), *root).stderr
+    assert host.run(made, "use", "1.0.0", "--verify-key", str(key.public), *root).returncode == 1
+    assert host.versions() == []
 
 
 def test_only_root_installs_a_service(host: Host) -> None:

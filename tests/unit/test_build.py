@@ -57,6 +57,16 @@ def test_help_has_a_line_for_each_command() -> None:
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE), command
 
 
+def test_a_key_that_cannot_sign_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_text("no key")
+    command = [str(ROOT / "build.sh"), "package", "--sign-key", "key.pem"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, f"{tmp_path}/key.pem is no unencrypted private key" in result.stderr) == (
+        1,
+        True,
+    )
+
+
 def test_an_unknown_command_is_a_usage_error() -> None:
     assert build("deploy").returncode == 2
 
