@@ -93,7 +93,7 @@ class DeviceStatus:
         """The status topic's object and what only the CLI shows."""
         document = self.document()
         for lifecycle, entry in zip(self._lifecycles.values(), document["models"], strict=True):
-            entry.update(lifecycle.versions())
+            entry.update(lifecycle.state.others())
             entry["update_problem"] = self._updates.problems.get(lifecycle.name, "")
             entry["progress"] = self._updates.progress_of(lifecycle.name)
         everything = {
@@ -193,6 +193,8 @@ class DeviceStatus:
                 yield f"model {name}: {lifecycle.instead}"
             if lifecycle.system_refused:
                 yield f"model {name}: {lifecycle.system_refused} (models.{name}.system)"
+            if lifecycle.unconfined:
+                yield f"model {name}: {lifecycle.unconfined} (trust.unconfined_code)"
         for name, lifecycle in self._lifecycles.items():
             for key, reason in lifecycle.state.quarantined.items():
                 yield f"model {name}: version {key} is in quarantine: {reason}"

@@ -255,6 +255,12 @@ class CannotRun(RunnerError):
     code = "cannot_run"
 
 
+class Unconfined(CannotRun):
+    """This host cannot build the walls that code from elsewhere must have around it."""
+
+    code = "unconfined"
+
+
 class RunnerCrashed(RunnerError):
     """A runner crashed: it ended with a signal that only a fault of its own causes."""
 

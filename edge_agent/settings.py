@@ -57,6 +57,23 @@ class RegistrySettings(_Section):
         return uri
 
 
+class SandboxSettings(_Section):
+    """What a model may do beyond what every model may: see docs/security.md."""
+
+    network: bool = Field(default=False, description="true: its code may connect to anything")
+    read: tuple[Path, ...] = Field(
+        default=(), description="files and folders that its code may read, absolute"
+    )
+
+    @field_validator("read")
+    @classmethod
+    def _plain_paths(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
+        for path in paths:
+            if not path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{str(path)!r} must be absolute, without '..'")
+        return paths
+
+
 class ModelSettings(_Section):
     """One model that this device serves."""
 
@@ -85,6 +102,7 @@ class ModelSettings(_Section):
     idle_unload_s: float = Field(
         default=0, ge=0, le=10 * 365 * 86_400, description="unload when idle; 0: never"
     )
+    sandbox: SandboxSettings = SandboxSettings()
 
     @field_validator("uri", "fallback")
     @classmethod
@@ -197,7 +215,10 @@ class TrustSettings(_Section):
         default=(), description="PEM files; with one, every package must be signed"
     )
     allow_unsigned_code: bool = Field(
-        default=False, description="true: model code has the runner's full rights"
+        default=False, description="true: model code that nobody signed may run, behind the walls"
+    )
+    unconfined_code: bool = Field(
+        default=False, description="true: model code may run where this host cannot build the walls"
     )
 
 
@@ -290,6 +311,15 @@ class Settings(BaseSettings):
                 f"control_socket {str(path)!r} has more than {_MAX_SOCKET_PATH_BYTES} bytes; set a shorter path"
             )
         object.__setattr__(self, "control_socket", path)  # derived from state_dir; frozen from here on
+        return self
+
+    @model_validator(mode="after")
+    def _sandboxes(self) -> Settings:
+        for name, model in self.models.items():
+            for path in model.sandbox.read:
+                if path.is_relative_to(self.state_dir) or self.state_dir.is_relative_to(path):
+                    key = f"models.{name}.sandbox.read"
+                    raise ValueError(f"{key}: {str(path)!r} overlaps state_dir, where prompts and models are")
         return self
 
     @property

@@ -119,6 +119,12 @@ def print_status(status: Mapping[str, Any]) -> None:
     echo(f"registry  {registry['uri'] or 'none'}   {_reach(registry)}")
     echo(f"cache     {human_bytes(cache['bytes'])} of {human_bytes(cache['quota_bytes'])}, "
          f"{human_bytes(cache['free_bytes'])} free on the disk")  # fmt: skip
+    for model in status["models"]:
+        if walls := model.get("walls"):
+            missing = "; ".join(f"{wall} ({why})" for wall, why in walls["missing"].items())
+            echo(
+                f"walls     {model['name']}: {', '.join(walls['stand'])}{f'; missing: {printable.line(missing)}' if missing else ''}"
+            )
     rows = [
         (
             model["name"],

@@ -25,6 +25,7 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import DaemonNotRunning
 from edge_agent.host import memory
+from edge_agent.package.trust import runs_own_code
 from edge_agent.private_broker import child_process, private_broker, tail
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Delta, Done, Load
@@ -103,6 +104,9 @@ class RunnerSide:
             context_tokens=subject.context_tokens,
             max_tokens=64,
             threads=subject.threads,
+            network=subject.settings.models[subject.record.name].sandbox.network,
+            read=[str(path) for path in subject.settings.models[subject.record.name].sandbox.read],
+            confined=runs_own_code(subject.record.trust) and not subject.settings.trust.unconfined_code,
         )
         self.load_ms = runner.load(request, timeout_s=LOAD_TIMEOUT_S).load_ms
         self.pid = runner.pid
@@ -201,11 +205,13 @@ def _config(subject: Subject, folder: Path, state_dir: Path, port: int) -> str:
             "context_tokens": model.context_tokens,
             **model.generation,
         },
+        f"models.{json.dumps(subject.record.name)}.sandbox": model.sandbox.model_dump(mode="json"),
         "mqtt": {"host": "127.0.0.1", "port": port},
         "limits": {"deadline_s": ANSWER_TIMEOUT_S},
         "trust": {
             "public_keys": list(trust.public_keys),
             "allow_unsigned_code": trust.allow_unsigned_code,
+            "unconfined_code": trust.unconfined_code,
         },
         "inference": {"threads": subject.threads},
     }

@@ -47,6 +47,15 @@ class ModelState:
     desired: str = ""
     instead: str = ""
 
+    def others(self) -> dict[str, Any]:
+        """The versions beside the active one, as status shows them."""
+        return {
+            "previous": self.previous,
+            "candidate": self.candidate,
+            "pinned": self.pinned,
+            "quarantined": dict(self.quarantined),
+        }
+
     def trying(self, key: str) -> ModelState:
         """Recorded before a candidate's runner starts, so that a crash during the trial is noticed."""
         tries = self.candidate_tries + 1 if self.candidate == key else 1

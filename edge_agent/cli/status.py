@@ -81,11 +81,9 @@ def _status_on_disk(settings: Settings) -> dict[str, Any]:
                 "flavor": None,
                 "state": "idle" if record else "absent",
                 "reason": known.instead,
+                "walls": None,
                 "tokens_per_s": None,
-                "previous": known.previous,
-                "candidate": known.candidate,
-                "pinned": known.pinned,
-                "quarantined": dict(known.quarantined),
+                **known.others(),
             }
         )
     return {

@@ -248,13 +248,26 @@ def _runtime_paths(network: Network) -> Iterable[Path]:
     for prefix in (sys.prefix, sys.base_prefix):
         yield Path(prefix, "lib")
         yield Path(prefix, "lib64")
-    yield from (folder for folder in map(Path, sys.path) if folder.name in _PACKAGE_FOLDERS)
+    for folder in map(Path, sys.path):
+        if folder.name in _PACKAGE_FOLDERS:
+            yield folder
+            yield from _linked_into(folder)
     yield Path(__file__).parents[1]  # this program, wherever it is installed
     libraries = environment.inherited_environment("LD_LIBRARY_PATH").get("LD_LIBRARY_PATH", "")
     yield from (Path(folder) for folder in libraries.split(":") if folder.startswith("/"))
     yield from map(Path, _SYSTEM_PATHS)
     if network is not Network.NONE:
         yield from map(Path, _NETWORK_PATHS)
+
+
+def _linked_into(folder: Path) -> Iterable[Path]:
+    """Packages that are elsewhere, as an administrator or a package manager has linked them. A rule is for what a link
+    leads to."""
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_symlink()]
+    except OSError:
+        return []
 
 
 if __name__ == "__main__":

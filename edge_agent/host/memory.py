@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 from edge_agent.host import cgroup
 
 _NOT_KNOWN = 1 << 62
+_STATUS_BYTES = 1 << 14
 
 
 def available_bytes() -> int:
@@ -36,13 +39,65 @@ def peak_bytes(pid: int) -> int:
     return _field(Path(f"/proc/{pid}/status"), "VmHWM") or 0
 
 
+class ProcessMemory:
+    """Memory of a process of this user, even after that one has become unreadable to others, or confined.
+
+    Where /proc hides the processes of others (`ProtectProc=invisible`, `hidepid`), it hides those as well that are
+    not dumpable. What was opened before stays readable. Any thread.
+
+    Args:
+        pid: of a process that is dumpable now.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._lock = threading.Lock()  # a number that was closed may be another file by now
+        try:
+            self._status: int | None = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # it has ended already
+            self._status = None
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What a process that reads its own memory must keep open."""
+        return () if self._status is None else (self._status,)
+
+    def resident_bytes(self) -> int:
+        """Bytes that it has in memory now; 0 if it has ended."""
+        return self._bytes("VmRSS")
+
+    def peak_bytes(self) -> int:
+        """The most bytes that it has had in memory; 0 if it has ended."""
+        return self._bytes("VmHWM")
+
+    def close(self) -> None:
+        """May be called again."""
+        with self._lock:
+            if self._status is not None:
+                os.close(self._status)
+            self._status = None
+
+    def _bytes(self, name: str) -> int:
+        with self._lock:
+            if self._status is None:
+                return 0
+            try:
+                text = os.pread(self._status, _STATUS_BYTES, 0)
+            except ProcessLookupError:
+                return 0
+        return _field_in(text.decode("ascii", "replace"), name) or 0
+
+
 def _field(file: Path, name: str) -> int | None:
     try:
-        for line in file.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
+        return _field_in(file.read_text(encoding="ascii", errors="replace"), name)
     except OSError:
         return None
+
+
+def _field_in(text: str, name: str) -> int | None:
+    for line in text.splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
     return None
 
 

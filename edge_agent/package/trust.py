@@ -169,6 +169,11 @@ def hold(
         )
 
 
+def runs_own_code(decision: TrustDecision) -> bool:
+    """True if the package runs code that this agent does not ship. Signed or not, it runs behind walls only."""
+    return decision.rule not in (Rule.NO_CODE, Rule.SHIPPED_WRAPPER)
+
+
 def check_signature(tree: Path, manifest: Manifest, public_keys: Sequence[str]) -> str:
     """Checks the OpenSSF Model Signing signature: one of the keys must have signed every file of the package.
 

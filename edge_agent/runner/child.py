@@ -1,11 +1,15 @@
-"""A runner's main: `python -m edge_agent.runner.child FD TURN_FD`.
+"""A runner's main: `python -m edge_agent.runner.child FD TURN_FD [SCRATCH]`.
 
-Owns one loaded model and the socket to the daemon. One thread does everything: it looks for frames between two steps
-of an answer, so it sees a cancel within one decode step or one prefill slice, and notices at the end of the socket
-that the daemon has died. A prompt's errors go to the daemon by code. Whose turn it is stands in the memory behind
-TURN_FD, where the daemon finds it even if this process is killed in the middle of a turn.
+Owns one loaded model and the socket to the daemon. Before it reads a byte of the package, or imports a library that
+starts threads, it builds the walls around itself that this host can build, and tells the daemon which ones stand.
+SCRATCH is the only folder where it may write.
 
-    Load → Loaded | Failed;  Try → Tried;  Generate → Delta … Done | Refused;  Stop or end of file → exit
+One thread does everything: it looks for frames between two steps of an answer, so it sees a cancel within one decode
+step or one prefill slice, and notices at the end of the socket that the daemon has died. A prompt's errors go to the
+daemon by code. Whose turn it is stands in the memory behind TURN_FD, where the daemon finds it even if this process is
+killed in the middle of a turn.
+
+    Load → confined → Loaded | Failed;  Try → Tried;  Generate → Delta … Done | Refused;  Stop or end of file → exit
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_agent.errors import CannotRun, EdgeAgentError, LoadFailed, PolicyError, RunnerError
+from edge_agent.errors import CannotRun, EdgeAgentError, LoadFailed, PolicyError, RunnerError, Unconfined
 from edge_agent.host import memory
+from edge_agent.host.confinement import Confinement, Walls, confine
+from edge_agent.host.seccomp import Network
 from edge_agent.runner import golden, loader
 from edge_agent.runner.model import TOO_LONG
 from edge_agent.runner.protocol import (
@@ -49,9 +55,12 @@ class Runner:
 
     Args:
         turn: descriptor of the memory where the daemon reads whose turn it is.
+        scratch: the folder where this process may write; None for nowhere.
     """
 
-    def __init__(self, connection: socket.socket, turn: int) -> None:
+    def __init__(self, connection: socket.socket, turn: int, scratch: Path | None) -> None:
+        self._scratch = scratch
+        self._memory = memory.ProcessMemory(os.getpid())
         self._connection = connection
         self._reader = FrameReader(connection)
         self._turn = turn
@@ -90,6 +99,7 @@ class Runner:
             raise RunnerError("the first frame is not a load")
         started_s = time.monotonic()
         try:
+            walls = self._confine(request)
             model = loader.load(
                 Path(request.folder),
                 context_tokens=request.context_tokens,
@@ -101,8 +111,7 @@ class Runner:
             system_refused = model.warm_up(request.system)
         except Exception as error:
             print_frames(error)
-            code = error.code if isinstance(error, CannotRun | PolicyError) else LoadFailed.code
-            self._send(Failed(message=_describe(error), code=code))
+            self._send(_failed(error))
             raise _Ended from error
         gc.collect()
         gc.freeze()  # what a load leaves behind stays; later collections need not walk it
@@ -116,10 +125,32 @@ class Runner:
                 parallel=limit,
                 system_refused=system_refused,
                 system_too_long=system_refused == TOO_LONG,
+                walls=list(walls.stand),
+                missing_walls=dict(walls.missing),
             )
         )
         self._system = request.system
         return model, limit
+
+    def _confine(self, request: Load) -> Walls:
+        """
+        Raises:
+            Unconfined: the request asks for walls that this host cannot build.
+        """
+        walls = confine(
+            Confinement(
+                read=(Path(request.folder), *map(Path, request.read)),
+                write=(self._scratch,) if self._scratch else (),
+                network=Network.INTERNET if request.network else Network.NONE,
+                keep=(self._connection.fileno(), self._turn, *self._memory.descriptors),
+            )
+        )
+        if request.confined and (lacking := walls.lacking()):
+            raise Unconfined(
+                f"the model runs code of its own, which this host cannot confine ({lacking})",
+                remedy="use a kernel with Landlock (5.13 or newer) and seccomp, or set trust.unconfined_code = true",
+            )
+        return walls
 
     def _try_out(self, model: loader.Model) -> None:
         try:
@@ -132,7 +163,7 @@ class Runner:
             print_frames(error)
             failures, tokens_per_s = [_describe(error)], 0.0
         # Not getrusage: its peak starts with the parent's, whose memory this process shared until exec.
-        peak_bytes = memory.peak_bytes(os.getpid())
+        peak_bytes = self._memory.peak_bytes()
         self._send(Tried(failures=failures, tokens_per_s=tokens_per_s, memory_bytes=peak_bytes))
 
     def _next(self) -> Frame:
@@ -154,6 +185,12 @@ class Runner:
             raise _Ended from error
 
 
+def _failed(error: Exception) -> Failed:
+    if isinstance(error, CannotRun | PolicyError):
+        return Failed(message=_describe(error), code=error.code)
+    return Failed(message=_describe(error), code=LoadFailed.code)
+
+
 def _describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
     named = text if isinstance(error, EdgeAgentError) else f"{type(error).__name__}: {text}"
@@ -162,7 +199,8 @@ def _describe(error: BaseException) -> str:
 
 def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as connection:
-        Runner(connection, int(sys.argv[2])).run()
+        scratch = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+        Runner(connection, int(sys.argv[2]), scratch).run()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ reported as a `RunnerError`. The owner of this object then starts another.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import fcntl
 import logging
@@ -42,6 +41,7 @@ from edge_agent.errors import (
     error_of,
 )
 from edge_agent.host import memory
+from edge_agent.runner.output import OutputTail
 from edge_agent.runner.protocol import (
     TURN_BYTES,
     Cancel,
@@ -60,6 +60,7 @@ from edge_agent.runner.protocol import (
     decode_turn,
     encode,
 )
+from edge_agent.runner.scratch import make_scratch, remove_scratch
 
 log = logging.getLogger(__name__)
 
@@ -76,15 +77,16 @@ _OWN_SIGNALS = frozenset(
 """Signals that a process causes itself. SIGKILL may come from the kernel when memory runs out."""
 _SEND_TIMEOUT_S = 30.0
 _SEND_BYTES = 1 << 16
-_TAIL_LINES = 40
-_TAIL_LINE_BYTES = 500
 
 
 _ENVIRONMENT_NAMES = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
 
 
 def child_environment(state_dir: Path) -> dict[str, str]:
-    """A runner's whole environment: an allow-list of the daemon's variables, no credentials, no telemetry."""
+    """A runner's whole environment: an allow-list of the daemon's variables, no credentials, no telemetry.
+
+    A runner behind its walls has another home, and another folder for temporary files: its own.
+    """
     return {
         **environment.inherited_environment(*_ENVIRONMENT_NAMES),
         "HOME": str(state_dir),
@@ -142,10 +144,13 @@ class RunnerProcess:
         self._sender.setblocking(False)
         self._send_lock = threading.Lock()  # never held while somebody waits
         self._unsent = bytearray()
-        self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._turn = _turn_memory()
+        self._scratch = make_scratch()
         numbers = (theirs.fileno(), self._turn)
         command = [sys.executable, "-m", "edge_agent.runner.child", *map(str, numbers)]
+        if self._scratch:
+            command.append(str(self._scratch))
+            environment = {**environment, "HOME": str(self._scratch), "TMPDIR": str(self._scratch)}
         try:
             with theirs:
                 self._process = subprocess.Popen(
@@ -162,9 +167,11 @@ class RunnerProcess:
             ours.close()
             self._sender.close()
             os.close(self._turn)
+            remove_scratch(self._scratch)
             raise RunnerError(f"no process can be started for model {model}: {error}") from error
-        self._drain = threading.Thread(target=self._keep_tail, name=f"runner-output-{model}", daemon=True)
-        self._drain.start()
+        assert self._process.stdout is not None
+        self._output = OutputTail(self._process.stdout, name=f"runner-output-{model}")
+        self._memory = memory.ProcessMemory(self.pid)  # while it can still be seen
 
     @property
     def pid(self) -> int:
@@ -315,11 +322,13 @@ class RunnerProcess:
                 os.close(self._turn)
             self._socket.close()
             self._sender.close()
-        self._drain.join(1.0)
+        self._memory.close()
+        remove_scratch(self._scratch)
+        self._output.wait(1.0)
 
     def last_output(self) -> str:
         """The end of what the child printed. Not to be logged once it has had a prompt: model code may print it."""
-        return " | ".join(self._tail)
+        return self._output.text
 
     def _send(self, frame: Frame) -> None:
         self._write(encode(frame))
@@ -396,11 +405,11 @@ class RunnerProcess:
 
     def resident_bytes(self) -> int:
         """What the child has in memory now; 0 when it is gone."""
-        return memory.resident_bytes(self.pid)
+        return self._memory.resident_bytes()
 
     def peak_bytes(self) -> int:
         """The most that the child has had in memory at once; 0 when it is gone."""
-        return memory.peak_bytes(self.pid) if self.alive else 0
+        return self._memory.peak_bytes() if self.alive else 0
 
     def exit_text(self) -> str:
         """How the child ended, without anything that it printed."""
@@ -408,15 +417,6 @@ class RunnerProcess:
         if code is None:
             return "connection closed"
         return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-    def _keep_tail(self) -> None:
-        """Drains the child's output so that the child never blocks, and keeps only the end of it."""
-        stream = self._process.stdout
-        if stream is None:  # pragma: no cover - stdout is a pipe
-            return
-        with stream:
-            while line := stream.readline(1 << 16):
-                self._tail.append(line[:_TAIL_LINE_BYTES].decode("utf-8", "replace").rstrip())
 
 
 def _turn_memory() -> int:

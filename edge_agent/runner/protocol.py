@@ -36,6 +36,9 @@ class Load:
         kv_bytes: memory for the key-value caches of running and remembered prompts together.
         system: the system prompt of chats that bring none; empty for none.
         repetition_penalty: when the request names none; 0 leaves it to the package.
+        network: the model may use the network.
+        read: files and folders that it may read beside its own.
+        confined: it is not loaded where a wall of the minimum cannot be built around it.
     """
 
     type: ClassVar[str] = "load"
@@ -47,6 +50,9 @@ class Load:
     kv_bytes: int = 0
     system: str = ""
     repetition_penalty: float = 0.0
+    network: bool = False
+    read: list[str] = field(default_factory=list)
+    confined: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +104,8 @@ class Loaded:
     Attributes:
         system_refused: why it takes no chat with the system prompt of `Load`; empty if it does.
         system_too_long: because the context that it got does not hold it.
+        walls: those that stand around the runner.
+        missing_walls: those that this host cannot build, and why.
     """
 
     type: ClassVar[str] = "loaded"
@@ -107,6 +115,8 @@ class Loaded:
     parallel: int = 1
     system_refused: str = ""
     system_too_long: bool = False
+    walls: list[str] = field(default_factory=list)
+    missing_walls: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +124,8 @@ class Failed:
     """The model cannot be loaded; the runner ends.
 
     Attributes:
-        code: `cannot_run` where this host lacks what it needs, `code_refused` where the package has what may not run,
-            else `load_failed`.
+        code: `cannot_run` where this host lacks what it needs, `unconfined` where that is a wall, `code_refused` where the
+            package has what may not run, else `load_failed`.
     """
 
     type: ClassVar[str] = "failed"

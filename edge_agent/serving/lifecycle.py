@@ -303,6 +303,11 @@ class ModelLifecycle:
         return self._loader.system_refused(record.key) if (record := self._states.active) else ""
 
     @property
+    def unconfined(self) -> str:
+        """Which wall is missing around a package's own code, for people; empty if none is."""
+        return version.unconfined if (version := self._seat.loaded) else ""
+
+    @property
     def runs_its_own(self) -> bool:
         """True while a version of the model's own reference is active, and has not failed for good."""
         active = self._states.active
@@ -315,7 +320,7 @@ class ModelLifecycle:
 
     def status(self) -> dict[str, object]:
         """This model's entry in the status document."""
-        record = self._states.active
+        record, version = self._states.active, self._seat.loaded
         reports = (self.instead, self._adoption.gate_report, self._loader.memory_report)
         return {
             "name": self.name,
@@ -325,16 +330,7 @@ class ModelLifecycle:
             "flavor": self.flavor,
             "state": str(self.serving),
             "reason": self.reason or "; ".join(filter(None, reports)),
-        }
-
-    def versions(self) -> dict[str, object]:
-        """The other versions that the state knows."""
-        state = self.state
-        return {
-            "previous": state.previous,
-            "candidate": state.candidate,
-            "pinned": state.pinned,
-            "quarantined": dict(state.quarantined),
+            "walls": version.walls if version else None,
         }
 
 
@@ -366,6 +362,7 @@ def lifecycle_of(settings: Settings, name: str, store: Store, budget: MemoryBudg
             verify=settings.cache.verify_on_load,
             public_keys=settings.trust.public_keys,
             allow_unsigned_code=settings.trust.allow_unsigned_code,
+            unconfined_code=settings.trust.unconfined_code,
             memory_limit_bytes=settings.inference.memory_limit_bytes,
         ),
         store=store,

@@ -18,6 +18,7 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.cache.verify import check_files
 from edge_agent.errors import PromptError, RunnerError
+from edge_agent.host.confinement import Walls
 from edge_agent.package import trust
 from edge_agent.runner.protocol import Load, Loaded
 from edge_agent.serving.memory_budget import Admission, MemoryBudget, MemoryUser
@@ -45,6 +46,7 @@ class Loading:
         budget: memory, shared by all models of this process.
         verify: check every digest before each load.
         public_keys, allow_unsigned_code: `[trust]`, which each version must satisfy before each load.
+        unconfined_code: `[trust]`: code of a package may run where a wall of the minimum is missing.
         memory_limit_bytes: for all runners; 0 for none.
         parallel: prompts that one runner answers at once.
         kv_bytes: for the keys and values of running and earlier prompts that one runner keeps.
@@ -58,6 +60,7 @@ class Loading:
     verify: bool
     public_keys: tuple[str, ...]
     allow_unsigned_code: bool
+    unconfined_code: bool = False
     memory_limit_bytes: int
 
 
@@ -82,6 +85,18 @@ class LoadedVersion:
         where it takes that one."""
         refusal = self.reported.system_refused
         return f"the model refuses the system prompt of this device's settings: {refusal}" if refusal else ""
+
+    @property
+    def walls(self) -> dict[str, object]:
+        """What stands around its runner, and what does not and why; for the status."""
+        return {"stand": self.reported.walls, "missing": self.reported.missing_walls}
+
+    @property
+    def unconfined(self) -> str:
+        """Which wall of the minimum is missing around code of the package's own, for people; empty if none is."""
+        walls = Walls(missing=self.reported.missing_walls)
+        lacking = walls.lacking() if trust.runs_own_code(self.record.trust) else ""
+        return f"its code runs without a wall that it should have: {lacking}" if lacking else ""
 
 
 class VersionLoader:
@@ -180,7 +195,7 @@ class VersionLoader:
             EdgeAgentError: it is damaged, or does not load; no runner is left.
         """
         started_s = self._clock()
-        generation = self._loading.settings.generation
+        generation, sandbox = self._loading.settings.generation, self._loading.settings.sandbox
         runner = self._start_runner()
         with self.tracked(runner):
             try:
@@ -195,6 +210,9 @@ class VersionLoader:
                         kv_bytes=min(self._loading.kv_bytes, admission.spare_bytes),
                         system=self._loading.settings.system,
                         repetition_penalty=generation.get("repetition_penalty", 0.0),
+                        network=sandbox.network,
+                        read=[str(path) for path in sandbox.read],
+                        confined=trust.runs_own_code(record.trust) and not self._loading.unconfined_code,
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
                 )

@@ -208,7 +208,7 @@ class Operations:
         return found[-1]
 
     def _described(self, lifecycle: ModelLifecycle) -> dict[str, Any]:
-        return {**lifecycle.status(), **lifecycle.versions()}
+        return {**lifecycle.status(), **lifecycle.state.others()}
 
 
 def _brought(result: SyncResult) -> dict[str, Any]:

@@ -104,8 +104,7 @@ def test_a_prompt_that_is_no_frame_is_refused_and_the_next_one_answered(runner: 
 
 
 def test_a_child_can_neither_grow_nor_shrink_the_memory_that_it_shares(runner: RunnerProcess) -> None:
-    (number,) = [int(entry) for entry in psutil.Process(runner.pid).cmdline()[-1:] if entry.isdecimal()]
-    descriptor = os.open(f"/proc/{runner.pid}/fd/{number}", os.O_RDWR)
+    descriptor = os.dup(runner._turn)
     try:
         size = os.fstat(descriptor).st_size
         for other in (0, size * 2):

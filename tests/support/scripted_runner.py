@@ -39,6 +39,7 @@ class Script:
     Attributes:
         load_error: how a load ends; None when it succeeds.
         system_refused: why it takes no chat with the settings' system prompt.
+        walls, missing_walls: what the runner says of its walls.
         load_waits: a load does not end before `ScriptedHost.let_load`.
         golden_failures: what the golden prompts got wrong.
         gate_error: how the gate ends instead of with an answer.
@@ -49,6 +50,8 @@ class Script:
     load_waits: bool = False
     system_refused: str = ""
     system_too_long: bool = False
+    walls: list[str] = field(default_factory=list)
+    missing_walls: dict[str, str] = field(default_factory=dict)
     golden_failures: list[str] = field(default_factory=list)
     gate_error: RunnerError | None = None
     tokens_per_s: float = 10.0
@@ -156,6 +159,8 @@ class ScriptedRunner:
             parallel=self._script.parallel,
             system_refused=self._script.system_refused,
             system_too_long=self._script.system_too_long,
+            walls=self._script.walls,
+            missing_walls=self._script.missing_walls,
         )
 
     def _may_end_loading(self) -> bool:
@@ -248,6 +253,8 @@ class Life:
         budget: MemoryBudget | None = None,
         measurable: tuple[int, ...] = (1,),
         memory_limit_bytes: int = 0,
+        allow_unsigned_code: bool = False,
+        unconfined_code: bool = False,
         **settings: Any,
     ) -> None:
         self.host = host
@@ -262,7 +269,8 @@ class Life:
             budget=budget or budget_of(host, folder),
             verify=True,
             public_keys=(),
-            allow_unsigned_code=False,
+            allow_unsigned_code=allow_unsigned_code,
+            unconfined_code=unconfined_code,
             memory_limit_bytes=memory_limit_bytes,
         )
         self.lifecycle = self._start()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong
+from edge_agent.host.confinement import Walls
 from edge_agent.runner import child, loader
 from edge_agent.runner.loader import WrapperModel
 from edge_agent.runner.model import TOO_LONG, End, Model
@@ -124,6 +125,7 @@ def test_a_model_for_prompts_is_asked_whether_its_chats_take_the_system_prompt(
 def served(model: Model, *frames: Frame, monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Frame]:
     """What the process with this model says to the daemon's frames."""
     monkeypatch.setattr(loader, "load", lambda *_, **__: model)
+    monkeypatch.setattr(child, "confine", lambda _: Walls())  # it would confine the tests
     ours, theirs = socket.socketpair()
     turn = os.open(folder / "turn", os.O_RDWR | os.O_CREAT)
     try:
@@ -131,7 +133,7 @@ def served(model: Model, *frames: Frame, monkeypatch: pytest.MonkeyPatch, folder
             for frame in (*frames, Stop()):
                 ours.sendall(encode(frame))
             with theirs:
-                child.Runner(theirs, turn).run()
+                child.Runner(theirs, turn, None).run()
             return list(frames_of(ours))
     finally:
         os.close(turn)

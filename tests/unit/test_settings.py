@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from edge_agent import environment, settings
 from edge_agent.errors import SettingsError
 from edge_agent.runner import process as runner_process
-from edge_agent.settings import ModelSettings, Settings
+from edge_agent.settings import ModelSettings, SandboxSettings, Settings
 from edge_agent.sync import process as sync_process
 from tests.support.processes import to_toml
 
@@ -68,6 +68,22 @@ def test_systemds_directories_are_used(tmp_path: Path, monkeypatch: pytest.Monke
             )
             for bad in (-1, 0, 0.001, 101, float("nan"), "high")
         ),
+        *(
+            (
+                {"state_dir": "/srv/agent", "models": {"a": {"uri": "models:/a@b", "sandbox": sandbox}}},
+                "models.a.sandbox",
+            )
+            for sandbox in (
+                {"read": ["relative"]},
+                {"read": ["/srv/x/../agent"]},
+                {"read": ["/srv/agent/models/blobs"]},
+                {"read": ["/srv/agent"]},
+                {"read": ["/srv"]},
+                {"read": ["/"]},
+                {"surprise": 1},
+                {"network": "maybe"},
+            )
+        ),
         ({"device_id": "with space"}, "device_id"),
         ({"control_socket": "/" + "x" * 120}, "control_socket"),
         ({"cache": {"quota_bytes": -1}}, "cache.quota_bytes"),
@@ -116,7 +132,13 @@ def keys() -> list[tuple[str, str]]:
         section = field.default
         if name == "models":
             found += [
-                (f"models.NAME.{key}", _default(ModelSettings, key)) for key in ModelSettings.model_fields
+                (f"models.NAME.{key}", _default(ModelSettings, key))
+                for key in ModelSettings.model_fields
+                if key != "sandbox"
+            ]
+            found += [
+                (f"models.NAME.sandbox.{key}", _default(SandboxSettings, key))
+                for key in SandboxSettings.model_fields
             ]
         elif isinstance(section, BaseModel):
             found += [(f"{name}.{key}", _default(type(section), key)) for key in type(section).model_fields]

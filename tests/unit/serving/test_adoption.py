@@ -506,7 +506,7 @@ def test_a_pin_names_a_version_of_the_cache_until_it_is_taken_away(life: Life) -
     life.serve(1)
     life.lifecycle.pin(life.key(1))
     life.restart()
-    assert life.lifecycle.versions()["pinned"] == life.key(1)
+    assert life.lifecycle.state.others()["pinned"] == life.key(1)
     with pytest.raises(StoreError, match="not in the cache"):
         life.lifecycle.pin(f"9-{'a' * 12}")
     assert life.lifecycle.state.pinned == life.key(1)

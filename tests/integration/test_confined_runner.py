@@ -1,0 +1,162 @@
+"""A runner behind its walls, with somebody else's code in it: what it can do, what not, and where it does not start."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_agent.errors import Unconfined
+from edge_agent.host.confinement import Wall
+from edge_agent.runner.process import RunnerProcess, child_environment
+from edge_agent.runner.protocol import Delta, Load, Loaded
+from edge_agent.runner.scratch import PREFIX
+
+MODEL = Path(__file__).parents[1] / "support" / "curious_model.py"
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import mlflow
+    from mlflow.models import infer_signature
+
+    folder = tmp_path_factory.mktemp("curious") / "package"
+    signature = infer_signature({"prompt": "read x"}, ["x"])
+    mlflow.pyfunc.save_model(folder, python_model=MODEL, signature=signature, pip_requirements=[])
+    return folder
+
+
+def load(folder: Path, **options: object) -> Load:
+    return Load(folder=str(folder), context_tokens=64, max_tokens=8, threads=1, **options)  # type: ignore[arg-type]
+
+
+def ask(runner: RunnerProcess, prompt: str) -> str:
+    frames = runner.generate(prompt, {"prompt": prompt}, timeout_s=60)
+    return "".join(frame.text for frame in frames if isinstance(frame, Delta))
+
+
+@pytest.fixture
+def scratches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the temporary folders of runners are made."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+class Curious:
+    """A runner with the curious model."""
+
+    def __init__(self, package: Path, state: Path, **options: object) -> None:
+        self.runner = RunnerProcess(model="curious", environment=child_environment(state))
+        self.loaded: Loaded = self.runner.load(load(package, **options), timeout_s=120)
+
+    def __call__(self, prompt: str) -> str:
+        return ask(self.runner, prompt)
+
+
+@pytest.fixture
+def curious(package: Path, tmp_path: Path, scratches: Path) -> Iterator[Curious]:
+    made = Curious(package, tmp_path)
+    yield made
+    made.runner.stop()
+
+
+def test_it_says_that_every_wall_stands(curious: Curious) -> None:
+    assert curious.loaded.walls == list(Wall)
+    assert curious.loaded.missing_walls == {}
+
+
+def test_what_a_model_does_for_itself_works(curious: Curious, scratches: Path) -> None:
+    assert curious("thread") == "done"
+    assert curious("loop") == "done"
+    (scratch,) = scratches.iterdir()
+    assert scratch.name.startswith(PREFIX)
+    assert curious("scratch") == f"done in {scratch}"
+    assert (scratch / "left").exists()
+    curious.runner.stop()
+    assert list(scratches.iterdir()) == [], "nothing is left"
+
+
+def test_what_reaches_outside_does_not(curious: Curious, package: Path, tmp_path: Path) -> None:
+    (tmp_path / "journal.db").write_text("secret prompts")
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(tmp_path / "control.sock"))
+        control.listen()
+        prompts = [
+            f"read {tmp_path / 'journal.db'}", f"write {tmp_path / 'journal.db'}", f"write {package / 'MLmodel'}",
+            f"connect {server.getsockname()[1]}", f"connect {tmp_path / 'control.sock'}", "kill", "fork",
+            "run /bin/true", "environment",
+        ]  # fmt: skip
+        assert {prompt: curious(prompt)[:15] for prompt in prompts} == dict.fromkeys(
+            prompts, "PermissionError"
+        )
+    assert (tmp_path / "journal.db").read_text() == "secret prompts"
+    assert curious("thread") == "done", "and the model goes on"
+
+
+def test_a_model_gets_what_its_settings_give_it(package: Path, tmp_path: Path, scratches: Path) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "table").write_text("a table")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        given = Curious(package, tmp_path, network=True, read=[str(tmp_path / "given")])
+        try:
+            assert set(given.loaded.walls) == set(Wall) - {Wall.TCP}
+            assert given.loaded.missing_walls == {}, "what the settings open is not missing"
+            assert given(f"connect {server.getsockname()[1]}") == "done"
+            assert given(f"read {tmp_path / 'given' / 'table'}") == "a table"
+            assert given(f"write {tmp_path / 'given' / 'table'}").startswith("PermissionError")
+        finally:
+            given.runner.stop()
+
+
+def test_its_memory_is_known_and_it_volunteers_when_memory_is_short(curious: Curious) -> None:
+    assert curious.runner.peak_bytes() >= curious.runner.resident_bytes() > 10 << 20
+    assert Path(f"/proc/{curious.runner.pid}/oom_score_adj").read_text().strip() == "500"
+    status = curious("score")
+    assert "NoNewPrivs:\t1" in status
+    assert "Seccomp:\t2" in status
+    curious.runner.stop()
+    assert curious.runner.peak_bytes() == curious.runner.resident_bytes() == 0
+
+
+def test_a_full_disk_leaves_a_runner_without_a_folder_of_its_own(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    made = Curious(package, tmp_path)
+    try:
+        assert made("thread") == "done"
+        assert not made("scratch").startswith("done")
+    finally:
+        made.runner.stop()
+
+
+@pytest.mark.parametrize(("lacks", "wall"), [("landlock", Wall.FILES), ("seccomp", Wall.SYSTEM_CALLS)])
+def test_where_a_wall_of_the_minimum_is_missing_code_runs_only_if_it_may(
+    lacks: str, wall: Wall, package: Path, tmp_path: Path, scratches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -m tests.support.old_kernel {lacks} {sys.executable} "$@"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    environment = {**child_environment(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    refused = RunnerProcess(model="curious", environment=environment)
+    with pytest.raises(Unconfined, match=f"cannot confine \\({wall}: .*trust.unconfined_code = true"):
+        refused.load(load(package), timeout_s=120)
+    assert not refused.alive
+    allowed = RunnerProcess(model="curious", environment=environment)
+    try:
+        loaded = allowed.load(load(package, confined=False), timeout_s=120)
+        assert wall in loaded.missing_walls
+        assert set(loaded.walls) | set(loaded.missing_walls) == set(Wall)
+        assert ask(allowed, "thread") == "done"
+    finally:
+        allowed.stop()
+    assert os.listdir(scratches) == []  # noqa: PTH208
