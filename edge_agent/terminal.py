@@ -121,10 +121,8 @@ def print_status(status: Mapping[str, Any]) -> None:
          f"{human_bytes(cache['free_bytes'])} free on the disk")  # fmt: skip
     for model in status["models"]:
         if walls := model.get("walls"):
-            missing = "; ".join(f"{wall} ({why})" for wall, why in walls["missing"].items())
-            echo(
-                f"walls     {model['name']}: {', '.join(walls['stand'])}{f'; missing: {printable.line(missing)}' if missing else ''}"
-            )
+            lacks = "".join(f"; no {wall} ({printable.line(why)})" for wall, why in walls["missing"].items())
+            echo(f"walls     {model['name']}: {', '.join(walls['stand'])}{lacks}")
     rows = [
         (
             model["name"],

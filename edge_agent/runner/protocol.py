@@ -124,8 +124,8 @@ class Failed:
     """The model cannot be loaded; the runner ends.
 
     Attributes:
-        code: `cannot_run` where this host lacks what it needs, `unconfined` where that is a wall, `code_refused` where the
-            package has what may not run, else `load_failed`.
+        code: `cannot_run` where this host lacks what it needs, `unconfined` where that is a wall,
+            `code_refused` where the package has what may not run, else `load_failed`.
     """
 
     type: ClassVar[str] = "failed"

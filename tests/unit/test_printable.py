@@ -282,7 +282,7 @@ def scripted_lifecycle(*, reason: str) -> Any:
         name = "assistant"
         serving = Serving.READY
         instead = reason
-        system_refused = reason
+        system_refused = unconfined = reason
         state = ModelState(active=None, quarantined={"3-000000000000": reason})
 
         def status(self) -> dict[str, Any]:
