@@ -48,7 +48,11 @@ class Host:
     def bundle(
         self, version: str, *, program: str = "print('edge-agent, version {version}')", **changes: str
     ) -> Path:
-        """A bundle whose `edge-agent` runs `program`."""
+        """A bundle whose `edge-agent` runs `program`.
+
+        Args:
+            changes: `python`, `arch`; `stops`: what its check of the walls says.
+        """
         stage = self.folder / f"bundle-{version}-{len(list(self.folder.iterdir()))}"
         (stage / "wheels").mkdir(parents=True)
         code = f"def main():\n    {program.format(version=version)}\n"
@@ -58,6 +62,12 @@ class Host:
             "mlflow/__init__.py": "",
             "mlflow/pyfunc.py": "",
         }
+        if stops := changes.get("stops"):
+            files["edge_agent/__init__.py"] = files.pop("edge_agent.py")
+            files["edge_agent/doctor/__init__.py"] = ""
+            files["edge_agent/doctor/walls.py"] = (
+                f"import os, sys\nprint({stops!r}, sys.argv[1], os.environ['STATE_DIRECTORY'], os.getcwd())\n"
+            )
         wheel = Wheel(
             make_wheel(
                 stage / "wheels", "edge_agent", version, files, scripts={"edge-agent": "edge_agent:main"}
@@ -163,6 +173,16 @@ def test_what_fails_leaves_the_running_version_as_it_is(host: Host) -> None:
     assert "no such luck" in broken
     assert "version 1.0.0 stays as it is" in broken
     assert (host.version(), host.versions()) == ("edge-agent, version 1.0.0", ["1.0.0"])
+
+
+def test_models_that_will_not_run_are_named_before_the_switch(host: Host) -> None:
+    host.install(host.bundle("1.0.0"))
+    result = host.run(host.bundle("1.1.0", stops="it stops:"), "--root", str(host.root))
+    lines = result.stdout.splitlines()
+    said = f"install.sh: attention: it stops: {host.config} {host.root}/var/lib/edge-agent /"
+    assert (result.returncode, said in lines) == (0, True), result.stdout
+    assert lines.index(said) < next(n for n, line in enumerate(lines) if "1.1.0 is installed" in line)
+    assert host.version() == "edge-agent, version 1.1.0", "and the version is installed all the same"
 
 
 def test_only_root_installs_a_service(host: Host) -> None:
