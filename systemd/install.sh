@@ -348,6 +348,7 @@ write_settings() {
 switch_to() {
     local target=$1 old=''
     if [[ -L $base/current ]]; then old=$(readlink -- "$base/current"); fi
+    say_what_stops "$target"
     point_to "${target##*/}"
     write_unit "$target"
     if [[ -n $root ]]; then return; fi
@@ -370,6 +371,15 @@ switch_to() {
     show_trouble
     die "neither version ${target##*/} nor version $old, which is current again, starts: see above" \
         "correct this, then: systemctl restart edge-agent"
+}
+
+# say_what_stops FOLDER: names the models that this version will not run, because this kernel cannot confine their code.
+say_what_stops() {
+    local line
+    while IFS= read -r line; do
+        say "attention: $line"
+    done < <(cd / && STATE_DIRECTORY=$root/var/lib/edge-agent "$1/bin/python" -I -m edge_agent.doctor.walls \
+        "$root/etc/edge-agent/config.toml" 2>/dev/null || true)
 }
 
 # One rename, so that the link is valid at every moment.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edge_agent import logs
-from edge_agent.doctor import broker, cache, certificates, files, host, models, registry, service
+from edge_agent.doctor import broker, cache, certificates, files, host, models, registry, service, walls
 from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
 from edge_agent.errors import EdgeAgentError, SettingsError
 from edge_agent.settings import Settings
@@ -42,6 +42,7 @@ def diagnose(load: Callable[[], Settings], *, config: Path | None) -> Iterator[F
     yield from _each("settings.files", lambda: files.check(settings, config, service.unit_properties()))
     yield from _each("settings.tls", lambda: certificates.check(settings.mqtt))
     yield from _each("libraries", lambda: host.check_libraries(settings))
+    yield from _each("host.walls", lambda: walls.check(settings))
     yield from _each("unit", service.check_unit)
     yield from _each("daemon", lambda: service.check_daemon(settings, status))
     yield from _each("dns", lambda: host.check_names(settings))

@@ -50,7 +50,7 @@ def test_a_device_that_works_has_no_failure(agent: Daemon) -> None:
     failures = {check: finding for check, finding in found.items() if finding["level"] == "fail"}
     assert (code, failures) == (0, {})
     assert {
-        *("host.cpu", "host.clock", "host.libraries", "host.dns", "settings", "daemon", "unit"),
+        *("host.cpu", "host.clock", "host.libraries", "host.walls", "host.dns", "settings", "daemon", "unit"),
         *("broker.connect", "broker.subscribe", "broker.publish", "registry.reach", "registry.alias"),
         *("cache.folder", "cache.hard_links", "cache.room", "cache.content", "cache.state"),
         *("models.memory", "models.threads"),

@@ -49,7 +49,11 @@ class Host:
     def bundle(
         self, version: str, *, program: str = "print('edge-agent, version {version}')", **changes: str
     ) -> Path:
-        """A bundle whose `edge-agent` runs `program`."""
+        """A bundle whose `edge-agent` runs `program`.
+
+        Args:
+            changes: `python`, `arch`; `stops`: what its check of the walls says.
+        """
         stage = self.folder / f"bundle-{version}-{len(list(self.folder.iterdir()))}"
         (stage / "wheels").mkdir(parents=True)
         code = f"def main():\n    {program.format(version=version)}\n"
@@ -59,6 +63,12 @@ class Host:
             "mlflow/__init__.py": "",
             "mlflow/pyfunc.py": "",
         }
+        if stops := changes.get("stops"):
+            files["edge_agent/__init__.py"] = files.pop("edge_agent.py")
+            files["edge_agent/doctor/__init__.py"] = ""
+            files["edge_agent/doctor/walls.py"] = (
+                f"import os, sys\nprint({stops!r}, sys.argv[1], os.environ['STATE_DIRECTORY'], os.getcwd())\n"
+            )
         wheel = Wheel(
             make_wheel(
                 stage / "wheels", "edge_agent", version, files, scripts={"edge-agent": "edge_agent:main"}
@@ -331,6 +341,16 @@ def test_without_openssl_or_a_key_nothing_is_verified_and_nothing_installed(host
         assert "was not signed with" in host.run(made, "--verify-key", str(unfit), *root).stderr
     assert host.run(made, "use", "1.0.0", "--verify-key", str(key.public), *root).returncode == 1
     assert host.versions() == []
+
+
+def test_models_that_will_not_run_are_named_before_the_switch(host: Host) -> None:
+    host.install(host.bundle("1.0.0"))
+    result = host.run(host.bundle("1.1.0", stops="it stops:"), "--root", str(host.root))
+    lines = result.stdout.splitlines()
+    said = f"install.sh: attention: it stops: {host.config} {host.root}/var/lib/edge-agent /"
+    assert (result.returncode, said in lines) == (0, True), result.stdout
+    assert lines.index(said) < next(n for n, line in enumerate(lines) if "1.1.0 is installed" in line)
+    assert host.version() == "edge-agent, version 1.1.0", "and the version is installed all the same"
 
 
 def test_only_root_installs_a_service(host: Host) -> None:
