@@ -10,7 +10,7 @@ Source: the configuration reader of onnxruntime-genai 0.18 (`src/config.cpp`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,23 @@ def check(file: Path, path: str) -> None:
         _check(document, _ROOT, "")
     except PolicyError as error:
         raise PolicyError(f"{path!r}: {error.message}") from error
+
+
+def graphs(file: Path, path: str) -> frozenset[str]:
+    """The graphs that a checked `genai_config.json` names, relative to its folder."""
+    return frozenset(_file_names(parse(file.read_bytes(), path)))
+
+
+def _file_names(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key == "filename" and isinstance(item, str) and item:
+                yield item
+            else:
+                yield from _file_names(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _file_names(item)
 
 
 def parse(data: bytes, path: str) -> object:

@@ -57,18 +57,6 @@ def check(tree: Path, folder: PurePosixPath, paths: Set[str]) -> None:
             check_document(read(tree / path, path), path)
 
 
-def check_package(tree: Path) -> None:
-    """The same for a whole package on disk, before the library opens it: an earlier agent may have taken it.
-
-    Raises:
-        PolicyError: see `check`.
-    """
-    paths = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if not path.is_dir()}
-    for path in sorted(paths):
-        if PurePosixPath(path).name.casefold() == genai_options.FILE_NAME:
-            check(tree, PurePosixPath(path).parent, paths)
-
-
 def check_document(document: Mapping[str, Any], path: str) -> None:
     """Checks the content of one configuration.
 

@@ -1,7 +1,7 @@
 """Reads from an ONNX file how its model was built, without the library that runs it.
 
 It reads the graph's structure from the protobuf, never the weights: the file is mapped, not loaded. The file is
-untrusted input: every length is checked, and anything unknown is an error, not a guess.
+untrusted input: anything unknown is an error, not a guess.
 Source: onnx.proto3 (field numbers); com.microsoft.MatMulNBits and GatherBlockQuantized of onnxruntime.
 """
 
@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.errors import ContentError
+from edge_agent.package.protobuf import Value, fields, varints
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_NODES = 1_000_000
 _ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 10: 2, 11: 8, 16: 2}
-
-Value = int | memoryview
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,7 @@ def read(file: Path) -> OnnxGraph:
 
 
 def _graph(model: memoryview) -> OnnxGraph:
-    graph = next((_bytes(value) for number, value in _fields(model) if number == 7), None)
+    graph = next((_bytes(value) for number, value in fields(model) if number == 7), None)
     if graph is None:
         raise ValueError("no graph")
     matmuls: list[QuantizedMatMul] = []
@@ -79,7 +77,7 @@ def _graph(model: memoryview) -> OnnxGraph:
     weights: dict[str, int] = {}
     gathers: list[tuple[bool, list[str]]] = []
     pruned = False
-    for count, (number, value) in enumerate(_fields(graph)):
+    for count, (number, value) in enumerate(fields(graph)):
         if count > _MAX_NODES:
             raise ValueError("too many nodes")
         if number == 5:
@@ -116,7 +114,7 @@ class _Node:
         self.kind, self.name = "", ""
         self.inputs: list[str] = []
         self._attributes: list[memoryview] = []
-        for number, value in _fields(data):
+        for number, value in fields(data):
             if number == 1:
                 self.inputs.append(_text(value))
             elif number == 3:
@@ -130,7 +128,7 @@ class _Node:
         integers: dict[str, int] = {}
         for attribute in self._attributes:
             name, integer = "", 0
-            for number, value in _fields(attribute):
+            for number, value in fields(attribute):
                 if number == 1:
                     name = _text(value)
                 elif number == 3 and isinstance(value, int):
@@ -147,9 +145,9 @@ class _Node:
 def _weight(tensor: memoryview) -> tuple[str, int]:
     """(name, bytes) of a TensorProto."""
     name, elements, element_bytes = "", 1, 0
-    for number, value in _fields(tensor):
+    for number, value in fields(tensor):
         if number == 1:
-            for size in [value] if isinstance(value, int) else _varints(value):
+            for size in [value] if isinstance(value, int) else varints(value):
                 elements *= size
         elif number == 2 and isinstance(value, int):
             element_bytes = _ELEMENT_BYTES.get(value, 0)
@@ -161,61 +159,21 @@ def _weight(tensor: memoryview) -> tuple[str, int]:
 def _one_token_logits(output: memoryview) -> bool:
     """Whether a ValueInfoProto is `logits` of [batch, 1, vocabulary]."""
     name, sizes = "", list[int | None]()
-    for number, value in _fields(output):
+    for number, value in fields(output):
         if number == 1:
             name = _text(value)
         elif number == 2:  # type → tensor_type → shape → dim → dim_value
             for tensor in _inner(_bytes(value), 1):
                 for shape in _inner(tensor, 2):
                     sizes = [
-                        next((size for key, size in _fields(dim) if key == 1 and isinstance(size, int)), None)
+                        next((size for key, size in fields(dim) if key == 1 and isinstance(size, int)), None)
                         for dim in _inner(shape, 1)
                     ]
     return name == "logits" and len(sizes) == 3 and sizes[1] == 1
 
 
 def _inner(data: memoryview, wanted: int) -> Iterator[memoryview]:
-    return (_bytes(value) for number, value in _fields(data) if number == wanted)
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, Value]]:
-    """(field number, value) of each field of a message."""
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
-        kind = key & 7
-        if kind == _VARINT:
-            value, position = _varint(data, position)
-            yield key >> 3, value
-            continue
-        if kind == _BYTES:
-            length, position = _varint(data, position)
-        elif kind in (_FIXED32, _FIXED64):
-            length = 4 if kind == _FIXED32 else 8
-        else:
-            raise ValueError("wire type")
-        if length > len(data) - position:
-            raise ValueError("length")
-        yield key >> 3, data[position : position + length]
-        position += length
-
-
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise ValueError("varint")
-
-
-def _varints(data: memoryview) -> Iterator[int]:
-    position = 0
-    while position < len(data):
-        value, position = _varint(data, position)
-        yield value
+    return (_bytes(value) for number, value in fields(data) if number == wanted)
 
 
 def _bytes(value: Value) -> memoryview:

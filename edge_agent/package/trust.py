@@ -2,7 +2,7 @@
 
 Owns the decision whether a package may run. It is made on the staged files before any of them gets its final name,
 and can be made again from the same files at any time. Flow: signature → loader and its options (`mlmodel.py`,
-`genai_options.py`, `transformers_options.py`) → which files are code → one of four rules:
+`genai_files.py`, `transformers_options.py`) → which files are code → one of four rules:
 
 1. If `trust.public_keys` is set, one of the keys must have signed the package, under its own name.
 2. A package without code may run.
@@ -26,7 +26,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 from edge_agent.errors import PolicyError, SettingsError, VerificationError
-from edge_agent.package import genai_options, genai_tokenizer, mlmodel, requirements, transformers_options
+from edge_agent.package import genai_files, mlmodel, requirements, transformers_options
 from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from edge_agent.package.mlmodel import CODE_LOADER, TRANSFORMERS_LOADER, MLmodel
 
@@ -112,16 +112,16 @@ def decide(
             raise PolicyError(f"{path!r} is not a regular file")
     mlmodel.check(model, paths)
     requirements.check(tree, paths)
-    for path in sorted(paths):
-        if PurePosixPath(path).name.casefold() == genai_options.FILE_NAME:
-            genai_options.check(tree / path, path)
-            genai_tokenizer.check(tree, PurePosixPath(path).parent, paths)
+    genai_files.check(tree, paths)
     if model.loader == TRANSFORMERS_LOADER:
         transformers_options.check(
             tree, paths, model_folder=str(model.flavor("transformers").get("model_binary"))
         )
     code = code_files(tree, manifest, model)
-    return _rule(tree, model, code, signed_by=signed_by, allow_unsigned_code=allow_unsigned_code)
+    decision = _rule(tree, model, code, signed_by=signed_by, allow_unsigned_code=allow_unsigned_code)
+    if decision.rule == Rule.SHIPPED_WRAPPER:  # other code knows best what it loads
+        genai_files.check_graphs(tree, paths)
+    return decision
 
 
 def code_files(tree: Path, manifest: Manifest, model: MLmodel) -> dict[str, str]:

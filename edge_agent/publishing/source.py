@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import ContentError, PublishError
-from edge_agent.package import genai_options
+from edge_agent.package import genai_files, genai_options
 from edge_agent.package.mlmodel import MAX_GOLDEN_TOKENS
 
 MAX_GOLDEN = 32
@@ -89,12 +89,16 @@ def check_folder(folder: Path) -> list[Path]:
         genai_options.check(config_file, genai_options.FILE_NAME)
     except ContentError as error:
         raise PublishError(f"devices would refuse {config_file}: {error.message}") from error
-    for name in sorted(set(_file_names(json.loads(config_file.read_bytes())))):
+    for name in sorted(genai_options.graphs(config_file, genai_options.FILE_NAME)):
         path = folder / name
         if not path.is_file():
             raise PublishError(f"{config_file} names {name!r}, which does not exist", remedy=_REBUILD)
         if path.stat().st_size == 0:
             raise PublishError(f"{path} is empty", remedy=_REBUILD)
+    try:
+        genai_files.check_graphs(folder, {path.as_posix() for path in files})
+    except ContentError as error:
+        raise PublishError(f"devices would refuse {folder}: {error.message}") from error
     return files
 
 
@@ -190,16 +194,3 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path.relative_to(folder)
         elif not path.is_dir():
             raise PublishError(f"{path} is neither a file nor a folder")
-
-
-def _file_names(value: object) -> Iterator[str]:
-    """Every `filename` in the configuration: the graphs that the library opens."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if key == "filename" and isinstance(item, str) and item:
-                yield item
-            else:
-                yield from _file_names(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _file_names(item)

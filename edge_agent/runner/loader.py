@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, by_code
-from edge_agent.package import genai_tokenizer, mlmodel, trust
+from edge_agent.package import genai_files, mlmodel, trust
 from edge_agent.package.mlmodel import TRANSFORMERS_LOADER, MLmodel
 from edge_agent.runner.capability import UNKNOWN_ARCHITECTURE
 from edge_agent.runner.model import DEFAULT_MAX_TOKENS, OPTIONS, End, Lane, Model
@@ -155,7 +155,9 @@ def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Mode
     code = folder / package.code_file
     ours = package.code_file != "" and trust.is_shipped(code)
     if ours:
-        genai_tokenizer.check_package(folder)
+        files = genai_files.of_folder(folder)
+        genai_files.check(folder, files)
+        genai_files.check_graphs(folder, files)
         _need("onnxruntime_genai", package="onnxruntime-genai")
     else:  # whatever else it needs, it finds by itself
         _import_quietly("onnxruntime_genai")

@@ -170,7 +170,7 @@ def outcome(packages: Path) -> dict[str, tuple[str, bool, bool]]:
         [sys.executable, "-c", PROGRAM, *(str(packages / name) for name in (*CASES, *IGNORED))],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         cwd=packages,
         env=environment,
         check=False,
