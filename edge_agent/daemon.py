@@ -25,6 +25,7 @@ from edge_agent.cache.locks import Lock
 from edge_agent.cache.store import Store
 from edge_agent.chat import clock, messages
 from edge_agent.chat.dispatcher import Dispatcher, Outlet
+from edge_agent.chat.fairness import owner_names
 from edge_agent.chat.intake import Intake
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Source
@@ -246,6 +247,7 @@ class Daemon:
             journal=self._journal,
             outlets=self._outlets,
             defaults=lambda document: protocol.with_system(document, self._settings.models[name].system),
+            owner_of=(lambda _: "") if self._settings.inference.share_prefixes else owner_names(),
             now=clock.now,
         )
 

@@ -236,6 +236,10 @@ class InferenceSettings(_Section):
     )
     drain_s: Seconds = Field(default=20, description="time for running prompts at SIGTERM")
     parallel: int = Field(default=4, ge=1, le=16, description="prompts that one model answers at once")
+    share_prefixes: bool = Field(
+        default=False,
+        description="true: clients share the beginnings of prompts, and can tell what others asked",
+    )
     kv_bytes: Bytes = Field(
         default=512 << 20, description="keys and values that a model keeps; always at least one context"
     )

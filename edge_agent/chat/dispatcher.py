@@ -67,6 +67,7 @@ class Dispatcher:
     Args:
         defaults: completes a document with what the settings say where the request says nothing.
         outlets: by the way in which a prompt came in.
+        owner_of: what a runner is told instead of a client's name; those with one owner share what a model keeps.
         now: the clock.
 
     Attributes:
@@ -82,6 +83,7 @@ class Dispatcher:
         journal: Journal,
         outlets: dict[Source, Outlet],
         defaults: Callable[[dict[str, Any]], dict[str, Any]],
+        owner_of: Callable[[str], str],
         now: Callable[[], Moment],
     ) -> None:
         self.model = model
@@ -92,6 +94,7 @@ class Dispatcher:
         self._journal = journal
         self._outlets = outlets
         self._defaults = defaults
+        self._owner_of = owner_of
         self._now = now
         self._wake = Wake()
         self._may_claim = True
@@ -218,7 +221,7 @@ class Dispatcher:
             document = self._defaults(prompt.document)
             if lease.system_refused and document.get("messages") != prompt.document.get("messages"):
                 raise ModelFailed(lease.system_refused)  # not the client's fault: it brought no system prompt
-            lease.runner.start(run.name, document, timeout_s=remaining_s)
+            lease.runner.start(run.name, document, timeout_s=remaining_s, owner=self._owner_of(prompt.client))
         except PromptError as error:
             run.answer = run.refusal(error)
         except RunnerError:

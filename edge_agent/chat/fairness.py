@@ -7,12 +7,11 @@ prompt of each other client, however many of them wait.
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+import hashlib
+import os
+from collections.abc import Callable, Mapping
 
 from edge_agent.errors import QueueFull
-from edge_agent.topics import ANONYMOUS
-
-__all__ = ["ANONYMOUS", "LOCAL", "Turns", "check_share"]
 
 LOCAL = "@local"
 """All users of the control socket. No client over MQTT can have this name, or that of `ANONYMOUS`."""
@@ -84,3 +83,9 @@ def check_share(
         )
     if total >= HARD_LIMIT * queue_depth:
         raise QueueFull(f"{total} prompts of {clients} clients wait already", retry_after_ms=retry_after_ms)
+
+
+def owner_names() -> Callable[[str], str]:
+    """Gives each client a name that says nothing to the model's process, and another one after each start."""
+    key = os.urandom(16)
+    return lambda client: hashlib.blake2b(client.encode(), key=key, digest_size=16).hexdigest()

@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,23 +87,47 @@ class WrapperModel(Model):
     ) -> None:
         self._pyfunc = pyfunc
         self._wrapper = pyfunc.unwrap_python_model()
+        self._knows_owners = hasattr(self._wrapper, "share")
+        self._keeps: set[str] = set()
+        self._runs: list[str] = []
         self.room_tokens = max_tokens + _QUESTION_TOKENS
         self.flavor = flavor
         self.signature = signature
         self.golden = golden
 
-    def start(self, documents: Sequence[dict[str, Any]]) -> list[Lane]:
+    def start(self, documents: Sequence[dict[str, Any]], owners: Sequence[str]) -> list[Lane]:
         """See `Model.start`."""
         # The wrapper checks every field itself: MLflow's schema would only cost a prompt some milliseconds.
         lanes: list[Lane] = []
-        for (
-            document
-        ) in documents:  # one by one: 0.1.0's wrapper makes a batch of several, which changes answers
-            opened = self._wrapper.predict_streams([_request(document)])
+        # One by one: 0.1.0's wrapper makes a batch of several, which changes answers.
+        for document, owner in zip(documents, owners, strict=True):
+            opened = self._open(document, owner)
             if not opened:
                 break
             lanes.append(Lane(_steps(opened[0]), opened[0].close))
         return lanes
+
+    def warm_up(self, system: str = "") -> str:
+        """See `Model.warm_up`. What every chat here begins with is what owners may share."""
+        refusal = super().warm_up(system)
+        if self._knows_owners and self.signature == "chat":
+            self._wrapper.share("" if refusal else system)
+        return refusal
+
+    def _open(self, document: dict[str, Any], owner: str) -> list[Any]:
+        """The wrapper's lane for a document; none where memory is short."""
+        if self._knows_owners:
+            return list(self._wrapper.predict_streams([_request(document)], owner))
+        # 0.1.0's wrapper knows no owners: where another one's prompt may be kept, everything kept is forgotten.
+        if self._keeps - {owner}:
+            self._wrapper._engine.sessions.forget()
+            self._keeps = set(self._runs)
+        opened = list(self._wrapper.predict_streams([_request(document)]))
+        if opened:
+            self._keeps.add(owner)
+            self._runs.append(owner)
+            opened[0] = _Ending(opened[0], lambda: self._runs.remove(owner))
+        return opened
 
     def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
         """See `Model.stream`."""
@@ -119,6 +143,23 @@ class WrapperModel(Model):
                     yield _item(item)
         finally:
             items.close()
+
+
+class _Ending:
+    """A wrapper's lane that says when it is closed, once."""
+
+    def __init__(self, lane: Any, ended: Callable[[], None]) -> None:
+        self._lane = lane
+        self._ended: Callable[[], None] | None = ended
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._lane)
+
+    def close(self) -> None:
+        self._lane.close()
+        if self._ended is not None:
+            self._ended()
+            self._ended = None
 
 
 def _steps(lane: Any) -> Iterator[list[str | End]]:

@@ -82,8 +82,12 @@ class Model(ABC):
         Closing the iterator stops the generation.
         """
 
-    def start(self, documents: Sequence[dict[str, Any]]) -> list[Lane]:
+    def start(self, documents: Sequence[dict[str, Any]], owners: Sequence[str]) -> list[Lane]:
         """Begins to answer documents, from the first on, as many as there is memory for now.
+
+        Args:
+            owners: whose each document is. A model that keeps what it has run shows none of it to another owner, but
+                for what `warm_up` was given.
 
         Returns:
             A lane for each, to be stepped by one thread and closed; where none is open, at least one.

@@ -212,29 +212,27 @@ class RunnerProcess:
         if isinstance(frame, Tried):
             return frame
         self.kill()
-        raise RunnerError(
-            f"model was not through the gate within {timeout_s:.0f} s"
-            if frame is None
-            else "runner spoke out of turn"
-        )
+        late = f"model was not through the gate within {timeout_s:.0f} s"
+        raise RunnerError(late if frame is None else "runner spoke out of turn")
 
     def fileno(self) -> int:
         """For `select`. It becomes readable when a frame arrives, not for one that was read already."""
         return self._socket.fileno()
 
-    def start(self, prompt_id: str, document: dict[str, Any], *, timeout_s: float) -> None:
+    def start(self, prompt_id: str, document: dict[str, Any], *, timeout_s: float, owner: str = "") -> None:
         """Gives the child a prompt. `receive` tells what becomes of it.
 
         Args:
             prompt_id: not given before.
             timeout_s: until the prompt is stopped.
+            owner: see `Generate`.
 
         Raises:
             PromptTooLong: the prompt does not fit a frame.
             RunnerError: the child is gone, or took nothing for `_SEND_TIMEOUT_S`.
         """
         try:
-            line = encode(Generate(id=prompt_id, document=document))
+            line = encode(Generate(id=prompt_id, document=document, owner=owner))
         except RunnerError as error:
             raise PromptTooLong("the request is more than a runner takes") from error
         self._open[prompt_id] = _Open(until_s=time.monotonic() + timeout_s)

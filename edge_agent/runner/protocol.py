@@ -79,11 +79,16 @@ class Tried:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """One prompt: `messages` or `prompt`, and its options."""
+    """One prompt: `messages` or `prompt`, and its options.
+
+    Attributes:
+        owner: whose it is, without a name. What the model has kept of another owner's prompts does not serve it.
+    """
 
     type: ClassVar[str] = "generate"
     id: str
     document: dict[str, Any]
+    owner: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,7 +134,9 @@ class Scheduler:
         coming = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
         self._announce([request.id for request in coming])
         try:
-            lanes = self._model.start([request.document for request in coming])
+            lanes = self._model.start(
+                [request.document for request in coming], [request.owner for request in coming]
+            )
         except Exception as error:  # noqa: BLE001 - model code may raise anything
             for request in coming:
                 self._refuse(request, refusal_of(error, [request.id]))

@@ -20,6 +20,7 @@ token is ever run alone, and no two requests share a generator: both take anothe
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -40,6 +41,7 @@ ARTIFACT = "onnx"
 SLICE_TOKENS = 64  # a cancel is seen between two slices; smaller ones prefill slower
 LEAST_TOKENS = 2  # one prompt token alone takes another path through the arithmetic than two or more
 ROUND_TOKENS = 256  # a kept generator takes memory in such steps, so that the next prompt fits in, too
+COMMON_TOKENS = 16  # a shorter beginning of a chat is not worth another owner's generator
 KV_ELEMENT_BYTES = 4  # the model builder's int4 models for the CPU keep keys and values in float32
 DEFAULT_MAX_TOKENS = 256
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
@@ -101,7 +103,7 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         yield from self._answer(rows[0], params)
 
     def predict_streams(
-        self, requests: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]
+        self, requests: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]], owner: str = ""
     ) -> list[_Lane | _Refused]:
         """Starts several requests, for a caller that steps through their lanes in turn.
 
@@ -109,6 +111,7 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         Args:
             requests: pairs of row and params, as in `predict_stream`.
+            owner: whose they are. What is kept of another owner's requests serves them only as far as `share` says.
 
         Returns:
             Lanes; `rows` says whom each one answers, a tuple of one. Requests that none of them answers, always the
@@ -119,10 +122,15 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         refused: list[_Refused] = []
         for number, (row, params) in enumerate(requests):
             try:
-                jobs.append(self._engine.read(row, params, number))
+                jobs.append(self._engine.read(row, params, number, owner))
             except RequestError as error:
                 refused.append(_Refused(number, error))
         return [*refused, *self._engine.lanes(jobs)]
+
+    def share(self, system: str) -> None:
+        """Lets owners share the beginning of chats with this system prompt, or of those without one where it is empty:
+        what they have in common before the user's words."""
+        self._engine.share(system)
 
     def _answer(self, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> Iterator[Any]:
         (lane,) = self._engine.lanes([self._engine.read(row, params, 0)], beyond=True)
@@ -269,6 +277,7 @@ class _Job:
         max_new: most tokens of the answer.
         greedy: no sampling.
         penalty: for tokens that came before; 1 is none, 0 leaves it to the folder.
+        owner: whose request it is.
         cached: tokens of the prompt that did not have to be prefilled.
         finish_reason: empty until the answer is complete.
     """
@@ -279,6 +288,7 @@ class _Job:
     max_new: int
     greedy: bool
     penalty: float
+    owner: str
     decoder: _Decoder
     stops: _StopFilter
     started: float
@@ -342,6 +352,7 @@ class _Session:
         max_length: tokens that it takes memory for.
         reusable: it may serve another request.
         penalty: of its generator.
+        owner: whose tokens it has seen.
         generator: None until its lane starts.
         tokens: [tokens] ids that it has seen.
     """
@@ -349,6 +360,7 @@ class _Session:
     max_length: int
     reusable: bool
     penalty: float
+    owner: str
     generator: Any = None
     tokens: list[int] = field(default_factory=list)
 
@@ -376,6 +388,10 @@ class _Sessions:
 
     Together they use memory for at most `limit` tokens. Kept sessions are dropped, least recently used first, when
     the memory is needed or there are more than `MAX_KEPT`. Thread-safe, because a model server has several threads.
+
+    Attributes:
+        common: [tokens] ids that a session serves other owners for. As a whole or not at all, even within one owner:
+            else the length of a match would tell a client how the system prompt begins, which it need not know.
     """
 
     MAX_KEPT = 8
@@ -383,6 +399,7 @@ class _Sessions:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.common: list[int] = []
         self._lock = threading.Lock()
         self._kept: list[_Session] = []
         self._in_use = 0
@@ -405,6 +422,7 @@ class _Sessions:
             if best.max_length < job.length:
                 return None
             self._in_use += best.max_length
+        best.owner = job.owner
         best.rewind(shared)
         return best
 
@@ -439,12 +457,22 @@ class _Sessions:
         return sum(kept.max_length for kept in self._kept)
 
     def _best(self, job: _Job) -> tuple[_Session | None, int]:
+        """The session to go on from, and how far: one of the owner's, else the one that was used least recently."""
         best: tuple[_Session | None, int] = (None, 0)
+        common = len(self.common)
+        whole, others, has_own = job.prompt[:common] == self.common, None, False
         for kept in self._kept:
-            shared = kept.shared(job.prompt) if kept.penalty == job.penalty else 0
+            if kept.penalty != job.penalty or (kept.tokens[:common] == self.common) != whole:
+                continue
+            shared = kept.shared(job.prompt)
+            if kept.owner != job.owner:
+                fits = whole and shared >= common > 0 and kept.max_length >= job.length
+                others = others or (kept if fits else None)
+                continue
+            has_own = True
             if shared > best[1] and shared * self.WORTH >= len(kept.tokens):
                 best = (kept, shared)
-        return best
+        return (others, common) if others and not has_own else best
 
 
 class _Engine:
@@ -472,7 +500,18 @@ class _Engine:
         kv_tokens = options.kv_bytes // _kv_token_bytes(described["decoder"])
         self.sessions = _Sessions(max(self.context_tokens, kv_tokens))
 
-    def read(self, row: Mapping[str, Any], params: Mapping[str, Any] | None, number: int) -> _Job:
+    def share(self, system: str) -> None:
+        """See `GenaiModel.share`."""
+        head = [{"role": "system", "content": system}] if system else []
+        chats = ([*head, {"role": "user", "content": text}] for text in ("Hi", "?"))
+        one, other = map(self.prompts.chat, chats)
+        pairs = zip(one[:-LEAST_TOKENS], other, strict=False)
+        common = [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        self.sessions.common = common if len(common) >= COMMON_TOKENS else []
+
+    def read(
+        self, row: Mapping[str, Any], params: Mapping[str, Any] | None, number: int, owner: str = ""
+    ) -> _Job:
         """Checks and encodes one request.
 
         Raises:
@@ -488,6 +527,7 @@ class _Engine:
             max_new=self._budget(len(prompt), request.max_tokens),
             greedy=self._temperature(request) == 0,
             penalty=request.repetition_penalty or self.options.repetition_penalty,
+            owner=owner,
             decoder=_Decoder(self._tokenizer, self.prompts.control_ids),
             stops=_StopFilter(request.stop),
             started=started,
@@ -517,7 +557,7 @@ class _Engine:
             length = min(self.context_tokens, math.ceil(wanted / ROUND_TOKENS) * ROUND_TOKENS)
         if not self.sessions.reserve(length, beyond=beyond):
             return None
-        return _Session(max_length=length, reusable=job.plain, penalty=job.penalty)
+        return _Session(max_length=length, reusable=job.plain, penalty=job.penalty, owner=job.owner)
 
     def generator(self, job: _Job, max_length: int) -> Any:
         """A new generator with the job's options."""
@@ -616,6 +656,8 @@ class _Lane:
         self._steps.close()
         if not self._closed:
             self._closed = True
+            if not self._job.answer and len(self._session.tokens) <= len(self._engine.sessions.common):
+                self._session.reusable = False  # it ends within what is common as a whole or not at all
             self._engine.sessions.give_back(self._session)
 
     def _run(self) -> Generator[list[tuple[int, Any]], None, None]:

@@ -49,6 +49,7 @@ class Started:
     name: str
     document: dict[str, Any]
     timeout_s: float
+    owner: str = ""
 
 
 class ScriptedRunner:
@@ -74,9 +75,9 @@ class ScriptedRunner:
     def fileno(self) -> int:
         return self._descriptor
 
-    def start(self, prompt_id: str, document: dict[str, Any], *, timeout_s: float) -> None:
+    def start(self, prompt_id: str, document: dict[str, Any], *, timeout_s: float, owner: str = "") -> None:
         self.on_start(prompt_id)
-        self.started.append(Started(name=prompt_id, document=document, timeout_s=timeout_s))
+        self.started.append(Started(name=prompt_id, document=document, timeout_s=timeout_s, owner=owner))
 
     def receive(self, timeout_s: float) -> Delta | Done | Refused | None:
         frame = self.frames.popleft() if self.frames else None
@@ -209,6 +210,7 @@ class Desk:
             journal=self.journal,
             outlets={Source.MQTT: self.outlet},
             defaults=lambda document: with_system({"temperature": 0.5, **document}, self.system),
+            owner_of=lambda client: f"owner of {client}",
             now=self.clock,
         )
 

@@ -181,7 +181,7 @@ class ScriptedRunner:
     def fileno(self) -> int:
         return -1
 
-    def start(self, prompt_id: str, document: dict[str, Any], *, timeout_s: float) -> None:
+    def start(self, prompt_id: str, document: dict[str, Any], *, timeout_s: float, owner: str = "") -> None:
         tokens = int(document["max_tokens"])
         threads = self.request.threads if self.request else 0
         rate = self._script.rates.get(threads, self._script.tokens_per_s)

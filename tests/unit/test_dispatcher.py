@@ -14,6 +14,7 @@ import pytest
 from edge_agent.chat.prompt import State
 from edge_agent.errors import ModelFailed, PromptTooLong, RunnerError
 from edge_agent.runner.protocol import Refused
+from edge_agent.topics import ANONYMOUS
 from tests.support.dispatching import MODEL, Desk
 
 
@@ -53,6 +54,12 @@ def test_a_prompt_is_answered_and_its_outlet_told(desk: Desk) -> None:
     assert desk.outlet.chunks == [], "nobody asked for a stream"
     assert desk.dispatcher.answered == 1
     assert desk.host.leases == 0, "the runner is given back"
+
+
+def test_a_runner_is_told_whose_a_prompt_is_and_not_by_name(desk: Desk) -> None:
+    desk.start("r1")
+    (started,) = desk.runner.started
+    assert started.owner == f"owner of {ANONYMOUS}"
 
 
 def test_a_runner_gets_the_settings_defaults_and_the_time_that_is_left(desk: Desk) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.chat.fairness import HARD_LIMIT, MAX_CLIENTS, Turns
+from edge_agent.chat.fairness import HARD_LIMIT, MAX_CLIENTS, Turns, owner_names
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Answer, Arrival
 from edge_agent.errors import QueueFull
@@ -164,3 +164,13 @@ def test_a_client_whose_prompts_are_answered_has_its_share_again(queue: Queue) -
     queue.fill("greedy")
     queue.run(DEPTH // 2 + 1)
     assert queue.fill("greedy") == DEPTH
+
+
+# --- Names for the model's process ---------------------------------------------------------------------
+
+
+def test_a_runner_learns_no_clients_name_and_tells_one_from_another() -> None:
+    first, second = owner_names(), owner_names()
+    assert first("shop") == first("shop") != first("lab")
+    assert first("shop") != second("shop"), "nor from one start to the next"
+    assert "shop" not in first("shop")

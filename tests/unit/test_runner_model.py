@@ -242,7 +242,7 @@ def test_a_refusal_of_any_wrapper_comes_without_the_template(
     )
     document = {"messages": [{"role": "user", "content": "Hi"}]}
     with pytest.raises(kind) as caught:
-        next(model.stream(document) if way == "stream" else model.start([document])[0])
+        next(model.stream(document) if way == "stream" else model.start([document], [""])[0])
     assert caught.value.message == message
 
 

@@ -37,7 +37,7 @@ class Script(Model):
     def stream(self, document: dict[str, Any]) -> Any:
         raise NotImplementedError
 
-    def start(self, documents: Sequence[dict[str, Any]]) -> list[Lane]:
+    def start(self, documents: Sequence[dict[str, Any]], owners: Sequence[str]) -> list[Lane]:
         taken = list(documents[: self.memory - self.open])
         self.open += len(taken)
         self.starts.append([document["text"] for document in taken])
@@ -240,7 +240,7 @@ def test_a_start_that_fails_costs_the_prompts_in_it_and_no_others(
     bench = Bench(model)
     start = model.start
 
-    def failing(documents: Any) -> Any:
+    def failing(documents: Any, owners: Any) -> Any:
         monkeypatch.setattr(model, "start", start)
         raise OverflowError("int too large")
 
