@@ -51,10 +51,8 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes | None:
     except OSError as error:
         raise store_error("read", path, error) from error
     try:
-        with (
-            store_errors("read", path),
-            open(descriptor, "rb", closefd=False) as file,
-        ):  # a folder is refused here
+        # A folder is opened above, and refused here.
+        with store_errors("read", path), open(descriptor, "rb", closefd=False) as file:
             return file.read(limit_bytes + 1)
     finally:
         os.close(descriptor)

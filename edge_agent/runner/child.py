@@ -109,7 +109,9 @@ class Runner:
                 repetition_penalty=request.repetition_penalty,
             )
             system_refused = model.warm_up(request.system)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # model code may raise anything, and Rust's panics are no Exception
             print_frames(error)
             self._send(_failed(error))
             raise _Ended from error
@@ -159,7 +161,9 @@ class Runner:
                 signature=model.signature,
                 ask=lambda document: model.ask(with_system(document, self._system)),
             )
-        except Exception as error:  # noqa: BLE001 - a candidate may fail in any way; the daemon decides
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a candidate may fail in any way; the daemon decides
             print_frames(error)
             failures, tokens_per_s = [_describe(error)], 0.0
         # Not getrusage: its peak starts with the parent's, whose memory this process shared until exec.

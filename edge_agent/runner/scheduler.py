@@ -102,7 +102,9 @@ class Scheduler:
         except StopIteration:
             self._end(running, ModelFailed("the model's stream ended without usage and finish_reason"))
             return
-        except Exception as error:  # noqa: BLE001 - model code may raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - model code may raise anything, and Rust's panics are no Exception
             self._end(running, refusal_of(error, [request.id]))
             return
         for item in items:
@@ -137,7 +139,9 @@ class Scheduler:
             lanes = self._model.start(
                 [request.document for request in coming], [request.owner for request in coming]
             )
-        except Exception as error:  # noqa: BLE001 - model code may raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - see `step`
             for request in coming:
                 self._refuse(request, refusal_of(error, [request.id]))
             self._may_start = True
@@ -170,7 +174,7 @@ def _cancelled() -> Cancelled:
     return Cancelled("the prompt was cancelled")
 
 
-def refusal_of(error: Exception, prompts: Sequence[str]) -> PromptError:
+def refusal_of(error: BaseException, prompts: Sequence[str]) -> PromptError:
     """What prompts get for what model code raised: its own refusal by code, else `model_failed` without its text."""
     if isinstance(error, PromptError):
         return error

@@ -15,7 +15,7 @@ from edge_agent.host.confinement import Walls
 from edge_agent.runner import child, loader
 from edge_agent.runner.loader import WrapperModel
 from edge_agent.runner.model import TOO_LONG, End, Model
-from edge_agent.runner.protocol import Frame, FrameReader, Load, Loaded, Stop, Tried, Try, encode
+from edge_agent.runner.protocol import Failed, Frame, FrameReader, Load, Loaded, Stop, Tried, Try, encode
 
 SYSTEM = "Be brief."
 SAYS = {"role": "system", "content": SYSTEM}
@@ -167,6 +167,41 @@ def test_golden_prompts_are_asked_with_the_system_prompt_of_the_device(
     assert first == ([SAYS, question] if system else [question])
     assert second == [own, question]
     assert len(tried.failures) == bool(system), "the answer is another one with a system prompt"
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it where Rust code panics."""
+
+
+@pytest.mark.parametrize("error", [ValueError, PanicException, SystemExit])
+def test_whatever_a_model_raises_at_its_load_is_reported(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(system: str) -> str:
+        raise error("the regular expression has no end")
+
+    model = ScriptedModel()
+    monkeypatch.setattr(model, "warm_up", fail)
+    (failed,) = served(model, load(""), monkeypatch=monkeypatch, folder=tmp_path)
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.message) == (
+        "load_failed",
+        f"{error.__name__}: the regular expression has no end",
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError, PanicException, SystemExit])
+def test_whatever_a_model_raises_at_a_golden_prompt_fails_the_candidate(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(document: dict[str, Any]) -> tuple[str, int]:
+        raise error("no end")
+
+    model = ScriptedModel(golden=[{"prompt": "Who?", "expect": "."}])
+    monkeypatch.setattr(model, "ask", fail)
+    _, tried = served(model, load(""), Try(), monkeypatch=monkeypatch, folder=tmp_path)
+    assert isinstance(tried, Tried)
+    assert tried.failures == [f"{error.__name__}: no end"]
 
 
 @pytest.mark.parametrize(("refused", "said"), [((), ""), (("system",), "no such role")])
