@@ -22,6 +22,7 @@ from edge_agent.host.confinement import Walls
 from edge_agent.package import trust
 from edge_agent.runner.process import child_environment
 from edge_agent.settings import Settings
+from edge_agent.terminal import echo
 
 _TIMEOUT_S = 30.0
 _REMEDY = "docs/operating.md, Walls, says what this kernel needs"
@@ -87,7 +88,7 @@ def main() -> None:
     """See the module."""
     for finding in check(settings_module.load(Path(sys.argv[1]))):
         if finding.level is Level.FAIL:
-            print(f"{finding.message}; {finding.remedy}")
+            echo(f"{finding.message}; {finding.remedy}")
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ class Runner:
             raise _Ended from error
 
 
-def _failed(error: Exception) -> Failed:
+def _failed(error: BaseException) -> Failed:
     if isinstance(error, CannotRun | PolicyError):
         return Failed(message=_describe(error), code=error.code)
     return Failed(message=_describe(error), code=LoadFailed.code)
