@@ -31,6 +31,7 @@ from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Source
 from edge_agent.device_status import DeviceStatus, StatusPublisher
 from edge_agent.errors import DaemonRunning, JournalUnavailable, StoreError, disk_remedy
+from edge_agent.host.confinement import hide_memory
 from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
 from edge_agent.serving.lifecycle import lifecycles_of
@@ -312,5 +313,6 @@ def _logged(name: str, target: Callable[[], None]) -> Callable[[], None]:
 
 def run(settings: Settings) -> int:
     """Builds and runs the daemon of these settings. Returns the process's exit code."""
+    hide_memory()  # it has credentials, and everybody's prompts
     address, watchdog_interval_s = environment.service_manager()
     return Daemon(settings, Notifier(address, watchdog_interval_s)).run()

@@ -171,6 +171,16 @@ def _guard_signals(confinement: Confinement) -> None:
 
 
 def _guard_memory(confinement: Confinement) -> None:
+    hide_memory()
+
+
+def hide_memory() -> None:
+    """Lets no other process of this user look into this one: its memory, environment and open files. A program that it
+    starts is visible again.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_DUMPABLE, *map(ctypes.c_ulong, (0, 0, 0, 0))) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -57,6 +57,32 @@ def test_the_exposure_level_stays_low() -> None:
     assert float(level[1]) <= _EXPOSURE_LIMIT
 
 
+def calls(*refused: bool) -> set[str]:
+    """What the lines of the filter name: allowed, or refused."""
+    lines = [
+        line.partition("=")[2]
+        for line in UNIT.read_text().splitlines()
+        if line.startswith("SystemCallFilter=")
+    ]
+    return {
+        name for line in lines if line.startswith("~") in refused for name in line.removeprefix("~").split()
+    }
+
+
+def test_runners_may_build_their_walls_and_nobody_looks_into_another_process() -> None:
+    assert {"landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self", "seccomp"} <= calls(
+        False
+    )
+    assert {"process_vm_readv", "process_vm_writev"} <= calls(True)
+    assert calls(False) & calls(True) == set()
+
+
+def test_memory_is_a_share_of_the_host() -> None:
+    unit = service()
+    shares = [int(unit[key].removesuffix("%")) for key in ("MemoryHigh", "MemoryMax")]
+    assert 50 < shares[0] < shares[1] < 100
+
+
 def test_stopping_waits_longer_than_the_running_prompt_may_take() -> None:
     assert int(service()["TimeoutStopSec"]) >= InferenceSettings().drain_s + 20
 

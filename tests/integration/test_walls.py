@@ -146,3 +146,26 @@ def test_a_process_with_threads_is_refused() -> None:
     )
     assert "several threads" in result.stderr
     assert os.waitstatus_to_exitcode(result.returncode << 8) == 1
+
+
+DAEMON = """
+import os
+from edge_agent import daemon
+from tests.support.attacks import _become_ordinary
+class Visible:
+    def __init__(self, *_): ...
+    def run(self):
+        print(os.stat("/proc/self/environ").st_uid, os.getuid())
+        return 0
+daemon.Daemon = Visible
+_become_ordinary()
+daemon.run(None)
+"""
+
+
+def test_the_daemon_is_hidden_from_other_processes_of_its_user() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", DAEMON], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+    )
+    owner, user = map(int, result.stdout.split())
+    assert (owner, user != 0) == (0, True), "what is not dumpable belongs to root"
