@@ -20,7 +20,7 @@ from pathlib import Path
 
 from edge_agent.errors import CannotRun, EdgeAgentError, LoadFailed, PolicyError, RunnerError
 from edge_agent.host import memory
-from edge_agent.runner import golden, loader
+from edge_agent.runner import bounds, golden, loader, panics
 from edge_agent.runner.protocol import (
     Cancel,
     Failed,
@@ -88,20 +88,21 @@ class Runner:
         if not isinstance(request, Load):
             raise RunnerError("the first frame is not a load")
         started_s = time.monotonic()
+        bounds.limit_memory(request.memory_bytes)
         try:
-            model = loader.load(
-                Path(request.folder),
-                context_tokens=request.context_tokens,
-                max_tokens=request.max_tokens,
-                threads=request.threads,
-                kv_bytes=request.kv_bytes,
-                repetition_penalty=request.repetition_penalty,
-            )
-            system_refused = model.warm_up(request.system)
+            with panics.caught():
+                model = loader.load(
+                    Path(request.folder),
+                    context_tokens=request.context_tokens,
+                    max_tokens=request.max_tokens,
+                    threads=request.threads,
+                    kv_bytes=request.kv_bytes,
+                    repetition_penalty=request.repetition_penalty,
+                )
+                system_refused = model.warm_up(request.system)
         except Exception as error:
             print_frames(error)
-            code = error.code if isinstance(error, CannotRun | PolicyError) else LoadFailed.code
-            self._send(Failed(message=_describe(error), code=code))
+            self._send(_failed(error, request))
             raise _Ended from error
         gc.collect()
         gc.freeze()  # what a load leaves behind stays; later collections need not walk it
@@ -121,11 +122,12 @@ class Runner:
 
     def _try_out(self, model: loader.Model) -> None:
         try:
-            failures, tokens_per_s = golden.try_out(
-                model.golden,
-                signature=model.signature,
-                ask=lambda document: model.ask(with_system(document, self._system)),
-            )
+            with panics.caught():
+                failures, tokens_per_s = golden.try_out(
+                    model.golden,
+                    signature=model.signature,
+                    ask=lambda document: model.ask(with_system(document, self._system)),
+                )
         except Exception as error:  # noqa: BLE001 - a candidate may fail in any way; the daemon decides
             print_frames(error)
             failures, tokens_per_s = [_describe(error)], 0.0
@@ -150,6 +152,20 @@ class Runner:
             self._connection.sendall(encode(frame))
         except OSError as error:
             raise _Ended from error
+
+
+def _failed(error: Exception, request: Load) -> Failed:
+    """What the daemon is told of a load that failed, and whose doing it is."""
+    code, message = LoadFailed.code, _describe(error)
+    if isinstance(error, CannotRun | PolicyError):
+        code = error.code
+    elif bounds.is_memory_error(error):
+        code = CannotRun.code if request.memory_is_short else LoadFailed.code
+        limit = (
+            f"its limit is {request.memory_bytes >> 20} MiB" if request.memory_bytes else "it has no limit"
+        )
+        message = f"memory was refused to it ({limit}): {message}"[:MAX_MESSAGE]
+    return Failed(message=message, code=code)
 
 
 def _describe(error: BaseException) -> str:

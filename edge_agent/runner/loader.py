@@ -18,6 +18,7 @@ from typing import Any
 from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, by_code
 from edge_agent.package import genai_files, mlmodel, trust
 from edge_agent.package.mlmodel import TRANSFORMERS_LOADER, MLmodel
+from edge_agent.runner import bounds
 from edge_agent.runner.capability import UNKNOWN_ARCHITECTURE
 from edge_agent.runner.model import DEFAULT_MAX_TOKENS, OPTIONS, End, Lane, Model
 from edge_agent.runner.prompts import TEMPLATE_REFUSES
@@ -92,6 +93,14 @@ class WrapperModel(Model):
         self.signature = signature
         self.golden = golden
 
+    def warm_up(self, system: str = "") -> str:
+        """See `Model.warm_up`. A prompt is read before one is run: what that computes is bounded, so a template that
+        never ends is found at once."""
+        chat = {"messages": [{"role": "user", "content": "Hi"}]}
+        for lane in self.start([chat if self.signature == "chat" else {"prompt": "Hi"}]):
+            lane.close()
+        return super().warm_up(system)
+
     def start(self, documents: Sequence[dict[str, Any]]) -> list[Lane]:
         """See `Model.start`."""
         # The wrapper checks every field itself: MLflow's schema would only cost a prompt some milliseconds.
@@ -99,7 +108,8 @@ class WrapperModel(Model):
         for (
             document
         ) in documents:  # one by one: 0.1.0's wrapper makes a batch of several, which changes answers
-            opened = self._wrapper.predict_streams([_request(document)])
+            with bounds.computing():  # it reads the prompt; the lane computes later
+                opened = self._wrapper.predict_streams([_request(document)])
             if not opened:
                 break
             lanes.append(Lane(_steps(opened[0]), opened[0].close))

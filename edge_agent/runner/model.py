@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_agent.errors import PromptError, PromptTooLong, RunnerError
+from edge_agent.runner import panics
 from edge_agent.runner.protocol import with_system
 
 OPTIONS = (
@@ -125,7 +126,8 @@ class Model(ABC):
         refusal = ""
         if system:
             try:
-                self._begin(with_system(chat, system))
+                with panics.caught():
+                    self._begin(with_system(chat, system))
                 return ""
             except PromptTooLong:
                 refusal = ""

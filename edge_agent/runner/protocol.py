@@ -36,6 +36,8 @@ class Load:
         kv_bytes: memory for the key-value caches of running and remembered prompts together.
         system: the system prompt of chats that bring none; empty for none.
         repetition_penalty: when the request names none; 0 leaves it to the package.
+        memory_bytes: the most that the runner may map for itself, which no package of this size needs; 0 for no limit.
+        memory_is_short: the host has less than that, so a refused allocation may be the host's doing.
     """
 
     type: ClassVar[str] = "load"
@@ -47,6 +49,8 @@ class Load:
     kv_bytes: int = 0
     system: str = ""
     repetition_penalty: float = 0.0
+    memory_bytes: int = 0
+    memory_is_short: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +258,8 @@ class FrameReader:
 
 
 def _fits(value: object, hint: Any) -> bool:
+    if hint is bool:
+        return isinstance(value, bool)
     if hint is str:
         return isinstance(value, str)
     if hint is int:

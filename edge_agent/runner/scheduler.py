@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edge_agent.errors import BadRequest, Cancelled, ModelFailed, PromptError, PromptTooLong, by_code
+from edge_agent.runner import panics
 from edge_agent.runner.model import End, Lane, Model
 from edge_agent.runner.protocol import Delta, Done, Generate, Refused
 
@@ -98,7 +99,8 @@ class Scheduler:
         request = running.request
         self._announce([request.id])
         try:
-            items = next(running.lane)
+            with panics.caught():
+                items = next(running.lane)
         except StopIteration:
             self._end(running, ModelFailed("the model's stream ended without usage and finish_reason"))
             return
@@ -134,7 +136,8 @@ class Scheduler:
         coming = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
         self._announce([request.id for request in coming])
         try:
-            lanes = self._model.start([request.document for request in coming])
+            with panics.caught():
+                lanes = self._model.start([request.document for request in coming])
         except Exception as error:  # noqa: BLE001 - model code may raise anything
             for request in coming:
                 self._refuse(request, refusal_of(error, [request.id]))

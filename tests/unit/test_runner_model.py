@@ -14,7 +14,7 @@ from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 from edge_agent.runner import child, loader
 from edge_agent.runner.loader import WrapperModel
 from edge_agent.runner.model import End, Model
-from edge_agent.runner.protocol import Frame, FrameReader, Load, Loaded, Stop, Tried, Try, encode
+from edge_agent.runner.protocol import Failed, Frame, FrameReader, Load, Loaded, Stop, Tried, Try, encode
 
 SYSTEM = "Be brief."
 SAYS = {"role": "system", "content": SYSTEM}
@@ -162,6 +162,20 @@ def test_a_model_that_raises_at_a_system_prompt_still_loads() -> None:
     assert Raising().warm_up(SYSTEM) == "it raised ValueError"
 
 
+def test_a_library_that_panics_at_a_load_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class PanicException(BaseException):
+        """As a library written in Rust raises it."""
+
+    class Panicking(ScriptedModel):
+        def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
+            yield ""
+            raise PanicException("secret")
+
+    (failed,) = served(Panicking(), load(SYSTEM), monkeypatch=monkeypatch, folder=tmp_path)
+    assert isinstance(failed, Failed)
+    assert (failed.code, "panicked" in failed.message) == ("load_failed", True)
+
+
 # --- The wrapper's refusals -----------------------------------------------------------------------------
 
 
@@ -218,6 +232,32 @@ def test_a_refusal_of_any_wrapper_comes_without_the_template(
     with pytest.raises(kind) as caught:
         next(model.stream(document) if way == "stream" else model.start([document])[0])
     assert caught.value.message == message
+
+
+class ReadingWrapper(RefusingWrapper):
+    """Answers, and counts what is read in a lane that is not run."""
+
+    def __init__(self) -> None:
+        super().__init__(ValueError("a lane was run"))
+        self.read, self.closed = 0, 0
+
+    def predict_streams(self, requests: Any) -> list[Any]:
+        self.read += 1
+        return [self]
+
+    def predict_stream(self, *_: Any, **__: Any) -> Iterator[Any]:
+        assert self.closed == self.read == 1, "the prompt is read before it is run"
+        yield "Hello"
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("signature", ["chat", "prompt"])
+def test_a_prompt_is_read_alone_before_the_first_one_is_run(signature: str) -> None:
+    wrapper = ReadingWrapper()
+    assert WrapperModel(wrapper, flavor="scripted", signature=signature, golden=None).warm_up() == ""
+    assert wrapper.closed == wrapper.read == 1
 
 
 def test_what_is_no_refusal_goes_on_as_it_is() -> None:

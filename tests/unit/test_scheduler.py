@@ -205,6 +205,39 @@ def test_a_lane_that_fails_costs_its_own_prompt(capsys: pytest.CaptureFixture[st
     assert "request=a ZeroDivisionError" in capsys.readouterr().err
 
 
+class PanicException(BaseException):
+    """As a library written in Rust raises it."""
+
+
+class Panicking(Script):
+    """Panics where a text says so: in a start, or in a step."""
+
+    def start(self, documents: Sequence[dict[str, Any]]) -> list[Lane]:
+        if any("start" in document["text"] for document in documents):
+            raise PanicException("secret")
+        return super().start(documents)
+
+    @staticmethod
+    def _steps(document: dict[str, Any]) -> Iterator[Sequence[str | End]]:
+        if document["text"] == "step":
+            raise PanicException("secret")
+        yield from Script._steps(document)
+
+
+@pytest.mark.parametrize("place", ["start", "step"])
+def test_a_panic_of_a_library_costs_its_own_prompt(place: str) -> None:
+    bench = Bench(Panicking())
+    bench.add("a", text=place)
+    bench.run()
+    bench.add("c")
+    bench.run()
+    refused = [frame for frame in bench.frames if isinstance(frame, Refused)]
+    assert [(frame.id, frame.code, frame.message) for frame in refused] == [
+        ("a", "model_failed", "the model raised Panic")
+    ]
+    assert bench.text("c") == "ccc"
+
+
 @pytest.mark.parametrize("code", ["bad_request", "prompt_too_long", "model_failed"])
 def test_what_the_wrapper_says_of_a_request_is_its_answer(
     code: str, capsys: pytest.CaptureFixture[str]
