@@ -35,6 +35,19 @@ def thread_counts(
     return tuple(dict.fromkeys(min(most, count) for count in counts))
 
 
+def used_s(pid: int) -> float:
+    """Seconds of processor time that a process has used, all its threads together; 0 if it has ended.
+
+    Source: proc(5), utime and stime of /proc/PID/stat.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0.0
+    fields = text.rpartition(")")[2].split()  # the name in parentheses may contain anything
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _core(cpus: Path, cpu: int) -> tuple[str, str]:
     """Identifies a CPU's physical core; a CPU without topology counts as a core of its own."""
     topology = cpus / f"cpu{cpu}" / "topology"

@@ -21,6 +21,7 @@ from edge_agent.errors import BadRequest, PromptTooLong, PublishError
 from edge_agent.package import genai_options
 from edge_agent.package.mlmodel import GOLDEN_TOKENS
 from edge_agent.publishing import prompting
+from edge_agent.runner import bounds
 
 Ask = Callable[[Mapping[str, Any], int], str]
 """(messages or prompt, most new tokens) → the answer's text."""
@@ -59,10 +60,11 @@ def try_out(
     """
     calm_libraries()
     try:
-        model = _through_mlflow(folder) if flavor == "onnx" else _as_on_a_device(folder)
-        model.ask(example, EXAMPLE_TOKENS)
-        answers = [model.ask(_input(entry), entry.get("max_tokens", GOLDEN_TOKENS)) for entry in golden]
-        limits = prompting.of_template(model.count, chat="messages" in example)
+        with bounds.panics_caught():
+            model = _through_mlflow(folder) if flavor == "onnx" else _as_on_a_device(folder)
+            model.ask(example, EXAMPLE_TOKENS)
+            answers = [model.ask(_input(entry), entry.get("max_tokens", GOLDEN_TOKENS)) for entry in golden]
+            limits = prompting.of_template(model.count, chat="messages" in example)
     except PublishError:
         raise
     except Exception as error:  # the library may raise anything

@@ -26,7 +26,7 @@ from edge_agent.errors import CannotRun, EdgeAgentError, LoadFailed, PolicyError
 from edge_agent.host import memory
 from edge_agent.host.confinement import Confinement, Walls, confine
 from edge_agent.host.seccomp import Network
-from edge_agent.runner import golden, loader
+from edge_agent.runner import bounds, golden, loader
 from edge_agent.runner.model import TOO_LONG
 from edge_agent.runner.protocol import (
     Cancel,
@@ -98,22 +98,22 @@ class Runner:
         if not isinstance(request, Load):
             raise RunnerError("the first frame is not a load")
         started_s = time.monotonic()
+        bounds.limit_memory(request.memory_bytes)
         try:
             walls = self._confine(request)
-            model = loader.load(
-                Path(request.folder),
-                context_tokens=request.context_tokens,
-                max_tokens=request.max_tokens,
-                threads=request.threads,
-                kv_bytes=request.kv_bytes,
-                repetition_penalty=request.repetition_penalty,
-            )
-            system_refused = model.warm_up(request.system)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # model code may raise anything, and Rust's panics are no Exception
+            with bounds.panics_caught():
+                model = loader.load(
+                    Path(request.folder),
+                    context_tokens=request.context_tokens,
+                    max_tokens=request.max_tokens,
+                    threads=request.threads,
+                    kv_bytes=request.kv_bytes,
+                    repetition_penalty=request.repetition_penalty,
+                )
+                system_refused = model.warm_up(request.system)
+        except Exception as error:
             print_frames(error)
-            self._send(_failed(error))
+            self._send(_failed(error, request))
             raise _Ended from error
         gc.collect()
         gc.freeze()  # what a load leaves behind stays; later collections need not walk it
@@ -156,14 +156,13 @@ class Runner:
 
     def _try_out(self, model: loader.Model) -> None:
         try:
-            failures, tokens_per_s = golden.try_out(
-                model.golden,
-                signature=model.signature,
-                ask=lambda document: model.ask(with_system(document, self._system)),
-            )
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # noqa: BLE001 - a candidate may fail in any way; the daemon decides
+            with bounds.panics_caught():
+                failures, tokens_per_s = golden.try_out(
+                    model.golden,
+                    signature=model.signature,
+                    ask=lambda document: model.ask(with_system(document, self._system)),
+                )
+        except Exception as error:  # noqa: BLE001 - a candidate may fail in any way; the daemon decides
             print_frames(error)
             failures, tokens_per_s = [_describe(error)], 0.0
         # Not getrusage: its peak starts with the parent's, whose memory this process shared until exec.
@@ -189,10 +188,18 @@ class Runner:
             raise _Ended from error
 
 
-def _failed(error: BaseException) -> Failed:
+def _failed(error: Exception, request: Load) -> Failed:
+    """What the daemon is told of a load that failed, and whose doing it is."""
+    code, message = LoadFailed.code, _describe(error)
     if isinstance(error, CannotRun | PolicyError):
-        return Failed(message=_describe(error), code=error.code)
-    return Failed(message=_describe(error), code=LoadFailed.code)
+        code = error.code
+    elif bounds.is_memory_error(error):
+        code = CannotRun.code if request.memory_is_short else LoadFailed.code
+        limit = (
+            f"its limit is {request.memory_bytes >> 20} MiB" if request.memory_bytes else "it has no limit"
+        )
+        message = f"memory was refused to it ({limit}): {message}"[:MAX_MESSAGE]
+    return Failed(message=message, code=code)
 
 
 def _describe(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, by_code
 from edge_agent.package import genai_files, mlmodel, trust
 from edge_agent.package.mlmodel import TRANSFORMERS_LOADER, MLmodel
+from edge_agent.runner import bounds
 from edge_agent.runner.capability import UNKNOWN_ARCHITECTURE
 from edge_agent.runner.model import DEFAULT_MAX_TOKENS, OPTIONS, End, Lane, Model
 from edge_agent.runner.prompts import TEMPLATE_REFUSES
@@ -95,24 +96,29 @@ class WrapperModel(Model):
         self.signature = signature
         self.golden = golden
 
+    def warm_up(self, system: str = "") -> str:
+        """See `Model.warm_up`. A prompt is read before one is run: what that computes is bounded, so a template that
+        never ends is found at once. What every chat here begins with is what owners may share."""
+        chat = {"messages": [{"role": "user", "content": "Hi"}]}
+        for lane in self.start([chat if self.signature == "chat" else {"prompt": "Hi"}], [""]):
+            lane.close()
+        refusal = super().warm_up(system)
+        if self._knows_owners and self.signature == "chat":
+            self._wrapper.share("" if refusal else system)
+        return refusal
+
     def start(self, documents: Sequence[dict[str, Any]], owners: Sequence[str]) -> list[Lane]:
         """See `Model.start`."""
         # The wrapper checks every field itself: MLflow's schema would only cost a prompt some milliseconds.
         lanes: list[Lane] = []
         # One by one: 0.1.0's wrapper makes a batch of several, which changes answers.
         for document, owner in zip(documents, owners, strict=True):
-            opened = self._open(document, owner)
+            with bounds.computing():  # it reads the prompt; the lane computes later
+                opened = self._open(document, owner)
             if not opened:
                 break
             lanes.append(Lane(_steps(opened[0]), opened[0].close))
         return lanes
-
-    def warm_up(self, system: str = "") -> str:
-        """See `Model.warm_up`. What every chat here begins with is what owners may share."""
-        refusal = super().warm_up(system)
-        if self._knows_owners and self.signature == "chat":
-            self._wrapper.share("" if refusal else system)
-        return refusal
 
     def _open(self, document: dict[str, Any], owner: str) -> list[Any]:
         """The wrapper's lane for a document; none where memory is short."""

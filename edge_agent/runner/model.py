@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_agent.errors import PromptError, PromptTooLong, RunnerError
+from edge_agent.runner import bounds
 from edge_agent.runner.protocol import with_system
 
 OPTIONS = (
@@ -140,7 +141,8 @@ class Model(ABC):
     def _refusal(self, chat: dict[str, Any]) -> str:
         """Why a chat gets no answer; empty if it does."""
         try:
-            self._begin(chat)
+            with bounds.panics_caught():
+                self._begin(chat)
         except PromptTooLong:
             return TOO_LONG
         except PromptError as error:

@@ -31,6 +31,7 @@ from edge_agent.errors import (
     Cancelled,
     CannotRun,
     DeadlineExceeded,
+    EdgeAgentError,
     LoadFailed,
     ModelFailed,
     PolicyError,
@@ -40,7 +41,7 @@ from edge_agent.errors import (
     RunnerError,
     error_of,
 )
-from edge_agent.host import memory
+from edge_agent.host import cpus, memory
 from edge_agent.runner.output import OutputTail
 from edge_agent.runner.protocol import (
     TURN_BYTES,
@@ -72,9 +73,20 @@ CANCEL_GRACE_S = 30.0
 MAX_ANSWER_CHARACTERS = 4 << 20
 
 _OWN_SIGNALS = frozenset(
-    (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
+    (
+        signal.SIGSEGV,
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGILL,
+        signal.SIGFPE,
+        signal.SIGTRAP,
+        signal.SIGPROF,
+    )
 )
-"""Signals that a process causes itself. SIGKILL may come from the kernel when memory runs out."""
+"""Signals that a process causes itself; SIGPROF by `bounds.computing`. SIGKILL may come from the kernel when memory
+runs out."""
+_COMPUTING = 0.75
+"""Of the time that it had: a process that used the processor for so long waited for no slow disk and no busy host."""
 _SEND_TIMEOUT_S = 30.0
 _SEND_BYTES = 1 << 16
 
@@ -191,15 +203,10 @@ class RunnerProcess:
         frame = self._receive(time.monotonic() + timeout_s)
         if isinstance(frame, Loaded):
             return frame
-        self.kill()
         if isinstance(frame, Failed):
-            message = f"model does not load: {frame.message}"
-            raise error_of(
-                frame.code, message, among=(CannotRun, LoadFailed, PolicyError), otherwise=LoadFailed
-            )
-        raise RunnerError(
-            f"model did not load within {timeout_s:.0f} s" if frame is None else "runner spoke out of turn"
-        )
+            self.kill()
+            raise _load_error(frame)
+        raise self._without_answer(frame, "did not load", timeout_s)
 
     def try_out(self, *, timeout_s: float) -> Tried:
         """Runs the gate on the loaded model; blocks until it has answered.
@@ -211,9 +218,16 @@ class RunnerProcess:
         frame = self._receive(time.monotonic() + timeout_s)
         if isinstance(frame, Tried):
             return frame
+        raise self._without_answer(frame, "was not through the gate", timeout_s)
+
+    def _without_answer(self, frame: Frame | None, what: str, timeout_s: float) -> RunnerError:
+        """Kills a child that did not answer; gives the error. One that computed all the time is itself to blame."""
+        used_s = cpus.used_s(self.pid)
         self.kill()
-        late = f"model was not through the gate within {timeout_s:.0f} s"
-        raise RunnerError(late if frame is None else "runner spoke out of turn")
+        if frame is not None:
+            return RunnerError("runner spoke out of turn")
+        kind = LoadFailed if used_s >= timeout_s * _COMPUTING else RunnerError
+        return kind(f"model {what} within {timeout_s:.0f} s, and computed for {used_s:.0f} s")
 
     def fileno(self) -> int:
         """For `select`. It becomes readable when a frame arrives, not for one that was read already."""
@@ -414,7 +428,13 @@ class RunnerProcess:
         code = self._process.poll()
         if code is None:
             return "connection closed"
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        how = ", because it computed too long for one step" if code == -signal.SIGPROF else ""
+        return f"signal {-code}{how}" if code < 0 else f"exit code {code}"
+
+
+def _load_error(frame: Failed) -> EdgeAgentError:
+    message = f"model does not load: {frame.message}"
+    return error_of(frame.code, message, among=(CannotRun, LoadFailed, PolicyError), otherwise=LoadFailed)
 
 
 def _turn_memory() -> int:

@@ -39,6 +39,8 @@ class Load:
         network: the model may use the network.
         read: files and folders that it may read beside its own.
         confined: it is not loaded where a wall of the minimum cannot be built around it.
+        memory_bytes: the most that the runner may map for itself, which no package of this size needs; 0 for no limit.
+        memory_is_short: the host has less than that, so a refused allocation may be the host's doing.
     """
 
     type: ClassVar[str] = "load"
@@ -53,6 +55,8 @@ class Load:
     network: bool = False
     read: list[str] = field(default_factory=list)
     confined: bool = True
+    memory_bytes: int = 0
+    memory_is_short: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

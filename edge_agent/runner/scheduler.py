@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edge_agent.errors import BadRequest, Cancelled, ModelFailed, PromptError, PromptTooLong, by_code
+from edge_agent.runner import bounds
 from edge_agent.runner.model import End, Lane, Model
 from edge_agent.runner.protocol import Delta, Done, Generate, Refused
 
@@ -98,13 +99,12 @@ class Scheduler:
         request = running.request
         self._announce([request.id])
         try:
-            items = next(running.lane)
+            with bounds.panics_caught():
+                items = next(running.lane)
         except StopIteration:
             self._end(running, ModelFailed("the model's stream ended without usage and finish_reason"))
             return
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # noqa: BLE001 - model code may raise anything, and Rust's panics are no Exception
+        except Exception as error:  # noqa: BLE001 - model code may raise anything
             self._end(running, refusal_of(error, [request.id]))
             return
         for item in items:
@@ -136,12 +136,11 @@ class Scheduler:
         coming = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
         self._announce([request.id for request in coming])
         try:
-            lanes = self._model.start(
-                [request.document for request in coming], [request.owner for request in coming]
-            )
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # noqa: BLE001 - see `step`
+            with bounds.panics_caught():
+                lanes = self._model.start(
+                    [request.document for request in coming], [request.owner for request in coming]
+                )
+        except Exception as error:  # noqa: BLE001 - model code may raise anything
             for request in coming:
                 self._refuse(request, refusal_of(error, [request.id]))
             self._may_start = True
@@ -174,7 +173,7 @@ def _cancelled() -> Cancelled:
     return Cancelled("the prompt was cancelled")
 
 
-def refusal_of(error: BaseException, prompts: Sequence[str]) -> PromptError:
+def refusal_of(error: Exception, prompts: Sequence[str]) -> PromptError:
     """What prompts get for what model code raised: its own refusal by code, else `model_failed` without its text."""
     if isinstance(error, PromptError):
         return error

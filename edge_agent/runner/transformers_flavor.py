@@ -32,7 +32,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from edge_agent.errors import BadRequest, CannotRun, PromptTooLong, RunnerError
 from edge_agent.package.mlmodel import MLmodel
 from edge_agent.package.transformers_options import TOKENIZER_FOLDER
-from edge_agent.runner import checkpoint
+from edge_agent.runner import bounds, checkpoint
 from edge_agent.runner.decoder import Decoder
 from edge_agent.runner.model import DEFAULT_MAX_TOKENS, End, Model
 from edge_agent.runner.prompts import Prompts
@@ -144,7 +144,10 @@ class TransformersModel(Model):
         if (document.get("response_format") or {"type": "text"}).get("type") != "text":
             raise BadRequest("response_format is not served by the transformers flavor")
         chat = "messages" in document
-        prompt = self._prompts.chat(document["messages"]) if chat else self._prompts.raw(document["prompt"])
+        with bounds.computing():
+            prompt = (
+                self._prompts.chat(document["messages"]) if chat else self._prompts.raw(document["prompt"])
+            )
         max_new = self._budget(len(prompt), document.get("max_tokens"))
         sampling = self._sampling(document)
         stop = document.get("stop") or ()

@@ -196,6 +196,7 @@ class VersionLoader:
         """
         started_s = self._clock()
         generation, sandbox = self._loading.settings.generation, self._loading.settings.sandbox
+        kv_bytes = min(self._loading.kv_bytes, admission.spare_bytes)
         runner = self._start_runner()
         with self.tracked(runner):
             try:
@@ -207,12 +208,14 @@ class VersionLoader:
                         max_tokens=int(generation.get("max_tokens", 0)),
                         threads=threads,
                         parallel=self._loading.parallel,
-                        kv_bytes=min(self._loading.kv_bytes, admission.spare_bytes),
+                        kv_bytes=kv_bytes,
                         system=self._loading.settings.system,
                         repetition_penalty=generation.get("repetition_penalty", 0.0),
                         network=sandbox.network,
                         read=[str(path) for path in sandbox.read],
                         confined=trust.runs_own_code(record.trust) and not self._loading.unconfined_code,
+                        memory_bytes=admission.limit_bytes + kv_bytes,
+                        memory_is_short=admission.is_short,
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
                 )

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 WAIT_S = 60.0
 """For others to finish a load or a prompt; then the load goes on with a warning."""
+LIMIT_FACTOR, LIMIT_EXTRA_BYTES = 4, 2 << 30
+"""How far a runner may go beyond what its version is expected to need before that is the version's own doing."""
 _POLL_S = 0.1
 
 
@@ -63,11 +65,15 @@ class Admission:
     Attributes:
         warning: why the context is smaller than wanted, or memory may not suffice; empty when all is well.
         spare_bytes: what is free beyond that, for more prompts and for remembered ones.
+        limit_bytes: no package of this size needs more.
+        is_short: the host has less than that, so a refused allocation may be the host's doing.
     """
 
     context_tokens: int
     warning: str = ""
     spare_bytes: int = 0
+    limit_bytes: int = 0
+    is_short: bool = False
 
 
 class MemoryBudget:
@@ -148,12 +154,19 @@ class MemoryBudget:
             self._make_room(model, need)
             free = self._free()
             self._refuse_weights(record, free)
-            admission = Admission(context_tokens=context_tokens, spare_bytes=max(0, free - need))
+            tokens, warning = context_tokens, ""
             if need > free:
-                smaller = footprint.context_that_fits(free, context_tokens)
-                admission = Admission(
-                    context_tokens=smaller, warning=_warning(need, free, context_tokens, smaller)
-                )
+                tokens = footprint.context_that_fits(free, context_tokens)
+                warning = _warning(need, free, context_tokens, tokens)
+            limit_bytes = max(need, footprint.needed_bytes(context_tokens)) * LIMIT_FACTOR + LIMIT_EXTRA_BYTES
+            admission = Admission(
+                context_tokens=tokens,
+                warning=warning,
+                spare_bytes=max(0, free - need),
+                limit_bytes=limit_bytes,
+                is_short=free < limit_bytes,
+            )
+            if warning:
                 log.warning("memory model=%s version=%s %s", record.name, record.key, admission.warning)
             self._reserved[load] = min(need, free)
         try:

@@ -1,16 +1,17 @@
-"""Files that a load does not open, and lines that it does not print, with a real runner."""
+"""What a real runner does not do for a package: open its files, print their lines, take the host's memory."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from edge_agent.errors import PolicyError
+from edge_agent.errors import LoadFailed, PolicyError, RunnerCrashed
 from edge_agent.publishing.package import build_package
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Load
@@ -56,3 +57,37 @@ def test_a_tokenizer_that_names_a_pipe_is_refused(
     load = Load(folder=str(folder), context_tokens=256, max_tokens=8, threads=1)
     with pytest.raises(PolicyError, match="'tiktoken_file' is not allowed"):
         runner.load(load, timeout_s=120)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(10**12) %}a{% endfor %}",
+        "{% for i in range(1000000000000) %}a{% endfor %}",
+        "{% set it = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set it.x = it.x + it.x %}{% endfor %}",
+    ],
+    ids=["power", "range", "namespace"],
+)
+def test_a_template_that_takes_all_memory_is_the_packages_doing(
+    package: Path, tmp_path: Path, runner: RunnerProcess, template: str
+) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(package, folder)
+    (folder / "artifacts/onnx/chat_template.jinja").write_text(template)
+    load = Load(
+        folder=str(folder),
+        context_tokens=256,
+        max_tokens=8,
+        threads=1,
+        memory_bytes=1 << 30,
+        memory_is_short=True,
+    )
+    with pytest.raises(LoadFailed, match="the chat template refuses the messages"):
+        runner.load(load, timeout_s=120)
+
+
+def test_a_death_by_computing_too_long_is_a_crash_that_says_so(runner: RunnerProcess, package: Path) -> None:
+    runner.load(Load(folder=str(package), context_tokens=256, max_tokens=8, threads=1), timeout_s=120)
+    os.kill(runner.pid, signal.SIGPROF)
+    with pytest.raises(RunnerCrashed, match="it computed too long for one step"):
+        runner.receive(60)

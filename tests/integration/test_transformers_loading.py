@@ -30,13 +30,17 @@ def hook(event, arguments):
         raise PermissionError("no network here")
 sys.addaudithook(hook)
 from pathlib import Path
-from edge_agent.runner import loader, prompts
+from edge_agent.runner import bounds, loader, prompts
+bounds.limit_memory(4 << 30)
 prompts.TEMPLATE_TIMEOUT_S = 1.0
 results = {}
 for folder in map(Path, sys.argv[1:]):
     try:
-        model = loader.load(folder, context_tokens=64, max_tokens=8, threads=1)
-        text, tokens = model.ask({"messages": [{"role": "user", "content": "What is the capital of Spain?"}]})
+        with bounds.panics_caught():
+            model = loader.load(folder, context_tokens=64, max_tokens=8, threads=1)
+            text, tokens = model.ask(
+                {"messages": [{"role": "user", "content": "What is the capital of Spain?"}]}
+            )
         results[folder.name] = [model.signature, text, tokens]
     except Exception as error:
         results[folder.name] = f"{type(error).__name__}: {error}"
@@ -66,6 +70,17 @@ def keep_all(folder: Path) -> None:
 def cut_weights(folder: Path) -> None:
     weights = folder / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
+
+
+def backtracking(folder: Path) -> None:
+    """A pre-tokenizer for which the tokenizers library panics."""
+    file = folder / "components/tokenizer/tokenizer.json"
+    document = json.loads(file.read_text())
+    pattern = {"Regex": "(\\w+)+$"}
+    document["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    file.write_text(json.dumps(document))
+    template = "{{ 'a' * 40 + '!' }}{{ messages[0]['content'] }}"
+    (folder / "components/tokenizer/chat_template.jinja").write_text(template)
 
 
 CASES: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -108,6 +123,19 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         "the chat template refuses",
     ),
+    "a-template-that-counts-too-far": (
+        write("components/tokenizer/chat_template.jinja", "{% for i in range(10**12) %}{% endfor %}"),
+        "the chat template refuses",
+    ),
+    "a-template-that-doubles": (
+        write(
+            "components/tokenizer/chat_template.jinja",
+            "{% set it = namespace(x='aaaaaaaa') %}"
+            "{% for i in range(60) %}{% set it.x = it.x + it.x %}{% endfor %}{{ it.x }}",
+        ),
+        "BadRequest: the chat template",  # refuses, or takes too long: whichever bound comes first
+    ),
+    "a-pattern-that-backtracks": (backtracking, "Panic: the model gave up"),
     "no-template": (
         lambda folder: (folder / "components/tokenizer/chat_template.jinja").unlink(),
         "no chat template: send it a prompt",

@@ -173,6 +173,12 @@ class PanicException(BaseException):
     """As pyo3 raises it where Rust code panics."""
 
 
+def shown(error: type[BaseException], text: str) -> str:
+    """A panic's text may quote a prompt."""
+    name = error.__name__
+    return f"{name}: {text}" if issubclass(error, Exception) else f"Panic: the model gave up ({name})"
+
+
 @pytest.mark.parametrize("error", [ValueError, PanicException, SystemExit])
 def test_whatever_a_model_raises_at_its_load_is_reported(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -186,7 +192,7 @@ def test_whatever_a_model_raises_at_its_load_is_reported(
     assert isinstance(failed, Failed)
     assert (failed.code, failed.message) == (
         "load_failed",
-        f"{error.__name__}: the regular expression has no end",
+        shown(error, "the regular expression has no end"),
     )
 
 
@@ -201,7 +207,7 @@ def test_whatever_a_model_raises_at_a_golden_prompt_fails_the_candidate(
     monkeypatch.setattr(model, "ask", fail)
     _, tried = served(model, load(""), Try(), monkeypatch=monkeypatch, folder=tmp_path)
     assert isinstance(tried, Tried)
-    assert tried.failures == [f"{error.__name__}: no end"]
+    assert tried.failures == [shown(error, "no end")]
 
 
 @pytest.mark.parametrize(("refused", "said"), [((), ""), (("system",), "no such role")])
@@ -279,6 +285,32 @@ def test_a_refusal_of_any_wrapper_comes_without_the_template(
     with pytest.raises(kind) as caught:
         next(model.stream(document) if way == "stream" else model.start([document], [""])[0])
     assert caught.value.message == message
+
+
+class ReadingWrapper(RefusingWrapper):
+    """Answers, and counts what is read in a lane that is not run."""
+
+    def __init__(self) -> None:
+        super().__init__(ValueError("a lane was run"))
+        self.read, self.closed = 0, 0
+
+    def predict_streams(self, requests: Any) -> list[Any]:
+        self.read += 1
+        return [self]
+
+    def predict_stream(self, *_: Any, **__: Any) -> Iterator[Any]:
+        assert self.closed == self.read == 1, "the prompt is read before it is run"
+        yield "Hello"
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("signature", ["chat", "prompt"])
+def test_a_prompt_is_read_alone_before_the_first_one_is_run(signature: str) -> None:
+    wrapper = ReadingWrapper()
+    assert WrapperModel(wrapper, flavor="scripted", signature=signature, golden=None).warm_up() == ""
+    assert wrapper.closed == wrapper.read == 1
 
 
 def test_what_is_no_refusal_goes_on_as_it_is() -> None:

@@ -196,6 +196,10 @@ class PanicException(BaseException):
     """As pyo3 raises it where Rust code panics: a tokenizer's, for one, on a regular expression without an end."""
 
 
+def shown(error: type[BaseException]) -> str:
+    return error.__name__ if issubclass(error, Exception) else "Panic"
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError, PanicException, SystemExit, GeneratorExit])
 def test_a_lane_that_fails_costs_its_own_prompt(
     error: type[BaseException], capsys: pytest.CaptureFixture[str]
@@ -209,7 +213,7 @@ def test_a_lane_that_fails_costs_its_own_prompt(
     assert [(frame.id, frame.code) for frame in refused] == [("a", "model_failed")]
     assert bench.text("c") == "ccc"
     assert model.open == 0
-    assert f"request=a {error.__name__}" in capsys.readouterr().err
+    assert f"request=a {shown(error)}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", ["bad_request", "prompt_too_long", "model_failed"])
@@ -260,4 +264,4 @@ def test_a_start_that_fails_costs_the_prompts_in_it_and_no_others(
     refused = [frame for frame in bench.frames if isinstance(frame, Refused)]
     assert [(frame.id, frame.code) for frame in refused] == [("a", "model_failed")]
     assert bench.text("b") == "bbb"
-    assert f"request=a {error.__name__}" in capsys.readouterr().err
+    assert f"request=a {shown(error)}\n" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from edge_agent.package.manifest import make as make_manifest
 from edge_agent.package.trust import TrustDecision
 from edge_agent.serving.footprint import LEAST_CONTEXT_TOKENS, RUNNER_BYTES, Footprint, footprint_of
 from edge_agent.serving.learned import Learned
-from edge_agent.serving.memory_budget import MemoryBudget
+from edge_agent.serving.memory_budget import LIMIT_EXTRA_BYTES, LIMIT_FACTOR, MemoryBudget
 from tests.support.packages import GENAI_CONFIG
 
 MIB = 1 << 20
@@ -104,6 +104,28 @@ def test_too_little_memory_makes_the_context_smaller_and_says_so(tmp_path: Path,
     with shared.admit(model, version(), folder, CONTEXT) as admission:
         assert LEAST_CONTEXT_TOKENS < admission.context_tokens <= CONTEXT - 1000
         assert f"context of {admission.context_tokens} tokens instead of 2048" in admission.warning
+
+
+@pytest.mark.parametrize("free", [1 << 40, NEED], ids=["plenty", "little"])
+def test_a_runner_is_limited_to_what_no_version_of_its_size_needs(
+    tmp_path: Path, folder: Path, free: int
+) -> None:
+    model, shared = Model("a"), budget(tmp_path, free=free)
+    shared.join(model)
+    with shared.admit(model, version(), folder, CONTEXT) as admission:
+        assert admission.limit_bytes == NEED * LIMIT_FACTOR + LIMIT_EXTRA_BYTES
+        assert admission.is_short is (free == NEED), "then a refused allocation may be the host's doing"
+
+
+def test_a_small_peak_makes_no_smaller_limit_and_a_large_one_a_larger(tmp_path: Path, folder: Path) -> None:
+    model, shared = Model("a"), budget(tmp_path)
+    shared.join(model)
+    limits = []
+    for peak in (10 * MIB, 10 * NEED):
+        shared.note_peak(version(), context_tokens=CONTEXT, peak_bytes=peak)
+        with shared.admit(model, version(), folder, CONTEXT) as admission:
+            limits.append((admission.limit_bytes - LIMIT_EXTRA_BYTES) // LIMIT_FACTOR)
+    assert limits == [NEED, 10 * NEED]
 
 
 def test_an_estimate_alone_refuses_nothing(tmp_path: Path, folder: Path) -> None:
