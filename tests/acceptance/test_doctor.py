@@ -249,14 +249,14 @@ def test_a_prompt_that_waits_in_the_daemons_session_is_not_lost_to_the_check(sho
     with documented_broker() as (broker, authority):
         mqtt = tls_settings(authority, authority.client(DEVICE))
         place = {"host": broker.host, "port": broker.port, **mqtt}
-        with Agent(short_dir, {"req/chat": Recorder()}, device=DEVICE, **place) as agent:
+        with Agent(short_dir, {"req/chat/+": Recorder()}, device=DEVICE, **place) as agent:
             agent.wait_connected()
         with Application(broker, authority, "shop") as shop:
-            assert shop.publish(f"{ROOT}/req/chat", b"asked while away") == "Success"
+            assert shop.publish(f"{ROOT}/req/chat/shop", b"asked while away") == "Success"
         settings = settings_of(short_dir, settings_for(broker, "", device=DEVICE, mqtt=mqtt))
         assert levels(broker_check.check(settings, None))["broker.publish"] is Level.OK
         handler = Recorder()
-        with Agent(short_dir, {"req/chat": handler}, device=DEVICE, **place):
+        with Agent(short_dir, {"req/chat/+": handler}, device=DEVICE, **place):
             wait_until(lambda: handler.seen == [b"asked while away"], 60, "the prompt")
 
 

@@ -68,9 +68,11 @@ def test_nobody_else_can_read_the_answers(documented: tuple[Broker, Authority], 
             mallory.subscribe(topic)
         shop.subscribe("replies/shop/#")
         shop.ask(SPAIN, f"replies/shop/{DEVICE}", b"s-2")
-        shop.publish(f"{ROOT}/req/chat", json.dumps(chat(SPAIN, id="to-rsp")))
+        shop.subscribe(f"{ROOT}/rsp/shop/#")
+        shop.publish(f"{ROOT}/req/chat/shop", json.dumps(chat(SPAIN, id="to-rsp")))
         assert shop.wait_answer(b"s-2") == MADRID
-        wait_until(lambda: f"'{ROOT}/rsp/to-rsp'" in documented[0].log_text(), 60, "the answer under rsp")
+        own = f"{ROOT}/rsp/shop/to-rsp"
+        wait_until(lambda: own in [message.topic for message in shop.came], 60, "the answer under rsp")
         assert mallory.publish("replies/mallory/mallory/x", b"to myself") == "Success"
         wait_until(lambda: len(mallory.came) > 0, 60, "what comes after it")
         assert {message.topic for message in mallory.came} == {"replies/mallory/mallory/x"}
@@ -81,6 +83,7 @@ def test_nobody_else_can_read_the_answers(documented: tuple[Broker, Authority], 
     [
         *(f"{ROOT}/status", f"{ROOT}/model/reported", f"{ROOT}/model/desired", f"{ROOT}/metrics"),
         *(f"{ROOT}/rsp/x", f"{ROOT}/req/chat", f"{ROOT}/ctl/cancel", f"{ROOT}/ctl/sync"),
+        *(f"{ROOT}/req/chat/shop", f"{ROOT}/ctl/cancel/shop", f"{ROOT}/req/chat/mallory"),
         f"replies/shop/{DEVICE}",
     ],
 )
@@ -147,7 +150,7 @@ def test_no_secret_is_in_the_log_or_in_the_process_list(press: Daemon) -> None:
 def test_the_largest_prompt_gets_through_and_a_larger_message_reaches_nobody(
     documented: tuple[Broker, Authority], press: Daemon
 ) -> None:
-    topic, replies = f"{ROOT}/req/chat", f"replies/shop/{DEVICE}"
+    topic, replies = f"{ROOT}/req/chat/shop", f"replies/shop/{DEVICE}"
     with Application(*documented, "shop") as shop:
         shop.subscribe("replies/shop/#")
         largest = b'{"id": "large", "prompt": "' + b"x" * 102_370 + b'"}'
@@ -173,11 +176,11 @@ def test_a_prompt_for_a_device_that_is_away_survives_a_power_cut_of_the_broker(s
             "port": broker.port,
             **tls_settings(authority, authority.client(DEVICE)),
         }
-        with Agent(short_dir, {"req/chat": Recorder()}, device=DEVICE, **settings) as agent:
+        with Agent(short_dir, {"req/chat/+": Recorder()}, device=DEVICE, **settings) as agent:
             agent.wait_connected()
             wait_until(lambda: "Sending SUBACK" in broker.log_text(), 60, "the subscription")
         with Application(broker, authority, "shop") as shop:
-            assert shop.publish(f"{ROOT}/req/chat", b"asked while away") == "Success"
+            assert shop.publish(f"{ROOT}/req/chat/shop", b"asked while away") == "Success"
         database = broker.folder / "mosquitto.db"
         wait_until(
             lambda: database.exists() and b"asked while away" in database.read_bytes(), 60, "the autosave"
@@ -185,7 +188,7 @@ def test_a_prompt_for_a_device_that_is_away_survives_a_power_cut_of_the_broker(s
         broker.kill()
         broker.start()
         handler = Recorder()
-        with Agent(short_dir, {"req/chat": handler}, device=DEVICE, **settings):
+        with Agent(short_dir, {"req/chat/+": handler}, device=DEVICE, **settings):
             wait_until(lambda: handler.seen == [b"asked while away"], 60, "the prompt")
 
 

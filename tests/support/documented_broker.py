@@ -108,6 +108,7 @@ class Application:
         client_id: str = "",
         password: str | None = None,
     ) -> None:
+        self.name = name
         self.came: list[Came] = []
         self.published: dict[int, str] = {}
         self.connects = 0
@@ -164,19 +165,26 @@ class Application:
         """Publishes, and does not wait for what becomes of it."""
         self._paho.publish(topic, payload, qos=1)
 
-    def ask(self, question: str, response_topic: str, correlation: bytes) -> None:
-        request = json.dumps(chat(question))
+    def ask(self, question: str, response_topic: str, correlation: bytes, **fields: Any) -> None:
+        """A chat, under its own name."""
+        request = json.dumps(chat(question, **fields))
         said = self.publish(
-            f"{ROOT}/req/chat", request, response_topic=response_topic, correlation=correlation
+            f"{ROOT}/req/chat/{self.name}", request, response_topic=response_topic, correlation=correlation
         )
         assert said == "Success"
 
     def wait_answer(self, correlation: bytes) -> str:
-        def find() -> str:
-            found = [message for message in self.came if message.correlation == correlation]
-            return json.loads(found[0].payload)["choices"][0]["message"]["content"] if found else ""
+        text: str = self.wait_document(correlation)["choices"][0]["message"]["content"]
+        return text
 
-        return wait_until(find, 60, "the answer")
+    def wait_document(self, correlation: bytes) -> dict[str, Any]:
+        """The answer, whatever it says."""
+
+        def find() -> list[Came]:
+            return [message for message in self.came if message.correlation == correlation]
+
+        document: dict[str, Any] = json.loads(wait_until(find, 120, "the answer")[0].payload)
+        return document
 
     def _on_connect(self, _client: Paho, _data: object, _flags: Any, code: Any, _properties: Any) -> None:
         self.connects += not code.is_failure
