@@ -8,8 +8,8 @@ Pure. The kinds of events, by their field `event`:
     done          the fields of `SyncResult`, and the process ends
     error         code, message, remedy, and the process ends
 
-Each side treats the other's bytes as untrusted input: jobs and lines have a bound, and a last event with missing or
-wrong fields is an error.
+Each side treats the other's bytes as untrusted input: jobs and lines have a bound, and an event with missing or wrong
+fields is an error.
 """
 
 from __future__ import annotations
@@ -153,6 +153,17 @@ class SyncResult:
 
 
 _RESULT_TYPES = get_type_hints(SyncResult)
+_EVENT_TYPES: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+    "resolved": {"version": (int,), "rollout": (str,)},
+    "progress": {
+        "bytes": (int,),
+        "total_bytes": (int,),
+        "bytes_per_s": (int,),
+        "eta_s": (float, int, type(None)),
+    },
+    "quarantined": {"key": (str,)},
+}
+"""The fields of the events before the last one."""
 
 
 def resolved(*, version: int, rollout: str) -> Event:
@@ -195,8 +206,11 @@ def outcome_of(event: Event) -> SyncResult | EdgeAgentError | None:
     """The result or error in a last event, or None for any other event.
 
     Raises:
-        EdgeAgentError: a `done` has missing or wrong fields.
+        EdgeAgentError: an event of a known kind has missing or wrong fields.
     """
+    for name, types in _EVENT_TYPES.get(str(event.get("event")), {}).items():
+        if type(event.get(name)) not in types or name not in event:
+            raise EdgeAgentError(f"the sync's event {event['event']!r} has no {name}, or a wrong one")
     if event.get("event") == "error":
         message, remedy = event.get("message", "the sync failed"), event.get("remedy", "")
         return error_of(event.get("code"), message, remedy=remedy, among=_FAMILIES, otherwise=EdgeAgentError)

@@ -23,12 +23,20 @@ from hypothesis import strategies as st
 from edge_agent import logs, printable, terminal
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
-from edge_agent.chat.messages import error_document
+from edge_agent.chat import messages
 from edge_agent.cli import main
 from edge_agent.device_status import DeviceStatus
 from edge_agent.doctor import support_archive
 from edge_agent.doctor.finding import fail
-from edge_agent.errors import EdgeAgentError, ModelFailed, PolicyError, SettingsError, StoreError, error_of
+from edge_agent.errors import (
+    BadRequest,
+    EdgeAgentError,
+    ModelFailed,
+    PolicyError,
+    SettingsError,
+    StoreError,
+    error_of,
+)
 from edge_agent.package import mlmodel
 from edge_agent.package.manifest import ManifestFile, check_path, make
 from edge_agent.package.reference import ModelRef
@@ -105,8 +113,35 @@ def test_an_error_quotes_nothing_that_a_terminal_obeys(hostile: str) -> None:
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_the_reason_that_goes_to_a_client_is_clean(hostile: str) -> None:
-    document = error_document("r1", ModelFailed(f"the template says {hostile}"))
+    document = messages.error_document("r1", ModelFailed(f"the template says {hostile}"))
     assert controls(document["error"]["message"]) == set()
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_a_field_that_a_client_named_is_shown_escaped(hostile: str) -> None:
+    name = json.dumps(f"field{hostile}")
+    for body in (f'{{"prompt": "x", {name}: 1}}', f'{{"messages": [{{"role": "user", {name}: 1}}]}}'):
+        with pytest.raises(BadRequest) as refused:
+            messages.parse(body.encode(), limit_bytes=1_000)
+        document = messages.error_document("r1", refused.value)
+        assert controls(document["error"]["message"]) == set()
+        for form in messages.Form:
+            assert controls(messages.encode_answer(document, form).decode()) == set()
+
+
+@pytest.mark.parametrize("hostile", [*HOSTILE, "\nstate     ready"])
+def test_status_for_people_has_a_line_for_each_trouble(
+    hostile: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lifecycle = scripted_lifecycle(reason=hostile)
+    document = status_of(lifecycle).full(
+        broker={"host": "b", "port": 1, "connected": False, "problem": hostile}
+    )
+    document["troubles"] = [hostile]
+    terminal.print_status(document)
+    shown = capsys.readouterr().out
+    assert controls(shown) == set()
+    assert [line for line in shown.splitlines() if line.startswith("state ")] == [shown.splitlines()[0]]
 
 
 @pytest.mark.parametrize("hostile", [one for one in HOSTILE if not "\ud800" <= one[0] <= "\udfff"])

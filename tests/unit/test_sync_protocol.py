@@ -108,6 +108,32 @@ def test_any_other_event_is_not_the_last(event: protocol.Event) -> None:
     assert protocol.outcome_of(sent(event)) is None
 
 
+PROGRESS = protocol.progress(have_bytes=3, total_bytes=9, bytes_per_s=1.6, eta_s=4.0)
+
+
+@pytest.mark.parametrize(
+    ("event", "wrong"),
+    [
+        *(
+            (protocol.resolved(version=3, rollout=""), {"version": value})
+            for value in ("3", 3.0, True, None, [3])
+        ),
+        (protocol.resolved(version=3, rollout=""), {"rollout": 50}),
+        *((PROGRESS, {name: "1"}) for name in ("bytes", "total_bytes", "bytes_per_s", "eta_s")),
+        (PROGRESS, {"bytes": 1.5}),
+        (protocol.quarantined("3-dddddddddddd"), {"key": {}}),
+    ],
+)
+def test_an_event_with_a_wrong_or_missing_field_is_an_error_that_names_it(
+    event: protocol.Event, wrong: dict[str, object]
+) -> None:
+    (name,) = wrong
+    rest = {key: value for key, value in event.items() if key != name}
+    for broken in ({**event, **wrong}, rest):
+        with pytest.raises(EdgeAgentError, match=f"no {name}, or"):
+            protocol.outcome_of(broken)
+
+
 def test_progress_never_shows_more_than_all_of_it() -> None:
     event = protocol.progress(have_bytes=30, total_bytes=20, bytes_per_s=1.6, eta_s=0.04)
     assert (event["bytes"], event["total_bytes"], event["bytes_per_s"], event["eta_s"]) == (20, 20, 2, 0.0)
