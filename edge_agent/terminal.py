@@ -130,13 +130,19 @@ def print_status(status: Mapping[str, Any]) -> None:
             model["version"],
             model["uri"],
             model["flavor"],
-            _fetching(model.get("progress")) or model["reason"] or model.get("update_problem"),
+            _fetching(model.get("progress")) or reason_of(model),
         )
         for model in status["models"]
     ]
     if rows:
         echo()
         print_table(("MODEL", "STATE", "VERSION", "URI", "FLAVOR", "REASON"), rows)
+
+
+def reason_of(model: Mapping[str, Any]) -> str:
+    """Why a model is in its state, and why no other version comes; once, where both are the same."""
+    said = (model.get("reason"), model.get("update_problem"))
+    return "; ".join(dict.fromkeys(text for text in said if text))
 
 
 def _fetching(progress: Mapping[str, Any] | None) -> str:

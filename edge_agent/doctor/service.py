@@ -13,6 +13,7 @@ from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.environment import search_path
 from edge_agent.errors import DaemonNotRunning, EdgeAgentError
 from edge_agent.settings import Settings, find_control_socket
+from edge_agent.terminal import reason_of
 from edge_agent.transport import control
 
 UNIT = "edge-agent.service"
@@ -141,6 +142,6 @@ def unit_properties() -> dict[str, str]:
 
 def _model_troubles(document: Mapping[str, Any]) -> Iterator[str]:
     for model in document["models"]:
-        reason = model.get("reason") or model.get("update_problem")
         if model["state"] in ("failed", "absent") or model.get("update_problem"):
-            yield f"model {model['name']} is {model['state']}: {reason or 'no version is in the cache'}"
+            reason = reason_of(model) or "no version is in the cache"
+            yield f"model {model['name']} is {model['state']}: {reason}"
