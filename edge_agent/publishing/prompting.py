@@ -18,7 +18,7 @@ Raises:
     BadRequest: the package refuses it.
 """
 
-_USER, _ANSWER, _NEXT = ("user", "Hi"), ("assistant", "Hello"), ("user", "Thanks")
+_USER, _ANSWER, _NEXT = ("user", "Hi"), ("assistant", "<think>Hm</think>\n\nHello"), ("user", "Thanks")
 _SYSTEM = ("system", "Be brief.")
 _MORE = " And then there are some more words."
 

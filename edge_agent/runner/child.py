@@ -131,7 +131,7 @@ class Runner:
                 missing_walls=dict(walls.missing),
             )
         )
-        self._system = request.system
+        self._system = "" if system_refused == TOO_LONG else request.system
         return model, limit
 
     def _confine(self, request: Load) -> Walls:

@@ -125,7 +125,7 @@ class Model(ABC):
         Raises:
             Exception: it takes neither.
         """
-        chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+        chat, shorter = _chat("Hello there"), _chat("Hi")
         if self.signature != "chat":
             self._begin({"prompt": "Hi"})
             if not system or self._refusal(chat):
@@ -135,7 +135,7 @@ class Model(ABC):
         if refusal or not system:
             self._begin(chat)
         if self.room_tokens > 1:  # as the first prompt will: it goes on from what is kept
-            self._refusal(with_system({"messages": [{"role": "user", "content": "Hello there"}]}, system))
+            self._refusal(with_system(shorter, "" if refusal else system))
         return refusal
 
     def _refusal(self, chat: dict[str, Any]) -> str:
@@ -165,3 +165,7 @@ class Model(ABC):
                 tokens //= 2
             finally:
                 items.close()
+
+
+def _chat(question: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,12 +43,11 @@ class Prompts:
         added = {token: added.content for token, added in tokenizer.added_tokens_decoder.items()}
         template = tokenizer.chat_template  # several, each with a name, are a dict
         self.has_template = bool(template.get("default") if isinstance(template, dict) else template)
-        marks = self._role_marks(added.values())
         special |= {
-            token: text
-            for token, text in added.items()
-            if tokenizer.added_tokens_decoder[token].special or text in marks
+            token: text for token, text in added.items() if tokenizer.added_tokens_decoder[token].special
         }
+        marks = set(self._marks(added.values(), special.values()))
+        special |= {token: text for token, text in added.items() if text in marks}
         self.control_ids = frozenset(special)
         texts = _any_of(special.values())
         self._special = re.compile(f"(?={texts})(.)", re.DOTALL)
@@ -85,18 +84,27 @@ class Prompts:
         starts = (n for n in range(len(whole)) if whole[n : n + len(text)] == text)
         return whole[: next(starts, 0)]
 
-    def _role_marks(self, added: Iterable[str]) -> list[str]:
-        """The added tokens that the template begins a turn with, whether the tokenizer calls them special or not: a
-        message that brought one would begin a turn, too."""
+    def _marks(self, added: Collection[str], special: Collection[str]) -> Iterator[str]:
+        """Added tokens that begin a turn, though the tokenizer does not call them special: a message that brought one
+        would begin a turn, too. What only opens or closes something within one, as `</think>`, has a partner."""
+        others = set(added) - set(special)
+        tokens = re.compile(_any_of(added))
+        for part in " ".join(self._frames()[:-1]).split():
+            run = re.match(f"(?:{tokens.pattern})+", part)
+            first = next((token for token in tokens.findall(run[0]) if token in others), "") if run else ""
+            if first and not others & {first.replace("<", "</", 1), first.replace("</", "<", 1)} - {first}:
+                yield first
+
+    def _frames(self) -> list[str]:
+        """What the template writes before, between and behind the messages of a chat; nothing if it takes none."""
         content = self.MARKERS[0]
-        roles = ("user", "assistant", "user")
-        try:
-            rendered = self._render([{"role": role, "content": content} for role in roles])
-        except BadRequest:
-            return []
-        marks = re.compile(rf"\s*((?:{_any_of(added)})+)")
-        begins = (marks.match(frame) for frame in rendered.split(content)[: len(roles)])
-        return [mark for begin in begins if begin for mark in re.findall(_any_of(added), begin[1])]
+        for roles in (("system", "user", "assistant", "user"), ("user", "assistant", "user")):
+            try:
+                rendered = self._render([{"role": role, "content": content} for role in roles])
+            except BadRequest:
+                continue
+            return rendered.split(content)
+        return []
 
     def _marker(self, messages: Sequence[Mapping[str, str]]) -> str:
         for marker in self.MARKERS:

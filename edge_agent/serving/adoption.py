@@ -159,7 +159,8 @@ class Adoption:
             EdgeAgentError: it does not, or died or took too long; its runner is gone.
         """
         with self._loader.tracked(version.runner):
-            if not version.reported.system_too_long:
+            too_long_here = version.reported.system_too_long and self._loader.memory_report
+            if version.reported.signature == "chat" and not too_long_here:
                 verdicts.check_system(version.system_refused, model=self._name)
             tried = version.runner.try_out(timeout_s=verdicts.GATE_TIMEOUT_S)
             verdicts.check_golden(tried)

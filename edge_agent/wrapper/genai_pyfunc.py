@@ -486,14 +486,16 @@ class _Engine:
         if options.threads:
             session_options = {"intra_op_num_threads": int(options.threads)}
             config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
-        # genai_config.json may name another end than the tokenizer, and the model was trained on the tokenizer's.
-        self.eos = files.end_ids | _ids(described.get("eos_token_id"))
-        if files.eos_id is not None:  # of several, guidance lets an answer end at the first one only (0.18)
-            config.overlay(json.dumps({"model": {"eos_token_id": files.eos_id}}))
-        self._model = og.Model(config)
-        self._tokenizer = og.Tokenizer(self._model)
-        self.eos |= _ids(self._tokenizer.eos_token_ids)
+        self._tokenizer = og.Tokenizer(config)
         self.prompts = _Prompts(self._tokenizer, files)
+        # genai_config.json may name another end than the tokenizer, and the model was trained on the tokenizer's.
+        configured = _ids(described.get("eos_token_id"))
+        self.eos = files.end_ids | configured | _ids(self._tokenizer.eos_token_ids)
+        end = self.prompts.turn_end if self.prompts.turn_end in self.eos else files.eos_id
+        # Of several, guidance lets an answer end at the first one only (0.18).
+        if end is not None and (end == self.prompts.turn_end or end not in configured):
+            config.overlay(json.dumps({"model": {"eos_token_id": end}}))
+        self._model = og.Model(config)
         self._vocabulary = int(described["vocab_size"])
         context_tokens = int(described["context_length"])
         self.context_tokens = min(context_tokens, options.context_tokens or context_tokens)
@@ -742,7 +744,8 @@ class _Prompts:
         self._tokenizer = tokenizer
         self._prefix = files.prefix
         self._template = _as_hugging_face_reads(files.template)
-        special = {*files.special.values(), *self._role_marks(files.added.values())}
+        special = {*files.special.values(), *self._marks(files)}
+        self.turn_end = self._turn_end(files)
         self.control_ids = frozenset(token for token, text in files.added.items() if text in special)
         self._special = re.compile(f"(?={_any_of(special)})(.)", re.DOTALL)
 
@@ -768,18 +771,34 @@ class _Prompts:
         tokens = self._not_empty(self._encode(prompt), "prompt")
         return tokens if tokens[: len(self._prefix)] == self._prefix else self._prefix + tokens
 
-    def _role_marks(self, added: Iterable[str]) -> list[str]:
-        """The added tokens that the template begins a turn with, whether the tokenizer calls them special or not: a
-        message that brought one would begin a turn, too."""
+    def _frames(self) -> list[str]:
+        """What the template writes before, between and behind the messages of a chat; nothing if it takes none."""
         content = self.MARKERS[0]
-        roles = ("user", "assistant", "user")
-        try:
-            rendered = self._render([{"role": role, "content": content} for role in roles])
-        except RequestError:
-            return []
-        marks = re.compile(rf"\s*((?:{_any_of(added)})+)")
-        begins = (marks.match(frame) for frame in rendered.split(content)[: len(roles)])
-        return [mark for begin in begins if begin for mark in re.findall(_any_of(added), begin[1])]
+        for roles in (("system", "user", "assistant", "user"), ("user", "assistant", "user")):
+            try:
+                rendered = self._render([{"role": role, "content": content} for role in roles])
+            except RequestError:
+                continue
+            return rendered.split(content)
+        return []
+
+    def _marks(self, files: TokenizerFiles) -> Iterator[str]:
+        """Added tokens that begin a turn, though the tokenizer does not call them special: a message that brought one
+        would begin a turn, too. What only opens or closes something within one, as `</think>`, has a partner."""
+        others = set(files.added.values()) - set(files.special.values())
+        tokens = re.compile(_any_of(files.added.values()))
+        for part in " ".join(self._frames()[:-1]).split():
+            run = re.match(f"(?:{tokens.pattern})+", part)
+            first = next((token for token in tokens.findall(run[0]) if token in others), "") if run else ""
+            if first and not others & {first.replace("<", "</", 1), first.replace("</", "<", 1)} - {first}:
+                yield first
+
+    def _turn_end(self, files: TokenizerFiles) -> int | None:
+        """The token that the template writes behind an assistant's message."""
+        behind = self._frames()[-2:-1]  # what stands before the last user's
+        found = re.match(rf"\s*({_any_of(files.added.values())})", behind[0]) if behind else None
+        ids = {text: token for token, text in files.added.items()}
+        return ids[found[1]] if found else None
 
     def _marker(self, messages: Sequence[Mapping[str, str]]) -> str:
         for marker in self.MARKERS:
@@ -1041,6 +1060,7 @@ class _Decoder:
         self._before_text = ""
         self._pending: list[int] = []
         self._shown = 0  # characters of what waits: a token may end one character and begin another
+        self._limit = self.MAX_PENDING
 
     def push(self, token: int) -> str:
         """The text that this token completes, often empty."""
@@ -1054,14 +1074,16 @@ class _Decoder:
                 text = ((self._text(broken) if broken else "") + text)[self._shown :]
                 if text:
                     self._before, self._before_text = group, self._decode(group)
-                self._pending, self._shown = [], 0
+                self._pending, self._shown, self._limit = [], 0, self.MAX_PENDING
                 return text
-        if len(self._pending) > self.MAX_PENDING:
+        if len(self._pending) > self._limit:
             new = self._text([self._pending.pop(0)])[self._shown :]
             self._shown = 0
             return new
         complete = self._text(self._pending).rstrip(self.BROKEN)
         new, self._shown = complete[self._shown :], max(self._shown, len(complete))
+        if new:  # what follows is the beginning of the next one
+            self._limit = len(self._pending) + self.MAX_PENDING
         return new
 
     def _text(self, group: list[int]) -> str:

@@ -250,7 +250,19 @@ def test_an_invalid_byte_costs_one_replacement_character_and_nothing_else(chat: 
 class TwoInOne:
     """Decodes as the library does: up to the first byte that is not (yet) UTF-8. A token is bytes."""
 
-    TOKENS = ("😀".encode()[:2], "😀".encode()[2:] + "é".encode()[:1], "é".encode()[1:], b"x", b"\xff")
+    TOKENS = (
+        "😀".encode()[:2],
+        "😀".encode()[2:] + "é".encode()[:1],
+        "é".encode()[1:],
+        b"x",
+        b"\xff",
+        b"\xf0",
+        b"\x9f\x98",
+        b"\x80\xf0",
+        b"\x9f",
+        b"\x98",
+        b"\x80",
+    )
 
     def decode(self, ids: Any) -> str:
         whole = b"".join(self.TOKENS[token] for token in ids)
@@ -267,6 +279,7 @@ class TwoInOne:
         ([0, 1, 4, 3], ["", "😀", "", "\ufffdx"]),
         ([4, 0, 1, 2], ["", "", "", "\ufffd😀é"]),
         ([0, 3, 1, 3], ["", "\ufffdx", "", "\ufffdx"]),
+        ([5, 6, 7, 8, 9, 10, 3, 3], ["", "", "😀", "", "", "😀", "x", "x"]),
     ],
 )
 def test_a_token_that_ends_a_character_and_begins_another_holds_nothing_back(

@@ -48,6 +48,7 @@ class Script:
 
     load_error: EdgeAgentError | None = None
     load_waits: bool = False
+    signature: str = "chat"
     system_refused: str = ""
     system_too_long: bool = False
     walls: list[str] = field(default_factory=list)
@@ -154,7 +155,7 @@ class ScriptedRunner:
             raise type(error)(error.message, remedy=error.remedy)
         return Loaded(
             flavor="onnxruntime-genai",
-            signature="chat",
+            signature=self._script.signature,
             load_ms=1.0,
             parallel=self._script.parallel,
             system_refused=self._script.system_refused,

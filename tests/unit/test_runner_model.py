@@ -96,7 +96,15 @@ def test_a_warm_up_runs_the_system_prompt_and_asks_for_as_much_room_as_there_is(
 def test_a_system_prompt_longer_than_the_context_is_the_contexts_fault() -> None:
     model = KeepingModel(100)
     assert model.warm_up(SYSTEM) == TOO_LONG
-    assert [len(asked["messages"]) for asked in model.asked] == [1]
+    assert [len(asked["messages"]) for asked in model.asked] == [1, 1], "it is warmed without one"
+
+
+def test_golden_prompts_are_asked_without_a_system_prompt_that_is_too_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded, tried = served(KeepingModel(100), load(SYSTEM), Try(), monkeypatch=monkeypatch, folder=tmp_path)
+    assert isinstance(loaded, Loaded) and isinstance(tried, Tried)
+    assert (loaded.system_too_long, tried.failures) == (True, [])
 
 
 class PromptModel(ScriptedModel):

@@ -126,11 +126,53 @@ def test_a_token_that_begins_a_turn_stays_text_in_a_message_special_or_not(
     assert (THINK in prompts.control_ids) == bool(begins["user"])
 
 
-def test_a_token_within_a_turn_is_no_beginning(tmp_path: Path, tokenizer: ReadableTokenizer) -> None:
-    tokenizer.template = lambda messages: "".join(
-        f"<|end|>\n</think>{message['content']}" for message in messages
-    )
-    assert THINK not in _Prompts(tokenizer, files_in(tmp_path)).control_ids
+@pytest.mark.parametrize(
+    ("added", "frame", "marks"),
+    [
+        (
+            ["<|user|>", "<|assistant|>", "<|end|>"],
+            "<|{role}|>\n{content}<|end|>\n",
+            {"<|user|>", "<|assistant|>"},
+        ),
+        (["<|assistant|>", "<think>", "</think>"], "<|{role}|></think>{content}", {"<|assistant|>"}),
+        (["<think>", "</think>"], "<|{role}|>\n<think></think>\n{content}", set()),
+        (["\n\n", "  "], "### {role}:\n{content}\n\n", set()),
+        (["[USER]", "[SYS]"], "[SYS]{role}: {content}", {"[SYS]"}),
+        ([], "{role}{content}", set()),
+    ],
+)
+def test_what_begins_a_turn_is_told_from_what_stands_in_it(
+    tmp_path: Path, tokenizer: ReadableTokenizer, added: list[str], frame: str, marks: set[str]
+) -> None:
+    tokenizer.template = lambda messages: "".join(frame.format(**message) for message in messages)
+    tokens = [{"id": 10 + number, "content": text} for number, text in enumerate(added)]
+    files = files_in(tmp_path, tokenizer={"added_tokens": [*ADDED[:2], *tokens]})
+    found = {files.added[token] for token in _Prompts(tokenizer, files).control_ids}
+    assert found - {"<s>", "<|end|>"} == marks - {"<|end|>"}
+
+
+def test_a_template_without_a_system_message_is_read_without_one(
+    tmp_path: Path, tokenizer: ReadableTokenizer
+) -> None:
+    def refuse_system(messages: Any) -> str:
+        if messages[0]["role"] == "system":
+            raise RuntimeError("no such role")
+        return "".join(f"</think>{message['content']}<|end|>" for message in messages)
+
+    tokenizer.template = refuse_system
+    files = files_in(tmp_path, tokenizer={"added_tokens": [{"id": 7, "content": "</think>"}, *ADDED[:2]]})
+    prompts = _Prompts(tokenizer, files)
+    assert (7 in prompts.control_ids, prompts.turn_end) == (True, END)
+
+
+@pytest.mark.parametrize(
+    ("behind", "end"), [("<|end|>\n", END), ("\n<|end|>", END), ("</think>", THINK), ("\nUser: ", None)]
+)
+def test_the_end_of_a_turn_is_what_stands_behind_an_answer(
+    tmp_path: Path, tokenizer: ReadableTokenizer, behind: str, end: int | None
+) -> None:
+    tokenizer.template = lambda messages: "".join(f"{message['content']}{behind}" for message in messages)
+    assert _Prompts(tokenizer, files_in(tmp_path)).turn_end == end
 
 
 def test_messages_with_every_noncharacter_are_refused(prompts: _Prompts) -> None:

@@ -78,9 +78,21 @@ def test_a_system_prompt_that_the_context_does_not_hold_is_the_devices_fault(
 ) -> None:
     life = new_life(system="Be brief.")
     host.script(1, Script(system_refused="it is too long", system_too_long=True))
+    host.script(2, Script(system_refused="it is too long", system_too_long=True))
+    life.commit(1)
+    error = refusal(life, 1)
+    assert "it is too long" in error.message, "with all the memory it wanted, the version is the fault"
+    host.memory_bytes = RESIDENT_BYTES // 2
+    life.serve(2)
+    assert (life.active, 2 in life.quarantined) == (2, False)
+    assert life.lifecycle.system_refused.endswith("it is too long")
+
+
+def test_a_package_for_prompts_need_not_take_the_system_prompt(new_life: NewLife, host: ScriptedHost) -> None:
+    life = new_life(system="Be brief.")
+    host.script(1, Script(signature="prompt", system_refused="no such role"))
     life.serve(1)
     assert (life.active, life.quarantined) == (1, {})
-    assert life.lifecycle.system_refused.endswith("it is too long")
 
 
 # --- A version that passes -----------------------------------------------------------------------------
