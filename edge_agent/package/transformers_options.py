@@ -282,7 +282,7 @@ def tokenizer_class(config: Mapping[str, Any]) -> str:
     name = given.removesuffix("Fast") if isinstance(given, str) else ""
     if name not in TOKENIZER_CLASSES:
         raise PolicyError(
-            f"tokenizer_class {str(given)[:_MAX_SHOWN]!r} is not allowed: only tokenizers that are read from {TOKENIZER} alone are",
+            f"tokenizer_class {str(given)[:_MAX_SHOWN]!r} is not allowed: only those read from {TOKENIZER} alone are",
             remedy="save the tokenizer as transformers.PreTrainedTokenizerFast",
         )
     return name
