@@ -68,7 +68,7 @@ def check_document(document: Mapping[str, Any], path: str) -> None:
     try:
         transformers_options.refuse_paths(document)
     except PolicyError as error:
-        raise PolicyError(f"{path!r}: {error.message}") from error
+        raise PolicyError(f"{path!r}: {error.message}", remedy=error.remedy) from error
 
 
 def clean(name: str, document: Mapping[str, Any]) -> Cleaned:

@@ -37,7 +37,7 @@ MAX_JSON_BYTES = 64 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_PATH_CHARACTERS = 4096
 """A longer text is no path: the system opens none. Chat templates and tables are not read as paths."""
-_MAX_DEPTH = 32
+_MAX_DEPTH, _MAX_SHOWN = 32, 120
 
 _NOTES = frozenset(("_name_or_path", "name_or_path", "auto_map", "_commit_hash"))
 """Where `save_pretrained` and the hub write a model's origin. Left out without a word, whatever it is."""
@@ -47,7 +47,7 @@ TOKENIZER_CLASSES = frozenset(
         *("TokenizersBackend", "PreTrainedTokenizer", "PythonBackend"),
         *("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"),
         *("GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer", "Qwen2Tokenizer", "Qwen3_5Tokenizer"),
-        *("BloomTokenizer", "XGLMTokenizer", "OlmoTokenizer", "HerbertTokenizer"),
+        *("BloomTokenizer", "XGLMTokenizer", "OlmoTokenizer"),
     )
 )
 """Without the suffix `Fast`. Each reads as `tokenizer.json` says, with defaults for the named tokens."""
@@ -256,7 +256,10 @@ def refuse_paths(document: object) -> None:
     """
     for place, text in _texts(document, "", 0):
         if is_path_outside(text) and place.rpartition(".")[2] not in _NOTES:
-            raise PolicyError(f"{place!r} is a path that leads out of the package")
+            raise PolicyError(
+                f"{place[:_MAX_SHOWN]!r} is a path that leads out of the package",
+                remedy="take the key out of the file",
+            )
 
 
 def is_path_outside(text: str) -> bool:
@@ -279,7 +282,7 @@ def tokenizer_class(config: Mapping[str, Any]) -> str:
     name = given.removesuffix("Fast") if isinstance(given, str) else ""
     if name not in TOKENIZER_CLASSES:
         raise PolicyError(
-            f"tokenizer_class {given!r} is not allowed: only tokenizers that are read from {TOKENIZER} alone are",
+            f"tokenizer_class {str(given)[:_MAX_SHOWN]!r} is not allowed: only those read from {TOKENIZER} alone are",
             remedy="save the tokenizer as transformers.PreTrainedTokenizerFast",
         )
     return name
@@ -363,7 +366,7 @@ def _pairs(document: object) -> Iterator[tuple[str, object]]:
 def _texts(value: object, place: str, depth: int) -> Iterator[tuple[str, str]]:
     """Every text with the dotted name of its place."""
     if depth > _MAX_DEPTH:
-        raise PolicyError(f"{place[:80]!r} is nested too deeply")
+        raise PolicyError(f"{place[:_MAX_SHOWN]!r} is nested too deeply")
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, dict):

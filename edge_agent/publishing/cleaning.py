@@ -12,7 +12,7 @@ from edge_agent.errors import PolicyError, PublishError
 from edge_agent.package import transformers_options
 from edge_agent.package.transformers_options import TOKENIZER, Cleaned
 
-_MAX_SHOWN = 16
+_MAX_SHOWN, _MAX_SHOWN_CHARACTERS = 16, 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,14 @@ def rewrite(
                 f"devices would refuse {path}: {error.message}", remedy=error.remedy
             ) from error
         if cleaned.dropped:
-            keys = ", ".join(sorted(set(cleaned.dropped))[:_MAX_SHOWN])
+            keys = ", ".join(map(_shown, sorted(set(cleaned.dropped))[:_MAX_SHOWN]))
             limits.append(f"left out of {path.name}, because no device reads it: {keys}")
         if cleaned.document != document:
             changed[target] = json.dumps(cleaned.document, indent=2, ensure_ascii=False).encode() + b"\n"
     return Rewritten(files=changed, limits=tuple(limits))
+
+
+def _shown(key: str) -> str:
+    """A key for a terminal, which its file may not write to."""
+    key = key[:_MAX_SHOWN_CHARACTERS]
+    return key if key.isprintable() else repr(key)

@@ -7,16 +7,16 @@ something after `package/transformers_options.py` has cleaned them. Nothing else
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_agent.errors import PolicyError
+from edge_agent.errors import CannotRun, PolicyError
 from edge_agent.package import transformers_options as options
 
 _END_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -40,7 +40,7 @@ class Checkpoint:
     quantized: bool
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(model: Path, tokenizer: Path) -> Iterator[Checkpoint]:
     """Makes the folder, and removes it when the block ends: what is loaded by then needs it no more.
 
@@ -49,11 +49,19 @@ def opened(model: Path, tokenizer: Path) -> Iterator[Checkpoint]:
 
     Raises:
         PolicyError: a file leads out of the package; see `transformers_options`.
+        CannotRun: no folder can be made here.
     """
-    with tempfile.TemporaryDirectory(prefix="edge-agent-") as place:
+    with contextlib.ExitStack() as stack:
+        try:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-agent-")))
+        except OSError as error:
+            raise CannotRun(
+                f"this host has no folder for temporary files ({error.strerror})",
+                remedy="give the runner a TMPDIR that it may write to",
+            ) from error
         view = Checkpoint(
-            model=Path(place, "model"),
-            tokenizer=Path(place, "tokenizer"),
+            model=place / "model",
+            tokenizer=place / "tokenizer",
             tokenizer_class=_tokenizer_class(tokenizer),
             quantized=_is_there(model / options.CONFIG)
             and bool(options.read(model / options.CONFIG).get("quantization_config")),

@@ -272,3 +272,28 @@ def test_publishing_is_imported_without_mlflow() -> None:
         "assert not heavy and p.publish_folder, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("flavor", "key"), [("transformers", "'vocab' is a path"), ("onnx", "'tiktoken_file' is not allowed")]
+)
+def test_a_tokenizer_that_names_a_file_of_this_machine_ends_the_command_with_1_and_its_key(
+    sample_model: Path, tmp_path: Path, flavor: str, key: str
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(sample_model if flavor == "onnx" else ROOT / "tests" / "models" / "sample_hf", folder)
+    file = folder / "tokenizer_config.json"
+    names = {"vocab": "/etc/hostname"} if flavor == "transformers" else {"tiktoken_file": "../hostname"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **names}))
+    command = [sys.executable, "-m", "edge_agent", "publish", str(folder), "--name", "x", "--flavor", flavor]
+    ended = subprocess.run(
+        [*command, "--registry", f"sqlite:///{tmp_path}/registry.db"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "devices would refuse" in ended.stderr
+    assert key in ended.stderr

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +15,13 @@ from typing import Any
 import pytest
 import transformers
 
+from edge_agent.errors import CannotRun
 from edge_agent.publishing.package import build_package
-from edge_agent.runner import loader, transformers_flavor
+from edge_agent.runner import checkpoint, loader, transformers_flavor
 from edge_agent.runner.model import End
 from edge_agent.runner.transformers_flavor import SLICE_TOKENS, TransformersModel, slice_tokens
 
+SAMPLE_HF = Path(__file__).parents[1] / "models" / "sample_hf"
 LIMIT_S = 60.0
 NEPAL = {"messages": [{"role": "user", "content": "Say hello in Nepali."}], "temperature": 0}
 
@@ -24,10 +29,9 @@ NEPAL = {"messages": [{"role": "user", "content": "Say hello in Nepali."}], "tem
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """In float32, where slices of other lengths differ in the last digits only."""
-    sample = Path(__file__).parents[1] / "models" / "sample_hf"
     folder = tmp_path_factory.mktemp("flavor") / "package"
     package = build_package(
-        sample, folder, name="sample", flavor="transformers", signature="chat", options={}
+        SAMPLE_HF, folder, name="sample", flavor="transformers", signature="chat", options={}
     )
     loaded: Any = loader.load(package.folder, context_tokens=2048, max_tokens=32, threads=1)
     loaded._model.float()
@@ -163,3 +167,48 @@ def test_an_answer_cut_within_a_character_ends_before_it(model: Any) -> None:
     parts = [ask(model, {**NEPAL, "max_tokens": most})[0] for most in range(1, 16)]
     assert all(whole.startswith(part) for part in parts)
     assert len(set(parts)) < len(parts), "some cuts were within a character"
+
+
+def tokenizer_of(folder: Path, **changes: Any) -> Any:
+    shutil.copytree(SAMPLE_HF, folder)
+    file = folder / "tokenizer_config.json"
+    document = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
+    with checkpoint.opened(folder, folder) as shown:
+        return transformers_flavor._load_tokenizer(shown)
+
+
+def test_a_tokenizers_class_gives_only_tokens_that_no_configuration_names(tmp_path: Path) -> None:
+    plain = tokenizer_of(tmp_path / "a")
+    named = tokenizer_of(tmp_path / "b", tokenizer_class="GPT2TokenizerFast", eos_token=None)
+    foreign = tokenizer_of(tmp_path / "c", tokenizer_class="GemmaTokenizer", eos_token=None)
+    assert (plain.eos_token, named.eos_token, named.unk_token) == (
+        "<|end|>",
+        "<|endoftext|>",
+        "<|endoftext|>",
+    )
+    assert foreign.eos_token is None, "its <eos> is no word of this vocabulary"
+    text = "What is 12 times 12?"
+    assert plain(text)["input_ids"] == named(text)["input_ids"] == foreign(text)["input_ids"]
+    assert len(plain) == len(named) == len(foreign), "no token is added"
+
+
+def test_the_folder_that_the_library_sees_is_gone_after_a_load(tmp_path: Path) -> None:
+    with checkpoint.opened(SAMPLE_HF, SAMPLE_HF) as shown:
+        seen = {path.name for path in shown.model.parent.rglob("*") if path.is_file()}
+    assert seen == {path.name for path in SAMPLE_HF.iterdir()}
+    assert not shown.model.parent.exists()
+
+
+def test_a_host_without_room_for_temporary_files_is_not_the_packages_doing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    with (
+        pytest.raises(CannotRun, match="no folder for temporary files"),
+        checkpoint.opened(SAMPLE_HF, SAMPLE_HF),
+    ):
+        pass

@@ -99,10 +99,13 @@ def test_publish_leaves_out_what_no_device_reads_and_says_so(tmp_path: Path, sam
     shutil.copytree(sample_model, folder)
     file = folder / "tokenizer_config.json"
     before = json.loads(file.read_text())
-    file.write_text(json.dumps({**before, "something": "new", "tokenizer_class": "SomeTokenizer"}))
+    odd = {"something": "new", "\x1b[2J": "x", "tokenizer_class": "SomeTokenizer"}
+    file.write_text(json.dumps({**before, **odd}))
     found = rewritten(folder)
     assert json.loads(found.files["tokenizer_config.json"]) == {**before, "tokenizer_class": "SomeTokenizer"}
-    assert found.limits == ("left out of tokenizer_config.json, because no device reads it: something",)
+    assert found.limits == (
+        "left out of tokenizer_config.json, because no device reads it: '\\x1b[2J', something",
+    )
 
 
 @pytest.mark.parametrize(
