@@ -157,7 +157,7 @@ def test_a_package_that_says_no_time_is_old(fleet: Fleet) -> None:
 
 
 def test_a_signature_that_does_not_name_its_key_gains_nothing(fleet: Fleet) -> None:
-    """It is fetched, since nothing is known before, and refused all the same."""
+    """It is fetched once, since nothing is known before, and refused all the same."""
     old = fleet.package("2026-01-05")
     fleet.offer(fleet.package("2026-02-05"), 8)
     signature = json.loads((old / SIGNATURE_NAME).read_bytes())
@@ -166,6 +166,9 @@ def test_a_signature_that_does_not_name_its_key_gains_nothing(fleet: Fleet) -> N
     with pytest.raises(PackageReplayed):
         fleet.offer(old, 9)
     assert WEIGHTS in fleet.opened
+    with pytest.raises(PackageReplayed):
+        fleet.offer(old, 9)
+    assert WEIGHTS not in fleet.opened, "what was fetched is kept for the next poll"
     assert [record.version for record in fleet.store.versions()] == [8]
 
 
