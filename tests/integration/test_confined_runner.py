@@ -172,6 +172,6 @@ def test_a_publishers_trial_has_the_same_walls(package: Path, tmp_path: Path) ->
     ]
     works = [{"prompt": "thread", "expect": "^done$"}, {"prompt": "scratch", "expect": "^done in "}]
     assert trial.try_out(package, {"prompt": "thread"}, [*refused, *works]) == []
-    with pytest.raises(PublishError, match="golden prompt 1 expects 'the key' and the model answers .Perm"):
+    with pytest.raises(PublishError, match=r"golden prompt 1 expects 'the key' and the model answers .Perm"):
         trial.try_out(package, {"prompt": "thread"}, [{"prompt": f"read {secret}", "expect": "the key"}])
     assert secret.read_text() == "the key"
