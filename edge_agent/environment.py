@@ -128,6 +128,12 @@ def directory(variable: str) -> Path | None:
     return Path(value) if value else None
 
 
+def named_paths() -> list[Path]:
+    """Files and folders that variables name: certificates, configurations, credentials of an artifact store."""
+    other = ("HOME", "PATH", "TMPDIR", "PWD", "OLDPWD")
+    return [Path(value) for key, value in os.environ.items() if value.startswith("/") and key not in other]
+
+
 def names(prefix: str) -> list[str]:
     """The names of the variables that begin with `prefix`."""
     return [variable for variable in os.environ if variable.startswith(prefix)]

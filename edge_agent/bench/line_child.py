@@ -24,9 +24,10 @@ class BenchError(EdgeAgentError):
 
 
 class LineChild:
-    """`python -m MODULE ARGUMENT…`, killed at the end of the block.
+    """`python -m MODULE ARGUMENT…` behind a runner's walls, killed at the end of the block.
 
     Args:
+        arguments: of the module; it may read the model's folder, if that is the first.
         environment: the child's complete environment.
     """
 
@@ -36,7 +37,7 @@ class LineChild:
             limit_bytes=MAX_LINE_BYTES, broken=lambda reason: BenchError(f"{module} wrote {reason}")
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-m", "edge_agent.bench.confined", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

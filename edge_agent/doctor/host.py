@@ -70,8 +70,11 @@ def check_clock() -> Iterator[Finding]:
 
 
 def check_libraries(settings: Settings) -> Iterator[Finding]:
-    """Loads a runner's libraries in a process with a runner's environment."""
-    program = "import onnxruntime_genai, mlflow.pyfunc"
+    """Loads a runner's libraries in a process with a runner's environment, behind a runner's walls."""
+    program = (
+        "from edge_agent.host.confinement import Confinement, confine; confine(Confinement()); "
+        "import onnxruntime_genai, mlflow.pyfunc"
+    )
     try:
         result = subprocess.run(
             [sys.executable, "-c", program],

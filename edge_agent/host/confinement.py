@@ -27,7 +27,7 @@ from pathlib import Path
 
 from edge_agent import environment
 from edge_agent.host import landlock, memory, seccomp
-from edge_agent.host.seccomp import Network
+from edge_agent.host.seccomp import Calls, Network
 
 OOM_SCORE = 500
 """If memory runs out, the kernel ends this process before the daemon."""
@@ -72,12 +72,17 @@ class Confinement:
     Attributes:
         read: files and folders, beside Python and its libraries.
         write: folders in which it may make, change and remove files.
+        moves: it moves or links files from one of these folders to another.
+        calls: of the kernel.
+        file_bytes: the longest file that it may write; None for any.
         keep: descriptors, beside the standard ones.
     """
 
     read: tuple[Path, ...] = ()
     write: tuple[Path, ...] = ()
-    network: Network = Network.NONE
+    moves: bool = False
+    calls: Calls = field(default_factory=Calls)
+    file_bytes: int | None = FILE_BYTES
     keep: tuple[int, ...] = ()
 
 
@@ -113,7 +118,7 @@ def confine(confinement: Confinement) -> Walls:
     stand: list[str] = []
     missing: dict[str, str] = {}
     for wall in Wall:
-        if wall is Wall.TCP and confinement.network is not Network.NONE:
+        if wall is Wall.TCP and confinement.calls.network is not Network.NONE:
             continue
         try:
             BUILDERS[wall](confinement)
@@ -138,10 +143,11 @@ def _close_descriptors(confinement: Confinement) -> None:
 def _limit(confinement: Confinement) -> None:
     limits = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: FILE_BYTES,
         resource.RLIMIT_NOFILE: OPEN_FILES,
         resource.RLIMIT_NPROC: _tasks() + TASKS,
     }
+    if confinement.file_bytes is not None:
+        limits[resource.RLIMIT_FSIZE] = confinement.file_bytes
     if (total := memory.total_bytes()) < _KNOWN_MEMORY_BYTES:
         limits[resource.RLIMIT_DATA] = total + MEMORY_MARGIN_BYTES
     for name, wanted in limits.items():
@@ -151,12 +157,14 @@ def _limit(confinement: Confinement) -> None:
 
 
 def _guard_files(confinement: Confinement) -> None:
-    _need_landlock(1)
+    _need_landlock(landlock.MOVE_ABI if confinement.moves else 1)
+    libraries = runtime_paths(network=confinement.calls.network)
     landlock.restrict(
         tcp=False,
         scope=False,
-        read=(*runtime_paths(network=confinement.network), *confinement.read),
+        read=(*libraries, *confinement.read),
         write=(Path(os.devnull), *confinement.write),
+        run=(*libraries, *_python()) if confinement.calls.programs else (),
     )
 
 
@@ -191,7 +199,7 @@ def _guard_system_calls(confinement: Confinement) -> None:
     if architecture is None:
         raise _NotHere(f"there is no list of system calls for {platform.machine()}")
     try:
-        seccomp.install(architecture, network=confinement.network)
+        seccomp.install(architecture, confinement.calls)
     except OSError as error:
         raise _NotHere(f"this kernel takes no filter of system calls: {error.strerror}") from error
 
@@ -243,8 +251,8 @@ _SYSTEM_PATHS = (
 )  # fmt: skip
 _NETWORK_PATHS = (
     "/etc/resolv.conf", "/run/systemd/resolve", "/etc/hosts", "/etc/nsswitch.conf", "/etc/host.conf",
-    "/etc/gai.conf", "/etc/services", "/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/usr/share/ca-certificates",
-    "/usr/local/share/ca-certificates",
+    "/etc/gai.conf", "/etc/services", "/etc/passwd", "/etc/ssl", "/etc/pki",
+    "/etc/ca-certificates", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates",
 )  # fmt: skip
 _PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 
@@ -268,6 +276,11 @@ def _runtime_paths(network: Network) -> Iterable[Path]:
     yield from map(Path, _SYSTEM_PATHS)
     if network is not Network.NONE:
         yield from map(Path, _NETWORK_PATHS)
+
+
+def _python() -> Iterable[Path]:
+    """What starts another Python."""
+    return Path(sys.executable), Path(sys.prefix, "pyvenv.cfg")
 
 
 def _linked_into(folder: Path) -> Iterable[Path]:

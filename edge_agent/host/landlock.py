@@ -18,6 +18,8 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
+MOVE_ABI = 2
+"""Before it, no file can be moved or linked from one folder to another."""
 TCP_ABI = 4
 SCOPE_ABI = 6
 """Of signals and abstract sockets."""
@@ -57,13 +59,15 @@ def restrict(
     files: bool = True,
     read: Iterable[Path] = (),
     write: Iterable[Path] = (),
+    run: Iterable[Path] = (),
     tcp: bool = True,
     scope: bool = True,
 ) -> None:
     """Restricts this thread, and all that it starts. It must not be able to gain privileges any more.
 
     Args:
-        files: forbid all files but `read` and `write`, and what is below them.
+        files: forbid all files but `read`, `write` and `run`, and what is below them.
+        run: programs and their libraries; they may be read as well.
         tcp: forbid TCP connections and servers, where this kernel can.
         scope: forbid signals to processes outside, and connections to abstract sockets there, where this kernel can.
 
@@ -71,17 +75,21 @@ def restrict(
         OSError: the kernel has no Landlock, or not for this process.
     """
     known = abi()
-    rights = sum(right for since, right in _FILE_RIGHTS_BY_ABI if known >= since) if files else 0
+    rights = sum(right for since, right in _FILE_RIGHTS_BY_ABI if known >= since)
+    if not files:  # every ruleset forbids moves between folders, unless it says that it does not
+        rights &= _REFER
     ports = _TCP_BIND_AND_CONNECT if tcp and known >= TCP_ABI else 0
     scoped = _ABSTRACT_SOCKETS_AND_SIGNALS if scope and known >= SCOPE_ABI else 0
-    if not (rights or ports or scoped):
+    if not (files or ports or scoped):
         return
     fields = [rights, *([ports] if known >= TCP_ABI else []), *([scoped] if known >= SCOPE_ABI else [])]
     attributes = struct.pack(f"={len(fields)}Q", *fields)
     ruleset = _call(_CREATE_RULESET, attributes, len(attributes), 0)
     try:
+        if not files and rights:
+            _allow(ruleset, Path("/"), rights)
         if files:
-            for paths, wanted in ((read, _READ), (write, _WRITE)):
+            for paths, wanted in ((read, _READ), (write, _WRITE), (run, _READ | _EXECUTE)):
                 for path in paths:
                     _allow(ruleset, path, wanted & rights)
         _call(_RESTRICT_SELF, ruleset, 0)

@@ -34,6 +34,20 @@ class Network(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Calls:
+    """What a process may ask of the kernel that most need not.
+
+    Attributes:
+        programs: start programs, which have the same filter, and end them.
+        modes: change the mode and the times of files.
+    """
+
+    network: Network = Network.NONE
+    programs: bool = False
+    modes: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """How the kernel names one architecture.
 
@@ -208,6 +222,10 @@ REFUSED: Mapping[str, Mapping[str, Numbers]] = {
 }
 """Calls that fail with EPERM whatever their arguments are."""
 
+_PROGRAMS = frozenset(("execve", "fork", "vfork", "setsid", "setpgid"))
+_MODES = frozenset(("chmod", "fchmod", "fchmodat", "utime", "utimes", "futimesat", "utimensat"))
+"""Of those, what `Calls` gives back."""
+
 MISSING: Mapping[str, Numbers] = {"clone3": (435, 435), "openat2": (437, 437)}
 """Their arguments are in memory, where no filter can read them. Without them, libraries use the older calls."""
 
@@ -278,7 +296,7 @@ def of_this_host() -> Architecture | None:
     return ARCHITECTURES.get(platform.machine())
 
 
-def program(architecture: Architecture, *, pid: int, network: Network) -> list[Instruction]:
+def program(architecture: Architecture, *, pid: int, calls: Calls) -> list[Instruction]:
     """The filter.
 
     Args:
@@ -295,26 +313,29 @@ def program(architecture: Architecture, *, pid: int, network: Network) -> list[I
     column = architecture.column
     for numbers in MISSING.values():
         found += _when(_EQUAL, numbers[column], _NO_SUCH_CALL)
-    refused = [number for group in REFUSED.values() for number in group.values()]
+    given_back = (_PROGRAMS if calls.programs else frozenset()) | (_MODES if calls.modes else frozenset())
+    refused = [
+        numbers for group in REFUSED.values() for name, numbers in group.items() if name not in given_back
+    ]
     refused += [
         numbers
         for name, numbers in NETWORKING.items()
-        if network is Network.NONE or name in _ALWAYS_REFUSED_NETWORKING
+        if calls.network is Network.NONE or name in _ALWAYS_REFUSED_NETWORKING
     ]
     for number in sorted(each[column] or 0 for each in refused if each[column] is not None):
         found += _when(_EQUAL, number, _REFUSE)
-    for name, block in _argument_checks(pid, network).items():
+    for name, block in _argument_checks(pid, calls).items():
         found += _when(_EQUAL, _CHECKED[name][column], *block)
     return [*found, _PERMIT]
 
 
-def install(architecture: Architecture, *, network: Network) -> None:
+def install(architecture: Architecture, calls: Calls) -> None:
     """Puts the filter over this process for good. It must not be able to gain privileges any more.
 
     Raises:
         OSError: the kernel takes no filters, or not from here.
     """
-    steps = program(architecture, pid=os.getpid(), network=network)
+    steps = program(architecture, pid=os.getpid(), calls=calls)
     code = b"".join(struct.pack("=HBBI", *step) for step in steps)
     memory = ctypes.create_string_buffer(code, len(code))
 
@@ -331,7 +352,7 @@ def install(architecture: Architecture, *, network: Network) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _argument_checks(pid: int, network: Network) -> dict[str, list[Instruction]]:
+def _argument_checks(pid: int, calls: Calls) -> dict[str, list[Instruction]]:
     """What is run for a call that depends on its arguments; each block decides."""
     families: dict[Network, tuple[int, ...]] = {
         Network.NONE: (),
@@ -366,10 +387,13 @@ def _argument_checks(pid: int, network: Network) -> dict[str, list[Instruction]]
             _REFUSE,
         ],
     }
-    if families[network]:
+    if calls.programs:  # Landlock keeps signals inside, where it can
+        checks["kill"] = [_PERMIT]
+        checks["clone"] = [_argument(0), *_when(_ANY_BIT, _CLONE_NEW, _REFUSE), _PERMIT]
+    if families[calls.network]:
         kinds = [step for kind in (_SOCK_STREAM, _SOCK_DGRAM) for step in _when(_EQUAL, kind, _PERMIT)]
         of_kind = [_argument(1), (_AND, 0, 0, _SOCK_KIND), *kinds, _REFUSE]
-        allowed = [step for family in families[network] for step in _when(_EQUAL, family, *of_kind)]
+        allowed = [step for family in families[calls.network] for step in _when(_EQUAL, family, *of_kind)]
         checks["socket"] = [_argument(0), *allowed, _REFUSE]
     return checks
 

@@ -5,6 +5,7 @@
     source.py        checks the folder, the options and the golden prompts
     hugging_face.py  chooses the files of a Hugging Face folder
     cleaning.py      leaves out of its configurations what no device reads
+    trial.py         has the package tried in a process of its own, behind walls (trial_child.py)
     prompting.py     says what a chat template refuses, and where end tokens differ
     package.py       builds the MLflow package with its manifest and signature, and tries it once
     register.py      uploads it, registers the version, and moves the alias last

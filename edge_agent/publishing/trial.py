@@ -1,32 +1,29 @@
 """A trial of the package before it leaves this machine.
 
 Checks that the package loads and answers, through plain `mlflow.pyfunc` or as devices load it, that its golden
-prompts get the expected answers, and which conversations it takes (`prompting.py`). It runs in the publisher's
-process, which has already imported all libraries.
+prompts get the expected answers, and which conversations it takes (`prompting.py`). The model came from elsewhere: it
+is loaded in a process of its own, behind a runner's walls (`trial_child.py`).
 """
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_agent.errors import BadRequest, PromptTooLong, PublishError
+from edge_agent.errors import PublishError
 from edge_agent.package import genai_options
-from edge_agent.package.mlmodel import GOLDEN_TOKENS
 from edge_agent.publishing import prompting
-from edge_agent.runner import bounds
+from edge_agent.runner.process import child_environment
 
-Ask = Callable[[Mapping[str, Any], int], str]
-"""(messages or prompt, most new tokens) → the answer's text."""
-
-EXAMPLE_TOKENS = 16
+_TIMEOUT_S = 3_600.0
+"""A large model on a slow machine, with all its golden prompts."""
 
 
 def calm_libraries() -> None:
@@ -50,7 +47,7 @@ def need_transformers() -> None:
 def try_out(
     folder: Path, example: Mapping[str, Any], golden: Sequence[Mapping[str, Any]], *, flavor: str = "onnx"
 ) -> list[str]:
-    """Loads the package and asks it the example, the golden prompts, and what its chat template has to take.
+    """Has the package asked the example, the golden prompts, and what its chat template has to take.
 
     Returns:
         What limits it, one sentence each; see `prompting`.
@@ -58,26 +55,31 @@ def try_out(
     Raises:
         PublishError: it does not load, does not answer, or answers a golden prompt wrongly.
     """
-    calm_libraries()
-    try:
-        with bounds.panics_caught():
-            model = _through_mlflow(folder) if flavor == "onnx" else _as_on_a_device(folder)
-            model.ask(example, EXAMPLE_TOKENS)
-            answers = [model.ask(_input(entry), entry.get("max_tokens", GOLDEN_TOKENS)) for entry in golden]
-            limits = prompting.of_template(model.count, chat="messages" in example)
-    except PublishError:
-        raise
-    except Exception as error:  # the library may raise anything
-        text = " ".join(str(error).split())[:600]
-        raise PublishError(f"the model cannot answer: {type(error).__name__}: {text}") from error
-    del model
-    gc.collect()  # its weights are not needed for the upload
-    for number, (entry, answer) in enumerate(zip(golden, answers, strict=True), 1):
-        if not re.search(entry["expect"], answer):
-            raise PublishError(
-                f"golden prompt {number} expects {entry['expect']!r} and the model answers {answer[:200]!r}"
+    question = {"folder": str(folder.resolve()), "flavor": flavor, "example": example, "golden": list(golden)}
+    with tempfile.TemporaryDirectory(prefix="edge-agent-trial-") as scratch:
+        try:
+            result = subprocess.run(
+                [sys.executable, "-m", "edge_agent.publishing.trial_child", scratch],
+                input=json.dumps(question).encode(),
+                stdout=subprocess.PIPE,
+                timeout=_TIMEOUT_S,
+                check=False,
+                cwd="/",
+                env={**child_environment(Path(scratch)), "TMPDIR": scratch},
             )
-    return limits
+        except subprocess.TimeoutExpired as error:
+            raise PublishError(f"the model's trial took more than {_TIMEOUT_S:.0f} s") from error
+    if result.returncode != 0:
+        how = f"signal {-result.returncode}" if result.returncode < 0 else f"exit code {result.returncode}"
+        raise PublishError(f"the model cannot answer: its trial ended with {how}")
+    try:
+        answer = json.loads(result.stdout)
+        if "limits" in answer:
+            return [str(limit) for limit in answer["limits"]]
+        message, remedy = str(answer["message"]), str(answer["remedy"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise PublishError("the model cannot answer: its trial gave no result") from error
+    raise PublishError(message, remedy=remedy)
 
 
 def compare_ends(source: Path) -> list[str]:
@@ -87,70 +89,3 @@ def compare_ends(source: Path) -> list[str]:
     model = json.loads((source / genai_options.FILE_NAME).read_bytes()).get("model", {})
     files = TokenizerFiles.read(source / model.get("tokenizer_dir", ""))
     return prompting.of_end_tokens(model.get("eos_token_id"), files.end_ids)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Loaded:
-    """The package, loaded."""
-
-    ask: Ask
-    count: prompting.Count
-
-
-def _input(entry: Mapping[str, Any]) -> dict[str, Any]:
-    key = "messages" if "messages" in entry else "prompt"
-    return {key: entry[key]}
-
-
-def _through_mlflow(folder: Path) -> _Loaded:
-    """Asks through plain MLflow, as an MLflow server does."""
-    import mlflow.pyfunc
-
-    model = mlflow.pyfunc.load_model(str(folder))
-
-    def ask(row: Mapping[str, Any], max_tokens: int) -> str:
-        params = {"max_tokens": max_tokens, "temperature": 0.0}
-        if set(row) <= set(model.metadata.get_input_schema().input_names()):
-            answer = model.predict(dict(row), params=params)
-        else:  # the signature lacks this form; devices also call the wrapper directly
-            answer = model.unwrap_python_model().predict(None, dict(row), params)
-        return answer if isinstance(answer, str) else str(answer[0]["choices"][0]["message"]["content"])
-
-    def count(messages: prompting.Messages) -> int:
-        *_, last = model.unwrap_python_model().predict_stream(None, {"messages": messages}, {"max_tokens": 1})
-        return int(last["usage"]["prompt_tokens"])
-
-    return _Loaded(ask=ask, count=_counting(count))
-
-
-def _as_on_a_device(folder: Path) -> _Loaded:
-    """Asks as a device does: MLflow's pyfunc of the transformers flavor cannot decode greedily."""
-    from edge_agent.runner import loader
-
-    model = loader.load(folder, context_tokens=1 << 20, max_tokens=0, threads=0)
-
-    def ask(row: Mapping[str, Any], max_tokens: int) -> str:
-        return model.ask({**row, "max_tokens": max_tokens, "temperature": 0.0})[0]
-
-    def count(messages: prompting.Messages) -> int:
-        *_, end = model.stream({"messages": list(messages), "max_tokens": 1})
-        return end.usage["prompt_tokens"] if isinstance(end, loader.End) else 0
-
-    return _Loaded(ask=ask, count=_counting(count))
-
-
-def _counting(prompt_tokens: prompting.Count) -> prompting.Count:
-    """The same, with the refusals that `Count` has: the wrapper's and the runner's are told by their code."""
-
-    def count(messages: prompting.Messages) -> int:
-        try:
-            return prompt_tokens(messages)
-        except Exception as error:
-            code = getattr(error, "code", "")
-            if code == PromptTooLong.code:
-                return 0
-            if code == BadRequest.code:
-                raise BadRequest(str(error).removeprefix(f"{code}: ")) from error
-            raise
-
-    return count

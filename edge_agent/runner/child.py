@@ -25,7 +25,7 @@ from pathlib import Path
 from edge_agent.errors import CannotRun, EdgeAgentError, LoadFailed, PolicyError, RunnerError, Unconfined
 from edge_agent.host import memory
 from edge_agent.host.confinement import Confinement, Walls, confine
-from edge_agent.host.seccomp import Network
+from edge_agent.host.seccomp import Calls, Network
 from edge_agent.runner import bounds, golden, loader
 from edge_agent.runner.model import TOO_LONG
 from edge_agent.runner.protocol import (
@@ -143,7 +143,7 @@ class Runner:
             Confinement(
                 read=(Path(request.folder), *map(Path, request.read)),
                 write=(self._scratch,) if self._scratch else (),
-                network=Network.INTERNET if request.network else Network.NONE,
+                calls=Calls(network=Network.INTERNET if request.network else Network.NONE),
                 keep=(self._connection.fileno(), self._turn, *self._memory.descriptors),
             )
         )

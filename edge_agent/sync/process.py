@@ -21,6 +21,7 @@ from edge_agent import environment
 from edge_agent.errors import EdgeAgentError, SettingsError, SyncStopped, TransportError
 from edge_agent.host.clock import CLOCK, Clock
 from edge_agent.runner.lines import LineReader
+from edge_agent.runner.scratch import make_scratch, remove_scratch
 from edge_agent.sync.protocol import MAX_EVENTS, MAX_LINE_BYTES, Emit, Event, SyncJob, SyncResult, outcome_of
 
 log = logging.getLogger(__name__)
@@ -135,12 +136,13 @@ def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
     with _memory_file("sync") as stdin:  # a pipe would block on a job larger than its buffer
         stdin.write(job.encode())
         stdin.seek(0)
+        scratch = make_scratch()
         process = subprocess.Popen(
-            [sys.executable, "-m", "edge_agent.sync.child"],
+            [sys.executable, "-m", "edge_agent.sync.child", *([str(scratch)] if scratch else [])],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=child_environment(),
+            env={**child_environment(), **({"TMPDIR": str(scratch)} if scratch else {})},
             cwd="/",
             close_fds=True,
             pass_fds=() if job.version_file is None else (job.version_file,),
@@ -154,6 +156,7 @@ def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
             for pipe in (process.stdout, process.stderr):
                 if pipe:
                     pipe.close()
+            remove_scratch(scratch)
 
 
 class _Tail:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.errors import Unconfined
+from edge_agent.errors import PublishError, Unconfined
 from edge_agent.host.confinement import Wall
+from edge_agent.publishing import trial
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Delta, Load, Loaded
 from edge_agent.runner.scratch import PREFIX
@@ -160,3 +161,17 @@ def test_where_a_wall_of_the_minimum_is_missing_code_runs_only_if_it_may(
     finally:
         allowed.stop()
     assert os.listdir(scratches) == []  # noqa: PTH208
+
+
+def test_a_publishers_trial_has_the_same_walls(package: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("the key")
+    refused = [
+        {"prompt": prompt, "expect": "^PermissionError"}
+        for prompt in (f"read {secret}", f"write {secret}", f"write {package / 'MLmodel'}", "kill", "fork")
+    ]
+    works = [{"prompt": "thread", "expect": "^done$"}, {"prompt": "scratch", "expect": "^done in "}]
+    assert trial.try_out(package, {"prompt": "thread"}, [*refused, *works]) == []
+    with pytest.raises(PublishError, match=r"golden prompt 1 expects 'the key' and the model answers .Perm"):
+        trial.try_out(package, {"prompt": "thread"}, [{"prompt": f"read {secret}", "expect": "the key"}])
+    assert secret.read_text() == "the key"

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ def _in_a_loop(_: str) -> str:
 def _write_for_itself(_: str) -> str:
     folder = Path(tempfile.mkdtemp())
     (folder / "file").write_text("done")
-    text = (folder / "file").read_text()
+    (folder / "other").mkdir()
+    (folder / "file").rename(folder / "other" / "moved")
+    text = (folder / "other" / "moved").read_text()
     shutil.rmtree(folder)
     (Path(tempfile.gettempdir()) / "left").write_text("left behind")
     return f"{text} in {tempfile.gettempdir()}"
@@ -83,6 +85,14 @@ class Curious(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             return TRICKS[name](argument)
         except Exception as error:  # noqa: BLE001 - the answer says what came of it
             return f"{type(error).__name__}: {error}"
+
+    def predict_stream(self, context: Any, model_input: Any, params: Any = None) -> Iterator[Any]:
+        if "messages" in model_input:  # only counted: nobody chats with it
+            count = len(str(model_input["messages"]))
+        else:
+            yield self.predict(context, model_input, params)
+            count = 1
+        yield {"finish_reason": "stop", "usage": {"prompt_tokens": count, "completion_tokens": 1}}
 
 
 mlflow.models.set_model(Curious())

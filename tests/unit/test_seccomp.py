@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from edge_agent.host import seccomp
-from edge_agent.host.seccomp import ARCHITECTURES, MISSING, NETWORKING, REFUSED, Network, program
+from edge_agent.host.seccomp import ARCHITECTURES, MISSING, NETWORKING, REFUSED, Calls, Network, program
 from tests.support.bpf import verdict
 
 PID = 4711
@@ -23,9 +23,9 @@ ALLOWED = {
 
 
 class Filter:
-    def __init__(self, machine: str, network: Network = Network.NONE) -> None:
+    def __init__(self, machine: str, network: Network = Network.NONE, **more: bool) -> None:
         self.architecture = ARCHITECTURES[machine]
-        self.program = program(self.architecture, pid=PID, network=network)
+        self.program = program(self.architecture, pid=PID, calls=Calls(network=network, **more))
 
     def number(self, name: str) -> int | None:
         tables = (*REFUSED.values(), MISSING, NETWORKING, seccomp._CHECKED, ALLOWED)
@@ -62,6 +62,23 @@ def test_every_refused_call_is_refused_whatever_its_arguments(machine: str, netw
     assert len(names) > 90
     for arguments in ((), (PID, PID), (1, 1, 1)):
         assert {name: asked(name, *arguments) for name in names} == dict.fromkeys(names, "EPERM")
+
+
+@pytest.mark.parametrize("machine", list(ARCHITECTURES))
+def test_programs_and_modes_are_given_back_alone(machine: str) -> None:
+    none, both = Filter(machine), Filter(machine, programs=True, modes=True)
+    names = [name for group in REFUSED.values() for name in group if none.number(name) is not None]
+    given = {name for name in names if both(name) == "allowed"}
+    assert given | {"chmod", "utime", "utimes", "futimesat", "fork", "vfork"} == {
+        *("execve", "fork", "vfork", "setsid", "setpgid"),
+        *("chmod", "fchmod", "fchmodat", "utime", "utimes", "futimesat", "utimensat"),
+    }
+    assert [both("clone", 17), both("clone", 17 | 1 << 28), both("kill", 1)] == [
+        "allowed",
+        "EPERM",
+        "allowed",
+    ]
+    assert both("socket", 2, 1) == "EPERM"
 
 
 def test_calls_whose_arguments_cannot_be_read_do_not_exist(asked: Filter) -> None:
