@@ -60,9 +60,13 @@ def panics_caught() -> Iterator[None]:
 
 
 @contextmanager
-def computing(limit_s: float = READ_LIMIT_S) -> Iterator[None]:
-    """Ends this process with SIGPROF if the block computes longer, in seconds of processor time."""
-    signal.setitimer(signal.ITIMER_PROF, limit_s)
+def computing(limit_s: float = 0.0) -> Iterator[None]:
+    """Ends this process with SIGPROF if the block computes longer, in seconds of processor time.
+
+    Args:
+        limit_s: 0 for `READ_LIMIT_S`.
+    """
+    signal.setitimer(signal.ITIMER_PROF, limit_s or READ_LIMIT_S)
     try:
         yield
     finally:

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,13 @@ from edge_agent.publishing.package import build_package
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Load
 
+ROOT = Path(__file__).parents[2]
+SAMPLE_HF = ROOT / "tests" / "models" / "sample_hf"
+TRANSFORMERS_MLMODEL = """\
+flavors:
+  python_function: {loader_module: mlflow.transformers, python_version: 3.11.7}
+  transformers: {model_binary: model, task: text-generation}
+"""
 SECRET = "correct-horse-battery-staple==1"
 
 
@@ -91,3 +100,36 @@ def test_a_death_by_computing_too_long_is_a_crash_that_says_so(runner: RunnerPro
     os.kill(runner.pid, signal.SIGPROF)
     with pytest.raises(RunnerCrashed, match="it computed too long for one step"):
         runner.receive(60)
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+NATIVE = "{{ (10 ** (10 ** (messages|length * 9))) % 7 }}"
+WARM_UP = """
+import sys
+from pathlib import Path
+from edge_agent.runner import bounds, loader
+model = loader.load(Path(sys.argv[1]), context_tokens=256, max_tokens=8, threads=1)
+bounds.READ_LIMIT_S = 0.5
+model.warm_up()
+"""
+
+
+@pytest.mark.parametrize(("flavor", "template"), [("onnx", ENDLESS), ("transformers", NATIVE)])
+def test_a_template_without_end_ends_the_runner_by_a_signal_of_its_own(
+    package: Path, tmp_path: Path, flavor: str, template: str
+) -> None:
+    """In native code: the library of the one flavor, and one operation of the other's, which sees no signal."""
+    folder = tmp_path / "package"
+    if flavor == "onnx":
+        shutil.copytree(package, folder)
+        (folder / "artifacts/onnx/chat_template.jinja").write_text(template)
+    else:
+        shutil.copytree(SAMPLE_HF, folder / "model")
+        (folder / "MLmodel").write_text(TRANSFORMERS_MLMODEL)
+        (folder / "model/chat_template.jinja").write_text(template)
+    environment = {**child_environment(tmp_path), "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", WARM_UP, str(folder)],
+        env=environment, cwd=ROOT, timeout=300, check=False, capture_output=True,
+    )  # fmt: skip
+    assert ended.returncode == -signal.SIGPROF, ended.stderr.decode()[-500:]
