@@ -140,8 +140,9 @@ class Outbox:
         topics = {sent.topic for sent in suspects}
         if connection.hung_up and connection.worked:
             topics |= {topic for topic, at_s in connection.chunked.items() if now_s - at_s < _PATIENCE_S}
-        alone = len(suspects) == 1
-        suspected = self._suspicion.ended(topics, alone=alone, now_s=now_s)
+        lone = suspects[0].topic if len(suspects) == 1 else ""
+        suspected = self._suspicion.ended(topics, lone=lone, now_s=now_s)
+        alone = suspected == {lone}
         with contextlib.suppress(JournalUnavailable):  # the next end tells as much
             self._journal.deliveries.suspect(suspected, moment=self._now())
             if alone:
@@ -219,7 +220,7 @@ class Outbox:
         return False
 
     def _send_refusal(self, connection: Connection, refusal: Refusal) -> None:
-        mid = self._send_answer(
+        mid = _publish(
             connection, refusal.topic, refusal.answer, form=refusal.form, correlation=refusal.correlation
         )
         connection.in_flight[mid] = Sent(topic=refusal.topic, at_s=self._now().boot_s)
@@ -312,33 +313,16 @@ class Outbox:
         if not can_be_published(outgoing.topic):  # a flipped bit in the journal would end each connection
             self._give_up(sent, "its topic is damaged")
             return
-        answer = outgoing.answer
-        size = _packet_bytes(outgoing.topic, answer)
-        if size > connection.max_packet_bytes:
-            error = AnswerTooLarge(
-                f"the answer needs {size} bytes, the broker takes {connection.max_packet_bytes}"
-            )
-            answer = Answer.of_error(outgoing.id, outgoing.form, error)
-            if _packet_bytes(outgoing.topic, answer) > connection.max_packet_bytes:
-                self._note_refused(sent, "no answer fits into the broker's packets")
-                return
+        answer = _that_fits(outgoing, connection.max_packet_bytes)
+        if answer is None:
+            self._note_refused(sent, "no answer fits into the broker's packets")
+            return
+        if answer is not outgoing.answer:
             self._journal.deliveries.replace(outgoing.row, answer)
-        mid = self._send_answer(
+        mid = _publish(
             connection, outgoing.topic, answer, form=outgoing.form, correlation=outgoing.correlation
         )
         connection.in_flight[mid] = sent
-
-    def _send_answer(
-        self, connection: Connection, topic: str, answer: Answer, *, form: Form, correlation: bytes | None
-    ) -> int:
-        return connection.publish(
-            topic,
-            answer.payload,
-            qos=1,
-            form=form,
-            correlation=correlation,
-            user_properties=answer.properties,
-        )
 
     def _note_refused(self, sent: Sent, reason: str) -> None:
         """Tries an answer again later, or never: a broker that refuses it so often has a rule against it."""
@@ -370,8 +354,32 @@ class Outbox:
         )
 
 
+def _publish(
+    connection: Connection, topic: str, answer: Answer, *, form: Form, correlation: bytes | None
+) -> int:
+    """Hands an answer to paho. Gives its mid."""
+    return connection.publish(
+        topic,
+        answer.payload,
+        qos=1,
+        form=form,
+        correlation=correlation,
+        user_properties=answer.properties,
+    )
+
+
 def _rows_in_flight(connection: Connection) -> frozenset[int]:
     return frozenset(sent.row for sent in connection.in_flight.values() if sent.row is not None)
+
+
+def _that_fits(outgoing: Outgoing, limit_bytes: int) -> Answer | None:
+    """The answer, or an error in place of one that is too large for the broker, or None if even that is."""
+    size = _packet_bytes(outgoing.topic, outgoing.answer)
+    if size <= limit_bytes:
+        return outgoing.answer
+    error = AnswerTooLarge(f"the answer needs {size} bytes, the broker takes {limit_bytes}")
+    answer = Answer.of_error(outgoing.id, outgoing.form, error)
+    return answer if _packet_bytes(outgoing.topic, answer) <= limit_bytes else None
 
 
 def _packet_bytes(topic: str, answer: Answer) -> int:

@@ -57,14 +57,14 @@ class Suspicion:
         """True while the broker has a reason to end the connection over something that waits."""
         return self.careful or bool(self._ends)
 
-    def ended(self, topics: Collection[str], *, alone: bool, now_s: float) -> frozenset[str]:
+    def ended(self, topics: Collection[str], *, lone: str, now_s: float) -> frozenset[str]:
         """The broker has ended the connection with messages for these topics under way.
 
         Args:
-            alone: there was one answer only.
+            lone: the topic of the only answer among them; empty if there was none, or several.
 
         Returns:
-            Those of them that are suspected.
+            Those of them that are suspected. If that is `lone` alone, it was the cause.
         """
         suspected = frozenset(topics) - self._known.keys() or frozenset(topics)
         if not suspected:
@@ -74,7 +74,7 @@ class Suspicion:
             self._ends[topic] = self._ends.pop(topic, 0) + 1
             self._known.pop(topic, None)
         _bound(self._ends)
-        if alone:  # else the next connections find out which it was
+        if suspected == {lone}:  # else the next connections find out which it was
             self._wait_s = min(LAST_WAIT_S, max(FIRST_WAIT_S, self._wait_s * 2))
             self._next_s = now_s + self._wait_s
         return suspected

@@ -191,6 +191,23 @@ def test_chunks_that_end_connections_are_left_out(room: Room) -> None:
     assert NEW in room.log
 
 
+def test_chunks_that_end_connections_cost_no_answer_beside_them_a_try(room: Room) -> None:
+    room.turn()
+    room.answer(NEW)
+    room.turn()
+    room.rule = lambda topic: HANGS_UP if "bad" in topic else SAYS_NOTHING if "good" in topic else TAKES
+    row = room.answer(NEW)
+    room.turn()
+    room.outbox.chunk(room.prompt("replies/bad/1"), {})
+    room.turn()
+    assert room.ends == 1
+    outgoing = room.journal.deliveries.of(row)
+    assert outgoing is not None and outgoing.tries == 0
+    room.rule = forbids(HANGS_UP)  # type: ignore[assignment]
+    room.pass_by(3)
+    assert room.states()[row - 1] is State.DELIVERED
+
+
 def test_an_answer_whose_ack_never_comes_holds_nobody_up(room: Room) -> None:
     room.turn()
     room.answer(NEW)
