@@ -16,10 +16,20 @@ from hypothesis import strategies as st
 
 from edge_agent.cache import record as records
 from edge_agent.errors import MAX_MESSAGE_CHARACTERS, EdgeAgentError
-from edge_agent.package import genai_options, manifest, mlmodel, onnx_graph
+from edge_agent.package import (
+    genai_options,
+    genai_tokenizer,
+    manifest,
+    mlmodel,
+    onnx_bounds,
+    onnx_graph,
+    requirements,
+    transformers_options,
+)
 from edge_agent.package.needs import needs_of
 from edge_agent.sync import version_file
 from tests.attack.wounds import encoded, torn, wounded
+from tests.conftest import SAMPLE_MODEL
 from tests.support.committed import make_record
 from tests.support.generated_messages import examples
 from tests.support.packages import CONFIG, MLMODEL
@@ -86,6 +96,73 @@ def test_a_genai_config(folder: Path, document: Any) -> None:
 def test_what_a_package_needs(document: Any) -> None:
     sizes = {"artifacts/model/genai_config.json": 100, "artifacts/model/model.onnx": 100}
     stays_ours(lambda: needs_of(sizes, lambda path: encoded(document)))
+
+
+TOKENIZER_CONFIG: dict[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": {"content": "<s>", "special": True, "lstrip": False},
+    "eos_token": "</s>",
+    "added_tokens_decoder": {"0": {"content": "<s>", "special": True}},
+    "additional_special_tokens": ["<a>", "<b>"],
+    "model_max_length": 2048,
+    "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
+}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "tokenizer_config.json": TOKENIZER_CONFIG,
+    "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}},
+    "generation_config.json": {"eos_token_id": [1, 2], "do_sample": False, "temperature": 0.5},
+    "config.json": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "quantization_config": None,
+    },
+}
+
+
+@examples(400)
+@given(data=st.data(), name=st.sampled_from(sorted(CONFIGURATIONS)))
+def test_what_a_library_sees_of_a_configuration_leads_nowhere(data: st.DataObject, name: str) -> None:
+    document = data.draw(wounded(CONFIGURATIONS[name]))
+    if not isinstance(document, dict):
+        return
+    for clean in (transformers_options.clean, genai_tokenizer.clean):
+        try:
+            cleaned = clean(name, document).document
+        except EdgeAgentError as error:
+            assert error.message.isprintable()
+            continue
+        transformers_options.refuse_paths(cleaned)
+        assert not {"auto_map", "vocab_file", "tiktoken_file", "init_inputs", "vocab"} & cleaned.keys()
+
+
+REQUIREMENTS = b"mlflow==3.17.2\nonnxruntime-genai>=0.18,<1\nnumpy ; python_version >= '3.11'\n# note\n"
+
+
+@examples(400)
+@given(data=torn(REQUIREMENTS))
+def test_no_requirement_leads_anywhere(folder: Path, data: bytes) -> None:
+    (folder / "requirements.txt").write_bytes(data)
+    try:
+        requirements.check(folder, {"requirements.txt"})
+    except EdgeAgentError as error:
+        assert error.message.isprintable()
+        return
+    for line in data.decode().splitlines():
+        text = line.partition("#")[0].strip()
+        assert not text.startswith("-") and "://" not in text and "/" not in text, text
+
+
+MODEL = (SAMPLE_MODEL / "model.onnx").read_bytes()
+
+
+@examples(100)
+@given(data=torn(MODEL))
+def test_the_bounds_of_a_graph(folder: Path, data: bytes) -> None:
+    file = folder / "bounds.onnx"
+    file.write_bytes(data)
+    stays_ours(lambda: onnx_bounds.check(file, "model.onnx", package_bytes=2_000_000))
 
 
 GRAPH = bytes.fromhex("08071a0a65646765206167656e743a") + bytes(16) + b"MatMulNBits"

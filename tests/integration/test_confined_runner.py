@@ -17,6 +17,8 @@ from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Delta, Load, Loaded
 from edge_agent.runner.scratch import PREFIX
 
+pytestmark = pytest.mark.attack
+
 MODEL = Path(__file__).parents[1] / "support" / "curious_model.py"
 
 

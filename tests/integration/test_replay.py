@@ -27,6 +27,8 @@ from tests.support.keys import KeyPair, make_keys, sign
 from tests.support.packages import MLMODEL, WEIGHTS, add_manifest, make_package
 from tests.support.version_files import MODEL, bring_in
 
+pytestmark = pytest.mark.attack
+
 
 class Watched(LocalPackage):
     """A package that notes what is opened."""

@@ -41,6 +41,8 @@ def hook(event, arguments):
         opened.append(str(arguments[0]))
 sys.addaudithook(hook)
 from edge_agent.runner import loader
+
+pytestmark = pytest.mark.attack
 results = {{}}
 for folder in map(Path, sys.argv[1:]):
     opened.clear()

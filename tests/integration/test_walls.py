@@ -152,6 +152,8 @@ DAEMON = """
 import os
 from edge_agent import daemon
 from tests.support.attacks import _become_ordinary
+
+pytestmark = pytest.mark.attack
 class Visible:
     def __init__(self, *_): ...
     def run(self):

@@ -14,6 +14,8 @@ from edge_agent.package import genai_tokenizer, trust
 from edge_agent.publishing import cleaning
 from tests.support.packages import make_package, manifest_of
 
+pytestmark = pytest.mark.attack
+
 FOLDER = "artifacts/model"
 CONFIG = f"{FOLDER}/tokenizer_config.json"
 

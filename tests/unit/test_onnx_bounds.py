@@ -13,6 +13,8 @@ from edge_agent.publishing import source
 from tests.support.onnx_files import attribute, function, graph, message, model, node, number, tensor, varint
 from tests.support.packages import make_package, manifest_of
 
+pytestmark = pytest.mark.attack
+
 LARGE = [1 << 20, 1 << 12]
 BODY = attribute("body", message(6, graph([node("Add", ["a", "b"])])))
 

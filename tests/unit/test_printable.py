@@ -45,6 +45,8 @@ from edge_agent.settings import Settings
 from tests.support.committed import commit
 from tests.support.processes import to_toml
 
+pytestmark = pytest.mark.attack
+
 PACKAGE = Path(printable.__file__).parent
 WINDOW_TITLE = "\x1b]0;owned\x07"
 HOSTILE = [

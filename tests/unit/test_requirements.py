@@ -10,6 +10,8 @@ from edge_agent.errors import PolicyError
 from edge_agent.package import requirements
 from edge_agent.publishing import hugging_face, package
 
+pytestmark = pytest.mark.attack
+
 PYTHON_ENV = (
     "python: 3.11.7\nbuild_dependencies:\n- pip==23.2.1\n- setuptools\ndependencies:\n- -r requirements.txt\n"
 )

@@ -10,6 +10,8 @@ from edge_agent.errors import PolicyError
 from edge_agent.package import transformers_options as options
 from edge_agent.package.transformers_options import clean
 
+pytestmark = pytest.mark.attack
+
 
 @pytest.mark.parametrize("text", ["/", "/etc/passwd", "..", "../x", "a/../b", "a/..", "~/x"])
 def test_a_path_that_leads_out_is_known(text: str) -> None:
