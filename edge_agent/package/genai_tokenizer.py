@@ -18,6 +18,7 @@ from edge_agent.package import genai_options, transformers_options
 from edge_agent.package.transformers_options import (
     ADDED_TOKENS,
     GENERATION_CONFIG,
+    MAX_CONFIG_BYTES,
     MAX_JSON_BYTES,
     MAX_TEMPLATE_BYTES,
     SPECIAL_TOKENS,
@@ -89,7 +90,7 @@ def read(file: Path, path: str) -> dict[str, Any]:
     Raises:
         PolicyError: it is no regular file of bounded size, or no plain JSON object.
     """
-    document = genai_options.parse(transformers_options.read_bytes(file, path), path)
+    document = genai_options.parse(transformers_options.read_bytes(file, path, MAX_CONFIG_BYTES), path)
     if not isinstance(document, dict):
         raise PolicyError(f"{path!r} is not a JSON object")
     return document

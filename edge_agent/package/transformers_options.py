@@ -34,6 +34,8 @@ TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 TOKENIZER_FOLDER = PurePosixPath("components/tokenizer")
 
 MAX_JSON_BYTES = 64 << 20
+MAX_CONFIG_BYTES = 16 << 20
+"""Of a file that is read key by key, here and where a version arrives."""
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_PATH_CHARACTERS = 4096
 """A longer text is no path: the system opens none. Chat templates and tables are not read as paths."""
@@ -220,7 +222,7 @@ def read(file: Path, path: str = "") -> dict[str, Any]:
         PolicyError: it is no file of bounded size, or not a JSON object.
     """
     path = path or file.name
-    document = _parsed(read_bytes(file, path), path)
+    document = _parsed(read_bytes(file, path, MAX_CONFIG_BYTES), path)
     if not isinstance(document, dict):
         raise PolicyError(f"{path!r} is not a JSON object")
     return document
@@ -234,7 +236,7 @@ def _parsed(data: bytes, path: str) -> object:
     return document
 
 
-def read_bytes(file: Path, path: str) -> bytes:
+def read_bytes(file: Path, path: str, limit_bytes: int = MAX_JSON_BYTES) -> bytes:
     """A file's content.
 
     Raises:
@@ -243,8 +245,8 @@ def read_bytes(file: Path, path: str) -> bytes:
     status = file.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise PolicyError(f"{path!r} is not a regular file")
-    if status.st_size > MAX_JSON_BYTES:
-        raise PolicyError(f"{path!r} has more than {MAX_JSON_BYTES} bytes")
+    if status.st_size > limit_bytes:
+        raise PolicyError(f"{path!r} has more than {limit_bytes} bytes")
     return file.read_bytes()
 
 
@@ -325,7 +327,7 @@ def weight_files(index: Mapping[str, Any], path: str, names: Set[str]) -> dict[s
 def _check_json(file: Path, path: str, paths: Set[str]) -> None:
     place = PurePosixPath(path)
     name = place.name.casefold()
-    data = read_bytes(file, path)
+    data = read_bytes(file, path, MAX_CONFIG_BYTES if has_list(name) else MAX_JSON_BYTES)
     words = (*_REMOTE_KEYS, "attn_implementation", "\\u")
     if not has_list(name) and not any(word.encode() in data for word in words):
         return

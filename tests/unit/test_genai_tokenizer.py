@@ -47,6 +47,7 @@ def decide(folder: Path, **changes: bytes | str | None) -> None:
         ("chat_template.json", '{"chat_template": "/x"}', "'chat_template' is a path"),
         ("tokenizer_module.json", "{}", "is not allowed"),
         ("deeper/tokenizer_config.json", '{"tiktoken_file": "words"}', "'tiktoken_file' is not allowed"),
+        ("tokenizer_config.json", " " * (17 << 20), "more than 16777216 bytes"),
         ("chat_template.jinja", "{# #}" * 300_000, "more than 1048576 bytes"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +117,10 @@ def test_a_path_is_refused_under_any_key_at_any_depth(name: str) -> None:
 def test_a_tokenizer_that_reads_other_files_is_refused(name: object) -> None:
     with pytest.raises(PolicyError, match=r"read from tokenizer\.json alone"):
         options.tokenizer_class({"tokenizer_class": name})
+
+
+def test_a_configuration_of_many_megabytes_is_not_parsed(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text("{}" + " " * (17 << 20))
+    with pytest.raises(PolicyError, match="more than 16777216 bytes"):
+        options.read(file)
