@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 from edge_agent.chat.prompt import State
 from edge_agent.transport import outbox, suspicion
 from tests.support.client import Client, connected
+from tests.support.doorkeeper import Doorkeeper
 from tests.support.mosquitto import Broker, running_broker
 from tests.support.mqtt_agent import Agent, Recorder
 from tests.support.processes import short_folder, wait_until
@@ -25,55 +23,6 @@ GOODBYES = {
     "packet too large": b"\xe0\x02\x95\x00",
     "without a word": b"",
 }
-
-
-class Doorkeeper:
-    """A TCP door before a broker that ends a connection over anything about a forbidden topic.
-
-    Attributes:
-        ended: how many connections it has ended.
-    """
-
-    def __init__(self, broker: Broker, goodbye: bytes) -> None:
-        self.ended = 0
-        self._broker = broker
-        self._goodbye = goodbye
-        self._sockets: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._listen, name="door", daemon=True)
-
-    def __enter__(self) -> Doorkeeper:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for sock in (self._listener, *self._sockets):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-        self._thread.join(60)
-
-    def _listen(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection((self._broker.host, self._broker.port))
-                self._sockets += [client, server]
-                for source, target, watched in ((client, server, True), (server, client, False)):
-                    threading.Thread(target=self._pump, args=(source, target, watched), daemon=True).start()
-
-    def _pump(self, source: socket.socket, target: socket.socket, watched: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                if watched and FORBIDDEN.encode() in data:
-                    self.ended += 1
-                    source.sendall(self._goodbye)
-                    break
-                target.sendall(data)
-        for sock in (source, target):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +42,7 @@ def door(strict_broker: Broker, request: pytest.FixtureRequest) -> Iterator[tupl
     if request.param == "refuses":
         yield strict_broker.port, None
         return
-    with Doorkeeper(strict_broker, GOODBYES[request.param]) as keeper:
+    with Doorkeeper(strict_broker, FORBIDDEN, GOODBYES[request.param]) as keeper:
         yield keeper.port, keeper
 
 
