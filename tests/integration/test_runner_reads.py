@@ -18,6 +18,8 @@ from edge_agent.publishing.package import build_package
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Load
 
+pytestmark = pytest.mark.attack
+
 ROOT = Path(__file__).parents[2]
 SAMPLE_HF = ROOT / "tests" / "models" / "sample_hf"
 TRANSFORMERS_MLMODEL = """\
@@ -108,8 +110,6 @@ WARM_UP = """
 import sys
 from pathlib import Path
 from edge_agent.runner import bounds, loader
-
-pytestmark = pytest.mark.attack
 model = loader.load(Path(sys.argv[1]), context_tokens=256, max_tokens=8, threads=1)
 bounds.READ_LIMIT_S = 0.5
 model.warm_up()

@@ -16,6 +16,8 @@ from edge_agent.host.confinement import Wall
 from edge_agent.sync.protocol import RegistryJob, SyncJob, TrustJob
 from edge_agent.sync.walls import around_question, around_sync
 
+pytestmark = pytest.mark.attack
+
 ROOT = Path(__file__).parents[2]
 REMOTE = "https://mlflow.example:5000"
 
@@ -25,8 +27,6 @@ from pathlib import Path
 from edge_agent.host.confinement import confine
 from edge_agent.sync.protocol import SyncJob
 from edge_agent.sync.walls import around_sync
-
-pytestmark = pytest.mark.attack
 job = SyncJob.parse(sys.argv[1].encode())
 state, scratch, port = Path(job.state_dir), Path(sys.argv[2]), int(sys.argv[3])
 walls = confine(around_sync(job, scratch=scratch, keep=1))

@@ -21,6 +21,8 @@ from edge_agent.package import trust
 from tests.support.packages import manifest_of
 from tests.support.processes import clean_environment
 
+pytestmark = pytest.mark.attack
+
 ROOT = Path(__file__).parents[2]
 SAMPLE_HF = ROOT / "tests" / "models" / "sample_hf"
 SECRET = "correct-horse-battery-staple"
@@ -41,8 +43,6 @@ def hook(event, arguments):
         opened.append(str(arguments[0]))
 sys.addaudithook(hook)
 from edge_agent.runner import loader
-
-pytestmark = pytest.mark.attack
 results = {{}}
 for folder in map(Path, sys.argv[1:]):
     opened.clear()

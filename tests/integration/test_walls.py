@@ -19,6 +19,8 @@ import pytest
 from edge_agent.host.confinement import MINIMUM, Wall
 from tests.support.attacks import ATTACKS
 
+pytestmark = pytest.mark.attack
+
 ROOT = Path(__file__).parents[2]
 ALL = frozenset(Wall)
 
@@ -152,8 +154,6 @@ DAEMON = """
 import os
 from edge_agent import daemon
 from tests.support.attacks import _become_ordinary
-
-pytestmark = pytest.mark.attack
 class Visible:
     def __init__(self, *_): ...
     def run(self):
