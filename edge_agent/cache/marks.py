@@ -53,9 +53,12 @@ class Mark:
         """The mark after this version became active.
 
         One that the mark refuses becomes active only where an operator says so: from then on its time counts, or
-        every later version would have to be allowed in the same way.
+        every later version would have to be allowed in the same way. The same package under a higher number raises
+        nothing: else whatever was refused under the numbers between would be taken.
         """
         if not self.refuses(version, packaged_at):
+            if self.version and packaged_at <= self.packaged_at:
+                return self
             packaged_at = max(packaged_at, self.packaged_at)
         return replace(self, version=max(version, self.version), packaged_at=packaged_at)
 
@@ -141,14 +144,17 @@ def parse(data: bytes) -> tuple[Mark, ...]:
 
 def _of_records(records: Iterable[VersionRecord]) -> tuple[Mark, ...]:
     """From the signed versions that were active here, as far as they are still in the cache."""
-    marks: dict[tuple[str, str], Mark] = {}
+    active: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for record in records:
         if record.served and record.trust.signed_by:
             place = (record.trust.signed_by, record.registered_name)
-            before = marks.get(place, Mark(key=place[0], name=place[1]))
-            marks[place] = replace(
-                before,
-                version=max(before.version, record.version),
-                packaged_at=max(before.packaged_at, record.packaged_at or 0.0),
-            )
-    return tuple(marks.values())
+            active.setdefault(place, []).append((record.version, record.packaged_at or 0.0))
+    return tuple(_of_active(key, name, versions) for (key, name), versions in active.items())
+
+
+def _of_active(key: str, name: str, versions: list[tuple[int, float]]) -> Mark:
+    """The lowest mark that refuses none of them."""
+    newest = max(at_s for _, at_s in versions)
+    first = min(version for version, at_s in versions if at_s == newest)
+    version = max([first, *(version for version, at_s in versions if at_s < newest)])
+    return Mark(key=key, name=name, version=version, packaged_at=newest)

@@ -31,6 +31,8 @@ MAX_MADE_BYTES = 256 << 20
 MAX_STEPS = 1 << 24
 """Nodes that run, each round of a loop counted."""
 MAX_NODES = 1_000_000
+MAX_FUNCTIONS = 10_000
+MAX_INITIALISERS = 200_000
 MAX_DEPTH = 16
 _MAX_SHAPE = 64
 _MAX_SHARING = 2
@@ -119,7 +121,9 @@ class _Model:
         self._open: list[tuple[str, str]] = []
 
     def check(self, model: memoryview) -> None:
-        for function in _messages(model, 25):
+        for count, function in enumerate(_messages(model, 25), 1):
+            if count > MAX_FUNCTIONS:
+                _refuse(f"more than {MAX_FUNCTIONS} functions")
             key = (_text(function, 10), _text(function, 1))
             self._functions.setdefault(key, []).append(function)
         self._graph(_single(model, 7), {}, depth=0)
@@ -128,7 +132,9 @@ class _Model:
         if depth > MAX_DEPTH:
             _refuse("graphs nested too deeply")
         known = dict(outer)
-        for tensor in _messages(graph, 5):
+        for count, tensor in enumerate(_messages(graph, 5), 1):
+            if count > MAX_INITIALISERS:
+                _refuse(f"more than {MAX_INITIALISERS} initialisers in one graph")
             name, numbers = self._initialiser(tensor)
             known[name] = numbers
         for sparse in _messages(graph, 15):

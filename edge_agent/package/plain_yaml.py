@@ -8,6 +8,8 @@ from typing import Any
 from edge_agent.errors import PolicyError
 
 _MAX_NODES = 50_000
+_MAX_NUMBER_CHARACTERS = 100
+"""`1:1:1:…` is a number to YAML, to the base of 60, and takes time with the square of its length."""
 
 
 def load(data: bytes, name: str) -> object:
@@ -34,6 +36,12 @@ def load(data: bytes, name: str) -> object:
             if self.nodes > _MAX_NODES:
                 raise PolicyError(f"{name} has more than {_MAX_NODES} values")
             return super().compose_node(parent, index)
+
+        def construct_scalar(self, node: Any) -> Any:
+            is_number = node.tag.endswith((":int", ":float"))
+            if is_number and len(node.value) > _MAX_NUMBER_CHARACTERS:
+                raise PolicyError(f"{name} has a number of {len(node.value)} characters")
+            return super().construct_scalar(node)
 
     try:
         return yaml.load(data, Loader=PlainLoader)

@@ -68,4 +68,7 @@ def _refuse(store: Store, job: SyncJob, *, key: str, name: str, version: int, at
 
 
 def _shown(at_s: float) -> str:
-    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    try:
+        return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):  # a year that no calendar here has
+        return f"{at_s:.0f} s after 1970"

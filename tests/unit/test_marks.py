@@ -64,7 +64,8 @@ def test_what_became_active_is_never_refused_afterwards_and_the_number_never_fal
     for version, at in adopted:
         before, allowed = found, found.refuses(version, at)
         found = found.raised(version, at)
-        assert found.version == max(before.version, version)
+        rises = allowed or at > before.packaged_at or not before.version
+        assert found.version == (max(before.version, version) if rises else before.version)
         assert not found.refuses(version, at)
         assert found.packaged_at == (at if allowed else max(at, before.packaged_at))
 
@@ -80,6 +81,15 @@ def test_a_version_that_an_operator_allowed_lowers_the_time_that_counts(store: S
     note_active(store, add(store, 7, 700.0))
     note_active(store, add(store, 8, 300.0))
     assert mark(store) == (8, 300.0)
+
+
+def test_the_active_package_under_a_higher_number_opens_no_way_for_the_numbers_between(store: Store) -> None:
+    note_active(store, add(store, 7, 700.0))
+    note_active(store, add(store, 9, 700.0))
+    found = mark_of(store, key=KEY, name="phi")
+    assert found.refuses(8, 300.0) and not found.refuses(9, 700.0)
+    store.marks_file.unlink()
+    assert mark_of(store, key=KEY, name="phi") == found, "made again from the cache"
 
 
 def test_each_key_and_each_name_has_its_own(store: Store) -> None:

@@ -154,6 +154,19 @@ def test_what_is_bounded_or_no_message_is_taken(tmp_path: Path, name: str) -> No
     check(tmp_path, TAKEN[name])
 
 
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (bytes.fromhex("ca0100") * 10_001, "more than 10000 functions"),
+        (model([], [b""] * 200_001), "more than 200000 initialisers"),
+    ],
+    ids=["functions", "initialisers"],
+)
+def test_parts_that_cost_more_than_their_bytes_are_counted(tmp_path: Path, data: bytes, reason: str) -> None:
+    with pytest.raises(PolicyError, match=reason):
+        check(tmp_path, data)
+
+
 @pytest.mark.parametrize("folder", ["edge_agent/demo/sample_model", "tests/models/swapped"])
 def test_a_model_of_the_builder_is_taken(folder: str) -> None:
     place = Path(__file__).parents[2] / folder

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.errors import PolicyError
-from edge_agent.package import requirements
+from edge_agent.package import plain_yaml, requirements
 from edge_agent.publishing import hugging_face, package
 
 pytestmark = pytest.mark.attack
@@ -122,3 +122,9 @@ def test_a_large_file_and_one_that_is_no_text_are_refused(tmp_path: Path) -> Non
     (tmp_path / "requirements.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(PolicyError, match="not text"):
         check(tmp_path)
+
+
+def test_a_number_to_the_base_of_60_is_short() -> None:
+    with pytest.raises(PolicyError, match="a number of 1999 characters"):
+        plain_yaml.load(b"x: " + b":".join([b"1"] * 1000), "MLmodel")
+    assert plain_yaml.load(b"x: 1:30\ny: 1.5\nz: -7", "MLmodel") == {"x": 90, "y": 1.5, "z": -7}
