@@ -15,7 +15,7 @@ import functools
 import http.client
 import io
 import ipaddress
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -97,6 +97,18 @@ class RegistrySession(requests.Session):
             self._read_whole(response)
         return response
 
+    def get_signed(self, url: str, headers: Mapping[str, str]) -> requests.Response:
+        """A file at an address that is its own key: what else this session knows of credentials is not sent along.
+
+        Raises:
+            PolicyError: the registry leads to a place that it may not lead to.
+            OSError, ValueError: there is no answer, or no such address.
+        """
+        request = requests.Request("GET", url, headers=dict(headers)).prepare()
+        return self.send(
+            request, timeout=self._timeout_s, **self.merge_environment_settings(url, {}, True, None, None)
+        )
+
     def close(self) -> None:
         for adapter in self._adapters:
             adapter.close()
@@ -108,7 +120,7 @@ class RegistrySession(requests.Session):
         request.headers.pop("Cookie", None)
         request.headers["Accept-Encoding"] = "identity"
         if not at_home:
-            self._check_place(url)
+            self._checkplace_of(url)
             for name in [name for name in request.headers if name.lower() not in _NOT_SECRET]:
                 del request.headers[name]
         proxies = self.rebuild_proxies(request, kwargs.get("proxies"))
@@ -126,7 +138,7 @@ class RegistrySession(requests.Session):
     def _redirected(
         self, request: requests.PreparedRequest, url: str, *, artifact: bool
     ) -> requests.PreparedRequest:
-        place = _place(url)
+        place = place_of(url)
         try:
             there = origin_of(url)
         except ValueError:
@@ -143,7 +155,7 @@ class RegistrySession(requests.Session):
         following.headers.pop("Host", None)
         return following
 
-    def _check_place(self, url: str) -> None:
+    def _checkplace_of(self, url: str) -> None:
         """Before a connection, for what stands behind a proxy; names are looked up by `_check_peer`."""
         host = origin_of(url)[1]
         address = _address(host)
@@ -317,7 +329,7 @@ def _is_near(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return address.is_loopback or address.is_link_local or address.is_unspecified
 
 
-def _place(url: str) -> str:
-    """An address without its path, query and user: they may be what lets somebody in."""
+def place_of(url: str) -> str:
+    """An address without its path, query and user, which may be what lets somebody in."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"[:200]
