@@ -5,7 +5,7 @@ If-Range. They live for minutes, so each request has one of its own. The registr
 the session's rules hold for the store as for any place that a registry leads to.
 
 Many servers sign addresses that a device cannot use: the store stands in a network of its own. So this way is given up
-for the rest of a sync, and the server hands the files through, when it is forbidden, or fails `_MAX_FAILURES` times
+for the rest of a sync, and the server hands the files through, when it is forbidden, or fails `MAX_FAILURES` times
 where the server itself answers. A store that breaks off or is overloaded is there, and is not given up.
 """
 
@@ -14,12 +14,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from edge_agent.errors import PolicyError, TransportError
 from edge_agent.sync import refusal
 from edge_agent.sync.files import TRY_AGAIN, PastTheEnd
-from edge_agent.sync.http_session import place_of
+from edge_agent.sync.http_session import origin_of, place_of
 
 if TYPE_CHECKING:
     from edge_agent.sync.registry import Registry
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 _ADDRESSES = "/api/2.0/mlflow-artifacts/presigned"
 _SERVER_INFO = "/api/3.0/mlflow/server-info"
-_MAX_FAILURES = 3
+MAX_FAILURES = 3
 """One less than a fetch takes in a row: what was given up is tried the other way by the same fetch."""
 _MAX_ADDRESS_CHARACTERS = 16_384
 
@@ -82,7 +82,11 @@ class PresignedStore:
         url = answer.get("url")
         if not isinstance(url, str) or len(url) > _MAX_ADDRESS_CHARACTERS or answer.get("headers"):
             raise _Unusable("the registry signs no address that a plain GET can use")
-        if urlsplit(url).scheme not in ("http", "https"):
+        try:
+            scheme = origin_of(url)[0]
+        except ValueError:
+            scheme = ""
+        if scheme not in ("http", "https"):
             raise _Unusable("the registry signs an address that is not http or https")
         return url
 
@@ -129,7 +133,7 @@ class PresignedStore:
         """What to raise: the same may work later, or it has failed often enough."""
         self._failures += 1
         failure = f"{self.name} {how}"
-        return TransportError(failure) if self._failures < _MAX_FAILURES else _Unusable(failure)
+        return TransportError(failure) if self._failures < MAX_FAILURES else _Unusable(failure)
 
 
 class _Unusable(Exception):
