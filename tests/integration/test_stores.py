@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,14 @@ from urllib.parse import urlsplit
 import boto3
 import pytest
 from mlflow import MlflowClient
+from mlflow.store.artifact import s3_artifact_repo
 
 from edge_agent.cache import fsck
-from edge_agent.errors import StoreError, TransportError, VerificationError
+from edge_agent.errors import PublishError, RegistryRefused, StoreError, TransportError, VerificationError
 from edge_agent.host.clock import Clock
+from edge_agent.package import trust
+from edge_agent.publishing import register
+from edge_agent.publishing.package import Package
 from edge_agent.sync import http_package
 from edge_agent.sync.pace import CHUNK_BYTES
 from tests.support import s3
@@ -27,13 +32,14 @@ from tests.support.clock import ScriptedClock
 from tests.support.device import Device
 from tests.support.http_faults import FaultyProxy, HttpFault, Plan, faulty_proxy
 from tests.support.mlflow_server import Server, running_mlflow_server
-from tests.support.packages import WEIGHTS
-from tests.support.processes import short_folder
+from tests.support.packages import WEIGHTS, add_manifest, make_package, manifest_of
+from tests.support.processes import free_port, short_folder
 
 CONTENT = random.Random(5).randbytes(4_000_000)
 OTHER = random.Random(6).randbytes(len(CONTENT))
 FILE = Path(WEIGHTS).name
 PROXIED = "proxied"
+ACCESS_DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
 
 class Store:
@@ -107,6 +113,8 @@ def direct(s3_line: FaultyProxy, database: str, tmp_path: Path, monkeypatch: pyt
     for name, value in s3.CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", s3_line.uri)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # as in a new process, which a sync has
+    s3_artifact_repo._cached_get_s3_client.cache_clear()
     s3_line.use(Plan(fault=HttpFault.NONE, file=""))
     device = Device(database, tmp_path)
     device.artifact_root = f"s3://{s3.BUCKET}/direct"
@@ -184,3 +192,115 @@ def test_the_cap_on_bandwidth_and_the_room_that_is_left_hold(store: Store) -> No
         store.device.sync(replace(job, cache=replace(job.cache, quota_bytes=len(CONTENT))))
     assert store.device.sync(replace(job, cache=replace(job.cache, max_bytes_per_s=500_000))).new
     assert time.now_s >= len(CONTENT) / 500_000 - 2
+
+
+def test_an_s3_that_is_down_is_out_of_reach(direct: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct.device.publish()
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(TransportError, match=f"artifact store s3://{s3.BUCKET} cannot be reached") as caught:
+        direct.device.sync()
+    assert caught.value.code == "registry_unreachable"
+
+
+def test_an_s3_without_credentials_refuses(direct: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct.device.publish()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(RegistryRefused, match=r"no credentials.*aws-access-key-id") as caught:
+        direct.device.sync()
+    assert caught.value.code == "registry_refused"
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_an_s3_that_does_not_let_the_device_in_refuses(direct: Store, status: int) -> None:
+    direct.device.publish()
+    direct.line.authorization, direct.line.refusal = "of another device", (status, b"")
+    try:
+        with pytest.raises(RegistryRefused, match=f"it answered {status}.*aws-access-key-id"):
+            direct.device.sync()
+    finally:
+        direct.line.authorization = None
+
+
+def test_an_object_that_is_gone_is_named(direct: Store) -> None:
+    direct.device.publish()
+    direct.line.use(Plan(fault=HttpFault.GONE, file=FILE))
+    with pytest.raises(TransportError, match=f"s3://{s3.BUCKET} answered 404"):
+        direct.device.sync()
+    assert direct.line.answers == 1
+
+
+def test_an_s3_behind_a_server_that_is_down_is_out_of_reach(
+    s3_server: Server, s3_line: FaultyProxy, tmp_path: Path
+) -> None:
+    s3_line.use(Plan(fault=HttpFault.NONE, file=""))
+    device = Device(s3_server.uri, tmp_path)
+    device.publish(weights=CONTENT)
+    s3_line.use(Plan(fault=HttpFault.UNAVAILABLE, file=FILE))
+    with pytest.raises(TransportError, match="503"):
+        device.sync()
+    s3_line.authorization, s3_line.refusal = "nobody", (503, b"")
+    try:
+        with pytest.raises(TransportError):
+            device.sync()
+    finally:
+        s3_line.authorization = None
+
+
+def test_without_boto3_an_s3_source_says_what_to_install(
+    direct: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct.device.publish()
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(TransportError, match=r"needs boto3; install edge-agent\[s3\]"):
+        direct.device.sync()
+
+
+@pytest.fixture
+def package(direct: Store) -> Package:
+    folder = make_package(direct.device.folder / "made", trust.WRAPPER)
+    add_manifest(folder, direct.device.model)
+    return Package(folder=folder, manifest=manifest_of(folder, direct.device.model))
+
+
+@pytest.fixture
+def experiment(direct: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `publish` puts its runs is in S3."""
+    client = MlflowClient(tracking_uri=direct.device.uri, registry_uri=direct.device.uri)
+    name = f"exp-{direct.device.model}"
+    client.create_experiment(name, artifact_location=direct.device.artifact_root)
+    monkeypatch.setattr(register, "EXPERIMENT", name)
+
+
+def publish(direct: Store, package: Package) -> None:
+    register.publish(package, registry_uri=direct.device.uri, name=direct.device.model, alias="prod")
+
+
+@pytest.mark.usefixtures("experiment")
+def test_what_was_published_to_s3_comes_from_there(direct: Store, package: Package) -> None:
+    publish(direct, package)
+    assert direct.device.sync().new
+
+
+@pytest.mark.usefixtures("experiment")
+def test_publish_says_what_is_missing_for_s3(
+    direct: Store, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(PublishError, match=r"could not upload the files: .*set AWS_ACCESS_KEY_ID"):
+        publish(direct, package)
+    s3_artifact_repo._cached_get_s3_client.cache_clear()
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(PublishError, match=r"could not upload the files: .*install edge-agent\[s3\]"):
+        publish(direct, package)
+
+
+@pytest.mark.usefixtures("experiment")
+def test_publish_to_an_s3_that_refuses_names_the_credentials(direct: Store, package: Package) -> None:
+    direct.line.authorization, direct.line.refusal = "of nobody", (403, ACCESS_DENIED)
+    try:
+        with pytest.raises(PublishError, match=r"could not upload the files: .*check AWS_ACCESS_KEY_ID"):
+            publish(direct, package)
+    finally:
+        direct.line.authorization = None
