@@ -81,6 +81,7 @@ class Updates:
                 lifecycle=lifecycle,
                 run_sync=run_sync,
                 note_registry=self._note_registry,
+                clock=clock,
             )
             for name, lifecycle in lifecycles.items()
         }
