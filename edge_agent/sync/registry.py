@@ -21,6 +21,7 @@ from edge_agent.sync import http_session, refusal
 from edge_agent.sync.files import LocalPackage, Package
 from edge_agent.sync.http_package import HttpPackage
 from edge_agent.sync.s3_package import S3Package
+from edge_agent.sync.tls import NO_FILES, TlsFiles
 from edge_agent.sync.whole_package import WholePackage
 
 _UNBOUNDED_STORES = frozenset(("ftp", "sftp", "hdfs", "viewfs", "dbfs"))
@@ -36,7 +37,7 @@ class Registry:
         timeout_s: for one request, and for one read that brings nothing.
     """
 
-    def __init__(self, uri: str, *, timeout_s: float, clock: Clock = CLOCK) -> None:
+    def __init__(self, uri: str, *, timeout_s: float, tls: TlsFiles = NO_FILES, clock: Clock = CLOCK) -> None:
         self.uri = uri
         self.timeout_s = timeout_s
         self.clock = clock
@@ -46,11 +47,13 @@ class Registry:
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
         self._refuse_missing_database()
         try:
-            self.session = http_session.RegistrySession(uri, timeout_s=timeout_s, clock=clock)
+            self.session = http_session.RegistrySession(uri, timeout_s=timeout_s, tls=tls, clock=clock)
         except ValueError as error:
             raise TransportError(
                 f"registry.uri {uri!r} is not an address", remedy="check registry.uri"
             ) from error
+        except OSError as error:  # a file that was there at the daemon's start
+            raise TransportError(f"registry.ca_file cannot be loaded: {error}") from error
         with self.errors():
             from mlflow.tracking import MlflowClient
 

@@ -31,6 +31,7 @@ from edge_agent.serving.seat import Serving
 from edge_agent.settings import Settings
 from edge_agent.sync import version_file
 from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
+from edge_agent.sync.tls import TlsFiles
 from edge_agent.updates import choice
 from edge_agent.updates.patience import Patience
 
@@ -340,7 +341,11 @@ class ModelCheck:
         loads = lifecycle.serving is not Serving.FAILED  # then nobody has to be asked whether this host can
         return SyncJob(
             state_dir=str(settings.state_dir),
-            registry=RegistryJob(uri=settings.registry.uri, timeout_s=settings.registry.timeout_s),
+            registry=RegistryJob(
+                uri=settings.registry.uri,
+                timeout_s=settings.registry.timeout_s,
+                tls=TlsFiles.of(settings.registry),
+            ),
             name=self._name,
             ref=str(ref),
             fallback=fallback,
