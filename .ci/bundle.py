@@ -26,7 +26,7 @@ from wheels import Target, Wheel, dependencies, locked, pins
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / ".ci" / "locks" / "device.txt"
-EXTRAS = "edge-agent[local-registry,signing]"
+EXTRAS = "edge-agent[local-registry,s3,signing]"
 FILES = {
     "install.sh": ROOT / "systemd" / "install.sh",
     "edge-agent.service": ROOT / "systemd" / "edge-agent.service",

@@ -23,7 +23,7 @@ REGISTRY_CREDENTIALS = (
     "aws-secret-access-key",
 )
 """Names of systemd credentials. The sync process gets each as the variable of the same name."""
-CREDENTIALS = ("mqtt-password", "mqtt-key", *REGISTRY_CREDENTIALS)
+CREDENTIALS = ("mqtt-password", "mqtt-key", "registry-key", *REGISTRY_CREDENTIALS)
 """All credentials in the unit."""
 
 _MAX_CREDENTIAL_BYTES = 65_536

@@ -6,13 +6,14 @@ Source: RFC 5280 §4.1.2.5 (Validity).
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.errors import SettingsError
-from edge_agent.settings import MqttSettings
+from edge_agent.settings import MqttSettings, RegistrySettings
+from edge_agent.sync.tls import TlsFiles
 from edge_agent.transport.credentials import tls_context
 
 Period = tuple[datetime, datetime]
@@ -24,23 +25,34 @@ _MAX_FILE_BYTES = 4 << 20
 
 def check(mqtt: MqttSettings) -> Iterator[Finding]:
     """Checks `mqtt.ca_file`, `mqtt.cert_file` and `mqtt.key_file`; yields nothing without TLS."""
-    if not mqtt.ca_file:
-        return
+    if mqtt.ca_file:
+        yield from _check("mqtt", mqtt, lambda: tls_context(mqtt))
+
+
+def check_registry(registry: RegistrySettings) -> Iterator[Finding]:
+    """Checks `registry.ca_file`, `registry.cert_file` and `registry.key_file`; yields nothing without them."""
+    yield from _check("registry", registry, TlsFiles.of(registry).check)
+
+
+def _check(
+    section: str, settings: MqttSettings | RegistrySettings, load: Callable[[], object]
+) -> Iterator[Finding]:
     now = datetime.now(UTC)
     try:
-        tls_context(mqtt)
+        load()
     except SettingsError as error:
         # `settings.files` reports missing and unreadable files already.
         if not isinstance(error.__cause__, PermissionError | FileNotFoundError):
-            yield _unusable(mqtt, error)
-    authorities = _periods(mqtt.ca_file)
+            yield _unusable(settings, error)
+    authorities = _periods(settings.ca_file) if settings.ca_file else []
     if authorities:
         remedy = "install the authority's new certificate"
-        yield _check_dates("mqtt.ca_file", mqtt.ca_file, _of_any(authorities, now), now, remedy)
-    chain = _periods(mqtt.cert_file) if mqtt.cert_file else []
+        period = _of_any(authorities, now)
+        yield _check_dates(f"{section}.ca_file", settings.ca_file, period, now, remedy)
+    chain = _periods(settings.cert_file) if settings.cert_file else []
     if chain:
         remedy = "issue a new certificate for this device; the daemon loads it at its next start"
-        yield _check_dates("mqtt.cert_file", mqtt.cert_file, _of_all(chain), now, remedy)
+        yield _check_dates(f"{section}.cert_file", settings.cert_file, _of_all(chain), now, remedy)
 
 
 def _of_all(periods: Sequence[Period]) -> Period:
@@ -54,13 +66,13 @@ def _of_any(periods: Sequence[Period], now: datetime) -> Period:
     return max(begun or periods, key=lambda period: period[1])
 
 
-def _unusable(mqtt: MqttSettings, error: SettingsError) -> Finding:
+def _unusable(settings: MqttSettings | RegistrySettings, error: SettingsError) -> Finding:
     cause = error.__cause__
     reason = cause.reason if isinstance(cause, ssl.SSLError) else ""
     if reason == "KEY_VALUES_MISMATCH":
         return fail(
             "settings.tls",
-            f"the key {mqtt.key_file} does not belong to the certificate {mqtt.cert_file}",
+            f"the key {settings.key_file} does not belong to the certificate {settings.cert_file}",
             "install the certificate and the key that were issued together",
         )
     return fail(

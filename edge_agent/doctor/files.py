@@ -27,6 +27,7 @@ from edge_agent.settings import SYSTEM_CONFIG, Settings
 _TIMEOUT_S = 20.0
 _HIDDEN = tuple(Path(folder) for folder in ("/home", "/root", "/run/user", "/tmp", "/var/tmp"))
 """The unit's ProtectHome= and PrivateTmp= hide these from the daemon."""
+_SECRET = frozenset(("mqtt.password_file", "mqtt.key_file", "registry.key_file"))
 _ASK = """
 import json, os, sys
 uid, gid, groups, wanted = json.load(sys.stdin)
@@ -48,7 +49,7 @@ def check(settings: Settings, config: Path | None, unit: Mapping[str, str]) -> I
         unit = {}  # the service uses another settings file
     named = named_files(settings)
     for key, path in named.items():
-        yield from _check_file(key, path, secret=key in ("mqtt.password_file", "mqtt.key_file"))
+        yield from _check_file(key, path, secret=key in _SECRET)
     yield from _check_credentials()
     if unit.get("LoadState") == "loaded":
         for key, path in named.items():
@@ -70,6 +71,9 @@ def named_files(settings: Settings) -> dict[str, Path]:
         "mqtt.ca_file": mqtt.ca_file,
         "mqtt.cert_file": mqtt.cert_file,
         "mqtt.key_file": mqtt.key_file,
+        "registry.ca_file": settings.registry.ca_file,
+        "registry.cert_file": settings.registry.cert_file,
+        "registry.key_file": settings.registry.key_file,
         **{f"trust.public_keys[{number}]": file for number, file in enumerate(settings.trust.public_keys)},
     }
     return {key: Path(file) for key, file in files.items() if file}
@@ -77,13 +81,19 @@ def named_files(settings: Settings) -> dict[str, Path]:
 
 def with_stored_credentials(settings: Settings) -> Settings:
     """Reads credentials from the store while the service is stopped: systemd provides them only while it runs."""
-    mqtt = settings.mqtt
-    changed = {
-        key: str(CREDENTIAL_STORE / Path(file).name)
-        for key, file in (("key_file", mqtt.key_file), ("password_file", mqtt.password_file))
-        if file and Path(file).parent == SERVICE_CREDENTIALS and not SERVICE_CREDENTIALS.exists()
+    if SERVICE_CREDENTIALS.exists():
+        return settings
+    sections = {
+        name: section.model_copy(
+            update={
+                key: str(CREDENTIAL_STORE / Path(file).name)
+                for key in ("key_file", "password_file")
+                if (file := getattr(section, key, "")) and Path(file).parent == SERVICE_CREDENTIALS
+            }
+        )
+        for name, section in (("mqtt", settings.mqtt), ("registry", settings.registry))
     }
-    return settings.model_copy(update={"mqtt": mqtt.model_copy(update=changed)}) if changed else settings
+    return settings.model_copy(update=sections)
 
 
 def _check_file(key: str, path: Path, *, secret: bool) -> Iterator[Finding]:
@@ -111,7 +121,7 @@ def _check_credentials() -> Iterator[Finding]:
         if path is None:
             continue
         try:
-            empty = name != "mqtt-key" and not read_credential(path)
+            empty = name not in ("mqtt-key", "registry-key") and not read_credential(path)
         except SettingsError as error:
             yield failed("settings.files", error, f"write {path} again")
             continue

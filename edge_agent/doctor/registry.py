@@ -1,4 +1,4 @@
-"""The registry: whether it can be reached, accepts this device, and knows the configured references.
+"""The registry: whether it can be reached, accepts this device, knows the configured references, and gives their files.
 
 The MLflow client costs a second and 120 MB, and a dead registry blocks it. So a process of its own
 (`registry_process.py`) asks, with the environment and credentials of a sync, and is killed at its time limit.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from edge_agent.cache.store import Store
@@ -17,8 +19,11 @@ from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.errors import EdgeAgentError, RegistryRefused, TransportError
 from edge_agent.settings import Settings
 from edge_agent.sync.process import child_environment
+from edge_agent.sync.tls import TlsFiles
 
 _REQUEST_TIMEOUT_S = 10.0
+_REQUESTS = 3
+"""That may each take their time: for the version, for the listing, and for a file."""
 _START_S = 30.0
 """Importing the client takes this long from a slow SD card."""
 _MAX_ANSWER_BYTES = 1 << 20
@@ -41,7 +46,8 @@ def check(settings: Settings) -> Iterator[Finding]:
         yield ok("registry.reach", f"{settings.registry.uri} was not asked: no model is configured")
         return
     answers = _ask(settings)
-    if all(answer.get("code") in (TransportError.code, RegistryRefused.code) for answer in answers.values()):
+    out_of_reach = (TransportError.code, RegistryRefused.code)
+    if all(answer["code"] in out_of_reach and "version" not in answer for answer in answers.values()):
         first = next(iter(answers.values()))
         # Without a registry a device still answers from its cache.
         level = warn if cached >= set(settings.models) else fail
@@ -54,16 +60,26 @@ def check(settings: Settings) -> Iterator[Finding]:
         return
     yield ok("registry.reach", f"{settings.registry.uri} answers and accepts the credentials")
     for name, answer in answers.items():
-        if "version" in answer:
-            yield ok(
-                "registry.alias", f"model {name}: {settings.models[name].uri} is version {answer['version']}"
-            )
-        else:
-            level = warn if name in cached else fail
+        level = warn if name in cached else fail
+        if "version" not in answer:
             yield level(
                 "registry.alias",
                 f"model {name}: {answer['message']}",
                 str(answer["remedy"]) or "register the model and set its alias",
+                code=str(answer["code"]),
+            )
+            continue
+        yield ok(
+            "registry.alias", f"model {name}: {settings.models[name].uri} is version {answer['version']}"
+        )
+        if "file" in answer:
+            yield ok("registry.files", f"model {name}: {answer['file']} can be read")
+        else:
+            yield level(
+                "registry.files",
+                f"model {name}: version {answer['version']} cannot be fetched: {answer['message']}",
+                str(answer["remedy"])
+                or "check the registry's artifact store, and the way from this device to it",
                 code=str(answer["code"]),
             )
 
@@ -75,20 +91,22 @@ def _ask(settings: Settings) -> dict[str, dict[str, Any]]:
     question = {
         "uri": settings.registry.uri,
         "timeout_s": timeout_s,
+        "tls": asdict(TlsFiles.of(settings.registry)),
         "refs": [model.uri for model in settings.models.values()],
     }
     try:
-        result = subprocess.run(
-            [sys.executable, "-m", "edge_agent.doctor.registry_process"],
-            input=json.dumps(question),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_START_S + timeout_s * len(names),
-            check=False,
-            cwd="/",
-            env=child_environment(),
-        )
+        with tempfile.TemporaryDirectory(prefix="edge-agent-doctor-") as scratch:
+            result = subprocess.run(
+                [sys.executable, "-m", "edge_agent.doctor.registry_process", scratch],
+                input=json.dumps(question),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_START_S + _REQUESTS * timeout_s * len(names),
+                check=False,
+                cwd="/",
+                env={**child_environment(), "TMPDIR": scratch},
+            )
         answers = json.loads(result.stdout[:_MAX_ANSWER_BYTES])
         return dict(zip(names, map(_checked, answers), strict=True))
     except subprocess.TimeoutExpired:

@@ -94,8 +94,6 @@ def publish(
     check_target(name=name, registry_uri=registry_uri, alias=alias)
     if package.manifest.name != name:
         raise PublishError(f"the package was made for {package.manifest.name!r}, not for {name!r}")
-    from mlflow.exceptions import MlflowException
-
     step = "connect"
     with _calm_client():
         try:
@@ -110,7 +108,9 @@ def publish(
                 step = f"move the alias {alias} to version {version}, which is registered"
                 progress("alias", 0, 0)
                 registration.client.set_registered_model_alias(name, alias, version)
-        except (MlflowException, OSError) as error:
+        except PublishError:
+            raise
+        except Exception as error:  # the clients of artifact stores have trees of errors of their own
             raise PublishError(
                 f"{_shown(registry_uri)}: could not {step}: {_one_line(error)}", remedy=_remedy(error)
             ) from error
@@ -229,7 +229,14 @@ def _calm_client() -> Iterator[None]:
 
 def _remedy(error: Exception) -> str:
     text = str(error)
-    if "Max retries exceeded" in text or "Connection" in text:
+    if isinstance(error, ImportError):
+        library = "edge-agent[s3]" if error.name == "boto3" else error.name
+        return f"the registry keeps its files in a store that this host has no client for: install {library}"
+    if "Unable to locate credentials" in text or "partial credentials" in text.lower():
+        return "the store of the registry's files needs them: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if "(AccessDenied)" in text or "(InvalidAccessKeyId)" in text or "(SignatureDoesNotMatch)" in text:
+        return "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they may write"
+    if any(words in text for words in ("Max retries exceeded", "Connection", "Could not connect")):
         return "check that the server is running and that its address is right"
     if "401" in text or "403" in text or "Unauthorized" in text:
         return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"

@@ -71,7 +71,7 @@ def synchronise(job: SyncJob, emit: Emit, *, clock: Clock = CLOCK) -> SyncResult
     Raises:
         EdgeAgentError: the registry, the package, the way to it, or the cache.
     """
-    registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s, clock=clock)
+    registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s, tls=job.registry.tls, clock=clock)
     version = registry.resolve(ModelRef.parse(job.ref))
     emit(protocol.resolved(version=version.version, rollout=version.tags.get(ROLLOUT_TAG, "")))
     scratch = folder_of(Store(Path(job.state_dir)), job.name, version.version) / "scratch"

@@ -1,22 +1,26 @@
 """A version's files, wherever they lie: what is listed, how one is opened, and the folder on this host.
 
-Owns the bounds of a listing, whoever made it. The registry's own two sources are in `registry.py`.
+Owns the bounds of a listing, whoever made it, and of an answer that stalls. Where else files may lie:
+`http_package.py`, `s3_package.py` and `whole_package.py`.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from edge_agent.errors import ManifestError, TransportError
+from edge_agent.host.clock import Clock
 from edge_agent.package.manifest import MAX_FILES, OUTSIDE_MANIFEST, check_path, check_paths
-from edge_agent.sync.pace import CHUNK_BYTES
+from edge_agent.sync.pace import CHUNK_BYTES, StallLimit
 
+TRY_AGAIN = frozenset((408, 429))
+"""Statuses of a refusal that passes. Source: RFC 9110, 15.5.9, and RFC 6585, 4."""
 _MAX_LISTED = MAX_FILES + len(OUTSIDE_MANIFEST)
 
 
@@ -140,6 +144,46 @@ class LocalPackage:
             if not chunk:
                 return
             yield chunk
+
+
+def read_answer(
+    raw: Any, *, who: str, timeout_s: float, clock: Clock, reason_of: Callable[[BaseException], str]
+) -> Iterator[bytes]:
+    """The body of a urllib3 answer as it comes: a piece that is here is not lost when the next one does not follow.
+
+    Args:
+        who: whose answer it is, for errors.
+        timeout_s: see `StallLimit`.
+
+    Raises:
+        TransportError: it breaks off, or stalls.
+    """
+    from urllib3.exceptions import HTTPError
+
+    read = getattr(raw, "read1", raw.read)  # urllib3 1 waits for the whole piece
+    limit = StallLimit(timeout_s, clock=clock)
+    while True:
+        try:
+            chunk = limit.wait_for(lambda: bytes(read(CHUNK_BYTES, decode_content=False)))
+        except (HTTPError, OSError) as error:
+            raise TransportError(f"{who} broke off: {reason_of(error)}") from error
+        if not chunk:
+            return
+        if limit.is_over:
+            raise TransportError(f"{who} stalled: {limit.came_bytes} bytes in {limit.waited_s:.0f} s")
+        yield chunk
+
+
+def range_start(content_range: str, offset: int, *, who: str) -> int:
+    """Where a 206 answer starts: `bytes 100-199/200`.
+
+    Raises:
+        TransportError: not at the offset that was asked for.
+    """
+    with suppress(ValueError):
+        if int(content_range.removeprefix("bytes ").split("-")[0]) == offset:
+            return offset
+    raise TransportError(f"{who} answered with another range than was asked for")
 
 
 def walk(repository: Any) -> list[Listed]:

@@ -5,6 +5,8 @@ MLflow makes its requests through one session, and `in_use` lends it this one. R
 - Credentials go to the registry's scheme, host and port. Anything else gets headers that hold no secret.
 - A redirect to another place is followed for an artifact only.
 - A registry that is not on this device leads to no loopback or link-local address: what listens there trusts its host.
+- The registry's certificate is held against `registry.ca_file` alone where there is one; of other places, against the
+  public authorities as well. This device's own certificate is for the registry only.
 - Headers, and answers that are read whole, have a bound in bytes and in time. An artifact's bytes have their own
   bounds, in `fetch.py` and `pace.py`. An answer that is compressed is refused: nobody asked for it.
 """
@@ -15,11 +17,13 @@ import functools
 import http.client
 import io
 import ipaddress
-from collections.abc import Callable, Iterator
+import ssl
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+import certifi
 import requests
 from requests.adapters import HTTPAdapter
 from requests.cookies import RequestsCookieJar
@@ -29,6 +33,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from edge_agent.errors import EdgeAgentError, PolicyError, TransportError
 from edge_agent.host.clock import Clock
 from edge_agent.sync.pace import StallLimit
+from edge_agent.sync.tls import NO_FILES, TlsFiles
 
 MAX_ANSWER_BYTES = 4 << 20
 """Of an answer that is read whole: a listing of as many files as a package may have is a quarter of it."""
@@ -65,15 +70,22 @@ class RegistrySession(requests.Session):
         timeout_s: in which an answer's headers must be here; an answer read whole has four times as long.
     """
 
-    def __init__(self, uri: str, *, timeout_s: float, clock: Clock) -> None:
+    def __init__(self, uri: str, *, timeout_s: float, clock: Clock, tls: TlsFiles = NO_FILES) -> None:
         super().__init__()
+        self._tls = tls
         self._origin = origin_of(uri)
         self._uri = uri
         self._timeout_s = timeout_s
         self._clock = clock
         self._may_go_near = self._origin[0] not in _PORTS or is_local(self._origin[1])
         registry = _Adapter(timeout_s=timeout_s, clock=clock, peers=lambda address: None)
-        elsewhere = _Adapter(timeout_s=timeout_s, clock=clock, peers=self._check_peer)
+        public = self.merge_environment_settings(uri, {}, None, None, None)["verify"]
+        elsewhere = _Adapter(
+            timeout_s=timeout_s,
+            clock=clock,
+            peers=self._check_peer,
+            tls=tls.for_stores(public if isinstance(public, str) else certifi.where()),
+        )
         self._adapters = (registry, elsewhere)
 
     def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
@@ -97,6 +109,18 @@ class RegistrySession(requests.Session):
             self._read_whole(response)
         return response
 
+    def get_signed(self, url: str, headers: Mapping[str, str]) -> requests.Response:
+        """A file at an address that is its own key: what else this session knows of credentials is not sent along.
+
+        Raises:
+            PolicyError: the registry leads to a place that it may not lead to.
+            OSError, ValueError: there is no answer, or no such address.
+        """
+        request = requests.Request("GET", url, headers=dict(headers)).prepare()
+        return self.send(
+            request, timeout=self._timeout_s, **self.merge_environment_settings(url, {}, True, None, None)
+        )
+
     def close(self) -> None:
         for adapter in self._adapters:
             adapter.close()
@@ -108,16 +132,21 @@ class RegistrySession(requests.Session):
         request.headers.pop("Cookie", None)
         request.headers["Accept-Encoding"] = "identity"
         if not at_home:
-            self._check_place(url)
+            self._checkplace_of(url)
             for name in [name for name in request.headers if name.lower() not in _NOT_SECRET]:
                 del request.headers[name]
         proxies = self.rebuild_proxies(request, kwargs.get("proxies"))
+        verify, cert = kwargs.get("verify", True), kwargs.get("cert") if at_home else None
+        if at_home and self._tls.ca_file:
+            verify = self._tls.ca_file
+        if at_home and self._tls.cert_file:
+            cert = (self._tls.cert_file, self._tls.key_file)
         response = self._adapters[0 if at_home else 1].send(
             request,
             stream=True,
             timeout=kwargs.get("timeout") or self._timeout_s,
-            verify=kwargs.get("verify", True),
-            cert=kwargs.get("cert") if at_home else None,
+            verify=verify,
+            cert=cert,
             proxies=proxies,
         )
         response.cookies = RequestsCookieJar()
@@ -126,7 +155,7 @@ class RegistrySession(requests.Session):
     def _redirected(
         self, request: requests.PreparedRequest, url: str, *, artifact: bool
     ) -> requests.PreparedRequest:
-        place = _place(url)
+        place = place_of(url)
         try:
             there = origin_of(url)
         except ValueError:
@@ -143,7 +172,7 @@ class RegistrySession(requests.Session):
         following.headers.pop("Host", None)
         return following
 
-    def _check_place(self, url: str) -> None:
+    def _checkplace_of(self, url: str) -> None:
         """Before a connection, for what stands behind a proxy; names are looked up by `_check_peer`."""
         host = origin_of(url)[1]
         address = _address(host)
@@ -205,17 +234,25 @@ def refusal_in(error: BaseException | None) -> EdgeAgentError | None:
 class _Adapter(HTTPAdapter):
     """Connections whose answers have a limit in time, and whose peers are looked at."""
 
-    def __init__(self, *, timeout_s: float, clock: Clock, peers: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        *,
+        timeout_s: float,
+        clock: Clock,
+        peers: Callable[[str], None],
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._tls = {} if tls is None else {"ssl_context": tls}
         self._answers = functools.partial(_Answer, timeout_s=timeout_s, clock=clock)
         self._peers = peers
         super().__init__()
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
+        super().init_poolmanager(*args, **{**kwargs, **self._tls})
         self._watch(self.poolmanager, self._peers)
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(proxy, **kwargs)
+        manager = super().proxy_manager_for(proxy, **{**kwargs, **self._tls})
         self._watch(manager, lambda peer: None)  # the peer is the operator's proxy
         return manager
 
@@ -317,7 +354,7 @@ def _is_near(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return address.is_loopback or address.is_link_local or address.is_unspecified
 
 
-def _place(url: str) -> str:
-    """An address without its path, query and user: they may be what lets somebody in."""
+def place_of(url: str) -> str:
+    """An address without its path, query and user, which may be what lets somebody in."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"[:200]

@@ -30,6 +30,7 @@ from edge_agent.errors import (
     UnknownReference,
     error_of,
 )
+from edge_agent.sync.tls import NO_FILES, TlsFiles
 
 MAX_JOB_BYTES = 256 << 10
 MAX_LINE_BYTES = 64 << 10
@@ -58,6 +59,7 @@ class RegistryJob:
 
     uri: str
     timeout_s: float = 30.0
+    tls: TlsFiles = NO_FILES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +121,10 @@ class SyncJob:
             raise SettingsError(f"the sync job has more than {MAX_JOB_BYTES} bytes")
         try:
             fields = json.loads(data)
-            trust = fields.pop("trust", {})
+            trust, registry = fields.pop("trust", {}), fields.pop("registry")
+            tls = TlsFiles(**registry.pop("tls", {}))
             return cls(
-                registry=RegistryJob(**fields.pop("registry")),
+                registry=RegistryJob(**registry, tls=tls),
                 trust=TrustJob(**{**trust, "public_keys": tuple(trust.get("public_keys", ()))}),
                 cache=CacheJob(**fields.pop("cache", {})),
                 quarantined=tuple(fields.pop("quarantined", ())),

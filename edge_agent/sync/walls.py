@@ -18,6 +18,7 @@ from edge_agent.host.confinement import Confinement
 from edge_agent.host.seccomp import Calls, Network
 from edge_agent.sync import http_session
 from edge_agent.sync.protocol import SyncJob
+from edge_agent.sync.tls import TlsFiles
 
 _OF_STORES = (".netrc", ".aws", ".azure", ".config/gcloud")
 """Where clients of artifact stores look for credentials, in the home of the service's user."""
@@ -32,7 +33,7 @@ def around_sync(job: SyncJob, *, scratch: Path | None, keep: int) -> Confinement
     """
     folders = (Store(Path(job.state_dir)).root, scratch, _folder_of_database(job.registry.uri))
     return Confinement(
-        read=(*map(Path, job.trust.public_keys), *_read(job.registry.uri)),
+        read=(*map(Path, job.trust.public_keys), *_read(job.registry.uri, job.registry.tls)),
         write=tuple(folder for folder in folders if folder),
         moves=True,
         calls=Calls(network=Network.INTERNET_AND_UNIX, programs=True, modes=True),
@@ -41,17 +42,22 @@ def around_sync(job: SyncJob, *, scratch: Path | None, keep: int) -> Confinement
     )
 
 
-def around_question(uri: str) -> Confinement:
-    """What a process keeps that only asks a registry."""
-    database = _folder_of_database(uri)
+def around_question(uri: str, *, tls: TlsFiles, scratch: Path) -> Confinement:
+    """What a process keeps that only asks a registry.
+
+    Args:
+        scratch: its temporary folder.
+    """
+    folders = (scratch, _folder_of_database(uri))
     return Confinement(
-        read=tuple(_read(uri)),
-        write=(database,) if database else (),
+        read=tuple(_read(uri, tls)),
+        write=tuple(folder for folder in folders if folder),
         calls=Calls(network=Network.INTERNET_AND_UNIX),
     )
 
 
-def _read(uri: str) -> Iterable[Path]:
+def _read(uri: str, tls: TlsFiles) -> Iterable[Path]:
+    yield from (Path(file) for file in (tls.ca_file, tls.cert_file, tls.key_file) if file)
     yield from environment.named_paths()  # certificates, credentials of stores
     if home := environment.directory("HOME"):
         yield from (home / name for name in _OF_STORES)

@@ -24,13 +24,16 @@ from edge_agent.errors import (
     StoreError,
     TransportError,
     UnknownReference,
+    VerificationError,
 )
 from edge_agent.package.reference import ModelRef, ModelVersion
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import Settings
 from edge_agent.sync import version_file
 from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
+from edge_agent.sync.tls import TlsFiles
 from edge_agent.updates import choice
+from edge_agent.updates.patience import Patience
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +94,26 @@ class Checked:
     problem: str = ""
 
 
+@dataclass
+class _Try:
+    """What a sync has said of itself: which version, and how many bytes of it are here. 0 for nothing yet."""
+
+    version: int = 0
+    have_bytes: int = 0
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        if event.get("event") == "resolved":
+            self.version = int(event["version"])
+        elif event.get("event") == "progress":
+            self.have_bytes = int(event["bytes"])
+
+
 class ModelCheck:
     """Brings versions of one configured model into the cache, and hands them to its lifecycle.
 
     Args:
         name: the settings' name.
+        clock: seconds since 1970.
 
     Attributes:
         progress: the last event of the sync that runs, None while none does.
@@ -110,6 +128,7 @@ class ModelCheck:
         lifecycle: Lifecycle,
         run_sync: RunSync,
         note_registry: NoteRegistry,
+        clock: Callable[[], float],
     ) -> None:
         self.progress: Mapping[str, Any] | None = None
         self._name = name
@@ -119,6 +138,7 @@ class ModelCheck:
         self._lifecycle = lifecycle
         self._run_sync = run_sync
         self._note_registry = note_registry
+        self._patience = Patience(settings.registry.poll_interval_s, clock)
 
     @property
     def wanted(self) -> ModelRef:
@@ -171,7 +191,7 @@ class ModelCheck:
             EdgeAgentError: it cannot be brought.
         """
         fallback = self._model.fallback_ref if self._lifecycle.state.instead else None
-        self._sync(watch, fallback or self.wanted, fallback=fallback is not None)
+        self._sync(watch, fallback or self.wanted, fallback=fallback is not None, at_once=True)
 
     def take_in(
         self, watch: Watch, version: ModelVersion, file: int, *, allow_older: bool = False
@@ -231,9 +251,14 @@ class ModelCheck:
         *,
         fallback: bool = False,
         asked_for: bool = False,
+        at_once: bool = False,
         allow_older: bool = False,
     ) -> SyncResult:
-        """From the registry into the cache; what the registry was is noted."""
+        """From the registry into the cache; what the registry was is noted, and a download that failed.
+
+        Args:
+            at_once: whether or not the last downloads failed; what an operator asks for always is.
+        """
         if not self._settings.registry.uri:
             raise SettingsError(
                 "registry.uri: no registry is configured", remedy="set registry.uri in the settings"
@@ -241,11 +266,25 @@ class ModelCheck:
         job = replace(self._job(ref, fallback=fallback), allow_older=allow_older)
         if not asked_for:
             job = replace(job, quarantined=tuple(self._lifecycle.state.quarantined))
+        tried = _Try()
+
+        def look(event: Mapping[str, Any]) -> None:
+            tried.note(event)
+            if event.get("event") == "resolved" and not (asked_for or at_once):
+                self._patience.check(ref.name, tried.version)
+            watch.on_event(event)
+
         try:
-            result = self._bring(watch, job, ref)
-        except (TransportError, RegistryRefused, UnknownReference, ContentError) as error:
-            self._note_registry(error)
+            result = self._bring(replace(watch, on_event=look), job, ref)
+        except (TransportError, RegistryRefused, UnknownReference, ContentError, StoreError) as error:
+            if tried.version and isinstance(error, TransportError | VerificationError | StoreError):
+                self._patience.failed(
+                    ref.name, tried.version, have_bytes=tried.have_bytes, reason=error.message
+                )
+            if not isinstance(error, StoreError):
+                self._note_registry(error)
             raise
+        self._patience.succeeded(ref.name)
         self._note_registry(None)
         return result
 
@@ -302,7 +341,11 @@ class ModelCheck:
         loads = lifecycle.serving is not Serving.FAILED  # then nobody has to be asked whether this host can
         return SyncJob(
             state_dir=str(settings.state_dir),
-            registry=RegistryJob(uri=settings.registry.uri, timeout_s=settings.registry.timeout_s),
+            registry=RegistryJob(
+                uri=settings.registry.uri,
+                timeout_s=settings.registry.timeout_s,
+                tls=TlsFiles.of(settings.registry),
+            ),
             name=self._name,
             ref=str(ref),
             fallback=fallback,

@@ -31,6 +31,7 @@ from edge_agent.settings import Settings
 from edge_agent.sync import version_file
 from edge_agent.sync.process import run_sync
 from edge_agent.sync.protocol import SyncResult
+from edge_agent.sync.tls import TlsFiles
 from edge_agent.updates.check import Lifecycle, ModelCheck, OnEvent, RunSync, Watch
 from edge_agent.updates.turn import Turn
 
@@ -48,6 +49,9 @@ class Updates:
         lifecycles: by configured name.
         clock: seconds since 1970.
         jitter: a number between two, drawn for each interval.
+
+    Raises:
+        SettingsError: a file of `[registry]` cannot be loaded.
 
     Attributes:
         reachable: whether the registry answered the last check; None before the first one.
@@ -71,6 +75,7 @@ class Updates:
         self.checked_at: float | None = None
         self.problems: dict[str, str] = {}
         self._registry = settings.registry
+        TlsFiles.of(settings.registry).check()
         self._store = store
         self._lifecycles = lifecycles
         self._checks = {
@@ -81,6 +86,7 @@ class Updates:
                 lifecycle=lifecycle,
                 run_sync=run_sync,
                 note_registry=self._note_registry,
+                clock=clock,
             )
             for name, lifecycle in lifecycles.items()
         }

@@ -1,16 +1,19 @@
 """A download into the cache, against `curl` followed by `sync` and `sha256sum`, interleaved in one run.
 
-    python -m tests.benchmarks.download [MEGABYTES] [ROUNDS]
+    python -m tests.benchmarks.download [MEGABYTES ROUNDS [folder | presigned | s3]]
 
-One real `mlflow server` on this machine serves both. The agent's side is a whole sync process, Python's start
-and MLflow's import with it, and it ends with a verified, committed version; the time of such a process that
-finds nothing to do is printed, too. Prints medians, what an update of one small file fetches, and the memory
-of the sync process for two sizes.
+The artifacts are in a folder behind one real `mlflow server` on this machine, or in moto's S3: behind that server,
+which signs addresses, or without it. `curl` gets the file as it lies there. The agent's side is a whole sync process,
+Python's start and MLflow's import with it, and it ends with a verified, committed version; the time of such a process that finds
+nothing to do is printed, too. Prints medians, what an update of one small file fetches, and the memory of the sync
+process for two sizes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import shutil
 import statistics
@@ -18,15 +21,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import psutil  # type: ignore[import-untyped]
+from mlflow import MlflowClient
 
 from edge_agent.package import trust
 from edge_agent.sync import process as sync_process
 from edge_agent.sync.protocol import SyncJob
+from tests.support import s3
 from tests.support.device import Device
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.packages import WEIGHTS, add_manifest, make_package
@@ -87,14 +93,50 @@ def curl(url: str, target: Path, sha256: str) -> float:
     return seconds
 
 
-def weights_url(server: Server, package: Path) -> tuple[str, str]:
-    """Where the server gives the weights, and their sha256."""
+def weights_url(place: Place, device: Device, package: Path) -> tuple[str, str]:
+    """Where the weights are for everybody, and their sha256."""
     entries = json.loads((package / "manifest.json").read_bytes())["files"]
     sha256 = next(entry["sha256"] for entry in entries if entry["path"] == WEIGHTS)
-    size = (package / WEIGHTS).stat().st_size
-    (stored,) = (p for p in server.artifacts.rglob(Path(WEIGHTS).name) if p.stat().st_size == size)
-    path = quote(stored.relative_to(server.artifacts).as_posix())
-    return f"{server.uri}/api/2.0/mlflow-artifacts/artifacts/{path}", sha256
+    client = MlflowClient(device.uri, device.uri)
+    source = urlsplit(client.get_model_version_download_uri(device.model, "1")).path.strip("/")
+    return f"{place.base}/{quote(source)}/{WEIGHTS}", sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where artifacts are.
+
+    Attributes:
+        artifact_root: of experiments; empty where the server knows.
+        base: the address of all of them.
+    """
+
+    server: Server
+    artifact_root: str
+    base: str
+
+    def device(self, folder: Path) -> Device:
+        device = Device(self.server.uri, folder)
+        device.artifact_root = self.artifact_root
+        return device
+
+
+@contextlib.contextmanager
+def running(store: str, folder: Path) -> Iterator[Place]:
+    if store == "folder":
+        with running_mlflow_server(folder) as server:
+            base = f"{server.uri}/api/2.0/mlflow-artifacts/artifacts"
+            yield Place(server=server, artifact_root="", base=base)
+        return
+    with s3.running_s3(folder) as port:
+        endpoint = f"http://127.0.0.1:{port}"
+        env = {**s3.CREDENTIALS, "MLFLOW_S3_ENDPOINT_URL": endpoint}
+        os.environ.update(env if store == "s3" else {})
+        destination = f"s3://{s3.BUCKET}/proxied" if store == "presigned" else ""
+        with running_mlflow_server(folder, destination=destination, env=env) as server:
+            base = f"{endpoint}/{s3.BUCKET}{'/proxied' if destination else ''}"
+            root = "" if destination else f"s3://{s3.BUCKET}/direct"
+            yield Place(server=server, artifact_root=root, base=base)
 
 
 def publish(device: Device, name: str, megabytes: int, note: str) -> Path:
@@ -106,14 +148,14 @@ def publish(device: Device, name: str, megabytes: int, note: str) -> Path:
     return device.register(package, tag=add_manifest(package, device.model))
 
 
-def main(megabytes: int, rounds: int) -> None:
-    with short_folder() as folder, running_mlflow_server(folder) as server:
-        small = Device(server.uri, folder / "small")
+def main(megabytes: int, rounds: int, store: str) -> None:
+    with short_folder() as folder, running(store, folder) as place:
+        small = place.device(folder / "small")
         publish(small, "package", max(1, megabytes // 10), "mlflow\n")
         small_run = sync(small.job(timeout_s=60))
-        device = Device(server.uri, folder / "device")
+        device = place.device(folder / "device")
         package = publish(device, "package", megabytes, "mlflow\n")
-        url, sha256 = weights_url(server, package)
+        url, sha256 = weights_url(place, device, package)
         tools_s, agent_s, peaks = [], [], []
         for number in range(rounds + 1):
             shutil.rmtree(device.store.root, ignore_errors=True)
@@ -128,7 +170,7 @@ def main(megabytes: int, rounds: int) -> None:
         publish(device, "changed", megabytes, "mlflow # changed\n")
         update = sync(device.job(timeout_s=60))
     tools, agent = statistics.median(tools_s), statistics.median(agent_s)
-    print(f"{megabytes} MB, medians of {rounds}")
+    print(f"{megabytes} MB from {store}, medians of {rounds}")
     print(f"curl + sync + sha256sum           {tools:7.2f} s")
     print(f"sync process, whole               {agent:7.2f} s   {agent / tools:5.2f} x")
     print(f"sync process with nothing to do   {statistics.median(idle):7.2f} s")
@@ -145,5 +187,5 @@ def main(megabytes: int, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    sizes = [int(argument) for argument in sys.argv[1:]]
-    main(*sizes) if len(sizes) == 2 else main(500, 5)
+    megabytes, rounds, store = [*sys.argv[1:], *("500", "5", "folder")[len(sys.argv) - 1 :]]
+    main(int(megabytes), int(rounds), store)

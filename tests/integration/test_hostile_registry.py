@@ -245,6 +245,6 @@ def test_mlflow_makes_its_requests_through_the_session(mlflow_server: Server) ->
     mlflow_server.start()
     session = http_session.RegistrySession("http://registry.example", timeout_s=5, clock=CLOCK)
     client = Registry(mlflow_server.uri, timeout_s=5)
-    client._session = session
+    client.session = session
     with pytest.raises(EdgeAgentError, match="an address of this device"):
         client.resolve(device_ref())

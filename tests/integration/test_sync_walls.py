@@ -14,6 +14,7 @@ import pytest
 from edge_agent.cache.store import Store
 from edge_agent.host.confinement import Wall
 from edge_agent.sync.protocol import RegistryJob, SyncJob, TrustJob
+from edge_agent.sync.tls import NO_FILES, TlsFiles
 from edge_agent.sync.walls import around_question, around_sync
 
 pytestmark = pytest.mark.attack
@@ -103,8 +104,9 @@ def test_a_sync_writes_the_cache_and_nothing_else(tmp_path: Path) -> None:
 def test_only_a_registry_of_this_device_may_name_its_folders(
     uri: str, whole_disk: bool, written: tuple[Path, ...]
 ) -> None:
-    question = around_question(uri)
-    assert (Path("/") in question.read, question.write) == (whole_disk, written)
+    scratch = Path("/srv/scratch")
+    question = around_question(uri, tls=NO_FILES, scratch=scratch)
+    assert (Path("/") in question.read, question.write) == (whole_disk, (scratch, *written))
     job = SyncJob(state_dir="/srv/state", registry=RegistryJob(uri=uri), name="a", ref="models:/a@b")
     sync = around_sync(job, scratch=None, keep=os.dup(1))
     assert (Path("/") in sync.read, sync.write) == (whole_disk, (Path("/srv/state/models"), *written))
@@ -114,6 +116,8 @@ def test_only_a_registry_of_this_device_may_name_its_folders(
 def test_what_variables_name_may_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", "/srv/ca.pem")
     monkeypatch.setenv("HOME", "/srv/home")
-    read = around_question(REMOTE).read
-    assert {Path("/srv/ca.pem"), Path("/srv/home/.aws")} <= set(read)
+    tls = TlsFiles(ca_file="/srv/own.pem", cert_file="/srv/cert.pem", key_file="/srv/key.pem")
+    read = around_question(REMOTE, tls=tls, scratch=Path("/srv/scratch")).read
+    named = ("ca", "own", "cert", "key")
+    assert {*(Path(f"/srv/{name}.pem") for name in named), Path("/srv/home/.aws")} <= set(read)
     assert Path("/srv/home") not in read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,18 +16,27 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 class HostileRegistry:
     """Owns its threads and sockets.
 
+    Args:
+        tls: for a server that speaks https.
+
     Attributes:
         answers: by the beginning of a path; the longest that fits counts.
         requests: path and headers of every request, in order.
+        peers: of every request over TLS, the common name in the client's certificate; empty for none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.answers: dict[str, Answer] = {}
         self.requests: list[tuple[str, Mapping[str, str]]] = []
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.place = f"127.0.0.1:{self._server.server_address[1]}"
-        self.uri = f"http://{self.place}"
+        self.uri = f"{'https' if tls else 'http'}://{self.place}"
+        self.peers: list[str] = []
+        if tls:
+            self._server.socket = tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self._thread.start()
 
@@ -52,6 +62,10 @@ class HostileRegistry:
 
             def do_GET(self) -> None:
                 registry.requests.append((self.path, dict(self.headers)))
+                if isinstance(self.connection, ssl.SSLSocket):
+                    certificate: Any = self.connection.getpeercert() or {}
+                    names = [value for part in certificate.get("subject", ()) for _, value in part]
+                    registry.peers.append("".join(names))
                 fitting = [path for path in registry.answers if self.path.startswith(path)]
                 answer = registry.answers[max(fitting, key=len)] if fitting else status(404)
                 with contextlib.suppress(ConnectionError):
@@ -79,8 +93,8 @@ def as_json(document: object) -> Answer:
 
 
 @contextlib.contextmanager
-def hostile_registry() -> Iterator[HostileRegistry]:
-    registry = HostileRegistry()
+def hostile_registry(tls: ssl.SSLContext | None = None) -> Iterator[HostileRegistry]:
+    registry = HostileRegistry(tls)
     try:
         yield registry
     finally:

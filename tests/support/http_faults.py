@@ -127,7 +127,13 @@ class FaultyProxy:
             def do_GET(self) -> None:
                 proxy._pass_on(self, host, port)
 
+            def do_HEAD(self) -> None:
+                proxy._pass_on(self, host, port)
+
             def do_POST(self) -> None:
+                proxy._pass_on(self, host, port)
+
+            def do_PUT(self) -> None:
                 proxy._pass_on(self, host, port)
 
             def log_message(self, format: str, *args: Any) -> None:
@@ -164,6 +170,8 @@ class FaultyProxy:
 
     def _fault(self, request: BaseHTTPRequestHandler) -> HttpFault | None:
         """What to do to this answer; None for a file that the plan is not about."""
+        if request.command != "GET":
+            return None
         if not self.plan.file or not request.path.split("?")[0].endswith(self.plan.file):
             return None
         self.answers += 1

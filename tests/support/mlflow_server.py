@@ -1,11 +1,11 @@
-"""A real `mlflow server` on a free loopback port: SQLite behind it, artifacts proxied."""
+"""A real `mlflow server` on a free loopback port: SQLite behind it, artifacts proxied from a folder or from S3."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tests.support.processes import Child, free_port, wait_until
@@ -17,18 +17,24 @@ _ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_T
 class Server:
     """One MLflow server with a port and a store that stay the same over `stop` and `start`.
 
+    Args:
+        destination: where it keeps artifacts, such as `s3://bucket/x`; empty for a folder.
+        env: what it needs for that.
+
     Attributes:
         uri: what clients use as tracking and registry URI.
         artifacts: the folder where it keeps artifacts, for tests that damage them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, destination: str = "", env: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.host = "127.0.0.1"
         self.port = free_port()
         self.uri = f"http://{self.host}:{self.port}"
         self.artifacts = folder / "artifacts"
         self.log = folder / "mlflow.log"
+        self._destination = destination or str(self.artifacts)
+        self._env = {**_ENVIRONMENT, "HOME": str(folder), **(env or {})}
         self._child: Child | None = None
 
     @property
@@ -43,7 +49,7 @@ class Server:
         """
         if self.running:
             return
-        child = self._child = Child(self._command(), self.log, {**_ENVIRONMENT, "HOME": str(self.folder)})
+        child = self._child = Child(self._command(), self.log, self._env)
         try:
             wait_until(lambda: not child.running or self.healthy(), _START_TIMEOUT_S, "the MLflow server")
         except TimeoutError as error:
@@ -78,14 +84,16 @@ class Server:
             *(sys.executable, "-m", "mlflow", "server"),
             *("--host", self.host, "--port", str(self.port), "--workers", "1"),
             *("--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"),
-            *("--artifacts-destination", str(self.artifacts), "--serve-artifacts"),
+            *("--artifacts-destination", self._destination, "--serve-artifacts"),
         ]
 
 
 @contextlib.contextmanager
-def running_mlflow_server(folder: Path) -> Iterator[Server]:
+def running_mlflow_server(
+    folder: Path, *, destination: str = "", env: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """A started server whose files are in `folder`. The first start makes the database: 10 to 20 s."""
-    server = Server(folder)
+    server = Server(folder, destination=destination, env=env)
     try:
         server.start()
         yield server

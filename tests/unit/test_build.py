@@ -114,8 +114,14 @@ def test_the_locks_hold_every_direct_dependency_and_the_build_backend() -> None:
         *extras["local-registry"],
     ]
     transformers = [each for each in extras["transformers"] if not each.startswith("torch")]
-    dev = [*runtime, *extras["signing"], *extras["dev"], *transformers]
-    device = [*project["project"]["dependencies"], *extras["local-registry"], *extras["signing"], "pip"]
+    dev = [*runtime, *extras["s3"], *extras["signing"], *extras["dev"], *transformers]
+    device = [
+        *project["project"]["dependencies"],
+        *extras["local-registry"],
+        *extras["s3"],
+        *extras["signing"],
+        "pip",
+    ]
     for name, requirements in (("runtime", runtime), ("dev", dev), ("device", device)):
         locked = {pin[0] for pin in _PIN.findall(lock(name))}
         wanted = {

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from edge_agent import environment, settings
 from edge_agent.errors import SettingsError
 from edge_agent.runner import process as runner_process
-from edge_agent.settings import ModelSettings, SandboxSettings, Settings
+from edge_agent.settings import ModelSettings, RegistrySettings, SandboxSettings, Settings
 from edge_agent.sync import process as sync_process
 from tests.support.processes import to_toml
 
@@ -159,6 +159,21 @@ def _default(model: type[BaseModel], key: str) -> str:
     if isinstance(value, tuple):
         return str(list(value)).replace("'", '"')
     return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+@pytest.mark.parametrize(
+    ("registry", "said"),
+    [
+        ({"uri": "https://r", "cert_file": "x"}, "go together"),
+        ({"uri": "https://r", "key_file": "x"}, "go together"),
+        ({"uri": "http://r", "ca_file": "x"}, "need an https uri"),
+        ({"uri": "sqlite:///r", "cert_file": "x", "key_file": "y"}, "need an https uri"),
+        ({"ca_file": "x"}, "need an https uri"),
+    ],
+)
+def test_the_registrys_certificates_need_each_other_and_https(registry: dict[str, str], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        RegistrySettings.model_validate(registry)
 
 
 def test_the_registrys_credentials_come_from_systemd_and_reach_the_sync_process_only(

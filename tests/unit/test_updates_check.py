@@ -289,3 +289,27 @@ def test_the_models_own_version_replaces_the_fallback_when_it_runs(tmp_path: Pat
     device.updates.check_now()
     device.updates.step(1)
     assert (device.lifecycle.state.active, device.lifecycle.instead, device.problem) == (TWO.key, "", "")
+
+
+def test_a_download_that_fails_again_and_again_is_left_alone_by_polls(device: UpdatingDevice) -> None:
+    fetched: list[str] = []
+
+    def fail(ref: str) -> None:
+        fetched.append(ref)
+        raise TransportError("broke off")
+
+    device.sync.offers[OWN] = TWO
+    device.sync.amid = fail
+    for _ in range(3):
+        device.updates.check_now()
+        device.updates.step(0)
+    assert len(fetched) == 2
+    assert len(device.sync.jobs) == 3, "polls go on, so that a new version is seen"
+    assert "next try is at" in device.problem
+    with pytest.raises(TransportError, match="broke off"):
+        device.updates.check("assistant", asked_for=True)
+    device.sync.offers[OWN] = Offer(version=3)
+    device.sync.amid = fetched.append
+    device.updates.check_now()
+    device.updates.step(0)
+    assert (device.lifecycle.state.active, device.problem) == (Offer(version=3).key, "")
