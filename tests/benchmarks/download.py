@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.download [MEGABYTES ROUNDS [folder | presigned | s3]]
 
-The artifacts are in a folder behind one real `mlflow server` on this machine, or in moto's S3: behind that server, which
-signs addresses, or without it. `curl` gets the file as it lies there. The agent's side is a whole sync process, Python's
-start and MLflow's import with it, and it ends with a verified, committed version; the time of such a process that finds
-nothing to do is printed, too. Prints medians, what an update of one small file fetches, and the memory of the sync
-process for two sizes.
+The artifacts are in a folder behind one real `mlflow server` on this machine, or in moto's S3: behind that server,
+which signs addresses, or without it. `curl` gets the file as it lies there. The agent's side is a whole sync process,
+Python's start and MLflow's import with it, and it ends with a verified, committed version; the time of such a process
+that finds nothing to do is printed, too. Prints medians, what an update of one small file fetches, and the memory of
+the sync process for two sizes.
 """
 
 from __future__ import annotations
