@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -47,27 +48,17 @@ class Lock:
 
     def try_exclusive(self) -> bool:
         """Takes the lock exclusively. Returns False at once if somebody else has it."""
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+        return self._try(fcntl.LOCK_EX)
 
     def wait_exclusive(self, wait_s: float, *, clock: Clock = CLOCK) -> bool:
         """Takes the lock exclusively, trying for up to `wait_s`. Returns False if somebody else had it all the time."""
-        deadline_s = clock.now_s() + wait_s
-        while not self.try_exclusive():
-            if clock.now_s() >= deadline_s:
-                return False
-            clock.sleep(_POLL_S)
-        return True
+        return _wait(self.try_exclusive, wait_s, clock)
 
-    def share(self) -> None:
-        """Takes the lock together with others who share it. Waits while somebody has it exclusively.
-
-        The wait is short: whoever has it exclusively is removing the folder and waits for nothing.
+    def wait_shared(self, wait_s: float, *, clock: Clock = CLOCK) -> bool:
+        """Takes the lock together with others who share it, trying for up to `wait_s`. Returns False if somebody had it
+        exclusively all the time.
         """
-        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+        return _wait(lambda: self._try(fcntl.LOCK_SH), wait_s, clock)
 
     def is_of(self, path: Path) -> bool:
         """Whether `path` is still what was opened: it may have been removed and made again."""
@@ -75,3 +66,19 @@ class Lock:
             return os.path.samestat(path.stat(), os.fstat(self._descriptor))
         except FileNotFoundError:
             return False
+
+    def _try(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _wait(attempt: Callable[[], bool], wait_s: float, clock: Clock) -> bool:
+    deadline_s = clock.now_s() + wait_s
+    while not attempt():
+        if clock.now_s() >= deadline_s:
+            return False
+        clock.sleep(_POLL_S)
+    return True

@@ -109,13 +109,15 @@ class Store:
         """Keeps a version from being removed while it is loaded. Yields its folder.
 
         Raises:
+            CacheBusy: another process has locked its folder, for longer than a removal takes.
             StoreError: the version is not there any more.
         """
         folder = self.folder(record)
         with store_errors("open the version", folder):
             lock = Lock.of_folder(folder)
         with lock:
-            lock.share()
+            if not lock.wait_shared(LOCK_WAIT_S):
+                raise CacheBusy(f"another process keeps version {record.key} of {record.name} to itself")
             if self.record(record.name, record.key) is None:
                 raise StoreError(f"version {record.key} of {record.name} was removed")
             self._touch(record)

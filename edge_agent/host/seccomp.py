@@ -40,11 +40,13 @@ class Calls:
     Attributes:
         programs: start programs, which have the same filter, and end them.
         modes: change the mode and the times of files.
+        locks: lock whole files and folders.
     """
 
     network: Network = Network.NONE
     programs: bool = False
     modes: bool = False
+    locks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +175,7 @@ REFUSED: Mapping[str, Mapping[str, Numbers]] = {
         "capset": (126, 91),
     },
     "what Landlock does not guard of files": {
+        "flock": (73, 32),  # for which a reader's descriptor is enough
         "chmod": (90, None),
         "fchmod": (91, 52),
         "fchmodat": (268, 53),
@@ -224,6 +227,7 @@ REFUSED: Mapping[str, Mapping[str, Numbers]] = {
 
 _PROGRAMS = frozenset(("execve", "fork", "vfork", "setsid", "setpgid"))
 _MODES = frozenset(("chmod", "fchmod", "fchmodat", "utime", "utimes", "futimesat", "utimensat"))
+_LOCKS = frozenset(("flock",))
 """Of those, what `Calls` gives back."""
 
 MISSING: Mapping[str, Numbers] = {"clone3": (435, 435), "openat2": (437, 437)}
@@ -249,6 +253,7 @@ _CHECKED: Mapping[str, Numbers] = {
     "openat": (257, 56),
     "socket": (41, 198),
     "socketpair": (53, 199),
+    "setsockopt": (54, 208),
 }
 """Calls that depend on their arguments."""
 
@@ -262,20 +267,37 @@ _REFUSED_PRCTL = {
     "PR_SCHED_CORE": 62,
     "PR_SET_PTRACER": 0x59616D61,
 }
-_REFUSED_FCNTL = {"F_SETOWN": 8, "F_SETSIG": 10, "F_SETOWN_EX": 15, "F_NOTIFY": 1026}
+_REFUSED_FCNTL = {
+    "F_SETOWN": 8,
+    "F_SETSIG": 10,
+    "F_SETOWN_EX": 15,
+    "F_SETLEASE": 1024,  # whoever opens or links such a file waits
+    "F_NOTIFY": 1026,
+    "F_SETDELEG": 1040,
+}
 _REFUSED_IOCTL = {
     "TIOCSTI": 0x5412,
     "TIOCLINUX": 0x541C,
     "FIOSETOWN": 0x8901,
     "SIOCSPGRP": 0x8902,
     "FS_IOC_SETFLAGS": 0x40086602,
+    "FS_IOC_SETVERSION": 0x40087602,
+    "EXT4_IOC_SETVERSION": 0x40086604,
     "FS_IOC_FSSETXATTR": 0x401C5820,
     "FS_IOC_ENABLE_VERITY": 0x40806685,
     "FS_IOC_SET_ENCRYPTION_POLICY": 0x800C6613,
+    # These make and remove folders of a folder that is only read.
+    "BTRFS_IOC_SNAP_CREATE": 0x50009401,
+    "BTRFS_IOC_SUBVOL_CREATE": 0x5000940E,
+    "BTRFS_IOC_SNAP_DESTROY": 0x5000940F,
+    "BTRFS_IOC_SNAP_CREATE_V2": 0x50009417,
+    "BTRFS_IOC_SUBVOL_CREATE_V2": 0x50009418,
+    "BTRFS_IOC_SNAP_DESTROY_V2": 0x5000943F,
 }
 _O_ACCMODE, _O_TRUNC = 3, 0x200
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
 _SOCK_STREAM, _SOCK_DGRAM, _SOCK_KIND = 1, 2, 0xF
+_SOL_SOCKET, _SO_LINGER = 1, 13
 
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
@@ -313,7 +335,8 @@ def program(architecture: Architecture, *, pid: int, calls: Calls) -> list[Instr
     column = architecture.column
     for numbers in MISSING.values():
         found += _when(_EQUAL, numbers[column], _NO_SUCH_CALL)
-    given_back = (_PROGRAMS if calls.programs else frozenset()) | (_MODES if calls.modes else frozenset())
+    parts = ((calls.programs, _PROGRAMS), (calls.modes, _MODES), (calls.locks, _LOCKS))
+    given_back = frozenset[str]().union(*(names for given, names in parts if given))
     refused = [
         numbers for group in REFUSED.values() for name, numbers in group.items() if name not in given_back
     ]
@@ -385,6 +408,12 @@ def _argument_checks(pid: int, calls: Calls) -> dict[str, list[Instruction]]:
             # Not a pair of datagram sockets: these can be sent from to any address.
             *_when(_EQUAL, _SOCK_STREAM, _PERMIT),
             _REFUSE,
+        ],
+        # Whoever closes such a socket waits: also the daemon, to which it was sent.
+        "setsockopt": [
+            _argument(1),
+            *_when(_EQUAL, _SOL_SOCKET, _argument(2), *_none_of([_SO_LINGER])),
+            _PERMIT,
         ],
     }
     if calls.programs:  # Landlock keeps signals inside, where it can

@@ -21,7 +21,7 @@ from edge_agent import environment
 from edge_agent.errors import EdgeAgentError, SettingsError, SyncStopped, TransportError
 from edge_agent.host.clock import CLOCK, Clock
 from edge_agent.runner.lines import LineReader
-from edge_agent.runner.scratch import make_scratch, remove_scratch
+from edge_agent.runner.scratch import scratch_folder
 from edge_agent.sync.protocol import MAX_EVENTS, MAX_LINE_BYTES, Emit, Event, SyncJob, SyncResult, outcome_of
 
 log = logging.getLogger(__name__)
@@ -133,10 +133,10 @@ def _sendable(variables: dict[str, str]) -> dict[str, str]:
 @contextlib.contextmanager
 def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
     """The process, with its job on stdin. When the block ends, the process is dead."""
-    with _memory_file("sync") as stdin:  # a pipe would block on a job larger than its buffer
+    # Not a pipe: that would block on a job larger than its buffer.
+    with scratch_folder() as scratch, _memory_file("sync") as stdin:
         stdin.write(job.encode())
         stdin.seek(0)
-        scratch = make_scratch()
         process = subprocess.Popen(
             [sys.executable, "-m", "edge_agent.sync.child", *([str(scratch)] if scratch else [])],
             stdin=stdin,
@@ -156,7 +156,6 @@ def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
             for pipe in (process.stdout, process.stderr):
                 if pipe:
                     pipe.close()
-            remove_scratch(scratch)
 
 
 class _Tail:

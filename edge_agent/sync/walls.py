@@ -36,7 +36,7 @@ def around_sync(job: SyncJob, *, scratch: Path | None, keep: int) -> Confinement
         read=(*map(Path, job.trust.public_keys), *_read(job.registry.uri, job.registry.tls)),
         write=tuple(folder for folder in folders if folder),
         moves=True,
-        calls=Calls(network=Network.INTERNET_AND_UNIX, programs=True, modes=True),
+        calls=Calls(network=Network.INTERNET_AND_UNIX, programs=True, modes=True, locks=True),
         file_bytes=None,
         keep=(keep,) if job.version_file is None else (keep, job.version_file),
     )

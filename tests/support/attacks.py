@@ -284,6 +284,25 @@ def watch_the_journal(scene: Scene) -> None:
     call("inotify_add_watch", watch, bytes(scene.journal), 0x2)
 
 
+@attack(SYSTEM_CALLS)
+def keep_the_daemon_from_its_package(scene: Scene) -> None:
+    fcntl.flock(os.open(scene.package, os.O_RDONLY), fcntl.LOCK_EX)
+
+
+@attack(SYSTEM_CALLS)
+def have_the_daemon_wait_for_a_lease(scene: Scene) -> None:
+    fcntl.fcntl(os.open(scene.package / "MLmodel", os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+
+
+@attack(SYSTEM_CALLS, unless="the file system has no such number")
+def change_the_number_of_a_file(scene: Scene) -> None:
+    descriptor = os.open(scene.package / "MLmodel", os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, 0x40087602, struct.pack("i", 7))  # FS_IOC_SETVERSION
+    finally:
+        os.close(descriptor)
+
+
 @attack(Wall.DESCRIPTORS)
 def use_an_open_file_of_the_daemon(scene: Scene) -> None:
     os.pread(scene.journal_descriptor, 10, 0)
@@ -455,6 +474,12 @@ def send_a_datagram(scene: Scene) -> None:
 @attack(SYSTEM_CALLS)
 def ask_the_kernel_for_its_network(scene: Scene) -> None:
     socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
+
+
+@attack(SYSTEM_CALLS)
+def make_whoever_closes_its_socket_wait(scene: Scene) -> None:
+    ours, _ = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 20))
 
 
 @attack(SYSTEM_CALLS)

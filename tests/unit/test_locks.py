@@ -56,10 +56,20 @@ def test_no_wait_is_one_try(tmp_path: Path) -> None:
 def test_those_who_share_a_lock_keep_one_out_who_wants_it_alone(tmp_path: Path) -> None:
     with Lock.of_folder(tmp_path) as alone:
         with Lock.of_folder(tmp_path) as first, Lock.of_folder(tmp_path) as second:
-            first.share()
-            second.share()
+            assert first.wait_shared(0)
+            assert second.wait_shared(0)
             assert not alone.try_exclusive()
         assert alone.try_exclusive()
+
+
+def test_the_wait_to_share_a_lock_ends_at_its_bound_or_when_it_is_free(tmp_path: Path) -> None:
+    time = ScriptedClock()
+    with Lock.of_folder(tmp_path) as second:
+        with Lock.of_folder(tmp_path) as first:
+            assert first.try_exclusive()
+            assert not second.wait_shared(10, clock=time.clock)
+        assert 10 <= time.now_s < 10.1
+        assert second.wait_shared(0, clock=time.clock)
 
 
 def hold(folder: Path, ready: Connection) -> None:

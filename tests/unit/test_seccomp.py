@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 
 import pytest
@@ -65,14 +66,16 @@ def test_every_refused_call_is_refused_whatever_its_arguments(machine: str, netw
 
 
 @pytest.mark.parametrize("machine", list(ARCHITECTURES))
-def test_programs_and_modes_are_given_back_alone(machine: str) -> None:
-    none, both = Filter(machine), Filter(machine, programs=True, modes=True)
+def test_programs_modes_and_locks_are_given_back_alone(machine: str) -> None:
+    none, both = Filter(machine), Filter(machine, programs=True, modes=True, locks=True)
     names = [name for group in REFUSED.values() for name in group if none.number(name) is not None]
     given = {name for name in names if both(name) == "allowed"}
     assert given | {"chmod", "utime", "utimes", "futimesat", "fork", "vfork"} == {
         *("execve", "fork", "vfork", "setsid", "setpgid"),
         *("chmod", "fchmod", "fchmodat", "utime", "utimes", "futimesat", "utimensat"),
+        "flock",
     }
+    assert Filter(machine, programs=True, modes=True)("flock") == "EPERM"
     assert [both("clone", 17), both("clone", 17 | 1 << 28), both("kill", 1)] == [
         "allowed",
         "EPERM",
@@ -126,8 +129,22 @@ def test_dangerous_commands_of_common_calls_are_refused(asked: Filter) -> None:
     assert {asked("prctl", each) for each in seccomp._REFUSED_PRCTL.values()} == {"EPERM"}
     assert {asked("fcntl", 3, each) for each in seccomp._REFUSED_FCNTL.values()} == {"EPERM"}
     assert {asked("ioctl", 3, each) for each in seccomp._REFUSED_IOCTL.values()} == {"EPERM"}
+    assert asked("fcntl", 3, fcntl.F_SETLEASE) == "EPERM"
+    set_version, make_subvolume, clone = 0x40087602, 0x5000940E, 0x40049409
+    assert [asked("ioctl", 3, each) for each in (set_version, make_subvolume, clone)] == [
+        "EPERM", "EPERM", "allowed"
+    ]  # fmt: skip
     assert asked("prctl", 15) == asked("fcntl", 3, 1030) == asked("ioctl", 3, 0x5401) == "allowed"
     assert asked("ioctl", 3, 1 << 32 | 0x5412) == "EPERM", "the kernel reads the lower half only"
+
+
+@pytest.mark.parametrize(("machine", "network"), KINDS)
+def test_no_socket_is_made_that_holds_up_whoever_closes_it(machine: str, network: Network) -> None:
+    asked = Filter(machine, network)
+    assert asked("setsockopt", 3, socket.SOL_SOCKET, socket.SO_LINGER) == "EPERM"
+    assert asked("setsockopt", 3, 1 << 32 | socket.SOL_SOCKET, 1 << 32 | socket.SO_LINGER) == "EPERM"
+    others = [(1, 9), (socket.IPPROTO_TCP, 1), (socket.IPPROTO_TCP, 13)]  # SO_KEEPALIVE, TCP_NODELAY, …
+    assert {asked("setsockopt", 3, *other) for other in others} == {"allowed"}
 
 
 @pytest.mark.parametrize("machine", list(ARCHITECTURES))

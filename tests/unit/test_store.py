@@ -13,6 +13,7 @@ import pytest
 from edge_agent.cache import eviction, fsck
 from edge_agent.cache import record as records
 from edge_agent.cache import state as states
+from edge_agent.cache.locks import Lock
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import CacheState, ModelState
 from edge_agent.cache.store import Store
@@ -102,6 +103,19 @@ def test_a_leased_version_is_not_removed(store: Store) -> None:
         store.remove(record)
     with pytest.raises(StoreError), store.lease(record):
         pass
+
+
+def test_a_version_that_another_process_locks_is_not_waited_for_without_end(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.cache.store.LOCK_WAIT_S", 0.0)
+    record = commit(store, 1)
+    with Lock.of_folder(store.folder(record)) as other:
+        assert other.try_exclusive()
+        with pytest.raises(CacheBusy, match="to itself"), store.lease(record):
+            pass
+    with store.lease(record) as folder:
+        assert folder.is_dir()
 
 
 def test_bytes_that_are_not_promised_get_no_final_name(store: Store, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from edge_agent.errors import (
     TransportError,
 )
 from edge_agent.sync import protocol
+from edge_agent.sync.process import run_sync
 from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
 
 JOB = SyncJob(
@@ -155,3 +158,13 @@ def test_an_error_is_cut_to_what_fits_a_line() -> None:
     error = protocol.outcome_of(sent(protocol.failed(TransportError(long, remedy=long))))
     assert isinstance(error, TransportError)
     assert error.message == long[:2_000]
+
+
+def test_a_sync_that_cannot_be_started_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "missing"))
+    with pytest.raises(FileNotFoundError):
+        run_sync(replace(JOB, version_file=None), timeout_s=1)
+    assert list(tmp_path.iterdir()) == []
