@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 STATUS_INTERVAL_S = 30.0
 PROGRESS_INTERVAL_S = 2.0
 METRICS_INTERVAL_S = 60.0
+_MOST_TOKENS_PER_S = 1e9
+"""A higher number, or none, was never measured. The status goes out without it, whoever let it through."""
 
 
 class DeviceStatus:
@@ -160,7 +162,9 @@ class DeviceStatus:
         document = lifecycle.status()
         if lifecycle.serving is Serving.ABSENT and self.ready:
             document["reason"] = self._updates.problems.get(name) or document["reason"]
-        return {**document, "tokens_per_s": self._tokens_per_s(name) if self.ready else None}
+        rate = self._tokens_per_s(name) if self.ready else None
+        shown = rate if rate is not None and 0 <= rate <= _MOST_TOKENS_PER_S else None
+        return {**document, "tokens_per_s": shown}
 
     def _depth(self) -> int:
         try:

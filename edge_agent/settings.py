@@ -75,7 +75,7 @@ class SandboxSettings(_Section):
 
     network: bool = Field(default=False, description="true: its code may connect to anything")
     read: tuple[Path, ...] = Field(
-        default=(), description="files and folders that its code may read, absolute"
+        default=(), max_length=256, description="files and folders that its code may read, absolute"
     )
 
     @field_validator("read")

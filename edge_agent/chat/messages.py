@@ -30,6 +30,7 @@ from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 MAX_DEPTH = 64
 
 _BLANK = b" \t\r\n"
+_MICROSECOND = 1e-6
 
 
 class Form(StrEnum):
@@ -213,7 +214,8 @@ def timings(
         queued_s, started_s, first_s, ended_s: prompt accepted, taken up, first text, end.
         tokens: completion tokens; the rate leaves the first one out, it is prefill's.
         measured: the model's own times in milliseconds; `total_ms` and `first_token_ms` give a better rate than
-            the moments here, between which a whole short answer may arrive at once.
+            the moments here, between which a whole short answer may arrive at once. A model may say anything: a
+            shorter time than a clock shows gives no rate.
     """
     decode_s = ended_s - first_s
     if "total_ms" in measured and "first_token_ms" in measured:
@@ -222,7 +224,7 @@ def timings(
         "queue_ms": round(max(0.0, started_s - queued_s) * 1000, 1),
         "first_token_ms": round(max(0.0, first_s - queued_s) * 1000, 1),
         "total_ms": round(max(0.0, ended_s - queued_s) * 1000, 1),
-        "tokens_per_s": round((tokens - 1) / decode_s, 1) if tokens > 1 and decode_s > 0 else 0.0,
+        "tokens_per_s": round((tokens - 1) / decode_s, 1) if tokens > 1 and decode_s >= _MICROSECOND else 0.0,
     }
 
 

@@ -22,6 +22,14 @@ FILE_NAME = "genai_config.json"
 _MAX_BYTES = 1 << 20
 _MAX_ITEMS = 10_000
 
+_MOST = {
+    "context_length": 1 << 24,
+    "num_hidden_layers": 1024,
+    "num_key_value_heads": 1024,
+    "head_size": 4096,
+}
+"""Several times what the largest models have. Memory is planned by them, so a wrong one would unload other models."""
+
 _VALUE = "value"  # text, number or boolean
 _NAMES = "names"  # an object with any keys and text values, such as a graph's input names
 _LIST = "list"  # a list of plain values
@@ -120,7 +128,7 @@ def check(file: Path, path: str) -> None:
         path: its place in the package, for messages.
 
     Raises:
-        PolicyError: a key is not allowed, or the file is not plain JSON.
+        PolicyError: a key is not allowed, a size is more than any model has, or the file is not plain JSON.
     """
     if file.stat().st_size > _MAX_BYTES:
         raise PolicyError(f"{path!r} has more than {_MAX_BYTES} bytes")
@@ -203,6 +211,8 @@ def _check_object(value: object, rules: Mapping[str, Any], place: str) -> None:
         if key not in rules and _ANY_NAME not in rules:
             raise PolicyError(f"{where} is not allowed")
         _check(item, rules.get(key, rules.get(_ANY_NAME)), where)
+        if key in rules and (most := _MOST.get(key)) and isinstance(item, int | float) and item > most:
+            raise PolicyError(f"{where} is {_number(item)}, at most {most} is allowed")
 
 
 def _items(value: object, place: str) -> list[Any]:
@@ -221,6 +231,10 @@ def _object(value: object, place: str) -> Mapping[str, Any]:
 def _plain(value: object, place: str) -> None:
     if value is not None and not isinstance(value, str | int | float):
         raise PolicyError(f"{place} is not a plain value")
+
+
+def _number(value: float) -> str:
+    return str(value) if value < 1 << 63 else "far too large"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

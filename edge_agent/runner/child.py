@@ -29,6 +29,7 @@ from edge_agent.host.seccomp import Calls, Network
 from edge_agent.runner import bounds, golden, loader
 from edge_agent.runner.model import TOO_LONG
 from edge_agent.runner.protocol import (
+    MAX_FRAME_BYTES,
     Cancel,
     Failed,
     Frame,
@@ -62,7 +63,7 @@ class Runner:
         self._scratch = scratch
         self._memory = memory.ProcessMemory(os.getpid())
         self._connection = connection
-        self._reader = FrameReader(connection)
+        self._reader = FrameReader(connection, limit_bytes=MAX_FRAME_BYTES)
         self._turn = turn
         self._announced: Sequence[str] = ()
         self._system = ""
@@ -98,8 +99,8 @@ class Runner:
         if not isinstance(request, Load):
             raise RunnerError("the first frame is not a load")
         started_s = time.monotonic()
-        bounds.limit_memory(request.memory_bytes)
         try:
+            bounds.limit_memory(request.memory_bytes)
             walls = self._confine(request)
             with bounds.panics_caught():
                 model = loader.load(
@@ -125,7 +126,7 @@ class Runner:
                 signature=model.signature,
                 load_ms=load_ms,
                 parallel=limit,
-                system_refused=system_refused,
+                system_refused=system_refused[:MAX_MESSAGE],
                 system_too_long=system_refused == TOO_LONG,
                 walls=list(walls.stand),
                 missing_walls=dict(walls.missing),
@@ -167,6 +168,7 @@ class Runner:
             failures, tokens_per_s = [_describe(error)], 0.0
         # Not getrusage: its peak starts with the parent's, whose memory this process shared until exec.
         peak_bytes = self._memory.peak_bytes()
+        failures = [failure[:MAX_MESSAGE] for failure in failures]
         self._send(Tried(failures=failures, tokens_per_s=tokens_per_s, memory_bytes=peak_bytes))
 
     def _next(self) -> Frame:

@@ -44,6 +44,7 @@ from edge_agent.errors import (
 from edge_agent.host import cpus, memory
 from edge_agent.runner.output import OutputTail
 from edge_agent.runner.protocol import (
+    MAX_REPLY_BYTES,
     TURN_BYTES,
     Cancel,
     Delta,
@@ -150,7 +151,7 @@ class RunnerProcess:
         self.suspects: frozenset[str] = frozenset()
         self._open: dict[str, _Open] = {}
         ours, theirs = socket.socketpair()
-        self._socket, self._reader = ours, FrameReader(ours)
+        self._socket, self._reader = ours, FrameReader(ours, limit_bytes=MAX_REPLY_BYTES)
         # A second object for the same socket, because a sender must not wait for the reader's timeout.
         self._sender = ours.dup()
         self._sender.setblocking(False)
@@ -404,7 +405,7 @@ class RunnerProcess:
             self.kill()
             raise RunnerError("runner spoke out of turn")
         if isinstance(frame, Delta):
-            prompt.characters += len(frame.text)
+            prompt.characters += len(frame.text) + 1  # a frame without text takes room, too
             if prompt.characters > MAX_ANSWER_CHARACTERS:
                 self.kill()
                 raise RunnerError(f"the answer has more than {MAX_ANSWER_CHARACTERS} characters")

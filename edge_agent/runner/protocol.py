@@ -3,24 +3,39 @@
     daemon → runner   Load, Try, Generate, Cancel, Stop
     runner → daemon   Loaded or Failed; Tried for Try; then, for each Generate and by its id, Delta …, Done or Refused
 
-Each side treats the other's bytes as untrusted input: an unknown type, a missing or wrong field or a line over
-the bound is a `RunnerError`. Nothing is ever unpickled.
+Each side treats the other's bytes as untrusted input: an unknown type, a missing or wrong field, a number out of range,
+a text, list or object over its bound or a line over the bound is a `RunnerError`. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from edge_agent.errors import RunnerError
 from edge_agent.runner.lines import LineReader, strict_json
 
 MAX_FRAME_BYTES = 20 << 20
+"""To a runner: the largest request of the settings, escaped."""
+MAX_REPLY_BYTES = 1 << 20
+"""From a runner. JSON takes many times its length in memory, and it is read before any field can be looked at."""
+MAX_DELTA_CHARACTERS = 1 << 16
+"""Each is at most 12 bytes in JSON. A longer text takes several frames."""
 TURN_BYTES = 4096
 """Size of the shared memory in which a runner notes whose turn it is."""
+
+_MAX_CHARACTERS = 4096
+_MAX_ITEMS = 256
+_END_OF_INTEGERS = 1 << 31
+_END_OF_FLOATS = float(1 << 53)
+
+Bytes = Annotated[int, 1 << 62]
+"""Below that. Any other integer is below `_END_OF_INTEGERS`, and none is negative."""
+LongText = Annotated[str, MAX_DELTA_CHARACTERS]
+"""At most so many characters. Any other text has at most `_MAX_CHARACTERS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +64,13 @@ class Load:
     max_tokens: int
     threads: int
     parallel: int = 1
-    kv_bytes: int = 0
-    system: str = ""
+    kv_bytes: Bytes = 0
+    system: LongText = ""
     repetition_penalty: float = 0.0
     network: bool = False
     read: list[str] = field(default_factory=list)
     confined: bool = True
-    memory_bytes: int = 0
+    memory_bytes: Bytes = 0
     memory_is_short: bool = False
 
 
@@ -78,7 +93,7 @@ class Tried:
     type: ClassVar[str] = "tried"
     failures: list[str]
     tokens_per_s: float
-    memory_bytes: int
+    memory_bytes: Bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +163,7 @@ class Delta:
 
     type: ClassVar[str] = "delta"
     id: str
-    text: str
+    text: LongText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +187,7 @@ class Refused:
     message: str
 
 
+_Reply = Loaded | Failed | Tried | Delta | Done | Refused
 Frame = Load | Try | Tried | Generate | Cancel | Stop | Loaded | Failed | Delta | Done | Refused
 
 _KINDS: dict[str, type[Any]] = {
@@ -180,7 +196,7 @@ _KINDS: dict[str, type[Any]] = {
 }
 _Hints = dict[str, Any]
 _HINTS: dict[str, _Hints] = {
-    name: {hint: value for hint, value in get_type_hints(kind).items() if hint != "type"}
+    name: {hint: value for hint, value in get_type_hints(kind, include_extras=True).items() if hint != "type"}
     for name, kind in _KINDS.items()
 }
 
@@ -200,10 +216,9 @@ def encode(frame: Frame) -> bytes:
         RunnerError: longer than the bound.
     """
     line = json.dumps({"type": frame.type, **asdict(frame)}, separators=(",", ":")).encode() + b"\n"
-    if len(line) > MAX_FRAME_BYTES:
-        raise RunnerError(
-            f"a {frame.type} frame has {len(line)} bytes, at most {MAX_FRAME_BYTES} are allowed"
-        )
+    limit_bytes = MAX_REPLY_BYTES if isinstance(frame, _Reply) else MAX_FRAME_BYTES
+    if len(line) > limit_bytes:
+        raise RunnerError(f"a {frame.type} frame has {len(line)} bytes, at most {limit_bytes} are allowed")
     return line
 
 
@@ -242,12 +257,13 @@ class FrameReader:
 
     Args:
         connection: a connected stream socket; `read` changes its timeout.
+        limit_bytes: of a frame: `MAX_FRAME_BYTES` at a runner, `MAX_REPLY_BYTES` at the daemon.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, *, limit_bytes: int) -> None:
         self._connection = connection
         self._lines = LineReader(
-            limit_bytes=MAX_FRAME_BYTES,
+            limit_bytes=limit_bytes,
             broken=lambda reason: RunnerError(f"instead of a frame there came {reason}"),
         )
 
@@ -275,15 +291,25 @@ class FrameReader:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    if hint in (str, bool):
-        return isinstance(value, hint)
+    """Whether a value is of the hint's type and within its bound. Compares only: no number of JSON makes it raise."""
+    bound = None
+    if get_origin(hint) is Annotated:
+        hint, bound = get_args(hint)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    if hint is str:
+        return isinstance(value, str) and len(value) <= (bound or _MAX_CHARACTERS)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and 0 <= value < (bound or _END_OF_INTEGERS)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint == list[str]:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if not isinstance(value, dict):
-        return False
-    inner = hint.__args__[1]
-    return inner is Any or all(_fits(item, inner) for item in value.values())
+        return isinstance(value, int | float) and 0 <= value < _END_OF_FLOATS
+    if get_origin(hint) is list:
+        return isinstance(value, list) and _all_fit(value, get_args(hint)[0])
+    name, inner = get_args(hint)
+    if not isinstance(value, dict) or inner is Any:  # a request, which was checked where it came in
+        return isinstance(value, dict)
+    return _all_fit(value.keys(), name) and _all_fit(value.values(), inner)
+
+
+def _all_fit(values: Collection[object], hint: Any) -> bool:
+    return len(values) <= _MAX_ITEMS and all(_fits(value, hint) for value in values)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from edge_agent.errors import BadRequest, Cancelled, ModelFailed, PromptError, PromptTooLong, by_code
 from edge_agent.runner import bounds
 from edge_agent.runner.model import End, Lane, Model
-from edge_agent.runner.protocol import Delta, Done, Generate, Refused
+from edge_agent.runner.protocol import MAX_DELTA_CHARACTERS, Delta, Done, Generate, Refused
 
 MAX_MESSAGE = 500
 _TICK_S = 0.05
@@ -119,8 +119,8 @@ class Scheduler:
                 )
                 self._close(running)
                 return
-            if item:
-                self._send(Delta(id=request.id, text=item))
+            for start in range(0, len(item), MAX_DELTA_CHARACTERS):
+                self._send(Delta(id=request.id, text=item[start : start + MAX_DELTA_CHARACTERS]))
         self._lanes.append(running)
 
     def close(self) -> None:

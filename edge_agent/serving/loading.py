@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_agent.cache.record import VersionRecord
@@ -229,7 +229,10 @@ class VersionLoader:
             (self._clock() - started_s) * 1000,
         )  # fmt: skip
         return LoadedVersion(
-            runner=runner, record=record, reported=reported, context_tokens=admission.context_tokens
+            runner=runner,
+            record=record,
+            reported=replace(reported, parallel=min(reported.parallel, self._loading.parallel)),
+            context_tokens=admission.context_tokens,
         )
 
     @contextmanager

@@ -23,8 +23,8 @@ from typing import Protocol
 from edge_agent.cache.record import VersionRecord
 from edge_agent.errors import MemoryShort, RunnerError
 from edge_agent.host import identity
-from edge_agent.host.memory import available_bytes
-from edge_agent.serving.footprint import Footprint, footprint_of
+from edge_agent.host.memory import available_bytes, total_bytes
+from edge_agent.serving.footprint import LEAST_CONTEXT_TOKENS, Footprint, footprint_of
 from edge_agent.serving.learned import Learned
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Admission:
     Attributes:
         warning: why the context is smaller than wanted, or memory may not suffice; empty when all is well.
         spare_bytes: what is free beyond that, for more prompts and for remembered ones.
-        limit_bytes: no package of this size needs more.
+        limit_bytes: no package of this size needs more, and this host has no more.
         is_short: the host has less than that, so a refused allocation may be the host's doing.
     """
 
@@ -82,6 +82,7 @@ class MemoryBudget:
     Args:
         limit_bytes: for all runners together; 0 leaves it to the host and its control groups.
         available: what the host has left now, in bytes.
+        total: what it has at all.
         clock: monotonic seconds.
     """
 
@@ -91,11 +92,13 @@ class MemoryBudget:
         *,
         learned: Learned,
         available: Callable[[], int] = available_bytes,
+        total: Callable[[], int] = total_bytes,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limit_bytes = limit_bytes
         self._learned = learned
         self._available = available
+        self._total = total
         self._clock = clock
         self._host = identity.of_host()
         self._deciding = threading.Condition()
@@ -151,14 +154,15 @@ class MemoryBudget:
         with self._deciding:
             footprint = footprint_of(record, folder)
             need = self._need(record, footprint, context_tokens)
-            self._make_room(model, need)
+            self._make_room(model, self._worth_making(need, record, footprint))
             free = self._free()
             self._refuse_weights(record, free)
             tokens, warning = context_tokens, ""
             if need > free:
                 tokens = footprint.context_that_fits(free, context_tokens)
                 warning = _warning(need, free, context_tokens, tokens)
-            limit_bytes = max(need, footprint.needed_bytes(context_tokens)) * LIMIT_FACTOR + LIMIT_EXTRA_BYTES
+            expected_bytes = max(need, footprint.needed_bytes(context_tokens))
+            limit_bytes = min(expected_bytes * LIMIT_FACTOR + LIMIT_EXTRA_BYTES, self._total())
             admission = Admission(
                 context_tokens=tokens,
                 warning=warning,
@@ -185,6 +189,12 @@ class MemoryBudget:
     def _need(self, record: VersionRecord, footprint: Footprint, context_tokens: int) -> int:
         known = self._learned.of(record.digest, self._host).peaks.get(context_tokens)
         return known or footprint.needed_bytes(context_tokens)
+
+    def _worth_making(self, need: int, record: VersionRecord, footprint: Footprint) -> int:
+        """How much room to make. Where an estimate would not come true on an empty host, not even with the shortest
+        context, nobody has to go for it: for the weights alone, which are really there."""
+        least = min(need, footprint.needed_bytes(LEAST_CONTEXT_TOKENS))
+        return need if least <= self._attainable() else record.total_bytes
 
     def _free(self) -> int:
         """Bytes for another runner. A part of what is reserved may be in use already; it is subtracted all the same."""

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
+from edge_agent.errors import DeadlineExceeded
 from edge_agent.host import cpus, identity
 from edge_agent.runner.protocol import Delta, Done
 from edge_agent.serving.learned import Learned
@@ -23,8 +24,12 @@ MEASURE_S = 1.0
 WORTH = 1.05
 """More threads must be this much faster than fewer ones: they take time from everything else."""
 
+LIMIT_S = 240.0
+"""For all prompts of one measurement: whoever measures may hold the only thread that brings updates."""
+MOST_PROMPTS = 128
+"""In a row. A model whose answers are that short is measured by what it said."""
+
 _FIRST_TOKENS, _MOST_TOKENS = 8, 512
-_TIMEOUT_S = 120.0
 
 
 class ThreadChoice:
@@ -81,27 +86,38 @@ def measure(runner: Generator, *, signature: str, clock: Callable[[], float] = t
 
     Args:
         signature: `chat` or `prompt`: the form of the prompt.
-        clock: monotonic seconds, for a runner that does not say how long it decoded.
+        clock: monotonic seconds, for the time limit, and for a runner that does not say how long it decoded.
 
     Raises:
-        EdgeAgentError: the runner failed.
+        EdgeAgentError: the runner failed, or `LIMIT_S` passed.
     """
-    rate = _decode(runner, signature, _FIRST_TOKENS, clock)
-    return _decode(runner, signature, min(_MOST_TOKENS, max(_FIRST_TOKENS, round(rate * MEASURE_S))), clock)
+    until_s = clock() + LIMIT_S
+    rate = _decode(runner, signature, _FIRST_TOKENS, clock, until_s)
+    tokens = min(_MOST_TOKENS, max(_FIRST_TOKENS, round(rate * MEASURE_S)))
+    return _decode(runner, signature, tokens, clock, until_s)
 
 
-def _decode(runner: Generator, signature: str, tokens: int, clock: Callable[[], float]) -> float:
+def _decode(
+    runner: Generator, signature: str, tokens: int, clock: Callable[[], float], until_s: float
+) -> float:
     text = "Tell me a long story."
     prompt = {"messages": [{"role": "user", "content": text}]} if signature == "chat" else {"prompt": text}
     generated, elapsed_ms = 0, 0.0
-    while generated < tokens:
+    for _ in range(MOST_PROMPTS):
         started_s = clock()
+        if generated >= tokens:
+            break
+        if started_s >= until_s:
+            raise DeadlineExceeded(f"its speed was not known after {LIMIT_S:.0f} s")
         last: Delta | Done | None = None
         document = {**prompt, "max_tokens": tokens - generated, "temperature": 0.0}
-        for item in runner.generate(f"measure-{uuid.uuid4().hex[:8]}", document, timeout_s=_TIMEOUT_S):
+        for item in runner.generate(
+            f"measure-{uuid.uuid4().hex[:8]}", document, timeout_s=until_s - started_s
+        ):
             last = item
-        if not isinstance(last, Done) or not last.usage.get("completion_tokens"):
+        said = last.usage.get("completion_tokens", 0) if isinstance(last, Done) else 0
+        if not isinstance(last, Done) or said <= 0:
             break  # a model that says nothing is as fast with any number of threads
-        generated += last.usage["completion_tokens"]
+        generated += min(said, tokens - generated)
         elapsed_ms += last.timings.get("decode_ms") or (clock() - started_s) * 1000
     return generated / max(elapsed_ms, 0.001) * 1000

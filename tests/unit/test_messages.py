@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import math
 from typing import Any
 
 import pytest
@@ -334,6 +335,19 @@ def test_the_models_own_times_give_the_rate() -> None:
         measured={"total_ms": 600, "first_token_ms": 100},
     )
     assert timings["tokens_per_s"] == 20.0
+
+
+@pytest.mark.parametrize("total_ms", [1e-310, 1e-4, -1.0, math.nan, math.inf])
+def test_times_that_nobody_can_have_measured_give_no_rate(total_ms: float) -> None:
+    timings = messages.timings(
+        queued_s=0,
+        started_s=0,
+        first_s=1,
+        ended_s=1,
+        tokens=2,
+        measured={"total_ms": total_ms, "first_token_ms": 0},
+    )
+    assert timings["tokens_per_s"] == 0.0
 
 
 @pytest.mark.parametrize(

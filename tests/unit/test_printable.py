@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import logging
+import math
 import os
 import pty
 import sys
@@ -339,7 +340,15 @@ def scripted_lifecycle(*, reason: str) -> Any:
     return Lifecycle()
 
 
-def status_of(lifecycle: Any) -> DeviceStatus:
+@pytest.mark.parametrize("rate", [math.inf, -math.inf, math.nan, -1.0, 10**400, -(10**400)])
+def test_a_status_goes_out_whatever_number_a_model_gave(rate: float) -> None:
+    status = status_of(scripted_lifecycle(reason=""), tokens_per_s=rate)
+    status.ready = True
+    (model,) = json.loads(messages.encode(status.document()))["models"]
+    assert model["tokens_per_s"] is None
+
+
+def status_of(lifecycle: Any, *, tokens_per_s: float = 1.0) -> DeviceStatus:
     class Everything:
         """The parts that are asked for numbers and problems."""
 
@@ -359,7 +368,7 @@ def status_of(lifecycle: Any) -> DeviceStatus:
         updates=everything,
         desired=everything,
         rebuilt=WINDOW_TITLE,
-        tokens_per_s=lambda name: 1.0,
+        tokens_per_s=lambda name: tokens_per_s,
     )
 
 

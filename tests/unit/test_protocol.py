@@ -20,6 +20,7 @@ from edge_agent.runner.protocol import (
     Loaded,
     Refused,
     Stop,
+    Tried,
     with_system,
 )
 
@@ -34,10 +35,12 @@ FRAMES: list[Frame] = [
     Delta(id="1.1", text="line\nbreak"),
     Done(id="1.1", finish_reason="stop", usage={"prompt_tokens": 1}, timings={"first_token_ms": 1.5}),
     Refused(id="1.1", code="bad_request", message="no"),
+    Tried(failures=["golden prompt 1: no"], tokens_per_s=0.0, memory_bytes=(1 << 62) - 1),
 ]
+LARGEST = Delta(id="1.1", text="\U0001f34e" * protocol.MAX_DELTA_CHARACTERS)
 
 
-@pytest.mark.parametrize("frame", FRAMES, ids=lambda frame: frame.type)
+@pytest.mark.parametrize("frame", [*FRAMES, LARGEST], ids=lambda frame: frame.type)
 def test_a_frame_survives_the_way(frame: Frame) -> None:
     assert protocol.decode(protocol.encode(frame)) == frame
 
@@ -75,12 +78,49 @@ def test_a_line_that_is_no_frame_is_refused(line: bytes) -> None:
         protocol.decode(line)
 
 
+DONE = Done(id="1", finish_reason="stop", usage={}, timings={})
+LOADED = Loaded(flavor="f", signature="chat", load_ms=0)
+TRIED = Tried(failures=[], tokens_per_s=0, memory_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("frame", "field", "value"),
+    [
+        (DONE, "usage", {"completion_tokens": -1}),
+        (DONE, "usage", {"completion_tokens": 1 << 31}),
+        (DONE, "usage", {"completion_tokens": True}),
+        (DONE, "usage", {"x" * 5000: 1}),
+        (DONE, "usage", {str(number): 1 for number in range(257)}),
+        (DONE, "timings", {"total_ms": -1.0}),
+        (DONE, "timings", {"total_ms": 10**400}),
+        (DONE, "timings", {"total_ms": 1e300}),
+        (DONE, "finish_reason", "x" * 5000),
+        (TRIED, "tokens_per_s", -(10**400)),
+        (TRIED, "tokens_per_s", False),
+        (TRIED, "memory_bytes", 1 << 62),
+        (TRIED, "memory_bytes", -1),
+        (TRIED, "failures", ["x"] * 257),
+        (TRIED, "failures", ["x" * 5000]),
+        (LOADED, "parallel", 1 << 31),
+        (LOADED, "load_ms", -0.5),
+        (LOADED, "flavor", "x" * 5000),
+        (LOADED, "missing_walls", {"files": "x" * 5000}),
+        (Delta(id="1", text=""), "text", "x" * (protocol.MAX_DELTA_CHARACTERS + 1)),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_refused(frame: Frame, field: str, value: object) -> None:
+    whole = json.loads(protocol.encode(frame))
+    protocol.decode(json.dumps(whole).encode())
+    with pytest.raises(RunnerError, match="wrong fields"):
+        protocol.decode(json.dumps({**whole, field: value}).encode())
+
+
 @given(st.lists(st.integers(1, 40), max_size=60))
 def test_frames_are_found_however_the_bytes_are_cut(cuts: list[int]) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         data = b"".join(protocol.encode(frame) for frame in FRAMES)
-        reader, found = FrameReader(ours), []
+        reader, found = FrameReader(ours, limit_bytes=protocol.MAX_FRAME_BYTES), []
         for cut in [*cuts, len(data)]:
             theirs.sendall(data[:cut])
             data = data[cut:]
@@ -89,26 +129,32 @@ def test_frames_are_found_however_the_bytes_are_cut(cuts: list[int]) -> None:
         assert found == FRAMES
 
 
-def test_a_line_without_end_is_refused_at_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "MAX_FRAME_BYTES", 1000)
+def test_a_line_without_end_is_refused_at_the_bound() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(b"x" * 2000)
         with pytest.raises(RunnerError, match="1000 bytes"):
-            FrameReader(ours).read(1)
+            FrameReader(ours, limit_bytes=1000).read(1)
 
 
 def test_a_closed_connection_is_the_end() -> None:
     ours, theirs = socket.socketpair()
     theirs.close()
     with ours, pytest.raises(EOFError):
-        FrameReader(ours).read(1)
+        FrameReader(ours, limit_bytes=1000).read(1)
 
 
-def test_an_unencodable_frame_is_refused_at_the_sender(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "MAX_FRAME_BYTES", 100)
-    with pytest.raises(RunnerError):
-        protocol.encode(Delta(id="1", text=json.dumps("x" * 200)))
+@pytest.mark.parametrize(
+    ("frame", "limit_bytes"),
+    [
+        (Delta(id="1", text="x" * protocol.MAX_REPLY_BYTES), protocol.MAX_REPLY_BYTES),
+        (Generate(id="1", document={"prompt": "x" * protocol.MAX_FRAME_BYTES}), protocol.MAX_FRAME_BYTES),
+    ],
+    ids=["reply", "request"],
+)
+def test_a_frame_over_the_bound_is_refused_at_the_sender(frame: Frame, limit_bytes: int) -> None:
+    with pytest.raises(RunnerError, match=f"at most {limit_bytes} are"):
+        protocol.encode(frame)
 
 
 @pytest.mark.parametrize("prompts", [[], ["a.1.1"], ["a.1.1", "b-c_d.2.1"]])

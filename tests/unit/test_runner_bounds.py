@@ -13,9 +13,9 @@ import pytest
 
 from edge_agent.errors import CannotRun, LoadFailed, PolicyError, RunnerError
 from edge_agent.host import cpus
-from edge_agent.runner import bounds, child
+from edge_agent.runner import bounds, child, process
 from edge_agent.runner.process import RunnerProcess, child_environment
-from edge_agent.runner.protocol import Load
+from edge_agent.runner.protocol import Delta, Load
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,5 +143,20 @@ def test_a_load_that_does_not_end_is_the_packages_doing_if_it_computes(
             runner.load(Load(folder=str(tmp_path), context_tokens=1, max_tokens=1, threads=1), timeout_s=0.1)
         assert type(caught.value) is kind
         assert not runner.alive
+    finally:
+        runner.kill()
+
+
+def test_a_frame_without_text_counts_towards_the_bound_of_an_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(process, "MAX_ANSWER_CHARACTERS", 3)
+    runner = RunnerProcess(model="assistant", environment=child_environment(tmp_path))
+    try:
+        runner.start("1.1", {"prompt": "x"}, timeout_s=60)
+        for _ in range(3):
+            runner._checked(Delta(id="1.1", text=""))
+        with pytest.raises(RunnerError, match="more than 3 characters"):
+            runner._checked(Delta(id="1.1", text=""))
     finally:
         runner.kill()

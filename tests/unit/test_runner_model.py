@@ -12,10 +12,21 @@ import pytest
 
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 from edge_agent.host.confinement import Walls
-from edge_agent.runner import child, loader
+from edge_agent.runner import bounds, child, loader
 from edge_agent.runner.loader import WrapperModel
 from edge_agent.runner.model import TOO_LONG, End, Model
-from edge_agent.runner.protocol import Failed, Frame, FrameReader, Load, Loaded, Stop, Tried, Try, encode
+from edge_agent.runner.protocol import (
+    MAX_REPLY_BYTES,
+    Failed,
+    Frame,
+    FrameReader,
+    Load,
+    Loaded,
+    Stop,
+    Tried,
+    Try,
+    encode,
+)
 
 SYSTEM = "Be brief."
 SAYS = {"role": "system", "content": SYSTEM}
@@ -148,7 +159,7 @@ def served(model: Model, *frames: Frame, monkeypatch: pytest.MonkeyPatch, folder
 
 
 def frames_of(connection: socket.socket) -> Iterator[Frame]:
-    reader = FrameReader(connection)
+    reader = FrameReader(connection, limit_bytes=MAX_REPLY_BYTES)
     while True:
         try:
             frame = reader.read(5)
@@ -156,6 +167,17 @@ def frames_of(connection: socket.socket) -> Iterator[Frame]:
             return
         assert frame is not None
         yield frame
+
+
+def test_a_limit_of_memory_that_the_kernel_does_not_take_is_a_load_that_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(limit_bytes: int) -> None:
+        raise OverflowError("too large")
+
+    monkeypatch.setattr(bounds, "limit_memory", refuse)
+    (failed,) = served(ScriptedModel(), load(SYSTEM), monkeypatch=monkeypatch, folder=tmp_path)
+    assert failed == Failed(message="OverflowError: too large", code="load_failed")
 
 
 def load(system: str) -> Load:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from edge_agent.runner.model import End, Lane, Model
-from edge_agent.runner.protocol import Delta, Done, Generate, Refused
+from edge_agent.runner.protocol import MAX_DELTA_CHARACTERS, Delta, Done, Generate, Refused
 from edge_agent.runner.scheduler import Scheduler, refusal_of
 
 Steps = Callable[[dict[str, Any]], Iterator[str | End]]
@@ -102,6 +102,20 @@ def test_prompts_take_turns_and_each_gets_its_own_text() -> None:
     order = "".join(frame.text for frame in bench.frames if isinstance(frame, Delta))
     assert order == "abcabcabc"
     assert bench.scheduler.idle
+
+
+def test_a_text_that_is_too_long_for_a_frame_comes_in_several() -> None:
+    class Whole(Script):
+        @staticmethod
+        def _steps(document: dict[str, Any]) -> Iterator[Sequence[str | End]]:
+            yield ["x" * MAX_DELTA_CHARACTERS + "y", end()]
+
+    bench = Bench(Whole())
+    bench.add("a")
+    bench.run()
+    texts = [frame.text for frame in bench.frames if isinstance(frame, Delta)]
+    assert texts == ["x" * MAX_DELTA_CHARACTERS, "y"]
+    assert bench.ends() == [("a", "done")]
 
 
 def test_a_newcomer_has_the_next_turn_and_one_in_each_round() -> None:

@@ -169,6 +169,11 @@ def test_a_package_without_mlmodel_is_refused(tmp_path: Path) -> None:
         ("model/vision", {"filename": "x"}),
         ("model/decoder/unknown", 1),
         ("unknown", {}),
+        ("model/context_length", (1 << 24) + 1),
+        ("model/decoder/num_hidden_layers", 1025),
+        ("model/decoder/num_key_value_heads", (1 << 31) - 1),
+        ("model/decoder/head_size", 10**400),
+        ("model/draft/head_size", 1e300),
     ],
 )
 def test_a_hostile_genai_option_is_refused_with_its_name(tmp_path: Path, place: str, value: object) -> None:

@@ -72,9 +72,12 @@ def version(weights_bytes: int = 100 * MIB) -> VersionRecord:
     )  # fmt: skip
 
 
-def budget(tmp_path: Path, *, limit: int = 0, free: Callable[[], int] | int = 1 << 40) -> MemoryBudget:
+def budget(
+    tmp_path: Path, *, limit: int = 0, free: Callable[[], int] | int = 1 << 40, total: int = 1 << 40
+) -> MemoryBudget:
     available = free if callable(free) else lambda: free
-    return MemoryBudget(limit, learned=Learned(tmp_path / "learned.json"), available=available)
+    learned = Learned(tmp_path / "learned.json")
+    return MemoryBudget(limit, learned=learned, available=available, total=lambda: total)
 
 
 NEED = int((100 * MIB + 1) * 1.2) + CONTEXT * KV_BYTES + RUNNER_BYTES
@@ -115,6 +118,29 @@ def test_a_runner_is_limited_to_what_no_version_of_its_size_needs(
     with shared.admit(model, version(), folder, CONTEXT) as admission:
         assert admission.limit_bytes == NEED * LIMIT_FACTOR + LIMIT_EXTRA_BYTES
         assert admission.is_short is (free == NEED), "then a refused allocation may be the host's doing"
+
+
+def test_no_runner_may_map_more_than_the_host_has(tmp_path: Path, folder: Path) -> None:
+    model, shared = Model("a"), budget(tmp_path, total=NEED * LIMIT_FACTOR)
+    shared.join(model)
+    with shared.admit(model, version(), folder, CONTEXT) as admission:
+        assert admission.limit_bytes == NEED * LIMIT_FACTOR
+
+
+def test_an_estimate_that_no_host_could_hold_unloads_nobody(tmp_path: Path, folder: Path) -> None:
+    config = {
+        "model": {"decoder": dict.fromkeys(("num_hidden_layers", "num_key_value_heads", "head_size"), 1024)}
+    }
+    (folder / GENAI_CONFIG).write_text(json.dumps(config))
+    model, other = Model("a"), Model("b", 300 * MIB)
+    shared = budget(tmp_path, free=lambda: 1000 * MIB - other.size)
+    shared.join(model)
+    shared.join(other)
+    with shared.admit(model, version(), folder, CONTEXT) as admission:
+        assert admission.context_tokens == LEAST_CONTEXT_TOKENS
+    assert other.size == 300 * MIB
+    with shared.admit(model, version(800 * MIB), folder, CONTEXT):
+        assert other.size == 0, "its weights need the room"
 
 
 def test_a_small_peak_makes_no_smaller_limit_and_a_large_one_a_larger(tmp_path: Path, folder: Path) -> None:

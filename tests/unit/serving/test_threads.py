@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edge_agent.errors import DeadlineExceeded
 from edge_agent.runner.protocol import Delta, Done
 from edge_agent.serving.learned import Learned
-from edge_agent.serving.threads import ThreadChoice, fastest, measure
+from edge_agent.serving.threads import LIMIT_S, MOST_PROMPTS, ThreadChoice, fastest, measure
 
 DIGEST = "d" * 64
 
@@ -22,11 +24,13 @@ class Decoder:
         self.rate, self.most, self.says_how_long = rate, most, says_how_long
         self.now_s = 0.0
         self.documents: list[dict[str, Any]] = []
+        self.timeouts_s: list[float] = []
 
     def generate(
         self, prompt_id: str, document: dict[str, Any], *, timeout_s: float
     ) -> Iterator[Delta | Done]:
         self.documents.append(document)
+        self.timeouts_s.append(timeout_s)
         tokens = min(self.most, document["max_tokens"])
         seconds = tokens / self.rate
         self.now_s += seconds
@@ -78,6 +82,37 @@ def test_a_model_that_says_nothing_is_asked_twice_and_no_more() -> None:
     decoder = Decoder(most=0)
     assert measure(decoder, signature="chat") == 0.0
     assert asked_for(decoder) == [8, 8]
+
+
+@pytest.mark.parametrize("tokens", [-1, -(10**9)])
+def test_a_runner_that_takes_tokens_back_is_not_asked_for_ever(tokens: int) -> None:
+    decoder = Decoder(most=tokens)
+    assert measure(decoder, signature="chat") == 0.0
+    assert asked_for(decoder) == [8, 8]
+
+
+def test_a_runner_that_says_more_tokens_than_it_was_asked_for_is_not_that_much_faster() -> None:
+    class Boaster(Decoder):
+        def generate(
+            self, prompt_id: str, document: dict[str, Any], *, timeout_s: float
+        ) -> Iterator[Delta | Done]:
+            for item in super().generate(prompt_id, document, timeout_s=timeout_s):
+                yield replace(item, usage={"completion_tokens": 10**9}) if isinstance(item, Done) else item
+
+    assert measure(Boaster(rate=100.0), signature="chat") == pytest.approx(100.0)
+
+
+def test_answers_of_one_token_are_asked_for_a_bounded_number_of_times() -> None:
+    decoder = Decoder(rate=1e6, most=1)
+    measure(decoder, signature="prompt")
+    assert len(asked_for(decoder)) == 8 + MOST_PROMPTS
+
+
+def test_a_measurement_ends_at_its_limit_of_time() -> None:
+    decoder = Decoder(rate=0.01, most=1)  # 100 s for a token
+    with pytest.raises(DeadlineExceeded):
+        measure(decoder, signature="chat", clock=lambda: decoder.now_s)
+    assert decoder.timeouts_s == [LIMIT_S, LIMIT_S - 100, LIMIT_S - 200]
 
 
 def test_what_was_chosen_is_not_measured_again(tmp_path: Path) -> None:

@@ -198,7 +198,18 @@ def test_a_runner_is_given_what_the_settings_say(new_life: NewLife, host: Script
     assert request.folder == str(life.store.folder(life.records[1]))
     with life.lifecycle.lease() as lease:
         assert lease is not None
-        assert (lease.parallel, lease.flavor, lease.version) == (4, "onnxruntime-genai", 1)
+        assert (lease.flavor, lease.version) == ("onnxruntime-genai", 1)
+
+
+def test_a_runner_that_claims_more_prompts_at_once_gets_no_more_than_the_settings_say(
+    new_life: NewLife, host: ScriptedHost
+) -> None:
+    host.script(1, Script(parallel=10**9))
+    life = new_life()
+    life.serve(1)
+    with life.lifecycle.lease() as lease:
+        assert lease is not None
+        assert lease.parallel == life.loading.parallel
 
 
 def test_a_new_version_is_measured_once_with_each_number_of_threads(
