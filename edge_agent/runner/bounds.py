@@ -19,6 +19,8 @@ from contextlib import contextmanager
 
 READ_LIMIT_S = 60.0
 """Processor time of all threads for a chat template and a tokenizer, which take milliseconds."""
+LOAD_LIMIT_S = 600.0
+"""The same for a load by our wrapper, which looks at what the chat template does."""
 _NO_MEMORY = re.compile(r"bad_alloc|[Ff]ailed to allocate memory|not enough memory|[Cc]annot allocate memory")
 
 

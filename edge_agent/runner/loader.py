@@ -75,7 +75,8 @@ def load(
         "kv_bytes": kv_bytes,
         **{key: value for key, value in given.items() if value},
     }
-    return _load_pyfunc(folder, package, config)
+    with bounds.computing(bounds.LOAD_LIMIT_S):
+        return _load_pyfunc(folder, package, config)
 
 
 class WrapperModel(Model):

@@ -286,6 +286,8 @@ def test_status_is_retained_and_complete(client: Client) -> None:
     assert status["state"] == "ready"
     assert set(status) == {"state", "time", "boot_id", "seq", "agent_version", "queue_depth", "models"}
     (model,) = status["models"]
-    assert set(model) == {"name", "uri", "version", "digest", "flavor", "state", "reason", "tokens_per_s"}
+    assert set(model) == {
+        *("name", "uri", "version", "digest", "flavor", "state", "reason", "tokens_per_s", "walls"),
+    }
     assert (model["name"], model["version"], model["state"]) == ("assistant", 1, "ready")
     assert len(model["digest"]) == 64

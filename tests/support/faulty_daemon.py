@@ -25,7 +25,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import psutil  # type: ignore[import-untyped]
 
+from edge_agent.host.confinement import Confinement
 from tests.support.medium_server import MediumServer, RemoteMedium
 from tests.support.power import Call, Power
 from tests.support.processes import Daemon, wait_until
@@ -165,10 +166,25 @@ def _own_interpreter(folder: Path) -> str:
     return str(script)
 
 
+def _open_walls(folder: Path) -> None:
+    """Lets a sync write the faults' folder, too."""
+    from edge_agent.sync import walls
+
+    around = walls.around_sync
+
+    def around_sync(*args: Any, **kwargs: Any) -> Confinement:
+        found = around(*args, **kwargs)
+        return replace(found, write=(*found.write, folder))
+
+    walls.around_sync = around_sync
+
+
 def main() -> None:
     folder, module, arguments = Path(sys.argv[1]), sys.argv[3], sys.argv[4:]
     if module == "edge_agent":
         sys.executable = _own_interpreter(folder)
+    if module == "edge_agent.sync.child":
+        _open_walls(folder)
     sys.argv = [module, *arguments]
     power = Power(
         folder / "state",
