@@ -71,7 +71,7 @@ def good(registry: HostileRegistry) -> None:
     registry.answers[f"{FILES}/x/MLmodel"] = status(200, body=b"here")
 
 
-@examples(40)
+@examples(12)
 @given(document=wounded(VERSION), place=st.sampled_from(["registered-models/alias", "model-versions/get"]))
 def test_a_version(registry: HostileRegistry, scratch: Path, document: Any, place: str) -> None:
     good(registry)
@@ -79,7 +79,7 @@ def test_a_version(registry: HostileRegistry, scratch: Path, document: Any, plac
     asked(registry, scratch)
 
 
-@examples(40)
+@examples(12)
 @given(document=wounded(LISTING))
 def test_a_listing(registry: HostileRegistry, scratch: Path, document: Any) -> None:
     good(registry)
@@ -87,7 +87,7 @@ def test_a_listing(registry: HostileRegistry, scratch: Path, document: Any) -> N
     asked(registry, scratch)
 
 
-@examples(40)
+@examples(12)
 @given(
     body=torn(b'{"files": [{"path": "MLmodel", "is_dir": false, "file_size": 4}]}'),
     code=st.sampled_from([200, 200, 200, 204, 206, 301, 307, 400, 404, 416, 429, 500, 599]),

@@ -35,6 +35,8 @@ from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.packages import WEIGHTS, add_manifest, make_package, manifest_of
 from tests.support.processes import free_port, short_folder
 
+pytestmark = pytest.mark.long  # test_presigned.py is the short way, with a scripted store
+
 CONTENT = random.Random(5).randbytes(4_000_000)
 OTHER = random.Random(6).randbytes(len(CONTENT))
 FILE = Path(WEIGHTS).name
