@@ -99,13 +99,14 @@ class RunnerSide:
 
     def __init__(self, runner: RunnerProcess, subject: Subject) -> None:
         self._runner = runner
+        sandbox = subject.settings.models[subject.record.name].sandbox
         request = Load(
             folder=str(subject.folder),
             context_tokens=subject.context_tokens,
             max_tokens=64,
             threads=subject.threads,
-            network=subject.settings.models[subject.record.name].sandbox.network,
-            read=[str(path) for path in subject.settings.models[subject.record.name].sandbox.read],
+            network=sandbox.network,
+            read=[str(path) for path in sandbox.read],
             confined=runs_own_code(subject.record.trust) and not subject.settings.trust.unconfined_code,
         )
         self.load_ms = runner.load(request, timeout_s=LOAD_TIMEOUT_S).load_ms

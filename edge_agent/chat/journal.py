@@ -28,7 +28,7 @@ from edge_agent.chat.journal_file import JournalFile
 from edge_agent.chat.prompt import Acceptance, Answer, Arrival, Prompt, State
 from edge_agent.chat.recovery import MAX_ATTEMPTS, take_up_again
 from edge_agent.chat.retention import correct_times, forget_finished
-from edge_agent.chat.rows import Rows, prompt_of
+from edge_agent.chat.rows import Rows, marks_for, prompt_of
 from edge_agent.errors import IdReused, JournalUnavailable, ModelFailed, PromptError
 
 if TYPE_CHECKING:
@@ -313,8 +313,7 @@ def _insert(db: sqlite3.Connection, arrival: Arrival, moment: Moment) -> int:
 def _count_by_client(db: sqlite3.Connection, *states: State) -> dict[object, int]:
     """Client → how many of its prompts are in these states; without any: wait or run."""
     wanted = states or (State.QUEUED, State.RUNNING)
-    marks = ", ".join("?" for _ in wanted)
     rows = db.execute(
-        f"SELECT client, count(*) FROM prompts WHERE state IN ({marks}) GROUP BY client", wanted
+        f"SELECT client, count(*) FROM prompts WHERE state IN ({marks_for(wanted)}) GROUP BY client", wanted
     )
     return dict(rows.fetchall())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.prompt import Prompt, Source, State
-from edge_agent.chat.rows import Rows, accepted_of, prompt_of
+from edge_agent.chat.rows import Rows, accepted_of, marks_for, prompt_of
 
 if TYPE_CHECKING:
     import sqlite3
@@ -35,7 +34,7 @@ def take_up_again(db: sqlite3.Connection, rows: Rows, moment: Moment) -> list[Pr
         (moment.boot_s,),
     )
     lost = db.execute(
-        f"SELECT * FROM prompts WHERE state NOT IN ({_any(State)}) OR source NOT IN ({_any(Source)})",
+        f"SELECT * FROM prompts WHERE state NOT IN ({marks_for(State)}) OR source NOT IN ({marks_for(Source)})",
         (*State, *Source),
     )
     for _ in rows.read(db, lost, prompt_of):
@@ -52,7 +51,3 @@ def take_up_again(db: sqlite3.Connection, rows: Rows, moment: Moment) -> list[Pr
         if prompt.attempts >= MAX_ATTEMPTS:
             dead.append(prompt)
     return dead
-
-
-def _any(values: Iterable[object]) -> str:
-    return ", ".join("?" for _ in values)

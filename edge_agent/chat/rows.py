@@ -152,3 +152,8 @@ def _object(row: sqlite3.Row, column: str) -> dict[str, Any]:
 
 def _correlation(row: sqlite3.Row) -> bytes | None:
     return None if row["correlation"] is None else _typed(row, "correlation", bytes)
+
+
+def marks_for(values: Iterable[object]) -> str:
+    """A statement's parameters for values that stand in a list."""
+    return ", ".join("?" for _ in values)

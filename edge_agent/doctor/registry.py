@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from edge_agent.cache.store import Store
 from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.errors import EdgeAgentError, RegistryRefused, TransportError
+from edge_agent.runner.scratch import scratch_folder
 from edge_agent.settings import Settings
 from edge_agent.sync.process import child_environment
 from edge_agent.sync.tls import TlsFiles
@@ -95,9 +95,11 @@ def _ask(settings: Settings) -> dict[str, dict[str, Any]]:
         "refs": [model.uri for model in settings.models.values()],
     }
     try:
-        with tempfile.TemporaryDirectory(prefix="edge-agent-doctor-") as scratch:
+        with scratch_folder() as scratch:
+            if scratch is None:
+                raise EdgeAgentError("the registry cannot be asked: there is no room for temporary files")
             result = subprocess.run(
-                [sys.executable, "-m", "edge_agent.doctor.registry_process", scratch],
+                [sys.executable, "-m", "edge_agent.doctor.registry_process", str(scratch)],
                 input=json.dumps(question),
                 capture_output=True,
                 text=True,
@@ -105,7 +107,7 @@ def _ask(settings: Settings) -> dict[str, dict[str, Any]]:
                 timeout=_START_S + _REQUESTS * timeout_s * len(names),
                 check=False,
                 cwd="/",
-                env={**child_environment(), "TMPDIR": scratch},
+                env={**child_environment(), "TMPDIR": str(scratch)},
             )
         answers = json.loads(result.stdout[:_MAX_ANSWER_BYTES])
         return dict(zip(names, map(_checked, answers), strict=True))

@@ -151,9 +151,14 @@ def _limit(confinement: Confinement) -> None:
     if (total := memory.total_bytes()) < _KNOWN_MEMORY_BYTES:
         limits[resource.RLIMIT_DATA] = total + MEMORY_MARGIN_BYTES
     for name, wanted in limits.items():
-        _, hard = resource.getrlimit(name)
-        bound = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(name, (bound, bound))
+        lower_limit(name, wanted)
+
+
+def lower_limit(name: int, wanted: int) -> None:
+    """Lowers one of this process's limits (`resource.RLIMIT_…`) for good; one that is stricter already stays."""
+    _, hard = resource.getrlimit(name)
+    bound = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(name, (bound, bound))
 
 
 def _guard_files(confinement: Confinement) -> None:

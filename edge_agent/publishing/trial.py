@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from edge_agent.errors import PublishError
 from edge_agent.package import genai_options
 from edge_agent.publishing import prompting
 from edge_agent.runner.process import child_environment
+from edge_agent.runner.scratch import scratch_folder
 
 _TIMEOUT_S = 3_600.0
 """A large model on a slow machine, with all its golden prompts."""
@@ -56,16 +56,18 @@ def try_out(
         PublishError: it does not load, does not answer, or answers a golden prompt wrongly.
     """
     question = {"folder": str(folder.resolve()), "flavor": flavor, "example": example, "golden": list(golden)}
-    with tempfile.TemporaryDirectory(prefix="edge-agent-trial-") as scratch:
+    with scratch_folder() as scratch:
+        if scratch is None:
+            raise PublishError("the model cannot be tried: there is no room for temporary files")
         try:
             result = subprocess.run(
-                [sys.executable, "-m", "edge_agent.publishing.trial_child", scratch],
+                [sys.executable, "-m", "edge_agent.publishing.trial_child", str(scratch)],
                 input=json.dumps(question).encode(),
                 stdout=subprocess.PIPE,
                 timeout=_TIMEOUT_S,
                 check=False,
                 cwd="/",
-                env={**child_environment(Path(scratch)), "TMPDIR": scratch},
+                env={**child_environment(scratch), "TMPDIR": str(scratch)},
             )
         except subprocess.TimeoutExpired as error:
             raise PublishError(f"the model's trial took more than {_TIMEOUT_S:.0f} s") from error

@@ -17,6 +17,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from edge_agent.host.confinement import lower_limit
+
 READ_LIMIT_S = 60.0
 """Processor time of all threads for a chat template and a tokenizer, which take milliseconds."""
 LOAD_LIMIT_S = 600.0
@@ -30,11 +32,8 @@ def limit_memory(limit_bytes: int) -> None:
     Args:
         limit_bytes: 0 for no limit. One that is stricter already stays.
     """
-    if not limit_bytes:
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    least = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (least, least))
+    if limit_bytes:
+        lower_limit(resource.RLIMIT_DATA, limit_bytes)
 
 
 def is_memory_error(error: BaseException) -> bool:

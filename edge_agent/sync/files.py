@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from edge_agent.errors import ManifestError, TransportError
 from edge_agent.host.clock import Clock
 from edge_agent.package.manifest import MAX_FILES, OUTSIDE_MANIFEST, check_path, check_paths
+from edge_agent.sync import refusal
 from edge_agent.sync.pace import CHUNK_BYTES, StallLimit
 
 TRY_AGAIN = frozenset((408, 429))
@@ -146,14 +147,40 @@ class LocalPackage:
             yield chunk
 
 
-def read_answer(
-    raw: Any, *, who: str, timeout_s: float, clock: Clock, reason_of: Callable[[BaseException], str]
-) -> Iterator[bytes]:
-    """The body of a urllib3 answer as it comes: a piece that is here is not lost when the next one does not follow.
+def stream_of(
+    raw: Any,
+    *,
+    path: str,
+    content_range: str | None,
+    offset: int,
+    had: str,
+    etag: str,
+    who: str,
+    timeout_s: float,
+    clock: Clock,
+) -> Stream:
+    """A store's answer to a request for a file from `offset` on.
 
     Args:
+        raw: a urllib3 answer: its body.
+        content_range: of a 206 answer; None where the store gives the file from its start.
+        had: the version of the bytes that are here; empty if it is not known.
+        etag: the version that the store gives now.
         who: whose answer it is, for errors.
         timeout_s: see `StallLimit`.
+
+    Raises:
+        Changed: it goes on in the middle of another version.
+        TransportError: it starts elsewhere.
+    """
+    start = 0 if content_range is None else _range_start(content_range, offset, who=who)
+    if start and had and etag != had:
+        raise Changed(f"{path!r} was changed while it was fetched, says {who}")
+    return Stream(start=start, etag=etag, chunks=_chunks(raw, who=who, timeout_s=timeout_s, clock=clock))
+
+
+def _chunks(raw: Any, *, who: str, timeout_s: float, clock: Clock) -> Iterator[bytes]:
+    """The body of an answer as it comes: a piece that is here is not lost when the next one does not follow.
 
     Raises:
         TransportError: it breaks off, or stalls.
@@ -166,7 +193,7 @@ def read_answer(
         try:
             chunk = limit.wait_for(lambda: bytes(read(CHUNK_BYTES, decode_content=False)))
         except (HTTPError, OSError) as error:
-            raise TransportError(f"{who} broke off: {reason_of(error)}") from error
+            raise TransportError(f"{who} broke off: {refusal.reason_of(error)}") from error
         if not chunk:
             return
         if limit.is_over:
@@ -174,7 +201,7 @@ def read_answer(
         yield chunk
 
 
-def range_start(content_range: str, offset: int, *, who: str) -> int:
+def _range_start(content_range: str, offset: int, *, who: str) -> int:
     """Where a 206 answer starts: `bytes 100-199/200`.
 
     Raises:

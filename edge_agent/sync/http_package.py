@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -16,13 +17,11 @@ from edge_agent.package.manifest import check_path
 from edge_agent.sync import refusal
 from edge_agent.sync.files import (
     TRY_AGAIN,
-    Changed,
     Listed,
     PastTheEnd,
     RequestRefused,
     Stream,
-    range_start,
-    read_answer,
+    stream_of,
     walk,
 )
 from edge_agent.sync.presigned import PresignedStore
@@ -60,23 +59,20 @@ class HttpPackage:
                 headers["If-Range"] = etag
         who, response = self._answer(check_path(path), headers)
         try:
-            start = 0
-            if response.status_code == 206:
-                start = range_start(response.headers.get("Content-Range", ""), offset, who=who)
-            now = response.headers.get("ETag", "")
-            if start and etag and now != etag:
-                raise Changed(f"{path!r} was changed while it was fetched, says {who}")
-            yield Stream(
-                start=start,
-                etag="" if now.startswith("W/") else now,
-                chunks=read_answer(
-                    response.raw,
-                    who=who,
-                    timeout_s=self._registry.timeout_s,
-                    clock=self._registry.clock,
-                    reason_of=refusal.reason_of,
-                ),
+            is_part = response.status_code == 206
+            stream = stream_of(
+                response.raw,
+                path=path,
+                content_range=response.headers.get("Content-Range", "") if is_part else None,
+                offset=offset,
+                had=etag,
+                etag=response.headers.get("ETag", ""),
+                who=who,
+                timeout_s=self._registry.timeout_s,
+                clock=self._registry.clock,
             )
+            # A weak one says nothing of the bytes.
+            yield replace(stream, etag="") if stream.etag.startswith("W/") else stream
         finally:
             response.close()
 

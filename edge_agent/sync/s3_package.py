@@ -22,8 +22,7 @@ from edge_agent.sync.files import (
     PastTheEnd,
     RequestRefused,
     Stream,
-    range_start,
-    read_answer,
+    stream_of,
     walk,
 )
 
@@ -73,21 +72,19 @@ class S3Package:
             answer = client.get_object(**wanted, **self._repository._bucket_owner_params)
         body = answer["Body"]
         try:
-            start = 0
-            if answer["ResponseMetadata"]["HTTPStatusCode"] == 206:
-                start = range_start(answer.get("ContentRange", ""), offset, who=self._who)
-            now = answer.get("ETag", "")
-            if start and etag and now != etag:  # a store that does not know If-Match
-                raise Changed(f"{path!r} was changed while it was fetched, says {self._who}")
+            is_part = answer["ResponseMetadata"]["HTTPStatusCode"] == 206
             # Below botocore's own stream: that one waits for a whole piece, and a byte now and then keeps it alive.
-            chunks = read_answer(
+            yield stream_of(
                 body._raw_stream,
+                path=path,
+                content_range=answer.get("ContentRange", "") if is_part else None,
+                offset=offset,
+                had=etag,  # a store may not know If-Match
+                etag=answer.get("ETag", ""),
                 who=self._who,
                 timeout_s=self._timeout_s,
                 clock=self._clock,
-                reason_of=refusal.reason_of,
             )
-            yield Stream(start=start, etag=now, chunks=chunks)
         finally:
             body.close()
 

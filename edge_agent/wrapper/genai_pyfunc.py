@@ -744,8 +744,9 @@ class _Prompts:
         self._tokenizer = tokenizer
         self._prefix = files.prefix
         self._template = _as_hugging_face_reads(files.template)
-        special = {*files.special.values(), *self._marks(files)}
-        self.turn_end = self._turn_end(files)
+        frames = self._frames()
+        special = {*files.special.values(), *_marks(frames, files)}
+        self.turn_end = _turn_end(frames, files)
         self.control_ids = frozenset(token for token, text in files.added.items() if text in special)
         self._special = re.compile(f"(?={_any_of(special)})(.)", re.DOTALL)
 
@@ -782,24 +783,6 @@ class _Prompts:
             return rendered.split(content)
         return []
 
-    def _marks(self, files: TokenizerFiles) -> Iterator[str]:
-        """Added tokens that begin a turn, though the tokenizer does not call them special: a message that brought one
-        would begin a turn, too. What only opens or closes something within one, as `</think>`, has a partner."""
-        others = set(files.added.values()) - set(files.special.values())
-        tokens = re.compile(_any_of(files.added.values()))
-        for part in " ".join(self._frames()[:-1]).split():
-            run = re.match(f"(?:{tokens.pattern})+", part)
-            first = next((token for token in tokens.findall(run[0]) if token in others), "") if run else ""
-            if first and not others & {first.replace("<", "</", 1), first.replace("</", "<", 1)} - {first}:
-                yield first
-
-    def _turn_end(self, files: TokenizerFiles) -> int | None:
-        """The token that the template writes behind an assistant's message."""
-        behind = self._frames()[-2:-1]  # what stands before the last user's
-        found = re.match(rf"\s*({_any_of(files.added.values())})", behind[0]) if behind else None
-        ids = {text: token for token, text in files.added.items()}
-        return ids[found[1]] if found else None
-
     def _marker(self, messages: Sequence[Mapping[str, str]]) -> str:
         for marker in self.MARKERS:
             if not any(marker in message["content"] for message in messages):
@@ -834,6 +817,34 @@ class _Prompts:
         if not tokens:
             raise RequestError("bad_request", f"{what} has no text")
         return tokens
+
+
+def _marks(frames: Sequence[str], files: TokenizerFiles) -> Iterator[str]:
+    """Added tokens that begin a turn, though the tokenizer does not call them special: a message that brought one would
+    begin a turn, too. What only opens or closes something within one, as `</think>`, has a partner.
+
+    Args:
+        frames: see `_Prompts._frames`.
+    """
+    others = set(files.added.values()) - set(files.special.values())
+    tokens = re.compile(_any_of(files.added.values()))
+    for part in " ".join(frames[:-1]).split():
+        run = re.match(f"(?:{tokens.pattern})+", part)
+        first = next((token for token in tokens.findall(run[0]) if token in others), "") if run else ""
+        if first and not others & {first.replace("<", "</", 1), first.replace("</", "<", 1)} - {first}:
+            yield first
+
+
+def _turn_end(frames: Sequence[str], files: TokenizerFiles) -> int | None:
+    """The token that the template writes behind an assistant's message.
+
+    Args:
+        frames: see `_Prompts._frames`.
+    """
+    behind = frames[-2:-1]  # what stands before the last user's
+    found = re.match(rf"\s*({_any_of(files.added.values())})", behind[0]) if behind else None
+    ids = {text: token for token, text in files.added.items()}
+    return ids[found[1]] if found else None
 
 
 @dataclass(frozen=True, kw_only=True)
