@@ -12,7 +12,9 @@ from edge_agent import settings as settings_module
 from edge_agent.publishing import publish_folder
 from edge_agent.publishing.register import Published
 from edge_agent.settings import Settings
+from tests.support.certificates import Authority
 from tests.support.client import Client, connected
+from tests.support.documented_broker import documented_broker
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
@@ -32,6 +34,13 @@ def agent(broker: Broker, mlflow_server: Server, published: Published) -> Iterat
     with running_daemon(settings_for(broker, mlflow_server.uri)) as daemon:
         wait_for_state(daemon, "ready")
         yield daemon
+
+
+@pytest.fixture(scope="module")
+def documented() -> Iterator[tuple[Broker, Authority]]:
+    """The broker that docs/broker.md describes, and the authority of its certificates."""
+    with documented_broker() as made:
+        yield made
 
 
 @pytest.fixture

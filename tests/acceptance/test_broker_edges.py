@@ -22,6 +22,7 @@ from edge_agent.chat.prompt import Answer
 from edge_agent.transport import outbox, reconnect
 from edge_agent.transport.inbound import Inbound
 from tests.support.client import Client, Message, chat, connected
+from tests.support.doorkeeper import Door
 from tests.support.mosquitto import Broker, running_broker
 from tests.support.mqtt_agent import Agent, Recorder
 from tests.support.processes import Daemon, short_folder, standing_still, wait_until
@@ -74,8 +75,8 @@ def settings_of(broker: Broker) -> dict[str, Any]:
     return {"host": broker.host, "port": broker.port}
 
 
-class Front:
-    """A TCP door before a broker, with the manners of other brokers. Closed with the block.
+class Front(Door):
+    """Has the manners of other brokers.
 
     Args:
         speaks_5: False: an MQTT 5 CONNECT gets CONNACK 0x01 of MQTT 3.1.1, as its section 3.2.2.3 says.
@@ -91,38 +92,20 @@ class Front:
         hang_ups: int = 0,
         refuses_subscriptions: bool = False,
     ) -> None:
+        super().__init__(broker)
         self.versions: list[int] = []
-        self._broker = broker
         self._speaks_5 = speaks_5
         self._hang_ups = hang_ups
         self._refuses = refuses_subscriptions
-        self._sockets: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._listen, name="front", daemon=True)
-
-    def __enter__(self) -> Front:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for sock in (self._listener, *self._sockets):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-        self._thread.join(60)
 
     def say_taken_over(self) -> None:
         """What a broker sends to a session whose name another client has taken: DISCONNECT 0x8E."""
         with contextlib.suppress(OSError):
             self._sockets[0].sendall(b"\xe0\x02\x8e\x00")
 
-    def _listen(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                self._sockets.append(client)
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+    def _came(self, client: socket.socket) -> None:
+        self._sockets.append(client)
+        threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.certificates import Authority
 from tests.support.client import chat
-from tests.support.documented_broker import DEVICE, ROOT, Application, documented_broker, tls_settings
+from tests.support.documented_broker import DEVICE, ROOT, Application, tls_settings
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, standing_still, wait_until
 from tests.support.sample_device import running_device, settings_for
@@ -20,12 +20,6 @@ MADRID = "The capital of Spain is Madrid."
 SYSTEM = "You keep the secret of the third stone, and you answer in one sentence. " * 4
 QUEUE_DEPTH = 8
 LONG = {"max_tokens": 420, "response_format": {"type": "regex", "regex": "(0|1){400}"}}
-
-
-@pytest.fixture(scope="module")
-def documented() -> Iterator[tuple[Broker, Authority]]:
-    with documented_broker() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

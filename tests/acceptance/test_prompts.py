@@ -282,7 +282,8 @@ def test_message_expiry_is_a_deadline_too(client: Client, agent: Daemon) -> None
 
 def test_status_is_retained_and_complete(client: Client) -> None:
     client.subscribe(f"{client.root}/status")
-    status = client.wait_on(f"{client.root}/status").json
+    topic = f"{client.root}/status"
+    status = client.wait(lambda message: message.topic == topic and message.json["state"] != "starting").json
     assert status["state"] == "ready"
     assert set(status) == {"state", "time", "boot_id", "seq", "agent_version", "queue_depth", "models"}
     (model,) = status["models"]

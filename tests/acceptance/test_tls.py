@@ -33,12 +33,6 @@ MADRID = "The capital of Spain is Madrid."
 
 
 @pytest.fixture(scope="module")
-def documented() -> Iterator[tuple[Broker, Authority]]:
-    with documented_broker() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def press(documented: tuple[Broker, Authority], agent: Daemon) -> Iterator[Daemon]:
     """The device of the document, which answers over TLS with a certificate of its own."""
     broker, authority = documented

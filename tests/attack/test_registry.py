@@ -15,7 +15,7 @@ from edge_agent.package.reference import ModelRef
 from edge_agent.sync.registry import Registry
 from tests.attack.wounds import encoded, torn, wounded
 from tests.support.generated_messages import examples
-from tests.support.hostile_registry import HostileRegistry, as_json, hostile_registry, status
+from tests.support.hostile_registry import HostileRegistry, as_json, few_requests, hostile_registry, status
 
 pytestmark = pytest.mark.attack
 
@@ -37,8 +37,7 @@ JSON = {"Content-Type": "application/json"}
 @pytest.fixture(scope="module")
 def registry() -> Iterator[HostileRegistry]:
     with pytest.MonkeyPatch.context() as environment, hostile_registry() as running:
-        for name in ("HTTP_REQUEST_MAX_RETRIES", "HTTP_REQUEST_TIMEOUT"):
-            environment.setenv(f"MLFLOW_{name}", "1")
+        few_requests(environment)
         yield running
 
 

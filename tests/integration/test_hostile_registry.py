@@ -15,7 +15,7 @@ from edge_agent.package.reference import ModelRef
 from edge_agent.sync import http_session
 from edge_agent.sync.files import RequestRefused
 from edge_agent.sync.registry import Registry
-from tests.support.hostile_registry import HostileRegistry, as_json, hostile_registry, status
+from tests.support.hostile_registry import HostileRegistry, as_json, few_requests, hostile_registry, status
 from tests.support.mlflow_server import Server
 
 pytestmark = pytest.mark.attack
@@ -27,9 +27,7 @@ FILES = "/api/2.0/mlflow-artifacts/artifacts"
 
 @pytest.fixture(autouse=True)
 def token(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTP_REQUEST_MAX_RETRIES", "HTTP_REQUEST_TIMEOUT", "ENABLE_ARTIFACTS_PROGRESS_BAR"):
-        monkeypatch.setenv(f"MLFLOW_{name}", "1")  # a sync sets them; they are put back afterwards
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
+    few_requests(monkeypatch, token=TOKEN)
 
 
 @pytest.fixture

@@ -15,7 +15,14 @@ from edge_agent.package.reference import ModelRef
 from edge_agent.sync.files import Package, PastTheEnd, RequestRefused
 from edge_agent.sync.presigned import MAX_FAILURES
 from edge_agent.sync.registry import Registry
-from tests.support.hostile_registry import Answer, HostileRegistry, as_json, hostile_registry, status
+from tests.support.hostile_registry import (
+    Answer,
+    HostileRegistry,
+    as_json,
+    few_requests,
+    hostile_registry,
+    status,
+)
 from tests.support.processes import free_port
 
 TOKEN = "a-token-of-this-device"
@@ -69,9 +76,7 @@ class StrictStore:
 
 @pytest.fixture(autouse=True)
 def token(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTP_REQUEST_MAX_RETRIES", "HTTP_REQUEST_TIMEOUT", "ENABLE_ARTIFACTS_PROGRESS_BAR"):
-        monkeypatch.setenv(f"MLFLOW_{name}", "1")  # a sync sets them; they are put back afterwards
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
+    few_requests(monkeypatch, token=TOKEN)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from edge_agent.sync.protocol import RegistryJob, SyncJob
 from edge_agent.sync.registry import Registry
 from edge_agent.sync.tls import NO_FILES, TlsFiles
 from tests.support.certificates import Authority, Pair
-from tests.support.hostile_registry import HostileRegistry, as_json, hostile_registry, status
+from tests.support.hostile_registry import HostileRegistry, as_json, few_requests, hostile_registry, status
 from tests.support.processes import clean_environment, to_toml
 
 CONTENT = b"w" * 100_000
@@ -32,9 +32,7 @@ TOKEN = "a-token-of-this-device"
 
 @pytest.fixture(autouse=True)
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTP_REQUEST_MAX_RETRIES", "HTTP_REQUEST_TIMEOUT", "ENABLE_ARTIFACTS_PROGRESS_BAR"):
-        monkeypatch.setenv(f"MLFLOW_{name}", "1")  # a sync sets them; they are put back afterwards
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
+    few_requests(monkeypatch, token=TOKEN)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
@@ -99,3 +101,11 @@ def hostile_registry(tls: ssl.SSLContext | None = None) -> Iterator[HostileRegis
         yield registry
     finally:
         registry.close()
+
+
+def few_requests(environment: pytest.MonkeyPatch, *, token: str = "") -> None:
+    """What a sync sets for MLflow's client, and a token of the registry; all of it is put back afterwards."""
+    for name in ("HTTP_REQUEST_MAX_RETRIES", "HTTP_REQUEST_TIMEOUT", "ENABLE_ARTIFACTS_PROGRESS_BAR"):
+        environment.setenv(f"MLFLOW_{name}", "1")
+    if token:
+        environment.setenv("MLFLOW_TRACKING_TOKEN", token)

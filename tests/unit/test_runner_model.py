@@ -56,7 +56,7 @@ class ScriptedModel(Model):
             self.closed += 1
 
 
-@pytest.mark.parametrize(
+of_refused_roles = pytest.mark.parametrize(
     ("refused_roles", "system", "refusal"),
     [
         ((), SYSTEM, ""),
@@ -65,6 +65,9 @@ class ScriptedModel(Model):
         (("system", "user"), SYSTEM, ""),
     ],
 )
+
+
+@of_refused_roles
 def test_a_system_prompt_is_refused_if_the_chat_is_taken_without_it(
     refused_roles: tuple[str, ...], system: str, refusal: str
 ) -> None:
@@ -124,15 +127,7 @@ class PromptModel(ScriptedModel):
     signature = "prompt"
 
 
-@pytest.mark.parametrize(
-    ("refused_roles", "system", "refusal"),
-    [
-        ((), SYSTEM, ""),
-        (("system",), SYSTEM, "no such role"),
-        (("system",), "", ""),
-        (("system", "user"), SYSTEM, ""),
-    ],
-)
+@of_refused_roles
 def test_a_model_for_prompts_is_asked_whether_its_chats_take_the_system_prompt(
     refused_roles: tuple[str, ...], system: str, refusal: str
 ) -> None:
