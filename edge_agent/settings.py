@@ -32,6 +32,8 @@ SYSTEM_CONTROL_SOCKET = Path("/run/edge-agent/control.sock")
 _MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un has 108 with the final NUL
 _MAX_CONFIG_BYTES = 1 << 20
 
+_MIRROR = re.compile(r"(https?://[A-Za-z0-9.\[\]:_-]+(/[^?#@\\\s]*)?|file:///[^?#\\\s]*)")
+
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86_400)]
 
@@ -163,6 +165,27 @@ class CacheSettings(_Section):
     min_free_bytes: Bytes = Field(default=500_000_000, description="left free on the file system")
     max_bytes_per_s: Bytes = Field(default=0, description="download cap; 0: none")
     verify_on_load: bool = Field(default=True, description="check every digest before each load")
+    mirrors: tuple[str, ...] = Field(
+        default=(),
+        max_length=8,
+        description="places to try first: http(s)://…/ or file:///…/ with sha256/ in it",
+    )
+    mirror_patience_s: float = Field(
+        default=0, ge=0, le=86_400, description="wait so long for mirrors to get what they do not have"
+    )
+    mirror_ca_file: str = Field(
+        default="", description="PEM; authorities of https mirrors beside the public ones"
+    )
+
+    @field_validator("mirrors")
+    @classmethod
+    def _plain_mirrors(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if not _MIRROR.fullmatch(url) or not url.isascii() or "/../" in f"{url}/":
+                raise ValueError(
+                    f"{url[:200]!r} must be http(s)://HOST/… or file:///…, without user, query and '..'"
+                )
+        return tuple(dict.fromkeys(url.rstrip("/") + "/" for url in urls))
 
 
 class MqttSettings(_Section):

@@ -53,6 +53,7 @@ class Store:
         self.damaged_root = self.root / "damaged"
         self.learned_file = self.root / "learned.json"
         self.marks_file = self.root / "marks.json"
+        self.mirrors_file = self.root / "mirrors.json"
         self._state_file = StateFile(self.root / "state.json", damaged_root=self.damaged_root)
         self._lock_file = self.root / "lock"
 

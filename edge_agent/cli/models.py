@@ -154,11 +154,16 @@ def models_pull(invocation: Invocation, name: str | None, allow_older: bool, as_
         return
     for result in results:
         terminal.echo(
-            f"{result['name']} version {result['version']}: {terminal.human_bytes(result['bytes_fetched'])} fetched, "
-            f"{terminal.human_bytes(result['bytes_reused'])} already here"
+            f"{result['name']} version {result['version']}: {terminal.human_bytes(result['bytes_fetched'])} fetched"
+            f"{_from_mirrors(result)}, {terminal.human_bytes(result['bytes_reused'])} already here"
         )
         if result["instead"]:
             terminal.echo(f"  {result['instead']}")
+
+
+def _from_mirrors(result: Mapping[str, Any]) -> str:
+    mirrored = result["bytes_mirrored"]
+    return f" ({terminal.human_bytes(mirrored)} of it from mirrors)" if mirrored else ""
 
 
 def _version_command(do: str, summary: str, example: str) -> None:

@@ -41,6 +41,8 @@ def operate(
                 report(doing, event["bytes"], event["total_bytes"])
             elif event.get("event") == "waiting":
                 terminal.echo(f"waiting for {event['for']} to end", err=True)
+            elif event.get("event") == "awaiting":
+                terminal.echo(f"waiting for {event['what']}, {event['seconds']} s at most", err=True)
 
         fields: dict[str, Any] = {
             "name": name,

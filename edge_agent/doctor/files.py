@@ -74,6 +74,7 @@ def named_files(settings: Settings) -> dict[str, Path]:
         "registry.ca_file": settings.registry.ca_file,
         "registry.cert_file": settings.registry.cert_file,
         "registry.key_file": settings.registry.key_file,
+        "cache.mirror_ca_file": settings.cache.mirror_ca_file,
         **{f"trust.public_keys[{number}]": file for number, file in enumerate(settings.trust.public_keys)},
     }
     return {key: Path(file) for key, file in files.items() if file}

@@ -32,6 +32,8 @@ from edge_agent.runner import capability
 from edge_agent.sync import protocol, replay
 from edge_agent.sync.fetch import fetch
 from edge_agent.sync.files import Listed, Package
+from edge_agent.sync.mirrors import Mirrors
+from edge_agent.sync.mirrors.places import mirrors_of
 from edge_agent.sync.pace import Pace
 from edge_agent.sync.protocol import Emit, SyncJob, SyncResult
 from edge_agent.sync.registry import Registry
@@ -119,7 +121,10 @@ def bring(
             report=_Progress(emit, lambda: keep_room(store, job)),
             clock=clock,
         )
-        manifest, attached = fetch_missing(store, package, place, version, wanted, pace)
+        mirrors = mirrors_of(
+            job, store, clock=clock, awaiting=lambda seconds: emit(protocol.awaiting("a mirror", seconds))
+        )
+        manifest, attached = fetch_missing(store, package, place, version, wanted, pace, mirrors)
         tree = place.build_tree(store, (*manifest.files, *attached))
         decision = judge(job, version, tree, manifest)
         record = VersionRecord(
@@ -137,7 +142,7 @@ def bring(
         )
         replay.refuse(store, job, record)
         new = commit(store, record, tree, place)
-    return _done(record, fetched_bytes=pace.fetched_bytes, new=new)
+    return _done(record, fetched_bytes=pace.fetched_bytes, mirrored_bytes=pace.mirrored_bytes, new=new)
 
 
 def refuse_quarantined(job: SyncJob, version: ModelVersion, wanted: Wanted, emit: Emit) -> None:
@@ -306,7 +311,13 @@ def keep_room(store: Store, job: SyncJob) -> None:
 
 
 def fetch_missing(
-    store: Store, package: Package, place: Staging, version: ModelVersion, wanted: Wanted, pace: Pace
+    store: Store,
+    package: Package,
+    place: Staging,
+    version: ModelVersion,
+    wanted: Wanted,
+    pace: Pace,
+    mirrors: Mirrors,
 ) -> tuple[Manifest, tuple[ManifestFile, ...]]:
     """Fetches and verifies each blob that is missing, once.
 
@@ -319,7 +330,13 @@ def fetch_missing(
         file = ManifestFile(path=listed.path, size_bytes=listed.size_bytes, sha256=sha256 or "")
         if not sha256 or not (_is_whole(store, file) or _is_verified(place, file)):
             file = fetch(
-                package, place, path=listed.path, size_bytes=listed.size_bytes, sha256=sha256, pace=pace
+                package,
+                place,
+                path=listed.path,
+                size_bytes=listed.size_bytes,
+                sha256=sha256,
+                pace=pace,
+                mirrors=mirrors,
             )
         files.append(file)
     attached = tuple(place.keep(path, data) for path, data in sorted(wanted.attached.items()))
@@ -426,7 +443,7 @@ def _check_listing(version: ModelVersion, manifest: Manifest, listed: Mapping[st
             )
 
 
-def _done(record: VersionRecord, *, fetched_bytes: int, new: bool) -> SyncResult:
+def _done(record: VersionRecord, *, fetched_bytes: int, new: bool, mirrored_bytes: int = 0) -> SyncResult:
     return SyncResult(
         name=record.name,
         version=record.version,
@@ -434,6 +451,7 @@ def _done(record: VersionRecord, *, fetched_bytes: int, new: bool) -> SyncResult
         key=record.key,
         bytes=record.total_bytes,
         bytes_fetched=fetched_bytes,
+        bytes_mirrored=mirrored_bytes,
         bytes_reused=max(0, record.total_bytes - fetched_bytes),
         new=new,
     )

@@ -1,8 +1,10 @@
-"""Fetches one file from the registry into staging: resumed, paced, retried within bounds, verified.
+"""Fetches one file into staging, from mirrors and the registry: resumed, paced, retried within bounds, verified.
 
-Flow: continue what an earlier process left, where the server allows it → write and hash the chunks → compare
+Flow: continue what an earlier process left, where the server allows it → what mirrors have → the rest from the
+registry → write and hash the chunks → compare
 size and digest → fsync → name the part after its digest, still in staging. Refuses more bytes than were promised.
-If the digest is wrong after a resumed download, the file is fetched once more from the start.
+If the digest is wrong, what mirrors gave comes again from the registry; after a resumed download, the file is fetched
+once more from the start.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from edge_agent.errors import TransportError, VerificationError
 from edge_agent.host.clock import Clock
 from edge_agent.package.manifest import MAX_FILE_BYTES, ManifestFile
 from edge_agent.sync.files import Changed, Package, PastTheEnd, RequestRefused, Stream
+from edge_agent.sync.mirrors import Mirrors
 from edge_agent.sync.pace import CHUNK_BYTES, MIN_BYTES_PER_TIMEOUT, Pace
 
 MAX_ATTEMPTS = 4
@@ -41,6 +44,8 @@ class _Part:
         self._staging = staging
         self._pace = pace
         self._digest = hashlib.sha256()
+        self._lenders: dict[str, None] = {}
+        self._own = (0, self._digest)
         self._now_s = pace.clock.now_s
         self._noted_at_s = self._now_s()
 
@@ -90,12 +95,33 @@ class _Part:
         self._pace.resumed_bytes -= self.resumed_bytes
         self.have, self.resumed_bytes, self.joined = 0, 0, False
         self._digest = hashlib.sha256()
+        self._lenders = {}
 
-    def append(self, stream: Stream) -> None:
-        """Appends a stream's bytes, from where it starts to where it ends."""
+    def give_back(self) -> tuple[str, ...]:
+        """Forgets everything from the first byte on that a mirror gave; what the registry gave before it stays.
+
+        Returns:
+            The mirrors that gave something.
+        """
+        lenders = tuple(self._lenders)
+        if lenders:
+            self.have, self._digest = self._own
+            self._lenders = {}
+        return lenders
+
+    def append(self, stream: Stream, *, lender: str = "") -> None:
+        """Appends a stream's bytes, from where it starts to where it ends.
+
+        Args:
+            lender: the mirror that it comes from; empty for the registry.
+        """
         if stream.start != self.have:
             self.start_over()
         self.joined = self.have > 0
+        if lender:
+            if not self._lenders:
+                self._own = (self.have, self._digest.copy())
+            self._lenders[lender] = None
         with durable.extending(self.file, length=self.have) as write:
             self._note(stream.etag)
             for block in stream.chunks:
@@ -110,7 +136,7 @@ class _Part:
                     self.have += len(chunk)
                     if self.sha256 is None and self._now_s() - self._noted_at_s > _NOTE_INTERVAL_S:
                         self._note(stream.etag)
-                    self._pace.took(len(chunk))
+                    self._pace.took(len(chunk), mirrored=bool(lender))
 
     def drop(self) -> None:
         self._staging.drop_part(self.file)
@@ -129,12 +155,19 @@ class _Part:
 
 
 def fetch(
-    package: Package, staging: Staging, *, path: str, size_bytes: int, sha256: str | None, pace: Pace
+    package: Package,
+    staging: Staging,
+    *,
+    path: str,
+    size_bytes: int,
+    sha256: str | None,
+    pace: Pace,
+    mirrors: Mirrors | None = None,
 ) -> ManifestFile:
     """Fetches one file into staging, whole and verified.
 
     Args:
-        sha256: what it must be, or None where the package has no manifest.
+        sha256: what it must be, or None where the package has no manifest. Mirrors know files by it only.
 
     Returns:
         The file at `staging.verified(sha256)`.
@@ -149,7 +182,12 @@ def fetch(
     part = _Part(staging, path, size_bytes, sha256, pace)
     with store_errors("write", part.file):
         part.take_up()
+        if mirrors and sha256:
+            mirrors.fill(part, sha256)
         _fill(part, package, pace.clock)
+        if not part.fits and mirrors and (lenders := part.give_back()):
+            mirrors.blame(lenders)
+            _fill(part, package, pace.clock)
         if not part.fits and part.joined:
             part.drop()
             _fill(part, package, pace.clock)

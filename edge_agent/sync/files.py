@@ -18,7 +18,7 @@ from edge_agent.errors import ManifestError, TransportError
 from edge_agent.host.clock import Clock
 from edge_agent.package.manifest import MAX_FILES, OUTSIDE_MANIFEST, check_path, check_paths
 from edge_agent.sync import refusal
-from edge_agent.sync.pace import CHUNK_BYTES, StallLimit
+from edge_agent.sync.pace import CHUNK_BYTES, MIN_BYTES_PER_TIMEOUT, StallLimit
 
 TRY_AGAIN = frozenset((408, 429))
 """Statuses of a refusal that passes. Source: RFC 9110, 15.5.9, and RFC 6585, 4."""
@@ -158,6 +158,7 @@ def stream_of(
     who: str,
     timeout_s: float,
     clock: Clock,
+    least_bytes: int = MIN_BYTES_PER_TIMEOUT,
 ) -> Stream:
     """A store's answer to a request for a file from `offset` on.
 
@@ -167,7 +168,7 @@ def stream_of(
         had: the version of the bytes that are here; empty if it is not known.
         etag: the version that the store gives now.
         who: whose answer it is, for errors.
-        timeout_s: see `StallLimit`.
+        timeout_s, least_bytes: see `StallLimit`.
 
     Raises:
         Changed: it goes on in the middle of another version.
@@ -176,10 +177,11 @@ def stream_of(
     start = 0 if content_range is None else _range_start(content_range, offset, who=who)
     if start and had and etag != had:
         raise Changed(f"{path!r} was changed while it was fetched, says {who}")
-    return Stream(start=start, etag=etag, chunks=_chunks(raw, who=who, timeout_s=timeout_s, clock=clock))
+    limit = StallLimit(timeout_s, clock=clock, least_bytes=least_bytes)
+    return Stream(start=start, etag=etag, chunks=_chunks(raw, who=who, limit=limit))
 
 
-def _chunks(raw: Any, *, who: str, timeout_s: float, clock: Clock) -> Iterator[bytes]:
+def _chunks(raw: Any, *, who: str, limit: StallLimit) -> Iterator[bytes]:
     """The body of an answer as it comes: a piece that is here is not lost when the next one does not follow.
 
     Raises:
@@ -188,7 +190,6 @@ def _chunks(raw: Any, *, who: str, timeout_s: float, clock: Clock) -> Iterator[b
     from urllib3.exceptions import HTTPError
 
     read = getattr(raw, "read1", raw.read)  # urllib3 1 waits for the whole piece
-    limit = StallLimit(timeout_s, clock=clock)
     while True:
         try:
             chunk = limit.wait_for(lambda: bytes(read(CHUNK_BYTES, decode_content=False)))

@@ -78,9 +78,9 @@ class RegistrySession(requests.Session):
         self._timeout_s = timeout_s
         self._clock = clock
         self._may_go_near = self._origin[0] not in _PORTS or is_local(self._origin[1])
-        registry = _Adapter(timeout_s=timeout_s, clock=clock, peers=lambda address: None)
+        registry = BoundedAdapter(timeout_s=timeout_s, clock=clock, peers=lambda address: None)
         public = self.merge_environment_settings(uri, {}, None, None, None)["verify"]
-        elsewhere = _Adapter(
+        elsewhere = BoundedAdapter(
             timeout_s=timeout_s,
             clock=clock,
             peers=self._check_peer,
@@ -231,7 +231,7 @@ def refusal_in(error: BaseException | None) -> EdgeAgentError | None:
     return None
 
 
-class _Adapter(HTTPAdapter):
+class BoundedAdapter(HTTPAdapter):
     """Connections whose answers have a limit in time, and whose peers are looked at."""
 
     def __init__(

@@ -27,6 +27,7 @@ class Pace:
         max_bytes_per_s: 0 for no cap.
         report: called after each chunk; what it raises ends the fetch.
         resumed_bytes: what an earlier process had fetched.
+        mirrored_bytes: the part of `fetched_bytes` that came from mirrors.
     """
 
     total_bytes: int
@@ -35,6 +36,7 @@ class Pace:
     clock: Clock = CLOCK
     fetched_bytes: int = 0
     resumed_bytes: int = 0
+    mirrored_bytes: int = 0
 
     def __post_init__(self) -> None:
         self._started_s = self._due_s = self.clock.now_s()
@@ -56,9 +58,11 @@ class Pace:
             return CHUNK_BYTES
         return min(CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, self.max_bytes_per_s // _CHUNKS_PER_S))
 
-    def took(self, count: int) -> None:
+    def took(self, count: int, *, mirrored: bool = False) -> None:
         """Counts bytes, waits as long as the cap asks for, reports."""
         self.fetched_bytes += count
+        if mirrored:
+            self.mirrored_bytes += count
         if self.max_bytes_per_s:
             now_s = self.clock.now_s()
             # Bandwidth that a slow phase left unused is not made up for beyond one second's worth.
@@ -74,16 +78,17 @@ class StallLimit:
     Only the time spent waiting for bytes counts, not the time spent on them.
 
     Args:
-        timeout_s: in which at least `MIN_BYTES_PER_TIMEOUT` must arrive.
+        timeout_s: in which at least `least_bytes` must arrive.
 
     Attributes:
         waited_s, came_bytes: since enough bytes last arrived.
     """
 
-    def __init__(self, timeout_s: float, *, clock: Clock) -> None:
+    def __init__(self, timeout_s: float, *, clock: Clock, least_bytes: int = MIN_BYTES_PER_TIMEOUT) -> None:
         self.waited_s = 0.0
         self.came_bytes = 0
         self._timeout_s = timeout_s
+        self._least_bytes = least_bytes
         self._clock = clock
 
     @property
@@ -96,6 +101,6 @@ class StallLimit:
         chunk = read()
         self.waited_s += self._clock.now_s() - began_s
         self.came_bytes += len(chunk)
-        if self.came_bytes >= MIN_BYTES_PER_TIMEOUT:
+        if self.came_bytes >= self._least_bytes:
             self.waited_s, self.came_bytes = 0.0, 0
         return chunk

@@ -4,6 +4,7 @@ Pure. The kinds of events, by their field `event`:
 
     resolved      version, rollout: what the reference means now
     progress      bytes, total_bytes, bytes_per_s, eta_s: at most five a second
+    awaiting      what, seconds: nothing is fetched before it is there, for so long at most
     quarantined   key: this version is not fetched; an error with that code follows
     done          the fields of `SyncResult`, and the process ends
     error         code, message, remedy, and the process ends
@@ -77,6 +78,9 @@ class CacheJob:
     quota_bytes: int = 20_000_000_000
     min_free_bytes: int = 500_000_000
     max_bytes_per_s: int = 0
+    mirrors: tuple[str, ...] = ()
+    mirror_patience_s: float = 0.0
+    mirror_ca_file: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +126,11 @@ class SyncJob:
         try:
             fields = json.loads(data)
             trust, registry = fields.pop("trust", {}), fields.pop("registry")
-            tls = TlsFiles(**registry.pop("tls", {}))
+            tls, cache = TlsFiles(**registry.pop("tls", {})), fields.pop("cache", {})
             return cls(
                 registry=RegistryJob(**registry, tls=tls),
                 trust=TrustJob(**{**trust, "public_keys": tuple(trust.get("public_keys", ()))}),
-                cache=CacheJob(**fields.pop("cache", {})),
+                cache=CacheJob(**{**cache, "mirrors": tuple(cache.get("mirrors", ()))}),
                 quarantined=tuple(fields.pop("quarantined", ())),
                 **fields,
             )
@@ -140,7 +144,8 @@ class SyncResult:
 
     Attributes:
         key: names the version in `state.json` and in the store.
-        bytes_fetched: fetched over the network by this sync.
+        bytes_fetched: fetched by this sync, from the registry and from mirrors.
+        bytes_mirrored: those of them that came from mirrors.
         bytes_reused: already in the cache.
         new: False if the version had been committed before.
     """
@@ -151,6 +156,7 @@ class SyncResult:
     key: str
     bytes: int
     bytes_fetched: int
+    bytes_mirrored: int
     bytes_reused: int
     new: bool
 
@@ -164,6 +170,7 @@ _EVENT_TYPES: Mapping[str, Mapping[str, tuple[type, ...]]] = {
         "bytes_per_s": (int,),
         "eta_s": (float, int, type(None)),
     },
+    "awaiting": {"what": (str,), "seconds": (int,)},
     "quarantined": {"key": (str,)},
 }
 """The fields of the events before the last one."""
@@ -181,6 +188,10 @@ def progress(*, have_bytes: int, total_bytes: int, bytes_per_s: float, eta_s: fl
         "bytes_per_s": round(bytes_per_s),
         "eta_s": None if eta_s is None else round(eta_s, 1),
     }
+
+
+def awaiting(what: str, seconds: float) -> Event:
+    return {"event": "awaiting", "what": what, "seconds": round(seconds)}
 
 
 def quarantined(key: str) -> Event:

@@ -42,18 +42,21 @@ class TlsFiles:
     def of(cls, settings: RegistryFiles) -> TlsFiles:
         return cls(ca_file=settings.ca_file, cert_file=settings.cert_file, key_file=settings.key_file)
 
-    def check(self) -> None:
+    def check(self, *, section: str = "registry.") -> None:
         """Loads everything once.
+
+        Args:
+            section: what the keys in the settings begin with.
 
         Raises:
             SettingsError: a file cannot be loaded; its key is named.
         """
-        key = "registry.ca_file"
+        key = f"{section}ca_file"
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             if self.ca_file:
                 context.load_verify_locations(cafile=self.ca_file)
-            key = "registry.cert_file, registry.key_file"
+            key = f"{section}cert_file, {section}key_file"
             if self.cert_file:
                 context.load_cert_chain(self.cert_file, self.key_file, password=lambda: "")
         except (OSError, ssl.SSLError) as error:

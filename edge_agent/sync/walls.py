@@ -17,7 +17,8 @@ from edge_agent.cache.store import Store
 from edge_agent.host.confinement import Confinement
 from edge_agent.host.seccomp import Calls, Network
 from edge_agent.sync import http_session
-from edge_agent.sync.protocol import SyncJob
+from edge_agent.sync.mirrors.places import folder_of
+from edge_agent.sync.protocol import CacheJob, SyncJob
 from edge_agent.sync.tls import TlsFiles
 
 _OF_STORES = (".netrc", ".aws", ".azure", ".config/gcloud")
@@ -33,7 +34,11 @@ def around_sync(job: SyncJob, *, scratch: Path | None, keep: int) -> Confinement
     """
     folders = (Store(Path(job.state_dir)).root, scratch, _folder_of_database(job.registry.uri))
     return Confinement(
-        read=(*map(Path, job.trust.public_keys), *_read(job.registry.uri, job.registry.tls)),
+        read=(
+            *map(Path, job.trust.public_keys),
+            *_read(job.registry.uri, job.registry.tls),
+            *_of_mirrors(job.cache),
+        ),
         write=tuple(folder for folder in folders if folder),
         moves=True,
         calls=Calls(network=Network.INTERNET_AND_UNIX, programs=True, modes=True, locks=True),
@@ -64,6 +69,12 @@ def _read(uri: str, tls: TlsFiles) -> Iterable[Path]:
     url = urlsplit(uri)
     if url.scheme not in ("http", "https") or http_session.is_local(url.hostname or ""):
         yield Path("/")  # a registry on this device may have its artifacts in any folder of it
+
+
+def _of_mirrors(cache: CacheJob) -> Iterable[Path]:
+    yield from filter(None, map(folder_of, cache.mirrors))
+    if cache.mirror_ca_file:
+        yield Path(cache.mirror_ca_file)
 
 
 def _folder_of_database(uri: str) -> Path | None:

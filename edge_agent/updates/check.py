@@ -310,8 +310,8 @@ class ModelCheck:
         self._tidy()
         if result.new:
             log.info(
-                "version fetched model=%s version=%d bytes_fetched=%d bytes_reused=%d",
-                self._name, result.version, result.bytes_fetched, result.bytes_reused,
+                "version fetched model=%s version=%d bytes_fetched=%d bytes_mirrored=%d bytes_reused=%d",
+                self._name, result.version, result.bytes_fetched, result.bytes_mirrored, result.bytes_reused,
             )  # fmt: skip
         return result
 
@@ -358,5 +358,8 @@ class ModelCheck:
                 quota_bytes=settings.cache.quota_bytes,
                 min_free_bytes=settings.cache.min_free_bytes,
                 max_bytes_per_s=settings.cache.max_bytes_per_s,
+                mirrors=settings.cache.mirrors,
+                mirror_patience_s=settings.cache.mirror_patience_s,
+                mirror_ca_file=settings.cache.mirror_ca_file,
             ),
         )

@@ -218,6 +218,7 @@ def _brought(result: SyncResult) -> dict[str, Any]:
         "version": result.version,
         "digest": result.digest,
         "bytes_fetched": result.bytes_fetched,
+        "bytes_mirrored": result.bytes_mirrored,
         "bytes_reused": result.bytes_reused,
     }
 

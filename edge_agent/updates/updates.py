@@ -76,6 +76,7 @@ class Updates:
         self.problems: dict[str, str] = {}
         self._registry = settings.registry
         TlsFiles.of(settings.registry).check()
+        TlsFiles(ca_file=settings.cache.mirror_ca_file).check(section="cache.mirror_")
         self._store = store
         self._lifecycles = lifecycles
         self._checks = {

@@ -74,6 +74,7 @@ class ScriptedSync:
             key=offer.key,
             bytes=size_bytes,
             bytes_fetched=size_bytes if offer.new else 0,
+            bytes_mirrored=0,
             bytes_reused=0 if offer.new else size_bytes,
             new=offer.new,
         )

@@ -42,6 +42,7 @@ RESULT = SyncResult(
     key="3-dddddddddddd",
     bytes=10,
     bytes_fetched=4,
+    bytes_mirrored=3,
     bytes_reused=6,
     new=True,
 )
