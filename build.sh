@@ -60,7 +60,7 @@ main() {
     case $command in
         demo) demo "$@" ;;
         test) run_tests "$@" ;;
-        long-test) run_tests -m long "$@" ;;
+        long-test) long_test "$@" ;;
         powerloss) POWERLOSS_FAULTS=all run_tests -m 'long or not long' tests/*/test_powerloss.py "$@" ;;
         chaos) chaos "$@" ;;
         attack) attack "$@" ;;
@@ -109,6 +109,12 @@ need_test_programs() {
     need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
     need_programs systemd systemd-analyze -- systemd
     need_programs strace strace -- strace
+}
+
+long_test() {
+    need_programs nginx nginx -- nginx nginx-common
+    need_programs acl setfacl -- acl
+    run_tests -m long "$@"
 }
 
 chaos() {

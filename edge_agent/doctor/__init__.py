@@ -3,7 +3,7 @@
 Owns the order of the checks. Each check looks at the real thing within a time limit, leaves no trace, and works
 whether the daemon is running or not:
 
-    host → settings and their files → daemon and unit → broker → registry → cache → models
+    host → settings and their files → daemon and unit → broker → registry → mirrors → cache → models
 
 While the daemon is connected, doctor does not open a second connection to the broker: if the broker uses the user
 name as the client id (docs/broker.md), that would end the daemon's session.
@@ -15,7 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edge_agent import logs
-from edge_agent.doctor import broker, cache, certificates, files, host, models, registry, service, walls
+from edge_agent.doctor import (
+    broker,
+    cache,
+    certificates,
+    files,
+    host,
+    mirrors,
+    models,
+    registry,
+    service,
+    walls,
+)
 from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
 from edge_agent.errors import EdgeAgentError, SettingsError
 from edge_agent.settings import Settings
@@ -49,6 +60,7 @@ def diagnose(load: Callable[[], Settings], *, config: Path | None) -> Iterator[F
     yield from _each("dns", lambda: host.check_names(settings))
     yield from _each("broker", lambda: broker.check(settings, status.document))
     yield from _each("registry", lambda: registry.check(settings))
+    yield from _each("mirrors", lambda: mirrors.check(settings))
     yield from _each("cache", lambda: cache.check(settings))
     yield from _each("models", lambda: models.check(settings))
 

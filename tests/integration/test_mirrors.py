@@ -13,6 +13,8 @@ import pytest
 
 from edge_agent.cache import fsck
 from edge_agent.cache.staging import staging
+from edge_agent.doctor import mirrors
+from edge_agent.settings import CacheSettings, Settings
 from edge_agent.sync import process
 from edge_agent.sync.mirrors import places
 from edge_agent.sync.protocol import SyncResult
@@ -190,3 +192,38 @@ def test_a_private_authority_vouches_for_a_mirror(site: Site, tmp_path: Path) ->
             replace(job, cache=replace(job.cache, mirrors=(mirror.url,), mirror_ca_file=str(authority.file)))
         )
         assert mirror.asked
+
+
+def test_doctor_says_what_each_mirror_gives(site: Site, mirror: BlobServer, tmp_path: Path) -> None:
+    site.sync()
+    shutil.rmtree(mirror.folder / "sha256")
+    site.fill(tmp_path / "stick")
+    with blob_server(tmp_path / "wrong") as wrong, blob_server(tmp_path / "shut") as shut:
+        site.fill(wrong.folder)
+        wrong.manners, shut.manners = Manners(flips=0), Manners(status=403)
+        urls = (
+            f"{(tmp_path / 'stick').as_uri()}/",
+            mirror.url,
+            wrong.url,
+            shut.url,
+            f"{(tmp_path / 'unplugged').as_uri()}/",
+            f"http://127.0.0.1:{free_port()}/",
+        )
+        settings = Settings(
+            device_id="dev",
+            state_dir=site.device.store.root.parent,
+            control_socket=tmp_path / "control.sock",
+            cache=CacheSettings(mirrors=urls),
+        )
+        found = list(mirrors.check(settings))
+    assert [finding.level for finding in found] == ["ok", "ok", "warn", "warn", "warn", "warn"]
+    said = [
+        "gives a blob",
+        "does not have",
+        "other bytes",
+        "answered 403",
+        "is not there",
+        "cannot be reached",
+    ]
+    for finding, part, url in zip(found, said, urls, strict=True):
+        assert part in finding.message and url in finding.message
