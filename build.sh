@@ -114,6 +114,7 @@ need_test_programs() {
 long_test() {
     need_programs nginx nginx -- nginx nginx-common
     need_programs acl setfacl -- acl
+    need_programs postgres initdb postgres -- "$(apt-cache depends postgresql 2>/dev/null | sed -n 's/.*Depends: \(postgresql-[0-9]*\)$/\1/p')"
     run_tests -m long "$@"
 }
 

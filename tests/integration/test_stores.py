@@ -1,5 +1,6 @@
 """The same bad line before three stores: a folder and an S3 behind a real MLflow server, and an S3 without one.
 
+Behind the server with S3 is a PostgreSQL, as fleets have it.
 The S3 is moto's. It does not know If-Range, and signatures of any kind are right for it: what a strict store does is in
 `test_presigned.py`.
 """
@@ -33,6 +34,7 @@ from tests.support.device import Device
 from tests.support.http_faults import FaultyProxy, HttpFault, Plan, faulty_proxy
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.packages import WEIGHTS, add_manifest, make_package, manifest_of
+from tests.support.postgres import running_postgres
 from tests.support.processes import free_port, short_folder
 
 pytestmark = pytest.mark.long  # test_presigned.py is the short way, with a scripted store
@@ -94,7 +96,11 @@ def s3_server(s3_line: FaultyProxy) -> Iterator[Server]:
     env = {**s3.CREDENTIALS, "MLFLOW_S3_ENDPOINT_URL": s3_line.uri}
     with (
         short_folder() as folder,
-        running_mlflow_server(folder, destination=f"s3://{s3.BUCKET}/{PROXIED}", env=env) as server,
+        short_folder() as data,
+        running_postgres(data) as backend,
+        running_mlflow_server(
+            folder, destination=f"s3://{s3.BUCKET}/{PROXIED}", backend=backend, env=env
+        ) as server,
     ):
         yield server
 
@@ -155,6 +161,17 @@ def test_a_line_that_cuts_every_connection_brings_the_version_all_the_same(store
     store.assert_whole()
     assert store.line.answers >= 10
     assert store.line.body_bytes <= 1.2 * len(CONTENT)
+
+
+def test_a_line_that_cuts_each_connection_at_40_megabytes_ends_with_the_version(store: Store) -> None:
+    content = random.Random(9).randbytes(90_000_000)
+    store.device.publish(weights=content)
+    store.line.use(Plan(fault=HttpFault.TRUNCATE, file=FILE, after_bytes=40_000_000))
+    assert store.device.sync().new
+    (record,) = store.device.store.versions()
+    assert (store.device.store.folder(record) / WEIGHTS).read_bytes() == content
+    assert store.line.answers >= 3
+    assert store.line.body_bytes <= 1.2 * len(content)
 
 
 def test_a_package_without_a_manifest_goes_on_too(store: Store) -> None:

@@ -1,4 +1,4 @@
-"""A real `mlflow server` on a free loopback port: SQLite behind it, artifacts proxied from a folder or from S3."""
+"""A real `mlflow server` on a free loopback port: a database behind it, artifacts proxied from a folder or from S3."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Server:
 
     Args:
         destination: where it keeps artifacts, such as `s3://bucket/x`; empty for a folder.
+        backend: its database, such as `postgresql://…`; empty for an SQLite file.
         env: what it needs for that.
 
     Attributes:
@@ -26,7 +27,14 @@ class Server:
         artifacts: the folder where it keeps artifacts, for tests that damage them.
     """
 
-    def __init__(self, folder: Path, *, destination: str = "", env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        destination: str = "",
+        backend: str = "",
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.host = "127.0.0.1"
         self.port = free_port()
@@ -34,6 +42,7 @@ class Server:
         self.artifacts = folder / "artifacts"
         self.log = folder / "mlflow.log"
         self._destination = destination or str(self.artifacts)
+        self._backend = backend or f"sqlite:///{folder / 'mlflow.db'}"
         self._env = {**_ENVIRONMENT, "HOME": str(folder), **(env or {})}
         self._child: Child | None = None
 
@@ -83,17 +92,17 @@ class Server:
         return [
             *(sys.executable, "-m", "mlflow", "server"),
             *("--host", self.host, "--port", str(self.port), "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"),
+            *("--backend-store-uri", self._backend),
             *("--artifacts-destination", self._destination, "--serve-artifacts"),
         ]
 
 
 @contextlib.contextmanager
 def running_mlflow_server(
-    folder: Path, *, destination: str = "", env: Mapping[str, str] | None = None
+    folder: Path, *, destination: str = "", backend: str = "", env: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
     """A started server whose files are in `folder`. The first start makes the database: 10 to 20 s."""
-    server = Server(folder, destination=destination, env=env)
+    server = Server(folder, destination=destination, backend=backend, env=env)
     try:
         server.start()
         yield server
