@@ -1,12 +1,12 @@
 """A download into the cache, against `curl` followed by `sync` and `sha256sum`, interleaved in one run.
 
-    python -m tests.benchmarks.download [MEGABYTES ROUNDS [folder | presigned | s3]]
+    python -m tests.benchmarks.download [MEGABYTES ROUNDS [folder | presigned | s3 | mirror]]
 
-The artifacts are in a folder behind one real `mlflow server` on this machine, or in moto's S3: behind that server,
-which signs addresses, or without it. `curl` gets the file as it lies there. The agent's side is a whole sync process,
-Python's start and MLflow's import with it, and it ends with a verified, committed version; the time of such a process
-that finds nothing to do is printed, too. Prints medians, what an update of one small file fetches, and the memory of
-the sync process for two sizes.
+The artifacts are in a folder behind one real `mlflow server` on this machine; or in moto's S3, behind that server,
+which signs addresses, or without it; or nginx, set up as docs/mirrors.md says, is a mirror of them. `curl` gets the
+file as it lies there. The agent's side is a whole sync process, Python's start and MLflow's import with it, and it ends
+with a verified, committed version; the time of such a process that finds nothing to do is printed, too. Prints medians,
+what an update of one small file fetches, and the memory of the sync process for two sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -35,6 +35,7 @@ from edge_agent.sync.protocol import SyncJob
 from tests.support import s3
 from tests.support.device import Device
 from tests.support.mlflow_server import Server, running_mlflow_server
+from tests.support.nginx import nginx
 from tests.support.packages import WEIGHTS, add_manifest, make_package
 from tests.support.processes import short_folder
 
@@ -93,15 +94,6 @@ def curl(url: str, target: Path, sha256: str) -> float:
     return seconds
 
 
-def weights_url(place: Place, device: Device, package: Path) -> tuple[str, str]:
-    """Where the weights are for everybody, and their sha256."""
-    entries = json.loads((package / "manifest.json").read_bytes())["files"]
-    sha256 = next(entry["sha256"] for entry in entries if entry["path"] == WEIGHTS)
-    client = MlflowClient(device.uri, device.uri)
-    source = urlsplit(client.get_model_version_download_uri(device.model, "1")).path.strip("/")
-    return f"{place.base}/{quote(source)}/{WEIGHTS}", sha256
-
-
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where artifacts are.
@@ -109,20 +101,49 @@ class Place:
     Attributes:
         artifact_root: of experiments; empty where the server knows.
         base: the address of all of them.
+        mirrors: of the device.
+        blobs: the folder that its mirror gives.
     """
 
     server: Server
     artifact_root: str
     base: str
+    mirrors: tuple[str, ...] = ()
+    blobs: Path | None = None
 
     def device(self, folder: Path) -> Device:
         device = Device(self.server.uri, folder)
         device.artifact_root = self.artifact_root
         return device
 
+    def job(self, device: Device) -> SyncJob:
+        job = device.job(timeout_s=60)
+        return replace(job, cache=replace(job.cache, mirrors=self.mirrors))
+
+    def url(self, device: Device, package: Path) -> tuple[str, str]:
+        """Where the weights are for everybody, and their sha256."""
+        entries = json.loads((package / "manifest.json").read_bytes())["files"]
+        sha256 = next(entry["sha256"] for entry in entries if entry["path"] == WEIGHTS)
+        if self.mirrors:
+            return f"{self.mirrors[0]}sha256/{sha256}", sha256
+        client = MlflowClient(device.uri, device.uri)
+        source = urlsplit(client.get_model_version_download_uri(device.model, "1")).path.strip("/")
+        return f"{self.base}/{quote(source)}/{WEIGHTS}", sha256
+
 
 @contextlib.contextmanager
 def running(store: str, folder: Path) -> Iterator[Place]:
+    if store == "mirror":
+        folder.chmod(0o711)
+        (folder / "gateway" / "blobs" / "sha256").mkdir(parents=True)
+        changes = {"/srv/edge-agent": f"{folder}/gateway"}
+        with (
+            running_mlflow_server(folder) as server,
+            nginx(folder / "nginx", "nginx", changes) as address,
+        ):
+            url, blobs = f"{address}/blobs/", folder / "gateway" / "blobs" / "sha256"
+            yield Place(server=server, artifact_root="", base="", mirrors=(url,), blobs=blobs)
+        return
     if store == "folder":
         with running_mlflow_server(folder) as server:
             base = f"{server.uri}/api/2.0/mlflow-artifacts/artifacts"
@@ -155,18 +176,21 @@ def main(megabytes: int, rounds: int, store: str) -> None:
         small_run = sync(small.job(timeout_s=60))
         device = place.device(folder / "device")
         package = publish(device, "package", megabytes, "mlflow\n")
-        url, sha256 = weights_url(place, device, package)
+        url, sha256 = place.url(device, package)
+        if place.blobs:
+            shutil.copyfile(package / WEIGHTS, place.blobs / sha256)
+            (place.blobs / sha256).chmod(0o444)
         tools_s, agent_s, peaks = [], [], []
         for number in range(rounds + 1):
             shutil.rmtree(device.store.root, ignore_errors=True)
             tools_once = curl(url, folder / "curl.out", sha256)
-            run = sync(device.job(timeout_s=60))
-            assert run.result["new"]
+            run = sync(place.job(device))
+            assert run.result["new"] and bool(run.result["bytes_mirrored"]) == bool(place.mirrors)
             if number:  # both sides warm
                 tools_s.append(tools_once)
                 agent_s.append(run.seconds)
                 peaks.append(run.peak_mb)
-        idle = [sync(device.job(timeout_s=60)).seconds for _ in range(rounds)]
+        idle = [sync(place.job(device)).seconds for _ in range(rounds)]
         publish(device, "changed", megabytes, "mlflow # changed\n")
         update = sync(device.job(timeout_s=60))
     tools, agent = statistics.median(tools_s), statistics.median(agent_s)
