@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,40 @@ NAME = "smollm2"
 NEW_TOKENS = 24
 THREADS = 1
 """The same for all sides of a comparison."""
+_WAYS = pytest.StashKey[dict[str, str]]()
+_SCHEMAS = {
+    "test_a_finished_answer_is_valid": "answers that ended by themselves, and are valid",
+    "test_an_answer_without_end_is_cut_and_one_with_an_end_is_valid": "answers without a bound, valid or cut",
+    "test_what_the_library_cannot_follow_is_refused_before_the_first_token": "refused before the first token",
+    "test_a_wrong_schema_is_the_clients_mistake": "refused as the client's mistake",
+}
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Rows of the table at the end of the run: what was measured → how it came out."""
+    return request.config.stash.setdefault(_WAYS, {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    cases: Counter[str] = Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            if report.when != "call" or not report.nodeid.startswith("tests/real/"):
+                continue
+            file, _, test = report.nodeid.partition("::")
+            for row in (f"cases in {Path(file).name}", _SCHEMAS.get(test.partition("[")[0], "")):
+                cases[row] += outcome == "passed"
+                cases[f"{row}, all"] += 1
+    rows = {
+        row: f"{count} of {cases[f'{row}, all']}" for row, count in cases.items() if f"{row}, all" in cases
+    }
+    rows.pop("", None)
+    measured: dict[str, str] = config.stash.get(_WAYS, {})
+    if rows:
+        terminalreporter.section("the real model")
+    for row, outcome in {**rows, **measured}.items():
+        terminalreporter.line(f"{row:<52} {outcome:>24}")
 
 
 @pytest.fixture(scope="session")

@@ -14,45 +14,59 @@ from tests.support.sample_device import wait_for_state
 from tests.support.wrapper import ask, forget, user
 
 
-def different(answers: list[str], expected: tuple[str, ...]) -> list[tuple[str, str, str]]:
-    """(prompt, answer, the answer that it gets alone) where those two differ."""
-    return [
-        (prompt, answer, right)
-        for prompt, answer, right in zip(PROMPTS, answers, expected, strict=True)
-        if answer != right
-    ]
+class Alone:
+    """The answers that each prompt gets alone, and what has been compared with them."""
+
+    def __init__(self, answers: tuple[str, ...], figures: dict[str, str]) -> None:
+        self.answers = answers
+        self._figures = figures
+
+    def assert_equals(self, way: str, answers: list[str]) -> None:
+        """Each prompt's answer, got in another way, is the one that it gets alone."""
+        different = [
+            (prompt, answer, right)
+            for prompt, answer, right in zip(PROMPTS, answers, self.answers, strict=True)
+            if answer != right
+        ]
+        self._figures[f"equal answers: {way}"] = f"{len(PROMPTS) - len(different)} of {len(PROMPTS)}"
+        assert different == []
+
+
+@pytest.fixture
+def right(alone: tuple[str, ...], figures: dict[str, str]) -> Alone:
+    return Alone(alone, figures)
 
 
 def short(prompt: str) -> dict[str, Any]:
     return chat(prompt, max_tokens=NEW_TOKENS)
 
 
-def test_the_model_is_a_real_one(alone: tuple[str, ...]) -> None:
-    assert alone[1] == "The capital of France is Paris."
-    assert len(set(alone)) == len(PROMPTS), "no two prompts have one answer"
+def test_the_model_is_a_real_one(right: Alone) -> None:
+    assert right.answers[1] == "The capital of France is Paris."
+    assert len(set(right.answers)) == len(PROMPTS), "no two prompts have one answer"
 
 
-def test_over_mqtt_behind_other_prompts(client: Client, alone: tuple[str, ...]) -> None:
-    assert different([client.ask(short(prompt)).text for prompt in PROMPTS], alone) == []
+def test_over_mqtt_behind_other_prompts(client: Client, right: Alone) -> None:
+    right.assert_equals("behind other prompts", [client.ask(short(prompt)).text for prompt in PROMPTS])
 
 
-def test_again(client: Client, alone: tuple[str, ...]) -> None:
+def test_again(client: Client, right: Alone) -> None:
     twice = [[client.ask(short(prompt)) for _ in range(2)] for prompt in PROMPTS]
     for number in range(2):
-        assert different([answers[number].text for answers in twice], alone) == []
+        right.assert_equals(f"twice, time {number + 1}", [answers[number].text for answers in twice])
     again = [answers[1].json["usage"] for answers in twice]
     assert all(usage["cached_tokens"] == usage["prompt_tokens"] - 2 for usage in again), "it was reused"
 
 
-def test_four_at_once(client: Client, alone: tuple[str, ...]) -> None:
+def test_four_at_once(client: Client, right: Alone) -> None:
     answers: list[str] = []
     for start in range(0, len(PROMPTS), 4):
         sent = [client.send(short(prompt)) for prompt in PROMPTS[start : start + 4]]
         answers += [client.answer(correlation).text for correlation in sent]
-    assert different(answers, alone) == []
+    right.assert_equals("four at once", answers)
 
 
-def test_after_a_cancel(client: Client, device: Daemon, alone: tuple[str, ...]) -> None:
+def test_after_a_cancel(client: Client, device: Daemon, right: Alone, figures: dict[str, str]) -> None:
     (runner,) = device.runners()
     answers, statuses = [], []
     for prompt in PROMPTS:
@@ -64,11 +78,12 @@ def test_after_a_cancel(client: Client, device: Daemon, alone: tuple[str, ...]) 
             )
             statuses.append(client.answer(cancelled).status)
         answers.append(client.ask(short(prompt)).text)
+    figures["prompts cancelled in the middle"] = f"{statuses.count(499)} of {len(PROMPTS)}"
     assert statuses.count(499) > len(PROMPTS) / 2, "too few were cancelled in the middle"
-    assert different(answers, alone) == []
+    right.assert_equals("after a cancel", answers)
 
 
-def test_after_a_restart(client: Client, device: Daemon, alone: tuple[str, ...]) -> None:
+def test_after_a_restart(client: Client, device: Daemon, right: Alone) -> None:
     client.ask(short(PROMPTS[0]))
     device.restart()
     wait_for_state(device, "ready")
@@ -78,12 +93,12 @@ def test_after_a_restart(client: Client, device: Daemon, alone: tuple[str, ...])
     assert usage["cached_tokens"] < usage["prompt_tokens"] - 2, (
         "nothing of a client's text survives a restart"
     )
-    assert different(answers, alone) == []
+    right.assert_equals("after a restart", answers)
 
 
 @pytest.mark.parametrize("slice_tokens", [37, 16, 4096])
 def test_in_other_slices(
-    wrapper: Any, alone: tuple[str, ...], slice_tokens: int, monkeypatch: pytest.MonkeyPatch
+    wrapper: Any, right: Alone, slice_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = wrapper.unwrap_python_model().predict.__globals__
     monkeypatch.setitem(code, "SLICE_TOKENS", slice_tokens)
@@ -91,7 +106,7 @@ def test_in_other_slices(
     for prompt in PROMPTS:
         forget(wrapper)
         answers.append(ask(wrapper, user(prompt), max_tokens=NEW_TOKENS).text)
-    assert different(answers, alone) == []
+    right.assert_equals(f"in slices of {slice_tokens} tokens", answers)
 
 
 def test_a_prompt_of_65_tokens_has_no_slice_of_one(wrapper: Any) -> None:
