@@ -22,7 +22,7 @@ from edge_agent.sync.pace import CHUNK_BYTES, MIN_BYTES_PER_TIMEOUT, StallLimit
 
 TRY_AGAIN = frozenset((408, 429))
 """Statuses of a refusal that passes. Source: RFC 9110, 15.5.9, and RFC 6585, 4."""
-_MAX_LISTED = MAX_FILES + len(OUTSIDE_MANIFEST)
+MAX_LISTED = MAX_FILES + len(OUTSIDE_MANIFEST)
 
 
 class RequestRefused(TransportError):
@@ -106,14 +106,14 @@ class LocalPackage:
             raise TransportError(
                 f"the package's folder {self._folder} cannot be read: {error.strerror}"
             ) from error
-        return _checked(found)
+        return checked(found)
 
     def _walk(self, folder: Path, found: list[Listed]) -> None:
         """Regular files only: a link could show any file of this host as the package's."""
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = Path(entry.path).relative_to(self._folder).as_posix()
-                if len(found) > _MAX_LISTED:
+                if len(found) > MAX_LISTED:
                     raise ManifestError(f"the package has more than {MAX_FILES} files")
                 if entry.is_dir(follow_symlinks=False):
                     check_path(name)
@@ -232,24 +232,28 @@ def walk(repository: Any) -> list[Listed]:
             path = check_path(entry.path)
             if folder is not None and not path.startswith(f"{folder}/"):
                 raise ManifestError(f"the registry lists {path!r} in folder {folder!r}")
-            if path.split("/")[0] == "registered_model_meta":
-                continue
             if entry.is_dir:
                 folders.append(path)
             elif not isinstance(entry.file_size, int) or entry.file_size < 0:
                 raise ManifestError(f"the registry gives no size for {path!r}")
             else:
                 found.append(Listed(path=path, size_bytes=entry.file_size))
-        if len(found) + len(folders) + visited > 2 * _MAX_LISTED:
+        if len(found) + len(folders) + visited > 2 * MAX_LISTED:
             raise ManifestError(f"the package has more than {MAX_FILES} files")
-    return _checked(found)
+    return checked(found)
 
 
-def _checked(found: list[Listed]) -> list[Listed]:
+def checked(found: list[Listed]) -> list[Listed]:
+    """A listing in order, without MLflow's own file.
+
+    Raises:
+        ManifestError: a path or the number of files breaks a rule.
+    """
     kept = sorted(
-        (file for file in found if file.path != "registered_model_meta"), key=lambda file: file.path
+        (file for file in found if file.path.split("/")[0] != "registered_model_meta"),
+        key=lambda file: file.path,
     )
     check_paths(file.path for file in kept)
-    if len(kept) > _MAX_LISTED:
+    if len(kept) > MAX_LISTED:
         raise ManifestError(f"the package has more than {MAX_FILES} files")
     return kept

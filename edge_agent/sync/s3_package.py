@@ -12,18 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from edge_agent.errors import EdgeAgentError, RegistryRefused, TransportError
+from edge_agent.errors import EdgeAgentError, ManifestError, RegistryRefused, TransportError
 from edge_agent.host.clock import Clock
-from edge_agent.package.manifest import check_path
+from edge_agent.package.manifest import MAX_FILES, check_path
 from edge_agent.sync import refusal
 from edge_agent.sync.files import (
+    MAX_LISTED,
     Changed,
     Listed,
     PastTheEnd,
     RequestRefused,
     Stream,
+    checked,
     stream_of,
-    walk,
 )
 
 _REFUSALS = frozenset(("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"))
@@ -57,8 +58,22 @@ class S3Package:
             _limit_client(timeout_s)
 
     def listing(self) -> list[Listed]:
+        """All at once and page by page: MLflow's own way keeps a whole folder before anybody can count it."""
+        prefix = f"{self._prefix}/" if self._prefix else ""
+        found: list[Listed] = []
         with self._errors():
-            return walk(self._repository)
+            pages = self._repository._get_s3_client().get_paginator("list_objects_v2")
+            for page in pages.paginate(
+                Bucket=self._bucket, Prefix=prefix, **self._repository._bucket_owner_params
+            ):
+                found += [
+                    Listed(path=check_path(entry["Key"].removeprefix(prefix)), size_bytes=entry["Size"])
+                    for entry in page.get("Contents", ())
+                    if not entry["Key"].endswith("/")  # a folder, as some tools leave them
+                ]
+                if len(found) > MAX_LISTED:
+                    raise ManifestError(f"the package has more than {MAX_FILES} files")
+        return checked(found)
 
     @contextmanager
     def open(self, path: str, *, offset: int = 0, etag: str = "") -> Iterator[Stream]:

@@ -21,12 +21,19 @@ from mlflow import MlflowClient
 from mlflow.store.artifact import s3_artifact_repo
 
 from edge_agent.cache import fsck
-from edge_agent.errors import PublishError, RegistryRefused, StoreError, TransportError, VerificationError
+from edge_agent.errors import (
+    ManifestError,
+    PublishError,
+    RegistryRefused,
+    StoreError,
+    TransportError,
+    VerificationError,
+)
 from edge_agent.host.clock import Clock
 from edge_agent.package import trust
 from edge_agent.publishing import register
 from edge_agent.publishing.package import Package
-from edge_agent.sync import http_package
+from edge_agent.sync import http_package, s3_package
 from edge_agent.sync.pace import CHUNK_BYTES
 from tests.support import s3
 from tests.support.clock import ScriptedClock
@@ -219,6 +226,17 @@ def test_an_s3_that_is_down_is_out_of_reach(direct: Store, monkeypatch: pytest.M
     with pytest.raises(TransportError, match=f"artifact store s3://{s3.BUCKET} cannot be reached") as caught:
         direct.device.sync()
     assert caught.value.code == "registry_unreachable"
+
+
+def test_a_listing_without_end_is_left_after_as_many_files_as_a_package_may_have(
+    direct: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct.device.publish(weights=b"x")
+    direct.device.sync()
+    monkeypatch.setattr(s3_package, "MAX_LISTED", 3)
+    direct.device.publish(weights=b"y")
+    with pytest.raises(ManifestError, match="more than"):
+        direct.device.sync()
 
 
 def test_an_s3_without_credentials_refuses(direct: Store, monkeypatch: pytest.MonkeyPatch) -> None:
