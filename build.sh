@@ -174,6 +174,7 @@ boot_test() {
     prepare_boot_test "$work" "$arch"
     say "prepared in $((SECONDS - started)) s"
     "$VENV/bin/python" -m tests.boot --root "$TOOLS/debian-12" --work "$work" --model "$work/model.tar" \
+        --guest "$work/guest.tar" --release-key "$work/release.pub" \
         --bundle "$work/dist/edge-agent-0.1.0-linux-$arch.tar.gz" \
         --newer "$work/dist/edge-agent-0.1.1-linux-$arch.tar.gz" \
         --broken "$work/dist/edge-agent-0.1.2-linux-$arch.tar.gz"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,7 +56,4 @@ def make_package(folder: Path) -> Path:
     return folder
 
 
-if __name__ == "__main__":
-    make_package(Path(sys.argv[1]))
-else:
-    mlflow.models.set_model(Attacking())
+mlflow.models.set_model(Attacking())
