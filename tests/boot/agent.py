@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.boot import ANSWER, DEVICE, QUESTION
 from tests.boot.container import BootTestError, Container, wait_until
 from tests.support import old_kernel
 
@@ -92,6 +93,17 @@ class Agent:
             command = " ".join([*self._old(lacks), f"{CURRENT}/bin/edge-agent", "run"])
             (folder / "old-kernel.conf").write_text(f"[Service]\nExecStart=\nExecStart={command}\n")
         self._in.run("systemctl", "daemon-reload")
+
+    def probe(self) -> str:
+        """Asks the first model twice, over the control socket and over MQTT."""
+        said = self._in.run("edge-agent", "probe", QUESTION).stdout.strip().splitlines()
+        expect(said[0] == ANSWER, str(said))
+        topics = ("-t", f"edge/v1/{DEVICE}/req/chat", "-e", "replies/boot")
+        over_mqtt = self._in.run(
+            "mosquitto_rr", "-V", "5", "-W", "60", *topics, "-m", QUESTION
+        ).stdout.strip()
+        expect(over_mqtt == ANSWER, over_mqtt)
+        return f"{said[0]} ({said[-1]}); the same over MQTT"
 
     def ask(self, model: str, prompt: str) -> str:
         said = self._in.run("edge-agent", "probe", "--json", "--model", model, prompt).stdout

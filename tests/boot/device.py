@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -13,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.boot import DEVICE
+from tests.boot import ANSWER, DEVICE, QUESTION
 from tests.boot.agent import Agent, expect
 from tests.boot.container import STATE, Container, wait_until
+from tests.boot.upgrades import Upgrades
 from tests.boot.walls import Walls
 from tests.support.certificates import Authority
 
-QUESTION, ANSWER = "What is the capital of Spain?", "The capital of Spain is Madrid."
 EXPOSURE_LIMIT = 1.3
 
 CONFIG = f"""\
@@ -84,9 +83,10 @@ class Device:
         self._in = container
         self._files = files
         self._agent = Agent(container, files.release_key)
-        self._walls = Walls(
-            container, self._agent, guest=files.guest, newer=files.newer, config=CONFIG, qa=(QUESTION, ANSWER)
+        self._upgrades = Upgrades(
+            container, self._agent, bundle=files.bundle, newer=files.newer, broken=files.broken
         )
+        self._walls = Walls(container, self._agent, guest=files.guest, newer=files.newer, config=CONFIG)
 
     def steps(self) -> list[tuple[str, Callable[[], str]]]:
         return [
@@ -95,7 +95,7 @@ class Device:
             ("exposure of the unit", self.exposure),
             ("broker, settings, credentials", self.configure),
             ("import of the model", self.import_model),
-            ("probe", self.probe),
+            ("probe", self._agent.probe),
             ("doctor", self.doctor),
             ("runner killed", self.kill_runner),
             ("daemon stopped, watchdog", self.stop_threads),
@@ -103,13 +103,10 @@ class Device:
             ("a file of root's in the cache", self.stray_file),
             ("root beside a stopped service", self.work_as_root),
             ("full disk", self.fill_disk),
-            ("changed bundles", self.changed_bundles),
-            ("upgrade while prompts run", self.upgrade),
-            ("upgrade that does not start", self.broken_upgrade),
-            ("going back", self.go_back),
+            *self._upgrades.steps(),
             *self._walls.steps(),
             ("reboot", self.reboot),
-            ("probe after the reboot", self.probe),
+            ("probe after the reboot", self._agent.probe),
             ("support archive", self.support_archive),
             ("uninstall", self.uninstall),
         ]
@@ -180,24 +177,6 @@ class Device:
         expect(self._agent.status()["models"][0]["state"] == "ready", str(self._agent.status()["models"]))
         return said
 
-    def probe(self) -> str:
-        said = self._in.run("edge-agent", "probe", QUESTION).stdout.strip().splitlines()
-        expect(said[0] == ANSWER, str(said))
-        asked = (
-            "mosquitto_rr",
-            "-V",
-            "5",
-            "-W",
-            "60",
-            "-t",
-            f"edge/v1/{DEVICE}/req/chat",
-            "-e",
-            "replies/boot",
-        )
-        over_mqtt = self._in.run(*asked, "-m", QUESTION).stdout.strip()
-        expect(over_mqtt == ANSWER, over_mqtt)
-        return f"{said[0]} ({said[-1]}); the same over MQTT"
-
     def doctor(self) -> str:
         findings = self._agent.findings(expected=0)
         levels = [finding["level"] for finding in findings]
@@ -210,7 +189,7 @@ class Device:
         began_s = time.monotonic()
         self._in.run("sh", "-c", f"kill -KILL {runner}")
         wait_until(lambda: self._agent.runner() not in ("", runner), 60, "another runner")
-        self.probe()
+        self._agent.probe()
         took_s = time.monotonic() - began_s
         expect(self._in.unit("MainPID") == daemon, "the daemon is another one")
         return f"runner {runner} → {self._agent.runner()}, daemon {daemon} stays, two answers {took_s:.1f} s later"
@@ -225,7 +204,7 @@ class Device:
         took_s = time.monotonic() - began_s
         expect("Watchdog timeout" in self._in.journal(200), "no watchdog in the journal")
         self._agent.wait_ready()
-        self.probe()
+        self._agent.probe()
         return f"watchdog, daemon {daemon} → {self._in.unit('MainPID')} after {took_s:.0f} s, answers again"
 
     def break_settings(self) -> str:
@@ -243,7 +222,7 @@ class Device:
         self._agent.settings(CONFIG)
         self._in.run("systemctl", "restart", "edge-agent")
         self._agent.wait_ready()
-        self.probe()
+        self._agent.probe()
         return f"exit 78, key named, no restart is due, doctor fails {failures}; mended: answers again"
 
     def stray_file(self) -> str:
@@ -268,7 +247,7 @@ class Device:
         self._in.run("systemctl", "start", "edge-agent")
         self._agent.wait_ready()
         self._agent.wait_connected()
-        self.probe()
+        self._agent.probe()
         return f"import, verify and probe --direct: everything is {owners.pop()}'s; the service answers"
 
     def fill_disk(self) -> str:
@@ -285,56 +264,10 @@ class Device:
         wait_until(lambda: self._ask(1).get("200") == 1, 90, "an answer with space again")
         wait_until(lambda: self._agent.status()["state"] == "ready", 90, "the state ready")
         expect(self._in.unit("MainPID") == daemon, "the daemon did not live through it")
-        self.probe()
+        self._agent.probe()
         return (
             f"{'; without its reserve: '.join(seen)}; {state}; daemon {daemon} lives, ready with space again"
         )
-
-    def changed_bundles(self) -> str:
-        """Nothing of a bundle runs before its signature is checked, and nothing is installed that it does not cover."""
-        before, daemon = self._agent.current(), self._in.unit("MainPID")
-        refused = [
-            next(
-                line
-                for line in self._agent.install(self._files.newer, change=change, fails=True)
-                if reason in line
-            )
-            for change, reason in ((forge, "was not signed with"), (damage, "the bundle is damaged"))
-        ]
-        expect((self._agent.current(), self._in.unit("MainPID")) == (before, daemon), "something has changed")
-        expect(not (self._in.root / "root/sprung").exists(), "the forged script has run")
-        self.probe()
-        return f"{'; '.join(refused)}; {before} goes on"
-
-    def upgrade(self) -> str:
-        before, daemon = self._agent.current(), self._in.unit("MainPID")
-        client = self._in.beside(sys.executable, "-m", "tests.boot.prompts", "0")
-        try:
-            self._agent.install(self._files.newer)
-            self._agent.wait_ready()
-            result = json.loads(client.communicate("enough", timeout=300)[0])
-        finally:
-            client.kill()
-            client.wait()
-        expect(result["200"] == result["right"] == result["asked"] > 20, str(result))
-        expect(self._agent.current() != before, "the version is the old one")
-        return f"{before} → {self._agent.current()}, daemon {daemon} → {self._in.unit('MainPID')}: {result}"
-
-    def broken_upgrade(self) -> str:
-        before = self._agent.current()
-        said = self._agent.install(self._files.broken, fails=True)
-        expect(self._agent.current() == before, f"current is {self._agent.current()}")
-        self._agent.wait_ready()
-        self.probe()
-        return f"{said[-1]}; answers again"
-
-    def go_back(self) -> str:
-        before = self._agent.current()
-        self._in.run("/opt/edge-agent/current/install.sh", "use", version_of(self._files.bundle))
-        expect(self._agent.current() == version_of(self._files.bundle), self._agent.current())
-        self._agent.wait_ready()
-        self.probe()
-        return f"{before} → {self._agent.current()}, answers again"
 
     def reboot(self) -> str:
         self._in.reboot()
@@ -361,7 +294,7 @@ class Device:
         expect(self._in.unit("LoadState") == "not-found", self._in.unit("LoadState"))
         self._agent.install_unsigned(self._files.bundle)
         self._agent.wait_ready()
-        self.probe()
+        self._agent.probe()
         self._in.run("/opt/edge-agent/current/install.sh", "uninstall", "--purge")
         places = (
             f"{STATE}/journal.db",
@@ -382,20 +315,3 @@ class Device:
             client.kill()
             client.wait()
         return result
-
-
-def version_of(bundle: Path) -> str:
-    return bundle.name.split("-")[2]
-
-
-def forge(bundle: Path) -> None:
-    """Another program in it, with sums that fit."""
-    (bundle / "install.sh").write_text("#!/bin/sh\ntouch /root/sprung\n")
-    names = [line.split("  ", 1)[1] for line in (bundle / "SHA256SUMS").read_text().splitlines()]
-    digests = ((name, hashlib.sha256((bundle / name).read_bytes()).hexdigest()) for name in names)
-    (bundle / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in digests))
-
-
-def damage(bundle: Path) -> None:
-    with (bundle / "edge-agent.service").open("a") as file:
-        file.write("# and more\n")
