@@ -37,7 +37,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   check                ruff, formatting and mypy --strict
   package [OPTION…]    wheel, sdist and the offline bundles into dist/; --arch A and --python V choose some,
                        --sign-key PEM signs their sums (a private key on a NIST curve, as for packages)
-  boot-test            a bundle installed, upgraded and broken in every way on a Debian that boots (root; minutes)
+  boot-test            a signed bundle installed, upgraded, broken and attacked on a Debian that boots (root; minutes)
   sample-model         make the sample model and the tests' second model again (fetches torch)
   random-model OUT [ARG…]  a model of random weights and a real size, to measure with; --help lists its shapes
   real-model [OUT]     a real language model, its int4 builds, and what each keeps of it (fetches 90 MB and torch)
@@ -181,6 +181,7 @@ boot_test() {
     prepare_boot_test "$work" "$arch"
     say "prepared in $((SECONDS - started)) s"
     "$VENV/bin/python" -m tests.boot --root "$TOOLS/debian-12" --work "$work" --model "$work/model.tar" \
+        --guest "$work/guest.tar" --release-key "$work/release.pub" \
         --bundle "$work/dist/edge-agent-0.1.0-linux-$arch.tar.gz" \
         --newer "$work/dist/edge-agent-0.1.1-linux-$arch.tar.gz" \
         --broken "$work/dist/edge-agent-0.1.2-linux-$arch.tar.gz"

@@ -54,7 +54,7 @@ def diagnose(load: Callable[[], Settings], *, config: Path | None) -> Iterator[F
     yield from _each("settings.tls", lambda: certificates.check(settings.mqtt))
     yield from _each("settings.tls", lambda: certificates.check_registry(settings.registry))
     yield from _each("libraries", lambda: host.check_libraries(settings))
-    yield from _each("host.walls", lambda: walls.check(settings))
+    yield from _each("host.walls", lambda: walls.check(settings, status.document))
     yield from _each("unit", service.check_unit)
     yield from _each("daemon", lambda: service.check_daemon(settings, status))
     yield from _each("dns", lambda: host.check_names(settings))

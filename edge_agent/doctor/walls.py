@@ -1,4 +1,5 @@
-"""The walls around models: which this host can build, and which models do not run without those that it cannot.
+"""The walls around models: which this host can build, which models do not run without those that it cannot, and which
+models run without those that it could.
 
 `python -m edge_agent.doctor.walls FILE` prints a line for each model of these settings that would not run; `install.sh`
 asks that before it switches versions.
@@ -9,8 +10,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from edge_agent import settings as settings_module
 from edge_agent.cache.record import VersionRecord
@@ -28,7 +30,11 @@ _TIMEOUT_S = 30.0
 _REMEDY = "docs/operating.md, Walls, says what this kernel needs"
 
 
-def check(settings: Settings) -> Iterator[Finding]:
+def check(settings: Settings, status: Mapping[str, Any] | None = None) -> Iterator[Finding]:
+    """
+    Args:
+        status: the running daemon's; None if none runs.
+    """
     walls = _built(settings)
     stand = ", ".join(walls.stand) or "none"
     lacking = walls.lacking()
@@ -41,6 +47,7 @@ def check(settings: Settings) -> Iterator[Finding]:
         yield ok("host.walls", f"{stand}: all stand around each model")
     if lacking:
         yield from (_without_walls(record, settings, lacking) for record in _with_own_code(settings))
+    yield from _taken(walls, status or {})
 
 
 def _built(settings: Settings) -> Walls:
@@ -59,6 +66,20 @@ def _built(settings: Settings) -> Walls:
         raise EdgeAgentError(f"a process that builds walls ended with {result.returncode}: {said}")
     document = json.loads(result.stdout)
     return Walls(stand=tuple(document["stand"]), missing=document["missing"])
+
+
+def _taken(walls: Walls, status: Mapping[str, Any]) -> Iterator[Finding]:
+    """What models lack that this process, which is not in the service's unit or container, can build."""
+    for model in status.get("models", ()):
+        missing = (model.get("walls") or {}).get("missing", {})
+        if taken := [wall for wall in missing if wall in walls.stand]:
+            yield warn(
+                "models.walls",
+                f"model {model['name']} runs without {', '.join(taken)}, which this host can build: "
+                "a filter around the service forbids it",
+                "look for it in `systemctl cat edge-agent` and in the container's seccomp profile; "
+                "docs/operating.md, Walls, names the calls",
+            )
 
 
 def _with_own_code(settings: Settings) -> list[VersionRecord]:

@@ -19,7 +19,14 @@ STATE_BYTES = 64 << 20
 
 def main() -> int:
     options = _options()
-    files = Files(bundle=options.bundle, newer=options.newer, broken=options.broken, model=options.model)
+    files = Files(
+        bundle=options.bundle,
+        newer=options.newer,
+        broken=options.broken,
+        release_key=options.release_key,
+        model=options.model,
+        guest=options.guest,
+    )
     started_s = time.monotonic()
     container = Container(options.root, options.work / "container", state_bytes=STATE_BYTES)
     step = "start"
@@ -48,7 +55,9 @@ def _options() -> argparse.Namespace:
         ("bundle", "the bundle to install"),
         ("newer", "a bundle of a higher version"),
         ("broken", "a bundle whose daemon does not start"),
+        ("release-key", "the public key that signed the bundles (PEM)"),
         ("model", "a model version, made by `models export`"),
+        ("guest", "a version of a package that attacks, made by tests.boot.guest"),
     ):
         parser.add_argument(f"--{name}", required=True, type=Path, help=meaning)
     return parser.parse_args()

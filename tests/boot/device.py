@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tests.boot import DEVICE
-from tests.boot.container import STATE, BootTestError, Container, wait_until
+from tests.boot import ANSWER, DEVICE, QUESTION
+from tests.boot.agent import Agent, expect
+from tests.boot.container import STATE, Container, wait_until
+from tests.boot.upgrades import Upgrades
+from tests.boot.walls import Walls
 from tests.support.certificates import Authority
 
-QUESTION, ANSWER = "What is the capital of Spain?", "The capital of Spain is Madrid."
 EXPOSURE_LIMIT = 1.3
 
 CONFIG = f"""\
@@ -63,13 +63,17 @@ class Files:
 
     Attributes:
         bundle, newer, broken: bundles to install; `broken`'s daemon does not start.
+        release_key: the public key that signed them.
         model: a model version, made by `models export`.
+        guest: a version of the package that attacks, in a file.
     """
 
     bundle: Path
     newer: Path
     broken: Path
+    release_key: Path
     model: Path
+    guest: Path
 
 
 class Device:
@@ -78,6 +82,11 @@ class Device:
     def __init__(self, container: Container, files: Files) -> None:
         self._in = container
         self._files = files
+        self._agent = Agent(container, files.release_key)
+        self._upgrades = Upgrades(
+            container, self._agent, bundle=files.bundle, newer=files.newer, broken=files.broken
+        )
+        self._walls = Walls(container, self._agent, guest=files.guest, newer=files.newer, config=CONFIG)
 
     def steps(self) -> list[tuple[str, Callable[[], str]]]:
         return [
@@ -86,7 +95,7 @@ class Device:
             ("exposure of the unit", self.exposure),
             ("broker, settings, credentials", self.configure),
             ("import of the model", self.import_model),
-            ("probe", self.probe),
+            ("probe", self._agent.probe),
             ("doctor", self.doctor),
             ("runner killed", self.kill_runner),
             ("daemon stopped, watchdog", self.stop_threads),
@@ -94,11 +103,10 @@ class Device:
             ("a file of root's in the cache", self.stray_file),
             ("root beside a stopped service", self.work_as_root),
             ("full disk", self.fill_disk),
-            ("upgrade while prompts run", self.upgrade),
-            ("upgrade that does not start", self.broken_upgrade),
-            ("going back", self.go_back),
+            *self._upgrades.steps(),
+            *self._walls.steps(),
             ("reboot", self.reboot),
-            ("probe after the reboot", self.probe),
+            ("probe after the reboot", self._agent.probe),
             ("support archive", self.support_archive),
             ("uninstall", self.uninstall),
         ]
@@ -112,7 +120,7 @@ class Device:
         devices = self._in.run("ls", "/sys/class/net").stdout.split()
         expect(devices == ["lo"], f"network devices: {devices}")
         ensurepip = self._in.run("python3", "-c", "import ensurepip", check=False).returncode == 0
-        self._install(self._files.bundle)
+        self._agent.install(self._files.bundle)
         enabled = self._in.run("systemctl", "is-enabled", "edge-agent").stdout.strip()
         expect(enabled == "enabled", f"the unit is {enabled}")
         expect(self._in.unit("ActiveState") == "active", self._in.unit("ActiveState"))
@@ -124,7 +132,12 @@ class Device:
         said = self._in.run("systemd-analyze", "security", "--no-pager", "edge-agent").stdout
         found = re.search(r"Overall exposure level for \S+: (\d+\.\d+)", said)
         expect(found is not None and float(found[1]) <= EXPOSURE_LIMIT, said[-300:])
-        return found[0] if found else ""
+        memory = self._in.run("cat", "/proc/meminfo").stdout
+        host_bytes = int(memory.split()[1]) * 1024
+        limit_bytes = int(self._in.unit("MemoryMax").replace("infinity", "0"))
+        expect(0 < limit_bytes < host_bytes, f"MemoryMax is {limit_bytes} of {host_bytes} bytes")
+        share = f"at most {limit_bytes / host_bytes:.0%} of the host's memory"
+        return f"{found[0] if found else ''}; {share}"
 
     def configure(self) -> str:
         """TLS with the device's certificate, whose key is a credential, and a password, which is another."""
@@ -142,17 +155,17 @@ class Device:
             ):
                 shutil.copyfile(source, target)
                 target.chmod(0o644)
-            self._credential("mqtt-key", device.key.read_text())
-        self._credential("mqtt-password", SECRET + "\n")
-        self._credential("mlflow-tracking-token", "a token")
+            self._agent.credential("mqtt-key", device.key.read_text())
+        self._agent.credential("mqtt-password", SECRET + "\n")
+        self._agent.credential("mlflow-tracking-token", "a token")
         (root / "etc/mosquitto/conf.d/edge-agent.conf").write_text(BROKER)
         self._in.run("mosquitto_passwd", "-b", "-c", "/etc/mosquitto/passwords", DEVICE, SECRET)
         self._in.run("chmod", "644", "/etc/mosquitto/passwords")
         self._in.run("systemctl", "enable", "mosquitto")
         self._in.run("systemctl", "restart", "mosquitto")
-        self._settings(CONFIG)
+        self._agent.settings(CONFIG)
         self._in.run("systemctl", "restart", "edge-agent")
-        self._wait_connected()
+        self._agent.wait_connected()
         names = self._in.run("ls", "/run/credentials/edge-agent.service").stdout.split()
         shown = self._in.run("sh", "-c", "cat /proc/[0-9]*/cmdline").stdout + self._in.journal(1000)
         expect(SECRET not in shown, "the password is in the process list or the journal")
@@ -161,43 +174,25 @@ class Device:
     def import_model(self) -> str:
         shutil.copyfile(self._files.model, self._in.root / "root/model.tar")
         said = self._in.run("edge-agent", "models", "import", "/root/model.tar").stdout.strip()
-        expect(self._status()["models"][0]["state"] == "ready", str(self._status()["models"]))
+        expect(self._agent.status()["models"][0]["state"] == "ready", str(self._agent.status()["models"]))
         return said
 
-    def probe(self) -> str:
-        said = self._in.run("edge-agent", "probe", QUESTION).stdout.strip().splitlines()
-        expect(said[0] == ANSWER, str(said))
-        asked = (
-            "mosquitto_rr",
-            "-V",
-            "5",
-            "-W",
-            "60",
-            "-t",
-            f"edge/v1/{DEVICE}/req/chat",
-            "-e",
-            "replies/boot",
-        )
-        over_mqtt = self._in.run(*asked, "-m", QUESTION).stdout.strip()
-        expect(over_mqtt == ANSWER, over_mqtt)
-        return f"{said[0]} ({said[-1]}); the same over MQTT"
-
     def doctor(self) -> str:
-        findings = self._findings(expected=0)
+        findings = self._agent.findings(expected=0)
         levels = [finding["level"] for finding in findings]
         unit = next(finding["message"] for finding in findings if finding["check"] == "unit")
         warnings = [finding["message"] for finding in findings if finding["level"] == "warn"]
         return f"{levels.count('ok')} ok, {levels.count('fail')} failed; unit: {unit}; to look at: {warnings}"
 
     def kill_runner(self) -> str:
-        daemon, runner = self._in.unit("MainPID"), self._runner()
+        daemon, runner = self._in.unit("MainPID"), self._agent.runner()
         began_s = time.monotonic()
         self._in.run("sh", "-c", f"kill -KILL {runner}")
-        wait_until(lambda: self._runner() not in ("", runner), 60, "another runner")
-        self.probe()
+        wait_until(lambda: self._agent.runner() not in ("", runner), 60, "another runner")
+        self._agent.probe()
         took_s = time.monotonic() - began_s
         expect(self._in.unit("MainPID") == daemon, "the daemon is another one")
-        return f"runner {runner} → {self._runner()}, daemon {daemon} stays, two answers {took_s:.1f} s later"
+        return f"runner {runner} → {self._agent.runner()}, daemon {daemon} stays, two answers {took_s:.1f} s later"
 
     def stop_threads(self) -> str:
         """SIGSTOP stops every thread of the daemon: nothing feeds the watchdog any more."""
@@ -208,13 +203,13 @@ class Device:
         wait_until(lambda: self._in.unit("ActiveState") == "active", 120, "the service")
         took_s = time.monotonic() - began_s
         expect("Watchdog timeout" in self._in.journal(200), "no watchdog in the journal")
-        self._wait_ready()
-        self.probe()
+        self._agent.wait_ready()
+        self._agent.probe()
         return f"watchdog, daemon {daemon} → {self._in.unit('MainPID')} after {took_s:.0f} s, answers again"
 
     def break_settings(self) -> str:
         restarts = self._in.unit("NRestarts")
-        self._settings(CONFIG.replace("port = 8883", 'port = "the usual one"'))
+        self._agent.settings(CONFIG.replace("port = 8883", 'port = "the usual one"'))
         self._in.run("systemctl", "restart", "edge-agent", check=False)
         wait_until(lambda: self._in.unit("ActiveState") == "failed", 60, "the failure")
         # Where systemd is going to start a unit again, SubState is another one: auto-restart, or failed-before-….
@@ -222,20 +217,20 @@ class Device:
         expect((code, state) == ("78", "failed"), f"exit {code}, then {state}")
         expect(count in ("0", restarts), f"restarted {count} times")
         expect("mqtt.port" in self._in.journal(), "the key is not named in the journal")
-        failures = [finding["check"] for finding in self._failures()]
+        failures = [finding["check"] for finding in self._agent.failures()]
         expect({"settings", "unit"} <= set(failures), str(failures))
-        self._settings(CONFIG)
+        self._agent.settings(CONFIG)
         self._in.run("systemctl", "restart", "edge-agent")
-        self._wait_ready()
-        self.probe()
+        self._agent.wait_ready()
+        self._agent.probe()
         return f"exit 78, key named, no restart is due, doctor fails {failures}; mended: answers again"
 
     def stray_file(self) -> str:
         stray = f"/{STATE}/models/stray"
         self._in.run("touch", stray)
-        (found,) = self._failures()
+        (found,) = self._agent.failures()
         self._in.run("sh", "-c", found["remedy"])
-        self._findings(expected=0)
+        self._agent.findings(expected=0)
         self._in.run("rm", stray)
         return f"doctor: {found['check']}, remedy {found['remedy']!r} works"
 
@@ -250,9 +245,9 @@ class Device:
         owners = set(self._in.run("find", f"/{STATE}", "-printf", "%u\n").stdout.split())
         expect(owners == {"edge-agent"}, f"owners in the state directory: {owners}")
         self._in.run("systemctl", "start", "edge-agent")
-        self._wait_ready()
-        self._wait_connected()
-        self.probe()
+        self._agent.wait_ready()
+        self._agent.wait_connected()
+        self._agent.probe()
         return f"import, verify and probe --direct: everything is {owners.pop()}'s; the service answers"
 
     def fill_disk(self) -> str:
@@ -264,51 +259,21 @@ class Device:
             result = self._ask(20)
             expect(result.get("200", 0) + result.get("503", 0) == 20, str(result))
             seen.append(f"{result.get('200', 0)} answered, {result.get('503', 0)} refused with 503")
-        state = self._status()["state"]
+        state = self._agent.status()["state"]
         self._in.run("sh", "-c", f"rm /{STATE}/filler*")
         wait_until(lambda: self._ask(1).get("200") == 1, 90, "an answer with space again")
-        wait_until(lambda: self._status()["state"] == "ready", 90, "the state ready")
+        wait_until(lambda: self._agent.status()["state"] == "ready", 90, "the state ready")
         expect(self._in.unit("MainPID") == daemon, "the daemon did not live through it")
-        self.probe()
+        self._agent.probe()
         return (
             f"{'; without its reserve: '.join(seen)}; {state}; daemon {daemon} lives, ready with space again"
         )
 
-    def upgrade(self) -> str:
-        before, daemon = self._current(), self._in.unit("MainPID")
-        client = self._in.beside(sys.executable, "-m", "tests.boot.prompts", "0")
-        try:
-            self._install(self._files.newer)
-            self._wait_ready()
-            result = json.loads(client.communicate("enough", timeout=300)[0])
-        finally:
-            client.kill()
-            client.wait()
-        expect(result["200"] == result["right"] == result["asked"] > 20, str(result))
-        expect(self._current() != before, "the version is the old one")
-        return f"{before} → {self._current()}, daemon {daemon} → {self._in.unit('MainPID')}: {result}"
-
-    def broken_upgrade(self) -> str:
-        before = self._current()
-        said = self._install(self._files.broken, fails=True)
-        expect(self._current() == before, f"current is {self._current()}")
-        self._wait_ready()
-        self.probe()
-        return f"{said[-1]}; answers again"
-
-    def go_back(self) -> str:
-        before = self._current()
-        self._in.run("/opt/edge-agent/current/install.sh", "use", version_of(self._files.bundle))
-        expect(self._current() == version_of(self._files.bundle), self._current())
-        self._wait_ready()
-        self.probe()
-        return f"{before} → {self._current()}, answers again"
-
     def reboot(self) -> str:
         self._in.reboot()
         wait_until(lambda: self._in.unit("ActiveState") == "active", 60, "the service")
-        self._wait_ready()
-        self._wait_connected()
+        self._agent.wait_ready()
+        self._agent.wait_connected()
         system = self._in.run("systemctl", "is-system-running", check=False).stdout.strip()
         return f"{system}; service active by itself, connected to the broker"
 
@@ -327,9 +292,9 @@ class Device:
         expect((self._in.root / STATE / "journal.db").exists(), "the state is gone")
         expect(not (self._in.root / "opt/edge-agent").exists(), "the program is still there")
         expect(self._in.unit("LoadState") == "not-found", self._in.unit("LoadState"))
-        self._install(self._files.bundle)
-        self._wait_ready()
-        self.probe()
+        self._agent.install_unsigned(self._files.bundle)
+        self._agent.wait_ready()
+        self._agent.probe()
         self._in.run("/opt/edge-agent/current/install.sh", "uninstall", "--purge")
         places = (
             f"{STATE}/journal.db",
@@ -342,26 +307,6 @@ class Device:
         expect(not left and not user, f"left: {left}, user: {user}")
         return "the state stays, and serves the next installation; with --purge nothing stays"
 
-    # --- Shared -----------------------------------------------------------------------------------------
-
-    def _install(self, bundle: Path, *, fails: bool = False) -> list[str]:
-        """Unpacks a bundle inside and runs its install.sh. Gives the lines that it said."""
-        folder = self._in.root / "root/bundle"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        subprocess.run(["tar", "xzf", bundle, "-C", folder, "--strip-components=1"], check=True)
-        result = self._in.run("/root/bundle/install.sh", check=not fails, timeout_s=600)
-        expect((result.returncode != 0) == fails, result.stdout + result.stderr)
-        return (result.stdout + result.stderr).strip().splitlines()
-
-    def _settings(self, content: str) -> None:
-        (self._in.root / "etc/edge-agent/config.toml").write_text(content)
-
-    def _credential(self, name: str, content: str) -> None:
-        file = self._in.root / "etc/credstore" / name
-        file.touch(mode=0o600)
-        file.write_text(content)
-
     def _ask(self, count: int) -> dict[str, int]:
         client = self._in.beside(sys.executable, "-m", "tests.boot.prompts", str(count))
         try:
@@ -370,46 +315,3 @@ class Device:
             client.kill()
             client.wait()
         return result
-
-    def _status(self) -> dict[str, Any]:
-        said = self._in.run("edge-agent", "status", "--json", check=False).stdout
-        document: dict[str, Any] = json.loads(said or '{"models": [], "broker": {"connected": false}}')
-        return document
-
-    def _wait_ready(self) -> None:
-        wait_until(lambda: self._status().get("state") in ("ready", "degraded"), 90, "a daemon that answers")
-        wait_until(self._runner, 60, "a runner")
-
-    def _wait_connected(self) -> None:
-        wait_until(lambda: self._status()["broker"]["connected"], 60, "the connection to the broker")
-
-    def _findings(self, *, expected: int) -> list[dict[str, str]]:
-        result = self._in.run("edge-agent", "doctor", "--json", check=False)
-        expect(
-            result.returncode == expected,
-            f"doctor ended with {result.returncode}: {result.stdout}{result.stderr}",
-        )
-        findings: list[dict[str, str]] = json.loads(result.stdout)["findings"]
-        return findings
-
-    def _failures(self) -> list[dict[str, str]]:
-        return [finding for finding in self._findings(expected=1) if finding["level"] == "fail"]
-
-    def _runner(self) -> str:
-        """The process that has the model loaded; empty while there is none."""
-        search = (  # the brackets keep the shell from finding itself
-            "for p in /proc/[0-9]*; do grep -qs [e]dge_agent.runner.child $p/cmdline && echo ${p#/proc/}; done"
-        )
-        return " ".join(self._in.run("sh", "-c", search, check=False).stdout.split())
-
-    def _current(self) -> str:
-        return self._in.run("readlink", "/opt/edge-agent/current").stdout.strip()
-
-
-def version_of(bundle: Path) -> str:
-    return bundle.name.split("-")[2]
-
-
-def expect(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise BootTestError(otherwise)

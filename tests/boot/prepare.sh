@@ -1,33 +1,37 @@
 # shellcheck shell=bash
-# What the boot test needs before it can start: a Debian root, a model in one file, and bundles. build.sh sources
+# What the boot test needs before it can start: a Debian root, two models in files, and signed bundles. build.sh sources
 # this file, which uses its constants, say and die.
 
-# prepare_boot_test FOLDER ARCH: FOLDER/model.tar and three bundles in FOLDER/dist, and .tools/debian-12.
+# prepare_boot_test FOLDER ARCH: FOLDER/{model,guest}.tar, three bundles in FOLDER/dist, the key that signed them in
+# FOLDER/release.pub, and .tools/debian-12.
 prepare_boot_test() {
     local work=$1 arch=$2
     make_debian_root "$TOOLS/debian-12"
     rm -rf -- "$work"
     mkdir -p "$work/dist"
     export_sample_model "$work"
+    "$VENV/bin/python" -W ignore -m tests.boot.guest "$work/guest.tar"
+    openssl ecparam -name prime256v1 -genkey -noout -out "$work/release.pem"
+    openssl pkey -in "$work/release.pem" -pubout -out "$work/release.pub"
     # The version to install, a higher one, and one whose daemon ends at once.
     make_test_bundle "$work" "$arch" 0.1.0 ''
     make_test_bundle "$work" "$arch" 0.1.1 ''
     make_test_bundle "$work" "$arch" 0.1.2 'raise SystemExit("this version does not start")'
 }
 
-# make_debian_root FOLDER: Debian 12 with systemd, Python (without ensurepip, as on a device) and mosquitto.
+# make_debian_root FOLDER: Debian 12 with systemd, Python (without ensurepip, as on a device), mosquitto, and openssl for
+# signed bundles.
 make_debian_root() {
-    local root=$1 mirror
-    if [[ -f $root/.complete ]]; then return; fi
+    local root=$1 mirror packages=systemd,systemd-sysv,python3,mosquitto,mosquitto-clients,openssl
+    if [[ -f $root/.complete && $(<"$root/.complete") == "$packages" ]]; then return; fi
     mirror=$(debian_mirror)
     rm -rf -- "$root" "$root.new"
     say "making a Debian root in .tools"
     DEBOOTSTRAP_DIR=$(find "$TOOLS/debootstrap" /usr/share/debootstrap -name functions -printf '%h\n' 2>/dev/null |
         head -n 1) debootstrap --variant=minbase \
-        --include=systemd,systemd-sysv,python3,mosquitto,mosquitto-clients \
-        bookworm "$root.new" "$mirror" >"$TOOLS/debootstrap.log" 2>&1 ||
+        --include="$packages" bookworm "$root.new" "$mirror" >"$TOOLS/debootstrap.log" 2>&1 ||
         die "debootstrap failed: see .tools/debootstrap.log"
-    touch "$root.new/.complete"
+    printf '%s\n' "$packages" >"$root.new/.complete"
     mv -- "$root.new" "$root"
 }
 
@@ -63,5 +67,5 @@ make_test_bundle() {
     fi
     "$VENV/bin/python" -m build --no-isolation --wheel --outdir "$source/dist" "$source" >/dev/null
     SOURCE_DATE_EPOCH=1767225600 "$VENV/bin/python" .ci/bundle.py --arch "$arch" --python 3.11 \
-        --wheel "$source"/dist/*.whl --cache "$TOOLS/wheelhouse" --out "$work/dist"
+        --sign-key "$work/release.pem" --wheel "$source"/dist/*.whl --cache "$TOOLS/wheelhouse" --out "$work/dist"
 }

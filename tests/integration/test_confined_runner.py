@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from edge_agent.publishing import trial
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Delta, Load, Loaded
 from edge_agent.runner.scratch import PREFIX
+from tests.support import attacking_model
+from tests.support.attacks import ATTACKS, Scene, staged
 
 pytestmark = pytest.mark.attack
 
@@ -139,17 +142,22 @@ def test_a_full_disk_leaves_a_runner_without_a_folder_of_its_own(
         made.runner.stop()
 
 
-@pytest.mark.parametrize(("lacks", "wall"), [("landlock", Wall.FILES), ("seccomp", Wall.SYSTEM_CALLS)])
-def test_where_a_wall_of_the_minimum_is_missing_code_runs_only_if_it_may(
-    lacks: str, wall: Wall, package: Path, tmp_path: Path, scratches: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = tmp_path / "python"
+def on_an_old_kernel(folder: Path, lacks: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """From now on runners start on a kernel that lacks something; gives their environment."""
+    program = folder / "python"
     program.write_text(
         f'#!/bin/sh\nexec {sys.executable} -m tests.support.old_kernel {lacks} {sys.executable} "$@"\n'
     )
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    environment = {**child_environment(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    return {**child_environment(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+@pytest.mark.parametrize(("lacks", "wall"), [("landlock", Wall.FILES), ("seccomp", Wall.SYSTEM_CALLS)])
+def test_where_a_wall_of_the_minimum_is_missing_code_runs_only_if_it_may(
+    lacks: str, wall: Wall, package: Path, tmp_path: Path, scratches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = on_an_old_kernel(tmp_path, lacks, monkeypatch)
     refused = RunnerProcess(model="curious", environment=environment)
     with pytest.raises(Unconfined, match=f"cannot confine \\({wall}: .*trust.unconfined_code = true"):
         refused.load(load(package), timeout_s=120)
@@ -177,3 +185,42 @@ def test_a_publishers_trial_has_the_same_walls(package: Path, tmp_path: Path) ->
     with pytest.raises(PublishError, match=r"golden prompt 1 expects 'the key' and the model answers .Perm"):
         trial.try_out(package, {"prompt": "thread"}, [{"prompt": f"read {secret}", "expect": "the key"}])
     assert secret.read_text() == "the key"
+
+
+# --- The attacks of test_walls.py, from inside a package -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def attacker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return attacking_model.make_package(tmp_path_factory.mktemp("attacker") / "package")
+
+
+def attack(runner: RunnerProcess, scene: Scene, attacks: Iterable[str] = ATTACKS) -> dict[str, str]:
+    found: dict[str, str] = json.loads(ask(runner, attacking_model.asking(scene, attacks)))
+    return found
+
+
+def test_every_attack_from_inside_a_package_fails(attacker: Path, tmp_path: Path, scratches: Path) -> None:
+    attacks = [name for name, each in ATTACKS.items() if os.geteuid() != 0 or not each.ordinary]
+    runner = RunnerProcess(model="attacker", environment=child_environment(tmp_path))
+    with staged(tmp_path / "device") as scene:
+        try:
+            runner.load(load(attacker), timeout_s=120)
+            found = attack(runner, scene, attacks)
+        finally:
+            runner.stop()
+    assert len(found) == len(attacks) > 70
+    assert [name for name, outcome in found.items() if not outcome] == []
+
+
+def test_a_package_notices_that_a_wall_is_missing(
+    attacker: Path, tmp_path: Path, scratches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = RunnerProcess(model="attacker", environment=on_an_old_kernel(tmp_path, "landlock", monkeypatch))
+    with staged(tmp_path / "device") as scene:
+        try:
+            runner.load(load(attacker, confined=False), timeout_s=120)
+            found = attack(runner, scene, attacking_model.LOOKS)
+        finally:
+            runner.stop()
+    assert found == dict.fromkeys(attacking_model.LOOKS, "")

@@ -23,7 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from edge_agent import settings
 from edge_agent.doctor import walls
-print(json.dumps([asdict(finding) for finding in walls.check(settings.load(Path(sys.argv[1])))]))
+found = walls.check(settings.load(Path(sys.argv[1])), json.loads(sys.argv[2]))
+print(json.dumps([asdict(finding) for finding in found]))
 """
 
 
@@ -51,9 +52,10 @@ def run(*arguments: str, lacks: str = "") -> str:
     return result.stdout
 
 
-def walls_of(config: Path, lacks: str = "") -> dict[str, dict[str, str]]:
-    """doctor's findings about walls."""
-    return {finding["check"]: finding for finding in json.loads(run("-c", CHECK, str(config), lacks=lacks))}
+def walls_of(config: Path, lacks: str = "", status: object = None) -> dict[str, dict[str, str]]:
+    """doctor's findings about walls, beside a daemon with this status."""
+    said = run("-c", CHECK, str(config), json.dumps(status), lacks=lacks)
+    return {finding["check"]: finding for finding in json.loads(said)}
 
 
 def test_where_all_walls_stand_there_is_nothing_to_do(tmp_path: Path) -> None:
@@ -86,3 +88,19 @@ def test_code_that_may_run_without_walls_is_a_warning(tmp_path: Path) -> None:
     config = device(tmp_path, CODE, unconfined=True)
     assert walls_of(config, "landlock")["models.walls"]["level"] == "warn"
     assert run("-m", "edge_agent.doctor.walls", str(config), lacks="landlock") == ""
+
+
+def test_a_wall_that_something_around_the_service_takes_away_is_named(tmp_path: Path) -> None:
+    """As a container's filter does, of which doctor outside knows nothing."""
+    config = device(tmp_path, committed.DECISION)
+    missing = {"stand": [Wall.MEMORY], "missing": {Wall.FILES: "no Landlock", Wall.TCP: "no Landlock"}}
+    models = [
+        {"name": "assistant", "walls": missing},
+        {"name": "idle", "walls": None},
+        {"name": "old"},
+        {"name": "well", "walls": {"stand": list(Wall), "missing": {}}},
+    ]
+    found = walls_of(config, status={"models": models})
+    assert (found["host.walls"]["level"], found["models.walls"]["level"]) == ("ok", "warn")
+    assert found["models.walls"]["message"].startswith("model assistant runs without files, tcp, which this")
+    assert set(walls_of(config, "landlock", status={"models": models})) == {"host.walls"}

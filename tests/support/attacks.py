@@ -1,9 +1,9 @@
-"""What code from elsewhere might try on a device, each thing in a process of its own behind chosen walls.
+"""What code from elsewhere might try on a device. An attack that does not raise has succeeded.
 
-    python -m tests.support.attacks FOLDER < {"walls": […]}     what stands, and what became of each attack, as JSON
+    python -m tests.support.attacks FOLDER < {"walls": […]}     what became of each attack, as JSON
 
-This process plays the daemon: it has a secret in its environment, a journal, a control socket, an abstract socket and
-a TCP server. An attack that does not raise has succeeded.
+Here each has a process of its own, behind chosen walls, and this process plays the daemon: it has a journal, a control
+socket, an abstract socket and a TCP server (`staged`). `attacking_model.py` tries the same from inside a package.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from edge_agent.host import confinement, landlock, memory, seccomp
 from edge_agent.host.confinement import Confinement, Wall, confine
@@ -45,37 +46,48 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What an attack can aim at. Made anew for each."""
+    """What an attack can aim at.
 
-    folder: Path
+    Attributes:
+        state: the daemon's folder, in which the journal and the cache are.
+        package, other_package: the attacker's own and another model's, each with its `MLmodel`.
+        scratch: where the attacker may write.
+        control, datagrams: Unix sockets, for connections and for datagrams.
+        abstract: name of an abstract socket.
+        daemon: its process.
+        port: TCP, on 127.0.0.1; something listens there.
+        address: eight bytes of the daemon's memory.
+    """
+
+    state: Path
+    journal: Path
+    blob: Path
+    package: Path
+    other_package: Path
+    credential: Path
+    scratch: Path
+    control: Path
+    datagrams: Path
+    abstract: str
     daemon: int
-    journal_descriptor: int
     port: int
     address: int
 
-    @property
-    def state(self) -> Path:
-        return self.folder / "state"
+    def document(self) -> dict[str, str | int]:
+        """For `of` in another process."""
+        return {name: value if isinstance(value, int) else str(value) for name, value in vars(self).items()}
 
-    @property
-    def journal(self) -> Path:
-        return self.state / "journal.db"
-
-    @property
-    def blob(self) -> Path:
-        return self.state / "blob"
-
-    @property
-    def package(self) -> Path:
-        return self.state / "package"
-
-    @property
-    def scratch(self) -> Path:
-        return self.folder / "scratch"
-
-    @property
-    def control(self) -> str:
-        return str(self.state / "control.sock")
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Scene:
+        """
+        Args:
+            document: what `document` gave.
+        """
+        paths = {each.name for each in fields(cls) if each.type == "Path"}
+        values: dict[str, Any] = {
+            name: Path(value) if name in paths else value for name, value in document.items()
+        }
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +181,7 @@ def truncate_the_journal_with_no_access(scene: Scene) -> None:
 
 @attack(FILES)
 def read_a_credential(scene: Scene) -> None:
-    (scene.folder / "mqtt-password").read_bytes()
+    scene.credential.read_bytes()
 
 
 @attack(FILES)
@@ -184,7 +196,7 @@ def list_the_state_folder(scene: Scene) -> None:
 
 @attack(FILES)
 def read_another_package(scene: Scene) -> None:
-    (scene.state / "other-package" / "MLmodel").read_bytes()
+    (scene.other_package / "MLmodel").read_bytes()
 
 
 @attack(FILES)
@@ -305,7 +317,13 @@ def change_the_number_of_a_file(scene: Scene) -> None:
 
 @attack(Wall.DESCRIPTORS)
 def use_an_open_file_of_the_daemon(scene: Scene) -> None:
-    os.pread(scene.journal_descriptor, 10, 0)
+    wanted = scene.journal.stat()
+    for number in range(resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(number), wanted):
+                os.pread(number, 10, 0)
+                return
+    raise OSError(errno.EBADF, "the journal is not open here")
 
 
 # --- Other processes ----------------------------------------------------------------------------------
@@ -484,18 +502,18 @@ def make_whoever_closes_its_socket_wait(scene: Scene) -> None:
 
 @attack(SYSTEM_CALLS)
 def connect_to_the_control_socket(scene: Scene) -> None:
-    socket.socket(socket.AF_UNIX).connect(scene.control)
+    socket.socket(socket.AF_UNIX).connect(str(scene.control))
 
 
 @attack(SIGNALS, SYSTEM_CALLS)
 def connect_to_an_abstract_socket(scene: Scene) -> None:
-    socket.socket(socket.AF_UNIX).connect(f"\0attacks-{scene.daemon}")
+    socket.socket(socket.AF_UNIX).connect(f"\0{scene.abstract}")
 
 
 @attack(SYSTEM_CALLS)
 def write_to_a_socket_from_a_pair_of_its_own(scene: Scene) -> None:
     ours, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    ours.sendto(b"x", f"{scene.control}.datagrams")
+    ours.sendto(b"x", str(scene.datagrams))
 
 
 # --- The kernel ---------------------------------------------------------------------------------------
@@ -574,7 +592,7 @@ def start_many_threads(scene: Scene) -> None:
     done = threading.Event()
     threading.stack_size(64 << 10)
     try:
-        for _ in range(2 * confinement.TASKS):
+        for _ in range(_threads_of_this_host() + 2 * confinement.TASKS):
             threading.Thread(target=done.wait, daemon=True).start()
     except RuntimeError as error:  # can't start new thread
         raise OSError(errno.EAGAIN, "no more threads") from error
@@ -582,30 +600,70 @@ def start_many_threads(scene: Scene) -> None:
         done.set()
 
 
+def _threads_of_this_host() -> int:
+    """What the limit of threads is counted from, without /proc. Source: sysinfo(2)."""
+    found = ctypes.create_string_buffer(112)
+    _LIBC.sysinfo(found)
+    (threads,) = struct.unpack_from("=H", found, 80)
+    return int(threads)
+
+
+def outcome(chosen: Attack, scene: Scene) -> str:
+    """Tries it in this process, which it may change, end, or make another program of.
+
+    Returns:
+        empty if it succeeded, else the error that it met.
+    """
+    try:
+        chosen.run(scene)
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error))
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is no success
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 # --- The stage ----------------------------------------------------------------------------------------
 
 
-def _scene(folder: Path, number: int, port: int, address: int) -> Iterator[Scene]:
-    """A device's folders with its sockets, as one attack finds them."""
-    place = folder / str(number)
+@contextmanager
+def staged(folder: Path) -> Iterator[Scene]:
+    """A device's folders and sockets in an empty folder; this process is the daemon, and has the journal open."""
     for name in ("state/package", "state/other-package", "scratch"):
-        (place / name).mkdir(parents=True)
-    for name in ("state/journal.db", "state/blob", "state/package/MLmodel", "state/other-package/MLmodel"):
-        (place / name).write_bytes(b"secret content")
-    (place / "mqtt-password").write_bytes(b"secret")
-    scene = Scene(
-        folder=place,
-        daemon=os.getpid(),
-        journal_descriptor=os.open(place / "state/journal.db", os.O_RDONLY),
-        port=port,
-        address=address,
-    )
-    with socket.socket(socket.AF_UNIX) as control, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
-        control.bind(scene.control)
+        (folder / name).mkdir(parents=True)
+    state = folder / "state"
+    for name in ("journal.db", "blob", "package/MLmodel", "other-package/MLmodel"):
+        (state / name).write_bytes(b"secret content")
+    (folder / "mqtt-password").write_bytes(b"secret")
+    secret = ctypes.create_string_buffer(b"a secret")
+    with (
+        (state / "journal.db").open("rb") as journal,
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX) as control,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams,
+        socket.socket(socket.AF_UNIX) as abstract,
+    ):
+        scene = Scene(
+            state=state,
+            journal=Path(journal.name),
+            blob=state / "blob",
+            package=state / "package",
+            other_package=state / "other-package",
+            credential=folder / "mqtt-password",
+            scratch=folder / "scratch",
+            control=state / "control.sock",
+            datagrams=state / "datagrams.sock",
+            abstract=f"attacks-{os.getpid()}-{journal.fileno()}",
+            daemon=os.getpid(),
+            port=server.getsockname()[1],
+            address=ctypes.addressof(secret),
+        )
+        control.bind(str(scene.control))
         control.listen()
-        other.bind(f"{scene.control}.datagrams")
+        datagrams.bind(str(scene.datagrams))
+        abstract.bind(f"\0{scene.abstract}")
+        abstract.listen()
         yield scene
-    os.close(scene.journal_descriptor)
 
 
 def _become_ordinary() -> None:
@@ -618,7 +676,7 @@ def _become_ordinary() -> None:
 
 
 def _try(chosen: Attack, scene: Scene, walls: frozenset[Wall]) -> str:
-    """What became of it: empty if it succeeded, else the error."""
+    """What became of it in a process of its own: empty if it succeeded, else the error."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -627,14 +685,7 @@ def _try(chosen: Attack, scene: Scene, walls: frozenset[Wall]) -> str:
             if chosen.ordinary:
                 _become_ordinary()
             _confine(scene, walls, keep=(writing,))
-            try:
-                chosen.run(scene)
-                answer = "done"
-            except OSError as error:
-                answer = errno.errorcode.get(error.errno or 0, str(error))
-            except BaseException as error:  # noqa: BLE001 - whatever it is, it is no success
-                answer = f"{type(error).__name__}: {error}"
-            os.write(writing, answer.encode())
+            os.write(writing, (outcome(chosen, scene) or "done").encode())
             os._exit(0)
         os._exit(1)
     os.close(writing)
@@ -654,16 +705,11 @@ def _confine(scene: Scene, walls: frozenset[Wall], keep: tuple[int, ...]) -> Non
 
 def main() -> None:
     walls = frozenset(map(Wall, json.load(sys.stdin)["walls"]))
-    folder = Path(sys.argv[1])
-    secret = ctypes.create_string_buffer(b"a secret")
     memory.total_bytes()  # an ordinary user may not be allowed to import what it needs
     found: dict[str, str] = {}
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
-        abstract.bind(f"\0attacks-{os.getpid()}")
-        abstract.listen()
-        for number, (name, chosen) in enumerate(ATTACKS.items()):
-            for scene in _scene(folder, number, server.getsockname()[1], ctypes.addressof(secret)):
-                found[name] = _try(chosen, scene, walls)
+    for number, (name, chosen) in enumerate(ATTACKS.items()):
+        with staged(Path(sys.argv[1]) / str(number)) as scene:
+            found[name] = _try(chosen, scene, walls)
     print(json.dumps(found))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,19 +42,28 @@ def export(folder: Path, *, manifest: bool = True, key: Path | None = None, code
     tags = {MANIFEST_TAG: add_manifest(package, MODEL)} if manifest else {}
     if key:
         sign(package, key)
+    return export_package(folder, package, MODEL, tags=tags)
+
+
+def export_package(
+    folder: Path, package: Path, model: str, *, version: int = 7, tags: Mapping[str, str] | None = None
+) -> Exported:
+    """Any package, as a version of this registered model; nobody has loaded it."""
     store = Store(folder / "first")
     job = SyncJob(
         state_dir=str(folder / "first"),
         registry=RegistryJob(uri="sqlite:///registry.db"),
         name="assistant",
-        ref=f"models:/{MODEL}/7",
+        ref=f"models:/{model}/{version}",
         trust=TrustJob(allow_unsigned_code=True),
         cache=CACHE,
     )
-    version = ModelVersion(name=MODEL, version=7, run_id="run", source=package.as_uri(), tags=tags)
-    bring(job, version, LocalPackage(package), lambda event: None)
+    found = ModelVersion(
+        name=model, version=version, run_id="run", source=package.as_uri(), tags=dict(tags or {})
+    )
+    bring(job, found, LocalPackage(package), lambda event: None)
     (record,) = store.versions()
-    file = folder / "stick" / "phi.tar"
+    file = folder / "stick" / f"{model}.tar"
     file.parent.mkdir()
     assert write_out(store, record, file) == file.stat().st_size
     return Exported(store=store, record=record, file=file)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -169,3 +171,42 @@ def test_sockets_are_those_that_were_asked_for(machine: str) -> None:
         Network.INTERNET: {"inet", "inet6"},
         Network.INTERNET_AND_UNIX: {"unix", "inet", "inet6"},
     }
+
+
+# --- The tables, held against libseccomp's ---------------------------------------------------------------
+
+TABLES = (*REFUSED.values(), MISSING, NETWORKING, seccomp._CHECKED, ALLOWED)
+YOUNG = {"fchmodat2": 452, "statmount": 457, "listmount": 458}
+"""Younger than the oldest libseccomp that has to do (2.5.4, Debian 12); from linux/scripts/syscall.tbl."""
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    """What systemd makes its filters with: it is wherever systemd-analyze is, which other tests need."""
+    found = [*Path(__file__).parents[2].glob(".tools/systemd/root/**/libseccomp.so.2"), "libseccomp.so.2"]
+    loaded = ctypes.CDLL(str(found[0]))
+    loaded.seccomp_syscall_resolve_name_arch.argtypes = [ctypes.c_uint32, ctypes.c_char_p]
+    return loaded
+
+
+@pytest.mark.parametrize("machine", list(ARCHITECTURES))
+def test_each_number_is_the_kernels(machine: str, library: ctypes.CDLL) -> None:
+    audit, column = ARCHITECTURES[machine].audit, ARCHITECTURES[machine].column
+    written = {name: numbers[column] for table in TABLES for name, numbers in table.items()}
+    assert len(written) > 150
+    wrong = {}
+    for name, number in written.items():
+        known = library.seccomp_syscall_resolve_name_arch(audit, name.encode())
+        if known == -1:  # it has not heard of this call
+            known = YOUNG[name]
+        if number != (known if known >= 0 else None):  # below: there is no such call on this architecture
+            wrong[name] = (number, known)
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("machine", list(ARCHITECTURES))
+def test_an_architecture_is_what_the_kernel_calls_it(machine: str, library: ctypes.CDLL) -> None:
+    architecture = ARCHITECTURES[machine]
+    known = library.seccomp_arch_resolve_name(machine.encode()) & 0xFFFFFFFF  # SCMP_ARCH_* is AUDIT_ARCH_*
+    assert known == architecture.audit
+    assert architecture.call == REFUSED["large surfaces of the kernel"]["seccomp"][architecture.column]

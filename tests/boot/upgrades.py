@@ -1,0 +1,98 @@
+"""The steps about versions: bundles that are not what was signed, upgrades while prompts run, and the way back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.boot.agent import CURRENT, Agent, expect
+from tests.boot.container import Container
+
+
+class Upgrades:
+    """The steps, in their order; `bundle` is installed before and after.
+
+    Args:
+        bundle, newer, broken: bundles to install; `broken`'s daemon does not start.
+    """
+
+    def __init__(
+        self, container: Container, agent: Agent, *, bundle: Path, newer: Path, broken: Path
+    ) -> None:
+        self._in = container
+        self._agent = agent
+        self._bundle = bundle
+        self._newer = newer
+        self._broken = broken
+
+    def steps(self) -> list[tuple[str, Callable[[], str]]]:
+        return [
+            ("changed bundles", self.changed_bundles),
+            ("upgrade while prompts run", self.upgrade),
+            ("upgrade that does not start", self.broken_upgrade),
+            ("going back", self.go_back),
+        ]
+
+    def changed_bundles(self) -> str:
+        """Nothing of a bundle runs before its signature is checked, and nothing is installed that it does not cover."""
+        before, daemon = self._agent.current(), self._in.unit("MainPID")
+        refused = [
+            next(
+                line for line in self._agent.install(self._newer, change=change, fails=True) if reason in line
+            )
+            for change, reason in ((forge, "was not signed with"), (damage, "the bundle is damaged"))
+        ]
+        expect((self._agent.current(), self._in.unit("MainPID")) == (before, daemon), "something has changed")
+        expect(not (self._in.root / "root/sprung").exists(), "the forged script has run")
+        self._agent.probe()
+        return f"{'; '.join(refused)}; {before} goes on"
+
+    def upgrade(self) -> str:
+        before, daemon = self._agent.current(), self._in.unit("MainPID")
+        client = self._in.beside(sys.executable, "-m", "tests.boot.prompts", "0")
+        try:
+            self._agent.install(self._newer)
+            self._agent.wait_ready()
+            result = json.loads(client.communicate("enough", timeout=300)[0])
+        finally:
+            client.kill()
+            client.wait()
+        expect(result["200"] == result["right"] == result["asked"] > 20, str(result))
+        expect(self._agent.current() != before, "the version is the old one")
+        return f"{before} → {self._agent.current()}, daemon {daemon} → {self._in.unit('MainPID')}: {result}"
+
+    def broken_upgrade(self) -> str:
+        before = self._agent.current()
+        said = self._agent.install(self._broken, fails=True)
+        expect(self._agent.current() == before, f"current is {self._agent.current()}")
+        self._agent.wait_ready()
+        self._agent.probe()
+        return f"{said[-1]}; answers again"
+
+    def go_back(self) -> str:
+        before = self._agent.current()
+        self._in.run(f"{CURRENT}/install.sh", "use", version_of(self._bundle))
+        expect(self._agent.current() == version_of(self._bundle), self._agent.current())
+        self._agent.wait_ready()
+        self._agent.probe()
+        return f"{before} → {self._agent.current()}, answers again"
+
+
+def version_of(bundle: Path) -> str:
+    return bundle.name.split("-")[2]
+
+
+def forge(bundle: Path) -> None:
+    """Another program in it, with sums that fit."""
+    (bundle / "install.sh").write_text("#!/bin/sh\ntouch /root/sprung\n")
+    names = [line.split("  ", 1)[1] for line in (bundle / "SHA256SUMS").read_text().splitlines()]
+    digests = ((name, hashlib.sha256((bundle / name).read_bytes()).hexdigest()) for name in names)
+    (bundle / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in digests))
+
+
+def damage(bundle: Path) -> None:
+    with (bundle / "edge-agent.service").open("a") as file:
+        file.write("# and more\n")
