@@ -137,6 +137,11 @@ class Activation:
         if self.put_off and _version(self.put_off) != version:
             self._lifecycle.put_off(None)
 
+    def forget(self) -> None:
+        """What waits is not to be taken without a further look."""
+        if self.put_off:
+            self._lifecycle.put_off(None)
+
     def still(self, waiting: Waiting) -> bool:
         """Whether what was found to wait does so still: an operator may have ended that."""
         if waiting.code != ActivationHeld.code:

@@ -207,12 +207,13 @@ class ModelCheck:
         """
         try:
             checked = self._run(watch, asked_for=asked_for, allow_older=allow_older, now=now)
-        except (LinkHeld, ActivationHeld, SyncStopped):
-            raise
+        except (LinkHeld, ActivationHeld, SyncStopped, SettingsError, StoreError):
+            raise  # nothing is known of the version that was not known before
         except (TransportError, RegistryRefused):
             self._take_up_waiting(watch, now=now)
             raise
         except EdgeAgentError:
+            self._activation.forget()
             self._waits.clear()
             raise
         self._waits.clear()

@@ -108,7 +108,7 @@ def bounds(now_s: float, plan: LinkPlan, used_bytes: int) -> LinkJob:
 
 def no_bounds(plan: LinkPlan) -> LinkJob:
     """For an operator who wants a version now: what comes is counted, and holds up what comes after it."""
-    return LinkJob(ahead_bytes=_ahead_bytes(plan)) if plan.bytes_per_day else NO_BOUNDS
+    return LinkJob(ahead_bytes=_MOST_AHEAD_BYTES) if plan.bytes_per_day else NO_BOUNDS
 
 
 def activation_held(now_s: float, plan: LinkPlan, inhibited: str) -> Held | None:

@@ -12,7 +12,16 @@ import pytest
 
 from edge_agent.cache import line_use
 from edge_agent.cache.state import ModelState
-from edge_agent.errors import ActivationHeld, LinkHeld, RegistryRefused, SyncStopped, TransportError
+from edge_agent.errors import (
+    ActivationHeld,
+    CacheBusy,
+    CannotRun,
+    LinkHeld,
+    RegistryRefused,
+    SettingsError,
+    SyncStopped,
+    TransportError,
+)
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import LinkSettings
 from edge_agent.updates.check import OVERDUE_S
@@ -285,6 +294,37 @@ def test_an_alias_that_moves_leaves_nothing_of_what_waited(tmp_path: Path, to: O
     assert device.lifecycle.state == ModelState(active=ONE.key)
 
 
+def test_what_waits_and_must_not_run_any_more_is_not_taken_when_the_registry_is_away(tmp_path: Path) -> None:
+    device = device_of(tmp_path, SWITCH)
+    record = commit(device.store, 2)
+    back = Offer(version=2, digest=record.key.split("-")[1])
+    device.sync.offers[OWN] = back
+    poll(device)
+    assert device.lifecycle.state.candidate == record.key
+    device.sync.offers[OWN] = replace(back, rollout="0")
+    poll(device)
+    assert (held(device), "not yet to this one" in device.problem) == (None, True)
+    device.sync.offers[OWN] = TransportError("timed out")
+    device.time.now_s = TEN_PM
+    poll(device)
+    assert device.lifecycle.adopted == []
+
+
+def test_a_pull_that_finds_no_registry_and_a_cache_that_is_busy_say_nothing_of_what_waits(
+    tmp_path: Path,
+) -> None:
+    device = device_of(tmp_path, SWITCH, registry="")
+    device.lifecycle.state = ModelState(active=ONE.key, candidate=TWO.key)
+    with pytest.raises(SettingsError):
+        device.updates.check("assistant", asked_for=True)
+    assert device.lifecycle.state.candidate == TWO.key
+    busy = device_of(tmp_path, SWITCH)
+    poll(busy)
+    busy.sync.offers[OWN] = CacheBusy("another process is fetching")
+    poll(busy)
+    assert held(busy) == (2, 0, TEN_PM)
+
+
 @pytest.mark.parametrize("error", [TransportError("timed out"), RegistryRefused("no")])
 def test_what_waits_needs_no_registry_when_its_time_comes_not_even_after_a_restart(
     tmp_path: Path, error: Exception
@@ -361,8 +401,6 @@ def test_a_pin_is_never_held_and_ends_what_waits(tmp_path: Path) -> None:
 
 
 def test_the_fallback_takes_over_at_once_where_nothing_of_its_own_runs(tmp_path: Path) -> None:
-    from edge_agent.errors import CannotRun
-
     device = device_of(tmp_path, SWITCH, active=False, fallback=FALLBACK)
     device.sync.offers |= {OWN: CannotRun("no library"), FALLBACK: Offer(version=9)}
     poll(device)
