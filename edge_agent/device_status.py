@@ -96,8 +96,9 @@ class DeviceStatus:
         document = self.document()
         for lifecycle, entry in zip(self._lifecycles.values(), document["models"], strict=True):
             entry.update(lifecycle.state.others())
-            entry["update_problem"] = self._updates.problems.get(lifecycle.name, "")
+            entry["update_problem"] = self._problem(lifecycle.name)
             entry["progress"] = self._updates.progress_of(lifecycle.name)
+            entry["link"] = self._link_of(lifecycle.name)
         everything = {
             **document,
             "cache": {
@@ -111,6 +112,7 @@ class DeviceStatus:
                 "problem": self._updates.registry_problem,
                 "last_check": self._updates.checked_at,
             },
+            "link": self._updates.link.document(),
             "broker": dict(broker),
             "troubles": list(self._troubles()),
         }
@@ -125,12 +127,14 @@ class DeviceStatus:
         keys = ("uri", "version", "digest", "flavor", "state", "reason")
         models = {}
         for model in document["models"]:
-            reason = model["reason"] or self._updates.problems.get(model["name"], "") or self._desired.problem
+            reason = model["reason"] or self._problem(model["name"]) or self._desired.problem
             progress = self._updates.progress_of(model["name"])
             models[model["name"]] = {
                 **{key: model[key] for key in keys},
                 "reason": printable.text(reason),
                 "progress": progress,
+                "attempt": self._attempt_of(model["name"]),
+                "link": self._link_of(model["name"]),
             }
         return {"models": models}
 
@@ -161,10 +165,32 @@ class DeviceStatus:
     def _of_model(self, name: str, lifecycle: ModelLifecycle) -> dict[str, Any]:
         document = lifecycle.status()
         if lifecycle.serving is Serving.ABSENT and self.ready:
-            document["reason"] = self._updates.problems.get(name) or document["reason"]
+            document["reason"] = self._problem(name) or document["reason"]
         rate = self._tokens_per_s(name) if self.ready else None
         shown = rate if rate is not None and 0 <= rate <= _MOST_TOKENS_PER_S else None
         return {**document, "tokens_per_s": shown}
+
+    def _problem(self, name: str) -> str:
+        """Why no other version comes, for people: it must wait for its time, or the last check failed."""
+        waiting = self._updates.waiting_of(name)
+        return waiting.reason if waiting else self._updates.problems.get(name, "")
+
+    def _link_of(self, name: str) -> dict[str, Any] | None:
+        if (waiting := self._updates.waiting_of(name)) is None:
+            return None
+        return {"missing_bytes": waiting.missing_bytes, "held_until": waiting.held_until}
+
+    def _attempt_of(self, name: str) -> dict[str, Any] | None:
+        """The version that must wait for its time."""
+        if (waiting := self._updates.waiting_of(name)) is None:
+            return None
+        return {
+            "version": waiting.version,
+            "digest": waiting.digest,
+            "step": "held",
+            "code": waiting.code,
+            "at": int(waiting.at_s),
+        }
 
     def _depth(self) -> int:
         try:
@@ -178,7 +204,7 @@ class DeviceStatus:
             return "starting"
         if default is None or default.serving is Serving.FAILED or next(self._troubles(), None):
             return "degraded"
-        if default.serving is Serving.ABSENT and self._updates.problems.get(default.name):
+        if default.serving is Serving.ABSENT and self._problem(default.name):
             return "degraded"
         return "ready" if default.serving in (Serving.READY, Serving.IDLE) else "starting"
 

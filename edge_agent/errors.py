@@ -213,6 +213,18 @@ class SyncStopped(EdgeAgentError):
     code = "sync_stopped"
 
 
+class LinkHeld(EdgeAgentError):
+    """A download waits for the line: for a window of `[link]`, or for the next day's bytes. Nothing is wrong."""
+
+    code = "link_held"
+
+
+class ActivationHeld(EdgeAgentError):
+    """A version is here, and waits for the time at which it may take over: see `[link]`. Nothing is wrong."""
+
+    code = "activation_held"
+
+
 class UnknownReference(EdgeAgentError):
     """The registry has no such model, alias or version."""
 

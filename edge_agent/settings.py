@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from edge_agent import environment
 from edge_agent.errors import SettingsError
+from edge_agent.host.daily_windows import Window, zone_of
 from edge_agent.package.reference import MODEL_NAME, ModelRef
 from edge_agent.topics import can_be_published
 
@@ -188,6 +189,40 @@ class CacheSettings(_Section):
         return tuple(dict.fromkeys(url.rstrip("/") + "/" for url in urls))
 
 
+class LinkSettings(_Section):
+    """When the line may be used for downloads, and when another version may take over."""
+
+    bytes_per_day: Bytes = Field(default=0, description="of downloads; 0: no bound")
+    windows: tuple[str, ...] = Field(
+        default=(), max_length=32, description="HH:MM-HH:MM; downloads only then"
+    )
+    timezone: str = Field(default="", description="IANA name, or UTC; empty: the host's own")
+    activate_windows: tuple[str, ...] = Field(
+        default=(), max_length=32, description="another version takes over only then"
+    )
+    inhibit_file: str = Field(default="", description="while this file exists, no other version takes over")
+
+    @field_validator("windows", "activate_windows")
+    @classmethod
+    def _times(cls, windows: tuple[str, ...]) -> tuple[str, ...]:
+        for window in windows:
+            Window.parse(window)
+        return windows
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, name: str) -> str:
+        zone_of(name)
+        return name
+
+    @field_validator("inhibit_file")
+    @classmethod
+    def _absolute(cls, file: str) -> str:
+        if file and (not file.startswith("/") or "\0" in file):
+            raise ValueError("must be an absolute path")
+        return file
+
+
 class MqttSettings(_Section):
     """The broker."""
 
@@ -301,6 +336,7 @@ class Settings(BaseSettings):
     registry: RegistrySettings = RegistrySettings()
     models: dict[str, ModelSettings] = Field(default_factory=dict, max_length=64)
     cache: CacheSettings = CacheSettings()
+    link: LinkSettings = LinkSettings()
     mqtt: MqttSettings = MqttSettings()
     limits: LimitSettings = LimitSettings()
     trust: TrustSettings = TrustSettings()

@@ -119,6 +119,10 @@ def print_status(status: Mapping[str, Any]) -> None:
     echo(f"registry  {registry['uri'] or 'none'}   {_reach(registry)}")
     echo(f"cache     {human_bytes(cache['bytes'])} of {human_bytes(cache['quota_bytes'])}, "
          f"{human_bytes(cache['free_bytes'])} free on the disk")  # fmt: skip
+    line = status.get("link") or {}
+    if line.get("bytes_per_day"):
+        used = "?" if line["used_bytes"] is None else human_bytes(line["used_bytes"])
+        echo(f"line      {used} of {human_bytes(line['bytes_per_day'])} today")
     for model in status["models"]:
         if walls := model.get("walls"):
             lacks = "".join(f"; no {wall} ({printable.line(why)})" for wall, why in walls["missing"].items())

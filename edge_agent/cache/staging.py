@@ -100,6 +100,12 @@ class Staging:
                 durable.link(fetched if fetched.exists() else store.blob(file.sha256), target)
         return self.tree
 
+    def bytes_of(self, part: Path) -> int:
+        """How much of a part is on disk."""
+        with suppress(OSError):
+            return part.stat().st_size
+        return 0
+
     def fetched_bytes(self) -> int:
         """The size of all parts on disk."""
         with suppress(OSError):

@@ -30,8 +30,9 @@ class ModelState:
     Attributes:
         active: key of the version that answers, None before the first one.
         previous: key of the version to go back to.
-        candidate: key of the version that is being tried.
-        candidate_tries: how often it has been tried; the number stays high when agents died while trying it.
+        candidate: key of the version that is being tried, or waits for its time.
+        candidate_tries: how often it has been tried, 0 while it waits; the number stays high when agents died while
+            trying it.
         quarantined: key → why it is not tried again, oldest first.
         pinned: key of the version that an operator pinned: it runs whatever the registry says.
         desired: `models:/…` that came over MQTT and overrides the settings' uri; empty for none.
@@ -60,6 +61,10 @@ class ModelState:
         """Recorded before a candidate's runner starts, so that a crash during the trial is noticed."""
         tries = self.candidate_tries + 1 if self.candidate == key else 1
         return replace(self, candidate=key, candidate_tries=tries)
+
+    def waiting_for(self, key: str | None) -> ModelState:
+        """A version is here, and is tried when its time comes; None for no such version."""
+        return replace(self, candidate=key, candidate_tries=0)
 
     def given_up(self) -> ModelState:
         """The trial did not finish, which says nothing about the candidate."""

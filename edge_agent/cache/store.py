@@ -54,6 +54,7 @@ class Store:
         self.learned_file = self.root / "learned.json"
         self.marks_file = self.root / "marks.json"
         self.mirrors_file = self.root / "mirrors.json"
+        self.line_file = self.root / "line.json"
         self._state_file = StateFile(self.root / "state.json", damaged_root=self.damaged_root)
         self._lock_file = self.root / "lock"
 

@@ -128,18 +128,23 @@ _ALLOW_OLDER = click.option(
 @models.command("pull")
 @click.argument("name", required=False)
 @_ALLOW_OLDER
+@click.option("--now", is_flag=True, help="Whatever [link] says, but for its inhibit_file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
-def models_pull(invocation: Invocation, name: str | None, allow_older: bool, as_json: bool) -> None:
+def models_pull(
+    invocation: Invocation, name: str | None, allow_older: bool, now: bool, as_json: bool
+) -> None:
     """Ask the registry now and update NAME, or every model.
 
     The running daemon does the work, or this command if there is none.
+    What must wait for the times of [link] is held; that is no failure.
     --allow-older needs NAME: an old package that was registered anew may be an attack.
 
     \b
     Examples:
       edge-agent models pull
       edge-agent models pull assistant --json
+      edge-agent models pull assistant --now
     """
     settings = invocation.settings()
     if name is not None and name not in settings.models:
@@ -148,11 +153,14 @@ def models_pull(invocation: Invocation, name: str | None, allow_older: bool, as_
         )
     if allow_older and name is None:
         raise click.UsageError("--allow-older needs NAME")
-    results = operate(settings, "pull", name=name, allow_older=allow_older)
+    results = operate(settings, "pull", name=name, allow_older=allow_older, now=now)
     if as_json:
         terminal.echo(json.dumps(results[0] if len(results) == 1 else results))
         return
     for result in results:
+        if result["state"] == "held":
+            terminal.echo(f"{result['name']}: {result['reason']}")
+            continue
         terminal.echo(
             f"{result['name']} version {result['version']}: {terminal.human_bytes(result['bytes_fetched'])} fetched"
             f"{_from_mirrors(result)}, {terminal.human_bytes(result['bytes_reused'])} already here"
@@ -284,6 +292,9 @@ def models_import(
         os.close(descriptor)
     if as_json:
         terminal.echo(json.dumps(document))
+        return
+    if document["state"] == "held":
+        terminal.echo(f"{document['name']}: {document['reason']}")
         return
     pinned = f"; the model is pinned to {document['pinned']}" if document["pinned"] else ""
     terminal.echo(

@@ -22,13 +22,14 @@ def operate(
     version: int | None = None,
     file: int | None = None,
     allow_older: bool = False,
+    now: bool = False,
     doing: str = "fetching",
 ) -> Any:
     """Runs an operation by its name, shows its progress, and returns the document for `--json`.
 
     Args:
         file: descriptor of an open file, for operations that need one.
-        allow_older: for operations that bring a version; see `Updates.check`.
+        allow_older, now: for operations that bring a version; see `Updates.check`.
         doing: a word for the progress, such as `importing`.
 
     Raises:
@@ -49,6 +50,7 @@ def operate(
             "version": version,
             "file": file,
             "allow_older": allow_older,
+            "now": now,
         }
         try:
             return _through_daemon(settings, on_event, do=do, **fields)

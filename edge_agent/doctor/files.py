@@ -52,12 +52,13 @@ def check(settings: Settings, config: Path | None, unit: Mapping[str, str]) -> I
         yield from _check_file(key, path, secret=key in _SECRET)
     yield from _check_credentials()
     if unit.get("LoadState") == "loaded":
-        for key, path in named.items():
+        inhibit_file = {"link.inhibit_file": Path(settings.link.inhibit_file or "/run")}
+        for key, path in {**named, **inhibit_file}.items():
             if any(path.is_relative_to(folder) for folder in _HIDDEN):  # though root's shell sees it
                 yield fail(
                     "settings.files",
                     f"{path} ({key}) is in a folder that is hidden from the service",
-                    "move it to /etc/edge-agent",
+                    "use a file below /run" if key in inhibit_file else "move it to /etc/edge-agent",
                 )
     if os.geteuid() == 0 and (user := _service_user(settings, unit)) is not None:
         yield from _check_access(settings, config, user)

@@ -142,6 +142,7 @@ def unit_properties() -> dict[str, str]:
 
 def _model_troubles(document: Mapping[str, Any]) -> Iterator[str]:
     for model in document["models"]:
-        if model["state"] in ("failed", "absent") or model.get("update_problem"):
+        waits = model.get("link") is not None  # for its time: nothing is wrong
+        if model["state"] in ("failed", "absent") or (model.get("update_problem") and not waits):
             reason = reason_of(model) or "no version is in the cache"
             yield f"model {model['name']} is {model['state']}: {reason}"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from edge_agent.cache.record import VersionRecord
-from edge_agent.errors import EdgeAgentError, MemoryShort, Quarantined, StoreError
+from edge_agent.errors import ActivationHeld, EdgeAgentError, MemoryShort, Quarantined, StoreError
 from edge_agent.serving import verdicts
 from edge_agent.serving.loading import LoadedVersion, Loading, VersionLoader
 from edge_agent.serving.rollback import Rollback
@@ -64,7 +64,15 @@ class Adoption:
         """True while a change is being made."""
         return self._operating.locked()
 
-    def adopt(self, key: str, *, force: bool, asked_for: bool, instead: str) -> None:
+    def adopt(
+        self,
+        key: str,
+        *,
+        force: bool,
+        asked_for: bool,
+        instead: str,
+        before_exchange: Callable[[], None] = lambda: None,
+    ) -> None:
         """See `ModelLifecycle.adopt`."""
         with self._operating:
             record = self._states.record(key)
@@ -85,7 +93,7 @@ class Adoption:
                 self._note_refusal(key, error)
                 raise error
             log.info("candidate starts model=%s version=%s", self._name, key)
-            self._try(record, instead, attainable_bytes)
+            self._try(record, instead, attainable_bytes, before_exchange)
             self._states.note_served()
 
     def go_back(self) -> str:
@@ -115,7 +123,13 @@ class Adoption:
                 self._rollback.clear_load_failures()
                 self._seat.open()
 
-    def _try(self, record: VersionRecord, instead: str, attainable_bytes: int) -> None:
+    def _try(
+        self,
+        record: VersionRecord,
+        instead: str,
+        attainable_bytes: int,
+        before_exchange: Callable[[], None],
+    ) -> None:
         """Loads the candidate and, if it passes the gate, exchanges the runners.
 
         Args:
@@ -129,10 +143,15 @@ class Adoption:
         ):  # prompts wait for it; otherwise they would be answered that there is no model
             self._note_no_active(Serving.LOADING, f"version {record.version} is being loaded")
         try:
-            self._make_room(record)
+            answers_meanwhile = self._make_room(record)
             version = self._loader.load(record)
             self._pass_gate(version)
+            if answers_meanwhile:
+                self._check_time(version, before_exchange)
             self._exchange(version, instead)
+        except ActivationHeld:
+            log.info("candidate put off model=%s version=%s", self._name, record.key)
+            raise
         except EdgeAgentError as error:
             if self._states.active is None:
                 self._seat.open()
@@ -144,13 +163,27 @@ class Adoption:
         finally:
             self._seat.open()
 
-    def _make_room(self, record: VersionRecord) -> None:
-        """Stops the active version first if memory does not hold both."""
-        if self._states.state.active in (None, record.key) or self._loader.fits_beside(record):
-            return
+    def _make_room(self, record: VersionRecord) -> bool:
+        """Stops the active version first if memory does not hold both. Says whether one goes on meanwhile."""
+        if self._states.state.active in (None, record.key):
+            return False
+        if self._loader.fits_beside(record):
+            return True
         self._loading.budget.check_weights(record)
         log.info("memory holds one model only: the active one stops first model=%s", self._name)
         self._stop_active()
+        return False
+
+    def _check_time(self, version: LoadedVersion, before_exchange: Callable[[], None]) -> None:
+        """
+        Raises:
+            ActivationHeld: it may not take over now; its runner is gone.
+        """
+        try:
+            before_exchange()
+        except ActivationHeld:
+            version.runner.stop()
+            raise
 
     def _pass_gate(self, version: LoadedVersion) -> None:
         """It must take the settings' system prompt and answer golden prompts right; speed and memory are reported.

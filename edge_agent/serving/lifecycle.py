@@ -164,43 +164,47 @@ class ModelLifecycle:
         return self._loading.settings.preload and self.serving is not Serving.IDLE and not loaded
 
     # --- Changes: the updates' thread and operators ----------------------------------------------------
-
-    def adopt(self, key: str, *, force: bool = False, asked_for: bool = False, instead: str = "") -> None:
+    def adopt(
+        self,
+        key: str,
+        *,
+        force: bool = False,
+        asked_for: bool = False,
+        instead: str = "",
+        before_exchange: Callable[[], None] = lambda: None,
+    ) -> None:
         """Makes a committed version the active one, if it passes the gate.
 
         Args:
             force: an operator wants it: quarantine does not prevent it.
             asked_for: an operator wants to know: it is tried even if this host lacked something the last time.
             instead: why a version of the fallback is wanted, if it is one.
+            before_exchange: asked once the gate is passed, where another version answers meanwhile; it may raise.
 
         Raises:
+            ActivationHeld: `before_exchange` did.
             EdgeAgentError: it does not pass; the active version goes on.
         """
-        self._adoption.adopt(key, force=force, asked_for=asked_for, instead=instead)
+        self._adoption.adopt(
+            key, force=force, asked_for=asked_for, instead=instead, before_exchange=before_exchange
+        )
 
     def refuse_quarantined(self, key: str) -> None:
-        """
-        Raises:
-            Quarantined: the version failed before; the message says why.
-        """
+        """Raises `Quarantined` for a version that failed before; the message says why."""
         self._adoption.refuse_quarantined(key)
 
-    def catch_up(self) -> None:
-        """Adopts what is on disk already: a candidate that an earlier daemon did not get to try or, if nothing is
-        active, the newest version. Needs no registry.
+    def untried(self) -> str | None:
+        """Key of what is on disk, and was not tried to the end, or waits for its time; see `VersionStates`."""
+        return self._states.untried()
 
-        Raises:
-            EdgeAgentError: it does not pass the gate.
-        """
-        if key := self._states.untried():
-            self.adopt(key)
+    def put_off(self, key: str | None) -> None:
+        """A version may not take over yet; None: there is none any more. It is kept for the time when it may."""
+        if self.state != self.state.waiting_for(key):
+            self._states.change(lambda state: state.waiting_for(key))
 
     def go_back(self) -> str:
-        """An operator's rollback: the previous version becomes active again, and is pinned. Gives its key.
-
-        Raises:
-            EdgeAgentError: there is none, or it does not pass the gate.
-        """
+        """An operator's rollback: the previous version becomes active again, and is pinned. Gives its key. Raises where
+        there is none, or where it does not pass the gate."""
         return self._adoption.go_back()
 
     def reload(self) -> None:

@@ -11,11 +11,12 @@ import errno
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from edge_agent.cache import eviction, fsck
+from edge_agent.cache import eviction, fsck, line_use
 from edge_agent.cache.record import VersionRecord, key_of
 from edge_agent.cache.staging import Staging, folder_of, remove_staging, remove_superseded, staging
 from edge_agent.cache.store import Store
@@ -32,15 +33,15 @@ from edge_agent.runner import capability
 from edge_agent.sync import protocol, replay
 from edge_agent.sync.fetch import fetch
 from edge_agent.sync.files import Listed, Package
+from edge_agent.sync.line import Line, within_bounds
 from edge_agent.sync.mirrors import Mirrors
 from edge_agent.sync.mirrors.places import mirrors_of
-from edge_agent.sync.pace import Pace
+from edge_agent.sync.pace import Pace, Progress
 from edge_agent.sync.protocol import Emit, SyncJob, SyncResult
 from edge_agent.sync.registry import Registry
 
 log = logging.getLogger(__name__)
 
-_PROGRESS_INTERVAL_S = 0.2
 _MAX_SIGNATURE_BYTES = 4 << 20
 _BOOKKEEPING_BYTES = 1 << 20  # the record and the folders of a version, generously
 
@@ -76,8 +77,11 @@ def synchronise(job: SyncJob, emit: Emit, *, clock: Clock = CLOCK) -> SyncResult
     registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s, tls=job.registry.tls, clock=clock)
     version = registry.resolve(ModelRef.parse(job.ref))
     emit(protocol.resolved(version=version.version, rollout=version.tags.get(ROLLOUT_TAG, "")))
-    scratch = folder_of(Store(Path(job.state_dir)), job.name, version.version) / "scratch"
-    return bring(job, version, registry.package(version, scratch=scratch), emit, clock=clock)
+    store = Store(Path(job.state_dir))
+    scratch = folder_of(store, job.name, version.version) / "scratch"
+    line = Line(job.link, book=partial(line_use.add, store))
+    package = registry.package(version, scratch=scratch, dropped=line.took)
+    return bring(job, version, package, emit, line=line if package.over_line else Line(), clock=clock)
 
 
 def bring(
@@ -87,12 +91,14 @@ def bring(
     emit: Emit,
     *,
     promised: Manifest | None = None,
+    line: Line | None = None,
     clock: Clock = CLOCK,
 ) -> SyncResult:
     """The one way into the cache: a package from any source is fetched, verified, judged and committed.
 
     Args:
         promised: the manifest that the package must have, where it is known from somewhere else.
+        line: that its files come over; None where they come from this host.
 
     Raises:
         EdgeAgentError: the package, the way to it, or the cache.
@@ -113,17 +119,32 @@ def bring(
         replay.refuse(store, job, record)
         remove_staging(folder_of(store, job.name, version.version))  # of a process that died after the commit
         return _done(record, fetched_bytes=0, new=False)
-    with store.fetching(), staging(store, job.name, version.version) as place:
+    mirrors = mirrors_of(
+        job, store, clock=clock, awaiting=lambda seconds: emit(protocol.awaiting("a mirror", seconds))
+    )
+    pace = Pace(
+        total_bytes=sum(_missing_sizes(store, wanted).values()),
+        max_bytes_per_s=job.cache.max_bytes_per_s,
+        report=Progress(emit, lambda: keep_room(store, job)),
+        clock=clock,
+        line=line or Line(),
+    )
+    bounds = within_bounds(
+        pace.line,
+        ask=not (wanted.manifest and mirrors.has_usable),
+        left=lambda: _left_to_fetch(store, job, version, wanted),
+        tell=lambda missing_bytes: emit(
+            protocol.held(
+                version=version.version,
+                digest=wanted.manifest.digest if wanted.manifest else "",
+                missing_bytes=missing_bytes,
+                fetched_bytes=pace.fetched_bytes,
+                mirrored_bytes=pace.mirrored_bytes,
+            )
+        ),
+    )
+    with bounds, store.fetching(), staging(store, job.name, version.version) as place:
         reserve(store, job, package, wanted, place, known)
-        pace = Pace(
-            total_bytes=sum(_missing_sizes(store, wanted).values()),
-            max_bytes_per_s=job.cache.max_bytes_per_s,
-            report=_Progress(emit, lambda: keep_room(store, job)),
-            clock=clock,
-        )
-        mirrors = mirrors_of(
-            job, store, clock=clock, awaiting=lambda seconds: emit(protocol.awaiting("a mirror", seconds))
-        )
         manifest, attached = fetch_missing(store, package, place, version, wanted, pace, mirrors)
         tree = place.build_tree(store, (*manifest.files, *attached))
         decision = judge(job, version, tree, manifest)
@@ -413,6 +434,17 @@ def _missing_sizes(store: Store, wanted: Wanted) -> dict[str, int]:
     return sizes
 
 
+def _left_to_fetch(store: Store, job: SyncJob, version: ModelVersion, wanted: Wanted) -> dict[str, int]:
+    """As `_missing_sizes`, without what an earlier process left in staging."""
+    place = Staging(folder_of(store, job.name, version.version))
+    left = {}
+    for name, size_bytes in _missing_sizes(store, wanted).items():
+        if not place.verified(name).exists():
+            part = place.part(path=name, sha256=name if wanted.manifest else None)
+            left[name] = max(0, size_bytes - place.bytes_of(part))
+    return left
+
+
 def _read(package: Package, path: str, limit: int) -> bytes:
     """The whole content of a small file."""
     data = b""
@@ -455,28 +487,3 @@ def _done(record: VersionRecord, *, fetched_bytes: int, new: bool, mirrored_byte
         bytes_reused=max(0, record.total_bytes - fetched_bytes),
         new=new,
     )
-
-
-class _Progress:
-    """Sends at most five events a second, and one at the end. Checks as often that there is room."""
-
-    def __init__(self, emit: Emit, check: Callable[[], None]) -> None:
-        self._emit = emit
-        self._check = check
-        self._next_s = 0.0
-
-    def __call__(self, pace: Pace) -> None:
-        now_s = pace.clock.now_s()
-        have = pace.fetched_bytes + pace.resumed_bytes
-        if now_s < self._next_s and have < pace.total_bytes:
-            return
-        self._next_s = now_s + _PROGRESS_INTERVAL_S
-        self._check()
-        self._emit(
-            protocol.progress(
-                have_bytes=have,
-                total_bytes=pace.total_bytes,
-                bytes_per_s=pace.bytes_per_s,
-                eta_s=pace.eta_s,
-            )
-        )

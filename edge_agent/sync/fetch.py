@@ -15,8 +15,7 @@ import random
 from edge_agent.cache import durable
 from edge_agent.cache.disk import store_errors
 from edge_agent.cache.staging import Note, Staging
-from edge_agent.errors import TransportError, VerificationError
-from edge_agent.host.clock import Clock
+from edge_agent.errors import LinkHeld, TransportError, VerificationError
 from edge_agent.package.manifest import MAX_FILE_BYTES, ManifestFile
 from edge_agent.sync.files import Changed, Package, PastTheEnd, RequestRefused, Stream
 from edge_agent.sync.mirrors import Mirrors
@@ -137,6 +136,8 @@ class _Part:
                     if self.sha256 is None and self._now_s() - self._noted_at_s > _NOTE_INTERVAL_S:
                         self._note(stream.etag)
                     self._pace.took(len(chunk), mirrored=bool(lender))
+                if self.have < self.size_bytes and not lender:
+                    self._check_line(stream.etag)
 
     def drop(self) -> None:
         self._staging.drop_part(self.file)
@@ -148,6 +149,17 @@ class _Part:
         durable.rename(self.file, self._staging.verified(self.digest))
         durable.sync_folder(self._staging.parts)
         self._staging.drop_part(self.file)
+
+    def _check_line(self, etag: str) -> None:
+        """
+        Raises:
+            LinkHeld: no more of it may come now; what is here can be continued.
+        """
+        try:
+            self._pace.line.check()
+        except LinkHeld:
+            self._note(etag)
+            raise
 
     def _note(self, etag: str) -> None:
         self._noted_at_s = self._now_s()
@@ -175,6 +187,7 @@ def fetch(
     Raises:
         VerificationError: the registry's bytes are not what the manifest promises.
         TransportError: the registry failed too often.
+        LinkHeld: the line is not to be used now, or not any longer.
         StoreError: the disk is full, or fails.
     """
     if size_bytes > MAX_FILE_BYTES:
@@ -184,13 +197,13 @@ def fetch(
         part.take_up()
         if mirrors and sha256:
             mirrors.fill(part, sha256)
-        _fill(part, package, pace.clock)
+        _fill(part, package, pace)
         if not part.fits and mirrors and (lenders := part.give_back()):
             mirrors.blame(lenders)
-            _fill(part, package, pace.clock)
+            _fill(part, package, pace)
         if not part.fits and part.joined:
             part.drop()
-            _fill(part, package, pace.clock)
+            _fill(part, package, pace)
         if not part.fits:
             part.drop()
             raise VerificationError(f"sha256 of {path!r} is not the one in its manifest")
@@ -198,13 +211,14 @@ def fetch(
     return ManifestFile(path=path, size_bytes=size_bytes, sha256=part.digest)
 
 
-def _fill(part: _Part, package: Package, clock: Clock) -> None:
+def _fill(part: _Part, package: Package, pace: Pace) -> None:
     """Requests bytes until the part is complete."""
     idle_attempts, furthest = 0, part.have
     for _ in range(MAX_RECONNECTS):
         if part.whole:
             return
         failure: TransportError | None = None
+        pace.line.check(at_once_bytes=part.size_bytes if package.whole_files else 0)
         try:
             with package.open(part.path, offset=part.have, etag=part.etag if part.have else "") as stream:
                 part.append(stream)
@@ -226,7 +240,7 @@ def _fill(part: _Part, package: Package, clock: Clock) -> None:
         if idle_attempts >= MAX_ATTEMPTS:
             raise failure or _ends_early(part, furthest)
         if not part.whole:
-            clock.sleep(_wait_s(idle_attempts))
+            pace.clock.sleep(_wait_s(idle_attempts))
     raise TransportError(f"the registry broke off {part.path!r} {MAX_RECONNECTS} times")
 
 

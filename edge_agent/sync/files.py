@@ -65,9 +65,11 @@ class Package(Protocol):
 
     Attributes:
         whole_files: each file is in staging whole before its first byte can be read, and once more as it is read.
+        over_line: its files come from another host.
     """
 
     whole_files: bool
+    over_line: bool
 
     def listing(self) -> list[Listed]:
         """All files, sorted by path; MLflow's own `registered_model_meta` is left out.
@@ -94,6 +96,7 @@ class LocalPackage:
     """A folder on this host: the embedded registry's artifacts."""
 
     whole_files = False
+    over_line = False
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -37,6 +37,7 @@ class HttpPackage:
     """Files behind an MLflow server."""
 
     whole_files = False
+    over_line = True
 
     def __init__(self, repository: Any, registry: Registry) -> None:
         self._repository = repository

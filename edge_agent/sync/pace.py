@@ -1,12 +1,18 @@
-"""How fast a version is fetched: the cap on bandwidth, and the limit for a stalled transfer. Arithmetic on a clock."""
+"""How fast a version is fetched: the cap on bandwidth, the limit for a stalled transfer, and how far it is.
+
+Arithmetic on a clock.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from edge_agent.host.clock import CLOCK, Clock
+from edge_agent.sync import protocol
+from edge_agent.sync.line import Line
+from edge_agent.sync.protocol import Emit
 
 _Bytes = TypeVar("_Bytes", bytes, memoryview)
 
@@ -16,6 +22,7 @@ MIN_BYTES_PER_TIMEOUT = 4_096
 _MAX_BURST_S = 1.0
 _LEAST_CHUNK_BYTES = 4_096
 _CHUNKS_PER_S = 8
+_PROGRESS_INTERVAL_S = 0.2
 
 
 @dataclass(kw_only=True)
@@ -28,6 +35,7 @@ class Pace:
         report: called after each chunk; what it raises ends the fetch.
         resumed_bytes: what an earlier process had fetched.
         mirrored_bytes: the part of `fetched_bytes` that came from mirrors.
+        line: counts what comes over it, which is all the rest.
     """
 
     total_bytes: int
@@ -37,6 +45,7 @@ class Pace:
     fetched_bytes: int = 0
     resumed_bytes: int = 0
     mirrored_bytes: int = 0
+    line: Line = field(default_factory=Line)
 
     def __post_init__(self) -> None:
         self._started_s = self._due_s = self.clock.now_s()
@@ -63,6 +72,8 @@ class Pace:
         self.fetched_bytes += count
         if mirrored:
             self.mirrored_bytes += count
+        else:
+            self.line.took(count)
         if self.max_bytes_per_s:
             now_s = self.clock.now_s()
             # Bandwidth that a slow phase left unused is not made up for beyond one second's worth.
@@ -104,3 +115,32 @@ class StallLimit:
         if self.came_bytes >= self._least_bytes:
             self.waited_s, self.came_bytes = 0.0, 0
         return chunk
+
+
+class Progress:
+    """Tells how far a fetch is: at most five times a second, and once at the end.
+
+    Args:
+        check: called as often, before that; what it raises ends the fetch.
+    """
+
+    def __init__(self, emit: Emit, check: Callable[[], None]) -> None:
+        self._emit = emit
+        self._check = check
+        self._next_s = 0.0
+
+    def __call__(self, pace: Pace) -> None:
+        now_s = pace.clock.now_s()
+        have = pace.fetched_bytes + pace.resumed_bytes
+        if now_s < self._next_s and have < pace.total_bytes:
+            return
+        self._next_s = now_s + _PROGRESS_INTERVAL_S
+        self._check()
+        self._emit(
+            protocol.progress(
+                have_bytes=have,
+                total_bytes=pace.total_bytes,
+                bytes_per_s=pace.bytes_per_s,
+                eta_s=pace.eta_s,
+            )
+        )

@@ -6,6 +6,8 @@ Pure. The kinds of events, by their field `event`:
     progress      bytes, total_bytes, bytes_per_s, eta_s: at most five a second
     awaiting      what, seconds: nothing is fetched before it is there, for so long at most
     quarantined   key: this version is not fetched; an error with that code follows
+    held          version, digest, missing_bytes, fetched_bytes, mirrored_bytes: it is not fetched now, or not to its
+                  end; the digest is empty where it is not known yet; an error with the code link_held follows
     done          the fields of `SyncResult`, and the process ends
     error         code, message, remedy, and the process ends
 
@@ -24,6 +26,7 @@ from edge_agent.errors import (
     CannotRun,
     ContentError,
     EdgeAgentError,
+    LinkHeld,
     RegistryRefused,
     SettingsError,
     StoreError,
@@ -41,6 +44,7 @@ _MAX_TEXT = 2_000
 _FAMILIES = (
     CannotRun,
     ContentError,
+    LinkHeld,
     RegistryRefused,
     SettingsError,
     StoreError,
@@ -84,6 +88,25 @@ class CacheJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinkJob:
+    """What a sync may take of the line.
+
+    Attributes:
+        allowed_bytes: None for no bound; 0 for nothing but what a check needs.
+        since_s, until_s: seconds since 1970; outside of them nothing is fetched. None for no bound.
+        ahead_bytes: so many are counted before they come; 0 where nobody counts.
+    """
+
+    allowed_bytes: int | None = None
+    since_s: float = 0.0
+    until_s: float | None = None
+    ahead_bytes: int = 0
+
+
+NO_BOUNDS = LinkJob()
+
+
+@dataclass(frozen=True, kw_only=True)
 class SyncJob:
     """One model to bring up to date.
 
@@ -104,6 +127,7 @@ class SyncJob:
     ref: str
     trust: TrustJob = TrustJob()
     cache: CacheJob = CacheJob()
+    link: LinkJob = NO_BOUNDS
     version_file: int | None = None
     fallback: bool = False
     check_host: bool = False
@@ -131,6 +155,7 @@ class SyncJob:
                 registry=RegistryJob(**registry, tls=tls),
                 trust=TrustJob(**{**trust, "public_keys": tuple(trust.get("public_keys", ()))}),
                 cache=CacheJob(**{**cache, "mirrors": tuple(cache.get("mirrors", ()))}),
+                link=LinkJob(**fields.pop("link", {})),
                 quarantined=tuple(fields.pop("quarantined", ())),
                 **fields,
             )
@@ -172,6 +197,13 @@ _EVENT_TYPES: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     },
     "awaiting": {"what": (str,), "seconds": (int,)},
     "quarantined": {"key": (str,)},
+    "held": {
+        "version": (int,),
+        "digest": (str,),
+        "missing_bytes": (int,),
+        "fetched_bytes": (int,),
+        "mirrored_bytes": (int,),
+    },
 }
 """The fields of the events before the last one."""
 
@@ -196,6 +228,19 @@ def awaiting(what: str, seconds: float) -> Event:
 
 def quarantined(key: str) -> Event:
     return {"event": "quarantined", "key": key}
+
+
+def held(
+    *, version: int, digest: str, missing_bytes: int, fetched_bytes: int, mirrored_bytes: int = 0
+) -> Event:
+    return {
+        "event": "held",
+        "version": version,
+        "digest": digest,
+        "missing_bytes": missing_bytes,
+        "fetched_bytes": fetched_bytes,
+        "mirrored_bytes": mirrored_bytes,
+    }
 
 
 def done(result: SyncResult) -> Event:

@@ -9,7 +9,7 @@ with them an unreachable registry blocks for minutes: `fetch.py` has the one ret
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -84,11 +84,13 @@ class Registry:
             tags=dict(found.tags or {}),
         )
 
-    def package(self, version: ModelVersion, *, scratch: Path) -> Package:
+    def package(
+        self, version: ModelVersion, *, scratch: Path, dropped: Callable[[int], None] = lambda count: None
+    ) -> Package:
         """Where the version's files are.
 
         Args:
-            scratch: a folder to make, for stores that give whole files only.
+            scratch, dropped: for stores that give whole files only: see `WholePackage`.
 
         Raises:
             PolicyError: a remote registry names a folder of this device, or a store that is never asked.
@@ -110,7 +112,7 @@ class Registry:
             return HttpPackage(repository, self)
         if isinstance(repository, S3ArtifactRepository):
             return S3Package(repository, timeout_s=self.timeout_s, clock=self.clock)
-        return WholePackage(repository, self, scratch)
+        return WholePackage(repository, self, scratch, dropped=dropped)
 
     def _store_of(self, source: str) -> str:
         """The store that a source names. `models:` and `runs:` are names for another one: this registry says which.

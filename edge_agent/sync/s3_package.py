@@ -47,6 +47,7 @@ class S3Package:
     """
 
     whole_files = False
+    over_line = True
 
     def __init__(self, repository: Any, *, timeout_s: float, clock: Clock) -> None:
         self._repository = repository

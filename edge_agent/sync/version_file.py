@@ -141,6 +141,7 @@ class FilePackage:
     """A package in an open version file; see `Package`."""
 
     whole_files = False
+    over_line = False
 
     def __init__(self, stream: IO[bytes], record: VersionRecord, members: Mapping[str, _Member]) -> None:
         self._stream = stream

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_agent.cache import durable
 from edge_agent.cache.disk import store_error, store_errors
-from edge_agent.errors import TransportError, VerificationError
+from edge_agent.errors import EdgeAgentError, VerificationError
 from edge_agent.package.manifest import MAX_MANIFEST_BYTES, check_path
 from edge_agent.sync.files import Listed, Stream, walk
 from edge_agent.sync.pace import CHUNK_BYTES
@@ -27,12 +27,20 @@ class WholePackage:
     remote path and a local one, and no offset. So files that are whole are kept over an interruption, and the one
     that was interrupted comes again. Here it may not grow over its listed size, and what it takes is in the cache's
     own file system, where the quota counts it.
+
+    Args:
+        scratch: that folder, to be made.
+        dropped: told how many bytes of a file came before its download failed.
     """
 
     whole_files = True
+    over_line = True
 
-    def __init__(self, repository: Any, registry: Registry, scratch: Path) -> None:
+    def __init__(
+        self, repository: Any, registry: Registry, scratch: Path, *, dropped: Callable[[int], None]
+    ) -> None:
         self._repository = repository
+        self._dropped = dropped
         self._registry = registry
         self._scratch = scratch
         self._sizes_bytes: dict[str, int] = {}
@@ -64,7 +72,9 @@ class WholePackage:
         try:
             with self._registry.errors():
                 self._repository._download_file(path, str(target))
-        except TransportError as error:
+        except EdgeAgentError as error:
+            with suppress(OSError):
+                self._dropped(target.stat().st_size)
             cause = error.__cause__
             number = cause.errno if isinstance(cause, OSError) else None
             if number == errno.EFBIG:

@@ -21,6 +21,7 @@ class RunOperation(Protocol):
         version: object,
         file: int | None,
         allow_older: object,
+        now: object,
         on_event: Callable[[Mapping[str, Any]], None],
     ) -> Any: ...
 
@@ -50,6 +51,7 @@ def control_operations(
             version=fields.get("version"),
             file=call.file,
             allow_older=fields.get("allow_older"),
+            now=fields.get("now"),
             on_event=lambda event: call.send("progress", progress=dict(event)),
         )
         call.send("done", result=result)

@@ -13,7 +13,7 @@ from typing import Any
 from edge_agent.cache import eviction, fsck
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
-from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
+from edge_agent.errors import ActivationHeld, EdgeAgentError, LinkHeld, StoreError, UnknownModel
 from edge_agent.package.reference import MODEL_NAME
 from edge_agent.serving.lifecycle import ModelLifecycle, lifecycles_of
 from edge_agent.settings import Settings
@@ -42,12 +42,17 @@ class Operations:
         self._updates = updates
 
     def pull(
-        self, name: str | None, on_event: OnEvent = lambda event: None, *, allow_older: bool = False
+        self,
+        name: str | None,
+        on_event: OnEvent = lambda event: None,
+        *,
+        allow_older: bool = False,
+        now: bool = False,
     ) -> list[dict[str, Any]]:
-        """Brings one model, or all, up to date.
+        """Brings one model, or all, up to date. What must wait for its time is in the state `held`.
 
         Args:
-            allow_older: see `Updates.check`.
+            allow_older, now: see `Updates.check`.
 
         Raises:
             EdgeAgentError: no registry is configured, or the registry, a package, the cache or the gate says no.
@@ -55,7 +60,7 @@ class Operations:
         names = [name] if name else list(self._lifecycles)
         for one in names:
             self._lifecycle(one)
-        return [self._pulled(one, on_event, allow_older=allow_older) for one in names]
+        return [self._pulled(one, on_event, allow_older=allow_older, now=now) for one in names]
 
     def export(
         self, name: str, version: int, file: int | None, on_event: OnEvent = lambda event: None
@@ -94,7 +99,13 @@ class Operations:
         """
         if name is not None:
             self._lifecycle(name)
-        result = self._updates.take_in(_given(file), name=name, on_event=on_event, allow_older=allow_older)
+        waits = _Waits(on_event)
+        try:
+            result = self._updates.take_in(
+                _given(file), name=name, on_event=waits.hear, allow_older=allow_older
+            )
+        except ActivationHeld:
+            return {**waits.document(), "pinned": self._lifecycle(waits.model).state.pinned}
         state = self._lifecycle(result.name).state
         return {**_brought(result), "state": state.role(result.key), "pinned": state.pinned}
 
@@ -174,9 +185,15 @@ class Operations:
                 document["repaired"].append(entry)
         return document
 
-    def _pulled(self, name: str, on_event: OnEvent, *, allow_older: bool) -> dict[str, Any]:
-        result = self._updates.check(name, on_event, asked_for=True, allow_older=allow_older)
-        return {**_brought(result), "instead": self._lifecycle(name).instead}
+    def _pulled(self, name: str, on_event: OnEvent, *, allow_older: bool, now: bool) -> dict[str, Any]:
+        waits = _Waits(on_event)
+        lifecycle = self._lifecycle(name)
+        try:
+            result = self._updates.check(name, waits.hear, asked_for=True, allow_older=allow_older, now=now)
+        except (LinkHeld, ActivationHeld):
+            return {**waits.document(), "instead": lifecycle.instead}
+        state = lifecycle.state.role(result.key)
+        return {**_brought(result), "state": state, "instead": lifecycle.instead}
 
     def _only_quarantined(self, name: str, version: int) -> list[str]:
         """Keys in quarantine of a version number that the cache has not, any more."""
@@ -211,6 +228,41 @@ class Operations:
         return {**lifecycle.status(), **lifecycle.state.others()}
 
 
+class _Waits:
+    """Hears what must wait for its time, and passes everything on."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+        self._waiting: Mapping[str, Any] = {}
+
+    @property
+    def model(self) -> str:
+        """The settings' name."""
+        return str(self._waiting["model"])
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        if event.get("event") == "waits":
+            self._waiting = event
+        self._on_event(event)
+
+    def document(self) -> dict[str, Any]:
+        """What `pull` and `import` say of it."""
+        waiting = self._waiting
+        return {
+            "name": self.model,
+            "version": waiting["version"],
+            "digest": waiting["digest"],
+            "bytes_fetched": waiting["fetched_bytes"],
+            "bytes_mirrored": waiting["mirrored_bytes"],
+            "bytes_reused": waiting["reused_bytes"],
+            "state": "held",
+            "code": waiting["code"],
+            "reason": waiting["reason"],
+            "missing_bytes": waiting["missing_bytes"],
+            "held_until": waiting["held_until"],
+        }
+
+
 def _brought(result: SyncResult) -> dict[str, Any]:
     """What `pull` and `import` say of a version."""
     return {
@@ -237,12 +289,13 @@ def run_operation(
     version: object,
     file: int | None = None,
     allow_older: object = None,
+    now: object = None,
     on_event: OnEvent = lambda event: None,
 ) -> Any:
     """Runs one operation by its name, as the control socket asks for it.
 
     Args:
-        name, version, allow_older: from outside; checked here.
+        name, version, allow_older, now: from outside; checked here.
         file: descriptor of an open file, where the operation has one.
 
     Raises:
@@ -251,7 +304,7 @@ def run_operation(
     if name is not None and not (isinstance(name, str) and MODEL_NAME.fullmatch(name)):
         raise UnknownModel(f"{str(name)[:80]!r} is no name of a model")
     if do == "pull":
-        return operations.pull(name, on_event, allow_older=allow_older is True)
+        return operations.pull(name, on_event, allow_older=allow_older is True, now=now is True)
     if do == "prune":
         return operations.prune()
     if do == "verify":

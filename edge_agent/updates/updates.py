@@ -14,13 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from edge_agent.cache import fsck
 from edge_agent.cache.fsck import Damage
 from edge_agent.cache.store import Store
 from edge_agent.errors import (
+    ActivationHeld,
     EdgeAgentError,
+    LinkHeld,
     RegistryRefused,
     SyncStopped,
     TransportError,
@@ -33,12 +36,16 @@ from edge_agent.sync.process import run_sync
 from edge_agent.sync.protocol import SyncResult
 from edge_agent.sync.tls import TlsFiles
 from edge_agent.updates.check import Lifecycle, ModelCheck, OnEvent, RunSync, Watch
+from edge_agent.updates.link import Link
 from edge_agent.updates.turn import Turn
+from edge_agent.updates.waiting import Alarm, Waiting
 
 log = logging.getLogger(__name__)
 
 JITTER = (0.9, 1.1)
 """Between these times the interval comes the next poll, so that a fleet does not ask in step."""
+SPREAD_S = 60.0
+"""A fleet that waits for the same minute comes in the course of this."""
 _WAIT_S = 0.5
 
 
@@ -58,6 +65,7 @@ class Updates:
         registry_problem: code of what the registry did wrong then: out of reach, or it refused; empty for nothing.
         checked_at: when that was, in seconds since 1970; None before the first one.
         problems: by model, why its last check brought nothing, empty when it was fine.
+        link: when the line may be used, and when a version may take over.
     """
 
     def __init__(
@@ -77,6 +85,7 @@ class Updates:
         self._registry = settings.registry
         TlsFiles.of(settings.registry).check()
         TlsFiles(ca_file=settings.cache.mirror_ca_file).check(section="cache.mirror_")
+        self.link = Link(settings.link, store, clock)
         self._store = store
         self._lifecycles = lifecycles
         self._checks = {
@@ -87,6 +96,7 @@ class Updates:
                 lifecycle=lifecycle,
                 run_sync=run_sync,
                 note_registry=self._note_registry,
+                link=self.link,
                 clock=clock,
             )
             for name, lifecycle in lifecycles.items()
@@ -99,6 +109,9 @@ class Updates:
         self._changed = threading.Event()  # what MQTT asks for: the running poll is for something else
         self._desired: Mapping[str, str] | None = None
         self._next_s: float | None = 0.0
+        most_s = min(SPREAD_S, settings.registry.poll_interval_s)
+        alarm = partial(Alarm, self.link.is_over, clock, spread_s=lambda: jitter(0.0, most_s))
+        self._alarms = {name: alarm() for name in lifecycles}
 
     def run(self) -> None:
         """The thread: looks the cache over, then steps until it is closed."""
@@ -111,7 +124,8 @@ class Updates:
             self._due.wait(_WAIT_S)
 
     def step(self, now_s: float) -> None:
-        """Checks all models at first, then every `registry.poll_interval_s`, and whenever it is told to.
+        """Checks all models at first, then every `registry.poll_interval_s`, whenever it is told to, and when the time
+        has come that one waits for.
 
         The interval begins with the step after a check, which may take longer than the interval does.
 
@@ -120,6 +134,9 @@ class Updates:
         """
         if self._next_s is None:
             self._next_s = now_s + self._registry.poll_interval_s * self._jitter(*JITTER)
+        for name, alarm in self._alarms.items():
+            if alarm.rings(self._checks[name].waiting):
+                self._due.set()
         if now_s < self._next_s and not self._due.is_set():
             return
         self._due.clear()
@@ -150,6 +167,10 @@ class Updates:
             return None
         return {key: event.get(key) for key in ("bytes", "total_bytes", "bytes_per_s", "eta_s")}
 
+    def waiting_of(self, name: str) -> Waiting | None:
+        """What must wait for its time before it is fetched, or takes over; None for nothing."""
+        return self._checks[name].waiting
+
     def close(self) -> None:
         """Ends `run`; a running sync is killed (the next one goes on from what it has)."""
         self._closing.set()
@@ -162,6 +183,7 @@ class Updates:
         *,
         asked_for: bool = False,
         allow_older: bool = False,
+        now: bool = False,
     ) -> SyncResult:
         """Brings what one model wants from the registry, and makes it active unless another version is pinned.
 
@@ -169,15 +191,17 @@ class Updates:
             asked_for: by an operator: a running poll gives way to it, and a version in quarantine is fetched, too, for
                 `activate` to take.
             allow_older: he takes a signed package that is older than what was active, under a higher number.
+            now: he does not wait for a window, nor for the next day's bytes.
 
         Raises:
+            LinkHeld, ActivationHeld: it must wait; what exactly came as the event `waits`.
             EdgeAgentError: the registry, the package, the cache or the gate says no, or it is not for this
                 device yet.
             SyncStopped: it is a poll, and something more urgent came.
         """
         with self._operators_turn("`models pull`", on_event) if asked_for else self._polls_turn(name):
             checked = self._checks[name].run(
-                self._watch(on_event), asked_for=asked_for, allow_older=allow_older
+                self._watch(on_event), asked_for=asked_for, allow_older=allow_older, now=now
             )
             self.problems[name] = checked.problem
             return checked.result
@@ -295,6 +319,9 @@ class Updates:
                 return
             try:
                 self._checks[name].catch_up()
+            except ActivationHeld:
+                if not self._registry.uri:
+                    raise
             except EdgeAgentError as error:  # the registry may have a version that does run
                 if not self._registry.uri or self._closing.is_set():
                     raise
@@ -304,6 +331,8 @@ class Updates:
         except SyncStopped as stop:
             log.info("check put off model=%s reason=%r", name, str(stop))
             self._due.set()
+        except (LinkHeld, ActivationHeld):
+            self.problems[name] = ""  # `waiting_of` has it
         except EdgeAgentError as error:
             if self._closing.is_set():
                 return

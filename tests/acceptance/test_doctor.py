@@ -168,6 +168,19 @@ def test_files_that_are_missing_empty_or_open_to_everybody_are_found_out(
     assert f"{password} is empty" in found()
 
 
+@pytest.mark.parametrize(
+    ("file", "hidden"), [("/tmp/in-use", True), ("/run/kiosk/in-use", False), ("", False)]
+)
+def test_a_file_that_the_service_would_never_see_is_found_out(
+    short_dir: Path, file: str, hidden: bool
+) -> None:
+    settings = settings_of(short_dir, {"link": {"inhibit_file": file}})
+    found = files_check.check(settings, None, {"LoadState": "loaded", "User": "nobody-has-this-name"})
+    assert [
+        f"{file} (link.inhibit_file)" in finding.message for finding in found if finding.level is Level.FAIL
+    ] == ([True] if hidden else [])
+
+
 def test_what_the_services_user_cannot_read_or_write_is_found_out_by_that_user(short_dir: Path) -> None:
     """As root, the service is another user's: the state directory says whose. Any other user has nobody to ask for."""
     short_dir.chmod(0o755)

@@ -18,9 +18,10 @@ from mlflow.entities import FileInfo
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry
 
-from edge_agent.cache import fsck
-from edge_agent.errors import StoreError, TransportError, VerificationError
+from edge_agent.cache import fsck, line_use
+from edge_agent.errors import LinkHeld, StoreError, TransportError, VerificationError
 from edge_agent.sync import fetch
+from edge_agent.sync.protocol import LinkJob
 from tests.support.device import Device
 from tests.support.packages import WEIGHTS
 
@@ -155,6 +156,32 @@ def test_a_fetch_that_was_interrupted_keeps_the_files_that_are_whole(
     again = {path for path in came if path in before}
     assert again <= {"manifest.json"}, "what was whole came again"
     assert before | set(came) == listed
+
+
+def test_a_file_is_not_begun_that_the_days_bytes_do_not_hold_and_what_broke_off_counts(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: list[str] = []
+
+    def fail(path: str, target: Path) -> None:
+        came.append(path)
+        if path == WEIGHTS:
+            os.truncate(target, 500_000)
+            raise ConnectionResetError("reset")
+
+    monkeypatch.setattr(Elsewhere, "fault", staticmethod(fail))
+    device.publish(weights=CONTENT)
+    job = replace(device.job(), link=LinkJob(allowed_bytes=1_900_000, ahead_bytes=1))
+    with pytest.raises(LinkHeld, match="2000000 bytes"):
+        device.sync(job)
+    assert "MLmodel" in came
+    assert WEIGHTS not in came
+    before = line_use.used_bytes(device.store, lambda at_s: True)
+    assert 0 < before < 100_000
+    with pytest.raises(TransportError, match="reset"):
+        device.sync(replace(job, link=LinkJob(ahead_bytes=1)))
+    after = line_use.used_bytes(device.store, lambda at_s: True)
+    assert after - before == came.count(WEIGHTS) * 500_000
 
 
 def test_a_full_disk_is_the_cache_s_error_and_frees_what_was_taken(

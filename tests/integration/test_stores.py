@@ -20,8 +20,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.store.artifact import s3_artifact_repo
 
-from edge_agent.cache import fsck
+from edge_agent.cache import fsck, line_use
 from edge_agent.errors import (
+    LinkHeld,
     ManifestError,
     PublishError,
     RegistryRefused,
@@ -35,6 +36,7 @@ from edge_agent.publishing import register
 from edge_agent.publishing.package import Package
 from edge_agent.sync import http_package, s3_package
 from edge_agent.sync.pace import CHUNK_BYTES
+from edge_agent.sync.protocol import LinkJob
 from tests.support import s3
 from tests.support.clock import ScriptedClock
 from tests.support.device import Device
@@ -218,6 +220,30 @@ def test_the_cap_on_bandwidth_and_the_room_that_is_left_hold(store: Store) -> No
         store.device.sync(replace(job, cache=replace(job.cache, quota_bytes=len(CONTENT))))
     assert store.device.sync(replace(job, cache=replace(job.cache, max_bytes_per_s=500_000))).new
     assert time.now_s >= len(CONTENT) / 500_000 - 2
+
+
+def test_a_bound_in_bytes_holds_and_every_byte_counts_on_every_way(store: Store) -> None:
+    device, job = store.device, store.device.job()
+    package = device.publish(weights=CONTENT)
+    size_bytes = sum(file.size_bytes for file in manifest_of(package, device.model).files)
+    bound = LinkJob(allowed_bytes=1_500_000, ahead_bytes=100_000)
+    with pytest.raises(LinkHeld):
+        device.sync(replace(job, link=bound))
+    came = used_bytes(device)
+    assert 1_500_000 <= came <= 1_500_000 + CHUNK_BYTES
+    (held,) = (event for event in device.events if event["event"] == "held")
+    assert (held["version"], held["fetched_bytes"], held["missing_bytes"]) == (1, came, size_bytes - came)
+    store.cut_at(len(CONTENT) // 10)
+    assert used_bytes(device) == came, "nobody counts where there is no bound"
+    with pytest.raises(LinkHeld):
+        device.sync(replace(job, link=LinkJob(allowed_bytes=0)))
+    assert device.sync(replace(job, link=replace(bound, allowed_bytes=None))).new
+    store.assert_whole()
+    assert used_bytes(device) < size_bytes, "what is here did not come again"
+
+
+def used_bytes(device: Device) -> int:
+    return line_use.used_bytes(device.store, lambda at_s: True)
 
 
 def test_an_s3_that_is_down_is_out_of_reach(direct: Store, monkeypatch: pytest.MonkeyPatch) -> None:

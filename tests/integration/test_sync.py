@@ -26,6 +26,7 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import (
     ContentError,
     EdgeAgentError,
+    LinkHeld,
     ManifestError,
     PolicyError,
     Quarantined,
@@ -40,7 +41,7 @@ from edge_agent.package import trust
 from edge_agent.sync import process as sync_process
 from edge_agent.sync.bring import synchronise
 from edge_agent.sync.process import run_sync
-from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
+from edge_agent.sync.protocol import CacheJob, LinkJob, RegistryJob, SyncJob, SyncResult, TrustJob
 from tests.support.clock import ScriptedClock
 from tests.support.mlflow_server import Server
 from tests.support.packages import GENAI_CONFIG, MLMODEL, WEIGHTS, add_manifest, make_package, register
@@ -202,6 +203,31 @@ def test_a_version_number_can_be_asked_for(device: Device) -> None:
     device.publish({"requirements.txt": "x"})
     result = device.check(replace(device.job, ref=f"models:/{device.model}/1"))
     assert result.version == 1
+
+
+def test_a_held_line_changes_nothing_and_what_is_here_needs_none(device: Device) -> None:
+    device.publish()
+    closed = replace(device.job, link=LinkJob(allowed_bytes=0))
+    with pytest.raises(LinkHeld):
+        device.check(closed)
+    assert [event["event"] for event in device.events] == ["resolved", "held"]
+    assert list(device.store.staging_root.iterdir()) == []
+    assert not device.store.line_file.exists()
+    assert device.check().new
+    assert not device.check(closed).new
+    device.publish({"requirements.txt": "other"})
+    with pytest.raises(LinkHeld):
+        device.check(closed)
+    assert device.events[-1]["missing_bytes"] == len("other"), "one file is missing"
+
+
+def test_a_registry_on_this_host_uses_no_line(tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    registry.mkdir()
+    device = Device(f"sqlite:///{registry / 'mlflow.db'}", tmp_path, artifacts=registry / "artifacts")
+    device.publish()
+    assert device.check(replace(device.job, link=LinkJob(allowed_bytes=0, ahead_bytes=1))).new
+    assert not device.store.line_file.exists()
 
 
 def test_an_embedded_sqlite_registry_works(tmp_path: Path) -> None:

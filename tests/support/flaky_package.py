@@ -41,6 +41,7 @@ class FlakyPackage:
     piece_bytes: int = 10_000
     offsets: list[int] = field(default_factory=list)
     whole_files: bool = False
+    over_line: bool = True
 
     def listing(self) -> list[Listed]:
         return [Listed(path="file", size_bytes=len(self.content))]

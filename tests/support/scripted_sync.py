@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edge_agent.errors import Quarantined, SyncStopped, UnknownReference
+from edge_agent.errors import LinkHeld, Quarantined, SyncStopped, UnknownReference
+from edge_agent.sync import protocol
 from edge_agent.sync.protocol import SyncJob, SyncResult
 from edge_agent.updates.check import OnEvent
 
@@ -37,11 +38,13 @@ class ScriptedSync:
         offers: by reference, its version, or what the sync ends with.
         amid: called in each sync once the reference is resolved, with the reference; then the sync ends if it should.
         jobs: all that were asked for, in order.
+        have: the bytes that are here of a version, by its key.
     """
 
     offers: dict[str, Offer | Exception] = field(default_factory=dict)
     amid: Callable[[str], None] = lambda ref: None
     jobs: list[SyncJob] = field(default_factory=list)
+    have: dict[str, int] = field(default_factory=dict)
 
     def __call__(
         self, job: SyncJob, *, timeout_s: float, on_event: OnEvent, should_stop: Callable[[], bool]
@@ -58,6 +61,8 @@ class ScriptedSync:
             on_event({"event": "quarantined", "key": offer.key})
             raise Quarantined(f"version {offer.key} is in quarantine, and is not fetched again")
         size_bytes = 1_000
+        if offer.new:
+            self._take(job, offer, size_bytes, on_event)
         on_event(
             {
                 "event": "progress",
@@ -78,6 +83,22 @@ class ScriptedSync:
             bytes_reused=0 if offer.new else size_bytes,
             new=offer.new,
         )
+
+    def _take(self, job: SyncJob, offer: Offer, size_bytes: int, on_event: OnEvent) -> None:
+        """As much of a version as the line gives; what came stays for the next sync."""
+        left = size_bytes - self.have.get(offer.key, 0)
+        allowed = left if job.link.allowed_bytes is None else min(left, job.link.allowed_bytes)
+        self.have[offer.key] = size_bytes - left + allowed
+        if allowed < left:
+            on_event(
+                protocol.held(
+                    version=offer.version,
+                    digest=offer.digest,
+                    missing_bytes=left - allowed,
+                    fetched_bytes=allowed,
+                )
+            )
+            raise LinkHeld("the line is not to be used now")
 
     @property
     def refs(self) -> list[str]:

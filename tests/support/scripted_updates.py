@@ -11,12 +11,13 @@ from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, Quarantined
 from edge_agent.serving.seat import Serving
-from edge_agent.settings import ModelSettings, RegistrySettings, Settings
+from edge_agent.settings import LinkSettings, ModelSettings, RegistrySettings, Settings
 from edge_agent.updates.updates import Updates
+from tests.support.clock import ScriptedClock
 from tests.support.scripted_sync import ScriptedSync
 
 INTERVAL_S = 300.0
-NOW = 1_700_000_000.0
+NOW = 1_800_000_000.0
 OWN, FALLBACK = "models:/phi@prod", "models:/tiny@prod"
 
 
@@ -25,7 +26,7 @@ class ScriptedLifecycle:
 
     Attributes:
         refusals: by key, what the version is refused with.
-        untried: key of a version in the cache that `catch_up` takes up; empty for none.
+        on_disk: key of a version in the cache that nobody has tried; empty for none.
         fallback: the record of a cached version of the fallback.
         unwritable: what writing a desired state down fails with.
         amid: called when a version is adopted, with its key, or a desired state written down, with its reference.
@@ -37,7 +38,7 @@ class ScriptedLifecycle:
         self.state = state or ModelState()
         self.serving = Serving.IDLE if self.state.active else Serving.ABSENT
         self.refusals: dict[str, EdgeAgentError] = {}
-        self.untried = ""
+        self.on_disk = ""
         self.fallback: VersionRecord | None = None
         self.unwritable: EdgeAgentError | None = None
         self.amid: Callable[[str], None] = lambda what: None
@@ -56,7 +57,14 @@ class ScriptedLifecycle:
         active = self.state.active
         return {"version": int(active.split("-")[0]) if active else None}
 
-    def adopt(self, key: str, *, asked_for: bool = False, instead: str = "") -> None:
+    def adopt(
+        self,
+        key: str,
+        *,
+        asked_for: bool = False,
+        instead: str = "",
+        before_exchange: Callable[[], None] = lambda: None,
+    ) -> None:
         self.adopted.append((key, asked_for, instead))
         self.amid(key)
         if self.state.active == key and self.serving is not Serving.FAILED:
@@ -64,12 +72,16 @@ class ScriptedLifecycle:
         self.refuse_quarantined(key)
         if key in self.refusals:
             raise self.refusals[key]
+        self.state = self.state.trying(key)
+        before_exchange()
         self.state = self.state.switched(key, instead=instead)
         self.serving = Serving.READY
 
-    def catch_up(self) -> None:
-        if self.untried:
-            self.adopt(self.untried)
+    def untried(self) -> str | None:
+        return self.state.candidate or self.on_disk or None
+
+    def put_off(self, key: str | None) -> None:
+        self.state = self.state.waiting_for(key)
 
     def cached_fallback(self) -> VersionRecord | None:
         return self.fallback
@@ -93,15 +105,17 @@ class ScriptedLifecycle:
 
 @dataclass
 class UpdatingDevice:
-    """Updates with a clock that stands still, and the longest interval that jitter allows.
+    """Updates with a clock that a test moves, and the longest interval that jitter allows.
 
     Attributes:
+        time: `now_s` is seconds since 1970.
         lifecycle: of the first model.
     """
 
     updates: Updates
     store: Store
     sync: ScriptedSync
+    time: ScriptedClock
     lifecycles: dict[str, ScriptedLifecycle]
     drawn: list[tuple[float, float]] = field(default_factory=list)
 
@@ -122,6 +136,7 @@ def make_device(
     models: dict[str, ModelSettings] | None = None,
     fallback: str = "",
     registry: str = "http://registry",
+    link: LinkSettings | None = None,
 ) -> UpdatingDevice:
     """A device with one model, `assistant`, that follows `OWN`.
 
@@ -135,15 +150,19 @@ def make_device(
         control_socket=folder / "c.sock",
         registry=RegistrySettings(uri=registry, poll_interval_s=INTERVAL_S),
         models=models,
+        link=link or LinkSettings(),
     )
     store = Store(settings.state_dir)
     store.create()
     lifecycles = {name: ScriptedLifecycle(state) for name in models}
-    sync, drawn = ScriptedSync(), []
+    sync, drawn, time = ScriptedSync(), [], ScriptedClock()
+    time.now_s = NOW
 
     def longest(low: float, high: float) -> float:
         drawn.append((low, high))
         return high
 
-    updates = Updates(settings, store, lifecycles, run_sync=sync, clock=lambda: NOW, jitter=longest)
-    return UpdatingDevice(updates=updates, store=store, sync=sync, lifecycles=lifecycles, drawn=drawn)
+    updates = Updates(settings, store, lifecycles, run_sync=sync, clock=lambda: time.now_s, jitter=longest)
+    return UpdatingDevice(
+        updates=updates, store=store, sync=sync, time=time, lifecycles=lifecycles, drawn=drawn
+    )

@@ -11,7 +11,7 @@ import pytest
 
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
-from edge_agent.errors import EdgeAgentError, StoreError, UnknownModel
+from edge_agent.errors import ActivationHeld, EdgeAgentError, LinkHeld, StoreError, UnknownModel
 from edge_agent.settings import ModelSettings, Settings
 from edge_agent.updates.operations import Operations, run_operation, without_daemon
 from tests.support.committed import commit
@@ -121,6 +121,77 @@ def test_an_old_package_is_allowed_by_nothing_but_true(
     with pytest.raises(StoreError, match="that is enough"):
         run_operation(operations[0], do, name="assistant", version=None, file=0, allow_older=value)
     assert asked == [value is True]
+
+
+@pytest.mark.parametrize("value", [True, False, None, "true", 1])
+def test_nothing_but_true_is_now(
+    operations: tuple[Operations, Store], monkeypatch: pytest.MonkeyPatch, value: object
+) -> None:
+    asked: list[bool] = []
+
+    def note(*_: object, now: bool, **__: object) -> Any:
+        asked.append(now)
+        raise StoreError("that is enough")
+
+    monkeypatch.setattr("edge_agent.updates.updates.Updates.check", note)
+    with pytest.raises(StoreError, match="that is enough"):
+        run_operation(operations[0], "pull", name="assistant", version=None, now=value)
+    assert asked == [value is True]
+
+
+WAITS = {
+    "event": "waits",
+    "model": "assistant",
+    "version": 7,
+    "digest": "d",
+    "missing_bytes": 5,
+    "fetched_bytes": 3,
+    "mirrored_bytes": 1,
+    "reused_bytes": 2,
+    "held_until": 1_800_000_000,
+    "code": "link_held",
+    "reason": "held until 22:00",
+}
+
+
+@pytest.mark.parametrize(
+    ("do", "error", "more"),
+    [
+        ("pull", LinkHeld("held"), {"instead": ""}),
+        ("pull", ActivationHeld("held"), {"instead": ""}),
+        ("import", ActivationHeld("held"), {"pinned": None}),
+    ],
+)
+def test_what_must_wait_is_a_result_and_no_failure(
+    operations: tuple[Operations, Store],
+    monkeypatch: pytest.MonkeyPatch,
+    do: str,
+    error: Exception,
+    more: dict[str, object],
+) -> None:
+    def hold(*args: Any, on_event: Any = None, **_: object) -> Any:
+        (on_event or args[2])(WAITS)
+        raise error
+
+    monkeypatch.setattr("edge_agent.updates.updates.Updates.check", hold)
+    monkeypatch.setattr("edge_agent.updates.updates.Updates.take_in", hold)
+    told: list[Any] = []
+    document = run_operation(operations[0], do, name="assistant", version=None, file=0, on_event=told.append)
+    assert (document[0] if do == "pull" else document) == {
+        "name": "assistant",
+        "version": 7,
+        "digest": "d",
+        "bytes_fetched": 3,
+        "bytes_mirrored": 1,
+        "bytes_reused": 2,
+        "state": "held",
+        "code": "link_held",
+        "reason": "held until 22:00",
+        "missing_bytes": 5,
+        "held_until": 1_800_000_000,
+        **more,
+    }
+    assert told == [WAITS]
 
 
 @pytest.mark.parametrize("do", ["import", "export"])

@@ -14,6 +14,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -43,6 +44,7 @@ from edge_agent.package.manifest import ManifestFile, check_path, make
 from edge_agent.package.reference import ModelRef
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import Settings
+from edge_agent.updates.waiting import Waiting
 from tests.support.committed import commit
 from tests.support.processes import to_toml
 
@@ -355,6 +357,20 @@ def status_of(lifecycle: Any, *, tokens_per_s: float = 1.0) -> DeviceStatus:
         trouble = problem = registry_problem = WINDOW_TITLE
         problems = {"assistant": WINDOW_TITLE}  # noqa: RUF012
         reachable, checked_at = True, 1.0
+        link = SimpleNamespace(document=lambda: {"bytes_per_day": 0, "used_bytes": None})
+
+        def waiting_of(self, name: str) -> Waiting:
+            return Waiting(
+                version=2,
+                digest="",
+                missing_bytes=1,
+                fetched_bytes=0,
+                reused_bytes=0,
+                until_s=None,
+                at_s=0.0,
+                code="link_held",
+                reason=WINDOW_TITLE,
+            )
 
         def __getattr__(self, name: str) -> Callable[..., Any]:
             return lambda *_: None if name == "progress_of" else 0

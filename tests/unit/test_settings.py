@@ -84,6 +84,12 @@ def test_systemds_directories_are_used(tmp_path: Path, monkeypatch: pytest.Monke
                 {"network": "maybe"},
             )
         ),
+        ({"link": {"windows": ["22-05"]}}, "link.windows"),
+        ({"link": {"windows": ["22:00-05:00"] * 33}}, "link.windows"),
+        ({"link": {"activate_windows": ["05:00-05:00"]}}, "link.activate_windows"),
+        ({"link": {"timezone": "Mars/Olympus"}}, "link.timezone"),
+        ({"link": {"bytes_per_day": -1}}, "link.bytes_per_day"),
+        ({"link": {"inhibit_file": "in-use"}}, "link.inhibit_file"),
         ({"device_id": "with space"}, "device_id"),
         ({"control_socket": "/" + "x" * 120}, "control_socket"),
         ({"cache": {"quota_bytes": -1}}, "cache.quota_bytes"),

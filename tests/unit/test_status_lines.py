@@ -33,5 +33,7 @@ def test_doctor_names_the_problem_of_a_model_that_answers() -> None:
     assert list(service._model_troubles(document)) == [
         "model assistant is ready: its context is smaller; registered anew"
     ]
+    waiting = model(update_problem="held until 22:00", link={"missing_bytes": 5, "held_until": 1})
+    assert list(service._model_troubles({"models": [waiting]})) == [], "nothing is wrong"
     (absent,) = service._model_troubles({"models": [model(state="absent")]})
     assert absent == "model assistant is absent: no version is in the cache"

@@ -20,7 +20,7 @@ from edge_agent.errors import (
 )
 from edge_agent.sync import protocol
 from edge_agent.sync.process import run_sync
-from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
+from edge_agent.sync.protocol import CacheJob, LinkJob, RegistryJob, SyncJob, SyncResult, TrustJob
 
 JOB = SyncJob(
     state_dir="/var/lib/edge-agent",
@@ -29,6 +29,7 @@ JOB = SyncJob(
     ref="models:/phi@prod",
     trust=TrustJob(public_keys=("a.pub", "b.pub"), allow_unsigned_code=True),
     cache=CacheJob(quota_bytes=10, min_free_bytes=1, max_bytes_per_s=3),
+    link=LinkJob(allowed_bytes=5, since_s=1.5, until_s=2.5, ahead_bytes=1),
     version_file=7,
     fallback=True,
     check_host=True,
@@ -46,6 +47,9 @@ RESULT = SyncResult(
     bytes_reused=6,
     new=True,
 )
+
+
+HELD = protocol.held(version=3, digest="d" * 64, missing_bytes=5, fetched_bytes=2, mirrored_bytes=1)
 
 
 def sent(event: protocol.Event) -> dict[str, Any]:
@@ -104,6 +108,7 @@ def test_a_last_event_with_a_wrong_field_is_an_error_that_names_it(wrong: dict[s
         protocol.resolved(version=3, rollout=""),
         protocol.progress(have_bytes=3, total_bytes=2, bytes_per_s=1.6, eta_s=None),
         protocol.quarantined("3-dddddddddddd"),
+        HELD,
         {"event": "unheard of"},
         {},
     ],
@@ -126,6 +131,10 @@ PROGRESS = protocol.progress(have_bytes=3, total_bytes=9, bytes_per_s=1.6, eta_s
         *((PROGRESS, {name: "1"}) for name in ("bytes", "total_bytes", "bytes_per_s", "eta_s")),
         (PROGRESS, {"bytes": 1.5}),
         (protocol.quarantined("3-dddddddddddd"), {"key": {}}),
+        *(
+            (HELD, {name: 1.5})
+            for name in ("version", "digest", "missing_bytes", "fetched_bytes", "mirrored_bytes")
+        ),
     ],
 )
 def test_an_event_with_a_wrong_or_missing_field_is_an_error_that_names_it(

@@ -176,7 +176,7 @@ def test_the_number_of_a_fallback_is_not_the_models_own_for_a_rollout(tmp_path: 
 
 def test_without_a_registry_a_pull_says_so_and_a_poll_only_takes_up_what_is_here(tmp_path: Path) -> None:
     device = make_device(tmp_path, registry="")
-    device.lifecycle.untried = ONE.key
+    device.lifecycle.on_disk = ONE.key
     device.updates.step(0)
     assert (device.lifecycle.state.active, device.problem) == (ONE.key, "unset")
     with pytest.raises(SettingsError, match=r"registry\.uri"):
@@ -188,7 +188,7 @@ def test_a_cached_version_that_is_refused_does_not_keep_the_registry_from_being_
     tmp_path: Path,
 ) -> None:
     device = make_device(tmp_path)
-    device.lifecycle.untried, device.lifecycle.refusals = ONE.key, {ONE.key: GateFailed("wrong")}
+    device.lifecycle.on_disk, device.lifecycle.refusals = ONE.key, {ONE.key: GateFailed("wrong")}
     device.sync.offers[OWN] = TWO
     device.updates.step(0)
     assert (device.lifecycle.state.active, device.problem) == (TWO.key, "")
@@ -196,7 +196,7 @@ def test_a_cached_version_that_is_refused_does_not_keep_the_registry_from_being_
 
 def test_without_a_registry_the_refusal_of_a_cached_version_is_the_problem(tmp_path: Path) -> None:
     device = make_device(tmp_path, registry="")
-    device.lifecycle.untried, device.lifecycle.refusals = ONE.key, {ONE.key: GateFailed("wrong")}
+    device.lifecycle.on_disk, device.lifecycle.refusals = ONE.key, {ONE.key: GateFailed("wrong")}
     device.updates.step(0)
     assert device.problem == "wrong"
 

@@ -249,7 +249,7 @@ def cached(tmp_path: Path) -> tuple[UpdatingDevice, VersionRecord]:
     """No registry; an own version that this host lacks something for, and one of the fallback."""
     device = make_device(tmp_path, registry="", fallback=FALLBACK)
     record = replace(commit(device.store, 9), fallback=True)
-    device.lifecycle.untried, device.lifecycle.fallback = "1-aaaaaaaaaaaa", record
+    device.lifecycle.on_disk, device.lifecycle.fallback = "1-aaaaaaaaaaaa", record
     device.lifecycle.refusals = {"1-aaaaaaaaaaaa": CannotRun("no library")}
     return device, record
 

@@ -105,6 +105,11 @@ class Mirrors:
         self._next_wait_s = _FIRST_WAIT_S
         self._awaiting = awaiting
 
+    @property
+    def has_usable(self) -> bool:
+        """Whether one of them will be asked."""
+        return any(True for _ in self._usable())
+
     def fill(self, part: Part, sha256: str) -> None:
         """Takes what the mirrors have of a blob. Afterwards the part is whole and fits, or the registry goes on.
 

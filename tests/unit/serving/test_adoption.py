@@ -9,6 +9,7 @@ import pytest
 from edge_agent.cache.marks import mark_of
 from edge_agent.cache.state import MAX_QUARANTINED, ModelState
 from edge_agent.errors import (
+    ActivationHeld,
     CannotRun,
     EdgeAgentError,
     LoadFailed,
@@ -315,6 +316,42 @@ def test_a_version_that_is_not_in_the_cache_is_refused_and_nothing_is_written(li
     assert life.store.state().model("assistant").candidate is None
 
 
+# --- It is not time --------------------------------------------------------------------------------------
+
+
+def too_early() -> None:
+    raise ActivationHeld("the machine is in use")
+
+
+def test_a_candidate_that_may_not_take_over_goes_and_is_not_held_against_the_version(
+    life: Life, host: ScriptedHost
+) -> None:
+    life.serve(1)
+    life.commit(2)
+    for _ in range(MAX_TRIES + 2):
+        assert isinstance(refusal(life, 2, before_exchange=too_early), ActivationHeld)
+        assert host.events[-1] == "stop 2"
+        life.lifecycle.put_off(life.key(2))
+    assert (life.active, life.ask(), life.quarantined) == (1, 1, {})
+    assert life.lifecycle.untried() == life.key(2)
+    life.restart()
+    assert life.lifecycle.untried() == life.key(2), "it waits over a restart"
+    life.lifecycle.put_off(None)
+    assert life.lifecycle.untried() is None
+
+
+@pytest.mark.parametrize("memory_bytes", [ROOM_FOR_ONE, None], ids=["memory holds one", "there is no other"])
+def test_where_nothing_answers_meanwhile_a_candidate_that_passed_takes_over(
+    life: Life, host: ScriptedHost, memory_bytes: int | None
+) -> None:
+    if memory_bytes:
+        host.memory_bytes = memory_bytes
+        life.serve(1)
+    life.commit(2)
+    life.adopt(2, before_exchange=too_early)
+    assert (life.active, life.ask()) == (2, 2)
+
+
 # --- Memory holds one only -----------------------------------------------------------------------------
 
 
@@ -526,13 +563,12 @@ def test_a_pin_names_a_version_of_the_cache_until_it_is_taken_away(life: Life) -
     assert life.store.state().model("assistant").pinned is None
 
 
-def test_a_candidate_of_an_earlier_daemon_is_tried_without_a_registry(life: Life) -> None:
+def test_a_candidate_of_an_earlier_daemon_is_untried(life: Life) -> None:
     life.serve(1)
     life.commit(2)
     life.store.change_state("assistant", lambda state: state.trying(life.key(2)))
     life.restart()
-    life.lifecycle.catch_up()
-    assert (life.active, life.previous) == (2, 1)
+    assert life.lifecycle.untried() == life.key(2)
 
 
 def test_the_newest_version_of_its_own_is_taken_when_nothing_is_active(life: Life) -> None:
@@ -540,15 +576,13 @@ def test_the_newest_version_of_its_own_is_taken_when_nothing_is_active(life: Lif
     life.commit(9, fallback=True)
     life.store.change_state("assistant", lambda _: ModelState(quarantined={life.key(3): "wrong"}))
     life.restart()
-    life.lifecycle.catch_up()
-    assert life.active == 2
+    assert life.lifecycle.untried() == life.key(2)
 
 
-def test_there_is_nothing_to_catch_up_on_while_a_version_is_active(life: Life) -> None:
+def test_nothing_is_untried_while_a_version_is_active(life: Life) -> None:
     life.serve(1)
     life.commit(2)
-    life.lifecycle.catch_up()
-    assert (life.active, len(life.host.runners)) == (1, 1)
+    assert life.lifecycle.untried() is None
 
 
 # --- The fallback --------------------------------------------------------------------------------------
