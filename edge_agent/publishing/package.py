@@ -112,6 +112,7 @@ def build_package(
         found = sources.check_folder(source_dir)
         sources.check_length(sources.context_of(source_dir), checked)
         files = {f"artifacts/{ARTIFACT}/{path.as_posix()}": source_dir / path for path in found}
+        sources.check_paths(files)
         rewritten = cleaning.rewrite(
             files, genai_tokenizer.CONFIGURATIONS.__contains__, genai_tokenizer.clean
         )
@@ -231,6 +232,7 @@ def _write_manifest(name: str, folder: Path, report: Progress) -> Manifest:
     total = sum(path.stat().st_size for path in paths)
     try:
         manifest = manifests.make(name, _listed(folder, paths, total, report))
+        manifests.parse(manifest.encode())  # its own size has a bound, too
     except ContentError as error:
         raise PublishError(f"the package breaks a rule of the manifest: {error.message}") from error
     (folder / manifests.MANIFEST_NAME).write_bytes(manifest.encode())
