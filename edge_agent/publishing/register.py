@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import PublishError, SettingsError
+from edge_agent.package import registry_uri as registry_uris
 from edge_agent.package.manifest import MANIFEST_NAME
 from edge_agent.package.reference import MANIFEST_TAG, ModelRef
 from edge_agent.publishing.package import Package, Progress, no_progress
@@ -65,16 +66,12 @@ def check_target(*, name: str, registry_uri: str, alias: str | None) -> None:
             raise PublishError(f"alias {alias!r} must be letters, digits, '_' and '-'") from error
         if alias.lower() == "latest" or re.fullmatch(r"v\d+", alias, re.IGNORECASE):
             raise PublishError(f"alias {alias!r} is reserved by MLflow", remedy="choose a word such as prod")
-    if registry_uri.startswith("sqlite:///"):
-        if missing := [lib for lib in ("sqlalchemy", "alembic") if not importlib.util.find_spec(lib)]:
-            raise PublishError(
-                f"a {registry_uri.partition(':')[0]} registry needs {' and '.join(missing)}",
-                remedy="install edge-agent[local-registry]",
-            )
-    elif not re.match(r"https?://[^/]", registry_uri):
+    if problem := registry_uris.problem_of(registry_uri):
+        raise PublishError(f"registry: {problem}")
+    missing = [lib for lib in ("sqlalchemy", "alembic") if not importlib.util.find_spec(lib)]
+    if missing and registry_uri.startswith("sqlite:///"):
         raise PublishError(
-            f"registry {_shown(registry_uri)!r} is not supported",
-            remedy="give http://…, https://… or sqlite:///…",
+            f"a sqlite registry needs {' and '.join(missing)}", remedy="install edge-agent[local-registry]"
         )
 
 

@@ -227,8 +227,12 @@ def test_the_documented_golden_prompts_are_golden_prompts() -> None:
         ({"alias": "v2"}, "'v2' is reserved by MLflow"),
         ({"alias": "latest"}, "reserved"),
         ({"alias": "two words"}, "must be letters"),
-        ({"registry_uri": "file:/tmp/x"}, "is not supported; give http"),
-        ({"registry_uri": ""}, "is not supported"),
+        ({"registry_uri": "file:/tmp/x"}, "is not supported: write http"),
+        ({"registry_uri": ""}, "has no scheme"),
+        (
+            {"registry_uri": "127.0.0.1:5051"},
+            "registry: '127.0.0.1:5051' has no scheme: write http://127.0.0.1:5051",
+        ),
     ],
 )
 def test_a_target_that_cannot_work_is_refused_before_any_connection(
