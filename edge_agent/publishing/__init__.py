@@ -2,6 +2,7 @@
 
 `publish_folder` does all of it, and only then imports MLflow.
 
+    kinds.py         says what a folder is that is not what was asked for
     source.py        checks the folder, the options and the golden prompts
     hugging_face.py  chooses the files of a Hugging Face folder
     cleaning.py      leaves out of its configurations what no device reads
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from edge_agent.publishing import kinds
 from edge_agent.publishing.package import Flavor, Progress, build_package, no_progress
 from edge_agent.publishing.register import Published, check_target, publish
 
@@ -53,6 +55,7 @@ def publish_folder(
         PublishError: the folder, an option or the registry is at fault; no alias points to an incomplete version.
     """
     check_target(name=name, registry_uri=registry_uri, alias=alias)
+    kinds.check(source, flavor)
     with tempfile.TemporaryDirectory(prefix="edge-agent-publish-") as folder:
         package = build_package(
             source,

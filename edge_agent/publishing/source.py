@@ -17,6 +17,7 @@ from edge_agent.package import genai_files, genai_options
 from edge_agent.package import manifest as manifests
 from edge_agent.package.manifest import MAX_FILES
 from edge_agent.package.mlmodel import MAX_GOLDEN_TOKENS
+from edge_agent.publishing import kinds
 
 MAX_GOLDEN = 32
 MAX_GOLDEN_BYTES = 1 << 20
@@ -87,10 +88,9 @@ def check_folder(folder: Path) -> list[Path]:
     Raises:
         PublishError: something is missing, or a device would refuse it; the message names the file.
     """
+    kinds.check(folder, "onnx")
     files = list_files(folder)
     config_file = folder / genai_options.FILE_NAME
-    if not config_file.is_file():
-        raise PublishError(f"{folder} has no {genai_options.FILE_NAME}", remedy=_REBUILD)
     try:
         genai_options.check(config_file, genai_options.FILE_NAME)
     except ContentError as error:

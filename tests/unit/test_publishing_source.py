@@ -77,9 +77,9 @@ def test_max_length_beyond_the_context_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(PublishError, match="is not a folder"):
+    with pytest.raises(PublishError, match="does not exist"):
         source.check_folder(tmp_path / "nothing")
-    with pytest.raises(PublishError, match=r"has no genai_config.json; make the folder with"):
+    with pytest.raises(PublishError, match=r"is empty; make the folder with"):
         source.check_folder(tmp_path)
 
 
