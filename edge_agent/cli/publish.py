@@ -77,6 +77,7 @@ def publish(
     They are asked at temperature 0, here and on each device.
     """
     from edge_agent import publishing
+    from edge_agent.cli.read_back import read_back
     from edge_agent.publishing import build_advice
 
     uri = registry or invocation.settings().registry.uri
@@ -93,6 +94,7 @@ def publish(
             options=dict(_key_value(option) for option in options),
             golden=golden,
             sign_key=sign_key,
+            read_back=read_back,
             progress=report,
         )
     if as_json:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from edge_agent.publishing import kinds
 from edge_agent.publishing.package import Flavor, Progress, build_package, no_progress
-from edge_agent.publishing.register import Published, check_target, publish
+from edge_agent.publishing.register import Published, ReadBack, check_target, publish, reach
 
 
 def publish_folder(
@@ -35,6 +35,7 @@ def publish_folder(
     options: Mapping[str, object] | None = None,
     golden: Path | Sequence[Mapping[str, Any]] | None = None,
     sign_key: Path | None = None,
+    read_back: ReadBack | None = None,
     progress: Progress = no_progress,
 ) -> Published:
     """Packages a folder made by the onnxruntime-genai model builder, or a Hugging Face folder, and registers it.
@@ -49,6 +50,8 @@ def publish_folder(
         options: generation defaults, see `source.OPTIONS`; text is converted.
         golden: prompts that devices try before they use the version: a JSON file or its content.
         sign_key: PEM private key; the package gets an OpenSSF Model Signing signature.
+        read_back: says before the alias moves whether a device could fetch the version (`cli.read_back`); None
+            for nobody.
         progress: called with (step, bytes done, total bytes).
 
     Raises:
@@ -56,6 +59,7 @@ def publish_folder(
     """
     check_target(name=name, registry_uri=registry_uri, alias=alias)
     kinds.check(source, flavor)
+    reach(registry_uri)
     with tempfile.TemporaryDirectory(prefix="edge-agent-publish-") as folder:
         package = build_package(
             source,
@@ -68,4 +72,11 @@ def publish_folder(
             sign_key=sign_key,
             progress=progress,
         )
-        return publish(package, registry_uri=registry_uri, name=name, alias=alias, progress=progress)
+        return publish(
+            package,
+            registry_uri=registry_uri,
+            name=name,
+            alias=alias,
+            read_back=read_back,
+            progress=progress,
+        )

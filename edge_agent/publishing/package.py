@@ -66,6 +66,12 @@ class Package:
     folder: Path
     limits: tuple[str, ...] = ()
 
+    @property
+    def attached(self) -> tuple[ManifestFile, ...]:
+        """The files that describe the package, and that its manifest does not list."""
+        found = sorted(path for path in self.folder.iterdir() if path.name in manifests.ATTACHED)
+        return tuple(_listed(self.folder, found, 0, no_progress))
+
 
 def no_progress(step: str, done_bytes: int, total_bytes: int) -> None:
     """Shows nothing."""
