@@ -84,7 +84,7 @@ def build_package(
     name: str,
     flavor: Flavor = "onnx",
     signature: Literal["chat", "prompt"] = "chat",
-    options: Mapping[str, object],
+    options: Mapping[str, object] | None = None,
     golden: Path | Sequence[Mapping[str, Any]] | None = None,
     sign_key: Path | None = None,
     progress: Progress = no_progress,
@@ -107,7 +107,7 @@ def build_package(
         _signing()
         if not sign_key.is_file():
             raise PublishError(f"signing key {sign_key} is not a file")
-    checked, prompts = sources.check_options(options), sources.read_golden(golden)
+    checked, prompts = sources.check_options(options or {}), sources.read_golden(golden)
     if flavor == "transformers":
         trial.need_transformers()
         checkpoint = hugging_face.check_checkpoint(source_dir, sources.list_files(source_dir))

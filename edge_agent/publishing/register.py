@@ -23,6 +23,7 @@ from edge_agent.errors import EdgeAgentError, PublishError, SettingsError
 from edge_agent.package import registry_uri as registry_uris
 from edge_agent.package.manifest import MANIFEST_NAME, Manifest, ManifestFile
 from edge_agent.package.reference import MANIFEST_TAG, ModelRef
+from edge_agent.publishing.blobs import Blobs
 from edge_agent.publishing.package import Package, Progress, no_progress
 
 EXPERIMENT = "edge-agent"
@@ -42,6 +43,7 @@ class Published:
         digest: sha256 of `manifest.json`, the package's identity on devices.
         run_id: MLflow run that holds the files.
         limits: see `Package`.
+        blobs: what `write_blobs` did; None if nobody asked for it.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Published:
     digest: str
     run_id: str
     limits: tuple[str, ...] = ()
+    blobs: Blobs | None = None
 
 
 def check_target(*, name: str, registry_uri: str, alias: str | None) -> None:
@@ -58,10 +61,7 @@ def check_target(*, name: str, registry_uri: str, alias: str | None) -> None:
     Raises:
         PublishError: the registry could not accept one of them.
     """
-    try:
-        ModelRef.parse(f"models:/{name}/1")
-    except SettingsError as error:
-        raise PublishError(f"model name {name!r} must not contain '/', ':' or '@'") from error
+    check_name(name)
     if alias is not None:
         try:
             ModelRef.parse(f"models:/{name}@{alias}")
@@ -76,6 +76,17 @@ def check_target(*, name: str, registry_uri: str, alias: str | None) -> None:
         raise PublishError(
             f"a sqlite registry needs {' and '.join(missing)}", remedy="install edge-agent[local-registry]"
         )
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        PublishError: no model could be registered under it.
+    """
+    try:
+        ModelRef.parse(f"models:/{name}/1")
+    except SettingsError as error:
+        raise PublishError(f"model name {name!r} must not contain '/', ':' or '@'") from error
 
 
 class ReadBack(Protocol):
