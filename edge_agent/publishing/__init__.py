@@ -9,6 +9,7 @@
     trial.py         has the package tried in a process of its own, behind walls (trial_child.py)
     prompting.py     says what a chat template refuses, and where end tokens differ
     package.py       builds the MLflow package with its manifest and signature, and tries it once
+    description.py   says what it is, for a person who looks at it in MLflow
     blobs.py         copies its files into a folder from which devices fetch them
     register.py      uploads it, registers the version, and moves the alias last
     version_file.py  writes it into a file for `models import`

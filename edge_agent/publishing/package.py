@@ -29,6 +29,7 @@ from edge_agent.package import manifest as manifests
 from edge_agent.package.manifest import Manifest, ManifestFile
 from edge_agent.publishing import cleaning, hugging_face, trial
 from edge_agent.publishing import source as sources
+from edge_agent.publishing.description import Description, describe
 
 Flavor = Literal["onnx", "transformers"]
 Progress = Callable[[str, int, int], None]
@@ -60,11 +61,13 @@ class Package:
 
     Attributes:
         limits: what does not make it useless, and its publisher should know; one sentence each.
+        description: what it is, for a person; None for a package that was not built and tried here.
     """
 
     manifest: Manifest
     folder: Path
     limits: tuple[str, ...] = ()
+    description: Description | None = None
 
     @property
     def attached(self) -> tuple[ManifestFile, ...]:
@@ -135,7 +138,12 @@ def build_package(
         raise PublishError(f"devices would refuse the package: {error}") from error
     if sign_key is not None:
         _sign(destination, sign_key)
-    return Package(manifest=manifest, folder=destination, limits=tuple(limits))
+    return Package(
+        manifest=manifest,
+        folder=destination,
+        limits=tuple(limits),
+        description=describe(destination, manifest),
+    )
 
 
 def _save(

@@ -217,11 +217,13 @@ class _Registration:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+        described = self._package.description
         version = self.client.create_model_version(
             self._name,
             source=f"{self._artifact_uri.rstrip('/')}/{ARTIFACT_PATH}",
             run_id=self.run_id,
-            tags={MANIFEST_TAG: self._package.manifest.digest},
+            tags={**(described.tags if described else {}), MANIFEST_TAG: self._package.manifest.digest},
+            description=described.text if described else None,
             await_creation_for=READY_TIMEOUT_S,
         )
         if version.status != "READY":
