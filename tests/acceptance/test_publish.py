@@ -1,15 +1,39 @@
-"""`publish --to FILE`: from a folder to a device, and no registry anywhere."""
+"""`publish` as a command: from a folder to a device, with a registry and without one."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.support.keys import make_keys
+from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon
 from tests.support.sample_device import SAMPLE, settings_for
+
+
+def test_a_folder_with_an_empty_file_goes_to_a_registry_and_is_pulled(
+    new_daemon: Callable[..., Daemon],
+    broker: Broker,
+    mlflow_server: Server,
+    sample_model: Path,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sample_model, folder)
+    (folder / "x").touch()
+    settings = settings_for(broker, mlflow_server.uri, device="empty-file", inference={"threads": 1})
+    device = new_daemon({**settings, "models": {"assistant": {"uri": "models:/with-an-empty-file@prod"}}})
+    how = ("--name", "with-an-empty-file", "--alias", "prod", "--registry", mlflow_server.uri, "--json")
+    done = device.cli("publish", str(folder), *how, timeout_s=300)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert set(made) == {"name", "version", "digest", "run_id", "alias"}
+    pulled = device.cli("models", "pull", "--json", timeout_s=120)
+    assert pulled.returncode == 0, pulled.stderr
+    assert json.loads(pulled.stdout)["digest"] == made["digest"]
 
 
 def test_a_folder_goes_to_a_running_device_in_a_signed_file(
