@@ -12,6 +12,7 @@
     description.py   says what it is, for a person who looks at it in MLflow
     blobs.py         copies its files into a folder from which devices fetch them
     register.py      uploads it, registers the version, and moves the alias last
+    failures.py      says what a registry's failure means
     version_file.py  writes it into a file for `models import`
 """
 

@@ -24,6 +24,7 @@ from edge_agent.package import registry_uri as registry_uris
 from edge_agent.package.manifest import MANIFEST_NAME, Manifest, ManifestFile
 from edge_agent.package.reference import MANIFEST_TAG, ModelRef
 from edge_agent.publishing.blobs import Blobs
+from edge_agent.publishing.failures import failed, shown
 from edge_agent.publishing.package import Package, Progress, no_progress
 
 EXPERIMENT = "edge-agent"
@@ -117,7 +118,7 @@ def reach(registry_uri: str) -> None:
         try:
             _client(registry_uri).get_experiment_by_name(EXPERIMENT)
         except Exception as error:
-            raise _failed(registry_uri, "reach the registry", error) from error
+            raise failed(registry_uri, "reach the registry", error) from error
 
 
 def publish(
@@ -161,7 +162,7 @@ def publish(
         except PublishError:
             raise
         except Exception as error:  # the clients of artifact stores have trees of errors of their own
-            raise _failed(registry_uri, step, error) from error
+            raise failed(registry_uri, step, error) from error
     return Published(
         name=name,
         version=int(version),
@@ -244,7 +245,7 @@ class _Registration:
                 read_back(self._registry_uri, ref, manifest=package.manifest, attached=package.attached)
         except EdgeAgentError as error:
             raise PublishError(
-                f"{_shown(self._registry_uri)}: version {version} of {self._name!r} is registered, but no device could "
+                f"{shown(self._registry_uri)}: version {version} of {self._name!r} is registered, but no device could "
                 f"fetch it: {error.message}{self._where_is(alias)}",
                 remedy=f"{error.remedy or 'look at what stands before the files of the registry'}; then publish again, "
                 f"and delete version {version}",
@@ -322,36 +323,3 @@ def _check_writable(folder: Path) -> None:
         raise PublishError(f"{folder} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise PublishError(f"a registry cannot be made in {folder}: permission denied")
-
-
-def _failed(registry_uri: str, step: str, error: Exception) -> PublishError:
-    return PublishError(
-        f"{_shown(registry_uri)}: could not {step}: {_one_line(error)}", remedy=_remedy(error)
-    )
-
-
-def _remedy(error: Exception) -> str:
-    text = str(error)
-    if isinstance(error, ImportError):
-        library = "edge-agent[s3]" if error.name == "boto3" else error.name
-        return f"the registry keeps its files in a store that this host has no client for: install {library}"
-    if "Unable to locate credentials" in text or "partial credentials" in text.lower():
-        return "the store of the registry's files needs them: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if "(AccessDenied)" in text or "(InvalidAccessKeyId)" in text or "(SignatureDoesNotMatch)" in text:
-        return "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they may write"
-    if any(words in text for words in ("Max retries exceeded", "Connection", "Could not connect")):
-        return "check that the server is running and that its address is right"
-    if re.search(r"\b(401|403)\b|Unauthorized", text):
-        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    if "Response body" in text:  # not MLflow's own error
-        return "see what answers there: it is not an MLflow server, or something stands before it"
-    return ""
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"://[^/@\s]+@", "://", " ".join(str(error).split()))[:400]
-
-
-def _shown(uri: str) -> str:
-    """A URL without credentials."""
-    return re.sub(r"://[^/@]*@", "://", uri)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,9 @@ from edge_agent.cli.read_back import MAX_READ_BYTES, read_back
 from edge_agent.errors import PublishError
 from edge_agent.publishing import publish_folder, register
 from edge_agent.publishing.package import Package, build_package
+from tests.support.certificates import Authority
 from tests.support.device import Device
+from tests.support.hostile_registry import hostile_registry
 from tests.support.http_faults import FaultyProxy, HttpFault, Plan, faulty_proxy
 from tests.support.mlflow_server import Server
 from tests.support.processes import free_port
@@ -116,13 +119,39 @@ def no_build(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_build")
-def test_a_wrong_address_is_an_error_before_anything_is_read(sample_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        (
+            "http://127.0.0.1:{nobody}",
+            "reach the registry: Connection refused; check that the server is running",
+        ),
+        ("https://127.0.0.1:{somebody}", "does not speak TLS: is it http://?"),
+        ("http://no-such-host.invalid:5000", "check that the server is running"),
+    ],
+)
+def test_a_wrong_address_is_an_error_before_anything_is_read(
+    mlflow_server: Server, sample_model: Path, uri: str, said: str
+) -> None:
     started_s = time.monotonic()
-    with pytest.raises(
-        PublishError, match=r"could not reach the registry: .* check that the server is running"
-    ):
-        publish_verified(sample_model, name="x", registry_uri=f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(PublishError, match="could not reach the registry") as caught:
+        publish_verified(
+            sample_model,
+            name="x",
+            registry_uri=uri.format(nobody=free_port(), somebody=mlflow_server.port),
+        )
+    assert said in str(caught.value)
     assert time.monotonic() - started_s < 30
+
+
+@pytest.mark.usefixtures("no_build")
+def test_a_private_authority_is_said_to_be_unknown(sample_model: Path, tmp_path: Path) -> None:
+    pair = Authority(tmp_path).server()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.certificate, pair.key)
+    with hostile_registry(context) as registry, pytest.raises(PublishError, match="certificate") as caught:
+        publish_verified(sample_model, name="x", registry_uri=registry.uri)
+    assert "MLFLOW_TRACKING_SERVER_CERT_PATH" in caught.value.remedy
 
 
 @pytest.mark.usefixtures("no_build")
