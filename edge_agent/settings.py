@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from edge_agent import environment
 from edge_agent.errors import SettingsError
 from edge_agent.host.daily_windows import Window, zone_of
+from edge_agent.package import registry_uri
 from edge_agent.package.reference import MODEL_NAME, ModelRef
 from edge_agent.topics import can_be_published
 
@@ -57,11 +58,13 @@ class RegistrySettings(_Section):
 
     @field_validator("uri")
     @classmethod
-    def _without_credentials(cls, uri: str) -> str:
-        if re.match(r"\s*[a-z][a-z0-9+.-]*://[^/]*@", uri, re.IGNORECASE):
+    def _address(cls, uri: str) -> str:
+        if registry_uri.has_credentials(uri):
             raise ValueError(
                 "must not contain credentials; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )
+        if uri and (problem := registry_uri.problem_of(uri)):
+            raise ValueError(problem)
         return uri
 
     @model_validator(mode="after")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_agent import terminal
 from edge_agent.cli.command import Command, Invocation
+
+if TYPE_CHECKING:
+    from edge_agent.publishing.register import Published
+    from edge_agent.publishing.version_file import Written
 
 
 @click.command(cls=Command)
@@ -43,6 +48,19 @@ from edge_agent.cli.command import Command, Invocation
 @click.option(
     "--sign-key", type=click.Path(path_type=Path), metavar="PEM", help="Private key that signs the package."
 )
+@click.option(
+    "--to",
+    "file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a version file for `models import` instead; no registry is asked.",
+)
+@click.option(
+    "--blobs",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Also copy the files to DIR/sha256/DIGEST, from where devices fetch them (cache.mirrors).",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def publish(
@@ -56,9 +74,13 @@ def publish(
     options: tuple[str, ...],
     golden: Path | None,
     sign_key: Path | None,
+    file: Path | None,
+    blobs: Path | None,
     as_json: bool,
 ) -> None:
     """Package a folder made by the onnxruntime-genai model builder, or a Hugging Face folder, and register it.
+
+    The alias moves last, and only if a device could fetch what was uploaded.
 
     \b
     Examples:
@@ -66,6 +88,10 @@ def publish(
       edge-agent publish ./phi3-int4 --name phi3-mini --registry sqlite:////srv/registry.db \\
           --signature prompt --option max_length=300 --option temperature=0.2
       edge-agent publish ./phi3-hf --name phi3-hf --alias prod --flavor transformers --golden golden.json
+    Without a registry, for `edge-agent models import` on each device:
+      edge-agent publish ./phi3-int4 --name phi3-mini --to /media/stick/phi3-mini.tar
+    With a folder that a web server, or a stick, gives to the devices:
+      edge-agent publish ./phi3-int4 --name phi3-mini --alias prod --blobs /srv/www/blobs
 
     \b
     Golden prompts, a JSON list of 1 to 32 objects, each with
@@ -77,17 +103,12 @@ def publish(
     They are asked at temperature 0, here and on each device.
     """
     from edge_agent import publishing
+    from edge_agent.cli.read_back import read_back
     from edge_agent.publishing import build_advice
 
-    uri = registry or invocation.settings().registry.uri
-    if not uri:
-        raise click.UsageError("give --registry URI, or set registry.uri in the settings")
+    made: Published | Written
     with terminal.progress_bar() as report:
-        published = publishing.publish_folder(
-            folder,
-            name=name,
-            registry_uri=uri,
-            alias=alias,
+        making = publishing.Making(
             flavor=flavor,
             signature=signature,
             options=dict(_key_value(option) for option in options),
@@ -95,23 +116,62 @@ def publish(
             sign_key=sign_key,
             progress=report,
         )
-    if as_json:
-        terminal.echo(
-            json.dumps(
-                {
-                    "name": name,
-                    "version": published.version,
-                    "digest": published.digest,
-                    "run_id": published.run_id,
-                    "alias": alias,
-                }
+        if file is not None:
+            if registry or alias:
+                raise click.UsageError("--to asks no registry: leave out --registry and --alias")
+            made = publishing.write_folder(folder, name=name, file=file, blobs=blobs, **making)
+        else:
+            made = publishing.publish_folder(
+                folder,
+                name=name,
+                registry_uri=_registry(invocation, registry),
+                alias=alias,
+                blobs=blobs,
+                read_back=read_back,
+                **making,
             )
+    if as_json:
+        terminal.echo(json.dumps(_document(made)))
+    else:
+        _say(made)
+    for line in (*made.limits, *build_advice.of_folder(folder)):
+        terminal.echo(f"edge-agent: {folder.name}: {line} (docs/models.md)", err=True)
+
+
+def _registry(invocation: Invocation, given: str | None) -> str:
+    uri = given or invocation.settings().registry.uri
+    if not uri:
+        raise click.UsageError(
+            "give --registry URI, or set registry.uri in the settings, or write a file with --to"
+        )
+    return uri
+
+
+def _document(made: Published | Written) -> dict[str, Any]:
+    from edge_agent.publishing.version_file import Written
+
+    document: dict[str, Any] = {"name": made.name, "version": made.version, "digest": made.digest}
+    if isinstance(made, Written):
+        document |= {"file": str(made.file), "bytes": made.bytes}
+    else:
+        document |= {"run_id": made.run_id, "alias": made.alias}
+    return document | ({"blobs": asdict(made.blobs)} if made.blobs else {})
+
+
+def _say(made: Published | Written) -> None:
+    from edge_agent.publishing.version_file import Written
+
+    if isinstance(made, Written):
+        terminal.echo(
+            f"{made.name} version {made.version}: {terminal.human_bytes(made.bytes)} in {made.file}; "
+            "on a device: edge-agent models import FILE"
         )
     else:
-        terminal.echo(f"{name} version {published.version} registered{f', alias {alias}' if alias else ''}")
-        terminal.echo(f"digest {published.digest}")
-    for line in (*published.limits, *build_advice.of_folder(folder)):
-        terminal.echo(f"edge-agent: {folder.name}: {line} (docs/models.md)", err=True)
+        alias = f", alias {made.alias}" if made.alias else ""
+        terminal.echo(f"{made.name} version {made.version} registered{alias}")
+    terminal.echo(f"digest {made.digest}")
+    if made.blobs:
+        terminal.echo(f"blobs: {made.blobs.written} written, {made.blobs.kept} already there")
 
 
 def _key_value(option: str) -> tuple[str, str]:

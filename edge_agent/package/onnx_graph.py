@@ -8,14 +8,30 @@ Source: onnx.proto3 (field numbers); com.microsoft.MatMulNBits and GatherBlockQu
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from edge_agent.errors import ContentError
 from edge_agent.package.protobuf import Value, fields, varints
 
 _MAX_NODES = 1_000_000
+_UINT8 = 2
+_FLOATS = {1: "float32", 10: "float16", 16: "bfloat16"}
+_MAX_CONSTANT = 16
+"""Elements: a smaller tensor is a number of the computation."""
+_ALL = range(1 << 10)
+_NONE = range(0)
+_WEIGHT_INPUTS: Mapping[str, range] = {
+    **dict.fromkeys(("MatMul", "Gemm", "Add", "Transpose", "Cast"), _ALL),
+    **dict.fromkeys(("LayerNormalization", "SkipLayerNormalization"), _ALL),
+    **dict.fromkeys(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"), _ALL),
+    **dict.fromkeys(("Gather", "GatherBlockQuantized"), range(1)),
+    "MatMulNBits": range(5, 6),  # its bias; the matrix counts by its two sizes
+    **dict.fromkeys(("GroupQueryAttention", "RotaryEmbedding"), _NONE),  # tables of sines
+}
+"""Where the model builder's operators have weights."""
 _ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 10: 2, 11: 8, 16: 2}
 
 
@@ -25,12 +41,14 @@ class QuantizedMatMul:
 
     Attributes:
         accuracy_level: 4 computes in int8, 1 in float32; with 0 the library chooses.
+        weights: number of elements.
     """
 
     name: str
     bits: int
     block_size: int
     accuracy_level: int
+    weights: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +60,9 @@ class OnnxGraph:
         embedding_bytes: size of the table of token embeddings.
         embedding_quantized: None if there is no such table.
         prunes_head: the last matrix is applied to the last token only.
+        weights: number of weights in the graph; a table of embeddings that is there twice counts twice. 0 where an
+            operator holds some that this module does not know.
+        float_type: of the matrices that are not quantized, such as `float16`; empty if there are none, or several.
     """
 
     matmuls: tuple[QuantizedMatMul, ...]
@@ -49,6 +70,8 @@ class OnnxGraph:
     embedding_bytes: int
     embedding_quantized: bool | None
     prunes_head: bool
+    weights: int = 0
+    float_type: str = ""
 
 
 def read(file: Path) -> OnnxGraph:
@@ -72,39 +95,65 @@ def _graph(model: memoryview) -> OnnxGraph:
     graph = next((_bytes(value) for number, value in fields(model) if number == 7), None)
     if graph is None:
         raise ValueError("no graph")
-    matmuls: list[QuantizedMatMul] = []
-    float_inputs: list[list[str]] = []
-    weights: dict[str, int] = {}
-    gathers: list[tuple[bool, list[str]]] = []
+    nodes: list[_Node] = []
+    tensors: dict[str, _Tensor] = {}
     pruned = False
     for count, (number, value) in enumerate(fields(graph)):
         if count > _MAX_NODES:
             raise ValueError("too many nodes")
         if number == 5:
-            name, size = _weight(_bytes(value))
-            weights[name] = size
+            tensor = _tensor(_bytes(value))
+            tensors[tensor.name] = tensor
         elif number == 12 and not pruned:
             pruned = _one_token_logits(_bytes(value))
         elif number == 1:
-            node = _Node(_bytes(value))
-            if node.kind == "MatMulNBits":
-                matmuls.append(node.quantized())
-            elif node.kind in ("Gather", "GatherBlockQuantized"):
-                gathers.append((node.kind == "GatherBlockQuantized", node.inputs))
-            elif node.kind in ("MatMul", "Gemm"):
-                float_inputs.append(node.inputs)
+            nodes.append(_Node(_bytes(value)))
+    floats = [
+        [tensors[name] for name in node.inputs if name in tensors]
+        for node in nodes
+        if node.kind in ("MatMul", "Gemm")
+    ]
+    float_types = {_FLOATS.get(tensor.type, "") for matrix in floats for tensor in matrix[:1]}
     embedding, quantized = 0, None
-    for is_quantized, inputs in gathers:
-        size = sum(weights.get(name, 0) for name in inputs)
-        if size > embedding:
-            embedding, quantized = size, is_quantized
+    for node in nodes:
+        if node.kind in ("Gather", "GatherBlockQuantized"):
+            size = sum(tensors[name].size_bytes for name in node.inputs if name in tensors)
+            if size > embedding:
+                embedding, quantized = size, node.kind == "GatherBlockQuantized"
     return OnnxGraph(
-        matmuls=tuple(matmuls),
-        float_matmuls=sum(any(name in weights for name in inputs) for inputs in float_inputs),
+        matmuls=tuple(node.quantized() for node in nodes if node.kind == "MatMulNBits"),
+        float_matmuls=sum(map(bool, floats)),
         embedding_bytes=embedding,
         embedding_quantized=quantized,
         prunes_head=pruned,
+        weights=_weights(nodes, tensors),
+        float_type=float_types.pop() if len(float_types) == 1 else "",
     )
+
+
+def _weights(nodes: Iterable[_Node], tensors: Mapping[str, _Tensor]) -> int:
+    """How many there are; 0 if an operator has some that are not known here."""
+    total, counted = 0, set[str]()
+    for node in nodes:
+        matrix = node.inputs[1] if node.kind == "MatMulNBits" and len(node.inputs) > 1 else ""
+        if matrix and matrix not in counted:
+            counted.add(matrix)
+            total += node.quantized().weights
+        for place, name in enumerate(node.inputs):
+            tensor = tensors.get(name)
+            if tensor is None or name in counted or place not in _WEIGHT_INPUTS.get(node.kind, _ALL):
+                continue
+            if node.kind == "GatherBlockQuantized":
+                packed = 8 // max(1, node.integers.get("bits", 4)) if tensor.type == _UINT8 else 1
+                total += tensor.elements * packed
+            elif tensor.type not in _FLOATS or tensor.elements <= _MAX_CONSTANT:
+                continue
+            elif node.kind not in _WEIGHT_INPUTS:
+                return 0
+            else:
+                total += tensor.elements
+            counted.add(name)
+    return total
 
 
 class _Node:
@@ -124,8 +173,10 @@ class _Node:
             elif number == 5:
                 self._attributes.append(_bytes(value))
 
-    def quantized(self) -> QuantizedMatMul:
-        integers: dict[str, int] = {}
+    @cached_property
+    def integers(self) -> dict[str, int]:
+        """The attributes that are numbers."""
+        found: dict[str, int] = {}
         for attribute in self._attributes:
             name, integer = "", 0
             for number, value in fields(attribute):
@@ -133,27 +184,43 @@ class _Node:
                     name = _text(value)
                 elif number == 3 and isinstance(value, int):
                     integer = value
-            integers[name] = integer
+            found[name] = integer
+        return found
+
+    def quantized(self) -> QuantizedMatMul:
         return QuantizedMatMul(
             name=self.name,
-            bits=integers.get("bits", 4),
-            block_size=integers.get("block_size", 0),
-            accuracy_level=integers.get("accuracy_level", 0),
+            bits=self.integers.get("bits", 4),
+            block_size=self.integers.get("block_size", 0),
+            accuracy_level=self.integers.get("accuracy_level", 0),
+            weights=self.integers.get("K", 0) * self.integers.get("N", 0),
         )
 
 
-def _weight(tensor: memoryview) -> tuple[str, int]:
-    """(name, bytes) of a TensorProto."""
-    name, elements, element_bytes = "", 1, 0
+@dataclass(frozen=True, kw_only=True)
+class _Tensor:
+    """What a TensorProto says of itself; `type` is an element type of onnx.proto3."""
+
+    name: str
+    type: int
+    elements: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.elements * _ELEMENT_BYTES.get(self.type, 0)
+
+
+def _tensor(tensor: memoryview) -> _Tensor:
+    name, elements, kind = "", 1, 0
     for number, value in fields(tensor):
         if number == 1:
             for size in [value] if isinstance(value, int) else varints(value):
                 elements *= size
         elif number == 2 and isinstance(value, int):
-            element_bytes = _ELEMENT_BYTES.get(value, 0)
+            kind = value
         elif number == 8:
             name = _text(value)
-    return name, elements * element_bytes
+    return _Tensor(name=name, type=kind, elements=elements)
 
 
 def _one_token_logits(output: memoryview) -> bool:

@@ -20,7 +20,7 @@ import json
 import logging
 import stat
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
@@ -31,10 +31,11 @@ from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from edge_agent.package.mlmodel import CODE_LOADER, TRANSFORMERS_LOADER, MLmodel
 
 WRAPPER = Path(__file__).parents[1] / "wrapper" / "genai_pyfunc.py"
-SHIPPED_WRAPPERS: tuple[str, ...] = (
-    "f16d85afa884bc6254858159ab65c43431194a1a66321f9c3e714a56daa07c31",  # 0.1.0
-)
-"""sha256 of the wrappers of earlier releases. Packages with these wrappers stay trusted."""
+SHIPPED_WRAPPERS: Mapping[str, str] = {
+    "f16d85afa884bc6254858159ab65c43431194a1a66321f9c3e714a56daa07c31": "0.1.0",
+}
+"""sha256 of the wrappers of earlier releases → the first release that shipped it. Packages with these wrappers stay
+trusted."""
 
 _CODE_SUFFIXES = frozenset(
     (

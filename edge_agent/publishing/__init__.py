@@ -1,25 +1,56 @@
 """Publishing: packages an ONNX or a Hugging Face folder as an MLflow model, and registers it as a version.
 
-`publish_folder` does all of it, and only then imports MLflow.
+`publish_folder` does all of it, `write_folder` makes a version file instead; only then MLflow is imported.
 
+    kinds.py         says what a folder is that is not what was asked for
     source.py        checks the folder, the options and the golden prompts
     hugging_face.py  chooses the files of a Hugging Face folder
     cleaning.py      leaves out of its configurations what no device reads
     trial.py         has the package tried in a process of its own, behind walls (trial_child.py)
     prompting.py     says what a chat template refuses, and where end tokens differ
     package.py       builds the MLflow package with its manifest and signature, and tries it once
+    description.py   says what it is, for a person who looks at it in MLflow
+    blobs.py         copies its files into a folder from which devices fetch them
     register.py      uploads it, registers the version, and moves the alias last
+    failures.py      says what a registry's failure means
+    version_file.py  writes it into a file for `models import`
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
-from edge_agent.publishing.package import Flavor, Progress, build_package, no_progress
-from edge_agent.publishing.register import Published, check_target, publish
+from edge_agent.publishing import blobs as blob_folders
+from edge_agent.publishing import kinds
+from edge_agent.publishing.blobs import Blobs
+from edge_agent.publishing.package import Flavor, Package, Progress, build_package, no_progress
+from edge_agent.publishing.register import Published, ReadBack, check_name, check_target, publish, reach
+from edge_agent.publishing.version_file import Written, check_file, write_file
+
+
+class Making(TypedDict, total=False):
+    """How a package is made.
+
+    Attributes:
+        flavor: `onnx` or `transformers`.
+        signature: `chat` (messages) or `prompt` (unchanged text).
+        options: generation defaults, see `source.OPTIONS`; text is converted.
+        golden: prompts that devices try before they use the version: a JSON file or its content.
+        sign_key: PEM private key; the package gets an OpenSSF Model Signing signature.
+        progress: called with (step, bytes done, total bytes).
+    """
+
+    flavor: Flavor
+    signature: Literal["chat", "prompt"]
+    options: Mapping[str, object] | None
+    golden: Path | Sequence[Mapping[str, Any]] | None
+    sign_key: Path | None
+    progress: Progress
 
 
 def publish_folder(
@@ -28,12 +59,9 @@ def publish_folder(
     name: str,
     registry_uri: str,
     alias: str | None = None,
-    flavor: Flavor = "onnx",
-    signature: Literal["chat", "prompt"] = "chat",
-    options: Mapping[str, object] | None = None,
-    golden: Path | Sequence[Mapping[str, Any]] | None = None,
-    sign_key: Path | None = None,
-    progress: Progress = no_progress,
+    blobs: Path | None = None,
+    read_back: ReadBack | None = None,
+    **making: Unpack[Making],
 ) -> Published:
     """Packages a folder made by the onnxruntime-genai model builder, or a Hugging Face folder, and registers it.
 
@@ -42,27 +70,55 @@ def publish_folder(
         name: the registered model's name; it is created if it does not exist.
         registry_uri: `http(s)://…` or `sqlite:///…`.
         alias: moved to the new version, as the last step.
-        flavor: `onnx` or `transformers`.
-        signature: `chat` (messages) or `prompt` (unchanged text).
-        options: generation defaults, see `source.OPTIONS`; text is converted.
-        golden: prompts that devices try before they use the version: a JSON file or its content.
-        sign_key: PEM private key; the package gets an OpenSSF Model Signing signature.
-        progress: called with (step, bytes done, total bytes).
+        blobs: folder that gets the package's files under their digests, before the version is registered.
+        read_back: says before the alias moves whether a device could fetch the version (`cli.read_back`); None
+            for nobody.
 
     Raises:
         PublishError: the folder, an option or the registry is at fault; no alias points to an incomplete version.
     """
     check_target(name=name, registry_uri=registry_uri, alias=alias)
-    with tempfile.TemporaryDirectory(prefix="edge-agent-publish-") as folder:
-        package = build_package(
-            source,
-            Path(folder) / "package",
+    kinds.check(source, making.get("flavor", "onnx"))
+    reach(registry_uri)
+    progress = making.get("progress", no_progress)
+    with _packaged(source, name, blobs, making) as (package, copied):
+        published = publish(
+            package,
+            registry_uri=registry_uri,
             name=name,
-            flavor=flavor,
-            signature=signature,
-            options=options or {},
-            golden=golden,
-            sign_key=sign_key,
+            alias=alias,
+            read_back=read_back,
             progress=progress,
         )
-        return publish(package, registry_uri=registry_uri, name=name, alias=alias, progress=progress)
+    return replace(published, blobs=copied)
+
+
+def write_folder(
+    source: Path, *, name: str, file: Path, blobs: Path | None = None, **making: Unpack[Making]
+) -> Written:
+    """The same into a version file for `edge-agent models import`, without any registry.
+
+    Raises:
+        PublishError: the folder or an option is at fault, or the file cannot be written.
+    """
+    check_name(name)
+    check_file(file)
+    kinds.check(source, making.get("flavor", "onnx"))
+    progress = making.get("progress", no_progress)
+    with _packaged(source, name, blobs, making) as (package, copied):
+        return replace(write_file(package, file, progress=progress), blobs=copied)
+
+
+@contextmanager
+def _packaged(
+    source: Path, name: str, blobs: Path | None, making: Making
+) -> Iterator[tuple[Package, Blobs | None]]:
+    """A finished package in a temporary folder, and what was written of it into the folder of blobs."""
+    if blobs is not None:
+        blob_folders.make_folder(blobs)
+    with tempfile.TemporaryDirectory(prefix="edge-agent-publish-") as folder:
+        package = build_package(source, Path(folder) / "package", name=name, **making)
+        copied = None
+        if blobs is not None:
+            copied = blob_folders.write_blobs(package, blobs, progress=making.get("progress", no_progress))
+        yield package, copied

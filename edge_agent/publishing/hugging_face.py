@@ -20,13 +20,13 @@ from typing import Any
 
 from edge_agent.errors import PublishError
 from edge_agent.package import transformers_options
-from edge_agent.publishing import cleaning
+from edge_agent.publishing import cleaning, kinds
+from edge_agent.publishing.kinds import HF_CONFIG
 
-CONFIG = "config.json"
 MODEL_FOLDER, TOKENIZER_FOLDER = "model", "components/tokenizer"
 REQUIREMENTS = ("mlflow==3.17.*", "transformers>=5.0,<6", "torch>=2.6", "safetensors>=0.4")
 
-_MODEL_FILES = (CONFIG, "generation_config.json")
+_MODEL_FILES = (HF_CONFIG, "generation_config.json")
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
@@ -64,20 +64,19 @@ def check_checkpoint(folder: Path, files: Sequence[Path]) -> Checkpoint:
     Raises:
         PublishError: something is missing, or a device would refuse it; the message names the file.
     """
+    kinds.check(folder, "transformers")
     names = {path.name for path in files if path.parent == Path()}
-    if CONFIG not in names:
-        raise PublishError(f"{folder} has no {CONFIG}: it is not a Hugging Face folder")
-    config = _read_object(folder / CONFIG)
+    config = _read_object(folder / HF_CONFIG)
     if "adapter_config.json" in names:
         raise PublishError(f"{folder} holds an adapter", remedy="merge it into its base model first")
     if config.get("quantization_config"):
         raise PublishError(
-            f"{folder / CONFIG} has a quantization_config, which needs libraries that devices do not have",
+            f"{folder / HF_CONFIG} has a quantization_config, which needs libraries that devices do not have",
             remedy="publish the weights in float16 or bfloat16, or as ONNX for onnxruntime-genai",
         )
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-        raise PublishError(f"{folder / CONFIG} names no architecture", remedy=_SAVE)
+        raise PublishError(f"{folder / HF_CONFIG} names no architecture", remedy=_SAVE)
     if transformers_options.TOKENIZER not in names:
         raise PublishError(
             f"{folder} has no tokenizer that devices read: no {transformers_options.TOKENIZER}",

@@ -29,6 +29,7 @@ from edge_agent.package import manifest as manifests
 from edge_agent.package.manifest import Manifest, ManifestFile
 from edge_agent.publishing import cleaning, hugging_face, trial
 from edge_agent.publishing import source as sources
+from edge_agent.publishing.description import Description, describe
 
 Flavor = Literal["onnx", "transformers"]
 Progress = Callable[[str, int, int], None]
@@ -60,11 +61,19 @@ class Package:
 
     Attributes:
         limits: what does not make it useless, and its publisher should know; one sentence each.
+        description: what it is, for a person; None for a package that was not built and tried here.
     """
 
     manifest: Manifest
     folder: Path
     limits: tuple[str, ...] = ()
+    description: Description | None = None
+
+    @property
+    def attached(self) -> tuple[ManifestFile, ...]:
+        """The files that describe the package, and that its manifest does not list."""
+        found = sorted(path for path in self.folder.iterdir() if path.name in manifests.ATTACHED)
+        return tuple(_listed(self.folder, found, 0, no_progress))
 
 
 def no_progress(step: str, done_bytes: int, total_bytes: int) -> None:
@@ -78,7 +87,7 @@ def build_package(
     name: str,
     flavor: Flavor = "onnx",
     signature: Literal["chat", "prompt"] = "chat",
-    options: Mapping[str, object],
+    options: Mapping[str, object] | None = None,
     golden: Path | Sequence[Mapping[str, Any]] | None = None,
     sign_key: Path | None = None,
     progress: Progress = no_progress,
@@ -101,7 +110,7 @@ def build_package(
         _signing()
         if not sign_key.is_file():
             raise PublishError(f"signing key {sign_key} is not a file")
-    checked, prompts = sources.check_options(options), sources.read_golden(golden)
+    checked, prompts = sources.check_options(options or {}), sources.read_golden(golden)
     if flavor == "transformers":
         trial.need_transformers()
         checkpoint = hugging_face.check_checkpoint(source_dir, sources.list_files(source_dir))
@@ -112,6 +121,7 @@ def build_package(
         found = sources.check_folder(source_dir)
         sources.check_length(sources.context_of(source_dir), checked)
         files = {f"artifacts/{ARTIFACT}/{path.as_posix()}": source_dir / path for path in found}
+        sources.check_paths(files)
         rewritten = cleaning.rewrite(
             files, genai_tokenizer.CONFIGURATIONS.__contains__, genai_tokenizer.clean
         )
@@ -128,7 +138,12 @@ def build_package(
         raise PublishError(f"devices would refuse the package: {error}") from error
     if sign_key is not None:
         _sign(destination, sign_key)
-    return Package(manifest=manifest, folder=destination, limits=tuple(limits))
+    return Package(
+        manifest=manifest,
+        folder=destination,
+        limits=tuple(limits),
+        description=describe(destination, manifest),
+    )
 
 
 def _save(
@@ -231,6 +246,7 @@ def _write_manifest(name: str, folder: Path, report: Progress) -> Manifest:
     total = sum(path.stat().st_size for path in paths)
     try:
         manifest = manifests.make(name, _listed(folder, paths, total, report))
+        manifests.parse(manifest.encode())  # its own size has a bound, too
     except ContentError as error:
         raise PublishError(f"the package breaks a rule of the manifest: {error.message}") from error
     (folder / manifests.MANIFEST_NAME).write_bytes(manifest.encode())

@@ -8,17 +8,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from edge_agent import printable
 from edge_agent.errors import ContentError, PublishError
 from edge_agent.package import genai_files, genai_options
+from edge_agent.package import manifest as manifests
+from edge_agent.package.manifest import MAX_FILES
 from edge_agent.package.mlmodel import MAX_GOLDEN_TOKENS
+from edge_agent.publishing import kinds
 
 MAX_GOLDEN = 32
 MAX_GOLDEN_BYTES = 1 << 20
 GOLDEN_FIELDS = ("prompt", "messages", "expect", "max_tokens")
 _GOLDEN_FORM = 'write [{"prompt": "…", "expect": "…"}]; `edge-agent publish --help` has an example'
+_NOT_SENT = re.compile(r"[#?%:]|(?:^|/) ")
+"""Of a path. MLflow 3.17 puts it into an address as it stands, and decodes it once more in its listing: the file gets
+another name, or its folder can no longer be listed (tried with a server)."""
 _REBUILD = "make the folder with python -m onnxruntime_genai.models.builder"
 
 
@@ -81,10 +88,9 @@ def check_folder(folder: Path) -> list[Path]:
     Raises:
         PublishError: something is missing, or a device would refuse it; the message names the file.
     """
+    kinds.check(folder, "onnx")
     files = list_files(folder)
     config_file = folder / genai_options.FILE_NAME
-    if not config_file.is_file():
-        raise PublishError(f"{folder} has no {genai_options.FILE_NAME}", remedy=_REBUILD)
     try:
         genai_options.check(config_file, genai_options.FILE_NAME)
     except ContentError as error:
@@ -111,6 +117,41 @@ def list_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise PublishError(f"{folder} is not a folder")
     return sorted(_files(folder))
+
+
+def check_paths(files: Mapping[str, Path]) -> None:
+    """Checks what the files will be called in the package, and how many there are.
+
+    Args:
+        files: path in the package → path on this machine.
+
+    Raises:
+        PublishError: a device would refuse it, or a registry would give a file another name.
+    """
+    if len(files) > MAX_FILES:
+        raise PublishError(
+            f"the folder has {len(files)} files, a package has at most {MAX_FILES}",
+            remedy="move what the model does not need out of it",
+        )
+    if len({parent for path in files for parent in PurePosixPath(path).parents}) > MAX_FILES:
+        raise PublishError(f"the folder has more than {MAX_FILES} folders, and devices list them one by one")
+    for target, path in files.items():
+        if _NOT_SENT.search(target):
+            raise PublishError(
+                f"{printable.line(str(path))}: MLflow does not keep a name with '#', '?', '%' or ':' in it, "
+                "or with a space at its beginning",
+                remedy="rename it",
+            )
+        try:
+            manifests.check_path(target)
+        except ContentError as error:
+            raise PublishError(
+                f"{printable.line(str(path))}: devices refuse its name: {error.message}", remedy="rename it"
+            ) from error
+    try:
+        manifests.check_paths(files)
+    except ContentError as error:
+        raise PublishError(f"devices refuse the folder: {error.message}", remedy="rename one") from error
 
 
 def context_of(folder: Path) -> int:

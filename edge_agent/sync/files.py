@@ -235,12 +235,13 @@ def walk(repository: Any) -> list[Listed]:
             path = check_path(entry.path)
             if folder is not None and not path.startswith(f"{folder}/"):
                 raise ManifestError(f"the registry lists {path!r} in folder {folder!r}")
+            size_bytes = 0 if entry.file_size is None else entry.file_size  # MLflow leaves a 0 out
             if entry.is_dir:
                 folders.append(path)
-            elif not isinstance(entry.file_size, int) or entry.file_size < 0:
+            elif not isinstance(size_bytes, int) or size_bytes < 0:
                 raise ManifestError(f"the registry gives no size for {path!r}")
             else:
-                found.append(Listed(path=path, size_bytes=entry.file_size))
+                found.append(Listed(path=path, size_bytes=size_bytes))
         if len(found) + len(folders) + visited > 2 * MAX_LISTED:
             raise ManifestError(f"the package has more than {MAX_FILES} files")
     return checked(found)

@@ -1,13 +1,10 @@
 """A cached version as one file, for a USB stick, and back.
 
-The file is an uncompressed tar: first `version.json` (which version, its manifest, the files beside it), then
-each blob once, as `blobs/<sha256>`. Names inside are digests, so no path of the file is ever followed; the
-package's own paths are in the manifest, under its rules. On import, the file takes the place of a registry:
-`sync.bring` fetches from it, verifies, judges and commits. Refuses members of any other kind or name, and a header
-over a bound.
-
-Any `tar` command lists its content. It is read block by block here, because extended headers, which could be as
-large as the file, are not allowed in it.
+`cache/version_file.py` has the format and writes it. On import, the file takes the place of a registry: `sync.bring`
+fetches from it, verifies, judges and commits. No path of the file is ever followed: names inside are digests, and the
+package's own paths are in the manifest, under its rules. Refuses members of any other kind or name, and a header over a
+bound. It is read block by block here, because extended headers, which could be as large as the file, are not allowed in
+it.
 
 Files are descriptors here: whoever asks opens them, so the daemon, which can see neither a home folder nor a USB
 stick, can be asked too.
@@ -15,9 +12,7 @@ stick, can be asked too.
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import hashlib
 import io
 import os
 import stat
@@ -25,34 +20,25 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
-from edge_agent.cache import durable
 from edge_agent.cache import record as records
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
+from edge_agent.cache.version_file import BLOB_PREFIX, BLOCK, HEADER_NAME, padding, write_version
 from edge_agent.errors import ContentError, ManifestError, StoreError, VerificationError
 from edge_agent.package import manifest as manifests
-from edge_agent.package.manifest import ManifestFile
 from edge_agent.package.reference import ModelRef, ModelVersion
 from edge_agent.sync.bring import bring
 from edge_agent.sync.files import Listed, PastTheEnd, RequestRefused, Stream
 from edge_agent.sync.pace import CHUNK_BYTES
 from edge_agent.sync.protocol import Emit, SyncJob, SyncResult
 
-HEADER_NAME = "version.json"
-BLOB_PREFIX = "blobs/"
 ORIGIN = "bundle:"
 """The `registry_uri` of a version that came from a file: no registry vouches for it. Records on disk hold this
 value."""
 
 _MAX_HEADER_BYTES = 4 << 20
-_BLOCK = tarfile.BLOCKSIZE
-_WRITE_REMEDIES = {
-    errno.ENOSPC: "free some space there",
-    errno.EFBIG: "a FAT file system holds files of up to 4 GiB: take exFAT or ext4",
-}
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
 
 
@@ -79,20 +65,11 @@ def export_version(
         StoreError: the version is gone, or the file cannot be written.
     """
     _check_regular(descriptor, refused=os.O_RDONLY)
-    files = sorted({file.sha256: file for file in record.files}.values(), key=lambda file: file.sha256)
-    total = sum(file.size_bytes for file in files)
     with store.lease(record) as folder:
-        done = 0
-        header = record.encode()
-        written = _write(descriptor, _tar_header(HEADER_NAME, len(header)), header, _padding(len(header)))
-        for file in files:
-            written += _write(descriptor, _tar_header(BLOB_PREFIX + file.sha256, file.size_bytes))
-            for chunk in _verified_chunks(folder / file.path, file):
-                written += _write(descriptor, chunk)
-                done += len(chunk)
-                report(done, total)
-            written += _write(descriptor, _padding(file.size_bytes))
-        return written + _write(descriptor, bytes(2 * _BLOCK))
+        try:
+            return write_version(descriptor, record, folder, report=report)
+        except VerificationError as error:
+            raise VerificationError(error.message, remedy="`edge-agent models verify`") from error
 
 
 def read_version(descriptor: int) -> ModelVersion:
@@ -206,14 +183,14 @@ def read_package(stream: IO[bytes]) -> FilePackage:
             )
         members[name] = member
         position = _end(member)
-    if _read(stream, position, _BLOCK).strip(b"\0"):
+    if _read(stream, position, BLOCK).strip(b"\0"):
         raise ContentError("the file has more members than its manifest names")
     return FilePackage(stream, record, members)
 
 
 def _member(stream: IO[bytes], position: int, file_bytes: int) -> tuple[str, _Member]:
     """The member whose header is at this position."""
-    block = _read(stream, position, _BLOCK)
+    block = _read(stream, position, BLOCK)
     try:
         # This reads the names, numbers and checksum of one block, and follows nothing.
         info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
@@ -224,7 +201,7 @@ def _member(stream: IO[bytes], position: int, file_bytes: int) -> tuple[str, _Me
         ) from error
     if info.type not in _REGULAR:
         raise ContentError(f"the file has a member {info.name[:100]!r} that is not a regular file")
-    member = _Member(offset=position + _BLOCK, size_bytes=info.size)
+    member = _Member(offset=position + BLOCK, size_bytes=info.size)
     if not 0 <= info.size <= manifests.MAX_FILE_BYTES or _end(member) > file_bytes:
         raise ContentError(f"the file ends before its member {info.name[:100]!r}")
     return info.name, member
@@ -241,17 +218,6 @@ def _read(stream: IO[bytes], position: int, count: int) -> bytes:
         return stream.read(count)
     except OSError as error:
         raise StoreError(f"the file cannot be read: {error.strerror}") from error
-
-
-def _write(descriptor: int, *parts: bytes) -> int:
-    """Appends all parts and returns their length."""
-    try:
-        for part in parts:
-            durable.write_all(descriptor, part)
-    except OSError as error:
-        remedy = _WRITE_REMEDIES.get(error.errno or 0, "")
-        raise StoreError(f"the file cannot be written: {error.strerror}", remedy=remedy) from error
-    return sum(len(part) for part in parts)
 
 
 @contextmanager
@@ -276,35 +242,4 @@ def _check_regular(descriptor: int, *, refused: int) -> None:
 
 
 def _end(member: _Member) -> int:
-    return member.offset + member.size_bytes + len(_padding(member.size_bytes))
-
-
-def _tar_header(name: str, size_bytes: int) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size = size_bytes
-    info.mode = durable.BLOB_MODE
-    return info.tobuf(tarfile.GNU_FORMAT)  # a size over 8 GiB fits, too
-
-
-def _padding(size_bytes: int) -> bytes:
-    return bytes(-size_bytes % _BLOCK)
-
-
-def _verified_chunks(path: Path, file: ManifestFile) -> Iterator[bytes]:
-    """The bytes of a version's file, compared with its digest at the end."""
-    digest, count = hashlib.sha256(), 0
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise VerificationError(f"{file.path!r} cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as stream:
-        while chunk := stream.read(min(CHUNK_BYTES, file.size_bytes - count + 1)):
-            digest.update(chunk)
-            count += len(chunk)
-            if count > file.size_bytes:
-                break
-            yield chunk
-    if (count, digest.hexdigest()) != (file.size_bytes, file.sha256):
-        raise VerificationError(
-            f"{file.path!r} of the version is damaged", remedy="`edge-agent models verify`"
-        )
+    return member.offset + member.size_bytes + len(padding(member.size_bytes))

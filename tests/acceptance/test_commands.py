@@ -123,6 +123,7 @@ def test_wrong_usage_is_2(agent: Daemon, arguments: tuple[str, ...]) -> None:
         ({"models": {"assistant": {"uri": "phi3"}}}, "models.assistant.uri"),
         ({"device_id": "a/b"}, "device_id"),
         ({"limits": {"queue_depth": "many"}}, "limits.queue_depth"),
+        ({"registry": {"uri": "127.0.0.1:5051"}}, "registry.uri"),
         ({"mqtt": {"ca_file": "/nonexistent.pem"}}, "mqtt.ca_file"),
     ],
 )

@@ -81,6 +81,32 @@ def test_a_chat_package_published_over_http_answers_where_no_agent_is_installed(
     assert answer["last"]["finish_reason"] == "stop"
 
 
+def test_mlflow_shows_a_person_what_a_version_is(mlflow_server: Server, sample_model: Path) -> None:
+    published = publish_folder(
+        sample_model,
+        name="shown-to-a-person",
+        registry_uri=mlflow_server.uri,
+        golden=[{**SPAIN, "expect": "Madrid"}],
+    )
+    version = client(mlflow_server.uri).get_model_version(published.name, str(published.version))
+    size = int(version.tags.pop("edge_agent.size_bytes"))
+    assert version.tags.pop("edge_agent.requires_agent")
+    assert version.tags == {
+        "edge_agent.manifest_sha256": published.digest,
+        "edge_agent.architecture": "phi3",
+        "edge_agent.parameters": "1246336",
+        "edge_agent.quantization": "int4",
+        "edge_agent.block_size": "32",
+        "edge_agent.context_tokens": "2048",
+        "edge_agent.golden": "1 of 1",
+    }
+    assert size > sum(path.stat().st_size for path in sample_model.iterdir())
+    assert version.description.startswith(
+        "phi3, 1.25 million parameters, int4 in blocks of 32, context of 2,048"
+    )
+    assert "1 of 1 as expected" in version.description
+
+
 def test_a_prompt_package_published_to_a_sqlite_file_answers_where_no_agent_is_installed(
     sample_model: Path, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 from mlflow.store.artifact import s3_artifact_repo
 
 from edge_agent.cache import fsck, line_use
+from edge_agent.cli.read_back import read_back
 from edge_agent.errors import (
     LinkHeld,
     ManifestError,
@@ -321,7 +322,7 @@ def test_without_boto3_an_s3_source_says_what_to_install(
 
 @pytest.fixture
 def package(direct: Store) -> Package:
-    folder = make_package(direct.device.folder / "made", trust.WRAPPER)
+    folder = make_package(direct.device.folder / "made", trust.WRAPPER, {"artifacts/model/empty": b""})
     add_manifest(folder, direct.device.model)
     return Package(folder=folder, manifest=manifest_of(folder, direct.device.model))
 
@@ -336,7 +337,13 @@ def experiment(direct: Store, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def publish(direct: Store, package: Package) -> None:
-    register.publish(package, registry_uri=direct.device.uri, name=direct.device.model, alias="prod")
+    register.publish(
+        package,
+        registry_uri=direct.device.uri,
+        name=direct.device.model,
+        alias="prod",
+        read_back=read_back,
+    )
 
 
 @pytest.mark.usefixtures("experiment")

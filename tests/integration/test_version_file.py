@@ -15,15 +15,11 @@ import pytest
 
 from edge_agent.cache import fsck
 from edge_agent.cache.store import Store
+from edge_agent.cache.version_file import BLOB_PREFIX, HEADER_NAME
 from edge_agent.errors import ContentError, EdgeAgentError, PolicyError, StoreError, VerificationError
 from edge_agent.package import trust
 from edge_agent.sync.protocol import TrustJob
-from edge_agent.sync.version_file import (
-    BLOB_PREFIX,
-    HEADER_NAME,
-    export_version,
-    read_version,
-)
+from edge_agent.sync.version_file import export_version, read_version
 from tests.support.keys import make_keys
 from tests.support.packages import WEIGHTS
 from tests.support.version_files import MODEL, bring_in, export, write_out

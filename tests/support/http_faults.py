@@ -52,6 +52,10 @@ class HttpFault(StrEnum):
     UNAVAILABLE = "unavailable"
     GONE = "gone"
     FORBIDDEN = "forbidden"
+    SHORT_UPLOAD = "short_upload"
+    """The last byte of an upload is lost on its way."""
+    FLIP_UPLOAD = "flip_upload"
+    """One bit of an upload is another one."""
 
 
 _STATUSES: dict[HttpFault | None, int] = {
@@ -149,7 +153,9 @@ class FaultyProxy:
             headers.pop("Range", None)
         if fault is HttpFault.OTHER_ETAG:
             headers.pop("If-Range", None)
-        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        body = self._uploaded(request, request.rfile.read(int(request.headers.get("Content-Length", 0))))
+        if request.command == "PUT":
+            headers["Content-Length"] = str(len(body))
         if self.authorization not in (None, request.headers.get("Authorization")):
             self._turn_away(request)
             return
@@ -158,6 +164,14 @@ class FaultyProxy:
             answer = upstream.getresponse()
             with contextlib.suppress(ConnectionError, TimeoutError):
                 self._answer(request, answer, fault)
+
+    def _uploaded(self, request: BaseHTTPRequestHandler, body: bytes) -> bytes:
+        """What of an upload of the plan's file reaches the server."""
+        if request.command != "PUT" or not self.plan.file or not request.path.endswith(self.plan.file):
+            return body
+        if self.plan.fault is HttpFault.SHORT_UPLOAD:
+            return body[:-1]
+        return bytes((body[0] ^ 1,)) + body[1:] if self.plan.fault is HttpFault.FLIP_UPLOAD else body
 
     def _turn_away(self, request: BaseHTTPRequestHandler) -> None:
         self.refused += 1

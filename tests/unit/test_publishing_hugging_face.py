@@ -72,7 +72,7 @@ def lost_part(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "it is not a Hugging Face folder"),
+        (lambda folder: (folder / "config.json").unlink(), "has weights, and no config.json"),
         (lambda folder: (folder / "config.json").write_text("["), "is not JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "is not a JSON object"),
         (lambda folder: configure(folder, architectures=None), "names no architecture"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from edge_agent import printable
 from edge_agent.cli import publish
 from edge_agent.errors import PublishError
 from edge_agent.package import trust
@@ -76,9 +77,9 @@ def test_max_length_beyond_the_context_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(PublishError, match="is not a folder"):
+    with pytest.raises(PublishError, match="does not exist"):
         source.check_folder(tmp_path / "nothing")
-    with pytest.raises(PublishError, match=r"has no genai_config.json; make the folder with"):
+    with pytest.raises(PublishError, match=r"is empty; make the folder with"):
         source.check_folder(tmp_path)
 
 
@@ -104,6 +105,61 @@ def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
     (folder / "link.txt").symlink_to("model.onnx")
     with pytest.raises(PublishError, match=r"link\.txt is a symbolic link; copy the folder"):
         source.check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "empty",
+        "a b",
+        "50 percent",
+        "größe",
+        "日本",
+        "a;b",
+        "a&b+c=d",
+        "'quoted\"",
+        "x" * 255,
+        ".hidden",
+        "a..b",
+    ],
+)
+def test_a_name_that_every_store_keeps_may_be_published(name: str) -> None:
+    source.check_paths({f"artifacts/onnx/{name}": Path(name)})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a#b", "does not keep a name with '#'"),
+        ("a?b", "does not keep"),
+        ("100%25", "does not keep"),
+        ("file:x", "does not keep"),
+        ("C:/x", "does not keep"),
+        (" a", "a space at its beginning; rename it"),
+        ("in a/ folder/x", "a space at its beginning"),
+        ("a\\b", "has a backslash or a control character; rename it"),
+        ("a\nb", "has a backslash or a control character"),
+        ("a\udcffb", "is not valid text"),
+        ("/".join(["x" * 250] * 3), "has more than 512 bytes"),
+    ],
+)
+def test_a_name_that_a_device_or_a_store_loses_is_refused_by_name(name: str, message: str) -> None:
+    with pytest.raises(PublishError, match=re.escape(message)) as caught:
+        source.check_paths({"MLmodel": Path("MLmodel"), f"artifacts/onnx/{name}": Path("/src") / name})
+    assert caught.value.message.startswith(printable.line(f"/src/{name}: "))
+
+
+def test_two_names_that_some_file_systems_take_for_one_are_refused() -> None:
+    with pytest.raises(PublishError, match=r"'x/A\.txt' and 'x/a\.txt' differ only in case; rename one"):
+        source.check_paths({"x/A.txt": Path("A.txt"), "x/a.txt": Path("a.txt")})
+
+
+def test_more_files_or_folders_than_a_device_lists_are_refused() -> None:
+    source.check_paths({f"{n}": Path("x") for n in range(2_000)})
+    with pytest.raises(PublishError, match="has 2001 files, a package has at most 2000"):
+        source.check_paths({f"{n}": Path("x") for n in range(2_001)})
+    with pytest.raises(PublishError, match="more than 2000 folders"):
+        source.check_paths({f"{n}/a/b": Path("x") for n in range(1_000)})
 
 
 @pytest.mark.parametrize(
@@ -171,8 +227,12 @@ def test_the_documented_golden_prompts_are_golden_prompts() -> None:
         ({"alias": "v2"}, "'v2' is reserved by MLflow"),
         ({"alias": "latest"}, "reserved"),
         ({"alias": "two words"}, "must be letters"),
-        ({"registry_uri": "file:/tmp/x"}, "is not supported; give http"),
-        ({"registry_uri": ""}, "is not supported"),
+        ({"registry_uri": "file:/tmp/x"}, "is not supported: write http"),
+        ({"registry_uri": ""}, "has no scheme"),
+        (
+            {"registry_uri": "127.0.0.1:5051"},
+            "registry: '127.0.0.1:5051' has no scheme: write http://127.0.0.1:5051",
+        ),
     ],
 )
 def test_a_target_that_cannot_work_is_refused_before_any_connection(

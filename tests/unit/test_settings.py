@@ -56,6 +56,12 @@ def test_systemds_directories_are_used(tmp_path: Path, monkeypatch: pytest.Monke
         ({"registry": {"uri": "http://user:secret@host"}}, "registry.uri"),
         ({"registry": {"uri": "HTTP://user:secret@host"}}, "registry.uri"),
         ({"registry": {"uri": "postgresql+psycopg2://user:secret@host"}}, "registry.uri"),
+        ({"registry": {"uri": "user:secret@host:5000"}}, "registry.uri: must not contain credentials"),
+        (
+            {"registry": {"uri": "127.0.0.1:5051"}},
+            "registry.uri: '127.0.0.1:5051' has no scheme: write http://127.0.0.1:5051",
+        ),
+        ({"registry": {"uri": "databricks"}}, "registry.uri"),
         ({"registry": {"poll_interval_s": 0}}, "registry.poll_interval_s"),
         ({"models": {"a/b": {"uri": "models:/a@b"}}}, "models"),
         ({"models": {"a": {"uri": "models:/a/latest"}}}, "models.a.uri"),
