@@ -27,6 +27,9 @@ ARTIFACT_PATH = "model"
 READY_TIMEOUT_S = 120
 _RETRIES = "2"  # with its default of 7, MLflow waits four minutes for a server that is down
 _REQUEST_TIMEOUT_S = "60"  # of each read
+_STORED_BYTES_PER_S = (
+    4 << 20
+)  # a server answers an upload when its own store has the file; slow ones are slower than S3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +160,10 @@ class _Registration:
                 progress("upload", done, total)
                 parent = path.parent.relative_to(folder).as_posix()
                 place = ARTIFACT_PATH if parent == "." else f"{ARTIFACT_PATH}/{parent}"
-                self.client.log_artifact(self.run_id, str(path), place)
-                done += path.stat().st_size
+                size_bytes = path.stat().st_size
+                with _time_to_store(size_bytes):
+                    self.client.log_artifact(self.run_id, str(path), place)
+                done += size_bytes
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is raised below
                 self.client.set_terminated(self.run_id, status="FAILED")
@@ -225,6 +230,19 @@ def _calm_client() -> Iterator[None]:
     finally:
         for variable in set_here:
             variable.unset()
+
+
+@contextlib.contextmanager
+def _time_to_store(size_bytes: int) -> Iterator[None]:
+    """Lets a request wait for its answer as long as a server may need to hand a large file on."""
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as TIMEOUT
+
+    before = TIMEOUT.get_raw()
+    TIMEOUT.set(max(TIMEOUT.get(), size_bytes // _STORED_BYTES_PER_S))
+    try:
+        yield
+    finally:
+        TIMEOUT.unset() if before is None else TIMEOUT.set(before)
 
 
 def _remedy(error: Exception) -> str:
