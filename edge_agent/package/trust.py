@@ -299,7 +299,8 @@ def _fingerprint(key: str) -> str:
 
 def is_shipped(path: Path) -> bool:
     """True if a code file is this agent's wrapper, of this or an earlier release, byte for byte."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as stream:  # of any size: a package may call anything its code
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest in SHIPPED_WRAPPERS:
         return True
     try:

@@ -33,6 +33,8 @@ READY_TIMEOUT_S = 120
 _SQLITE = "sqlite:///"
 _RETRIES = "2"  # with its default of 7, MLflow waits four minutes for a server that is down
 _REQUEST_TIMEOUT_S = "60"  # of each read
+_STORED_BYTES_PER_S = 4 << 20
+"""A server answers an upload once its own store has the file: this is a slow one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +203,10 @@ class _Registration:
                 progress("upload", done, total)
                 parent = path.parent.relative_to(folder).as_posix()
                 place = ARTIFACT_PATH if parent == "." else f"{ARTIFACT_PATH}/{parent}"
-                self.client.log_artifact(self.run_id, str(path), place)
-                done += path.stat().st_size
+                size_bytes = path.stat().st_size
+                with _time_to_store(size_bytes):
+                    self.client.log_artifact(self.run_id, str(path), place)
+                done += size_bytes
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is raised below
                 self.client.set_terminated(self.run_id, status="FAILED")
@@ -310,6 +314,19 @@ def _client(registry_uri: str) -> Any:
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return mlflow.MlflowClient(tracking_uri=registry_uri, registry_uri=registry_uri)
+
+
+@contextlib.contextmanager
+def _time_to_store(size_bytes: int) -> Iterator[None]:
+    """Lets a request wait for its answer as long as a server may need to hand a large file on."""
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as TIMEOUT
+
+    before = TIMEOUT.get_raw()
+    TIMEOUT.set(max(TIMEOUT.get(), size_bytes // _STORED_BYTES_PER_S))
+    try:
+        yield
+    finally:
+        TIMEOUT.unset() if before is None else TIMEOUT.set(before)
 
 
 def _database(registry_uri: str) -> Path:

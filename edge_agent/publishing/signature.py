@@ -1,6 +1,7 @@
-"""The MLflow signatures: inputs and outputs of the chat form (llm/v1/chat) and the prompt form; options are params.
+"""The MLflow signatures: inputs and outputs of the chat form (llm/v1/chat) and the prompt form.
 
-docs/adr/0001-request-options-as-mlflow-params.md says why options that the two forms lack are params.
+MLflow drops what a signature does not declare, with a line in its log. So every field of a request is an optional
+input, and options are params, too: docs/adr/0001-request-options-as-mlflow-params.md.
 This module imports MLflow, so import it only where a model is saved.
 """
 
@@ -10,28 +11,67 @@ from typing import Any
 
 from mlflow.models import ModelSignature
 from mlflow.types import DataType
-from mlflow.types.schema import Array, ColSpec, Object, ParamSchema, ParamSpec, Property, Schema
+from mlflow.types.schema import AnyType, Array, ColSpec, Object, ParamSchema, ParamSpec, Property, Schema
 
 _STRING, _LONG, _DOUBLE = DataType.string, DataType.long, DataType.double
 
+TAKEN = (
+    *(
+        "top_p",
+        "top_k",
+        "repetition_penalty",
+        "seed",
+        "response_format",
+        "max_completion_tokens",
+        "model",
+        "id",
+    ),
+    *("user", "stream_options", "logprobs", "frequency_penalty", "presence_penalty"),
+)
+"""What the wrapper takes beside the inputs of the chat form."""
+REFUSED = (
+    *("reply_to", "deadline_ms"),
+    *(
+        "tools",
+        "tool_choice",
+        "functions",
+        "function_call",
+        "logit_bias",
+        "top_logprobs",
+        "reasoning_effort",
+        "min_p",
+    ),
+)
+"""Fields that would change an answer, and that the wrapper does not know: it has to see them to refuse them."""
+
 
 def model_signature(kind: str) -> ModelSignature:
-    """The signature of a `chat` or a `prompt` package."""
-    if kind == "chat":
-        return ModelSignature(inputs=_chat_inputs(), outputs=_chat_outputs(), params=_params())
-    return ModelSignature(
-        inputs=Schema([ColSpec(_STRING, "prompt")]), outputs=Schema([ColSpec(_STRING)]), params=_params()
-    )
+    """The signature of a `chat` or a `prompt` package with the agent's wrapper."""
+    declared = seed_signature(kind)
+    given = {column.name for column in declared.inputs}
+    options = [column for column in _chat_options() if column.name not in given]
+    # The wrapper checks them better than MLflow, which takes no null for a number.
+    anything = [ColSpec(AnyType(), name, required=False) for name in (*TAKEN, *REFUSED)]
+    inputs = Schema([*declared.inputs, *options, *anything])
+    return ModelSignature(inputs=inputs, outputs=declared.outputs, params=_params())
 
 
 def seed_signature(kind: str) -> ModelSignature:
-    """The same without params: MLflow's transformers flavor would pass each of them to the library."""
-    declared = model_signature(kind)
-    return ModelSignature(inputs=declared.inputs, outputs=declared.outputs)
+    """The bare form: MLflow's transformers flavor would pass each other input and param to the library."""
+    if kind == "chat":
+        inputs = Schema([ColSpec(Array(_message()), "messages"), *_chat_options()])
+        return ModelSignature(inputs=inputs, outputs=_chat_outputs())
+    return ModelSignature(inputs=Schema([ColSpec(_STRING, "prompt")]), outputs=Schema([ColSpec(_STRING)]))
 
 
 def _params() -> ParamSchema:
-    """Every option of a request; None or an empty list means not given."""
+    """Every option of a request; None, an empty list and the form `text` mean not given."""
+    form = Object(
+        [
+            Property("type", _STRING),
+            *(Property(name, AnyType(), required=False) for name in ("json_schema", "schema", "regex")),
+        ]
+    )
     return ParamSchema(
         [
             ParamSpec("temperature", _DOUBLE, None),
@@ -41,22 +81,19 @@ def _params() -> ParamSchema:
             ParamSpec("top_k", _LONG, None),
             ParamSpec("repetition_penalty", _DOUBLE, None),
             ParamSpec("seed", _LONG, None),
-            ParamSpec("response_format", _STRING, None),
+            ParamSpec("response_format", form, {"type": "text"}),
         ]
     )
 
 
-def _chat_inputs() -> Schema:
-    return Schema(
-        [
-            ColSpec(Array(_message()), "messages"),
-            ColSpec(_DOUBLE, "temperature", required=False),
-            ColSpec(_LONG, "max_tokens", required=False),
-            ColSpec(Array(_STRING), "stop", required=False),
-            ColSpec(_LONG, "n", required=False),
-            ColSpec(DataType.boolean, "stream", required=False),
-        ]
-    )
+def _chat_options() -> list[ColSpec]:
+    return [
+        ColSpec(_DOUBLE, "temperature", required=False),
+        ColSpec(_LONG, "max_tokens", required=False),
+        ColSpec(Array(_STRING), "stop", required=False),
+        ColSpec(_LONG, "n", required=False),
+        ColSpec(DataType.boolean, "stream", required=False),
+    ]
 
 
 def _chat_outputs() -> Schema:

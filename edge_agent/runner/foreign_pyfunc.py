@@ -10,7 +10,7 @@ these. Options reach it as far as its signature declares them; stop strings are 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,12 +57,14 @@ class Signature:
         form: `chat` or `prompt`.
         text_input: name of the prompt's input, None when it has none.
         inputs, params: names that the package takes.
+        objects: those of the params that are objects.
     """
 
     form: str
     text_input: str | None
     inputs: frozenset[str]
     params: frozenset[str]
+    objects: frozenset[str] = frozenset()
 
 
 def signature_of(metadata: Any) -> Signature:
@@ -78,15 +80,31 @@ def signature_of(metadata: Any) -> Signature:
     if schema is None:
         raise RunnerError("the model has no signature", remedy=_REMEDY)
     params_schema = metadata.get_params_schema()
-    params = frozenset(param.name for param in params_schema.params) if params_schema else frozenset()
+    declared = params_schema.params if params_schema else []
+    params = frozenset(param.name for param in declared)
+    objects = frozenset(param.name for param in declared if hasattr(param.dtype, "properties"))
     columns = [] if schema.is_tensor_spec() else list(schema.inputs)
     names = {str(column.name) for column in columns if column.name is not None}
-    if "messages" in names:
-        return Signature(form="chat", text_input=None, inputs=frozenset(names), params=params)
-    if len(columns) == 1 and str(columns[0].type) == "DataType.string":
-        return Signature(form="prompt", text_input=columns[0].name, inputs=frozenset(names), params=params)
+    text = _text_column(columns)
+    if "messages" in names or text is not None:
+        return Signature(
+            form="chat" if "messages" in names else "prompt",
+            text_input=None if text is None else text.name,
+            inputs=frozenset(names),
+            params=params,
+            objects=objects,
+        )
     shown = ", ".join(str(column) for column in schema.inputs)[:200]
     raise RunnerError(f"the model's inputs are those of no language model ({shown})", remedy=_REMEDY)
+
+
+def _text_column(columns: Sequence[Any]) -> Any:
+    """The column that takes the prompt: the only one, or `prompt` where all others are optional; else None."""
+    if len(columns) > 1:
+        columns = [column for column in columns if column.required or column.name == "prompt"]
+        if [column.name for column in columns] != ["prompt"]:
+            return None
+    return next((column for column in columns if str(column.type) == "DataType.string"), None)
 
 
 class ForeignModel(Model):
@@ -150,12 +168,12 @@ class ForeignModel(Model):
     def _inputs(self, document: Mapping[str, Any]) -> Any:
         """What `predict` gets: the form that the signature has, and the options among its inputs."""
         wants = self._wants
+        options = {name: document[name] for name in OPTIONS if name in document and name in wants.inputs}
         if wants.form == "prompt":
             text = _as_prompt(document)
-            return [text] if wants.text_input is None else {wants.text_input: text}
+            return [text] if wants.text_input is None else {wants.text_input: text, **options}
         if "messages" not in document:
             raise BadRequest("this model takes messages, not a prompt")
-        options = {name: document[name] for name in OPTIONS if name in document and name in wants.inputs}
         return {"messages": document["messages"], **options}
 
     def _params(self, document: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -164,8 +182,8 @@ class ForeignModel(Model):
         if "response_format" in document and "response_format" not in wants.params | wants.inputs:
             raise BadRequest("this model's signature has no response_format")
         given = {name: document[name] for name in OPTIONS if name in document and name in wants.params}
-        if isinstance(shape := given.get("response_format"), dict):
-            given["response_format"] = json.dumps(shape)  # MLflow's params are scalars and lists
+        if isinstance(shape := given.get("response_format"), dict) and "response_format" not in wants.objects:
+            given["response_format"] = json.dumps(shape)  # most of MLflow's params are scalars and lists
         return given or None
 
 

@@ -98,11 +98,7 @@ class WrapperModel(Model):
         self.golden = golden
 
     def warm_up(self, system: str = "") -> str:
-        """See `Model.warm_up`. A prompt is read before one is run: what that computes is bounded, so a template that
-        never ends is found at once. What every chat here begins with is what owners may share."""
-        chat = {"messages": [{"role": "user", "content": "Hi"}]}
-        for lane in self.start([chat if self.signature == "chat" else {"prompt": "Hi"}], [""]):
-            lane.close()
+        """See `Model.warm_up`. What every chat here begins with is what owners may share."""
         refusal = super().warm_up(system)
         if self._knows_owners and self.signature == "chat":
             self._wrapper.share("" if refusal else system)
@@ -137,19 +133,14 @@ class WrapperModel(Model):
         return opened
 
     def stream(self, document: dict[str, Any]) -> Generator[str | End, None, None]:
-        """See `Model.stream`."""
-        row, params = _request(document)
-        if set(row) == {"messages" if self.signature == "chat" else "prompt"}:
-            items = self._pyfunc.predict_stream(row, params=params)
-        else:
-            # MLflow's schema admits one form only; the wrapper itself answers both.
-            items = self._wrapper.predict_stream(None, row, params)
+        """See `Model.stream`. In a lane: `predict_stream` gives what MLflow's clients expect, and has no owner."""
+        with bounds.computing():  # a template that never ends is found at once
+            lane, *_ = self._open(document, "")
         try:
-            with _own_refusals():
-                for item in items:
-                    yield _item(item)
+            for step in _steps(lane):
+                yield from step or ("",)
         finally:
-            items.close()
+            lane.close()
 
 
 class _Ending:

@@ -20,6 +20,7 @@ token is ever run alone, and no two requests share a generator: both take anothe
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -36,6 +37,8 @@ import mlflow
 import numpy as np
 import onnxruntime_genai as og
 import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 ARTIFACT = "onnx"
 SLICE_TOKENS = 64  # a cancel is seen between two slices; smaller ones prefill slower
@@ -73,14 +76,17 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             a list of texts for several rows.
 
         Raises:
-            RequestError: the request is at fault.
+            RequestError: the request is at fault. One that asks for a stream is: there is none here.
             GuidanceError: the library cannot follow its response_format.
         """
         answers: list[Any] = []
         for row in _rows(model_input):
-            *deltas, last = self._answer(row, params)
+            job = self._engine.read(row, params, 0)
+            if job.request.stream:
+                raise RequestError("bad_request", "stream must be false: only predict_stream gives pieces")
+            *deltas, last = self._answer(job)
             text = "".join(deltas)
-            answers.append(text if "prompt" in row else self._completion(text, last))
+            answers.append(text if "prompt" in row else self._completion(job.request, text, last))
         return answers[0] if len(answers) == 1 and isinstance(answers[0], str) else answers
 
     def predict_stream(
@@ -89,8 +95,9 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """Yields one answer in pieces. Closing the iterator stops it within one slice or one decode step.
 
         Yields:
-            Text deltas, which are empty for prefill slices and steps that complete no text; then one dict
-            `{finish_reason, usage, timings}`.
+            For a prompt, text deltas, then one dict `{finish_reason, usage, timings}`. For messages, an
+            llm/v1/chat chunk for each delta; the last one has the three. A delta is empty for a prefill slice and for
+            a step that completes no text.
 
         Raises:
             RequestError: the request is at fault; raised before the first item with text.
@@ -100,7 +107,9 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         rows = _rows(model_input)
         if len(rows) != 1:
             raise RequestError("bad_request", f"a stream answers one row, not {len(rows)}")
-        yield from self._answer(rows[0], params)
+        job = self._engine.read(rows[0], params, 0)
+        with contextlib.closing(self._answer(job)) as items:
+            yield from items if "prompt" in rows[0] else self._chunks(job.request, items)
 
     def predict_streams(
         self, requests: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]], owner: str = ""
@@ -110,7 +119,8 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         Each lane is an iterator of steps and has to be closed; all of them belong to one thread.
 
         Args:
-            requests: pairs of row and params, as in `predict_stream`.
+            requests: pairs of row and params, as in `predict_stream`. Their items are those of a prompt, whatever they
+                are.
             owner: whose they are. What is kept of another owner's requests serves them only as far as `share` says.
 
         Returns:
@@ -132,41 +142,58 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         what they have in common before the user's words."""
         self._engine.share(system)
 
-    def _answer(self, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> Iterator[Any]:
-        (lane,) = self._engine.lanes([self._engine.read(row, params, 0)], beyond=True)
+    def _answer(self, job: _Job) -> Generator[Any, None, None]:
+        (lane,) = self._engine.lanes([job], beyond=True)
         try:
             for step in lane:
                 yield from (item for _, item in step) if step else ("",)
         finally:
             lane.close()
 
-    def _completion(self, text: str, last: Mapping[str, Any]) -> dict[str, Any]:
+    def _completion(self, request: _Request, text: str, last: Mapping[str, Any]) -> dict[str, Any]:
         """The completion object of the signature's schema, which has no field for `cached_tokens`."""
         usage = {key: last["usage"][key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
         message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": last["finish_reason"]}
+        return {**self._head(request, "chat.completion"), "choices": [choice], "usage": usage}
+
+    def _chunks(self, request: _Request, items: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        """The items of a stream as chunks of a completion, such as MLflow's ChatModel gives."""
+        head = self._head(request, "chat.completion.chunk")
+        role = {"role": "assistant"}
+        for item in items:
+            text, end = (item, {}) if isinstance(item, str) else ("", dict(item))
+            choice = {
+                "index": 0,
+                "delta": {**role, "content": text},
+                "finish_reason": end.pop("finish_reason", None),
+            }
+            yield {**head, "choices": [choice], **end}
+            role = {}
+
+    def _head(self, request: _Request, kind: str) -> dict[str, Any]:
         return {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
+            "id": request.id or f"chatcmpl-{uuid.uuid4().hex}",
+            "object": kind,
             "created": int(time.time()),
             "model": self._engine.options.model,
-            "choices": [{"index": 0, "message": message, "finish_reason": last["finish_reason"]}],
-            "usage": usage,
         }
 
 
-class RequestError(ValueError):
-    """The request is invalid; the model is not at fault. The message starts with the code.
+class RequestError(MlflowException, ValueError):  # type: ignore[misc]
+    """The request is invalid; the model is not at fault. The message starts with the code. MLflow's scoring server
+    shows the message of its own exceptions only.
 
     Attributes:
         code: `bad_request` or `prompt_too_long`.
     """
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
+        MlflowException.__init__(self, f"{code}: {message}", error_code=INVALID_PARAMETER_VALUE)
         self.code = code
 
 
-class GuidanceError(RuntimeError):
+class GuidanceError(MlflowException, RuntimeError):  # type: ignore[misc]
     """The library cannot follow a right response_format; the request is not at fault. The message starts with the code.
 
     Attributes:
@@ -224,20 +251,27 @@ class _Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     guidance: _Guidance | None = None
+    stream: bool = False
+    id: str = ""
 
-    CHAT_INPUTS: ClassVar = frozenset({"messages", "temperature", "max_tokens", "stop", "n", "stream"})
-    PROMPT_INPUTS: ClassVar = frozenset({"prompt"})
     PARAMS: ClassVar = frozenset(
         {
             *("temperature", "max_tokens", "stop", "top_p", "top_k", "repetition_penalty", "seed"),
             "response_format",
         }
     )
+    INPUTS: ClassVar = PARAMS | {
+        *("max_completion_tokens", "n", "stream", "model", "id"),
+        *("user", "stream_options", "logprobs", "frequency_penalty", "presence_penalty"),
+    }
+    ID: ClassVar = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
     @classmethod
     def parse(cls, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> _Request:
         """Checks every field. None, NaN or an empty list means not given.
 
+        It takes what a device takes over MQTT, and what OpenAI's clients send by habit as far as it asks for nothing.
+        Everything else is refused; of `reply_to` and `deadline_ms`, which only a device can keep, nothing is known.
         It accepts both forms, whatever the package's signature is: MLflow passes only the signature's own form, but
         an agent that calls the model directly may send either.
 
@@ -248,14 +282,17 @@ class _Request:
             RequestError: a field is unknown or invalid; the message names it.
         """
         is_chat = "prompt" not in row
-        inputs = cls.CHAT_INPUTS if is_chat else cls.PROMPT_INPUTS
+        inputs = cls.INPUTS | {"messages" if is_chat else "prompt"}
         given = {**_known(params or {}, cls.PARAMS), **_known(row, inputs)}
         if _integer(given, "n", 1, 1 << 31) not in (None, 1):
             raise RequestError("bad_request", "n must be 1")
+        if not cls.ID.fullmatch(_text(given.get("id", "none"), "id")):
+            raise RequestError("bad_request", "id must be 1 to 64 letters, digits, '_', '.', '-'")
+        _check_habits(given)
         return cls(
             messages=_messages(given) if is_chat else (),
             prompt=_text(given.get("prompt"), "prompt") if not is_chat else "",
-            max_tokens=_integer(given, "max_tokens", 1, 1 << 31),
+            max_tokens=_max_tokens(given),
             temperature=_number(given, "temperature", 0.0, 100.0),
             top_p=_number(given, "top_p", 0.0, 1.0),
             top_k=_integer(given, "top_k", 0, 1 << 31),
@@ -263,6 +300,8 @@ class _Request:
             seed=_integer(given, "seed", -(1 << 63), 1 << 63),
             stop=_stops(given),
             guidance=_Guidance.parse(given),
+            stream=_boolean(given, "stream"),
+            id=given.get("id", ""),
         )
 
 
@@ -404,27 +443,25 @@ class _Sessions:
         self._kept: list[_Session] = []
         self._in_use = 0
 
-    def known(self, job: _Job) -> int:
-        """Length of the prompt's prefix that a kept session has processed already."""
-        with self._lock:
-            return self._best(job)[1]
-
-    def resume(self, job: _Job) -> _Session | None:
+    def resume(self, job: _Job) -> tuple[_Session | None, bool]:
         """The kept session with the longest common prefix, rewound to it; None if no session is worth it.
 
         A session that is too small for this request is dropped: it would be too small for the chat's next one, too.
+
+        Returns:
+            The session, and whether there was one, be it too small.
         """
         with self._lock:
             best, shared = self._best(job)
             if best is None:
-                return None
+                return None, False
             self._kept.remove(best)
             if best.max_length < job.length:
-                return None
+                return None, True
             self._in_use += best.max_length
         best.owner = job.owner
         best.rewind(shared)
-        return best
+        return best, True
 
     def reserve(self, tokens: int, *, beyond: bool) -> bool:
         """Reserves memory for a new session, and drops kept ones if necessary.
@@ -551,11 +588,11 @@ class _Engine:
     def _session(self, job: _Job, *, beyond: bool) -> _Session | None:
         """A kept session that goes on for a job, or room for a new one; None when there is not enough."""
         length = job.length
-        known = self.sessions.known(job) if job.plain else 0
-        if known and (kept := self.sessions.resume(job)):
-            return kept
-        if job.plain:  # a chat that outgrew its generator will probably keep growing
-            wanted = length * 2 if known else length
+        if job.plain:
+            kept, outgrown = self.sessions.resume(job)
+            if kept:
+                return kept
+            wanted = length * 2 if outgrown else length  # such a chat will probably keep growing
             length = min(self.context_tokens, math.ceil(wanted / ROUND_TOKENS) * ROUND_TOKENS)
         if not self.sessions.reserve(length, beyond=beyond):
             return None
@@ -1213,6 +1250,36 @@ def _number(given: Mapping[str, Any], key: str, least: float, most: float) -> fl
     return float(value)
 
 
+def _boolean(given: Mapping[str, Any], key: str) -> bool:
+    value = given.get(key, False)
+    if not isinstance(value, (bool, np.bool_)):
+        raise RequestError("bad_request", f"{key} must be true or false")
+    return bool(value)
+
+
+def _max_tokens(given: Mapping[str, Any]) -> int | None:
+    """`max_completion_tokens` is a newer word for `max_tokens`; a client that says both must mean the same."""
+    old, new = (_integer(given, key, 1, 1 << 31) for key in ("max_tokens", "max_completion_tokens"))
+    if None not in (old, new) and old != new:
+        raise RequestError("bad_request", "max_tokens and max_completion_tokens differ: give one of them")
+    return new if old is None else old
+
+
+def _check_habits(given: Mapping[str, Any]) -> None:
+    """Refuses what OpenAI's clients send by habit where it asks for something."""
+    for key in ("user", "model"):
+        _text(given.get(key, ""), key)  # one model is here, whatever a client calls it
+    for key in ("frequency_penalty", "presence_penalty"):
+        if _number(given, key, -100.0, 100.0):
+            raise RequestError("bad_request", f"{key} must be 0: use repetition_penalty instead")
+    if _boolean(given, "logprobs"):
+        raise RequestError("bad_request", "logprobs must be false: an answer has no log probabilities")
+    options = given.get("stream_options", {})
+    good = isinstance(options, Mapping) and options.keys() <= {"include_usage"}
+    if not good or options.get("include_usage") not in (None, False, True):
+        raise RequestError("bad_request", "stream_options may have include_usage only, true or false")
+
+
 def _stops(given: Mapping[str, Any]) -> tuple[str, ...]:
     value = given.get("stop", ())
     stops = (value,) if isinstance(value, str) else value
@@ -1316,7 +1383,7 @@ class _Guidance:
 
 
 def _response_format(value: str) -> Any:
-    """The JSON text of a response_format, as MLflow's params have it, parsed."""
+    """The JSON text of a response_format, parsed: 0.1.0's packages have it as text among MLflow's params."""
     if len(value) > MAX_RESPONSE_FORMAT_CHARACTERS:
         raise RequestError(
             "bad_request", f"response_format has more than {MAX_RESPONSE_FORMAT_CHARACTERS} characters"

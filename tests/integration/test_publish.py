@@ -78,7 +78,7 @@ def test_a_chat_package_published_over_http_answers_where_no_agent_is_installed(
     answer = ask_elsewhere(package, SPAIN, folder=tmp_path / "elsewhere")
     assert answer["whole"][0]["choices"][0]["message"]["content"] == "The capital of Spain is Madrid."
     assert answer["stream"] == "The capital of Spain is Madrid."
-    assert answer["last"]["finish_reason"] == "stop"
+    assert answer["last"]["choices"][0]["finish_reason"] == "stop"
 
 
 def test_mlflow_shows_a_person_what_a_version_is(mlflow_server: Server, sample_model: Path) -> None:

@@ -434,27 +434,27 @@ def test_an_answer_follows_a_json_schema(chat: Any) -> None:
         {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
         {"type": "json_schema", "schema": schema},
     ):
-        answer = ask(chat, SPAIN, response_format=json.dumps(response_format), max_tokens=200)
+        answer = ask(chat, SPAIN, response_format=response_format, max_tokens=200)
         document = json.loads(answer.text)
         assert document["city"] in ("Madrid", "Paris") and document["plus"] <= 9
         assert answer.finish_reason == "stop"
 
 
 def test_an_answer_follows_a_regular_expression(chat: Any) -> None:
-    response_format = json.dumps({"type": "regex", "regex": "(Madrid|Paris), [0-9]{3}"})
+    response_format = {"type": "regex", "regex": "(Madrid|Paris), [0-9]{3}"}
     assert re.fullmatch("(Madrid|Paris), [0-9]{3}", ask(chat, SPAIN, response_format=response_format).text)
-    assert ask(chat, SPAIN, response_format='{"type": "text"}').text == MADRID
+    assert ask(chat, SPAIN, response_format={"type": "text"}).text == MADRID
 
 
 @pytest.mark.parametrize("character", ["€", "—", "½", "ł", "温度", "👍"])
 def test_text_outside_ascii_in_a_response_format(chat: Any, character: str) -> None:
-    schema = json.dumps({"type": "json_schema", "json_schema": {"schema": {"enum": [character, "other"]}}})
+    schema = {"type": "json_schema", "json_schema": {"schema": {"enum": [character, "other"]}}}
     answer = ask(chat, SPAIN, response_format=schema, max_tokens=60)
     assert answer.finish_reason == "stop" and json.loads(answer.text) in (character, "other")
-    schema = json.dumps({"type": "json_schema", "json_schema": {"schema": {"const": {character: character}}}})
+    schema = {"type": "json_schema", "json_schema": {"schema": {"const": {character: character}}}}
     answer = ask(chat, SPAIN, response_format=schema, max_tokens=60)
     assert answer.text == json.dumps({character: character}, ensure_ascii=False, separators=(",", ":"))
-    regex = json.dumps({"type": "regex", "regex": character})
+    regex = {"type": "regex", "regex": character}
     assert ask(chat, SPAIN, response_format=regex, max_tokens=60).text == character
 
 
@@ -462,12 +462,12 @@ def test_json_has_no_white_space_unless_the_schema_wants_it(chat: Any) -> None:
     schema = {"const": {"a": [1, {"b": 2}]}}
     spaced = {**schema, "x-guidance": {"item_separator": ", ", "key_separator": ": "}}
     for wanted, text in ((schema, '{"a":[1,{"b":2}]}'), (spaced, '{"a": [1, {"b": 2}]}')):
-        response_format = json.dumps({"type": "json_schema", "json_schema": {"schema": wanted}})
+        response_format = {"type": "json_schema", "json_schema": {"schema": wanted}}
         assert ask(chat, SPAIN, response_format=response_format, max_tokens=60).text == text
 
 
 def test_any_json_object(chat: Any) -> None:
-    answer = ask(chat, SPAIN, response_format='{"type": "json_object"}', max_tokens=200)
+    answer = ask(chat, SPAIN, response_format={"type": "json_object"}, max_tokens=200)
     assert answer.text.startswith("{")
     assert answer.finish_reason == "length" or isinstance(json.loads(answer.text), dict)
 
@@ -539,7 +539,7 @@ def test_a_running_chat_is_prefilled_from_its_last_answer_on(chat: Any) -> None:
 def test_reuse_changes_no_answer(chat: Any, chat_folder: Path) -> None:
     """Each request is asked in a kept generator and in a fresh one, cancelled ones in between."""
     other = load(chat_folder)
-    grammar = json.dumps({"type": "regex", "regex": "(Madrid|Paris)"})
+    grammar = {"type": "regex", "regex": "(Madrid|Paris)"}
     reused = 0
     for number, row in enumerate(_varied_rows()):
         params: dict[str, Any] = {"max_tokens": 3 + number % 30}

@@ -75,7 +75,7 @@ def kept(model: Any) -> list[int]:
 
 def test_each_of_several_requests_has_a_lane_and_gets_what_it_gets_alone(model: Any) -> None:
     sampled = {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "max_tokens": 20}
-    grammar = json.dumps({"type": "regex", "regex": "(Madrid|Paris), [0-9]{3}"})
+    grammar = {"type": "regex", "regex": "(Madrid|Paris), [0-9]{3}"}
     requests: list[Request] = [
         (QUESTIONS[0], {}),
         (COUNT, {"max_tokens": 9}),
@@ -258,7 +258,7 @@ def formats() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 def test_a_guided_answer_parses_whenever_it_stopped_by_itself(model: Any) -> None:
     stopped = cut = 0
     for schema, options in formats():
-        response_format = json.dumps({"type": "json_schema", "json_schema": {"schema": schema}})
+        response_format = {"type": "json_schema", "json_schema": {"schema": schema}}
         answer = ask(model, QUESTIONS[0], response_format=response_format, **options)
         if answer.finish_reason == "stop":
             stopped += 1

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.processes import clean_environment
+from tests.support.processes import Child, clean_environment, free_port, wait_until
 
+_START_TIMEOUT_S = 120
 _PREDICT = """
 import importlib.abc, json, sys
 class Blocker(importlib.abc.MetaPathFinder):
@@ -29,7 +34,8 @@ row = json.loads(sys.argv[2])
 answer = {"whole": model.predict(row)}
 if sys.argv[3] == "stream":
     *deltas, last = model.predict_stream(row)
-    answer |= {"stream": "".join(deltas), "last": last}
+    texts = [item if isinstance(item, str) else item["choices"][0]["delta"]["content"] for item in deltas]
+    answer |= {"stream": "".join(texts), "last": last}
 print("\\n" + json.dumps(answer), end="")
 """
 
@@ -61,3 +67,62 @@ def ask_elsewhere(package: Path, row: Any, *, folder: Path, stream: bool = True)
     printed = run_elsewhere("-c", _PREDICT, str(package), json.dumps(row), how, folder=folder)
     answer: dict[str, Any] = json.loads(printed.rpartition("\n")[2])
     return answer
+
+
+class ScoringServer:
+    """`mlflow models serve` with a package, on a free loopback port.
+
+    Args:
+        config: overrides of the package's `model_config`.
+    """
+
+    def __init__(self, package: Path, folder: Path, config: Mapping[str, Any] | None = None) -> None:
+        folder.mkdir(exist_ok=True)
+        self._port = free_port()
+        self._log = folder / "serve.log"
+        programs = folder / "bin"
+        programs.mkdir(exist_ok=True)
+        uvicorn = programs / "uvicorn"  # MLflow looks for it on the PATH, and any Python's may be there
+        uvicorn.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m uvicorn "$@"\n')
+        uvicorn.chmod(0o755)
+        self._environment = {
+            "HOME": str(folder),
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "ORT_DISABLE_TELEMETRY": "1",
+            "SERVING_MODEL_CONFIG": json.dumps(dict(config or {})),
+        }
+        self._command = [
+            *(sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(package)),
+            *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(self._port), "--workers", "1"),
+        ]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[ScoringServer]:
+        child = Child(self._command, self._log, self._environment)
+        try:
+            wait_until(lambda: not child.running or self._healthy(), _START_TIMEOUT_S, "mlflow models serve")
+            assert child.running, child.log_text()
+            yield self
+        finally:
+            child.stop()
+
+    def post(self, document: Mapping[str, Any]) -> tuple[int, Any]:
+        """Asks `/invocations`: the status, and what came back."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
+        try:
+            body = json.dumps(document).encode()
+            connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def _healthy(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=2)
+        try:
+            connection.request("GET", "/ping")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()

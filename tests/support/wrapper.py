@@ -11,14 +11,21 @@ def user(content: str, **options: Any) -> dict[str, Any]:
 
 
 class Answer:
-    """A stream, read to its end."""
+    """A stream, read to its end: texts and a last item, or the chunks of a chat."""
 
     def __init__(self, items: list[Any]) -> None:
-        self.deltas: list[str] = items[:-1]
+        self.deltas: list[str] = [item if isinstance(item, str) else delta(item) for item in items[:-1]]
         self.last: dict[str, Any] = items[-1]
         self.text = "".join(self.deltas)
-        self.finish_reason: str = self.last["finish_reason"]
+        end = self.last["choices"][0] if "choices" in self.last else self.last
+        self.finish_reason: str = end["finish_reason"]
         self.usage: dict[str, int] = self.last["usage"]
+
+
+def delta(chunk: dict[str, Any]) -> str:
+    """What a chunk of a completion adds."""
+    text: str = chunk["choices"][0]["delta"]["content"]
+    return text
 
 
 def ask(model: Any, row: dict[str, Any], **params: Any) -> Answer:

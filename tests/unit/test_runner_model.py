@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -264,7 +265,7 @@ class WrapperError(ValueError):
 
 
 class RefusingWrapper:
-    """Refuses everything, in a stream and in a lane."""
+    """Refuses everything in its lanes."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -272,15 +273,12 @@ class RefusingWrapper:
     def unwrap_python_model(self) -> RefusingWrapper:
         return self
 
-    def predict_stream(self, *_: Any, **__: Any) -> Iterator[Any]:
-        yield from ()
-        raise self._error
-
     def predict_streams(self, requests: Any) -> list[Any]:
         return [self]
 
     def __iter__(self) -> Iterator[Any]:
-        return self.predict_stream()
+        yield from ()
+        raise self._error
 
     def close(self) -> None:
         """Nothing is open."""
@@ -312,30 +310,34 @@ def test_a_refusal_of_any_wrapper_comes_without_the_template(
     assert caught.value.message == message
 
 
-class ReadingWrapper(RefusingWrapper):
-    """Answers, and counts what is read in a lane that is not run."""
+class BoundWrapper(RefusingWrapper):
+    """Answers, and says how long it may read, and run: seconds, or 0 for no limit."""
 
     def __init__(self) -> None:
-        super().__init__(ValueError("a lane was run"))
-        self.read, self.closed = 0, 0
+        super().__init__(ValueError("never"))
+        self.read: list[float] = []
+        self.ran: list[float] = []
+        self.open = 0
 
     def predict_streams(self, requests: Any) -> list[Any]:
-        self.read += 1
+        self.read.append(signal.getitimer(signal.ITIMER_PROF)[0])
+        self.open += 1
         return [self]
 
-    def predict_stream(self, *_: Any, **__: Any) -> Iterator[Any]:
-        assert self.closed == self.read == 1, "the prompt is read before it is run"
-        yield "Hello"
+    def __iter__(self) -> Iterator[Any]:
+        self.ran.append(signal.getitimer(signal.ITIMER_PROF)[0])
+        yield []
+        yield [(0, "Hello")]
 
     def close(self) -> None:
-        self.closed += 1
+        self.open -= 1
 
 
 @pytest.mark.parametrize("signature", ["chat", "prompt"])
-def test_a_prompt_is_read_alone_before_the_first_one_is_run(signature: str) -> None:
-    wrapper = ReadingWrapper()
+def test_reading_a_prompt_is_bounded_in_a_warm_up_too(signature: str) -> None:
+    wrapper = BoundWrapper()
     assert WrapperModel(wrapper, flavor="scripted", signature=signature, golden=None).warm_up() == ""
-    assert wrapper.closed == wrapper.read == 1
+    assert wrapper.read and all(wrapper.read) and not any(wrapper.ran) and wrapper.open == 0
 
 
 def test_what_is_no_refusal_goes_on_as_it_is() -> None:

@@ -76,9 +76,6 @@ class NewWrapper(OldWrapper):
     def share(self, system: str) -> None:
         self.shared.append(system)
 
-    def predict_stream(self, *_: Any, **__: Any) -> Iterator[Any]:
-        yield "text"
-
     def predict_streams(self, requests: Any, owner: str = "") -> list[OldLane]:
         self.owners.append(owner)
         return super().predict_streams(requests)
@@ -98,7 +95,6 @@ def test_the_wrapper_is_told_whose_each_prompt_is() -> None:
 @pytest.mark.parametrize("system", [SYSTEM, ""])
 def test_after_the_warm_up_the_wrapper_shares_what_was_warmed(system: str) -> None:
     wrapper = NewWrapper()
-    wrapper.predict_stream = lambda *_, **__: (item for item in ["text"])  # type: ignore[method-assign]
     assert model_of(wrapper).warm_up(system) == ""
     assert wrapper.shared == [system]
 

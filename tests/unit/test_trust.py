@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import subprocess
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,18 @@ def test_the_pickle_loader_needs_permission(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"python_model\.pkl"):
         decide(tmp_path / "a", changes)
     assert decide(tmp_path / "b", changes, allow_unsigned_code=True).unsigned_code
+
+
+def test_a_code_file_of_any_size_takes_no_memory_for_itself(tmp_path: Path) -> None:
+    code = tmp_path / "model.py"
+    with code.open("wb") as stream:
+        stream.truncate(64 << 20)
+    tracemalloc.start()
+    try:
+        assert not trust.is_shipped(code)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # --- Signatures ----------------------------------------------------------------------------------------
