@@ -167,6 +167,31 @@ def test_a_folder_for_blobs_that_cannot_be_made_is_said_before_the_model_is_trie
     assert not (tmp_path / "x.tar").exists()
 
 
+def test_a_file_system_without_modes_takes_blobs_too(
+    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    blob_folders.make_folder(tmp_path / "stick")
+    assert blob_folders.write_blobs(package, tmp_path / "stick").kept == 0
+
+
+@pytest.mark.parametrize("what", ["file", "blobs", "sign_key"])
+def test_what_is_written_and_the_private_key_are_not_in_the_folder_that_is_published(
+    sample_model: Path, tmp_path: Path, what: str
+) -> None:
+    source = tmp_path / "source"
+    (source / "more").mkdir(parents=True)
+    shutil.copy(sample_model / "genai_config.json", source)
+    arguments: dict[str, Path] = {"file": tmp_path / "x.tar", what: source / "more" / ".." / "x"}
+    with pytest.raises(PublishError, match="all of which is published; choose a place outside"):
+        write_folder(source, name="x", **arguments)  # type: ignore[arg-type]
+    assert {path.name for path in source.iterdir()} == {"genai_config.json", "more"}
+
+
 def test_blobs_come_beside_a_registered_version_and_beside_a_file(sample_model: Path, tmp_path: Path) -> None:
     published = publish_folder(
         sample_model, name="both", registry_uri=f"sqlite:///{tmp_path}/registry.db", blobs=tmp_path / "blobs"
