@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.cache import record as records
+from edge_agent.cache.version_file import HEADER_NAME
 from edge_agent.errors import MAX_MESSAGE_CHARACTERS, EdgeAgentError
 from edge_agent.package import (
     genai_options,
@@ -180,7 +181,7 @@ RECORD = make_record(manifest.parse(encoded(MANIFEST)), 1).encode()
 
 
 def version_file_of(header: bytes) -> bytes:
-    tar = tarfile.TarInfo(version_file.HEADER_NAME)
+    tar = tarfile.TarInfo(HEADER_NAME)
     tar.size = len(header)
     return tar.tobuf(tarfile.GNU_FORMAT) + header + bytes(-len(header) % tarfile.BLOCKSIZE)
 
