@@ -271,7 +271,7 @@ def models_export(invocation: Invocation, name: str, version: int, file: Path, a
 def models_import(
     invocation: Invocation, file: Path, name: str | None, allow_older: bool, as_json: bool
 ) -> None:
-    """Import a version file, written by `models export`, into the cache.
+    """Import a version file, written by `models export` or `publish --to`, into the cache.
 
     The version passes the same checks and the same gate as one from the registry, and becomes active unless
     another version is pinned or configured by its number. It belongs to the model whose uri has the same

@@ -164,7 +164,7 @@ def _say(made: Published | Written) -> None:
     if isinstance(made, Written):
         terminal.echo(
             f"{made.name} version {made.version}: {terminal.human_bytes(made.bytes)} in {made.file}; "
-            "on a device: edge-agent models import FILE"
+            f"on a device: edge-agent models import {made.file.name}"
         )
     else:
         alias = f", alias {made.alias}" if made.alias else ""

@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
+from edge_agent.errors import PublishError
 from edge_agent.publishing import blobs as blob_folders
 from edge_agent.publishing import kinds
 from edge_agent.publishing.blobs import Blobs
@@ -79,6 +80,7 @@ def publish_folder(
     """
     check_target(name=name, registry_uri=registry_uri, alias=alias)
     kinds.check(source, making.get("flavor", "onnx"))
+    _check_outside(source, making, blobs)
     reach(registry_uri)
     progress = making.get("progress", no_progress)
     with _packaged(source, name, blobs, making) as (package, copied):
@@ -104,9 +106,25 @@ def write_folder(
     check_name(name)
     check_file(file)
     kinds.check(source, making.get("flavor", "onnx"))
+    _check_outside(source, making, file, blobs)
     progress = making.get("progress", no_progress)
     with _packaged(source, name, blobs, making) as (package, copied):
         return replace(write_file(package, file, progress=progress), blobs=copied)
+
+
+def _check_outside(source: Path, making: Making, *places: Path | None) -> None:
+    """Refuses what would become a part of the package, now or the next time: what is written, and the private key.
+
+    Raises:
+        PublishError: one of them is in the folder.
+    """
+    if making.get("flavor", "onnx") != "onnx":
+        return  # of a Hugging Face folder, known files are taken only
+    for place in (*places, making.get("sign_key")):
+        if place is not None and place.resolve().is_relative_to(source.resolve()):
+            raise PublishError(
+                f"{place} is in {source}, all of which is published", remedy="choose a place outside of it"
+            )
 
 
 @contextmanager

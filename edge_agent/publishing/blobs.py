@@ -7,7 +7,7 @@ serves the folder, often another user, must be able to read it.
 from __future__ import annotations
 
 import os
-import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,8 @@ def make_folder(directory: Path) -> None:
         for folder in (*reversed(directory.absolute().parents), directory, directory / FOLDER):
             if not folder.is_dir():
                 folder.mkdir()
-                folder.chmod(_FOLDER_MODE)  # whatever the umask says
+                with suppress(PermissionError):  # see `_write`
+                    folder.chmod(_FOLDER_MODE)  # whatever the umask says
     except OSError as error:
         raise PublishError(f"{error.filename} cannot be made: {error.strerror}") from error
     if not os.access(directory / FOLDER, os.W_OK):
@@ -79,10 +80,8 @@ def _write(source: Path, blob: Path, file: ManifestFile) -> None:
         with durable.replacing(blob, mode=_FILE_MODE) as descriptor:
             for chunk in verified_chunks(source, file):
                 durable.write_all(descriptor, chunk)
-            if (
-                stat.S_IMODE(os.fstat(descriptor).st_mode) & _FILE_MODE != _FILE_MODE
-            ):  # the umask; FAT has none
-                os.fchmod(descriptor, _FILE_MODE)
+            with suppress(PermissionError):  # FAT has no modes: how it is mounted says who may read
+                os.fchmod(descriptor, _FILE_MODE)  # whatever the umask says
     except ContentError as error:
         raise PublishError(f"{blob}: {error.message}") from error
     except OSError as error:

@@ -197,7 +197,7 @@ def _member(stream: IO[bytes], position: int, file_bytes: int) -> tuple[str, _Me
     except (tarfile.HeaderError, ValueError) as error:
         raise ContentError(
             f"the file is not a version file, or ends early, at byte {position}",
-            remedy="make it with `edge-agent models export`",
+            remedy="make it with `edge-agent models export` or `edge-agent publish --to`",
         ) from error
     if info.type not in _REGULAR:
         raise ContentError(f"the file has a member {info.name[:100]!r} that is not a regular file")

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.errors import EdgeAgentError, ManifestError, PolicyError, TransportError
+from edge_agent.errors import EdgeAgentError, ManifestError, PolicyError, TransportError, VerificationError
 from edge_agent.host.clock import CLOCK
 from edge_agent.package.reference import ModelRef
 from edge_agent.sync import http_session
 from edge_agent.sync.files import RequestRefused
 from edge_agent.sync.registry import Registry
+from tests.support.device import Device
 from tests.support.hostile_registry import HostileRegistry, as_json, few_requests, hostile_registry, status
 from tests.support.mlflow_server import Server
 
@@ -217,6 +218,20 @@ def test_a_listing_of_another_shape_breaks_a_rule(
     registry.answers[FILES] = as_json({"files": files})
     with pytest.raises(ManifestError):
         asked(registry, tmp_path)
+
+
+def test_a_file_that_is_listed_without_a_size_is_an_empty_one_or_none(
+    registry: HostileRegistry, tmp_path: Path
+) -> None:
+    """MLflow leaves a size of 0 out. Nothing that comes under a listing without one gets into the cache."""
+    device = Device(registry.uri, tmp_path)
+    device.model = NAME
+    registry.version(NAME, source="mlflow-artifacts:/x")
+    has_package(registry)
+    registry.answers[FILES] = as_json({"files": [{"path": "MLmodel", "is_dir": False}]})
+    with pytest.raises(VerificationError, match="more than the promised 0 bytes"):
+        device.sync()
+    assert device.has_nothing_final()
 
 
 @pytest.mark.parametrize("version", ["0", "-1", "1" * 19, "１", "1.0", "Infinity"])

@@ -35,17 +35,15 @@ def folder_with(source: Path, folder: Path, names: dict[str, bytes]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("behind", ["server", "sqlite"])
 def test_empty_files_and_unusual_names_arrive_on_a_device(
-    mlflow_server: Server, sample_model: Path, tmp_path: Path, behind: str
+    mlflow_server: Server, sample_model: Path, tmp_path: Path
 ) -> None:
     mlflow_server.start()
-    uri = mlflow_server.uri if behind == "server" else f"sqlite:///{tmp_path}/registry.db"
-    device = Device(uri, tmp_path)
+    device = Device(mlflow_server.uri, tmp_path)
     contents = {**dict.fromkeys(EMPTY, b""), **{name: name.encode() for name in NAMES}}
     source = folder_with(sample_model, tmp_path / "source", contents)
     (source / "empty folder").mkdir()
-    published = publish_folder(source, name=device.model, registry_uri=uri, alias="prod")
+    published = publish_folder(source, name=device.model, registry_uri=mlflow_server.uri, alias="prod")
     result = device.sync()
     assert result.digest == published.digest
     (record,) = device.store.versions()

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import stat
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -167,15 +166,35 @@ def test_a_folder_for_blobs_that_cannot_be_made_is_said_before_the_model_is_trie
     assert not (tmp_path / "x.tar").exists()
 
 
-def test_blobs_come_beside_a_registered_version_and_beside_a_file(sample_model: Path, tmp_path: Path) -> None:
+def test_a_file_system_without_modes_takes_blobs_too(
+    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    blob_folders.make_folder(tmp_path / "stick")
+    assert blob_folders.write_blobs(package, tmp_path / "stick").kept == 0
+
+
+@pytest.mark.parametrize("what", ["file", "blobs", "sign_key"])
+def test_what_is_written_and_the_private_key_are_not_in_the_folder_that_is_published(
+    sample_model: Path, tmp_path: Path, what: str
+) -> None:
+    source = tmp_path / "source"
+    (source / "more").mkdir(parents=True)
+    shutil.copy(sample_model / "genai_config.json", source)
+    arguments: dict[str, Path] = {"file": tmp_path / "x.tar", what: source / "more" / ".." / "x"}
+    with pytest.raises(PublishError, match="all of which is published; choose a place outside"):
+        write_folder(source, name="x", **arguments)  # type: ignore[arg-type]
+    assert {path.name for path in source.iterdir()} == {"genai_config.json", "more"}
+
+
+def test_blobs_come_beside_a_registered_version(sample_model: Path, tmp_path: Path) -> None:
     published = publish_folder(
         sample_model, name="both", registry_uri=f"sqlite:///{tmp_path}/registry.db", blobs=tmp_path / "blobs"
     )
-    written = write_folder(sample_model, name="both", file=tmp_path / "x.tar", blobs=tmp_path / "blobs")
-    assert published.blobs and written.blobs
-    assert published.blobs.kept == 0
-    # MLmodel has the time and an id, so it and the manifest differ.
-    assert written.blobs == Blobs(written=2, kept=published.blobs.written - 2)
-    with tarfile.open(tmp_path / "x.tar") as tar:
-        in_file = {name.removeprefix("blobs/") for name in tar.getnames()} - {"version.json"}
-    assert in_file <= {path.name for path in (tmp_path / "blobs" / "sha256").iterdir()}
+    names = {path.name for path in (tmp_path / "blobs" / "sha256").iterdir()}
+    assert published.blobs == Blobs(written=len(names), kept=0)
+    assert published.digest in names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import ssl
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,19 @@ from typing import Any
 import pytest
 
 from edge_agent import publishing
-from edge_agent.cli.read_back import MAX_READ_BYTES, read_back
+from edge_agent.cli.read_back import read_back
 from edge_agent.errors import PublishError
+from edge_agent.package import trust
 from edge_agent.publishing import publish_folder, register
-from edge_agent.publishing.package import Package, build_package
+from edge_agent.publishing.package import Package
 from tests.support.certificates import Authority
 from tests.support.device import Device
 from tests.support.hostile_registry import hostile_registry
 from tests.support.http_faults import FaultyProxy, HttpFault, Plan, faulty_proxy
 from tests.support.mlflow_server import Server
+from tests.support.packages import add_manifest, make_package, manifest_of
 from tests.support.processes import free_port
 
-PACKAGE = "damaged-on-its-way"
 WEIGHTS = "model.onnx.data"
 publish_verified = functools.partial(publish_folder, read_back=read_back, alias="prod")
 
@@ -35,12 +37,19 @@ def proxy(mlflow_server: Server) -> Iterator[FaultyProxy]:
         yield before
 
 
-@pytest.fixture(scope="module")
-def package(sample_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Package:
-    assert (sample_model / "tokenizer.json").stat().st_size < MAX_READ_BYTES
-    return build_package(
-        sample_model, tmp_path_factory.mktemp("damaged") / "package", name=PACKAGE, options={}
-    )
+@pytest.fixture
+def package(tmp_path: Path) -> Package:
+    """Under a name of its own, and without a model: here it only has to arrive."""
+    name = f"damaged-{uuid.uuid4().hex[:8]}"
+    folder = make_package(tmp_path / "package", trust.WRAPPER)
+    add_manifest(folder, name)
+    return Package(manifest=manifest_of(folder, name), folder=folder)
+
+
+def publish(package: Package, uri: str) -> int:
+    return register.publish(
+        package, registry_uri=uri, name=package.manifest.name, alias="prod", read_back=read_back
+    ).version
 
 
 def alias_of(uri: str, name: str) -> Any:
@@ -71,42 +80,39 @@ def test_what_arrived_whole_gets_the_alias_and_a_device_pulls_it(
         (HttpFault.SHORT_UPLOAD, WEIGHTS, r"model\.onnx\.data' has \d+ bytes, its manifest says \d+"),
         (HttpFault.SHORT_UPLOAD, "manifest.json", "manifest.json of version .* is not the published one"),
         (HttpFault.FLIP_UPLOAD, "MLmodel", "'MLmodel' is not what was uploaded"),
-        (HttpFault.FLIP_UPLOAD, "tokenizer.json", "'artifacts/onnx/tokenizer.json' is not what was uploaded"),
+        (HttpFault.FLIP_UPLOAD, "genai_config.json", "genai_config.json' is not what was uploaded"),
     ],
 )
 def test_an_upload_that_was_damaged_on_its_way_leaves_the_alias_where_it_was(
     proxy: FaultyProxy, package: Package, fault: HttpFault, file: str, reason: str
 ) -> None:
-    publish = functools.partial(
-        register.publish, package, registry_uri=proxy.uri, name=PACKAGE, alias="prod", read_back=read_back
-    )
-    first = publish().version
+    assert publish(package, proxy.uri) == 1
     proxy.use(Plan(fault=fault, file=file))
     with pytest.raises(PublishError, match=reason) as caught:
-        publish()
-    assert f"version {first + 1} of '{PACKAGE}' is registered" in caught.value.message
-    assert caught.value.message.endswith(f"alias prod still points to version {first}")
-    assert f"delete version {first + 1}" in caught.value.remedy
-    assert int(alias_of(proxy.uri, PACKAGE)) == first
+        publish(package, proxy.uri)
+    assert f"version 2 of '{package.manifest.name}' is registered" in caught.value.message
+    assert caught.value.message.endswith("alias prod still points to version 1")
+    assert "delete version 2" in caught.value.remedy
+    assert alias_of(proxy.uri, package.manifest.name) == "1"
 
 
-def test_a_first_version_that_was_damaged_leaves_no_alias(proxy: FaultyProxy, sample_model: Path) -> None:
-    name = "damaged-at-first"
+def test_a_first_version_that_was_damaged_leaves_no_alias(proxy: FaultyProxy, package: Package) -> None:
     proxy.use(Plan(fault=HttpFault.SHORT_UPLOAD, file=WEIGHTS))
     with pytest.raises(PublishError, match="alias prod was not set"):
-        publish_verified(sample_model, name=name, registry_uri=proxy.uri)
-    assert alias_of(proxy.uri, name) is None
+        publish(package, proxy.uri)
+    assert alias_of(proxy.uri, package.manifest.name) is None
 
 
 def test_the_variables_of_mlflow_are_afterwards_what_they_were(
-    sample_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mlflow_server: Server, package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES as RETRIES
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as TIMEOUT
 
+    mlflow_server.start()
     monkeypatch.setenv(TIMEOUT.name, "17")
     monkeypatch.delenv(RETRIES.name, raising=False)
-    publish_verified(sample_model, name="kept", registry_uri=f"sqlite:///{tmp_path}/registry.db")
+    publish(package, mlflow_server.uri)
     assert (TIMEOUT.get_raw(), RETRIES.get_raw()) == ("17", None)
 
 
