@@ -172,8 +172,10 @@ class DeviceStatus:
 
     def _problem(self, name: str) -> str:
         """Why no other version comes, for people: it must wait for its time, or the last check failed."""
-        waiting = self._updates.waiting_of(name)
-        return waiting.reason if waiting else self._updates.problems.get(name, "")
+        waiting, problem = self._updates.waiting_of(name), self._updates.problems.get(name, "")
+        if waiting is None or waiting.reason in problem:
+            return problem
+        return "; ".join(filter(None, (waiting.reason, problem)))
 
     def _link_of(self, name: str) -> dict[str, Any] | None:
         if (waiting := self._updates.waiting_of(name)) is None:

@@ -190,8 +190,8 @@ class Operations:
         lifecycle = self._lifecycle(name)
         try:
             result = self._updates.check(name, waits.hear, asked_for=True, allow_older=allow_older, now=now)
-        except (LinkHeld, ActivationHeld):
-            return {**waits.document(), "instead": lifecycle.instead}
+        except (LinkHeld, ActivationHeld) as error:
+            return {**waits.document(), "reason": str(error), "instead": lifecycle.instead}
         state = lifecycle.state.role(result.key)
         return {**_brought(result), "state": state, "instead": lifecycle.instead}
 

@@ -331,8 +331,9 @@ class Updates:
         except SyncStopped as stop:
             log.info("check put off model=%s reason=%r", name, str(stop))
             self._due.set()
-        except (LinkHeld, ActivationHeld):
-            self.problems[name] = ""  # `waiting_of` has it
+        except (LinkHeld, ActivationHeld) as error:  # `waiting_of` has it, but for why a fallback is fetched
+            waiting, text = self.waiting_of(name), str(error)
+            self.problems[name] = "" if waiting and waiting.reason == text else text
         except EdgeAgentError as error:
             if self._closing.is_set():
                 return

@@ -157,8 +157,8 @@ WAITS = {
 @pytest.mark.parametrize(
     ("do", "error", "more"),
     [
-        ("pull", LinkHeld("held"), {"instead": ""}),
-        ("pull", ActivationHeld("held"), {"instead": ""}),
+        ("pull", LinkHeld("held until 22:00"), {"instead": ""}),
+        ("pull", ActivationHeld("held until 22:00"), {"instead": ""}),
         ("import", ActivationHeld("held"), {"pinned": None}),
     ],
 )

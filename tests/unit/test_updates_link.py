@@ -188,6 +188,14 @@ def test_a_held_download_is_no_failed_one_and_needs_no_fallback(tmp_path: Path) 
     assert held(device) == (2, 1_000, TEN_PM)
 
 
+def test_a_fallback_that_is_held_says_why_it_is_wanted(tmp_path: Path) -> None:
+    device = device_of(tmp_path, NIGHT, active=False, fallback=FALLBACK)
+    device.sync.offers |= {OWN: CannotRun("no library"), FALLBACK: Offer(version=9)}
+    poll(device)
+    assert held(device) == (9, 1_000, TEN_PM)
+    assert device.problem == f"no library; and its fallback: {reason(device)}"
+
+
 def test_a_registry_that_is_out_of_reach_says_nothing_of_what_waits(tmp_path: Path) -> None:
     device = device_of(tmp_path, NIGHT)
     poll(device)
