@@ -79,11 +79,12 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             RequestError: the request is at fault. One that asks for a stream is: there is none here.
             GuidanceError: the library cannot follow its response_format.
         """
+        rows = _rows(model_input)
+        jobs = [self._engine.read(row, params, number) for number, row in enumerate(rows)]
+        if any(job.request.stream for job in jobs):
+            raise RequestError("bad_request", "stream must be false: only predict_stream gives pieces")
         answers: list[Any] = []
-        for row in _rows(model_input):
-            job = self._engine.read(row, params, 0)
-            if job.request.stream:
-                raise RequestError("bad_request", "stream must be false: only predict_stream gives pieces")
+        for row, job in zip(rows, jobs, strict=True):
             *deltas, last = self._answer(job)
             text = "".join(deltas)
             answers.append(text if "prompt" in row else self._completion(job.request, text, last))

@@ -23,7 +23,7 @@ from edge_agent.publishing.package import build_package
 from edge_agent.runner import loader
 from tests.support.elsewhere import ScoringServer
 from tests.support.packages import copy_package
-from tests.support.wrapper import Answer, load
+from tests.support.wrapper import Answer, ask, forget, load
 
 Way = Callable[[dict[str, Any]], str]
 """Asks for the text of an answer."""
@@ -313,6 +313,16 @@ def test_rows_of_a_table_have_options_of_their_own(models: Mapping[str, Any]) ->
     ]
     answers = models["chat"].predict(pd.DataFrame(rows))
     assert [text_of([answer]) for answer in answers] == [text_of(models["chat"].predict(row)) for row in rows]
+
+
+def test_a_row_that_is_refused_costs_no_answers_to_the_others(models: Mapping[str, Any]) -> None:
+    import pandas as pd
+
+    model, row = models["chat"], {"messages": user(QUESTION)}
+    forget(model)
+    with pytest.raises(ValueError, match="n must be 1"):
+        model.predict(pd.DataFrame([{**row, "n": 1}, {**row, "n": 2}]))
+    assert ask(model, row).usage["cached_tokens"] == 0
 
 
 def test_a_refusal_has_a_status_and_says_in_words_what_is_wrong(server: ScoringServer) -> None:
