@@ -122,11 +122,13 @@ def make_device(
     models: dict[str, ModelSettings] | None = None,
     fallback: str = "",
     registry: str = "http://registry",
+    asked: bool = True,
 ) -> UpdatingDevice:
     """A device with one model, `assistant`, that follows `OWN`.
 
     Args:
         state: of that model; of each, where `models` has others.
+        asked: it was told to check at once, so that its first step does.
     """
     models = models or {"assistant": ModelSettings(uri=OWN, fallback=fallback)}
     settings = Settings(
@@ -146,4 +148,6 @@ def make_device(
         return high
 
     updates = Updates(settings, store, lifecycles, run_sync=sync, clock=lambda: NOW, jitter=longest)
+    if asked:
+        updates.check_now()
     return UpdatingDevice(updates=updates, store=store, sync=sync, lifecycles=lifecycles, drawn=drawn)
