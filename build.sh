@@ -19,7 +19,7 @@ readonly TRANSFORMERS=(transformers==5.23.0 safetensors) # the extra of that nam
 readonly TRAINING=("${TRANSFORMERS[@]}" onnx onnx-ir onnxruntime-genai==0.18.0 gguf)
 
 . .ci/environment.sh    # set_up, need_torch, make_venv, …
-. .ci/programs.sh       # need_programs
+. .ci/programs.sh       # need_programs, need_test_programs, need_postgres
 . .ci/locks.sh          # lock
 . tests/boot/prepare.sh # prepare_boot_test
 
@@ -38,6 +38,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   package [OPTION…]    wheel, sdist and the offline bundles into dist/; --arch A and --python V choose some,
                        --sign-key PEM signs their sums (a private key on a NIST curve, as for packages)
   boot-test            a signed bundle installed, upgraded, broken and attacked on a Debian that boots (root; minutes)
+  fleet-test [ARG…]    twelve devices on one broker and one registry, which break, and the table (minutes); --help
   sample-model         make the sample model and the tests' second model again (fetches torch)
   random-model OUT [ARG…]  a model of random weights and a real size, to measure with; --help lists its shapes
   real-model [OUT]     a real language model, its int4 builds, and what each keeps of it (fetches 90 MB and torch)
@@ -67,6 +68,7 @@ main() {
         check) check ;;
         package) package "$@" ;;
         boot-test) boot_test ;;
+        fleet-test) fleet_test "$@" ;;
         sample-model) sample_model ;;
         random-model) random_model "$@" ;;
         real-model) real_model "$@" ;;
@@ -105,16 +107,10 @@ run_tests() {
     return "$status"
 }
 
-need_test_programs() {
-    need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
-    need_programs systemd systemd-analyze -- systemd
-    need_programs strace strace -- strace
-}
-
 long_test() {
     need_programs nginx nginx -- nginx nginx-common
     need_programs acl setfacl -- acl
-    need_programs postgres initdb postgres -- "$(apt-cache depends postgresql 2>/dev/null | sed -n 's/.*Depends: \(postgresql-[0-9]*\)$/\1/p')"
+    need_postgres
     run_tests -m long "$@"
 }
 
@@ -186,6 +182,13 @@ boot_test() {
         --newer "$work/dist/edge-agent-0.1.1-linux-$arch.tar.gz" \
         --broken "$work/dist/edge-agent-0.1.2-linux-$arch.tar.gz"
     rm -rf -- "$work"
+}
+
+fleet_test() {
+    set_up dev
+    need_programs mosquitto mosquitto -- mosquitto mosquitto-clients
+    need_postgres
+    "$VENV/bin/python" -m tests.fleet "$@"
 }
 
 sample_model() {

@@ -20,6 +20,16 @@ need_programs() {
     say "fetched in $((SECONDS - started)) s"
 }
 
+need_test_programs() {
+    need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
+    need_programs systemd systemd-analyze -- systemd
+    need_programs strace strace -- strace
+}
+
+need_postgres() {
+    need_programs postgres initdb postgres -- "$(apt-cache depends postgresql 2>/dev/null | sed -n 's/.*Depends: \(postgresql-[0-9]*\)$/\1/p')"
+}
+
 have_all() {
     local program
     for program in "$@"; do command -v "$program" >/dev/null || return 1; done

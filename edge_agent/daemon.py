@@ -269,7 +269,7 @@ class Daemon:
             intake=self._intake,
             replies=self._mqtt,
             max_payload_bytes=self._settings.limits.payload_bytes,
-            check_updates=self._updates.check_now,
+            check_updates=self._updates.take_sync,
             desire=self._desired.take,
             now=clock.now,
         )

@@ -1,8 +1,8 @@
 """Brings one version into the cache, wherever its files are.
 
-Flow: resolve → manifest → may it be tried, can this host run it → reserve → fetch what is missing → trust →
-stage → commit. `synchronise` and `bring` read that way. The process can be killed at any moment: the next one
-continues with what was fetched, and what was not committed does not count.
+Flow: resolve → is it here already (`in_cache.py`) → manifest → may it be tried, can this host run it → reserve → fetch
+what is missing → trust → stage → commit. `synchronise` and `bring` read that way. The process can be killed at any
+moment: the next one continues with what was fetched, and what was not committed does not count.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from edge_agent.cache import eviction, fsck, line_use
 from edge_agent.cache.record import VersionRecord, key_of
-from edge_agent.cache.staging import Staging, folder_of, remove_staging, remove_superseded, staging
+from edge_agent.cache.staging import Staging, folder_of, remove_superseded, staging
 from edge_agent.cache.store import Store
 from edge_agent.cache.verify import damage_of
-from edge_agent.errors import CannotRun, ManifestError, Quarantined, VerificationError
+from edge_agent.errors import ManifestError, Quarantined, VerificationError
 from edge_agent.host.clock import CLOCK, Clock
 from edge_agent.package import manifest as manifests
 from edge_agent.package import mlmodel, trust
 from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, ManifestFile
-from edge_agent.package.needs import MAX_CONFIG_BYTES, needs_of
+from edge_agent.package.needs import MAX_CONFIG_BYTES
 from edge_agent.package.reference import ROLLOUT_TAG, ModelRef, ModelVersion
 from edge_agent.package.trust import TrustDecision
-from edge_agent.runner import capability
 from edge_agent.sync import protocol, replay
 from edge_agent.sync.fetch import fetch
-from edge_agent.sync.files import Listed, Package
+from edge_agent.sync.files import Listed, Package, Wanted
+from edge_agent.sync.in_cache import already_here, check_host, committed, keep, result_of
 from edge_agent.sync.line import Line, within_bounds
 from edge_agent.sync.mirrors import Mirrors
 from edge_agent.sync.mirrors.places import mirrors_of
@@ -46,28 +46,6 @@ _MAX_SIGNATURE_BYTES = 4 << 20
 _BOOKKEEPING_BYTES = 1 << 20  # the record and the folders of a version, generously
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What a version consists of, as far as that is known before it is fetched.
-
-    Attributes:
-        manifest: None where the package was logged with plain MLflow.
-        listing: every file to fetch, with its size.
-        attached: the content of `manifest.json` and `model.sig`, which have been read already.
-    """
-
-    manifest: Manifest | None
-    listing: tuple[Listed, ...]
-    attached: dict[str, bytes]
-
-    def sha256(self, path: str) -> str | None:
-        return self._digests.get(path)
-
-    @property
-    def _digests(self) -> dict[str, str]:
-        return {file.path: file.sha256 for file in self.manifest.files} if self.manifest else {}
-
-
 def synchronise(job: SyncJob, emit: Emit, *, clock: Clock = CLOCK) -> SyncResult:
     """Brings one model up to date.
 
@@ -75,8 +53,11 @@ def synchronise(job: SyncJob, emit: Emit, *, clock: Clock = CLOCK) -> SyncResult
         EdgeAgentError: the registry, the package, the way to it, or the cache.
     """
     registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s, tls=job.registry.tls, clock=clock)
-    version = registry.resolve(ModelRef.parse(job.ref))
+    version = registry.find(ModelRef.parse(job.ref))
     emit(protocol.resolved(version=version.version, rollout=version.tags.get(ROLLOUT_TAG, "")))
+    if (here := already_here(job, version)) is not None:
+        return here
+    version = registry.located(version)
     store = Store(Path(job.state_dir))
     scratch = folder_of(store, job.name, version.version) / "scratch"
     line = Line(job.link, book=partial(line_use.add, store))
@@ -113,12 +94,10 @@ def bring(
         refuse_quarantined(job, version, wanted, emit)
         refuse_replayed(store, job, package, version, wanted)
     if job.check_host and not (known and known.key == job.running):
-        check_host(job, package, wanted)
+        sizes = {file.path: file.size_bytes for file in wanted.listing}
+        check_host(job, sizes, lambda path: _read(package, path, MAX_CONFIG_BYTES))
     if whole:
-        record = hold_to_policy(store, job, whole)
-        replay.refuse(store, job, record)
-        remove_staging(folder_of(store, job.name, version.version))  # of a process that died after the commit
-        return _done(record, fetched_bytes=0, new=False)
+        return keep(store, job, whole)
     mirrors = mirrors_of(
         job, store, clock=clock, awaiting=lambda seconds: emit(protocol.awaiting("a mirror", seconds))
     )
@@ -163,7 +142,7 @@ def bring(
         )
         replay.refuse(store, job, record)
         new = commit(store, record, tree, place)
-    return _done(record, fetched_bytes=pace.fetched_bytes, mirrored_bytes=pace.mirrored_bytes, new=new)
+    return result_of(record, fetched_bytes=pace.fetched_bytes, mirrored_bytes=pace.mirrored_bytes, new=new)
 
 
 def refuse_quarantined(job: SyncJob, version: ModelVersion, wanted: Wanted, emit: Emit) -> None:
@@ -201,21 +180,6 @@ def refuse_replayed(
     )
 
 
-def check_host(job: SyncJob, package: Package, wanted: Wanted) -> None:
-    """Checks what the version needs against this host, before the large files are fetched.
-
-    Raises:
-        CannotRun: this host lacks something.
-        PolicyError: the agent does not load packages of this kind.
-    """
-    sizes = {file.path: file.size_bytes for file in wanted.listing}
-    if mlmodel.FILE_NAME not in sizes:
-        return  # refused later, with everything else that is wrong
-    needs = needs_of(sizes, lambda path: _read(package, path, MAX_CONFIG_BYTES))
-    if problem := capability.problem(needs, state_dir=Path(job.state_dir)):
-        raise CannotRun(f"this host cannot run {job.ref}: {problem}")
-
-
 def read_wanted(package: Package, version: ModelVersion, promised: Manifest | None = None) -> Wanted:
     """Reads the manifest where there is one, and takes the registry's listing otherwise.
 
@@ -244,49 +208,6 @@ def read_wanted(package: Package, version: ModelVersion, promised: Manifest | No
     else:
         files = tuple(file for path, file in listed.items() if path not in manifests.OUTSIDE_MANIFEST)
     return Wanted(manifest=manifest, listing=files, attached=attached)
-
-
-def committed(store: Store, job: SyncJob, version: ModelVersion, wanted: Wanted) -> VersionRecord | None:
-    """The version's record, if it is in the cache.
-
-    Without a manifest, the same origin, version and sizes must suffice: nothing else is known before fetching.
-    """
-    sizes = {(file.path, file.size_bytes) for file in wanted.listing}
-    for record in store.versions(job.name):
-        if (record.version, record.registered_name) != (version.version, version.name):
-            continue
-        if wanted.manifest:
-            if record.manifest == wanted.manifest:
-                return record
-        elif (record.registry_uri, record.source, record.run_id) == (
-            job.registry.uri,
-            version.source,
-            version.run_id,
-        ) and sizes == {(file.path, file.size_bytes) for file in record.manifest.files}:
-            return record
-    return None
-
-
-def hold_to_policy(store: Store, job: SyncJob, record: VersionRecord) -> VersionRecord:
-    """Holds a version that is in the cache to the settings as they are now.
-
-    Raises:
-        PolicyError: it may no longer run.
-    """
-    policy = asdict(job.trust)
-    decision, packaged_at = record.trust, record.packaged_at
-    if packaged_at is None:  # an earlier release wrote the record
-        packaged_at = mlmodel.read(store.folder(record)).created_at
-    if not trust.still_holds(decision, **policy):
-        decision = trust.decide(
-            store.folder(record), record.manifest, registered_name=record.registered_name, **policy
-        )
-    elif record.fallback == job.fallback and record.packaged_at == packaged_at:
-        return record
-    record = replace(record, trust=decision, fallback=job.fallback, packaged_at=packaged_at)
-    with store.lock():
-        store.rewrite(record)
-    return record
 
 
 def reserve(
@@ -473,17 +394,3 @@ def _check_listing(version: ModelVersion, manifest: Manifest, listed: Mapping[st
             raise VerificationError(
                 f"{file.path!r} has {listed[file.path].size_bytes} bytes, its manifest says {file.size_bytes}"
             )
-
-
-def _done(record: VersionRecord, *, fetched_bytes: int, new: bool, mirrored_bytes: int = 0) -> SyncResult:
-    return SyncResult(
-        name=record.name,
-        version=record.version,
-        digest=record.digest,
-        key=record.key,
-        bytes=record.total_bytes,
-        bytes_fetched=fetched_bytes,
-        bytes_mirrored=mirrored_bytes,
-        bytes_reused=max(0, record.total_bytes - fetched_bytes),
-        new=new,
-    )

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from edge_agent.errors import ManifestError, TransportError
 from edge_agent.host.clock import Clock
-from edge_agent.package.manifest import MAX_FILES, OUTSIDE_MANIFEST, check_path, check_paths
+from edge_agent.package.manifest import MAX_FILES, OUTSIDE_MANIFEST, Manifest, check_path, check_paths
 from edge_agent.sync import refusal
 from edge_agent.sync.pace import CHUNK_BYTES, MIN_BYTES_PER_TIMEOUT, StallLimit
 
@@ -43,6 +43,28 @@ class Listed:
 
     path: str
     size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a version consists of, as far as that is known before it is fetched.
+
+    Attributes:
+        manifest: None where the package was logged with plain MLflow.
+        listing: every file to fetch, with its size.
+        attached: the content of `manifest.json` and `model.sig`, which have been read already.
+    """
+
+    manifest: Manifest | None
+    listing: tuple[Listed, ...]
+    attached: dict[str, bytes]
+
+    def sha256(self, path: str) -> str | None:
+        return self._digests.get(path)
+
+    @property
+    def _digests(self) -> dict[str, str]:
+        return {file.path: file.sha256 for file in self.manifest.files} if self.manifest else {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,6 +209,22 @@ class RegistrySession(requests.Session):
         response._content, response._content_consumed = bytes(content), True
 
 
+def open_session(uri: str, *, timeout_s: float, clock: Clock, tls: TlsFiles = NO_FILES) -> RegistrySession:
+    """The session of a registry.
+
+    Raises:
+        TransportError: its uri is no address, or a file of `tls` is gone since the daemon's start.
+    """
+    try:
+        return RegistrySession(uri, timeout_s=timeout_s, tls=tls, clock=clock)
+    except ValueError as error:
+        raise TransportError(
+            f"registry.uri {uri!r} is not an address", remedy="check registry.uri"
+        ) from error
+    except OSError as error:
+        raise TransportError(f"registry.ca_file cannot be loaded: {error}") from error
+
+
 @contextmanager
 def in_use(session: requests.Session) -> Iterator[None]:
     """MLflow makes its requests through this session until the block ends."""

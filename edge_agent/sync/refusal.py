@@ -65,6 +65,11 @@ def reason_of(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Short, and without the queries of addresses: an artifact store's may be a signature that lets anybody in."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of what an error says, or its name; see `short`."""
+    return short(str(error)) or type(error).__name__
+
+
+def short(text: str) -> str:
+    """Its first line, without the queries of addresses: an artifact store's may be a signature that lets anybody in."""
+    line = (text.splitlines() or [""])[0]
     return re.sub(r"(https?://[^\s?]+)\?[^\s'\"]+", r"\1?…", line)[:300]

@@ -47,7 +47,7 @@ class Requests:
 
     Args:
         max_payload_bytes: of a prompt.
-        check_updates: looks for new versions soon.
+        check_updates: looks for new versions when the request says so.
         desire: obeys a desired state, or reports why not.
         now: the clock.
     """
@@ -59,7 +59,7 @@ class Requests:
         intake: Intake,
         replies: Replies,
         max_payload_bytes: int,
-        check_updates: Callable[[], None],
+        check_updates: Callable[[bytes], None],
         desire: Callable[[bytes], None],
         now: Callable[[], Moment],
     ) -> None:
@@ -132,7 +132,7 @@ class Requests:
 
     def on_sync(self, message: Inbound) -> None:
         if not message.retained:
-            self._check_updates()
+            self._check_updates(message.payload)
 
     def on_desired(self, message: Inbound) -> None:
         """What a fleet's operator wants here; retained, so it comes again with each connection."""

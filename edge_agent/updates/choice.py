@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from edge_agent.cache.state import ModelState
@@ -25,6 +26,21 @@ from edge_agent.errors import (
 from edge_agent.package.reference import ModelRef
 
 MAX_DESIRED_BYTES = 64 << 10
+MAX_WITHIN_S = 86_400.0
+"""The longest time over which a fleet's checks are spread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desired:
+    """What `model/desired` says.
+
+    Attributes:
+        uris: for each model named there its `models:/…`, empty to follow the settings again.
+        within_s: in the course of how many seconds to ask the registry.
+    """
+
+    uris: Mapping[str, str]
+    within_s: float = 0.0
 
 
 class NotInRollout(EdgeAgentError):
@@ -86,28 +102,65 @@ def check_rollout(tag: str | None, *, device_id: str, name: str, version: int) -
         )
 
 
-def parse_desired(payload: bytes, *, refs: Mapping[str, ModelRef]) -> dict[str, str]:
-    """Reads `model/desired`: for each model named there its `models:/…`, empty to follow the settings again.
+def parse_desired(payload: bytes, *, refs: Mapping[str, ModelRef]) -> Desired:
+    """Reads `model/desired`.
 
     Args:
-        payload: `{"models": {NAME: {"uri": …} or {"version": 7} or null}}`; empty clears all.
+        payload: `{"models": {NAME: {"uri": …} or {"version": 7} or null}, "within_s": 300}`, where `within_s` may be
+            left out; empty clears all.
         refs: the settings' reference of each configured model.
 
     Raises:
         BadDesired: not understood as a whole; nothing of it is obeyed.
     """
     if not payload.strip():
-        return dict.fromkeys(refs, "")
+        return Desired(uris=dict.fromkeys(refs, ""))
+    document = _document("the desired state", payload)
+    models = document.get("models") if set(document) <= {"models", "within_s"} else None
+    if not isinstance(models, dict):
+        raise BadDesired('the desired state is not {"models": {…}}')
+    uris = {name: _desired_uri(name, entry, refs) for name, entry in models.items()}
+    return Desired(uris=uris, within_s=_within_s(document))
+
+
+def parse_sync(payload: bytes) -> float:
+    """Reads `ctl/sync`: in the course of how many seconds to ask the registry; 0 for at once.
+
+    Args:
+        payload: empty, or `{"within_s": 300}`.
+
+    Raises:
+        BadDesired: it is something else.
+    """
+    if not payload.strip():
+        return 0.0
+    document = _document("the request to check", payload)
+    if not set(document) <= {"within_s"}:
+        raise BadDesired('the request to check is not empty, and not {"within_s": 300}')
+    return _within_s(document)
+
+
+def _document(what: str, payload: bytes) -> Mapping[str, Any]:
+    """
+    Raises:
+        BadDesired: it is too long, or no JSON object.
+    """
     if len(payload) > MAX_DESIRED_BYTES:
-        raise BadDesired(f"the desired state has more than {MAX_DESIRED_BYTES} bytes")
+        raise BadDesired(f"{what} has more than {MAX_DESIRED_BYTES} bytes")
     try:
         document = json.loads(payload.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise BadDesired("the desired state is not JSON") from error
-    models = document.get("models") if isinstance(document, dict) and set(document) == {"models"} else None
-    if not isinstance(models, dict):
-        raise BadDesired('the desired state is not {"models": {…}}')
-    return {name: _desired_uri(name, entry, refs) for name, entry in models.items()}
+        raise BadDesired(f"{what} is not JSON") from error
+    if not isinstance(document, dict):
+        raise BadDesired(f"{what} is no JSON object")
+    return document
+
+
+def _within_s(document: Mapping[str, Any]) -> float:
+    value = document.get("within_s", 0)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_WITHIN_S:
+        return float(value)
+    raise BadDesired(f"within_s is a number of seconds, at most {MAX_WITHIN_S:.0f}")
 
 
 def _desired_uri(name: str, entry: Any, refs: Mapping[str, ModelRef]) -> str:

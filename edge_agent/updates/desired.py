@@ -16,13 +16,16 @@ class DesiredState:
 
     Args:
         refs: what the settings of each configured model name.
-        desire: told the wanted uri of each model that is named, empty to follow the settings again.
+        desire: told the wanted uri of each model that is named, empty to follow the settings again, and in the course
+            of how many seconds to ask the registry.
 
     Attributes:
         problem: why the last one is not obeyed; empty when it is.
     """
 
-    def __init__(self, refs: Mapping[str, ModelRef], desire: Callable[[Mapping[str, str]], None]) -> None:
+    def __init__(
+        self, refs: Mapping[str, ModelRef], desire: Callable[[Mapping[str, str], float], None]
+    ) -> None:
         self.problem = ""
         self._refs = refs
         self._desire = desire
@@ -36,4 +39,4 @@ class DesiredState:
             log.warning("desired state refused reason=%r", str(error))
             return
         self.problem = ""
-        self._desire(desired)
+        self._desire(desired.uris, desired.within_s)

@@ -35,15 +35,15 @@ from edge_agent.sync import version_file
 from edge_agent.sync.process import run_sync
 from edge_agent.sync.protocol import SyncResult
 from edge_agent.sync.tls import TlsFiles
+from edge_agent.updates import choice
 from edge_agent.updates.check import Lifecycle, ModelCheck, OnEvent, RunSync, Watch
 from edge_agent.updates.link import Link
+from edge_agent.updates.polls import Polls, place_of
 from edge_agent.updates.turn import Turn
 from edge_agent.updates.waiting import Alarm, Waiting
 
 log = logging.getLogger(__name__)
 
-JITTER = (0.9, 1.1)
-"""Between these times the interval comes the next poll, so that a fleet does not ask in step."""
 SPREAD_S = 60.0
 """A fleet that waits for the same minute comes in the course of this."""
 _WAIT_S = 0.5
@@ -102,21 +102,24 @@ class Updates:
             for name, lifecycle in lifecycles.items()
         }
         self._clock = clock
-        self._jitter = jitter
+        self._polls = Polls(
+            settings.registry.poll_interval_s, place=place_of(settings.device_id), jitter=jitter
+        )
         self._turn = Turn()
         self._due = threading.Event()
         self._closing = threading.Event()
         self._changed = threading.Event()  # what MQTT asks for: the running poll is for something else
         self._desired: Mapping[str, str] | None = None
-        self._next_s: float | None = 0.0
         most_s = min(SPREAD_S, settings.registry.poll_interval_s)
         alarm = partial(Alarm, self.link.is_over, clock, spread_s=lambda: jitter(0.0, most_s))
         self._alarms = {name: alarm() for name in lifecycles}
+        self._begun = False
 
     def run(self) -> None:
         """The thread: looks the cache over, then steps until it is closed."""
         try:
-            fsck.look_over(self._store)
+            if fsck.look_over(self._store):
+                self._due.set()  # to be fetched again
         except EdgeAgentError as error:
             log.warning("cache not looked over reason=%r", str(error))
         while not self._closing.is_set():
@@ -124,41 +127,65 @@ class Updates:
             self._due.wait(_WAIT_S)
 
     def step(self, now_s: float) -> None:
-        """Checks all models at first, then every `registry.poll_interval_s`, whenever it is told to, and when the time
-        has come that one waits for.
+        """Checks all models when it is time for that, by `polls.py`, whenever it is told to, and when the time has come
+        that one waits for.
 
-        The interval begins with the step after a check, which may take longer than the interval does.
+        What is on disk already is taken up in the first step, and a desired state is written down in the next one: only
+        the question to the registry may have to wait.
 
         Args:
             now_s: monotonic seconds.
         """
-        if self._next_s is None:
-            self._next_s = now_s + self._registry.poll_interval_s * self._jitter(*JITTER)
         for name, alarm in self._alarms.items():
             if alarm.rings(self._checks[name].waiting):
                 self._due.set()
-        if now_s < self._next_s and not self._due.is_set():
-            return
-        self._due.clear()
         self._note_desired()
-        for name in self._lifecycles:
-            if not self._closing.is_set():
-                self._poll(name)
-        self._next_s = None
+        first, self._begun = not self._begun, True
+        if first:
+            served = all(life.runs_its_own for life in self._lifecycles.values())
+            self._polls.begin(now_s, at_once=not served)
+        asks = self._polls.is_due(now_s) or self._due.is_set()
+        if not (asks or first):
+            return
+        if asks:
+            self._due.clear()
+        failures = [self._poll(name, asks=asks) for name in self._lifecycles if not self._closing.is_set()]
+        if asks:
+            self._polls.ended(failed=any(failures))
 
-    def desire(self, uris: Mapping[str, str]) -> None:
+    def desire(self, uris: Mapping[str, str], within_s: float = 0.0) -> None:
         """What MQTT asks for: by model `models:/…`, or empty. The thread writes it down, and then checks.
 
-        It comes again with each connection to the broker: only what is new to a model ends the running poll.
+        It comes again with each connection to the broker: only what is new to a model is a reason to check, and ends
+        the running poll.
+
+        Args:
+            within_s: in the course of how many seconds to check.
         """
         self._desired = dict(uris)
         if any(self._lifecycles[name].state.desired != uri for name, uri in uris.items()):
             self._changed.set()
-        self._due.set()
+            self.check_now(within_s)
 
-    def check_now(self) -> None:
-        """Tells the thread to check all models."""
-        self._due.set()
+    def take_sync(self, payload: bytes) -> None:
+        """What came on `ctl/sync`: checks all models, if that is what it asks for."""
+        try:
+            within_s = choice.parse_sync(payload)
+        except choice.BadDesired as error:
+            log.warning("request to check refused reason=%r", str(error))
+            return
+        self.check_now(within_s)
+
+    def check_now(self, within_s: float = 0.0) -> None:
+        """Tells the thread to check all models.
+
+        Args:
+            within_s: in the course of how many seconds, by this device's id; 0 for at once.
+        """
+        if within_s:
+            self._polls.ask_for(within_s)
+        else:
+            self._due.set()
 
     def progress_of(self, name: str) -> dict[str, Any] | None:
         """`bytes, total_bytes, bytes_per_s, eta_s` of a running fetch, None where none runs."""
@@ -309,14 +336,21 @@ class Updates:
             log.warning("desired state not written down reason=%r", str(error))
             self._desired = self._desired or desired  # the next poll tries again
 
-    def _poll(self, name: str) -> None:
-        """One model's part of a step. A pinned model asks nobody."""
+    def _poll(self, name: str, *, asks: bool) -> bool:
+        """One model's part of a step. A pinned model asks nobody.
+
+        Args:
+            asks: the registry; else only what is here is taken up.
+
+        Returns:
+            True where the registry did not answer, or the line to it broke.
+        """
         lifecycle = self._lifecycles[name]
         try:
             if lifecycle.state.pinned:
                 lifecycle.adopt(lifecycle.state.pinned)
                 self.problems[name] = ""
-                return
+                return False
             try:
                 self._checks[name].catch_up()
             except ActivationHeld:
@@ -326,21 +360,24 @@ class Updates:
                 if not self._registry.uri or self._closing.is_set():
                     raise
                 log.warning("cached version refused model=%s reason=%r", name, str(error))
-            if self._registry.uri:
+            if asks and self._registry.uri:
                 self.check(name)
         except SyncStopped as stop:
             log.info("check put off model=%s reason=%r", name, str(stop))
-            self._due.set()
+            if not self._changed.is_set():  # else it was said when to check
+                self._due.set()
         except (LinkHeld, ActivationHeld) as error:  # `waiting_of` has it, but for why a fallback is fetched
             waiting, text = self.waiting_of(name), str(error)
             self.problems[name] = "" if waiting and waiting.reason == text else text
         except EdgeAgentError as error:
             if self._closing.is_set():
-                return
+                return False
             text = str(error)
             if self.problems.get(name) != text:
                 log.warning("update failed model=%s code=%s reason=%r", name, error.code, text)
             self.problems[name] = text
+            return isinstance(error, TransportError)
+        return False
 
     def _note_registry(self, error: EdgeAgentError | None) -> None:
         """What the registry was, by how a sync ended. One that refuses was reached."""

@@ -74,6 +74,7 @@ def test_with_the_registry_gone_a_restart_changes_nothing(
         wait_for_state(device, "ready")
         with connected(broker, device="offline") as client:
             assert client.ask(chat(SPAIN)).text == MADRID
+            client.publish("edge/v1/offline/ctl/sync", b"")
         assert device.cli("probe", SPAIN).stdout.startswith(MADRID)
         wait_until(lambda: device.status()["registry"]["reachable"] is False, 60, "the registry to be missed")
         assert device.status()["state"] == "ready", "a registry out of reach is a normal day"

@@ -54,7 +54,13 @@ def test_a_device_without_a_network_boots_and_answers_and_calls_nobody_before_re
     short_dir: Path,
 ) -> None:
     device = new_daemon(
-        settings_for(offline_broker, mlflow_server.uri, device="offline", inference={"threads": 1}),
+        settings_for(
+            offline_broker,
+            mlflow_server.uri,
+            device="offline",
+            inference={"threads": 1},
+            registry={"poll_interval_s": 2},
+        ),
         folder=short_dir,
         before=namespaces.offline(traced(short_dir), beside=offline_broker.pid),
     )

@@ -11,7 +11,7 @@ import pytest
 
 from edge_agent.errors import EdgeAgentError, ManifestError, PolicyError, TransportError, VerificationError
 from edge_agent.host.clock import CLOCK
-from edge_agent.package.reference import ModelRef
+from edge_agent.package.reference import ModelRef, ModelVersion
 from edge_agent.sync import http_session
 from edge_agent.sync.files import RequestRefused
 from edge_agent.sync.registry import Registry
@@ -260,4 +260,4 @@ def test_mlflow_makes_its_requests_through_the_session(mlflow_server: Server) ->
     client = Registry(mlflow_server.uri, timeout_s=5)
     client.session = session
     with pytest.raises(EdgeAgentError, match="an address of this device"):
-        client.resolve(device_ref())
+        client.located(ModelVersion(name=NAME, version=1, run_id="", source="", tags={}))

@@ -112,6 +112,30 @@ def device(mlflow_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return Device(mlflow_server.uri, tmp_path)
 
 
+def test_an_unchanged_check_is_one_request_and_imports_no_mlflow(
+    device: Device, mlflow_server: Server
+) -> None:
+    device.publish()
+    first = device.check()
+    job = replace(device.job, check_host=True, running=first.key)
+    before = mlflow_server.log_text().count("GET /api/")
+    environment = {**sync_process.child_environment(), "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_agent.sync.child"],
+        input=job.encode(),
+        env=environment,
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    *_, last = map(json.loads, done.stdout.splitlines())
+    assert (last["event"], last["key"], last["new"]) == ("done", first.key, False)
+    imported = {line.rsplit(b"|", 1)[-1].strip().split(b".")[0] for line in done.stderr.splitlines()}
+    assert b"requests" in imported, "the imports were seen"
+    assert not imported & {b"mlflow", b"numpy", b"onnxruntime", b"yaml", b"model_signing"}
+    assert mlflow_server.log_text().count("GET /api/") == before + 1
+
+
 def artifact(server: Server, path: str, model: str) -> Path:
     """A package's file in the server's own folder; the model's only one of this name."""
     found = []

@@ -113,6 +113,7 @@ def device(tmp_path: Path) -> Iterator[Device]:
 
 @pytest.fixture
 def polling(device: Device) -> Iterator[Device]:
+    device.updates.check_now()
     ended = device.in_background(device.updates.run)
     device.poll_hangs()
     yield device

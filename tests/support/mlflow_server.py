@@ -21,6 +21,7 @@ class Server:
         destination: where it keeps artifacts, such as `s3://bucket/x`; empty for a folder.
         backend: its database, such as `postgresql://…`; empty for an SQLite file.
         env: what it needs for that.
+        workers: processes that answer.
 
     Attributes:
         uri: what clients use as tracking and registry URI.
@@ -34,6 +35,7 @@ class Server:
         destination: str = "",
         backend: str = "",
         env: Mapping[str, str] | None = None,
+        workers: int = 1,
     ) -> None:
         self.folder = folder
         self.host = "127.0.0.1"
@@ -43,6 +45,7 @@ class Server:
         self.log = folder / "mlflow.log"
         self._destination = destination or str(self.artifacts)
         self._backend = backend or f"sqlite:///{folder / 'mlflow.db'}"
+        self._workers = workers
         self._env = {**_ENVIRONMENT, "HOME": str(folder), **(env or {})}
         self._child: Child | None = None
 
@@ -91,7 +94,7 @@ class Server:
     def _command(self) -> list[str]:
         return [
             *(sys.executable, "-m", "mlflow", "server"),
-            *("--host", self.host, "--port", str(self.port), "--workers", "1"),
+            *("--host", self.host, "--port", str(self.port), "--workers", str(self._workers)),
             *("--backend-store-uri", self._backend),
             *("--artifacts-destination", self._destination, "--serve-artifacts"),
         ]
@@ -99,10 +102,15 @@ class Server:
 
 @contextlib.contextmanager
 def running_mlflow_server(
-    folder: Path, *, destination: str = "", backend: str = "", env: Mapping[str, str] | None = None
+    folder: Path,
+    *,
+    destination: str = "",
+    backend: str = "",
+    env: Mapping[str, str] | None = None,
+    workers: int = 1,
 ) -> Iterator[Server]:
     """A started server whose files are in `folder`. The first start makes the database: 10 to 20 s."""
-    server = Server(folder, destination=destination, backend=backend, env=env)
+    server = Server(folder, destination=destination, backend=backend, env=env, workers=workers)
     try:
         server.start()
         yield server

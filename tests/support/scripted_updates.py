@@ -137,11 +137,13 @@ def make_device(
     fallback: str = "",
     registry: str = "http://registry",
     link: LinkSettings | None = None,
+    asked: bool = True,
 ) -> UpdatingDevice:
     """A device with one model, `assistant`, that follows `OWN`.
 
     Args:
         state: of that model; of each, where `models` has others.
+        asked: it was told to check at once, so that its first step does.
     """
     models = models or {"assistant": ModelSettings(uri=OWN, fallback=fallback)}
     settings = Settings(
@@ -163,6 +165,8 @@ def make_device(
         return high
 
     updates = Updates(settings, store, lifecycles, run_sync=sync, clock=lambda: time.now_s, jitter=longest)
+    if asked:
+        updates.check_now()
     return UpdatingDevice(
         updates=updates, store=store, sync=sync, time=time, lifecycles=lifecycles, drawn=drawn
     )

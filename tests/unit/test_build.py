@@ -47,6 +47,7 @@ def test_help_has_a_line_for_each_command() -> None:
         "check",
         "package",
         "boot-test",
+        "fleet-test",
         "sample-model",
         "random-model",
         "real-model",

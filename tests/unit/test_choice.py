@@ -10,26 +10,54 @@ from edge_agent.cache.state import MAX_QUARANTINED, CacheState, ModelState, pars
 from edge_agent.errors import EdgeAgentError
 from edge_agent.package.reference import ModelRef
 from edge_agent.updates import choice
-from edge_agent.updates.choice import BadDesired, NotInRollout
+from edge_agent.updates.choice import BadDesired, Desired, NotInRollout
 
 REFS = {"assistant": ModelRef.parse("models:/phi3@prod")}
 A, B, C = "1-aaaaaaaaaaaa", "2-bbbbbbbbbbbb", "3-cccccccccccc"
 
 
-def desired(document: object) -> dict[str, str]:
+def desired(document: object) -> Desired:
     return choice.parse_desired(json.dumps(document).encode(), refs=REFS)
 
 
 def test_a_desired_state_names_a_uri_a_version_or_gives_the_choice_back() -> None:
-    assert desired({"models": {"assistant": {"uri": "models:/other@next"}}}) == {
+    assert desired({"models": {"assistant": {"uri": "models:/other@next"}}}).uris == {
         "assistant": "models:/other@next"
     }
-    assert desired({"models": {"assistant": {"version": 7}}}) == {"assistant": "models:/phi3/7"}
-    assert desired({"models": {"assistant": None}}) == {"assistant": ""}
-    assert choice.parse_desired(b"", refs=REFS) == {"assistant": ""}
-    assert choice.parse_desired(b'\xef\xbb\xbf{"models": {"assistant": null}}', refs=REFS) == {
-        "assistant": ""
-    }
+    assert desired({"models": {"assistant": {"version": 7}}}).uris == {"assistant": "models:/phi3/7"}
+    given_back = Desired(uris={"assistant": ""}, within_s=0.0)
+    assert desired({"models": {"assistant": None}}) == given_back
+    assert choice.parse_desired(b"", refs=REFS) == given_back
+    with_mark = b'\xef\xbb\xbf{"models": {"assistant": null}}'
+    assert choice.parse_desired(with_mark, refs=REFS) == given_back
+
+
+def test_a_desired_state_may_be_followed_in_the_course_of_some_time() -> None:
+    assert desired({"models": {"assistant": None}, "within_s": 300}).within_s == 300.0
+
+
+@pytest.mark.parametrize(
+    ("payload", "within_s"),
+    [
+        *((b"", 0), (b" \n", 0), (b"{}", 0), (b'{"within_s": 0}', 0), (b'{"within_s": 0.5}', 0.5)),
+        *((b'\xef\xbb\xbf{"within_s": 300}', 300), (b'{"within_s": 86400}', 86_400)),
+    ],
+)
+def test_a_request_to_check_says_in_the_course_of_what_time(payload: bytes, within_s: float) -> None:
+    assert choice.parse_sync(payload) == within_s
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        *(b"now", b"300", b"[]", b"null", b"\xff", b"[" * 100_000, b" " * 70_000 + b"{}"),
+        *(b'{"within": 300}', b'{"within_s": 300, "more": 1}', b'{"within_s": -1}', b'{"within_s": 86401}'),
+        *(b'{"within_s": true}', b'{"within_s": null}', b'{"within_s": "300"}', b'{"within_s": NaN}'),
+    ],
+)
+def test_another_request_to_check_is_refused(payload: bytes) -> None:
+    with pytest.raises(BadDesired):
+        choice.parse_sync(payload)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +72,8 @@ def test_a_desired_state_names_a_uri_a_version_or_gives_the_choice_back() -> Non
         {"models": {"assistant": {"version": True}}},
         {"models": {"assistant": {"version": 1, "uri": "models:/a@b"}}},
         {"models": {}, "more": 1},
+        {"within_s": 300},
+        {"models": {"assistant": None}, "within_s": "300"},
     ],
 )
 def test_a_bad_desired_state_is_refused_as_a_whole(document: object) -> None:

@@ -83,7 +83,7 @@ class Room:
     def __init__(self, folder: Path) -> None:
         self.journal = Journal(folder / "journal.db", moment=NOW)
         self.model, self.replies = Model(), Replies()
-        self.checks = 0
+        self.checks: list[bytes] = []
         self.desired: list[bytes] = []
         intake = Intake(
             self.journal,
@@ -99,13 +99,10 @@ class Room:
             intake=intake,
             replies=self.replies,
             max_payload_bytes=1024,
-            check_updates=self.check,
+            check_updates=self.checks.append,
             desire=self.desired.append,
             now=lambda: NOW,
         )
-
-    def check(self) -> None:
-        self.checks += 1
 
     def send(self, name: str, payload: bytes, **properties: Any) -> None:
         """A message to the topic `{root}/{name}`."""
@@ -269,10 +266,10 @@ def test_a_cancel_of_nothing_is_counted(room: Room, payload: bytes) -> None:
 
 
 def test_a_look_for_updates_and_a_desired_state_go_to_who_cares(room: Room) -> None:
-    room.send("ctl/sync", b"")
+    room.send("ctl/sync", b'{"within_s": 300}')
     room.send("ctl/sync", b"", retained=True)
     room.send("model/desired", b"{}", retained=True)
-    assert (room.checks, room.desired) == (1, [b"{}"])
+    assert (room.checks, room.desired) == ([b'{"within_s": 300}'], [b"{}"])
 
 
 # --- Clients with a name -------------------------------------------------------------------------------

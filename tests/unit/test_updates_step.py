@@ -11,9 +11,20 @@ from typing import Any
 import pytest
 
 from edge_agent.cache.state import ModelState
-from edge_agent.errors import EdgeAgentError, RunnerError, StoreError, SyncStopped, TransportError
+from edge_agent.errors import (
+    EdgeAgentError,
+    RegistryRefused,
+    RunnerError,
+    StoreError,
+    SyncStopped,
+    TransportError,
+    UnknownReference,
+    VerificationError,
+)
+from edge_agent.serving.seat import Serving
 from edge_agent.settings import ModelSettings
-from edge_agent.updates.updates import JITTER
+from edge_agent.updates.polls import FIRST_RETRY_S, JITTER, RETRY_JITTER, place_of
+from tests.support.committed import commit
 from tests.support.scripted_sync import Offer
 from tests.support.scripted_updates import INTERVAL_S, OWN, UpdatingDevice, make_device
 
@@ -125,6 +136,122 @@ def test_the_progress_of_a_fetch_is_seen_until_it_ends(device: UpdatingDevice) -
     assert device.updates.progress_of("assistant") is None
 
 
+# --- A fleet -------------------------------------------------------------------------------------------
+
+PLACE_S = place_of("dev") * INTERVAL_S
+
+
+def test_the_first_poll_of_a_device_that_has_a_model_has_its_place_in_one_interval(tmp_path: Path) -> None:
+    device = make_device(tmp_path, ModelState(active=ONE.key), asked=False)
+    device.sync.offers[OWN] = ONE
+    device.updates.step(1_000)
+    device.updates.step(1_000 + PLACE_S - 1)
+    assert (device.sync.jobs, device.drawn) == ([], [])
+    device.updates.step(1_000 + PLACE_S)
+    assert len(device.sync.jobs) == 1
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_device_that_has_nothing_to_run_asks_at_once(tmp_path: Path, loads: bool) -> None:
+    device = make_device(tmp_path, ModelState() if loads else ModelState(active=ONE.key), asked=False)
+    if not loads:
+        device.lifecycle.serving = Serving.FAILED
+    device.sync.offers[OWN] = ONE
+    device.updates.step(1_000)
+    assert len(device.sync.jobs) == 1
+
+
+def test_a_device_that_serves_a_fallback_asks_at_once(tmp_path: Path) -> None:
+    """What kept its own version from running may have been mended while it was off."""
+    device = make_device(tmp_path, ModelState(active=ONE.key, instead="no library"), asked=False)
+    device.sync.offers[OWN] = ONE
+    device.updates.step(1_000)
+    assert len(device.sync.jobs) == 1
+
+
+def test_one_of_two_models_that_has_nothing_to_run_is_enough(tmp_path: Path) -> None:
+    models = {name: ModelSettings(uri=OWN) for name in ("first", "second")}
+    device = make_device(tmp_path, ModelState(active=ONE.key), models=models, asked=False)
+    device.lifecycles["second"].state = ModelState()
+    device.updates.step(1_000)
+    assert len(device.sync.jobs) == 2
+
+
+def test_what_is_on_disk_is_taken_up_before_the_registry_is_asked(tmp_path: Path) -> None:
+    device = make_device(tmp_path, ModelState(active=ONE.key), asked=False)
+    device.lifecycle.untried = TWO.key
+    device.updates.step(1_000)
+    assert (device.lifecycle.state.active, device.sync.jobs) == (TWO.key, [])
+
+
+def test_what_the_look_over_finds_damaged_is_fetched_again_at_once(tmp_path: Path) -> None:
+    device = make_device(tmp_path, ModelState(active=ONE.key), asked=False)
+    record = commit(device.store, 1)
+    device.store.blob(record.files[0].sha256).unlink()
+    device.sync.offers[OWN] = ONE
+    device.sync.amid = lambda ref: device.updates.close()
+    device.updates.run()
+    assert device.sync.refs == [OWN]
+
+
+@pytest.mark.parametrize("how", ["ctl/sync", "model/desired"])
+def test_a_check_may_come_in_the_course_of_some_time(device: UpdatingDevice, how: str) -> None:
+    device.updates.step(0)
+    if how == "ctl/sync":
+        device.updates.take_sync(b'{"within_s": 100}')
+    else:
+        device.updates.desire({"assistant": OTHER}, 100.0)
+    device.updates.step(10)
+    assert device.lifecycle.state.desired == (OTHER if how == "model/desired" else ""), "written down at once"
+    device.updates.step(10 + place_of("dev") * 100 - 0.1)
+    assert len(device.sync.jobs) == 1
+    device.updates.step(10 + place_of("dev") * 100)
+    device.updates.step(200)
+    assert len(device.sync.jobs) == 2, "once"
+
+
+def test_a_desired_state_that_ends_a_poll_is_followed_when_it_says(device: UpdatingDevice) -> None:
+    device.sync.amid = lambda ref: device.updates.desire({"assistant": OTHER}, 100.0)
+    device.updates.step(0)
+    device.sync.amid = lambda ref: None
+    device.updates.step(1)
+    assert device.sync.refs == [OWN]
+    device.updates.step(1 + place_of("dev") * 100)
+    assert device.sync.refs == [OWN, OTHER]
+
+
+def test_a_request_to_check_that_is_not_understood_checks_nothing(
+    device: UpdatingDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    device.updates.step(0)
+    device.updates.take_sync(b'{"within": 100}')
+    device.updates.step(1)
+    assert len(device.sync.jobs) == 1
+    assert "request to check refused" in caplog.text
+    device.updates.take_sync(b"")
+    device.updates.step(2)
+    assert len(device.sync.jobs) == 2
+
+
+def test_a_registry_that_does_not_answer_is_asked_again_early(device: UpdatingDevice) -> None:
+    device.sync.offers[OWN] = TransportError("timed out")
+    device.updates.step(0)
+    device.updates.step(1)
+    device.updates.step(1 + FIRST_RETRY_S * RETRY_JITTER[1])
+    assert device.drawn == [RETRY_JITTER]
+    assert len(device.sync.jobs) == 2
+
+
+@pytest.mark.parametrize("error", [RegistryRefused("no"), UnknownReference("no"), VerificationError("no")])
+def test_an_answer_that_brings_nothing_is_no_reason_to_ask_again_early(
+    device: UpdatingDevice, error: EdgeAgentError
+) -> None:
+    device.sync.offers[OWN] = error
+    device.updates.step(0)
+    device.updates.step(1)
+    assert device.drawn == [JITTER]
+
+
 # --- The desired state ---------------------------------------------------------------------------------
 
 
@@ -156,6 +283,19 @@ def test_a_desired_state_that_comes_again_with_a_connection_ends_no_poll(tmp_pat
     device.sync.amid = lambda ref: device.updates.desire({"assistant": OTHER})
     device.updates.step(0)
     assert device.lifecycle.state.active == TWO.key
+
+
+def test_a_desired_state_that_is_known_already_is_no_reason_to_ask(tmp_path: Path) -> None:
+    device = make_device(tmp_path, ModelState(active=TWO.key, desired=OTHER))
+    device.sync.offers[OTHER] = TWO
+    device.updates.step(0)
+    device.updates.desire({"assistant": OTHER})
+    device.updates.step(1)
+    assert device.sync.refs == [OTHER]
+    device.updates.desire({"assistant": ""})
+    device.updates.desire({"assistant": OTHER})
+    device.updates.step(2)
+    assert device.lifecycle.state.desired == OTHER, "the last one counts"
 
 
 def test_a_desired_state_that_cannot_be_written_down_is_tried_again(device: UpdatingDevice) -> None:

@@ -1,6 +1,7 @@
 """The registry: what a reference means now, and where a version's files are.
 
-Imports the MLflow client, as its packages do, and only in the sync process. Flow: `resolve` → `package`. Refuses a
+Flow: `find`, in one plain request where that will do (`plain.py`) → `located` → `package`. All but the first need
+MLflow's client, which is imported then, and only in the sync process. Refuses a
 remote registry that points at files of this device, and stores whose clients have no limit.
 Credentials come from MLflow's own variables and are never shown. MLflow's retries are switched off, because
 with them an unreachable registry blocks for minutes: `fetch.py` has the one retry policy.
@@ -8,10 +9,13 @@ with them an unreachable registry blocks for minutes: `fetch.py` has the one ret
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from edge_agent.errors import EdgeAgentError, PolicyError, TransportError, UnknownReference
@@ -20,9 +24,13 @@ from edge_agent.package.reference import ModelRef, ModelVersion, version_number
 from edge_agent.sync import http_session, refusal
 from edge_agent.sync.files import LocalPackage, Package
 from edge_agent.sync.http_package import HttpPackage
+from edge_agent.sync.registry import plain
 from edge_agent.sync.s3_package import S3Package
 from edge_agent.sync.tls import NO_FILES, TlsFiles
 from edge_agent.sync.whole_package import WholePackage
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 _UNBOUNDED_STORES = frozenset(("ftp", "sftp", "hdfs", "viewfs", "dbfs"))
 """MLflow's clients of these have no limit in time, or take keys and tokens that are not the registry's."""
@@ -46,21 +54,21 @@ class Registry:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
         self._refuse_missing_database()
-        try:
-            self.session = http_session.RegistrySession(uri, timeout_s=timeout_s, tls=tls, clock=clock)
-        except ValueError as error:
-            raise TransportError(
-                f"registry.uri {uri!r} is not an address", remedy="check registry.uri"
-            ) from error
-        except OSError as error:  # a file that was there at the daemon's start
-            raise TransportError(f"registry.ca_file cannot be loaded: {error}") from error
-        with self.errors():
-            from mlflow.tracking import MlflowClient
+        self.session = http_session.open_session(uri, timeout_s=timeout_s, tls=tls, clock=clock)
 
-            self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    @functools.cached_property
+    def _client(self) -> MlflowClient:
+        """Its import takes a second. Used inside `errors` only."""
+        from mlflow.tracking import MlflowClient
+
+        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
 
     def resolve(self, ref: ModelRef) -> ModelVersion:
-        """What the reference means now.
+        """What the reference means now, and where that is; see `find` and `located`."""
+        return self.located(self.find(ref))
+
+    def find(self, ref: ModelRef) -> ModelVersion:
+        """What the reference means now; its source as it was registered.
 
         Raises:
             UnknownReference: the registry has no such model, alias or version.
@@ -68,21 +76,32 @@ class Registry:
             ManifestError: the version has a number that no version can have.
             TransportError: the registry cannot be reached, or fails.
         """
+        if plain.knows_how_to_ask(self.uri):
+            return plain.find(ref, self.uri, self.session)
         with self.errors(ref):
             if ref.alias:
                 found = self._client.get_model_version_by_alias(ref.name, ref.alias)
             else:
                 found = self._client.get_model_version(ref.name, str(ref.version))
-            source = self._client.get_model_version_download_uri(found.name, found.version)
         if found.name != ref.name:
             raise TransportError(f"the registry answered {ref} with another model")
         return ModelVersion(
             name=found.name,
             version=version_number(found.version),
             run_id=found.run_id or "",
-            source=source,
+            source=found.source,
             tags=dict(found.tags or {}),
         )
+
+    def located(self, version: ModelVersion) -> ModelVersion:
+        """The same version with the source that its files come from, which may be another than the registered one.
+
+        Raises:
+            RegistryRefused, TransportError, UnknownReference: as `find`.
+        """
+        with self.errors(ModelRef(name=version.name, version=version.version)):
+            source = self._client.get_model_version_download_uri(version.name, str(version.version))
+        return replace(version, source=source)
 
     def package(
         self, version: ModelVersion, *, scratch: Path, dropped: Callable[[int], None] = lambda count: None
