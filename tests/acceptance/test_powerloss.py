@@ -103,7 +103,9 @@ def before(
 def settings(broker: Broker, server: Server) -> dict[str, Any]:
     document = settings_for(broker, server.uri, device="powerloss", inference={"threads": 1})
     document["models"] = {"assistant": {"uri": f"models:/{MODEL}@prod"}}
-    document["registry"]["poll_interval_s"] = 5  # the first poll of a device with a model comes within one interval
+    document["registry"]["poll_interval_s"] = (
+        5  # the first poll of a device with a model comes within one interval
+    )
     return document
 
 
