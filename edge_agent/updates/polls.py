@@ -1,9 +1,9 @@
 """When a device asks its registry, so that a fleet does not ask in one moment. Times are passed in.
 
-first     at once where a model has nothing to run, else in the course of one interval, by the device's id
-then      every interval, jittered
-failed    early, and each time in a row after twice as long, up to the interval
-asked for at once, or in the course of so many seconds, by the device's id; an earlier poll does as well
+The first one comes at once where a model has nothing of its own that runs, and else in the course of one interval, at
+a place that the device's id gives. Then one comes every interval, jittered; after a failure early, and each time in a
+row after twice as long, up to the interval. One that is asked for comes at once, or in the course of so many seconds,
+at the same place; an earlier one does as well.
 """
 
 from __future__ import annotations

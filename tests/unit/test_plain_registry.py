@@ -226,6 +226,11 @@ def test_credentials_in_mlflow_s_own_file_are_mlflow_s(tmp_path: Path) -> None:
     assert not plain.knows_how_to_ask(URI)
 
 
+def test_a_home_that_cannot_be_looked_into_has_no_credentials(variables: pytest.MonkeyPatch) -> None:
+    variables.setenv("HOME", "/" + "x" * 300)  # for root, the one that always says no
+    assert plain.knows_how_to_ask(URI)
+
+
 def test_where_a_plugin_adds_headers_mlflow_asks(variables: pytest.MonkeyPatch, tmp_path: Path) -> None:
     info = tmp_path / "plugin-1.0.dist-info"
     info.mkdir()

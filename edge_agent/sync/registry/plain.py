@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import importlib.metadata
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,7 +44,7 @@ def knows_how_to_ask(uri: str) -> bool:
     if any(variables.get(name, "").lower() not in ("", "false", "0") for name in _OF_MLFLOW_ONLY):
         return False
     home = environment.directory("HOME")
-    if home is not None and (home / ".mlflow" / "credentials").exists():
+    if home is not None and os.access(home / ".mlflow" / "credentials", os.R_OK):
         return False
     return not importlib.metadata.entry_points(group=PLUGINS)
 
