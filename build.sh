@@ -233,19 +233,4 @@ training_venv() {
     printf 'train %s\n' "$(key train)" >"$TRAIN_VENV/.stamp"
 }
 
-# --- This process's surroundings ------------------------------------------------------------------------
-
-# A service manager or a bare container may give no HOME, no TMPDIR and no standard input.
-tidy_environment() {
-    { : <&0; } 2>/dev/null || exec </dev/null
-    if [[ -z ${HOME:-} || ! -d $HOME || ! -w $HOME ]]; then
-        mkdir -p "$TOOLS/home"
-        export HOME=$TOOLS/home
-    fi
-    if [[ -n ${TMPDIR:-} && ! -w $TMPDIR ]]; then unset TMPDIR; fi
-    unset PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV VIRTUAL_ENV
-    export PATH=$TOOLS/bin:$PATH:/usr/sbin:/sbin
-    export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
-}
-
 main "$@"

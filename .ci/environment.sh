@@ -83,3 +83,16 @@ find_python() {
 usable_python() {
     "$1" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null
 }
+
+# A service manager or a bare container may give no HOME, no TMPDIR and no standard input.
+tidy_environment() {
+    { : <&0; } 2>/dev/null || exec </dev/null
+    if [[ -z ${HOME:-} || ! -d $HOME || ! -w $HOME ]]; then
+        mkdir -p "$TOOLS/home"
+        export HOME=$TOOLS/home
+    fi
+    if [[ -n ${TMPDIR:-} && ! -w $TMPDIR ]]; then unset TMPDIR; fi
+    unset PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV VIRTUAL_ENV
+    export PATH=$TOOLS/bin:$PATH:/usr/sbin:/sbin
+    export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
+}

@@ -179,7 +179,7 @@ def test_one_of_two_models_that_has_nothing_to_run_is_enough(tmp_path: Path) -> 
 
 def test_what_is_on_disk_is_taken_up_before_the_registry_is_asked(tmp_path: Path) -> None:
     device = make_device(tmp_path, ModelState(active=ONE.key), asked=False)
-    device.lifecycle.untried = TWO.key
+    device.lifecycle.on_disk = TWO.key
     device.updates.step(1_000)
     assert (device.lifecycle.state.active, device.sync.jobs) == (TWO.key, [])
 
