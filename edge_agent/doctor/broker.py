@@ -100,7 +100,9 @@ def _reported_by_daemon(settings: Settings, broker: Mapping[str, Any]) -> Iterat
             _ACL_REMEDY,
         )
     else:
-        yield ok("broker.publish", "the broker refused none of the daemon's answers")
+        unheard = broker.get("answers_unheard", 0)
+        more = f"; {unheard} had nobody who listened within five minutes" if unheard else ""
+        yield ok("broker.publish", f"the broker refused none of the daemon's answers{more}")
 
 
 def _connect(settings: Settings) -> _Session:

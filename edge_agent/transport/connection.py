@@ -83,6 +83,7 @@ class Sent:
         row: of the journal; None for a refusal, and for what is no answer.
         id: the request's.
         tries: how often the broker has refused it before.
+        unheard: how often nobody had subscribed.
         from_behind: it was a suspect, or of a backlog.
         at_s: when, in seconds of the clock of whoever sent it.
     """
@@ -91,6 +92,7 @@ class Sent:
     row: int | None = None
     id: str = ""
     tries: int = 0
+    unheard: int = 0
     from_behind: bool = False
     at_s: float = 0.0
 

@@ -119,6 +119,7 @@ class MqttTransport:
             "refused_topics": list(self._subscriptions.refused),
             "answers_refused": self.counters["answers_refused"],
             "answers_undelivered": self.counters["answers_undelivered"],
+            "answers_unheard": self.counters["answers_unheard"],
         }
 
     def answered(self, row: int) -> None:
