@@ -20,6 +20,13 @@ need_programs() {
     say "fetched in $((SECONDS - started)) s"
 }
 
+# The brokers of `broker-test`. RabbitMQ is started by Erlang's own loader; what it is named by here is on no PATH.
+need_brokers() {
+    need_programs nats nats-server -- nats-server
+    need_programs rabbitmq epmd beam.smp -- rabbitmq-server erlang-base \
+        erlang-{asn1,crypto,eldap,inets,mnesia,os-mon,parsetools,public-key,runtime-tools,ssl,syntax-tools,tools,xmerl}
+}
+
 have_all() {
     local program
     for program in "$@"; do command -v "$program" >/dev/null || return 1; done

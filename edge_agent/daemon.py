@@ -3,9 +3,10 @@
 Owns the main thread and the list of all others. Refuses to go on half alive: when a thread ends that should not, the
 daemon ends with 1 and systemd starts a whole one.
 
-    cache and journal → runners load → READY → broker and registry → step, step, … → drain → journal closed
+    cache and journal → broker; runners load → READY → registry → step, step, … → drain → journal closed
 
-No connection to anything is tried before READY: a device boots without a network.
+READY waits for no connection to anything: a device boots without a network. Its status is `starting` until then, and
+prompts that come wait in the queue.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class Daemon:
             desired=self._desired,
             rebuilt=rebuilt,
             tokens_per_s=lambda name: self._dispatchers[name].tokens_per_s,
+            broker_troubles=lambda: self._mqtt.troubles(),
         )
         self._prompts = ControlPrompts(
             self._journal,
@@ -133,6 +135,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         self._start("control", self._control.run)
+        self._start("mqtt", self._mqtt.run)
         for name, dispatcher in self._dispatchers.items():
             self._start(f"dispatcher-{name}", dispatcher.run)
         self._await_models()
@@ -144,7 +147,6 @@ class Daemon:
             self._status.ready = True
             self._notifier.ready(self._status.headline())
             log.info("started device=%s models=%d", self._settings.device_id, len(self._lifecycles))
-            self._start("mqtt", self._mqtt.run)
             self._start("updates", self._updates.run)
             code = self._supervise()
         self._shut_down()
@@ -178,8 +180,7 @@ class Daemon:
             self._notifier.watchdog(time.monotonic())
             if self._dead_thread(time.monotonic()) is not None:
                 return
-            with contextlib.suppress(JournalUnavailable):
-                self._intake.expire(clock.now())
+            self.step(time.monotonic())
             self._stop.wait(STEP_S)
 
     def _supervise(self) -> int:
@@ -238,7 +239,7 @@ class Daemon:
             max_payload_bytes=self._settings.limits.payload_bytes,
             password=password,
             handlers=handlers,
-            will=messages.encode(self._status.document("offline")),
+            will=lambda: messages.encode(self._status.offline()),
         )
 
     def _make_dispatcher(self, name: str) -> Dispatcher:
