@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.brokers import KINDS, ContractBroker, make
 from tests.support.caller import Caller, calling
-from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
+from tests.support.processes import Daemon, running_daemon, short_folder, standing_still, wait_until
 from tests.support.sample_device import copy_cache, settings_for, wait_for_state
 
 SPAIN, MADRID = "What is the capital of Spain?", "The capital of Spain is Madrid."
@@ -160,7 +160,7 @@ def test_a_client_without_a_session_that_was_away_gets_its_answer_where_the_brok
         assert text_of(caller.answer(asked)) == MADRID
 
 
-def test_the_will_says_offline_of_this_boot_and_nothing_of_models(
+def test_the_will_says_offline_of_this_boot_and_a_slow_start_says_starting(
     site: ContractBroker, device: Daemon, caller: Caller
 ) -> None:
     caller.subscribe("edge/v1/plain/status")
@@ -177,9 +177,11 @@ def test_the_will_says_offline_of_this_boot_and_nothing_of_models(
         lambda: [d for d in said("offline") if d["boot_id"] == ready["boot_id"]], 120, "the will"
     )
     assert set(will[0]) == {"state", "time", "boot_id"}
-    device.start()
+    device.start(ready=False)
+    (runner,) = wait_until(device.runners, 60, "the runner")
+    with standing_still(runner):
+        wait_until(lambda: said("starting"), 60, "what a slow start says")
     wait_for_state(device, "ready")
-    assert wait_until(lambda: said("starting"), 60, "starting")
 
 
 def test_a_device_with_a_dot_in_its_name_works_or_says_that_it_is_deaf(
