@@ -31,6 +31,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
                        with a real language model (fetches 90 MB and torch, minutes)
   test [PYTEST ARG…]   set up what is needed, then the tests (or those that the pytest arguments select)
   long-test [ARG…]     the longer ways through what the tests show in short (minutes)
+  broker-test [ARG…]   the whole contract on mosquitto, RabbitMQ and NATS, and a table (minutes)
   chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
   powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)
   attack [OPTION…]     input that means harm: what is known, then generated, in at most 10 minutes; --help
@@ -63,6 +64,7 @@ main() {
         test) run_tests "$@" ;;
         long-test) long_test "$@" ;;
         powerloss) POWERLOSS_FAULTS=all run_tests -m 'long or not long' tests/*/test_powerloss.py "$@" ;;
+        broker-test) need_brokers && run_tests -q -s -m 'brokers or not brokers' tests/acceptance/test_brokers.py "$@" ;;
         chaos) chaos "$@" ;;
         attack) attack "$@" ;;
         check) check ;;

@@ -30,6 +30,13 @@ need_postgres() {
     need_programs postgres initdb postgres -- "$(apt-cache depends postgresql 2>/dev/null | sed -n 's/.*Depends: \(postgresql-[0-9]*\)$/\1/p')"
 }
 
+# The brokers of `broker-test`. RabbitMQ is started by Erlang's own loader; what it is named by here is on no PATH.
+need_brokers() {
+    need_programs nats nats-server -- nats-server
+    need_programs rabbitmq epmd beam.smp -- rabbitmq-server erlang-base \
+        erlang-{asn1,crypto,eldap,inets,mnesia,os-mon,parsetools,public-key,runtime-tools,ssl,syntax-tools,tools,xmerl}
+}
+
 have_all() {
     local program
     for program in "$@"; do command -v "$program" >/dev/null || return 1; done

@@ -5,7 +5,8 @@ daemon ends with 1 and systemd starts a whole one.
 
     cache and journal → runners load → READY → broker and registry → step, step, … → drain → journal closed
 
-No connection to anything is tried before READY: a device boots without a network.
+READY waits for no connection to anything: a device boots without a network. Where the models load for long, the broker
+comes before READY: the status is `starting` then, and prompts that come wait in the queue.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ log = logging.getLogger(__name__)
 
 STEP_S = 0.2
 PRUNE_INTERVAL_S = 60.0
+SLOW_START_S = 10.0
+"""Whoever loads longer than this says so to the broker. Others call nobody before they are ready."""
 NETWORK_THREAD_STALE_S = 300.0
 """A dead name server and a broker with several addresses may take minutes to fail."""
 
@@ -97,6 +100,7 @@ class Daemon:
             desired=self._desired,
             rebuilt=rebuilt,
             tokens_per_s=lambda name: self._dispatchers[name].tokens_per_s,
+            broker_troubles=lambda: self._mqtt.troubles(),
         )
         self._prompts = ControlPrompts(
             self._journal,
@@ -144,7 +148,7 @@ class Daemon:
             self._status.ready = True
             self._notifier.ready(self._status.headline())
             log.info("started device=%s models=%d", self._settings.device_id, len(self._lifecycles))
-            self._start("mqtt", self._mqtt.run)
+            self._connect()
             self._start("updates", self._updates.run)
             code = self._supervise()
         self._shut_down()
@@ -171,15 +175,22 @@ class Daemon:
         self._threads.append(thread)
         thread.start()
 
+    def _connect(self) -> None:
+        """Starts the way to the broker, once."""
+        if "mqtt" not in (thread.name for thread in self._threads):
+            self._start("mqtt", self._mqtt.run)
+
     def _await_models(self) -> None:
         """READY waits until each preloaded model is loaded, or has failed to."""
+        slow_s = time.monotonic() + SLOW_START_S
         while not self._stop.is_set() and not all(life.settled() for life in self._lifecycles.values()):
             self._notifier.extend_timeout(30)
             self._notifier.watchdog(time.monotonic())
             if self._dead_thread(time.monotonic()) is not None:
                 return
-            with contextlib.suppress(JournalUnavailable):
-                self._intake.expire(clock.now())
+            self.step(time.monotonic())
+            if time.monotonic() > slow_s:
+                self._connect()
             self._stop.wait(STEP_S)
 
     def _supervise(self) -> int:
@@ -238,7 +249,7 @@ class Daemon:
             max_payload_bytes=self._settings.limits.payload_bytes,
             password=password,
             handlers=handlers,
-            will=messages.encode(self._status.document("offline")),
+            will=lambda: messages.encode(self._status.offline()),
         )
 
     def _make_dispatcher(self, name: str) -> Dispatcher:

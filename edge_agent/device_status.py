@@ -10,7 +10,7 @@ import collections
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import edge_agent
@@ -18,7 +18,7 @@ from edge_agent import printable
 from edge_agent.cache.store import Store
 from edge_agent.chat import messages
 from edge_agent.chat.journal import Journal
-from edge_agent.errors import JournalUnavailable
+from edge_agent.errors import EdgeAgentError, JournalUnavailable
 from edge_agent.sd_notify import Notifier
 from edge_agent.serving.lifecycle import ModelLifecycle
 from edge_agent.serving.seat import Serving
@@ -42,6 +42,7 @@ class DeviceStatus:
     Args:
         rebuilt: why `state.json` had to be rebuilt; empty when it had not.
         tokens_per_s: of a model, by its configured name; asked once the device is ready.
+        broker_troubles: what somebody should look at about the broker.
 
     Attributes:
         ready: every preloaded model has been loaded, or has failed to.
@@ -58,6 +59,7 @@ class DeviceStatus:
         desired: DesiredState,
         rebuilt: str,
         tokens_per_s: Callable[[str], float | None],
+        broker_troubles: Callable[[], Iterable[EdgeAgentError]] = tuple,
     ) -> None:
         self.ready = False
         self._settings = settings
@@ -68,16 +70,18 @@ class DeviceStatus:
         self._desired = desired
         self._rebuilt = rebuilt
         self._tokens_per_s = tokens_per_s
+        self._broker_troubles = broker_troubles
         self._boot_id = uuid.uuid4().hex
         self._seq = 0
 
-    def document(self, state: str = "") -> dict[str, Any]:
-        """The status topic's object.
+    def offline(self) -> dict[str, Any]:
+        """The status topic's object once the device is gone: what its models did is no longer true."""
+        stamp = self.stamp()
+        return {"state": "offline", "time": stamp["time"], "boot_id": stamp["boot_id"]}
 
-        Args:
-            state: said instead of what it is now; the last will is `offline`.
-        """
-        state = state or self._state()
+    def document(self) -> dict[str, Any]:
+        """The status topic's object."""
+        state = self._state()
         self._seq += 1
         stamp = self.stamp()
         models = [self._of_model(name, lifecycle) for name, lifecycle in self._lifecycles.items()]
@@ -216,6 +220,8 @@ class DeviceStatus:
             yield f"journal: {self._journal.trouble}"
         if self._rebuilt:
             yield f"cache: state.json was rebuilt ({self._rebuilt})"
+        for trouble in self._broker_troubles():
+            yield f"broker: {trouble} ({trouble.code})"
         if self._settings.trust.allow_unsigned_code:
             yield "trust.allow_unsigned_code is on"
         if self._desired.problem:
@@ -282,7 +288,7 @@ class StatusPublisher:
 
     def say_offline(self) -> None:
         """The last status, as the last will would say it."""
-        self._outlet.set_retained(self._topics.status, messages.encode(self._status.document("offline")))
+        self._outlet.set_retained(self._topics.status, messages.encode(self._status.offline()))
 
     def _publish(self, now_s: float, document: dict[str, Any]) -> None:
         """The status: at each change of what people act on. Numbers that always change come along at intervals."""

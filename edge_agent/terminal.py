@@ -114,8 +114,11 @@ def print_status(status: Mapping[str, Any]) -> None:
     problem = f": {printable.line(broker['problem'])}" if broker.get("problem") else ""
     place = f"{broker['host']}:{broker['port']}"
     echo(f"broker    {place} {'connected' if broker['connected'] else f'not connected{problem}'}")
-    if count := broker.get("answers_undelivered"):
+    unheard = broker.get("answers_unheard", 0)
+    if count := broker.get("answers_undelivered", 0) - unheard:
         echo(f"          did not take {count} answers")
+    if unheard:
+        echo(f"          had nobody who listened to {unheard} answers")
     echo(f"registry  {registry['uri'] or 'none'}   {_reach(registry)}")
     echo(f"cache     {human_bytes(cache['bytes'])} of {human_bytes(cache['quota_bytes'])}, "
          f"{human_bytes(cache['free_bytes'])} free on the disk")  # fmt: skip

@@ -68,6 +68,11 @@ class Topics:
         return f"{self.cancel}/+"
 
     @property
+    def echo(self) -> str:
+        """Where the device publishes to itself: `cancel_of_clients` matches it, and no client can have this name."""
+        return f"{self.cancel}/@echo"
+
+    @property
     def sync(self) -> str:
         return f"{self.root}/ctl/sync"
 

@@ -1,11 +1,11 @@
 """The way of answers out of the journal: what is sent next, what is tried again, what is given up.
 
-An answer waits (never refused), is postponed (refused, or suspected of having ended a connection; it is tried again at
+An answer waits, is postponed (refused, heard by nobody, or suspected of having ended a connection; it is tried again at
 its time), and ends as delivered or undelivered. Owns the order: an answer that was tried never stands before one that
 was not. When to try again is up to whoever sends.
 
     answered ─ waiting → sent → delivered
-                          └ refused → postponed → sent → … → undelivered
+                          └ refused, unheard → postponed → sent → … → undelivered
 """
 
 from __future__ import annotations
@@ -79,20 +79,30 @@ class Deliveries:
         self._end(row, State.DELIVERED)
 
     def give_up(self, row: int) -> None:
-        """The broker does not take the answer. Only a repeat of its request puts it back."""
+        """The broker does not take the answer, or nobody does. Only a repeat of its request puts it back."""
         self._end(row, State.UNDELIVERED)
 
-    def postpone(self, row: int, *, tries: int, until_boot_s: float) -> None:
+    def postpone(self, row: int, *, tries: int, unheard: int = 0, until_boot_s: float) -> None:
         """Tries an answer again later, behind all that were not tried.
 
         Args:
             tries: how often the broker has refused it by now.
+            unheard: how often nobody had subscribed.
             until_boot_s: when, as a moment's `boot_s`; over 0.
         """
         with self._file.transaction(durable=False) as db:
             db.execute(
-                f"UPDATE prompts SET tries=?, retry_boot_s=? WHERE row=? AND {_WAITS}",
-                (tries, until_boot_s, row),
+                f"UPDATE prompts SET tries=?, unheard=?, retry_boot_s=? WHERE row=? AND {_WAITS}",
+                (tries, unheard, until_boot_s, row),
+            )
+
+    def heard(self, topic: str) -> None:
+        """Somebody listens to this topic again: answers for it that nobody had heard wait for nothing any more."""
+        with self._file.transaction(durable=False) as db:
+            db.execute(
+                f"UPDATE prompts SET retry_boot_s=0 WHERE {_WAITS} AND source=? AND retry_boot_s>0 AND unheard>0"
+                " AND tries=0 AND answer_topic=?",
+                (Source.MQTT, topic),
             )
 
     def suspect(self, topics: Collection[str], *, moment: Moment) -> None:

@@ -111,7 +111,7 @@ class Journal:
                     raise IdReused(f"id {arrival.id!r} was used for another request")
                 if state in (State.DELIVERED, State.UNDELIVERED):
                     db.execute(
-                        "UPDATE prompts SET state=?, tries=0, retry_boot_s=0 WHERE row=?",
+                        "UPDATE prompts SET state=?, tries=0, unheard=0, retry_boot_s=0 WHERE row=?",
                         (State.ANSWERED, row),
                     )
                     state = State.ANSWERED
@@ -189,9 +189,9 @@ class Journal:
         """
         with self._file.transaction() as db:
             cursor = db.execute(
-                "UPDATE prompts SET state=?, answer=?, properties=?, tries=0, retry_boot_s=0, answered_boot_id=?,"
-                " answered_boot_s=?, answered_wall_s=? WHERE row=? AND (state=? OR (state=? AND ? IS NULL))"
-                " AND attempts=ifnull(?, attempts)",
+                "UPDATE prompts SET state=?, answer=?, properties=?, tries=0, unheard=0, retry_boot_s=0,"
+                " answered_boot_id=?, answered_boot_s=?, answered_wall_s=?"
+                " WHERE row=? AND (state=? OR (state=? AND ? IS NULL)) AND attempts=ifnull(?, attempts)",
                 (
                     State.ANSWERED, answer.payload, json.dumps(answer.properties), moment.boot_id, moment.boot_s,
                     moment.wall_s, row, State.RUNNING, State.QUEUED, attempt, attempt,

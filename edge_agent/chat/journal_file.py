@@ -48,6 +48,7 @@ CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 _ADDED = {
     "tries": "INTEGER NOT NULL DEFAULT 0",
+    "unheard": "INTEGER NOT NULL DEFAULT 0",
     "retry_boot_s": "REAL NOT NULL DEFAULT 0",
     "client": f"TEXT NOT NULL DEFAULT '{ANONYMOUS}'",
 }

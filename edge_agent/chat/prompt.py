@@ -118,6 +118,7 @@ class Outgoing:
 
     Attributes:
         tries: how often the broker has refused it.
+        unheard: how often nobody had subscribed to its topic.
     """
 
     row: int
@@ -127,6 +128,7 @@ class Outgoing:
     form: messages.Form
     answer: Answer
     tries: int = 0
+    unheard: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,9 @@ def take_up_again(db: sqlite3.Connection, rows: Rows, moment: Moment) -> list[Pr
     )
     db.execute(
         "UPDATE prompts SET tries=iif(typeof(tries)='integer', tries, 0),"
+        " unheard=iif(typeof(unheard)='integer', unheard, 0),"
         " retry_boot_s=iif(typeof(retry_boot_s)='real' AND retry_boot_s>0, ?, 0) WHERE retry_boot_s!=0"
-        " OR typeof(tries)!='integer'",
+        " OR typeof(tries)!='integer' OR typeof(unheard)!='integer'",
         (moment.boot_s,),
     )
     lost = db.execute(

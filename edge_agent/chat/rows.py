@@ -129,6 +129,7 @@ def outgoing_of(row: sqlite3.Row) -> Outgoing:
         form=messages.Form(row["form"]),
         answer=Answer(payload=_typed(row, "answer", bytes), properties=properties),
         tries=row["tries"] if isinstance(row["tries"], int) else 0,
+        unheard=row["unheard"] if isinstance(row["unheard"], int) else 0,
     )
 
 

@@ -26,12 +26,14 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from edge_agent.doctor.finding import Finding, fail, ok, warn
+from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
 from edge_agent.environment import credential_path
 from edge_agent.errors import EdgeAgentError
 from edge_agent.settings import MqttSettings, Settings
 from edge_agent.topics import Topics
 from edge_agent.transport.credentials import read_password, tls_context
+from edge_agent.transport.echo import not_back, other_topic
+from edge_agent.transport.namesake import DeviceIdTaken
 
 _STEP_TIMEOUT_S = 10.0
 _NO_SUBSCRIBERS = 0x10
@@ -53,11 +55,12 @@ class _Session:
     version5: bool
     connected: bool = False
     ended: str = ""
-    unsupported: bool = False
+    refused: bool = False
     had_session: bool = False
     max_packet_bytes: int | None = None
     granted: list[ReasonCode] | None = None
     published: dict[int, ReasonCode] = field(default_factory=dict)
+    came: list[tuple[str, bytes]] = field(default_factory=list)
 
 
 def check(settings: Settings, status: Mapping[str, Any] | None) -> Iterator[Finding]:
@@ -81,6 +84,7 @@ def check(settings: Settings, status: Mapping[str, Any] | None) -> Iterator[Find
         yield from _check_connection(settings, session)
         yield _check_subscribe(session, topics)
         yield _check_publish(session, topics)
+        yield _check_echo(session, topics)
     finally:
         _leave(settings, session)
 
@@ -100,7 +104,13 @@ def _reported_by_daemon(settings: Settings, broker: Mapping[str, Any]) -> Iterat
             _ACL_REMEDY,
         )
     else:
-        yield ok("broker.publish", "the broker refused none of the daemon's answers")
+        unheard = broker.get("answers_unheard", 0)
+        more = f"; {unheard} had nobody who listened within five minutes" if unheard else ""
+        yield ok("broker.publish", f"the broker refused none of the daemon's answers{more}")
+
+    for trouble in broker.get("troubles", ()):
+        check = "broker.device_id" if trouble["code"] == DeviceIdTaken.code else "broker.self_test"
+        yield fail(check, trouble["text"], trouble["remedy"], code=trouble["code"])
 
 
 def _connect(settings: Settings) -> _Session:
@@ -111,7 +121,7 @@ def _connect(settings: Settings) -> _Session:
     """
     mqtt = settings.mqtt
     session = _try_connect(settings, version5=mqtt.protocol != "3.1.1")
-    if not session.connected and session.version5 and mqtt.protocol == "auto" and session.unsupported:
+    if not session.connected and session.version5 and mqtt.protocol == "auto" and not session.refused:
         session = _try_connect(settings, version5=False)
     if not session.connected:
         reason = session.ended or f"no answer within {_STEP_TIMEOUT_S:.0f} s"
@@ -129,6 +139,7 @@ def _try_connect(settings: Settings, *, version5: bool, clean: bool = False) -> 
     client.on_connect = lambda _c, _u, flags, code, properties: _on_connect(session, flags, code, properties)
     client.on_disconnect = lambda _c, _u, _flags, code, _properties: _on_end(session, str(code))
     client.on_subscribe = lambda _c, _u, _mid, codes, _properties: setattr(session, "granted", codes)
+    client.on_message = lambda _c, _u, message: session.came.append((message.topic, bytes(message.payload)))
     client.on_publish = lambda _c, _u, mid, code, _properties: session.published.__setitem__(mid, code)
     try:
         if version5:
@@ -245,6 +256,31 @@ def _check_publish(session: _Session, topics: Topics) -> Finding:
     return ok("broker.publish", f"the broker accepted a message for {topics.root}/rsp/")
 
 
+def _check_echo(session: _Session, topics: Topics) -> Finding:
+    """What the daemon tests after each connect: does a message of this device to itself come back?"""
+    nonce = uuid.uuid4().hex.encode()
+    info = session.client.publish(topics.echo, nonce, qos=1)
+
+    def came_as() -> str:
+        return next((topic for topic, payload in session.came if payload == nonce), "")
+
+    _until(session, lambda: bool(came_as()) or _is_refused(session.published.get(info.mid)))
+    if topic := came_as():
+        if topic == topics.echo:
+            return ok("broker.self_test", f"a message to {topic} came back")
+        return failed("broker.self_test", other_topic(topics.echo, topic), "")
+    if _is_refused(session.published.get(info.mid)):
+        return ok(
+            "broker.self_test",
+            f"the broker's rules forbid {topics.echo}, so nothing is known; docs/broker.md has the line",
+        )
+    return failed("broker.self_test", not_back(topics.echo, version5=session.version5), "")
+
+
+def _is_refused(code: ReasonCode | None) -> bool:
+    return code is not None and bool(code.is_failure)
+
+
 def _leave(settings: Settings, session: _Session) -> None:
     """Disconnects, and ends the session unless it existed before."""
     with contextlib.suppress(OSError, ValueError):
@@ -274,7 +310,7 @@ def _until(session: _Session, done: Callable[[], bool]) -> None:
 def _on_connect(session: _Session, flags: Any, code: ReasonCode, properties: Any) -> None:
     if code.is_failure:
         session.ended = str(code)
-        session.unsupported = code.value in (0x84, 0x01)
+        session.refused = code.value not in (0x84, 0x01)
         return
     session.connected = True
     session.had_session = bool(flags.session_present)

@@ -83,6 +83,7 @@ class Sent:
         row: of the journal; None for a refusal, and for what is no answer.
         id: the request's.
         tries: how often the broker has refused it before.
+        unheard: how often nobody had subscribed.
         from_behind: it was a suspect, or of a backlog.
         at_s: when, in seconds of the clock of whoever sent it.
     """
@@ -91,6 +92,7 @@ class Sent:
     row: int | None = None
     id: str = ""
     tries: int = 0
+    unheard: int = 0
     from_behind: bool = False
     at_s: float = 0.0
 
@@ -269,6 +271,7 @@ class Connection:
             refused=self.refused,
             unsupported=self.unsupported,
             silent=self.silent,
+            hung_up=self.hung_up and self.worked,
             taken_over=self.taken_over,
             over_an_answer=self.over_an_answer,
         )
@@ -311,7 +314,8 @@ class Dialling:
     Attributes:
         max_packet_bytes: what the broker may send.
         password: reads the password, or gives None; asked at each connect, so that it can be rotated.
-        will: the retained message that the broker publishes to `will_topic` when the agent is gone.
+        will: gives the retained message that the broker publishes to `will_topic` when the agent is gone; asked at each
+            connect.
     """
 
     settings: MqttSettings
@@ -320,7 +324,7 @@ class Dialling:
     max_packet_bytes: int
     password: Callable[[], str | None]
     will_topic: str
-    will: bytes
+    will: Callable[[], bytes]
 
     def dial(self, events: Events, *, version5: bool) -> Connection:
         """A connection whose CONNECT is on its way.
@@ -345,7 +349,7 @@ class Dialling:
             client.username_pw_set(settings.username, self.password())
         client.connect_timeout = _CONNECT_TIMEOUT_S
         client.max_inflight_messages_set(MAX_IN_FLIGHT)
-        client.will_set(self.will_topic, self.will, qos=1, retain=True)
+        client.will_set(self.will_topic, self.will(), qos=1, retain=True)
         if not version5:
             client.connect(settings.host, settings.port, settings.keepalive_s)
             return connection

@@ -25,14 +25,17 @@ from edge_agent.chat import clock
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Delivery, Prompt
-from edge_agent.errors import JournalUnavailable, SettingsError
+from edge_agent.errors import EdgeAgentError, JournalUnavailable, SettingsError
 from edge_agent.settings import MqttSettings
 from edge_agent.topics import Topics
 from edge_agent.transport.connection import Connection, Dialling
 from edge_agent.transport.credentials import tls_context
+from edge_agent.transport.echo import Echo
 from edge_agent.transport.inbound import Handler
+from edge_agent.transport.namesake import Namesake
 from edge_agent.transport.outbox import Outbox, Refusal
-from edge_agent.transport.reconnect import TAKEN_OVER_S, Reconnect
+from edge_agent.transport.protocol_choice import Attempt, ProtocolChoice
+from edge_agent.transport.reconnect import Ending, Reconnect
 from edge_agent.transport.subscriptions import Subscriptions
 
 if TYPE_CHECKING:
@@ -44,6 +47,11 @@ log = logging.getLogger(__name__)
 _MIN_PACKET_BYTES = 1 << 20
 _GOODBYE_S = 3.0
 _LOOK_S = 1.0
+_SPEAKS_5, _SPEAKS_OLDER = "broker_speaks_5", "broker_speaks_older"
+"""The journal's notes of what a broker speaks."""
+_HEARD = "broker_heard"
+"""The journal's note that a message has come from this broker."""
+_TURNED_AWAY = 3
 
 
 class MqttTransport:
@@ -55,7 +63,7 @@ class MqttTransport:
         max_payload_bytes: of a request; what is much larger is not even read.
         password: reads the password, or gives None; asked at each connect, so that it can be rotated.
         handlers: by topic.
-        will: the retained status that the broker publishes when this agent is gone.
+        will: gives the retained status that the broker publishes when this agent is gone.
 
     Attributes:
         counters: what happened how often, since the start.
@@ -72,7 +80,7 @@ class MqttTransport:
         max_payload_bytes: int,
         password: Callable[[], str | None],
         handlers: Mapping[str, Handler],
-        will: bytes,
+        will: Callable[[], bytes],
     ) -> None:
         self.counters: collections.Counter[str] = collections.Counter()
         self.turned_s = time.monotonic()
@@ -80,10 +88,9 @@ class MqttTransport:
         self._settings = settings
         self._journal = journal
         self._place = f"{settings.host}:{settings.port}"
-        speaks_5 = False
-        with contextlib.suppress(JournalUnavailable):
-            speaks_5 = journal.note("broker_speaks_5") == self._place
-        self._reconnect = Reconnect(settings.protocol, speaks_5=speaks_5)
+        self._choice = self._remembered_choice()
+        self._reconnect = Reconnect()
+        self._namesake = Namesake()
         self._dialling = Dialling(
             settings=settings,
             client_id=f"edge-agent-{topics.device_id}",
@@ -95,7 +102,13 @@ class MqttTransport:
             will=will,
         )
         self._outbox = Outbox(topics=topics, journal=journal, counters=self.counters, now=clock.now)
-        self._subscriptions = Subscriptions(handlers, retained=topics.desired, counters=self.counters)
+        self._topics, self._handlers = topics, handlers
+        self._echo = Echo(topics.echo, known=self._remembered(_HEARD))
+        self._subscriptions = Subscriptions(
+            handlers, retained=topics.desired, counters=self.counters, echo=self._echo
+        )
+        self._turned_away = 0
+        self._heard_noted = self._echo.others_heard
         self._connection: Connection | None = None
         self._closing = threading.Event()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -119,7 +132,16 @@ class MqttTransport:
             "refused_topics": list(self._subscriptions.refused),
             "answers_refused": self.counters["answers_refused"],
             "answers_undelivered": self.counters["answers_undelivered"],
+            "answers_unheard": self.counters["answers_unheard"],
+            "troubles": [
+                {"code": each.code, "text": each.message, "remedy": each.remedy} for each in self.troubles()
+            ],
         }
+
+    def troubles(self) -> list[EdgeAgentError]:
+        """What somebody should look at, though the broker may be connected."""
+        found = (self._echo.trouble, self._namesake.trouble(time.monotonic()))
+        return [trouble for trouble in found if trouble is not None]
 
     def answered(self, row: int) -> None:
         """An answer waits in the journal."""
@@ -177,6 +199,7 @@ class MqttTransport:
                     self._say_goodbye(connection)
                 self._connection = None
                 connection.over_an_answer = self._outbox.end(connection)
+                self._echo.ended(hung_up=connection.hung_up)
                 connection.close()
             if not self._closing.is_set():
                 self._wait_to_reconnect(connection)
@@ -185,15 +208,24 @@ class MqttTransport:
 
     def _connect(self) -> Connection | None:
         self.turned_s = time.monotonic()
+        self._choice.begin(time.time())
         try:
-            return self._dialling.dial(self, version5=self._reconnect.version5)
+            return self._dialling.dial(self, version5=self._choice.version5)
         except (OSError, ValueError, SettingsError) as error:
             self._note_failure(f"broker {self._place} not reached: {error}")
             return None
 
     def _turn(self, connection: Connection) -> None:
         self.turned_s = time.monotonic()
-        connection.turn(self._wake_read, self._outbox.send_due)
+        connection.turn(self._wake_read, self._send_due)
+
+    def _send_due(self, connection: Connection) -> None:
+        self._outbox.send_due(connection)
+        self._echo.send_due(connection, time.monotonic())
+        if self._echo.others_heard and not self._heard_noted:
+            self._heard_noted = True
+            with contextlib.suppress(JournalUnavailable):  # it is found out again
+                self._journal.set_note(_HEARD, self._place)
 
     def _say_goodbye(self, connection: Connection) -> None:
         """The last status, then an orderly end."""
@@ -208,20 +240,68 @@ class MqttTransport:
         if connection is not None:
             self._note_failure(connection.ended)
             ending = connection.ending(now_s)
-        if ending is not None and ending.taken_over:
-            log.warning(
-                "session taken over client_id=%s wait_s=%.0f remedy='has another device this device_id?'",
-                self._dialling.client_id, TAKEN_OVER_S,
-            )  # fmt: skip
-        limit_s = now_s + self._reconnect.wait_after(ending)
+        offered_5 = self._choice.version5
+        if ending is not None:
+            self._note_protocol(ending)
+        fights = self._namesake.takeovers
+        self._note_namesake(ending, now_s)
+        limit_s = now_s + self._reconnect.wait_after(
+            ending,
+            takeovers=self._namesake.takeovers if self._namesake.takeovers > fights else 0,
+            other_protocol=offered_5 and not self._choice.version5,
+        )
         while not self._closing.is_set() and (left_s := limit_s - time.monotonic()) > 0:
             self.turned_s = time.monotonic()
             self._closing.wait(min(left_s, _LOOK_S))
+
+    def _note_protocol(self, ending: Ending) -> None:
+        if ending.connected:
+            self._turned_away = 0
+            self._choice.ended()
+            return
+        hung_up = not (ending.refused or ending.silent)
+        self._turned_away += hung_up
+        if self._turned_away >= _TURNED_AWAY:
+            self._echo.turned_away()
+        attempt = Attempt(unsupported=ending.unsupported, hung_up=hung_up, silent=ending.silent)
+        self._choice.note(attempt, time.time())
+
+    def _note_namesake(self, ending: Ending | None, now_s: float) -> None:
+        before = self._namesake.takeovers
+        self._namesake.ended(ending, now_s=now_s)
+        if self._namesake.takeovers > before:
+            log.warning(
+                "session taken over client_id=%s remedy='has another device this device_id?'",
+                self._dialling.client_id,
+            )
 
     def _note_failure(self, reason: str) -> None:
         self.counters["failed_connections"] += 1
         self.problem = reason
         log.warning("broker disconnected reason=%r retry_s=%.1f", reason, self._reconnect.retry_s)
+
+    def _remembered_choice(self) -> ProtocolChoice:
+        older_until_s = 0.0
+        with contextlib.suppress(JournalUnavailable, ValueError):
+            place, _, until = self._journal.note(_SPEAKS_OLDER).rpartition(" ")
+            older_until_s = float(until) if place == self._place else 0.0
+        return ProtocolChoice(
+            self._settings.protocol, speaks_5=self._remembered(_SPEAKS_5), older_until_s=older_until_s
+        )
+
+    def _remembered(self, key: str) -> bool:
+        """True if this was noted of the present broker."""
+        with contextlib.suppress(JournalUnavailable):
+            return self._journal.note(key) == self._place
+        return False
+
+    def _remember_choice(self) -> None:
+        speaks_5 = self._place if self._choice.speaks_5 else ""
+        older = f"{self._place} {self._choice.older_until_s:.0f}" if self._choice.older_until_s else ""
+        with contextlib.suppress(JournalUnavailable):  # it is found out again
+            for key, value in ((_SPEAKS_5, speaks_5), (_SPEAKS_OLDER, older)):
+                if self._journal.note(key) != value:
+                    self._journal.set_note(key, value)
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
@@ -234,9 +314,8 @@ class MqttTransport:
             if not session_present:
                 self._journal.begin_broker_session(uuid.uuid4().hex)
             connection.session = self._journal.broker_session()
-            if connection.version5 and not self._reconnect.speaks_5:
-                self._journal.set_note("broker_speaks_5", self._place)
-                self._reconnect.speaks_5 = True
+        self._choice.note(Attempt(accepted=True), time.time())
+        self._remember_choice()
         self._subscriptions.begin(connection)
         connection.connected = True
         self.problem = ""
@@ -248,12 +327,15 @@ class MqttTransport:
 
     def on_subscribed(self, codes: list[ReasonCode]) -> None:
         self._subscriptions.answered(codes)
+        if self._topics.cancel_of_clients in self._handlers:
+            self._echo.subscribed(time.monotonic())
 
     def on_message(self, connection: Connection, message: MQTTMessage) -> None:
         self._subscriptions.handle(connection, message)
 
     def on_published(self, connection: Connection, mid: int, code: ReasonCode) -> None:
         self._outbox.published(connection, mid, code)
+        self._echo.published(mid, code, time.monotonic())
 
     def on_unreadable(self, error: Exception) -> None:
         self.counters["unreadable"] += 1

@@ -3,10 +3,10 @@
 Owns bounded queues, and the order in which they are emptied. Answers wait in the journal, not here. Refuses to block
 on a slow broker: what does not fit is dropped if it is a chunk, and waits in the journal if it is an answer.
 
-    new answers → those that waited for a connection, oldest first → those that the broker has refused, a few a second
+    new answers → those that waited for a connection, oldest first → those that were tried in vain, a few a second
 
-An answer that the broker refuses `1 + len(RETRY_WAITS_S)` times is undelivered. `suspicion.py` says what counts as a
-refusal where the broker ends the connection instead.
+`retries.py` says how often they are tried, `suspicion.py` what counts as a refusal where the broker ends the connection
+instead.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from edge_agent.chat.prompt import Answer, Outgoing, Prompt, Source
 from edge_agent.errors import AnswerTooLarge, JournalUnavailable
 from edge_agent.topics import Topics, can_be_published
 from edge_agent.transport.connection import PACKET_OVERHEAD_BYTES, Connection, Sent
+from edge_agent.transport.retries import Retries
 from edge_agent.transport.suspicion import REFUSALS_LOST, Suspicion
 
 if TYPE_CHECKING:
@@ -35,12 +36,10 @@ log = logging.getLogger(__name__)
 MAX_REFUSALS = 256
 MAX_CHUNKS = 256
 MAX_NEW = 1024
-RETRY_WAITS_S = (2.0, 10.0, 60.0, 240.0)
-"""Between the tries of an answer that the broker refuses: an ACL may be mended, a quota freed, within five minutes."""
 MAX_BACKLOG = 4
 """Answers of a backlog under way at once: a new one does not wait behind many of them at the broker."""
 MAX_RETRIES = 16
-"""Refused answers that are tried again at one look: thousands of them take little of the device's time."""
+"""Postponed answers that are tried again at one look: thousands of them take little of the device's time."""
 _LOOK_S = 1.0
 _PATIENCE_S = 2.0
 
@@ -89,6 +88,7 @@ class Outbox:
         self._metrics: bytes | None = None
         self._new: collections.deque[int] = collections.deque(maxlen=MAX_NEW)
         self._suspicion = Suspicion()
+        self._retries = Retries(journal=journal, counters=counters, now=now)
         self._answers_due = True
         self._looked_s = self._began_s = 0.0
 
@@ -146,7 +146,7 @@ class Outbox:
         with contextlib.suppress(JournalUnavailable):  # the next end tells as much
             self._journal.deliveries.suspect(suspected, moment=self._now())
             if alone:
-                self._note_refused(suspects[0], "the broker ended the connection at it")
+                self._retries.refused(suspects[0], "the broker ended the connection at it")
         return alone
 
     def unsaid(self, connection: Connection) -> bool:
@@ -192,13 +192,10 @@ class Outbox:
             return
         connection.chunked.pop(sent.topic, None)
         self._suspicion.taken(sent.topic, from_behind=sent.from_behind)
+        more = False
         with contextlib.suppress(JournalUnavailable):  # it will be sent again: a repeat, not a loss
-            if code.is_failure:
-                self._note_refused(sent, str(code))
-            elif sent.row is not None:
-                log.info("answer delivered request=%s row=%d", sent.id, sent.row)
-                self._journal.deliveries.delivered(sent.row)
-        if not sent.tries:
+            more = self._retries.published(sent, code)
+        if more or not (sent.tries or sent.unheard):
             self._answers_due = True
 
     def _drop_refusal(self, connection: Connection | None) -> None:
@@ -269,7 +266,7 @@ class Outbox:
         return len(waiting) == room
 
     def _send_postponed(self, connection: Connection, now_s: float) -> None:
-        """Answers that the broker has refused, or that may have ended a connection. The latter go alone."""
+        """Answers that were refused or unheard, or may have ended a connection. The latter go alone."""
         active = self._suspicion.active
         if active and (connection.answers() or not self._suspicion.may_try(now_s)):
             return
@@ -307,15 +304,16 @@ class Outbox:
             row=outgoing.row,
             id=outgoing.id,
             tries=outgoing.tries,
+            unheard=outgoing.unheard,
             from_behind=from_behind,
             at_s=self._now().boot_s,
         )
         if not can_be_published(outgoing.topic):  # a flipped bit in the journal would end each connection
-            self._give_up(sent, "its topic is damaged")
+            self._retries.give_up(sent, "its topic is damaged")
             return
         answer = _that_fits(outgoing, connection.max_packet_bytes)
         if answer is None:
-            self._note_refused(sent, "no answer fits into the broker's packets")
+            self._retries.refused(sent, "no answer fits into the broker's packets")
             return
         if answer is not outgoing.answer:
             self._journal.deliveries.replace(outgoing.row, answer)
@@ -323,35 +321,6 @@ class Outbox:
             connection, outgoing.topic, answer, form=outgoing.form, correlation=outgoing.correlation
         )
         connection.in_flight[mid] = sent
-
-    def _note_refused(self, sent: Sent, reason: str) -> None:
-        """Tries an answer again later, or never: a broker that refuses it so often has a rule against it."""
-        if sent.row is None:
-            return
-        self._counters["answers_refused"] += 1
-        if sent.tries >= len(RETRY_WAITS_S):
-            self._give_up(sent, reason)
-            return
-        wait_s = RETRY_WAITS_S[sent.tries]
-        self._journal.deliveries.postpone(
-            sent.row, tries=sent.tries + 1, until_boot_s=self._now().boot_s + wait_s
-        )
-        log.info(
-            "answer refused by the broker request=%s row=%d retry_s=%.0f reason=%s",
-            sent.id, sent.row, wait_s, reason,
-        )  # fmt: skip
-
-    def _give_up(self, sent: Sent, reason: str) -> None:
-        assert sent.row is not None
-        self._counters["answers_undelivered"] += 1
-        self._journal.deliveries.give_up(sent.row)
-        log.warning(
-            "answer undelivered request=%s row=%d tries=%d reason=%s",
-            sent.id,
-            sent.row,
-            sent.tries + 1,
-            reason,
-        )
 
 
 def _publish(

@@ -1,7 +1,11 @@
-"""When the next connection to the broker is tried, and which protocol it offers. Pure rules, no I/O.
+"""When the next connection to the broker is tried. Pure rules, no I/O.
 
-A device waits longer after each attempt, with jitter, so that a fleet does not come back all at once. It waits longest
-where another client took over its session: two devices of one name must not fight for ever.
+A device waits longer after each attempt that fails, with jitter, so that a fleet does not come back all at once. A
+connection that the broker had accepted starts the waits from their beginning, so that a broker that was away for
+seconds is found within seconds, whatever came before. Connections that end soon after they were made count as failures
+one after the other: a broker that breaks down under a fleet sees it less and less often.
+
+It waits longest where another client took over its session (`namesake.py`).
 """
 
 from __future__ import annotations
@@ -10,10 +14,10 @@ import random
 from dataclasses import dataclass
 
 RETRY_FIRST_S, RETRY_LAST_S = 0.5, 60.0
-TAKEN_OVER_S = 120.0
-STEADY_S = 300.0
-"""A connection that lasted this long was a good one: the next wait starts from the beginning."""
-_HANG_UPS = 3
+TAKEN_OVER_FIRST_S, TAKEN_OVER_S = 15.0, 120.0
+"""The first wait is short: coming back once tells the other device of this one."""
+STEADY_S = 10.0
+"""A connection that lasted this long was a good one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,7 @@ class Ending:
         refused: the broker said no, with a reason.
         unsupported: the reason was the protocol.
         silent: the broker said nothing at all until the limit.
+        hung_up: the broker had worked on it, and ended it without a reason of its own.
         taken_over: another client of the same name came.
         over_an_answer: the broker took exception to one answer, which will not be in the way next time.
     """
@@ -34,6 +39,7 @@ class Ending:
     refused: bool = False
     unsupported: bool = False
     silent: bool = False
+    hung_up: bool = False
     taken_over: bool = False
     over_an_answer: bool = False
 
@@ -41,52 +47,33 @@ class Ending:
 class Reconnect:
     """The rules for one broker. Only the network thread touches it.
 
-    Args:
-        protocol: `mqtt.protocol`; only `auto` changes from connection to connection.
-        speaks_5: the broker is known to speak MQTT 5.
-
     Attributes:
-        version5: the next connection offers MQTT 5, else 3.1.1.
         retry_s: the next wait, without its jitter.
     """
 
-    def __init__(self, protocol: str, *, speaks_5: bool) -> None:
-        self.version5 = protocol != "3.1.1"
-        self.speaks_5 = speaks_5
+    def __init__(self) -> None:
         self.retry_s = RETRY_FIRST_S
-        self._auto = protocol == "auto"
-        self._hang_ups = 0
-        self._by_hang_up = False
+        self._short = 0
 
-    def wait_after(self, ending: Ending | None) -> float:
+    def wait_after(self, ending: Ending | None, *, takeovers: int = 0, other_protocol: bool = False) -> float:
         """How many seconds to wait before the next attempt.
 
         Args:
             ending: of the last connection; None where the broker's port was not even reached.
+            takeovers: how often in a row another client of the same name has ended a connection.
+            other_protocol: the next attempt offers an older protocol, because of how the last one ended.
         """
-        if ending is not None:
-            if ending.connected and ending.lasted_s > STEADY_S:
-                self.retry_s = RETRY_FIRST_S
-            if self._auto:
-                self._choose_protocol(ending)
-        if ending is not None and ending.over_an_answer:
-            return RETRY_FIRST_S * random.uniform(0.5, 1.5)
-        wait_s = TAKEN_OVER_S if ending is not None and ending.taken_over else self.retry_s
+        if ending is not None and ending.connected:
+            self._short = 0 if ending.lasted_s >= STEADY_S else self._short + 1
+            self.retry_s = min(RETRY_LAST_S, RETRY_FIRST_S * 2.0 ** min(self._short, 10))
+        if other_protocol or (ending is not None and ending.over_an_answer):
+            return _spread(RETRY_FIRST_S)
+        if takeovers:
+            return _spread(TAKEN_OVER_FIRST_S if takeovers == 1 else TAKEN_OVER_S)
+        wait_s = self.retry_s
         self.retry_s = min(RETRY_LAST_S, self.retry_s * 2)
-        return wait_s * random.uniform(0.5, 1.5)
+        return _spread(wait_s)
 
-    def _choose_protocol(self, ending: Ending) -> None:
-        """Chooses the protocol that the next connection offers.
 
-        A broker that does not speak MQTT 5 says so, or just hangs up. A hang-up has many causes, so only several in a
-        row lead to one attempt with 3.1.1, and a connection made that way is followed by one with 5 again.
-        """
-        if ending.unsupported:
-            self.version5, self.retry_s = not self.version5, RETRY_FIRST_S
-        elif ending.connected:
-            self._hang_ups = 0
-            self.version5 = self.version5 or self._by_hang_up
-        elif not ending.refused and not ending.silent and not self.speaks_5:
-            self._hang_ups += 1
-            self._by_hang_up = self._hang_ups % (_HANG_UPS + 1) == _HANG_UPS
-            self.version5 = not self._by_hang_up
+def _spread(wait_s: float) -> float:
+    return wait_s * random.uniform(0.5, 1.5)

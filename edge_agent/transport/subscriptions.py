@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import collections
 import logging
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from edge_agent.transport.connection import Connection, inbound
+from edge_agent.transport.echo import Echo
 from edge_agent.transport.inbound import Handler
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ class Subscriptions:
         handlers: by topic, or by a filter whose last level is `+`.
         retained: the one topic whose retained message is wanted.
         counters: of the transport.
+        echo: takes the messages of the self-test; they reach no handler.
 
     Attributes:
         accepting: False leaves what comes with the broker: it is neither handled nor acked.
@@ -36,7 +39,12 @@ class Subscriptions:
     """
 
     def __init__(
-        self, handlers: Mapping[str, Handler], *, retained: str, counters: collections.Counter[str]
+        self,
+        handlers: Mapping[str, Handler],
+        *,
+        retained: str,
+        counters: collections.Counter[str],
+        echo: Echo,
     ) -> None:
         self.accepting = True
         self.ack_later = False
@@ -44,6 +52,7 @@ class Subscriptions:
         self._handlers = handlers
         self._retained = retained
         self._counters = counters
+        self._echo = echo
 
     def begin(self, connection: Connection) -> None:
         """Subscribes to everything."""
@@ -65,6 +74,9 @@ class Subscriptions:
         if not self.accepting:
             return
         self.ack_later = False
+        if self._echo.heard(message.topic, bytes(message.payload), time.monotonic()):
+            connection.client.ack(message.mid, message.qos)
+            return
         try:
             handler = self._handlers.get(message.topic) or self._handlers.get(_any_last_level(message.topic))
             if handler is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.chat.prompt import State
-from edge_agent.transport import outbox, suspicion
+from edge_agent.transport import retries, suspicion
 from tests.support.client import Client, connected
 from tests.support.doorkeeper import Doorkeeper
 from tests.support.mosquitto import Broker, running_broker
@@ -63,7 +63,7 @@ def test_what_a_broker_does_not_take_is_given_up_and_everybody_else_is_answered(
     door: tuple[int, Doorkeeper | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outbox, "RETRY_WAITS_S", WAITS_S)
+    monkeypatch.setattr(retries, "RETRY_WAITS_S", WAITS_S)
     monkeypatch.setattr(suspicion, "LAST_WAIT_S", WAITS_S[0])
     port, keeper = door
     with Agent(short_dir, {"req/chat": Recorder()}, device="strict", host="127.0.0.1", port=port) as agent:

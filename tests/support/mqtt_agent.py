@@ -35,7 +35,7 @@ class Agent:
             journal=self.journal,
             password=lambda: read_password(self.settings, None),
             handlers={f"{self.topics.root}/{name}": handler for name, handler in handlers.items()},
-            will=b'{"state":"offline"}',
+            will=lambda: b'{"state":"offline"}',
             max_payload_bytes=102_400,
         )
         self._thread = threading.Thread(target=self.transport.run, name=f"agent-{device}", daemon=True)

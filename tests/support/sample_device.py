@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.support.brokers import ContractBroker
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
 
 SAMPLE = "sample"
 
 
-def settings_for(broker: Broker, registry_uri: str, *, device: str = "dev", **more: Any) -> dict[str, Any]:
+def settings_for(
+    broker: ContractBroker | Broker, registry_uri: str, *, device: str = "dev", **more: Any
+) -> dict[str, Any]:
     """Settings of a device that serves the sample model."""
     settings: dict[str, Any] = {
         "device_id": device,

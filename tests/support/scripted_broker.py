@@ -21,6 +21,7 @@ from edge_agent.transport.connection import Connection
 from edge_agent.transport.outbox import Outbox, Refusal
 
 TAKES, NOT_AUTHORIZED, HANGS_UP, SAYS_NOTHING = "Success", "Not authorized", "hangs up", ""
+NOBODY_LISTENS = "No matching subscribers"
 HANG_UP = 0x80
 """What paho says of a connection that was closed without a word."""
 
@@ -91,11 +92,11 @@ class Room:
         self._seen = 0
         self.outbox.begin()
 
-    def prompt(self, topic: str) -> Prompt:
-        """A prompt that runs, and is to be answered on this topic."""
+    def accept(self, topic: str, *, identity: bytes | None = None) -> int:
+        """A request that is to be answered on this topic: its row, or that of the request that it repeats."""
         arrival = Arrival(
             id="q",
-            identity=None,
+            identity=identity,
             body_sha256=hashlib.sha256(topic.encode()).digest(),
             source=Source.MQTT,
             model="m",
@@ -106,19 +107,24 @@ class Room:
             correlation=None,
             deadline_s=60,
         )
-        self.journal.accept(arrival, moment=self.moment(), queue_depth=1 << 30, retry_after_ms=1)
+        accepted = self.journal.accept(arrival, moment=self.moment(), queue_depth=1 << 30, retry_after_ms=1)
+        return accepted.row
+
+    def prompt(self, topic: str, *, identity: bytes | None = None) -> Prompt:
+        """A prompt that runs, and is to be answered on this topic."""
+        self.accept(topic, identity=identity)
         prompt = self.journal.claim("m")
         assert prompt is not None
         return prompt
 
-    def answer(self, topic: str, *, told: bool = True) -> int:
-        """An answer for this topic.
+    def answer(self, topic: str, *, told: bool = True, identity: bytes | None = None) -> int:
+        """An answer for this topic; its text is the number of its row.
 
         Args:
             told: the outbox is told of it; otherwise it is one that a start finds in the journal.
         """
-        row = self.prompt(topic).row
-        self.journal.answer(row, Answer(payload=b"{}", properties={}), moment=self.moment())
+        row = self.prompt(topic, identity=identity).row
+        self.journal.answer(row, Answer(payload=str(row).encode(), properties={}), moment=self.moment())
         if told:
             self.outbox.answered(row)
         return row

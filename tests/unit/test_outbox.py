@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from edge_agent.chat.prompt import State
-from edge_agent.transport.outbox import RETRY_WAITS_S
+from edge_agent.transport.retries import RETRY_WAITS_S, UNHEARD_WAITS_S
 from edge_agent.transport.suspicion import LAST_WAIT_S, REFUSALS_LOST
-from tests.support.scripted_broker import HANGS_UP, NOT_AUTHORIZED, SAYS_NOTHING, TAKES, Room
+from tests.support.scripted_broker import HANGS_UP, NOBODY_LISTENS, NOT_AUTHORIZED, SAYS_NOTHING, TAKES, Room
 
 TRIES = 1 + len(RETRY_WAITS_S)
 LONG_S = sum(RETRY_WAITS_S) + 60
@@ -217,3 +218,102 @@ def test_an_answer_whose_ack_never_comes_holds_nobody_up(room: Room) -> None:
     room.answer("replies/good/2")
     room.pass_by(10)
     assert "replies/good/2" in room.log
+
+
+# --- Nobody has subscribed ----------------------------------------------------------------------------------
+
+
+def deaf(topic: str) -> str:
+    """A broker whose clients for topics under `replies/away` are not there."""
+    return NOBODY_LISTENS if topic.startswith("replies/away") else TAKES
+
+
+def test_an_answer_that_nobody_subscribed_to_is_tried_for_five_minutes_and_is_then_undelivered(
+    room: Room,
+) -> None:
+    room.rule = deaf
+    room.answer("replies/away/1")
+    times: list[float] = []
+    begun_s = room.now_s
+    while room.states() == [State.ANSWERED]:
+        tried = len(room.log)
+        room.turn(0.5)
+        times += [room.now_s - begun_s] * (len(room.log) - tried)
+    assert times[0] == 0.5
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert len(gaps) == len(UNHEARD_WAITS_S)
+    assert all(wait <= gap <= wait + 2 for gap, wait in zip(gaps, UNHEARD_WAITS_S, strict=True))
+    assert sum(UNHEARD_WAITS_S) == 300
+    assert room.states() == [State.UNDELIVERED]
+    assert room.counters["answers_undelivered"] == room.counters["answers_unheard"] == 1
+    assert room.counters["answers_refused"] == 0, "it is no refusal"
+
+
+def test_a_client_that_comes_back_gets_the_answer_at_the_next_try(room: Room) -> None:
+    room.rule = deaf
+    room.answer("replies/away/1")
+    room.pass_by(100)
+    room.rule = lambda topic: TAKES
+    room.pass_by(17)
+    assert room.states() == [State.DELIVERED]
+
+
+def test_tries_before_nobody_are_counted_over_restarts_of_the_daemon(room: Room) -> None:
+    room.rule = deaf
+    room.answer("replies/away/1")
+    for _ in range(10):
+        room.restart()
+        room.pass_by(60)
+    assert len(room.log) == 1 + len(UNHEARD_WAITS_S)
+    assert room.states() == [State.UNDELIVERED]
+
+
+def test_the_first_answer_that_is_heard_brings_all_others_for_its_topic(room: Room) -> None:
+    room.rule = deaf
+    for _ in range(100):
+        room.answer("replies/away/1")
+    elsewhere = room.answer("replies/away/2")
+    for _ in range(40):
+        room.turn(1.0)
+    room.rule = lambda topic: NOBODY_LISTENS if topic == "replies/away/2" else TAKES
+    room.answer("replies/away/1")
+    for _ in range(60):
+        room.turn(0.01)
+    assert room.states()[elsewhere - 1] is State.ANSWERED
+    assert room.states().count(State.DELIVERED) == 101
+
+
+def test_answers_that_nobody_hears_delay_no_other(room: Room) -> None:
+    room.rule = deaf
+    for number in range(150):
+        room.answer(f"replies/away/{number}")
+        room.turn(0.01)
+    for _ in range(50):
+        before = len(room.log)
+        room.answer(NEW)
+        room.turn(0.7)
+        assert room.log[before] == NEW
+
+
+def test_tries_before_nobody_and_refusals_are_counted_apart(room: Room) -> None:
+    room.rule = deaf
+    room.answer("replies/away/1")
+    room.pass_by(100)
+    room.rule = lambda topic: NOT_AUTHORIZED
+    room.pass_by(20)
+    room.rule = lambda topic: TAKES
+    room.pass_by(LONG_S)
+    assert room.states() == [State.DELIVERED]
+
+
+def test_a_repeat_of_the_request_begins_the_tries_anew(room: Room) -> None:
+    room.rule = deaf
+    row = room.answer("replies/away/1", identity=b"same")
+    room.pass_by(400)
+    assert room.states() == [State.UNDELIVERED]
+    assert room.accept("replies/away/1", identity=b"same") == row
+    room.outbox.answered(row)
+    room.turn(1.0)
+    assert room.states() == [State.ANSWERED]
+    outgoing = room.journal.deliveries.of(row)
+    assert outgoing is not None and (outgoing.tries, outgoing.unheard) == (0, 1)

@@ -75,7 +75,7 @@ def test_a_broker_that_cannot_prove_who_it_is_leaves_no_socket_behind(
             max_payload_bytes=1024,
             password=lambda: None,
             handlers={},
-            will=b"{}",
+            will=lambda: b"{}",
         )
         with running(transport):
             wait_until(lambda: transport.problem, 10, "a failed connection")
