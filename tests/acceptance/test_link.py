@@ -41,6 +41,7 @@ def with_link(device: FollowingDevice, **link: Any) -> None:
     device.daemon.config["link"] = link
     device.daemon.restart()
     device.wait_model(lambda m: m["state"] == "ready", "the model")
+    device.sync()
 
 
 def is_held(model: dict[str, Any]) -> bool:
@@ -132,6 +133,7 @@ def test_a_download_stops_with_the_days_bytes_which_a_crash_does_not_forget_and_
     assert missing > 0
     device.daemon.kill()
     device.daemon.start()
+    device.sync()
     device.wait_model(is_held, "version 2 is held again")
     assert device.daemon.status()["link"]["used_bytes"] >= used
     told = device.do("pull", "assistant")
