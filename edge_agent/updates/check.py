@@ -229,6 +229,11 @@ class ModelCheck:
             return Checked(result=self._fall_back(watch, error, failed=key, now=now), problem=str(error))
         return Checked(result=result)
 
+    @property
+    def has_put_off(self) -> bool:
+        """Whether a version is here that waits for its time, and for what the registry says of it."""
+        return self._activation.put_off is not None
+
     def catch_up(self) -> None:
         """Takes up what is on disk already, one of the fallback where nothing else runs. What only waits for its time
         is left to the registry's next word, where there is a registry.

@@ -1,9 +1,9 @@
 """When a device asks its registry, so that a fleet does not ask in one moment. Times are passed in.
 
-The first one comes at once where a model has nothing of its own that runs, and else in the course of one interval, at
-a place that the device's id gives. Then one comes every interval, jittered; after a failure early, and each time in a
-row after twice as long, up to the interval. One that is asked for comes at once, or in the course of so many seconds,
-at the same place; an earlier one does as well.
+The first one comes at once where a model has nothing of its own that runs or a version waits for its time, and else in
+the course of one interval, at a place that the device's id gives. Then one comes every interval, jittered; after a
+failure early, and each time in a row after twice as long, up to the interval. One that is asked for comes at once, or
+in the course of so many seconds, at the same place; an earlier one does as well.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Polls:
 
         Args:
             now_s: monotonic seconds.
-            at_once: a model has nothing of its own that runs.
+            at_once: a model has nothing of its own that runs, or has put a version off.
         """
         self._next_s = now_s + (0.0 if at_once else self._place * self._interval_s)
 

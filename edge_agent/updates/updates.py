@@ -143,7 +143,8 @@ class Updates:
         first, self._begun = not self._begun, True
         if first:
             served = all(life.runs_its_own for life in self._lifecycles.values())
-            self._polls.begin(now_s, at_once=not served)
+            waits = any(check.has_put_off for check in self._checks.values())
+            self._polls.begin(now_s, at_once=waits or not served)
         asks = self._polls.is_due(now_s) or self._due.is_set()
         if not (asks or first):
             return

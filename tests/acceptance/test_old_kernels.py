@@ -23,7 +23,7 @@ from tests.support import attacking_model, old_kernel
 from tests.support.attacks import ATTACKS, staged
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
-from tests.support.processes import Daemon, clean_environment
+from tests.support.processes import Daemon, clean_environment, wait_until
 from tests.support.sample_device import SAMPLE, settings_for
 from tests.support.version_files import export_package
 
@@ -99,6 +99,7 @@ def test_without_landlock_the_agents_own_code_runs_and_other_code_does_not(
     walls = device.model("assistant")["walls"]
     assert set(walls["stand"]) == set(Wall) - LANDLOCK
     assert set(walls["missing"]) == LANDLOCK
+    wait_until(lambda: device.model("guest")["state"] == "failed", 60, "the guest to be refused")
     refused = device.model("guest")
     assert (refused["state"], refused["version"], refused["walls"]) == ("failed", 1, None)
     assert refused["quarantined"] == {}, "it is not the version's doing"

@@ -177,6 +177,13 @@ def test_one_of_two_models_that_has_nothing_to_run_is_enough(tmp_path: Path) -> 
     assert len(device.sync.jobs) == 2
 
 
+def test_what_was_put_off_before_a_restart_is_asked_about_at_once(tmp_path: Path) -> None:
+    state = ModelState(active=ONE.key).waiting_for(TWO.key)
+    device = make_device(tmp_path, state, asked=False)
+    device.updates.step(1_000)
+    assert len(device.sync.jobs) == 1
+
+
 def test_what_is_on_disk_is_taken_up_before_the_registry_is_asked(tmp_path: Path) -> None:
     device = make_device(tmp_path, ModelState(active=ONE.key), asked=False)
     device.lifecycle.on_disk = TWO.key
