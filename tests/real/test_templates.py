@@ -5,7 +5,6 @@ What a package cannot do, its publisher hears, and a device does not fall for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,7 +203,7 @@ def test_an_answer_that_follows_a_format_ends_there_too(changed_model: Any) -> N
     answer = ask(
         changed_model,
         user("What is the capital of France?", max_tokens=40),
-        response_format=json.dumps(letters),
+        response_format=letters,
     )
     assert (answer.text, answer.finish_reason) == ("The capital of France is Paris.", "stop")
 
