@@ -35,7 +35,7 @@ TOKENIZER = "components/tokenizer"
 
 # Loads each folder and asks it something. Says whether the secret was opened, or is a word of the vocabulary.
 PROGRAM = f"""
-import json, sys
+import json, os, sys
 from pathlib import Path
 opened = []
 def hook(event, arguments):
@@ -55,7 +55,8 @@ for folder in map(Path, sys.argv[1:]):
     except Exception as error:
         outcome = f"{{type(error).__name__}}: {{error}}"
     results[folder.name] = [outcome, bool(opened), known]
-print(json.dumps(results))
+print(json.dumps(results), flush=True)
+os._exit(0)  # torch's threads may still run, and abort the interpreter's own end
 """
 
 Edit = Callable[[Path, str], None]
