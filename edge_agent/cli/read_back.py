@@ -7,7 +7,6 @@ first device that fetches it.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from edge_agent.errors import VerificationError
 from edge_agent.package.manifest import Manifest, ManifestFile
 from edge_agent.package.reference import ModelRef
 from edge_agent.sync.bring import read_wanted
-from edge_agent.sync.files import Package
+from edge_agent.sync.files import Package, is_of
 from edge_agent.sync.registry import Registry
 
 MAX_READ_BYTES = 1 << 20
@@ -53,12 +52,6 @@ def read_back(
 
 
 def _compare(package: Package, file: ManifestFile) -> None:
-    digest, size_bytes = hashlib.sha256(), 0
     with package.open(file.path) as stream:
-        for chunk in stream.chunks:
-            digest.update(chunk)
-            size_bytes += len(chunk)
-            if size_bytes > file.size_bytes:
-                break
-    if (size_bytes, digest.hexdigest()) != (file.size_bytes, file.sha256):
-        raise VerificationError(f"{file.path!r} is not what was uploaded")
+        if not is_of(stream, size_bytes=file.size_bytes, sha256=file.sha256):
+            raise VerificationError(f"{file.path!r} is not what was uploaded")

@@ -6,7 +6,6 @@ mirror `has`, `lacks`, or what is wrong with it. It has walls around it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from edge_agent.errors import EdgeAgentError
 from edge_agent.host.clock import CLOCK
 from edge_agent.host.confinement import Confinement, confine
 from edge_agent.host.seccomp import Calls, Network
+from edge_agent.sync.files import is_of
 from edge_agent.sync.mirrors import NotThere
 from edge_agent.sync.mirrors.places import folder_of, mirror_at
 
@@ -33,21 +33,16 @@ def main() -> None:
 
 def _answer(url: str, question: dict[str, Any]) -> str:
     sha256, size_bytes = question["sha256"], question["bytes"]
-    digest, have = hashlib.sha256(), 0
     try:
         mirror = mirror_at(url, ca_file=question["ca_file"], clock=CLOCK)
         with mirror.open(sha256, size_bytes=size_bytes, offset=0) as stream:
-            for chunk in stream.chunks:
-                digest.update(chunk)
-                have += len(chunk)
-                if have > size_bytes:
-                    break
+            has_it = is_of(stream, size_bytes=size_bytes, sha256=sha256)
     except NotThere as absent:
         folder = folder_of(url)
         return "lacks" if absent.yet or (folder and (folder / "sha256").is_dir()) else absent.message
     except EdgeAgentError as error:
         return error.message
-    return "has" if digest.hexdigest() == sha256 else "it gives other bytes than those of the digest"
+    return "has" if has_it else "it gives other bytes than those of the digest"
 
 
 if __name__ == "__main__":

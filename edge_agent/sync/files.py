@@ -6,6 +6,7 @@ Owns the bounds of a listing, whoever made it, and of an answer that stalls. Whe
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -80,6 +81,17 @@ class Stream:
     start: int
     etag: str
     chunks: Iterator[bytes]
+
+
+def is_of(stream: Stream, *, size_bytes: int, sha256: str) -> bool:
+    """Whether a file's bytes, from its first one on, are those of a digest. Reads no further than it has to."""
+    digest, have = hashlib.sha256(), 0
+    for chunk in stream.chunks:
+        digest.update(chunk)
+        have += len(chunk)
+        if have > size_bytes:
+            break
+    return (have, digest.hexdigest()) == (size_bytes, sha256)
 
 
 class Package(Protocol):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.processes import Child, clean_environment, free_port, wait_until
+from tests.support.processes import clean_environment, free_port, is_healthy, serving
 
 _START_TIMEOUT_S = 120
 _PREDICT = """
@@ -98,13 +98,15 @@ class ScoringServer:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[ScoringServer]:
-        child = Child(self._command, self._log, self._environment)
-        try:
-            wait_until(lambda: not child.running or self._healthy(), _START_TIMEOUT_S, "mlflow models serve")
-            assert child.running, child.log_text()
+        with serving(
+            self._command,
+            self._log,
+            ready=lambda: is_healthy(self._port, "/ping"),
+            what="mlflow models serve",
+            env=self._environment,
+            timeout_s=_START_TIMEOUT_S,
+        ):
             yield self
-        finally:
-            child.stop()
 
     def post(self, document: Mapping[str, Any]) -> tuple[int, Any]:
         """Asks `/invocations`: the status, and what came back."""
@@ -114,15 +116,5 @@ class ScoringServer:
             connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             return response.status, json.loads(response.read())
-        finally:
-            connection.close()
-
-    def _healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=2)
-        try:
-            connection.request("GET", "/ping")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
         finally:
             connection.close()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tests.support.processes import Child, free_port, wait_until
+from tests.support.processes import Child, free_port, is_healthy, wait_until
 
 _START_TIMEOUT_S = 120
 _ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -79,14 +78,7 @@ class Server:
             self._child.kill()
 
     def healthy(self) -> bool:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=2)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
+        return is_healthy(self.port, "/health", self.host)
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tests.support.processes import Child, accepts, free_port, wait_until
+from tests.support.processes import accepts, free_port, serving
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "mirrors.md"
 USER = "nobody"
@@ -56,10 +56,5 @@ def nginx(folder: Path, kind: str, changes: Mapping[str, str], *, mount: Path | 
         target = folder / "root" / "blobs"
         shown = f'mount --bind -o ro "{mount}" "{target}" && exec "$@"'
         command = ["unshare", "--mount", "sh", "-c", shown, "sh", *command]
-    child = Child(command, folder / "nginx.log")
-    try:
-        wait_until(lambda: not child.running or accepts(port), 30, "nginx")
-        assert child.running, (folder / "nginx.log").read_text()
+    with serving(command, folder / "nginx.log", ready=lambda: accepts(port), what="nginx"):
         yield f"http://127.0.0.1:{port}"
-    finally:
-        child.kill()

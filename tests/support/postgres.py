@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support.processes import Child, accepts, clean_environment, free_port, wait_until
+from tests.support.processes import accepts, clean_environment, free_port, serving
 
 USER = "nobody"
 
@@ -42,10 +42,5 @@ def running_postgres(folder: Path) -> Iterator[str]:
         str(data),
         *(f"--{name}={value}" for name, value in options.items()),
     ]
-    child = Child(command, folder / "postgres.log")
-    try:
-        wait_until(lambda: not child.running or accepts(port), 60, "PostgreSQL")
-        assert child.running, (folder / "postgres.log").read_text()
+    with serving(command, folder / "postgres.log", ready=lambda: accepts(port), what="PostgreSQL"):
         yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
-    finally:
-        child.stop()

@@ -7,6 +7,7 @@ Every process has an owner that ends it: `Child` for one process with its group 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -143,6 +144,42 @@ class Child:
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+@contextlib.contextmanager
+def serving(
+    command: Sequence[str | Path],
+    log: Path,
+    *,
+    ready: Callable[[], bool],
+    what: str,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 60.0,
+) -> Iterator[Child]:
+    """A server until the block ends, from when it is ready on.
+
+    Raises:
+        AssertionError: it ended instead; its log is shown.
+    """
+    child = Child(command, log, env)
+    try:
+        wait_until(lambda: not child.running or ready(), timeout_s, what)
+        assert child.running, child.log_text()
+        yield child
+    finally:
+        child.stop()
+
+
+def is_healthy(port: int, path: str, host: str = "127.0.0.1") -> bool:
+    """True when a web server there answers a path with 200."""
+    connection = http.client.HTTPConnection(host, port, timeout=2)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 class NotifySocket:
