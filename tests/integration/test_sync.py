@@ -18,8 +18,10 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from mlflow import MlflowClient
 
 from edge_agent.cache import fsck
 from edge_agent.cache.store import Store
@@ -137,13 +139,9 @@ def test_an_unchanged_check_is_one_request_and_imports_no_mlflow(
 
 
 def artifact(server: Server, path: str, model: str) -> Path:
-    """A package's file in the server's own folder; the model's only one of this name."""
-    found = []
-    for manifest in server.artifacts.rglob("manifest.json"):
-        if json.loads(manifest.read_bytes())["name"] == model:
-            found.append(manifest.parent / path)
-    (file,) = found
-    return file
+    """A package's file in the server's own folder; the model's only version."""
+    source: str = MlflowClient(server.uri, server.uri).get_model_version_download_uri(model, "1")
+    return server.artifacts / urlsplit(source).path.strip("/") / path
 
 
 def test_an_alias_is_resolved_and_everything_is_verified_and_committed(device: Device) -> None:
