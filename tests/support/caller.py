@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -36,6 +38,7 @@ class Caller:
         self._broker = broker
         self._version5, self._clean = version5, clean
         self._subscribed = 0
+        self._bodies: dict[str, dict[str, Any]] = {}
         self.connect()
 
     def connect(self) -> None:
@@ -58,19 +61,28 @@ class Caller:
         self._paho.disconnect()
         self._paho.loop_stop()
 
+    def vanish(self) -> None:
+        """Its connection breaks, without a word to the broker."""
+        if isinstance(end := self._paho.socket(), socket.socket):
+            with contextlib.suppress(OSError):  # the broker was quicker
+                end.shutdown(socket.SHUT_RDWR)
+        self._paho.loop_stop()
+
     def send(self, question: str, **fields: Any) -> str:
         """A chat; gives its id once the broker has it."""
         request_id = uuid.uuid4().hex[:16]
-        self.publish(
-            "req/chat",
-            {
-                "messages": [{"role": "user", "content": question}],
-                "id": request_id,
-                "reply_to": self.replies,
-                **fields,
-            },
-        )
+        self._bodies[request_id] = {
+            "messages": [{"role": "user", "content": question}],
+            "id": request_id,
+            "reply_to": self.replies,
+            **fields,
+        }
+        self.send_again(request_id)
         return request_id
+
+    def send_again(self, request_id: str) -> None:
+        """The same chat with the same id."""
+        self.publish("req/chat", self._bodies[request_id])
 
     def publish(self, branch: str, body: dict[str, Any] | str) -> None:
         payload = body if isinstance(body, str) else json.dumps(body)
@@ -95,7 +107,11 @@ class Caller:
     def wait_answers(self, ids: list[str], timeout_s: float = 240) -> float:
         """Waits until each of them has an answer. Gives the seconds that it took."""
         begun_s = time.monotonic()
-        wait_until(lambda: all(self.answers(each) for each in ids), timeout_s, f"{len(ids)} answers")
+        try:
+            wait_until(lambda: all(self.answers(each) for each in ids), timeout_s, f"{len(ids)} answers")
+        except TimeoutError as error:
+            missing = [each for each in ids if not self.answers(each)]
+            raise TimeoutError(f"{error}; none came to {missing}") from error
         return time.monotonic() - begun_s
 
     def _make_client(self) -> Paho:
