@@ -86,7 +86,9 @@ class Daemon:
         rebuilt = self._store.state().rebuilt
         self._journal = Journal(settings.state_dir / "journal.db", moment=clock.now())
         self._lifecycles = lifecycles_of(settings, self._store)
-        self._updates = Updates(settings, self._store, self._lifecycles)
+        self._updates = Updates(
+            settings, self._store, self._lifecycles, unattended=environment.is_a_service()
+        )
         operations = Operations(settings, self._store, self._lifecycles, self._updates)
         self._desired = DesiredState(
             {name: model.ref for name, model in settings.models.items()}, self._updates.desire

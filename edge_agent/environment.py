@@ -122,6 +122,14 @@ def service_manager() -> tuple[str | None, float | None]:
     return address if address.startswith(("/", "@")) else None, int(interval_us) / 1e6 if ours else None
 
 
+def is_a_service() -> bool:
+    """True where systemd has started this very process, and not a shell or a terminal that systemd has started.
+
+    Source: systemd.exec(5), `$SYSTEMD_EXEC_PID`.
+    """
+    return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
+
+
 def directory(variable: str) -> Path | None:
     """The first directory in a variable; systemd separates several with colons."""
     value = os.environ.get(variable, "").split(":")[0]

@@ -52,7 +52,10 @@ def synchronise(job: SyncJob, emit: Emit, *, clock: Clock = CLOCK) -> SyncResult
     Raises:
         EdgeAgentError: the registry, the package, the way to it, or the cache.
     """
-    registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s, tls=job.registry.tls, clock=clock)
+    access = job.registry
+    registry = Registry(
+        access.uri, timeout_s=access.timeout_s, tls=access.tls, clock=clock, gap_s=access.gap_s
+    )
     version = registry.find(ModelRef.parse(job.ref))
     emit(protocol.resolved(version=version.version, rollout=version.tags.get(ROLLOUT_TAG, "")))
     if (here := already_here(job, version)) is not None:

@@ -32,7 +32,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from edge_agent.errors import EdgeAgentError, PolicyError, TransportError
 from edge_agent.host.clock import Clock
-from edge_agent.sync.pace import StallLimit
+from edge_agent.sync.pace import RequestGap, StallLimit
 from edge_agent.sync.tls import NO_FILES, TlsFiles
 
 MAX_ANSWER_BYTES = 4 << 20
@@ -68,10 +68,14 @@ class RegistrySession(requests.Session):
     Args:
         uri: the registry's.
         timeout_s: in which an answer's headers must be here; an answer read whole has four times as long.
+        gap_s: between the starts of two requests to the registry itself.
     """
 
-    def __init__(self, uri: str, *, timeout_s: float, clock: Clock, tls: TlsFiles = NO_FILES) -> None:
+    def __init__(
+        self, uri: str, *, timeout_s: float, clock: Clock, tls: TlsFiles = NO_FILES, gap_s: float = 0.0
+    ) -> None:
         super().__init__()
+        self._gap = RequestGap(gap_s, clock=clock)
         self._tls = tls
         self._origin = origin_of(uri)
         self._uri = uri
@@ -141,6 +145,8 @@ class RegistrySession(requests.Session):
             verify = self._tls.ca_file
         if at_home and self._tls.cert_file:
             cert = (self._tls.cert_file, self._tls.key_file)
+        if at_home:
+            self._gap.wait()
         response = self._adapters[0 if at_home else 1].send(
             request,
             stream=True,
@@ -209,14 +215,16 @@ class RegistrySession(requests.Session):
         response._content, response._content_consumed = bytes(content), True
 
 
-def open_session(uri: str, *, timeout_s: float, clock: Clock, tls: TlsFiles = NO_FILES) -> RegistrySession:
+def open_session(
+    uri: str, *, timeout_s: float, clock: Clock, tls: TlsFiles = NO_FILES, gap_s: float = 0.0
+) -> RegistrySession:
     """The session of a registry.
 
     Raises:
         TransportError: its uri is no address, or a file of `tls` is gone since the daemon's start.
     """
     try:
-        return RegistrySession(uri, timeout_s=timeout_s, tls=tls, clock=clock)
+        return RegistrySession(uri, timeout_s=timeout_s, tls=tls, clock=clock, gap_s=gap_s)
     except ValueError as error:
         raise TransportError(
             f"registry.uri {uri!r} is not an address", remedy="check registry.uri"

@@ -1,4 +1,5 @@
-"""How fast a version is fetched: the cap on bandwidth, the limit for a stalled transfer, and how far it is.
+"""How fast a version is fetched: the cap on bandwidth, the gap between requests, the limit for a stalled transfer, and
+how far it is.
 
 Arithmetic on a clock.
 """
@@ -81,6 +82,26 @@ class Pace:
             if self._due_s > now_s:
                 self.clock.sleep(self._due_s - now_s)
         self.report(self)
+
+
+class RequestGap:
+    """Keeps the starts of requests apart. What a request itself takes counts: a long download is followed at once.
+
+    Args:
+        gap_s: at least so much between two; 0 for none.
+    """
+
+    def __init__(self, gap_s: float, *, clock: Clock) -> None:
+        self._gap_s = gap_s
+        self._clock = clock
+        self._due_s = float("-inf")
+
+    def wait(self) -> None:
+        """Returns when the next request may start."""
+        now_s = self._clock.now_s()
+        if self._due_s > now_s:
+            self._clock.sleep(self._due_s - now_s)
+        self._due_s = max(now_s, self._due_s) + self._gap_s
 
 
 class StallLimit:

@@ -60,10 +60,16 @@ Emit = Callable[[Event], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RegistryJob:
-    """Which registry, and how long one request or one stalled read may take."""
+    """Which registry, and how it is asked.
+
+    Attributes:
+        timeout_s: how long one request, or one read that brings nothing, may take.
+        gap_s: from the start of a request to the start of the next one, at least.
+    """
 
     uri: str
     timeout_s: float = 30.0
+    gap_s: float = 0.0
     tls: TlsFiles = NO_FILES
 
 

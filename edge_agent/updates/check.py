@@ -141,6 +141,7 @@ class ModelCheck:
     Args:
         name: the settings' name.
         link: when the line may be used, and when a version may take over.
+        gap_s: between two requests of a check that nobody waits for.
         clock: seconds since 1970.
 
     Attributes:
@@ -157,6 +158,7 @@ class ModelCheck:
         run_sync: RunSync,
         note_registry: NoteRegistry,
         link: Link,
+        gap_s: float,
         clock: Callable[[], float],
     ) -> None:
         self.progress: Mapping[str, Any] | None = None
@@ -168,6 +170,7 @@ class ModelCheck:
         self._run_sync = run_sync
         self._note_registry = note_registry
         self._link = link
+        self._gap_s = gap_s
         self._waits = Waits(name)
         self._activation = Activation(
             name, store=store, lifecycle=lifecycle, link=link, waits=self._waits, wanted=lambda: self.wanted
@@ -348,6 +351,8 @@ class ModelCheck:
         job = replace(job, allow_older=allow_older, link=self._link.bounds(overruled=now))
         if not asked_for:
             job = replace(job, quarantined=tuple(self._lifecycle.state.quarantined))
+        if not (asked_for or at_once):
+            job = replace(job, registry=replace(job.registry, gap_s=self._gap_s))
         tried = _Try()
 
         def look(event: Mapping[str, Any]) -> None:

@@ -4,6 +4,11 @@ The first one comes at once where a model has nothing of its own that runs or a 
 the course of one interval, at a place that the device's id gives. Then one comes every interval, jittered; after a
 failure early, and each time in a row after twice as long, up to the interval. One that is asked for comes at once, or
 in the course of so many seconds, at the same place; an earlier one does as well.
+
+Devices that start in one moment, because power is back or a tool has installed them all, and have nothing yet, fetch in
+one moment: twenty requests each, most of them for small files. So a device that nobody watches leaves `GAP_S` between
+them, and a fleet asks at most as often as it has devices. No place in time would do that: it would be minutes wide, and
+two devices would still meet. A daemon that somebody has started by hand, and an operator's command, do not wait.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ from collections.abc import Callable
 JITTER = (0.9, 1.1)
 """Between these times the interval comes the next poll, so that a fleet does not ask in step."""
 FIRST_RETRY_S = 5.0
+GAP_S = 1.0
+"""From one request of a check that nobody waits for to its next. A download that takes longer is followed at once."""
 RETRY_JITTER = (0.5, 1.5)
 """Wider: those that were asked to look in one moment have failed in one moment, too."""
 

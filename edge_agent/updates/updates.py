@@ -38,7 +38,7 @@ from edge_agent.sync.tls import TlsFiles
 from edge_agent.updates import choice
 from edge_agent.updates.check import Lifecycle, ModelCheck, OnEvent, RunSync, Watch
 from edge_agent.updates.link import Link
-from edge_agent.updates.polls import Polls, place_of
+from edge_agent.updates.polls import GAP_S, Polls, place_of
 from edge_agent.updates.turn import Turn
 from edge_agent.updates.waiting import Alarm, Waiting
 
@@ -54,6 +54,7 @@ class Updates:
 
     Args:
         lifecycles: by configured name.
+        unattended: one of many devices, maybe, that have started in this moment, and nobody watches: see `polls.py`.
         clock: seconds since 1970.
         jitter: a number between two, drawn for each interval.
 
@@ -74,6 +75,7 @@ class Updates:
         store: Store,
         lifecycles: Mapping[str, Lifecycle],
         *,
+        unattended: bool = False,
         run_sync: RunSync = run_sync,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[float, float], float] = random.uniform,
@@ -97,6 +99,7 @@ class Updates:
                 run_sync=run_sync,
                 note_registry=self._note_registry,
                 link=self.link,
+                gap_s=GAP_S if unattended else 0.0,
                 clock=clock,
             )
             for name, lifecycle in lifecycles.items()

@@ -138,6 +138,7 @@ def make_device(
     registry: str = "http://registry",
     link: LinkSettings | None = None,
     asked: bool = True,
+    unattended: bool = False,
 ) -> UpdatingDevice:
     """A device with one model, `assistant`, that follows `OWN`.
 
@@ -164,7 +165,15 @@ def make_device(
         drawn.append((low, high))
         return high
 
-    updates = Updates(settings, store, lifecycles, run_sync=sync, clock=lambda: time.now_s, jitter=longest)
+    updates = Updates(
+        settings,
+        store,
+        lifecycles,
+        unattended=unattended,
+        run_sync=sync,
+        clock=lambda: time.now_s,
+        jitter=longest,
+    )
     if asked:
         updates.check_now()
     return UpdatingDevice(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_agent.sync.pace import CHUNK_BYTES, MIN_BYTES_PER_TIMEOUT, Pace, StallLimit
+from edge_agent.sync.pace import CHUNK_BYTES, MIN_BYTES_PER_TIMEOUT, Pace, RequestGap, StallLimit
 from tests.support.clock import ScriptedClock
 
 
@@ -97,3 +97,34 @@ def test_what_is_done_between_two_reads_is_no_wait_for_the_server() -> None:
         came(limit, time, bytes_each=1, after_s=1, times=1)
         time.pass_by(3_600)  # a disk, or the cap
     assert not limit.is_over
+
+
+# --- Requests ------------------------------------------------------------------------------------------
+
+
+def test_requests_start_a_gap_apart_and_the_first_one_at_once() -> None:
+    time, starts = ScriptedClock(), []
+    gap = RequestGap(1.0, clock=time.clock)
+    for took_s in (0.1, 0.4, 0.0, 0.0):
+        gap.wait()
+        starts.append(time.now_s)
+        time.pass_by(took_s)
+    assert starts == pytest.approx([0.0, 1.0, 2.0, 3.0])
+
+
+def test_a_request_that_takes_longer_than_the_gap_is_followed_at_once_and_nothing_is_made_up_for() -> None:
+    time, starts = ScriptedClock(), []
+    gap = RequestGap(1.0, clock=time.clock)
+    for took_s in (30.0, 0.0, 0.0):
+        gap.wait()
+        starts.append(time.now_s)
+        time.pass_by(took_s)
+    assert starts == [0.0, 30.0, 31.0]
+
+
+def test_without_a_gap_no_request_waits() -> None:
+    time = ScriptedClock()
+    gap = RequestGap(0.0, clock=time.clock)
+    for _ in range(3):
+        gap.wait()
+    assert time.slept == []

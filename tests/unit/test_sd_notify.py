@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.environment import service_manager
+from edge_agent.environment import is_a_service, service_manager
 from edge_agent.sd_notify import Notifier
 
 
@@ -111,3 +111,13 @@ def test_what_the_manager_says_in_the_environment(
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     assert service_manager() == expected
+
+
+@pytest.mark.parametrize(("pid", "expected"), [(str(os.getpid()), True), ("1", False), (None, False)])
+def test_a_process_that_the_manager_has_started_itself_is_a_service(
+    pid: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
+    if pid is not None:
+        monkeypatch.setenv("SYSTEMD_EXEC_PID", pid)
+    assert is_a_service() == expected

@@ -23,6 +23,7 @@ from edge_agent.errors import (
 )
 from edge_agent.serving.seat import Serving
 from edge_agent.serving.verdicts import GateFailed
+from edge_agent.updates.polls import GAP_S
 from tests.support.scripted_sync import Offer
 from tests.support.scripted_updates import FALLBACK, NOW, OWN, UpdatingDevice, make_device
 
@@ -122,6 +123,20 @@ def test_only_an_operator_takes_an_old_package_under_a_new_number(device: Updati
     device.updates.check("assistant", asked_for=True)
     device.updates.check("assistant", asked_for=True, allow_older=True)
     assert [job.allow_older for job in device.sync.jobs] == [False, False, True]
+
+
+def test_a_service_leaves_a_gap_between_the_requests_that_nobody_waits_for(tmp_path: Path) -> None:
+    device = make_device(tmp_path, RUNNING, unattended=True)
+    device.sync.offers[OWN] = TWO
+    device.updates.step(0)
+    device.updates.check("assistant", asked_for=True)
+    assert [job.registry.gap_s for job in device.sync.jobs] == [GAP_S, 0.0]
+
+
+def test_a_daemon_that_somebody_has_started_leaves_no_gap(device: UpdatingDevice) -> None:
+    device.sync.offers[OWN] = TWO
+    device.updates.step(0)
+    assert [job.registry.gap_s for job in device.sync.jobs] == [0.0]
 
 
 def test_a_quarantined_version_is_not_fetched_by_a_poll(tmp_path: Path) -> None:

@@ -43,9 +43,18 @@ class Registry:
     Args:
         uri: `http(s)://…`, `sqlite:///…` or what else MLflow accepts.
         timeout_s: for one request, and for one read that brings nothing.
+        gap_s: between the starts of two requests.
     """
 
-    def __init__(self, uri: str, *, timeout_s: float, tls: TlsFiles = NO_FILES, clock: Clock = CLOCK) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        timeout_s: float,
+        tls: TlsFiles = NO_FILES,
+        clock: Clock = CLOCK,
+        gap_s: float = 0.0,
+    ) -> None:
         self.uri = uri
         self.timeout_s = timeout_s
         self.clock = clock
@@ -54,7 +63,7 @@ class Registry:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
         self._refuse_missing_database()
-        self.session = http_session.open_session(uri, timeout_s=timeout_s, tls=tls, clock=clock)
+        self.session = http_session.open_session(uri, timeout_s=timeout_s, tls=tls, clock=clock, gap_s=gap_s)
 
     @functools.cached_property
     def _client(self) -> MlflowClient:
