@@ -28,7 +28,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
 from edge_agent.environment import credential_path
-from edge_agent.errors import EdgeAgentError
+from edge_agent.errors import BrokerUnreachable
 from edge_agent.settings import MqttSettings, Settings
 from edge_agent.topics import Topics
 from edge_agent.transport.credentials import read_password, tls_context
@@ -39,12 +39,6 @@ _STEP_TIMEOUT_S = 10.0
 _NO_SUBSCRIBERS = 0x10
 _CERTIFICATE_DAYS = 14
 _ACL_REMEDY = "docs/broker.md has the rules that a device needs; the broker's log says what it refused"
-
-
-class BrokerUnreachable(EdgeAgentError):
-    """The connection failed, or the broker refused it."""
-
-    code = "broker_unreachable"
 
 
 @dataclass(kw_only=True)

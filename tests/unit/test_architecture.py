@@ -40,7 +40,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     for rooms in (
         "cli",
         "daemon device_status",
-        "doctor bench demo",
+        "doctor bench demo fleet",
         "transport updates",
         "chat serving sync publishing",
         "runner cache",
