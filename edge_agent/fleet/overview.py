@@ -144,7 +144,7 @@ def _degraded(device: Device) -> Iterator[tuple[Trait, str]]:
 
 def _traits_of(model: ModelReport, *, answers_later: bool) -> Iterator[tuple[Trait, str]]:
     attempt = model.attempt
-    code = attempt.code if attempt is not None else ""
+    code = (attempt.code if attempt is not None else None) or ""
     if model.state in ("failed", "absent") and code not in WAITING and not answers_later:
         yield Trait(kind=model.state, code=code, model=model.name, version=model.version), model.reason
     elif attempt is not None and code and code not in WAITING:
