@@ -289,6 +289,18 @@ class PublishError(EdgeAgentError):
     code = "publish_failed"
 
 
+class BrokerUnreachable(EdgeAgentError):
+    """The connection to the broker failed, or the broker refused it."""
+
+    code = "broker_unreachable"
+
+
+class BrokerRefused(EdgeAgentError):
+    """The broker's rules do not let this identity read or write a topic."""
+
+    code = "broker_refused"
+
+
 class DaemonRunning(EdgeAgentError):
     """Another daemon uses this state directory or this control socket."""
 

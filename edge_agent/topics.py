@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ MAX_TOPIC_BYTES = 256
 
 ANONYMOUS = "@anonymous"
 """The client of plain `req/chat`. A client with a name cannot have this one: it is no id."""
+
+ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+"""Of a device, a client, a request and a model's name."""
 
 _AGENT_BRANCHES = ("req", "ctl", "status", "model", "metrics")
 
@@ -77,6 +81,10 @@ class Topics:
         return f"{self.root}/ctl/sync"
 
     @property
+    def plan(self) -> str:
+        return f"{self.root}/ctl/plan"
+
+    @property
     def desired(self) -> str:
         return f"{self.root}/model/desired"
 
@@ -128,3 +136,44 @@ class Topics:
         with any name behind it."""
         whole = (prefix for prefix in self.reply_prefixes if prefix.endswith("/"))
         return (*(f"{prefix}{client}/" for prefix in whole), f"{self.root}/rsp/{client}/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetTopics:
+    """The topics of all devices below one prefix, as a console uses them, and the operators' own part.
+
+    Args:
+        prefix: `mqtt.prefix`.
+    """
+
+    prefix: str
+
+    @property
+    def statuses(self) -> str:
+        """A filter."""
+        return f"{self.prefix}/v1/+/status"
+
+    @property
+    def reports(self) -> str:
+        """A filter."""
+        return f"{self.prefix}/v1/+/model/reported"
+
+    @property
+    def operators(self) -> str:
+        """No device can have this name: `@fleet` is no id."""
+        return f"{self.prefix}/v1/@fleet"
+
+    def rollout(self, name: str) -> str:
+        """Where the state of a model's rollout is retained."""
+        return f"{self.operators}/rollout/{name}"
+
+    def of(self, device_id: str) -> Topics:
+        """The topics of one device."""
+        return Topics(prefix=self.prefix, device_id=device_id, reply_prefixes=())
+
+    def speaker(self, topic: str) -> tuple[str, str] | None:
+        """Whose topic this is, and what stands behind its root, such as `model/reported`; None for no device's."""
+        device_id, slash, rest = topic.removeprefix(f"{self.prefix}/v1/").partition("/")
+        if not topic.startswith(f"{self.prefix}/v1/") or not slash or not ID_PATTERN.fullmatch(device_id):
+            return None
+        return device_id, rest

@@ -7,13 +7,12 @@ the usual one (`8.0` is 8, `developer` is `system`, text parts are one text). It
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from typing import Any
 
 from edge_agent.errors import BadRequest
+from edge_agent.topics import ID_PATTERN
 
-ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 ROLES = ("system", "developer", "user", "assistant")
 """`developer` is a newer word for `system`."""
 

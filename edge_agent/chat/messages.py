@@ -18,7 +18,6 @@ from typing import Any
 
 from edge_agent.chat.fields import (
     FIELDS,
-    ID_PATTERN,
     WITHOUT_EFFECT,
     check_id,
     check_text,
@@ -26,6 +25,7 @@ from edge_agent.chat.fields import (
     shown,
 )
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong
+from edge_agent.topics import ID_PATTERN
 
 MAX_DEPTH = 64
 

@@ -10,57 +10,23 @@ Source: MQTT 5.0 §3.1.2.11.2 (Session Expiry Interval), §3.14.2.2.2, §3.9.3 (
 
 from __future__ import annotations
 
-import contextlib
 import ssl
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
-from paho.mqtt.subscribeoptions import SubscribeOptions
-
 from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
-from edge_agent.environment import credential_path
-from edge_agent.errors import EdgeAgentError
-from edge_agent.settings import MqttSettings, Settings
+from edge_agent.errors import BrokerUnreachable
+from edge_agent.settings import Settings
 from edge_agent.topics import Topics
-from edge_agent.transport.credentials import read_password, tls_context
+from edge_agent.transport.command_connection import CommandConnection, connect, is_refusal, place
 from edge_agent.transport.echo import not_back, other_topic
 from edge_agent.transport.namesake import DeviceIdTaken
 
-_STEP_TIMEOUT_S = 10.0
-_NO_SUBSCRIBERS = 0x10
 _CERTIFICATE_DAYS = 14
 _ACL_REMEDY = "docs/broker.md has the rules that a device needs; the broker's log says what it refused"
-
-
-class BrokerUnreachable(EdgeAgentError):
-    """The connection failed, or the broker refused it."""
-
-    code = "broker_unreachable"
-
-
-@dataclass(kw_only=True)
-class _Session:
-    """One connection and what the broker answered on it. Used by one thread."""
-
-    client: paho.Client
-    version5: bool
-    connected: bool = False
-    ended: str = ""
-    refused: bool = False
-    had_session: bool = False
-    max_packet_bytes: int | None = None
-    granted: list[ReasonCode] | None = None
-    published: dict[int, ReasonCode] = field(default_factory=dict)
-    came: list[tuple[str, bytes]] = field(default_factory=list)
 
 
 def check(settings: Settings, status: Mapping[str, Any] | None) -> Iterator[Finding]:
@@ -72,8 +38,15 @@ def check(settings: Settings, status: Mapping[str, Any] | None) -> Iterator[Find
     if status is not None and status["broker"]["connected"]:
         yield from _reported_by_daemon(settings, status["broker"])
         return
+    came: list[tuple[str, bytes]] = []
     try:
-        session = _connect(settings)
+        connection = connect(
+            settings.mqtt,
+            client_id=f"edge-agent-{settings.device_id}-doctor",
+            # A shorter expiry would shorten the daemon's, if this connection resumes the daemon's session.
+            session_expiry_s=settings.mqtt.session_expiry_s,
+            on_message=lambda topic, body, retained: came.append((topic, body)),
+        )
     except BrokerUnreachable as error:
         yield fail("broker.connect", error.message, error.remedy)
         return
@@ -81,16 +54,16 @@ def check(settings: Settings, status: Mapping[str, Any] | None) -> Iterator[Find
         prefix=settings.mqtt.prefix, device_id=settings.device_id, reply_prefixes=settings.mqtt.reply_prefixes
     )
     try:
-        yield from _check_connection(settings, session)
-        yield _check_subscribe(session, topics)
-        yield _check_publish(session, topics)
-        yield _check_echo(session, topics)
+        yield from _check_connection(settings, connection)
+        yield _check_subscribe(connection, topics)
+        yield _check_publish(connection, topics)
+        yield _check_echo(connection, topics, came)
     finally:
-        _leave(settings, session)
+        connection.leave()
 
 
 def _reported_by_daemon(settings: Settings, broker: Mapping[str, Any]) -> Iterator[Finding]:
-    yield ok("broker.connect", f"the daemon is connected to {_place(settings.mqtt)}")
+    yield ok("broker.connect", f"the daemon is connected to {place(settings.mqtt)}")
     if topics := broker.get("refused_topics"):
         yield fail("broker.subscribe", f"the broker refused {', '.join(topics)}", _ACL_REMEDY)
     else:
@@ -113,87 +86,19 @@ def _reported_by_daemon(settings: Settings, broker: Mapping[str, Any]) -> Iterat
         yield fail(check, trouble["text"], trouble["remedy"], code=trouble["code"])
 
 
-def _connect(settings: Settings) -> _Session:
-    """Connects with the configured protocol, and with MQTT 3.1.1 if `auto` needs it.
-
-    Raises:
-        BrokerUnreachable: the connection failed; the remedy says what to check.
-    """
-    mqtt = settings.mqtt
-    session = _try_connect(settings, version5=mqtt.protocol != "3.1.1")
-    if not session.connected and session.version5 and mqtt.protocol == "auto" and not session.refused:
-        session = _try_connect(settings, version5=False)
-    if not session.connected:
-        reason = session.ended or f"no answer within {_STEP_TIMEOUT_S:.0f} s"
-        raise BrokerUnreachable(
-            f"{_place(mqtt)} refused the connection: {reason}",
-            remedy="check mqtt.username and the password, or the certificate, and the broker's log",
-        )
-    return session
-
-
-def _try_connect(settings: Settings, *, version5: bool, clean: bool = False) -> _Session:
-    mqtt = settings.mqtt
-    client = _client(settings, version5=version5, clean=clean)
-    session = _Session(client=client, version5=version5)
-    client.on_connect = lambda _c, _u, flags, code, properties: _on_connect(session, flags, code, properties)
-    client.on_disconnect = lambda _c, _u, _flags, code, _properties: _on_end(session, str(code))
-    client.on_subscribe = lambda _c, _u, _mid, codes, _properties: setattr(session, "granted", codes)
-    client.on_message = lambda _c, _u, message: session.came.append((message.topic, bytes(message.payload)))
-    client.on_publish = lambda _c, _u, mid, code, _properties: session.published.__setitem__(mid, code)
-    try:
-        if version5:
-            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-            # A shorter expiry would shorten the daemon's, if this connection resumes the daemon's session.
-            properties.SessionExpiryInterval = mqtt.session_expiry_s
-            client.connect(mqtt.host, mqtt.port, mqtt.keepalive_s, clean_start=False, properties=properties)
-        else:
-            client.connect(mqtt.host, mqtt.port, mqtt.keepalive_s)
-    except ssl.SSLError as error:
-        raise BrokerUnreachable(
-            f"TLS with {_place(mqtt)} failed: {error}",
-            remedy="check mqtt.ca_file, the certificates and the clock",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise BrokerUnreachable(
-            f"{_place(mqtt)} cannot be reached: {error}",
-            remedy="check mqtt.host, mqtt.port, the network and the broker",
-        ) from error
-    _until(session, lambda: session.connected)
-    return session
-
-
-def _client(settings: Settings, *, version5: bool, clean: bool) -> paho.Client:
-    mqtt = settings.mqtt
-    client = paho.Client(
-        CallbackAPIVersion.VERSION2,
-        client_id=f"edge-agent-{settings.device_id}-doctor",
-        protocol=paho.MQTTv5 if version5 else paho.MQTTv311,
-        manual_ack=True,
-        clean_session=None if version5 else clean,
-    )
-    client.connect_timeout = _STEP_TIMEOUT_S
-    if (context := tls_context(mqtt)) is not None:
-        client.tls_set_context(context)
-    if mqtt.username:
-        client.username_pw_set(mqtt.username, read_password(mqtt, credential_path("mqtt-password")))
-    return client
-
-
-def _check_connection(settings: Settings, session: _Session) -> Iterator[Finding]:
-    protocol = "MQTT 5" if session.version5 else "MQTT 3.1.1"
-    sock = session.client.socket()
-    secure = isinstance(sock, ssl.SSLSocket)
-    yield ok("broker.connect", f"{_place(settings.mqtt)} speaks {protocol}{' over TLS' if secure else ''}")
-    if not secure and settings.mqtt.host not in ("localhost", "127.0.0.1", "::1"):
+def _check_connection(settings: Settings, connection: CommandConnection) -> Iterator[Finding]:
+    protocol = "MQTT 5" if connection.version5 else "MQTT 3.1.1"
+    sock = connection.tls_socket
+    yield ok("broker.connect", f"{place(settings.mqtt)} speaks {protocol}{' over TLS' if sock else ''}")
+    if sock is None and settings.mqtt.host not in ("localhost", "127.0.0.1", "::1"):
         yield warn(
             "broker.tls",
             "prompts and answers cross the network in clear text",
             "set mqtt.ca_file; see docs/broker.md",
         )
-    if isinstance(sock, ssl.SSLSocket):
+    if sock is not None:
         yield from _check_certificate(sock)
-    limit = session.max_packet_bytes
+    limit = connection.max_packet_bytes
     if limit is not None and limit < settings.limits.payload_bytes:
         yield warn(
             "broker.packet_size",
@@ -216,18 +121,17 @@ def _check_certificate(sock: ssl.SSLSocket) -> Iterator[Finding]:
         yield ok("broker.tls", f"the broker's certificate is valid until {day}")
 
 
-def _check_subscribe(session: _Session, topics: Topics) -> Finding:
+def _check_subscribe(connection: CommandConnection, topics: Topics) -> Finding:
     wanted = [topics.chat, topics.chat_of_clients, topics.cancel, topics.cancel_of_clients]
     wanted += [topics.sync, topics.desired]
-    if session.version5:  # ask for no retained messages: only the daemon acts on a desired state
-        never = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
-        session.client.subscribe([(topic, never) for topic in wanted])
-    else:
-        session.client.subscribe([(topic, 1) for topic in wanted])
-    _until(session, lambda: session.granted is not None)
-    if session.granted is None:
-        return fail("broker.subscribe", f"no answer: {session.ended or 'the broker is silent'}", _ACL_REMEDY)
-    refused = [topic for topic, code in zip(wanted, session.granted, strict=False) if code.is_failure]
+    # No retained messages: only the daemon acts on a desired state.
+    mid = connection.subscribe(wanted, qos=1, retained=False)
+    connection.until(lambda: mid in connection.granted)
+    if mid not in connection.granted:
+        return fail(
+            "broker.subscribe", f"no answer: {connection.ended or 'the broker is silent'}", _ACL_REMEDY
+        )
+    refused = [topic for topic, code in zip(wanted, connection.granted[mid], strict=False) if code.is_failure]
     if refused:
         return fail("broker.subscribe", f"the broker refused {', '.join(refused)}", _ACL_REMEDY)
     return ok(
@@ -236,90 +140,45 @@ def _check_subscribe(session: _Session, topics: Topics) -> Finding:
     )
 
 
-def _check_publish(session: _Session, topics: Topics) -> Finding:
+def _check_publish(connection: CommandConnection, topics: Topics) -> Finding:
     topic = topics.response(f"doctor-{uuid.uuid4().hex[:8]}")
-    info = session.client.publish(topic, b'{"doctor": "a test of the ACL; no answer to a prompt"}', qos=1)
-    _until(session, lambda: info.mid in session.published)
-    code = session.published.get(info.mid)
+    mid = connection.publish(topic, b'{"doctor": "a test of the ACL; no answer to a prompt"}')
+    connection.until(lambda: mid in connection.published)
+    code = connection.published.get(mid)
     if code is None:
         return fail(
             "broker.publish",
-            f"no answer to a publish: {session.ended or 'the broker is silent'}",
+            f"no answer to a publish: {connection.ended or 'the broker is silent'}",
             _ACL_REMEDY,
         )
-    if code.is_failure and code.value != _NO_SUBSCRIBERS:
+    if is_refusal(code):
         return fail("broker.publish", f"the broker refused {topic}: {code}", _ACL_REMEDY)
-    if not session.version5:
+    if not connection.version5:
         return ok(
             "broker.publish", "accepted; over MQTT 3.1.1 a broker does not say when its ACL refuses a message"
         )
     return ok("broker.publish", f"the broker accepted a message for {topics.root}/rsp/")
 
 
-def _check_echo(session: _Session, topics: Topics) -> Finding:
+def _check_echo(connection: CommandConnection, topics: Topics, came: Sequence[tuple[str, bytes]]) -> Finding:
     """What the daemon tests after each connect: does a message of this device to itself come back?"""
     nonce = uuid.uuid4().hex.encode()
-    info = session.client.publish(topics.echo, nonce, qos=1)
+    mid = connection.publish(topics.echo, nonce)
 
     def came_as() -> str:
-        return next((topic for topic, payload in session.came if payload == nonce), "")
+        return next((topic for topic, payload in came if payload == nonce), "")
 
-    _until(session, lambda: bool(came_as()) or _is_refused(session.published.get(info.mid)))
+    def is_refused() -> bool:
+        return mid in connection.published and bool(connection.published[mid].is_failure)
+
+    connection.until(lambda: bool(came_as()) or is_refused())
     if topic := came_as():
         if topic == topics.echo:
             return ok("broker.self_test", f"a message to {topic} came back")
         return failed("broker.self_test", other_topic(topics.echo, topic), "")
-    if _is_refused(session.published.get(info.mid)):
+    if is_refused():
         return ok(
             "broker.self_test",
             f"the broker's rules forbid {topics.echo}, so nothing is known; docs/broker.md has the line",
         )
-    return failed("broker.self_test", not_back(topics.echo, version5=session.version5), "")
-
-
-def _is_refused(code: ReasonCode | None) -> bool:
-    return code is not None and bool(code.is_failure)
-
-
-def _leave(settings: Settings, session: _Session) -> None:
-    """Disconnects, and ends the session unless it existed before."""
-    with contextlib.suppress(OSError, ValueError):
-        if session.version5 and not session.had_session:
-            properties = Properties(PacketTypes.DISCONNECT)  # type: ignore[no-untyped-call]
-            properties.SessionExpiryInterval = 0
-            session.client.disconnect(properties=properties)
-        else:
-            session.client.disconnect()
-        if not session.version5 and not session.had_session:
-            # In MQTT 3.1.1 only a new connection with Clean Session discards a session.
-            last = _try_connect(settings, version5=False, clean=True)
-            last.client.disconnect()
-
-
-def _until(session: _Session, done: Callable[[], bool]) -> None:
-    """Runs the network loop until `done`, the end of the connection, or the time limit."""
-    limit_s = time.monotonic() + _STEP_TIMEOUT_S
-    while not done() and not session.ended and time.monotonic() < limit_s:
-        try:
-            if session.client.loop(0.2) != paho.MQTT_ERR_SUCCESS and not session.ended:
-                session.ended = "the broker closed the connection"
-        except Exception as error:  # noqa: BLE001 - paho may raise anything on a malformed packet
-            session.ended = f"protocol error: {error!r}"
-
-
-def _on_connect(session: _Session, flags: Any, code: ReasonCode, properties: Any) -> None:
-    if code.is_failure:
-        session.ended = str(code)
-        session.refused = code.value not in (0x84, 0x01)
-        return
-    session.connected = True
-    session.had_session = bool(flags.session_present)
-    session.max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
-
-
-def _on_end(session: _Session, reason: str) -> None:
-    session.ended = session.ended or reason
-
-
-def _place(mqtt: MqttSettings) -> str:
-    return f"{mqtt.host}:{mqtt.port}"
+    return failed("broker.self_test", not_back(topics.echo, version5=connection.version5), "")

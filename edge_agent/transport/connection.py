@@ -1,4 +1,4 @@
-"""One connection to the broker: a paho client from CONNECT to its end. The only importer of paho in the daemon.
+"""One connection to the broker: a paho client from CONNECT to its end. The only user of paho in the daemon.
 
 Owns the client, its socket, and what this connection has told the broker and not heard back about. Nothing of it
 outlives it: no mid and no unsent message of a dead connection can reach the next one.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import select
 import socket
 import ssl
 import time
@@ -22,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -32,6 +31,7 @@ from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Delivery
 from edge_agent.settings import MqttSettings
 from edge_agent.transport.inbound import Inbound
+from edge_agent.transport.paho_client import Client, disable_nagle, guarded
 from edge_agent.transport.reconnect import Ending
 
 log = logging.getLogger(__name__)
@@ -49,29 +49,6 @@ _NO_MESSAGES_FAULT = (0x00, 0x89, 0x8B, 0x8D, _TAKEN_OVER, 0x98, 0x9C, 0x9D, 0x9
 _SOON_S = 10.0
 _UNSUPPORTED_PROTOCOL = (0x84, 0x01)
 _CONTENT_TYPES = {Form.JSON: "application/json", Form.TEXT: "text/plain"}
-
-
-class _Client(paho.Client):
-    """paho, except for a message whose properties it cannot read: that one is acked and passed over.
-
-    paho itself ends the connection over it, and the broker delivers the message again, for ever. It takes U+FEFF
-    for malformed, which MQTT 5.0 §1.5.4 allows and brokers pass on.
-
-    Attributes:
-        on_unreadable: told the error.
-    """
-
-    on_unreadable: Callable[[Exception], None]
-
-    def _handle_publish(self) -> MQTTErrorCode:
-        try:
-            return super()._handle_publish()
-        except Exception as error:  # noqa: BLE001 - only decoding is unguarded, and it raises whatever it likes
-            packet = self._in_packet["packet"]
-            topic_end = 2 + int.from_bytes(packet[:2], "big")
-            mid = int.from_bytes(packet[topic_end : topic_end + 2], "big")
-            self.on_unreadable(error)
-            return self.ack(mid, (self._in_packet["command"] & 0x06) >> 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +104,7 @@ class Connection:
         chunked: answer topics of chunks, which are never acked → when the last one was sent.
     """
 
-    client: _Client
+    client: Client
     version5: bool
     started_s: float
     connected: bool = False
@@ -153,27 +130,10 @@ class Connection:
             wake: readable when something is due.
             send_due: called while the broker listens.
         """
-        client = self.client
-        sock = client.socket()
-        if sock is None:
-            self.ended = self.ended or "connection lost"
-            return
-        pending = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
-        writing = [sock] if client.want_write() else []
         try:
-            readable, writable, _ = select.select([sock, wake], writing, [], 0 if pending else _TURN_S)
-        except (OSError, ValueError):
-            self.ended = "connection lost"
-            return
-        if wake in readable:
-            with contextlib.suppress(BlockingIOError):
-                wake.recv(4096)
-        try:
-            if sock in readable or pending:
-                client.loop_read()
-            if sock in writable:
-                client.loop_write()
-            client.loop_misc()
+            if not self.client.turn(_TURN_S, wake):
+                self.ended = self.ended or "connection lost"
+                return
             if self.connected and not self.ended:
                 send_due(self)
         except Exception as error:  # noqa: BLE001 - paho raises on malformed packets; the connection is at fault
@@ -279,16 +239,16 @@ class Connection:
     def attach(self, events: Events) -> None:
         """Binds paho's callbacks; none of them lets an exception out."""
         client = self.client
-        client.on_socket_open = _guarded(_disable_nagle)
-        client.on_connect = _guarded(
+        client.on_socket_open = guarded(disable_nagle)
+        client.on_connect = guarded(
             lambda _c, _u, flags, code, properties: self._on_connect(events, flags, code, properties)
         )
-        client.on_disconnect = _guarded(lambda _c, _u, _flags, code, _properties: self._on_disconnect(code))
-        client.on_message = _guarded(lambda _c, _u, message: events.on_message(self, message))
-        client.on_publish = _guarded(
+        client.on_disconnect = guarded(lambda _c, _u, _flags, code, _properties: self._on_disconnect(code))
+        client.on_message = guarded(lambda _c, _u, message: events.on_message(self, message))
+        client.on_publish = guarded(
             lambda _c, _u, mid, code, _properties: events.on_published(self, mid, code)
         )
-        client.on_subscribe = _guarded(lambda _c, _u, _mid, codes, _properties: events.on_subscribed(codes))
+        client.on_subscribe = guarded(lambda _c, _u, _mid, codes, _properties: events.on_subscribed(codes))
         client.on_unreadable = events.on_unreadable
 
     def _on_connect(self, events: Events, flags: Any, code: ReasonCode, properties: Any) -> None:
@@ -334,7 +294,7 @@ class Dialling:
             SettingsError: the password cannot be read.
         """
         settings = self.settings
-        client = _Client(
+        client = Client(
             CallbackAPIVersion.VERSION2,
             client_id=self.client_id,
             protocol=paho.MQTTv5 if version5 else paho.MQTTv311,
@@ -379,19 +339,3 @@ def inbound(connection: Connection, message: paho.MQTTMessage) -> Inbound:
         expiry_s=float(expiry_s) if expiry_s is not None else None,
         delivery=delivery,
     )
-
-
-def _disable_nagle(_client: paho.Client, _userdata: object, sock: socket.socket) -> None:
-    """Small messages one after the other would wait 40 to 86 ms for an acknowledgement of the first."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _guarded(callback: Callable[..., None]) -> Callable[..., None]:
-    def call(*arguments: Any) -> None:
-        try:
-            callback(*arguments)
-        except Exception:
-            log.exception("mqtt callback failed")
-
-    return call

@@ -16,12 +16,11 @@ from typing import Protocol
 
 from edge_agent.chat import messages
 from edge_agent.chat.clock import Moment
-from edge_agent.chat.fields import ID_PATTERN
 from edge_agent.chat.intake import Intake, identity, make_id
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Acceptance, Answer, Delivery, Source
 from edge_agent.errors import BadRequest, ModelFailed, PromptError, UnknownModel
-from edge_agent.topics import ANONYMOUS, Topics
+from edge_agent.topics import ANONYMOUS, ID_PATTERN, Topics
 from edge_agent.transport.inbound import Handler, Inbound
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from edge_agent import settings as settings_module
 from edge_agent.chat import clock, messages
-from edge_agent.chat.fields import ID_PATTERN
 from edge_agent.chat.intake import identity
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form, Request
@@ -28,7 +27,7 @@ from edge_agent.daemon import Daemon
 from edge_agent.errors import BadRequest, ModelFailed, PromptError, PromptTooLong
 from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
-from edge_agent.topics import Topics
+from edge_agent.topics import ID_PATTERN, Topics
 from edge_agent.transport.inbound import Inbound
 from tests.support.generated_messages import (
     LIMIT_BYTES,
