@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +138,10 @@ class ControlServer:
         self._seats = _Seats()
         self._closing = threading.Event()
         self._listener = _listen(path)
+        self._listener.settimeout(_ACCEPT_S)  # here, so that `run` may begin after `close`
 
     def run(self) -> None:
         """The thread: accepts until `close`."""
-        self._listener.settimeout(_ACCEPT_S)
         while not self._closing.is_set():
             try:
                 connection, _ = self._listener.accept()
@@ -203,8 +203,8 @@ class ControlServer:
 
 def call(
     path: Path, op: str, *, timeout_s: float | None = None, file: int | None = None, **fields: Any
-) -> Iterator[dict[str, Any]]:
-    """The CLI's side: sends one request and yields its events.
+) -> Generator[dict[str, Any], None, None]:
+    """The CLI's side: sends one request and yields its events. Closing it early hangs up.
 
     Args:
         file: descriptor of an open file to send along: the daemon may not be able to open it by its name.

@@ -57,7 +57,7 @@ class ControlPrompts:
         self._tell(row, _ANSWERED)
 
     def answer(self, call: Call, intake: Intake) -> None:
-        """Runs a client's prompt, `text`: `delta` events, then `done` with the answer document.
+        """Runs a client's prompt, `text` or `messages`: `delta` events, then `done` with the answer document.
 
         Raises:
             PromptError: refused.
@@ -94,7 +94,7 @@ class ControlPrompts:
 
     def _request(self, fields: Mapping[str, Any]) -> messages.Request:
         document = {
-            "messages": [{"role": "user", "content": fields.get("text")}],
+            "messages": fields.get("messages", [{"role": "user", "content": fields.get("text")}]),
             "model": fields.get("model"),
             "deadline_ms": fields.get("deadline_ms"),
             "stream": True,
