@@ -3,7 +3,7 @@
 Owns the clients that wait. When a client leaves, its prompt is cancelled: nobody would read the answer. A prompt with a
 key is not: whoever sent it may ask again with that key, and gets its answer then.
 
-    probe  a command's question or chat             → delta … done
+    probe  a command's question or chat           → delta … done
     chat   a body of OpenAI's, as it came         → accepted, delta … done
 """
 
