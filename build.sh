@@ -21,6 +21,7 @@ readonly TRAINING=("${TRANSFORMERS[@]}" onnx onnx-ir onnxruntime-genai==0.18.0 g
 . .ci/environment.sh    # set_up, need_torch, make_venv, …
 . .ci/programs.sh       # need_programs, need_test_programs, need_postgres
 . .ci/locks.sh          # lock
+. .ci/package.sh        # package
 . tests/boot/prepare.sh # prepare_boot_test
 
 usage() {
@@ -29,6 +30,8 @@ usage: ./build.sh COMMAND [ARGUMENT…]
 
   demo [OPTION…]       set up what is needed, then a model from registry to answer on this machine; --real first:
                        with a real language model (fetches 90 MB and torch, minutes)
+  chat [OPTION…]       set up what is needed, then a conversation with a real language model (fetches 90 MB and torch,
+                       minutes)
   test [PYTEST ARG…]   set up what is needed, then the tests (or those that the pytest arguments select)
   long-test [ARG…]     the longer ways through what the tests show in short (minutes)
   broker-test [ARG…]   the whole contract on mosquitto, RabbitMQ and NATS, and a table (minutes)
@@ -61,6 +64,7 @@ main() {
     tidy_environment
     case $command in
         demo) demo "$@" ;;
+        chat) chat "$@" ;;
         test) run_tests "$@" ;;
         long-test) long_test "$@" ;;
         powerloss) POWERLOSS_FAULTS=all run_tests -m 'long or not long' tests/*/test_powerloss.py "$@" ;;
@@ -94,6 +98,12 @@ demo() {
     set_up runtime
     need_programs mosquitto mosquitto -- mosquitto mosquitto-clients
     exec "$VENV/bin/python" -m edge_agent demo "$@"
+}
+
+chat() {
+    real_model >&2
+    set_up runtime
+    exec "$VENV/bin/python" -m edge_agent chat --direct "$TOOLS/real-model/onnx" "$@"
 }
 
 run_tests() {
@@ -134,52 +144,19 @@ check() {
     "$VENV/bin/python" -m mypy --strict
 }
 
-# package [--arch A]… [--python V]… [--sign-key PEM]: everything into dist/. The bundles fetch wheels; the first time takes minutes.
-package() {
-    local archs=() pythons=() signing=() key='' arch started=$SECONDS
-    while [[ $# -gt 0 ]]; do
-        case $1 in
-            --arch) archs+=("${2:?--arch needs x86_64 or aarch64}") ;;
-            --python) pythons+=(--python "${2:?--python needs a version, 3.11 for one}") ;;
-            --sign-key)
-                key=${2:?--sign-key needs a private key}
-                [[ $key == /* ]] || key=$OLDPWD/$key
-                openssl pkey -in "$key" -passin pass: -noout 2>/dev/null || die "package: $key is no unencrypted private key (PEM)"
-                signing=(--sign-key "$key")
-                ;;
-            *) die "package: unknown option $1" ;;
-        esac
-        shift 2
-    done
-    [[ ${#archs[@]} -gt 0 ]] || archs=(x86_64 aarch64)
-    [[ ${#pythons[@]} -gt 0 ]] || pythons=(--python 3.11 --python 3.13) # Debian 12 and 13
-    set_up dev
-    # The time of the last commit: the same sources give the same bytes.
-    SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 1767225600)}
-    export SOURCE_DATE_EPOCH
-    rm -rf -- "$ROOT/dist"
-    "$VENV/bin/python" -m build --no-isolation --outdir "$ROOT/dist" "$ROOT"
-    for arch in "${archs[@]}"; do
-        "$VENV/bin/python" .ci/bundle.py --arch "$arch" "${pythons[@]}" --wheel "$ROOT"/dist/*.whl \
-            "${signing[@]}" --cache "$TOOLS/wheelhouse" --out "$ROOT/dist"
-    done
-    (cd dist && sha256sum -- * >SHA256SUMS)
-    [[ -z $key ]] || openssl dgst -sha256 -sign "$key" -out dist/SHA256SUMS.sig dist/SHA256SUMS
-    say "packaged in $((SECONDS - started)) s"
-}
-
 # boot-test: tests/boot prepares three bundles, a model in one file and a Debian root, and then drives them.
 boot_test() {
     local arch work=$TOOLS/boot started=$SECONDS
     [[ $EUID -eq 0 ]] || die "boot-test boots a container: start it as root"
     arch=$(uname -m)
+    real_model >&2
     set_up dev
     need_programs debootstrap debootstrap -- debootstrap
     need_programs nspawn systemd-nspawn -- systemd-container libsystemd-shared
     prepare_boot_test "$work" "$arch"
     say "prepared in $((SECONDS - started)) s"
     "$VENV/bin/python" -m tests.boot --root "$TOOLS/debian-12" --work "$work" --model "$work/model.tar" \
-        --guest "$work/guest.tar" --release-key "$work/release.pub" \
+        --guest "$work/guest.tar" --real-model "$TOOLS/real-model/onnx" --release-key "$work/release.pub" \
         --bundle "$work/dist/edge-agent-0.1.0-linux-$arch.tar.gz" \
         --newer "$work/dist/edge-agent-0.1.1-linux-$arch.tar.gz" \
         --broken "$work/dist/edge-agent-0.1.2-linux-$arch.tar.gz"

@@ -122,6 +122,7 @@ class Daemon:
                 prompts=self._prompts,
                 intake=self._intake,
                 status=lambda: self._status.full(broker=self._mqtt.status()),
+                headline=self._status.document,
                 run_operation=partial(run_operation, operations),
             ),
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from edge_agent import printable
 
@@ -113,7 +113,17 @@ class PromptError(EdgeAgentError):
 
 
 class BadRequest(PromptError):
+    """A request that cannot be read, or a field of it that breaks its rule.
+
+    Attributes:
+        param: the field, where it is one of the request's own.
+    """
+
     code, status = "bad_request", 400
+
+    def __init__(self, message: str, *, param: str | None = None, **more: Any) -> None:
+        super().__init__(message, **more)
+        self.param = param
 
 
 class UnknownModel(PromptError):

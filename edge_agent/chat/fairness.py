@@ -1,6 +1,6 @@
 """Whose prompt is next, and how much of the queue one client may have. Pure rules.
 
-A client is a name that the broker's rules bind to an identity, or one of the two below. Nobody waits for more than one
+A client is a name that the broker's rules bind to an identity, or one of those below. Nobody waits for more than one
 prompt of each other client, however many of them wait.
 """
 
@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping
 from edge_agent.errors import QueueFull
 
 LOCAL = "@local"
-"""All users of the control socket. No client over MQTT can have this name, or that of `ANONYMOUS`."""
+"""All users of the control socket. No client over MQTT can have this name, the next one, or that of `ANONYMOUS`."""
+HTTP = "@http"
+"""All users of the OpenAI interface."""
 MAX_CLIENTS = 1024
 HARD_LIMIT = 2
 """The queue has at most this many times `queue_depth` prompts, however many clients want their share of it."""

@@ -13,8 +13,12 @@ from typing import Any
 from edge_agent.errors import BadRequest
 from edge_agent.topics import ID_PATTERN
 
+Rule = Callable[[str, object], Any]
 ROLES = ("system", "developer", "user", "assistant")
 """`developer` is a newer word for `system`."""
+
+EMPTY_IN_ANSWERS = frozenset({"refusal", "annotations", "audio", "function_call", "tool_calls"})
+"""What OpenAI's clients hand back, empty, with an answer that becomes part of the next request."""
 
 RESPONSE_FORMATS = {
     "text": {"type"},
@@ -41,6 +45,7 @@ def _messages(name: str, value: object) -> list[dict[str, str]]:
 def _message(name: str, value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         raise BadRequest(f"{name} must be an object")
+    value = {key: item for key, item in value.items() if item or key not in EMPTY_IN_ANSWERS}
     _only_known(name, value, {"role", "content", "name"})
     if value.get("role") not in ROLES:
         raise BadRequest(f"{name}.role must be one of {', '.join(ROLES)}")
@@ -149,8 +154,11 @@ def _no_logprobs(name: str, value: object) -> bool:
 def _stream_options(name: str, value: object) -> dict[str, bool]:
     if not isinstance(value, dict):
         raise BadRequest(f"{name} must be an object")
-    _only_known(name, value, {"include_usage"})
-    return {key: _boolean(f"{name}.{key}", item) for key, item in value.items() if item is not None}
+    _only_known(name, value, {"include_usage", "include_obfuscation"})
+    given = {key: _boolean(f"{name}.{key}", item) for key, item in value.items() if item is not None}
+    if given.pop("include_obfuscation", False):
+        raise BadRequest(f"{name}.include_obfuscation must be false: chunks are not padded")
+    return given
 
 
 def check_id(name: str, value: object) -> str:
@@ -198,7 +206,7 @@ def shown(name: str) -> str:
     return json.dumps(name[:40])
 
 
-FIELDS: dict[str, Callable[[str, object], Any]] = {
+FIELDS: dict[str, Rule] = {
     "messages": _messages,
     "prompt": _prompt,
     "temperature": _number(0, 2),

@@ -16,14 +16,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from edge_agent.chat.fields import (
-    FIELDS,
-    WITHOUT_EFFECT,
-    check_id,
-    check_text,
-    check_topic,
-    shown,
-)
+from edge_agent.chat.fields import check_id, check_text, check_topic, shown
+from edge_agent.chat.surfaces import WITHOUT_EFFECT, Surface, fields_of
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 from edge_agent.topics import ID_PATTERN
 
@@ -87,8 +81,11 @@ class Body:
     id: str | None = None
     reply_to: str | None = None
 
-    def request(self) -> Request:
+    def request(self, surface: Surface = Surface.MESSAGE) -> Request:
         """What it asks.
+
+        Args:
+            surface: where it came in. Only a message may be plain text.
 
         Raises:
             PromptTooLong: more bytes than allowed.
@@ -97,7 +94,9 @@ class Body:
         if isinstance(self.content, PromptError):
             raise self.content
         if isinstance(self.content, dict):
-            return _parse_object(self.content)
+            return _parse_object(self.content, surface)
+        if surface is not Surface.MESSAGE:
+            raise BadRequest("the request is not a JSON object")
         check_text("the request", self.content)
         chat = [{"role": "user", "content": self.content.strip()}]
         return Request(form=self.form, content={"messages": chat})
@@ -128,9 +127,9 @@ def read(payload: bytes, *, limit_bytes: int) -> Body:
     )
 
 
-def parse(payload: bytes, *, limit_bytes: int) -> Request:
+def parse(payload: bytes, *, limit_bytes: int, surface: Surface = Surface.MESSAGE) -> Request:
     """The request of a body; raises as `Body.request` does."""
-    return read(payload, limit_bytes=limit_bytes).request()
+    return read(payload, limit_bytes=limit_bytes).request(surface)
 
 
 def parse_cancel(payload: bytes) -> tuple[str | None, str | None]:
@@ -323,14 +322,16 @@ def _load_json(text: str) -> tuple[dict[str, Any], BadRequest | None]:
     return document, BadRequest(problems[0]) if problems else None
 
 
-def _parse_object(document: dict[str, Any]) -> Request:
-    unknown = sorted(set(document) - set(FIELDS))
+def _parse_object(document: dict[str, Any], surface: Surface) -> Request:
+    unknown = sorted(set(document) - set(fields_of(surface)))
     if unknown:
-        raise BadRequest(f"unknown field {', '.join(shown(name) for name in unknown[:8])}")
-    given = {name: FIELDS[name](name, value) for name, value in document.items() if value is not None}
+        names = ", ".join(shown(name) for name in unknown[:8])
+        raise BadRequest(f"unknown field {names}", param=unknown[0])
+    given = _checked(document, surface)
     _use_one_name(given)
     if ("messages" in given) == ("prompt" in given):
-        raise BadRequest("give either messages or prompt")
+        wanted = {Surface.CHAT: "messages", Surface.COMPLETION: "prompt"}.get(surface)
+        raise BadRequest(f"{wanted} is missing" if wanted else "give either messages or prompt", param=wanted)
     content: dict[str, Any] = {name: given.pop(name) for name in ("messages", "prompt") if name in given}
     envelope = {
         name: given.pop(name)
@@ -341,8 +342,23 @@ def _parse_object(document: dict[str, Any]) -> Request:
     return Request(form=Form.JSON, content=content, options=options, **envelope)
 
 
+def _checked(document: dict[str, Any], surface: Surface) -> dict[str, Any]:
+    """What each field says by its rule; a null says nothing."""
+    rules, given = fields_of(surface), {}
+    for name, value in document.items():
+        if value is not None:
+            try:
+                given[name] = rules[name](name, value)
+            except BadRequest as error:
+                error.param = name
+                raise
+    return given
+
+
 def _use_one_name(given: dict[str, Any]) -> None:
     """`max_completion_tokens` is a newer word for `max_tokens`; a client that says both must mean the same."""
     newer = given.pop("max_completion_tokens", None)
     if newer is not None and given.setdefault("max_tokens", newer) != newer:
-        raise BadRequest("max_tokens and max_completion_tokens differ: give one of them")
+        raise BadRequest(
+            "max_tokens and max_completion_tokens differ: give one of them", param="max_completion_tokens"
+        )

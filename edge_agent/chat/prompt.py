@@ -138,3 +138,8 @@ class Acceptance:
     row: int
     new: bool
     state: State
+
+    @property
+    def answered(self) -> bool:
+        """It has its answer already."""
+        return self.state not in (State.QUEUED, State.RUNNING)

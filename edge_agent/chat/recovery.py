@@ -18,14 +18,19 @@ MAX_ATTEMPTS = 2
 def take_up_again(db: sqlite3.Connection, rows: Rows, moment: Moment) -> list[Prompt]:
     """Queues again what was running, moves deadlines to this boot, and makes postponed answers due.
 
-    A control connection dies with its daemon, so its prompts have nobody to answer.
+    A control connection dies with its daemon, so its prompts have nobody to answer, but for those with an identity:
+    their client may ask again.
 
     Returns:
         Prompts that were running at `MAX_ATTEMPTS` deaths: they must be answered, not run.
     """
     db.execute(
-        "DELETE FROM prompts WHERE source=? AND state IN (?, ?, ?)",
+        "DELETE FROM prompts WHERE source=? AND state IN (?, ?, ?) AND identity IS NULL",
         (Source.CONTROL, State.QUEUED, State.RUNNING, State.ANSWERED),
+    )
+    db.execute(
+        "UPDATE prompts SET state=? WHERE source=? AND state=?",
+        (State.DELIVERED, Source.CONTROL, State.ANSWERED),
     )
     db.execute(
         "UPDATE prompts SET tries=iif(typeof(tries)='integer', tries, 0),"

@@ -81,9 +81,37 @@ class Command(click.Command):
             sys.exit(FAILED)
 
 
+ELSEWHERE = {
+    "pull": "models pull",
+    "list": "models list",
+    "ls": "models list",
+    "rm": "models rm",
+    "show": "models show",
+    "verify": "models verify",
+    "import": "models import",
+    "export": "models export",
+    "ps": "status",
+    "ask": "probe",
+    "logs": "status` and `journalctl -u edge-agent",
+    "push": "publish",
+}
+"""What the commands are called that people know from other programs."""
+
+
 class Group(click.Group):
     command_class = Command
     group_class = type
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click, and says what a command is called here that another program has."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if ctx.parent is None and (here := ELSEWHERE.get(args[0])):
+                raise click.UsageError(f"{error.message} It is `edge-agent {here}` here.", ctx) from error
+            raise
 
 
 def _fail(error: EdgeAgentError) -> NoReturn:

@@ -17,7 +17,7 @@ from edge_agent.owner import acting_as_owner_of
 
 
 @click.command(cls=Command)
-@click.argument("text", required=False)
+@click.argument("words", nargs=-1, metavar="TEXT")
 @click.option("--model", metavar="NAME", help="A [models.NAME] from the settings; default: the first one.")
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=0.001), metavar="S", help="Seconds to wait."
@@ -27,7 +27,7 @@ from edge_agent.owner import acting_as_owner_of
 @click.pass_obj
 def probe(
     invocation: Invocation,
-    text: str | None,
+    words: tuple[str, ...],
     model: str | None,
     timeout_s: float | None,
     as_json: bool,
@@ -35,17 +35,18 @@ def probe(
 ) -> None:
     """Send one prompt through the running daemon and stream the answer.
 
-    If TEXT is -, the prompt is read from standard input, without the newline that a shell puts at its end.
+    TEXT may be several words without quotes. If it is -, the prompt is read from standard input, without the
+    newline that a shell puts at its end.
     An answer that ends at its limit of tokens is reported on standard error, and as finish_reason "length" with --json.
 
     \b
     Examples:
-      edge-agent probe "What is the capital of Japan?"
+      edge-agent probe What is the capital of Japan
       echo "What is 2 plus 3?" | edge-agent probe - --json
       edge-agent probe --direct "Hello"
     """
     settings = invocation.settings()
-    question = _question(text, settings.limits.payload_bytes)
+    question = _question(" ".join(words), settings.limits.payload_bytes)
 
     from edge_agent.cli import asking
 
@@ -74,7 +75,7 @@ def probe(
             terminal.echo(f"edge-agent: the answer was {note}", err=True)
 
 
-def _question(text: str | None, limit_bytes: int) -> str:
+def _question(text: str, limit_bytes: int) -> str:
     if text == "-":
         data = sys.stdin.buffer.read(limit_bytes + 1)
         if len(data) > limit_bytes:
@@ -83,6 +84,6 @@ def _question(text: str | None, limit_bytes: int) -> str:
             text = re.sub(r"\r?\n\Z", "", data.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise click.UsageError("standard input is not UTF-8") from error
-    if not text or not text.strip():
+    if not text.strip():
         raise click.UsageError("give TEXT, or - to read it from standard input")
     return text

@@ -57,6 +57,11 @@ def check(folder: Path, flavor: str) -> None:
     raise _another_kind(folder, names, flavor)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is a Hugging Face folder, and no model builder's, which has both files."""
+    return (folder / HF_CONFIG).is_file() and not (folder / genai_options.FILE_NAME).is_file()
+
+
 def _another_kind(folder: Path, names: set[str], flavor: str) -> PublishError:
     suffixes = {Path(name).suffix.lower() for name in names}
     build = BUILD.format(source=shlex.quote(str(folder)))

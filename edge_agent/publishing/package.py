@@ -104,31 +104,25 @@ def build_package(
     Raises:
         PublishError: the package would be useless on a device; for example, it answers a golden prompt wrongly.
     """
-    if signature not in EXAMPLES:
-        raise PublishError(f"signature {signature!r} must be chat or prompt")
     if sign_key is not None:
         _signing()
         if not sign_key.is_file():
             raise PublishError(f"signing key {sign_key} is not a file")
-    checked, prompts = sources.check_options(options or {}), sources.read_golden(golden)
-    if flavor == "transformers":
-        trial.need_transformers()
-        checkpoint = hugging_face.check_checkpoint(source_dir, sources.list_files(source_dir))
-        sources.check_length(checkpoint.context_tokens, checked)
-        _save_checkpoint(destination, checkpoint, signature=signature, options=checked, golden=prompts)
-        files, rewritten = checkpoint.files, checkpoint.rewritten
-    else:
-        found = sources.check_folder(source_dir)
-        sources.check_length(sources.context_of(source_dir), checked)
-        files = {f"artifacts/{ARTIFACT}/{path.as_posix()}": source_dir / path for path in found}
-        sources.check_paths(files)
-        rewritten = cleaning.rewrite(
-            files, genai_tokenizer.CONFIGURATIONS.__contains__, genai_tokenizer.clean
+    prompts = sources.read_golden(golden)
+    limits = list(
+        assemble(
+            source_dir,
+            destination,
+            name=name,
+            flavor=flavor,
+            signature=signature,
+            options=options,
+            golden=prompts,
+            progress=progress,
         )
-        _save(destination, name=name, signature=signature, options=checked, golden=prompts)
-    _add_files(files, rewritten.files, destination, progress)
+    )
     progress("try", 0, 0)
-    limits = [*rewritten.limits, *trial.try_out(destination, EXAMPLES[signature], prompts, flavor=flavor)]
+    limits += trial.try_out(destination, EXAMPLES[signature], prompts, flavor=flavor)
     if flavor == "onnx":
         limits += trial.compare_ends(source_dir)
     manifest = _write_manifest(name, destination, progress)
@@ -146,13 +140,57 @@ def build_package(
     )
 
 
+def assemble(
+    source_dir: Path,
+    destination: Path,
+    *,
+    name: str,
+    flavor: Flavor = "onnx",
+    signature: Literal["chat", "prompt"] = "chat",
+    options: Mapping[str, object] | None = None,
+    golden: Sequence[Mapping[str, Any]] = (),
+    progress: Progress = no_progress,
+) -> tuple[str, ...]:
+    """Puts the files of a package together in `destination`, which must not exist yet. Nobody has tried it.
+
+    Args:
+        golden: as `source.read_golden` returns them; otherwise as for `build_package`.
+
+    Returns:
+        What its configurations lost on the way, one sentence each.
+
+    Raises:
+        PublishError: the folder or an option is at fault.
+    """
+    if signature not in EXAMPLES:
+        raise PublishError(f"signature {signature!r} must be chat or prompt")
+    checked, prompts = sources.check_options(options or {}), list(golden)
+    if flavor == "transformers":
+        trial.need_transformers()
+        checkpoint = hugging_face.check_checkpoint(source_dir, sources.list_files(source_dir))
+        sources.check_length(checkpoint.context_tokens, checked)
+        _save_checkpoint(destination, checkpoint, signature=signature, options=checked, golden=prompts)
+        files, rewritten = checkpoint.files, checkpoint.rewritten
+    else:
+        found = sources.check_folder(source_dir)
+        sources.check_length(sources.context_of(source_dir), checked)
+        files = {f"artifacts/{ARTIFACT}/{path.as_posix()}": source_dir / path for path in found}
+        sources.check_paths(files)
+        rewritten = cleaning.rewrite(
+            files, genai_tokenizer.CONFIGURATIONS.__contains__, genai_tokenizer.clean
+        )
+        _save(destination, name=name, signature=signature, options=checked, golden=prompts)
+    _add_files(files, rewritten.files, destination, progress)
+    return tuple(rewritten.limits)
+
+
 def _save(
     destination: Path,
     *,
     name: str,
     signature: str,
     options: Mapping[str, int | float],
-    golden: list[dict[str, Any]],
+    golden: list[Mapping[str, Any]],
 ) -> None:
     trial.calm_libraries()  # save_model imports the wrapper, and with it onnxruntime-genai
     import mlflow.exceptions
@@ -199,7 +237,7 @@ def _save_checkpoint(
     *,
     signature: str,
     options: Mapping[str, int | float],
-    golden: list[dict[str, Any]],
+    golden: list[Mapping[str, Any]],
 ) -> None:
     trial.calm_libraries()
     from edge_agent.publishing.signature import seed_signature

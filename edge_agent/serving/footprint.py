@@ -63,12 +63,21 @@ def footprint_of(record: VersionRecord, folder: Path) -> Footprint:
         folder: of the version, verified.
     """
     paths = [file.path for file in record.files if Path(file.path).name == genai_options.FILE_NAME]
-    model = _model(folder / paths[0]) if paths else {}
+    return footprint_of_files(record.total_bytes, folder / paths[0] if paths else None)
+
+
+def footprint_of_files(weights_bytes: int, options: Path | None) -> Footprint:
+    """The footprint of a model's files, as far as its options say it.
+
+    Args:
+        options: its `genai_config.json`; None where it has none.
+    """
+    model = _model(options) if options else {}
     decoder = model.get("decoder") if isinstance(model.get("decoder"), dict) else {}
     sizes = [_positive(decoder, key) for key in ("num_hidden_layers", "num_key_value_heads", "head_size")]
     layers, heads, size = sizes
     return Footprint(
-        weights_bytes=record.total_bytes,
+        weights_bytes=weights_bytes,
         kv_bytes_per_token=2 * layers * heads * size * KV_ELEMENT_BYTES,
         model_tokens=_positive(model, "context_length"),
     )

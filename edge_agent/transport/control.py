@@ -19,18 +19,29 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_agent.errors import ControlSocketError, DaemonNotRunning, DaemonRunning, EdgeAgentError
+from edge_agent.errors import (
+    BadRequest,
+    ControlSocketError,
+    DaemonNotRunning,
+    DaemonRunning,
+    EdgeAgentError,
+    PromptError,
+    QueueFull,
+)
 from edge_agent.runner.lines import LineReader
 
 log = logging.getLogger(__name__)
 
-MAX_LINE_BYTES = 20 << 20
-MAX_CONNECTIONS = 64
-MAX_OF_ONE_USER = 16
+MAX_LINE_BYTES = 34 << 20
+"""A prompt of the largest `limits.payload_bytes`, as a JSON string in which each character is escaped."""
+MAX_CONNECTIONS = 96
+MAX_OF_ONE_USER = 40
+"""The OpenAI interface is one user, and each prompt of it a connection: the usual queue has room for 32."""
+_SEAT_AGAIN_MS = 1000
 SOCKET_MODE = 0o660
 _REQUEST_TIMEOUT_S = 10.0
 """For the whole of it: a client that sends a byte now and then has no more time than one that sends nothing."""
@@ -77,7 +88,12 @@ class Call:
         Raises:
             ClientGone: nobody reads any more.
         """
-        self.send("error", code=error.code, message=error.message, remedy=error.remedy)
+        more: dict[str, Any] = {}
+        if isinstance(error, PromptError) and error.retry_after_ms is not None:
+            more["retry_after_ms"] = error.retry_after_ms
+        if isinstance(error, BadRequest) and error.param is not None:
+            more["param"] = error.param
+        self.send("error", code=error.code, message=error.message, remedy=error.remedy, **more)
 
     def check(self) -> None:
         """Raises ClientGone when the client has closed; does not wait.
@@ -138,10 +154,10 @@ class ControlServer:
         self._seats = _Seats()
         self._closing = threading.Event()
         self._listener = _listen(path)
+        self._listener.settimeout(_ACCEPT_S)  # here, so that `run` may begin after `close`
 
     def run(self) -> None:
         """The thread: accepts until `close`."""
-        self._listener.settimeout(_ACCEPT_S)
         while not self._closing.is_set():
             try:
                 connection, _ = self._listener.accept()
@@ -156,8 +172,10 @@ class ControlServer:
             if not self._seats.take(user):
                 with connection, contextlib.suppress(ClientGone):
                     Call(connection, {}).fail(
-                        EdgeAgentError(
-                            "too many control connections", remedy="end some of the other commands"
+                        QueueFull(
+                            "too many control connections",
+                            remedy="end some of the other commands",
+                            retry_after_ms=_SEAT_AGAIN_MS,
                         )
                     )
                 continue
@@ -203,8 +221,8 @@ class ControlServer:
 
 def call(
     path: Path, op: str, *, timeout_s: float | None = None, file: int | None = None, **fields: Any
-) -> Iterator[dict[str, Any]]:
-    """The CLI's side: sends one request and yields its events.
+) -> Generator[dict[str, Any], None, None]:
+    """The CLI's side: sends one request and yields its events. Closing it early hangs up.
 
     Args:
         file: descriptor of an open file to send along: the daemon may not be able to open it by its name.

@@ -1,4 +1,4 @@
-"""What the CLI asks of the daemon over the control socket, by the name of the operation: probe, status, models."""
+"""What is asked of the daemon over the control socket, by the operation's name: probe, chat, status, models."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ def control_operations(
     prompts: ControlPrompts,
     intake: Intake,
     status: Callable[[], Mapping[str, Any]],
+    headline: Callable[[], Mapping[str, Any]],
     run_operation: RunOperation,
 ) -> dict[str, Operation]:
     """All operations, for the control server.
 
     Args:
         status: the full status document.
+        headline: the status topic's object, which costs no look at the disk.
     """
 
     def on_status(call: Call) -> None:
-        call.send("done", status=status())
+        call.send("done", status=headline() if call.request.get("brief") is True else status())
 
     def on_models(call: Call) -> None:
         """An operation on the cache; its progress goes to the client."""
@@ -56,4 +58,9 @@ def control_operations(
         )
         call.send("done", result=result)
 
-    return {"probe": lambda call: prompts.answer(call, intake), "status": on_status, "models": on_models}
+    return {
+        "probe": lambda call: prompts.probe(call, intake),
+        "chat": lambda call: prompts.chat(call, intake),
+        "status": on_status,
+        "models": on_models,
+    }

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from edge_agent.demo import SAMPLE_MODEL
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon
 from tests.support.sample_device import settings_for
+from tests.support.terminal import Terminal
 
 JAPAN = "What is the capital of Japan?"
 TOKYO = "The capital of Japan is Tokyo."
@@ -40,6 +42,28 @@ def test_probe_json_is_one_document(agent: Daemon) -> None:
 def test_probe_direct_needs_no_daemon(agent: Daemon) -> None:
     document = json.loads(agent.cli("probe", "--direct", "--json", JAPAN).stdout)
     assert document["answer"] == TOKYO
+
+
+def test_chat_goes_on_from_what_was_said(agent: Daemon) -> None:
+    result = agent.cli("chat", stdin=f"{JAPAN}\nAnd of Nepal?\n")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{TOKYO}\n")
+    assert len(result.stdout.splitlines()) == 2
+
+
+def test_chat_in_a_terminal_needs_a_folder_and_nothing_else(tmp_path: Path) -> None:
+    """The real line editor and a real runner: one answer, a Ctrl-C that ends nothing, and the end."""
+    with Terminal(["chat", "--direct", str(SAMPLE_MODEL)], home=tmp_path) as terminal:
+        terminal.expect("/help")
+        terminal.type(f"{JAPAN}\r")
+        terminal.expect(TOKYO)
+        terminal.expect(">>>")
+        terminal.type("never sent\x03")
+        terminal.expect("Ctrl-D")
+        terminal.expect(">>>")
+        terminal.type("\x04")
+        assert terminal.wait() == 0
+    assert JAPAN in (tmp_path / ".local/state/edge-agent/chat-history").read_text()
 
 
 def test_status_says_what_the_contract_says(agent: Daemon) -> None:

@@ -26,6 +26,7 @@ def main() -> int:
         release_key=options.release_key,
         model=options.model,
         guest=options.guest,
+        real_model=options.real_model,
     )
     started_s = time.monotonic()
     container = Container(options.root, options.work / "container", state_bytes=STATE_BYTES)
@@ -58,6 +59,7 @@ def _options() -> argparse.Namespace:
         ("release-key", "the public key that signed the bundles (PEM)"),
         ("model", "a model version, made by `models export`"),
         ("guest", "a version of a package that attacks, made by tests.boot.guest"),
+        ("real-model", "a folder that the model builder made of a real language model"),
     ):
         parser.add_argument(f"--{name}", required=True, type=Path, help=meaning)
     return parser.parse_args()

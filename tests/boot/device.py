@@ -66,6 +66,7 @@ class Files:
         release_key: the public key that signed them.
         model: a model version, made by `models export`.
         guest: a version of the package that attacks, in a file.
+        real_model: a folder of the model builder's, of a real language model.
     """
 
     bundle: Path
@@ -74,6 +75,7 @@ class Files:
     release_key: Path
     model: Path
     guest: Path
+    real_model: Path
 
 
 class Device:
@@ -92,6 +94,7 @@ class Device:
         return [
             ("boot", self.boot),
             ("install without a network", self.install),
+            ("a conversation with a real model, straight from its folder", self.converse),
             ("exposure of the unit", self.exposure),
             ("broker, settings, credentials", self.configure),
             ("import of the model", self.import_model),
@@ -127,6 +130,16 @@ class Device:
         user = self._in.run("id", "edge-agent").stdout.strip()
         version = self._in.run("edge-agent", "--version").stdout.strip()
         return f"{version}; devices: lo; ensurepip here: {ensurepip}; {user}; unit enabled and active"
+
+    def converse(self) -> str:
+        """README's shortest way from a bundle to a conversation: nothing is configured yet."""
+        folder = self._in.root / "root/real-model"
+        shutil.copytree(self._files.real_model, folder)
+        chat = "printf 'What is the capital of France?\\n' | edge-agent chat --direct /root/real-model"
+        said = self._in.run("sh", "-c", chat).stdout.strip()
+        expect("Paris" in said, said)
+        shutil.rmtree(folder)
+        return said
 
     def exposure(self) -> str:
         said = self._in.run("systemd-analyze", "security", "--no-pager", "edge-agent").stdout

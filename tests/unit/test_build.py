@@ -39,6 +39,7 @@ def test_help_has_a_line_for_each_command() -> None:
     assert result.returncode == 0
     for command in (
         "demo",
+        "chat",
         "test",
         "long-test",
         "chaos",

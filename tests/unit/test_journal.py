@@ -372,8 +372,10 @@ def test_a_prompt_that_ran_at_two_deaths_is_answered_500_and_not_run_again(journ
     assert b'"status":500' in outgoing.answer.payload
 
 
-def test_prompts_of_the_control_socket_die_with_the_daemon(journal: Journal) -> None:
-    accept(journal, replace(arrival(), source=Source.CONTROL))
+def test_prompts_of_the_control_socket_that_nobody_can_ask_for_again_die_with_the_daemon(
+    journal: Journal,
+) -> None:
+    accept(journal, replace(arrival(named=False), source=Source.CONTROL))
     journal = reopened(journal, START)
     assert journal.depth() == 0
 

@@ -84,6 +84,11 @@ def test_a_prompt_on_the_command_line_is_asked_as_it_stands(daemon: Daemon) -> N
     assert daemon.asked == ["Hello\n"]
 
 
+def test_words_without_quotes_are_one_prompt(daemon: Daemon) -> None:
+    assert daemon.probe("What", "is", "up", "--json").exit_code == 0
+    assert daemon.asked == ["What is up"]
+
+
 @pytest.mark.parametrize("stdin", [b"", b"\n", b"\xef\xbb\xbf\r\n", "\u00a0\n".encode(), b"\xff"])
 def test_no_prompt_at_all_is_wrong_usage(daemon: Daemon, stdin: bytes) -> None:
     assert daemon.probe("-", stdin=stdin).exit_code == 2

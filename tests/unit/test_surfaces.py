@@ -1,0 +1,111 @@
+"""What may stand in a body of OpenAI's, beside what may stand in a message."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from edge_agent.chat import messages
+from edge_agent.chat.surfaces import HABITS, Surface, fields_of
+from edge_agent.errors import BadRequest
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+PROMPT: dict[str, Any] = {"prompt": "Hello"}
+
+
+def parse(document: dict[str, Any], surface: Surface) -> messages.Request:
+    return messages.parse(json.dumps(document).encode(), limit_bytes=10_000, surface=surface)
+
+
+@pytest.mark.parametrize(
+    ("document", "surface", "param"),
+    [
+        ({**CHAT, "id": "a"}, Surface.CHAT, "id"),
+        ({**CHAT, "reply_to": "a"}, Surface.CHAT, "reply_to"),
+        (PROMPT, Surface.CHAT, "prompt"),
+        (CHAT, Surface.COMPLETION, "messages"),
+        ({}, Surface.CHAT, "messages"),
+        ({}, Surface.COMPLETION, "prompt"),
+        ({**PROMPT, "best_of": 1}, Surface.MESSAGE, "best_of"),
+        ({**PROMPT, "max_completion_tokens": 1}, Surface.COMPLETION, "max_completion_tokens"),
+        ({**CHAT, "temperature": 9}, Surface.CHAT, "temperature"),
+        ({**CHAT, "max_tokens": 1, "max_completion_tokens": 2}, Surface.CHAT, "max_completion_tokens"),
+        ({"prompt": ["a", "b"]}, Surface.COMPLETION, "prompt"),
+        ({"prompt": [1, 2]}, Surface.COMPLETION, "prompt"),
+        ({**PROMPT, "echo": True}, Surface.COMPLETION, "echo"),
+        ({**PROMPT, "suffix": "x"}, Surface.COMPLETION, "suffix"),
+        ({**PROMPT, "best_of": True}, Surface.COMPLETION, "best_of"),
+    ],
+)
+def test_each_surface_refuses_by_name_what_is_not_its_own(
+    document: dict[str, Any], surface: Surface, param: str
+) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse(document, surface)
+    assert caught.value.param == param
+    assert param in caught.value.message
+
+
+HABIT_VALUES: dict[str, tuple[Any, Any]] = {
+    "store": (False, True),
+    "metadata": ({}, {"a": "b"}),
+    "service_tier": ("auto", "flex"),
+    "modalities": (["text"], ["text", "audio"]),
+    "logit_bias": ({}, {"50256": -100}),
+    "top_logprobs": (0, 2),
+    "safety_identifier": ("somebody", 1),
+    "prompt_cache_key": ("something", 1),
+}
+
+
+@pytest.mark.parametrize("surface", [Surface.CHAT, Surface.MESSAGE])
+@pytest.mark.parametrize("name", HABITS)
+def test_a_habit_is_taken_without_effect_and_a_wish_is_refused(name: str, surface: Surface) -> None:
+    harmless, wish = HABIT_VALUES[name]
+    assert parse({**CHAT, name: harmless}, surface).document == CHAT
+    with pytest.raises(BadRequest) as caught:
+        parse({**CHAT, name: wish}, surface)
+    assert caught.value.param == name
+
+
+def test_a_completion_is_the_prompt_as_it_stands() -> None:
+    habits = {"best_of": 1, "echo": False, "suffix": "", "n": 1, "user": "somebody", "logprobs": None}
+    for prompt in ("Hello", ["Hello"]):
+        document = {"prompt": prompt, "max_tokens": 3, "stream": True, **habits}
+        request = parse(document, Surface.COMPLETION)
+        assert (request.document, request.stream) == ({"prompt": "Hello", "max_tokens": 3}, True)
+
+
+def test_text_that_is_no_object_is_a_prompt_in_a_message_only() -> None:
+    assert messages.parse(b"Hello", limit_bytes=10).document == CHAT
+    for surface in (Surface.CHAT, Surface.COMPLETION):
+        with pytest.raises(BadRequest, match="not a JSON object"):
+            messages.parse(b"Hello", limit_bytes=10, surface=surface)
+
+
+def test_what_clients_hand_back_empty_with_an_answer_is_taken() -> None:
+    said = {"role": "assistant", "content": "Hi."}
+    empty: dict[str, Any] = {
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    }
+    document = {"messages": [*CHAT["messages"], {**said, **empty}]}
+    assert parse(document, Surface.CHAT).document == {"messages": [*CHAT["messages"], said]}
+    with pytest.raises(BadRequest, match=r"messages\[1\].*refusal"):
+        parse({"messages": [*CHAT["messages"], {**said, "refusal": "No."}]}, Surface.CHAT)
+
+
+def test_chunks_are_not_padded() -> None:
+    options = {"include_usage": True, "include_obfuscation": False}
+    assert parse({**CHAT, "stream_options": options}, Surface.CHAT).document == CHAT
+    with pytest.raises(BadRequest, match="include_obfuscation"):
+        parse({**CHAT, "stream_options": {"include_obfuscation": True}}, Surface.CHAT)
+
+
+def test_every_field_of_a_chat_but_its_own_is_one_of_a_message() -> None:
+    assert fields_of(Surface.CHAT).keys() < fields_of(Surface.MESSAGE).keys()
