@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edge_agent.errors import ActivationHeld, LinkHeld, Quarantined
+from edge_agent.errors import ActivationHeld, LinkHeld, Quarantined, SyncStopped
 from edge_agent.fleet.devices import NEVER_SEEN, UNKNOWN, Device, ModelReport
 from edge_agent.updates.rollout import NotInRollout
 
-WAITING = frozenset({LinkHeld.code, ActivationHeld.code, NotInRollout.code})
+WAITING = frozenset({LinkHeld.code, ActivationHeld.code, NotInRollout.code, SyncStopped.code})
 """Codes of what is as it should be, and not yet there."""
 
 SILENT_S = 600.0
