@@ -238,6 +238,7 @@ def test_a_published_folder_answers_in_mlflow_alone(released: Path, tmp_path: Pa
     assert completion["choices"][0]["message"]["content"] == MADRID
 
 
+@pytest.mark.long
 def test_a_host_without_onnxruntime_genai_serves_the_fallback_until_it_has_it(
     new_daemon: Callable[..., Daemon],
     broker: Broker,

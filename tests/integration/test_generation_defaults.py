@@ -20,7 +20,7 @@ DEFAULT_MAX_TOKENS = 256
 Flavor = Literal["onnx", "transformers"]
 
 
-@pytest.fixture(scope="module", params=["onnx", "transformers"])
+@pytest.fixture(scope="module", params=["onnx", pytest.param("transformers", marks=pytest.mark.long)])
 def flavor(request: pytest.FixtureRequest) -> Flavor:
     chosen: Flavor = request.param
     return chosen

@@ -110,7 +110,7 @@ WARM_UP = """
 import sys
 from pathlib import Path
 from edge_agent.runner import bounds, loader
-bounds.LOAD_LIMIT_S = 20.0
+bounds.LOAD_LIMIT_S = 8.0
 model = loader.load(Path(sys.argv[1]), context_tokens=256, max_tokens=8, threads=1)
 bounds.READ_LIMIT_S = 0.5
 model.warm_up()
