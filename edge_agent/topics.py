@@ -77,6 +77,10 @@ class Topics:
         return f"{self.root}/ctl/sync"
 
     @property
+    def plan(self) -> str:
+        return f"{self.root}/ctl/plan"
+
+    @property
     def desired(self) -> str:
         return f"{self.root}/model/desired"
 

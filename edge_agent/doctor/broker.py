@@ -218,7 +218,7 @@ def _check_certificate(sock: ssl.SSLSocket) -> Iterator[Finding]:
 
 def _check_subscribe(session: _Session, topics: Topics) -> Finding:
     wanted = [topics.chat, topics.chat_of_clients, topics.cancel, topics.cancel_of_clients]
-    wanted += [topics.sync, topics.desired]
+    wanted += [topics.sync, topics.plan, topics.desired]
     if session.version5:  # ask for no retained messages: only the daemon acts on a desired state
         never = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
         session.client.subscribe([(topic, never) for topic in wanted])
