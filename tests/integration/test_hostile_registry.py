@@ -72,6 +72,14 @@ def has_package(registry: HostileRegistry) -> None:
     registry.answers[f"{FILES}/x/MLmodel"] = status(200, body=b"here")
 
 
+def has_package_at(other: HostileRegistry, registry: HostileRegistry) -> None:
+    """The registry's package has its file elsewhere, by a redirect."""
+    registry.version(NAME, source="mlflow-artifacts:/x")
+    has_package(registry)
+    registry.answers[f"{FILES}/x/MLmodel"] = status(302, {"Location": f"{other.uri}/file"})
+    other.answers["/file"] = status(200, body=b"there")
+
+
 def secrets(registry: HostileRegistry) -> list[str]:
     return [path for path, headers in registry.requests if TOKEN in str(headers)]
 
@@ -99,10 +107,7 @@ def test_a_source_elsewhere_is_fetched_without_credentials(
 def test_a_redirect_of_a_file_is_followed_without_credentials(
     registry: HostileRegistry, other: HostileRegistry, tmp_path: Path
 ) -> None:
-    registry.version(NAME, source="mlflow-artifacts:/x")
-    has_package(registry)
-    registry.answers[f"{FILES}/x/MLmodel"] = status(302, {"Location": f"{other.uri}/file"})
-    other.answers["/file"] = status(200, body=b"there")
+    has_package_at(other, registry)
     assert asked(registry, tmp_path) == b"there"
     assert secrets(other) == []
 
@@ -167,10 +172,7 @@ def test_a_name_is_held_to_the_address_that_it_means(
 def test_requests_to_the_registry_keep_their_gap_and_those_to_a_store_do_not_wait(
     registry: HostileRegistry, other: HostileRegistry, tmp_path: Path
 ) -> None:
-    registry.version(NAME, source="mlflow-artifacts:/x")
-    has_package(registry)
-    registry.answers[f"{FILES}/x/MLmodel"] = status(302, {"Location": f"{other.uri}/file"})
-    other.answers["/file"] = status(200, body=b"there")
+    has_package_at(other, registry)
     time = ScriptedClock()
     assert asked(registry, tmp_path, gap_s=1.0, clock=time.clock) == b"there"
     assert time.slept == [1.0] * (len(registry.requests) - 1)
