@@ -15,7 +15,7 @@ from edge_agent.errors import VerificationError
 from edge_agent.package.manifest import Manifest, ManifestFile
 from edge_agent.package.reference import ModelRef
 from edge_agent.sync.bring import read_wanted
-from edge_agent.sync.files import Package, is_of
+from edge_agent.sync.files import Package, ReadOnce, is_of
 from edge_agent.sync.registry import Registry
 
 MAX_READ_BYTES = 1 << 20
@@ -41,7 +41,7 @@ def read_back(
     version = registry.resolve(ref)
     with tempfile.TemporaryDirectory(prefix="edge-agent-read-back-") as scratch:
         package = registry.package(version, scratch=Path(scratch) / "whole")
-        wanted = read_wanted(package, version)
+        wanted = read_wanted(ReadOnce(package), version)
         if wanted.manifest != manifest:
             raise VerificationError(f"version {version.version} of {version.name!r} has another manifest")
         if lost := [file.path for file in attached if file.path not in wanted.attached]:

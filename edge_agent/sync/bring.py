@@ -32,7 +32,7 @@ from edge_agent.package.reference import ROLLOUT_FROM_TAG, ROLLOUT_TAG, ModelRef
 from edge_agent.package.trust import TrustDecision
 from edge_agent.sync import protocol, replay
 from edge_agent.sync.fetch import fetch
-from edge_agent.sync.files import Listed, Package, Wanted
+from edge_agent.sync.files import Listed, Package, ReadOnce, Wanted
 from edge_agent.sync.in_cache import already_here, check_host, committed, keep, known_by_tag, result_of
 from edge_agent.sync.line import Line, within_bounds
 from edge_agent.sync.mirrors import Mirrors
@@ -93,7 +93,7 @@ def outline(job: SyncJob, *, clock: Clock = CLOCK) -> Outline:
     version = registry.located(version)
     with tempfile.TemporaryDirectory() as scratch:
         package = registry.package(version, scratch=Path(scratch))
-        wanted = read_wanted(package, version, signed=False)
+        wanted = read_wanted(ReadOnce(package), version, signed=False)
     known = committed(store, job, version, wanted)
     here = known is not None and not fsck.quick_check(store, [known]).damaged
     missing_bytes = 0 if here else sum(_left_to_fetch(store, job, version, wanted).values())
@@ -129,6 +129,7 @@ def bring(
     store = Store(Path(job.state_dir))
     with store.lock():
         store.settle()
+    package = ReadOnce(package)
     wanted = read_wanted(package, version, promised)
     known = committed(store, job, version, wanted)
     whole = known if known and not fsck.quick_check(store, [known]).damaged else None
@@ -137,7 +138,7 @@ def bring(
         refuse_replayed(store, job, package, version, wanted)
     if job.check_host and not (known and known.key == job.running):
         sizes = {file.path: file.size_bytes for file in wanted.listing}
-        check_host(job, sizes, lambda path: _read(package, path, MAX_CONFIG_BYTES))
+        check_host(job, sizes, lambda path: package.read(path, MAX_CONFIG_BYTES))
     if whole:
         return keep(store, job, whole)
     mirrors = mirrors_of(
@@ -205,7 +206,7 @@ def refuse_quarantined(job: SyncJob, version: ModelVersion, wanted: Wanted, emit
 
 
 def refuse_replayed(
-    store: Store, job: SyncJob, package: Package, version: ModelVersion, wanted: Wanted
+    store: Store, job: SyncJob, package: ReadOnce, version: ModelVersion, wanted: Wanted
 ) -> None:
     """Refuses an old signed package under a new number, before the large files are fetched.
 
@@ -218,14 +219,14 @@ def refuse_replayed(
         return
     if mlmodel.FILE_NAME not in {file.path for file in wanted.listing}:
         return  # refused later, with everything else that is wrong
-    model = _read(package, mlmodel.FILE_NAME, mlmodel.MAX_BYTES)
+    model = package.read(mlmodel.FILE_NAME, mlmodel.MAX_BYTES)
     replay.refuse_by_its_words(
         store, job, name=version.name, version=version.version, signature=signature, model=model
     )
 
 
 def read_wanted(
-    package: Package, version: ModelVersion, promised: Manifest | None = None, *, signed: bool = True
+    package: ReadOnce, version: ModelVersion, promised: Manifest | None = None, *, signed: bool = True
 ) -> Wanted:
     """Reads the manifest where there is one, and takes the registry's listing otherwise.
 
@@ -240,7 +241,7 @@ def read_wanted(
     attached: dict[str, bytes] = {}
     manifest = promised
     if MANIFEST_NAME in listed:
-        data = attached[MANIFEST_NAME] = _read(package, MANIFEST_NAME, manifests.MAX_MANIFEST_BYTES)
+        data = attached[MANIFEST_NAME] = package.read(MANIFEST_NAME, manifests.MAX_MANIFEST_BYTES)
         _check_tag(version, data)
         manifest = manifests.parse(data)
         if manifest.name != version.name:
@@ -250,7 +251,7 @@ def read_wanted(
     elif version.manifest_sha256:
         raise VerificationError(f"version {version.version} of {version.name!r} has lost its manifest.json")
     if signed and SIGNATURE_NAME in listed:
-        attached[SIGNATURE_NAME] = _read(package, SIGNATURE_NAME, _MAX_SIGNATURE_BYTES)
+        attached[SIGNATURE_NAME] = package.read(SIGNATURE_NAME, _MAX_SIGNATURE_BYTES)
     if manifest:
         _check_listing(version, manifest, listed)
         files = tuple(Listed(path=file.path, size_bytes=file.size_bytes) for file in manifest.files)
@@ -419,17 +420,6 @@ def _left_to_fetch(store: Store, job: SyncJob, version: ModelVersion, wanted: Wa
             part = place.part(path=name, sha256=name if wanted.manifest else None)
             left[name] = max(0, size_bytes - place.bytes_of(part))
     return left
-
-
-def _read(package: Package, path: str, limit: int) -> bytes:
-    """The whole content of a small file."""
-    data = b""
-    with package.open(path) as stream:
-        for chunk in stream.chunks:
-            data += chunk
-            if len(data) > limit:
-                raise ManifestError(f"{path} has more than {limit} bytes")
-    return data
 
 
 def _check_tag(version: ModelVersion, data: bytes) -> None:

@@ -126,6 +126,49 @@ class Package(Protocol):
         """
 
 
+class ReadOnce:
+    """A package of which a small file that was read whole is not asked for again when it is fetched.
+
+    Some files say whether the others are worth fetching, and belong to what is fetched themselves.
+    """
+
+    def __init__(self, package: Package) -> None:
+        self.whole_files = package.whole_files
+        self.over_line = package.over_line
+        self._package = package
+        self._kept: dict[str, bytes] = {}
+
+    def listing(self) -> list[Listed]:
+        return self._package.listing()
+
+    def read(self, path: str, limit_bytes: int) -> bytes:
+        """The whole content of a small file.
+
+        Raises:
+            ManifestError: it has more bytes than that.
+            TransportError: as `open`.
+        """
+        if path not in self._kept:
+            data = bytearray()
+            with self._package.open(path) as stream:
+                for chunk in stream.chunks:
+                    data += chunk
+                    if len(data) > limit_bytes:
+                        raise ManifestError(f"{path} has more than {limit_bytes} bytes")
+            self._kept[path] = bytes(data)
+        return self._kept[path]
+
+    @contextmanager
+    def open(self, path: str, *, offset: int = 0, etag: str = "") -> Iterator[Stream]:
+        """As a package's; what is kept is given once, for its bytes may be damaged."""
+        kept = self._kept.pop(path, None)
+        if kept is not None and not offset:
+            yield Stream(start=0, etag="", chunks=iter((kept,)))
+            return
+        with self._package.open(path, offset=offset, etag=etag) as stream:
+            yield stream
+
+
 class LocalPackage:
     """A folder on this host: the embedded registry's artifacts."""
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from edge_agent.chat import messages
-from edge_agent.chat.fields import ID_PATTERN
 from edge_agent.chat.intake import make_id
 from edge_agent.chat.prompt import Answer
 from edge_agent.errors import BadRequest, EdgeAgentError
-from edge_agent.topics import Topics
+from edge_agent.topics import ID_PATTERN, Topics
 from edge_agent.transport.inbound import Inbound
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 from edge_agent.errors import EdgeAgentError, ManifestError, PolicyError, TransportError, VerificationError
-from edge_agent.host.clock import CLOCK
+from edge_agent.host.clock import CLOCK, Clock
 from edge_agent.package.reference import ModelRef, ModelVersion
 from edge_agent.sync import http_session
+from edge_agent.sync.bring import synchronise
 from edge_agent.sync.files import RequestRefused
+from edge_agent.sync.protocol import RegistryJob, SyncJob
 from edge_agent.sync.registry import Registry
+from tests.support.clock import ScriptedClock
 from tests.support.device import Device
 from tests.support.hostile_registry import HostileRegistry, as_json, few_requests, hostile_registry, status
 from tests.support.mlflow_server import Server
@@ -43,9 +46,16 @@ def other() -> Iterator[HostileRegistry]:
         yield running
 
 
-def asked(registry: HostileRegistry, tmp_path: Path, *, timeout_s: float = 20) -> bytes:
+def asked(
+    registry: HostileRegistry,
+    tmp_path: Path,
+    *,
+    timeout_s: float = 20,
+    gap_s: float = 0.0,
+    clock: Clock = CLOCK,
+) -> bytes:
     """What a sync does first: the version, the listing, and one file."""
-    client = Registry(registry.uri, timeout_s=timeout_s)
+    client = Registry(registry.uri, timeout_s=timeout_s, gap_s=gap_s, clock=clock)
     version = client.resolve(device_ref())
     package = client.package(version, scratch=tmp_path / "scratch")
     package.listing()
@@ -60,6 +70,14 @@ def device_ref() -> ModelRef:
 def has_package(registry: HostileRegistry) -> None:
     registry.answers[FILES] = as_json({"files": [{"path": "MLmodel", "is_dir": False, "file_size": 4}]})
     registry.answers[f"{FILES}/x/MLmodel"] = status(200, body=b"here")
+
+
+def has_package_at(other: HostileRegistry, registry: HostileRegistry) -> None:
+    """The registry's package has its file elsewhere, by a redirect."""
+    registry.version(NAME, source="mlflow-artifacts:/x")
+    has_package(registry)
+    registry.answers[f"{FILES}/x/MLmodel"] = status(302, {"Location": f"{other.uri}/file"})
+    other.answers["/file"] = status(200, body=b"there")
 
 
 def secrets(registry: HostileRegistry) -> list[str]:
@@ -89,10 +107,7 @@ def test_a_source_elsewhere_is_fetched_without_credentials(
 def test_a_redirect_of_a_file_is_followed_without_credentials(
     registry: HostileRegistry, other: HostileRegistry, tmp_path: Path
 ) -> None:
-    registry.version(NAME, source="mlflow-artifacts:/x")
-    has_package(registry)
-    registry.answers[f"{FILES}/x/MLmodel"] = status(302, {"Location": f"{other.uri}/file"})
-    other.answers["/file"] = status(200, body=b"there")
+    has_package_at(other, registry)
     assert asked(registry, tmp_path) == b"there"
     assert secrets(other) == []
 
@@ -152,6 +167,31 @@ def test_a_name_is_held_to_the_address_that_it_means(
 
 
 # --- Bounds --------------------------------------------------------------------------------------------
+
+
+def test_requests_to_the_registry_keep_their_gap_and_those_to_a_store_do_not_wait(
+    registry: HostileRegistry, other: HostileRegistry, tmp_path: Path
+) -> None:
+    has_package_at(other, registry)
+    time = ScriptedClock()
+    assert asked(registry, tmp_path, gap_s=1.0, clock=time.clock) == b"there"
+    assert time.slept == [1.0] * (len(registry.requests) - 1)
+    assert len(registry.requests) > 3
+
+
+def test_a_sync_keeps_the_gap_of_its_job(registry: HostileRegistry, tmp_path: Path) -> None:
+    registry.version(NAME, source="mlflow-artifacts:/x")
+    registry.answers["/api/2.0/mlflow/model-versions/get-download-uri"] = status(500)
+    time = ScriptedClock()
+    job = SyncJob(
+        state_dir=str(tmp_path),
+        registry=RegistryJob(uri=registry.uri, gap_s=1.0),
+        name="assistant",
+        ref=str(device_ref()),
+    )
+    with pytest.raises(TransportError):
+        synchronise(job, lambda event: None, clock=time.clock)
+    assert time.slept == [1.0] * (len(registry.requests) - 1) != []
 
 
 def test_a_listing_that_is_compressed_is_refused_unread(registry: HostileRegistry, tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ loader, with a name server (epmd) of its own on a port of its own, so that nothi
 from __future__ import annotations
 
 import os
+import re
+import signal
+import subprocess
 from pathlib import Path
 from typing import Protocol
 
@@ -21,14 +24,16 @@ class ContractBroker(Protocol):
     """What the tests of the contract need of a broker.
 
     Attributes:
+        kind: one of `KINDS`.
+        version: its own.
         version5: it speaks MQTT 5.
         takes_dots: a dot in a topic is a character like others.
-        wildcard_retained: a subscription with a wildcard gets retained messages.
     """
 
+    kind: str
+    version: str
     version5: bool
     takes_dots: bool
-    wildcard_retained: bool
 
     @property
     def host(self) -> str: ...
@@ -44,15 +49,27 @@ class ContractBroker(Protocol):
     def kill(self) -> None:
         """SIGKILL, and its end."""
 
+    def save(self) -> None:
+        """Returns when all that it has acknowledged so far survives `kill`."""
+
 
 class Mosquitto(mosquitto.Broker):
     """With the persistence that docs/broker.md advises."""
 
-    version5 = takes_dots = wildcard_retained = True
+    kind = "mosquitto"
+    version5 = takes_dots = True
 
     def __init__(self, folder: Path) -> None:
+        self.version = _version_of("mosquitto", "-h")
         port = free_port()
         super().__init__(folder, mosquitto._config(folder, "", True, True, port), port)
+
+    def save(self) -> None:
+        """By its signal for that. Source: mosquitto(8), "Signals"."""
+        database = self.folder / "mosquitto.db"
+        before_ns = _written_ns(database)
+        os.kill(self.pid, signal.SIGUSR1)
+        wait_until(lambda: _written_ns(database) > before_ns, 10, "mosquitto's database")
 
 
 class _Program:
@@ -84,14 +101,21 @@ class _Program:
         if self._child is not None:
             self._child.kill()
 
+    def save(self) -> None:
+        """What it acknowledges is written before."""
+
 
 class Nats(_Program):
-    """With JetStream, which MQTT sessions and retained messages need; every message is on the disk at once."""
+    """With JetStream, which MQTT sessions and retained messages need.
 
-    wildcard_retained = True
+    Every message is on the disk at once, but for those that it acknowledges in the milliseconds after a SIGTERM.
+    """
+
+    kind = "nats"
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        self.version = _version_of("nats-server", "--version")
         (folder / "nats.conf").write_text(
             f'server_name: test\nport: {free_port()}\nhost: "127.0.0.1"\n'
             f'jetstream {{ store_dir: "{folder}/store" }}\nmqtt {{ host: "127.0.0.1", port: {self.port} }}\n'
@@ -104,7 +128,7 @@ class Nats(_Program):
 class RabbitMQ(_Program):
     """With its MQTT plugin, and sessions that last a day."""
 
-    wildcard_retained = False
+    kind = "rabbitmq"
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -114,6 +138,7 @@ class RabbitMQ(_Program):
         self._erlang = root / "usr" / "lib" / "erlang"
         (self._erts,) = self._erlang.glob("erts-*/bin")
         (self._home,) = root.glob("usr/lib/rabbitmq/lib/rabbitmq_server-*")
+        self.version = self._home.name.rpartition("-")[2]
         (folder / "enabled_plugins").write_text("[rabbitmq_mqtt].")
         (folder / "rabbitmq.conf").write_text(
             "\n".join(
@@ -181,6 +206,17 @@ def _rabbitmq_root() -> Path:
     """Where its packages are unpacked: beside the folder that `epmd` was found in, or where a system has them."""
     unpacked = Path(mosquitto.tool("epmd")).parent.parent / "rabbitmq" / "root"
     return unpacked if unpacked.exists() else Path("/")
+
+
+def _version_of(program: str, option: str) -> str:
+    """The first number with dots that it says of itself."""
+    said = subprocess.run([mosquitto.tool(program), option], capture_output=True, text=True, check=False)
+    (found,) = re.findall(r"\d+\.\d+\.\d+", said.stdout)[:1]
+    return str(found)
+
+
+def _written_ns(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def make(kind: str, folder: Path) -> ContractBroker:

@@ -11,10 +11,10 @@ import pytest
 
 from edge_agent.cache.staging import Staging, staging
 from edge_agent.cache.store import Store
-from edge_agent.errors import TransportError, VerificationError
+from edge_agent.errors import ManifestError, TransportError, VerificationError
 from edge_agent.package.manifest import ManifestFile
 from edge_agent.sync.fetch import MAX_ATTEMPTS, fetch
-from edge_agent.sync.files import Changed, PastTheEnd, RequestRefused
+from edge_agent.sync.files import Changed, PastTheEnd, ReadOnce, RequestRefused
 from edge_agent.sync.pace import Pace
 from tests.support.clock import ScriptedClock
 from tests.support.flaky_package import FlakyPackage, Give
@@ -32,7 +32,7 @@ def place(tmp_path: Path) -> Iterator[Staging]:
 
 
 def run(
-    place: Staging, package: FlakyPackage, time: ScriptedClock, *, sha256: str | None = SHA256
+    place: Staging, package: FlakyPackage | ReadOnce, time: ScriptedClock, *, sha256: str | None = SHA256
 ) -> ManifestFile:
     pace = Pace(total_bytes=len(CONTENT), clock=time.clock)
     return fetch(package, place, path="file", size_bytes=len(CONTENT), sha256=sha256, pace=pace)
@@ -124,3 +124,41 @@ def test_joined_parts_of_two_files_are_dropped_and_it_is_tried_once_more(place: 
     run(place, package, ScriptedClock())
     assert package.offsets == [20_000, 0]
     assert place.verified(SHA256).read_bytes() == CONTENT
+
+
+# --- What was read before ------------------------------------------------------------------------------
+
+
+def test_a_file_that_was_read_already_is_not_asked_for_again(place: Staging) -> None:
+    package = FlakyPackage(CONTENT, [Give()])
+    once = ReadOnce(package)
+    assert once.read("file", len(CONTENT)) == once.read("file", len(CONTENT)) == CONTENT
+    run(place, once, ScriptedClock())
+    assert place.verified(SHA256).read_bytes() == CONTENT
+    assert package.offsets == [0]
+
+
+def test_a_file_that_broke_off_when_it_was_read_is_fetched_to_its_end(place: Staging) -> None:
+    package = FlakyPackage(CONTENT, [Give(count=30_000), Give()])
+    once = ReadOnce(package)
+    assert once.read("file", len(CONTENT)) == CONTENT[:30_000]
+    run(place, once, ScriptedClock())
+    assert place.verified(SHA256).read_bytes() == CONTENT
+    assert package.offsets == [0, 30_000]
+
+
+def test_what_was_read_is_given_once(place: Staging) -> None:
+    package = FlakyPackage(CONTENT, [Give()])
+    once = ReadOnce(package)
+    once.read("file", len(CONTENT))
+    for _ in range(2):
+        with once.open("file") as stream:
+            assert b"".join(stream.chunks) == CONTENT
+    assert package.offsets == [0, 0]
+
+
+def test_more_than_may_be_read_is_refused_and_not_kept() -> None:
+    once = ReadOnce(FlakyPackage(CONTENT, [Give()]))
+    for _ in range(2):
+        with pytest.raises(ManifestError, match="file has more than 99999 bytes"):
+            once.read("file", len(CONTENT) - 1)
