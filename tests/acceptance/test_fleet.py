@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -23,6 +26,8 @@ from tests.support.mosquitto import Broker, running_broker
 from tests.support.processes import Child, Daemon, clean_environment, short_folder, to_toml, wait_until
 from tests.support.sample_device import running_device, settings_for
 from tests.support.scripted_fleet import TOPICS, device
+
+CURSOR_UP = b"\x1b[1A"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +152,30 @@ def test_a_pipe_gets_a_line_for_each_change(fleet: Fleet) -> None:
         fleet.daemons[1].start()
     changes = [line for line in log.read_text().splitlines() if line.startswith("20")]
     assert changes and not any("press-1" in line for line in changes), "the other has not changed"
+
+
+def test_a_terminal_gets_the_page_in_place(fleet: Fleet) -> None:
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        fleet.console.command("fleet", "status", "--watch"),
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        env=clean_environment({"HOME": str(fleet.console.folder), "TERM": "xterm"}),
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while shown.count(b"2 ready") < 2:  # drawn, and drawn again
+            assert select.select([ours], [], [], 60)[0], shown
+            shown += os.read(ours, 65_536)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+    finally:
+        child.kill()
+        child.wait(60)
+        os.close(ours)
+    assert CURSOR_UP in shown
 
 
 def test_a_broker_without_devices_is_no_failure_and_says_what_may_be_wrong(tmp_path: Path) -> None:
