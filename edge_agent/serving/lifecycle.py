@@ -338,9 +338,12 @@ class ModelLifecycle:
         }
 
 
-def lifecycles_of(settings: Settings, store: Store) -> dict[str, ModelLifecycle]:
-    """The lifecycles of all configured models; they share one memory budget."""
-    budget = budget_of(settings, store)
+def lifecycles_of(settings: Settings, store: Store, budget: MemoryBudget) -> dict[str, ModelLifecycle]:
+    """The lifecycles of all configured models.
+
+    Args:
+        budget: of memory, which they share.
+    """
     return {name: lifecycle_of(settings, name, store, budget) for name in settings.models}
 
 
