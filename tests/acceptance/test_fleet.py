@@ -138,6 +138,25 @@ def test_some_devices_are_told_to_ask_within_some_time(fleet: Fleet) -> None:
     fleet.console.run("sync", "--within", "-1", exit_code=2)
 
 
+def test_each_device_says_whether_it_can_take_a_version(fleet: Fleet) -> None:
+    document = fleet.console.json("plan", "assistant", "1")
+    assert (document["name"], document["version"]) == ("assistant", 1)
+    assert document["counts"]["now"] == 2, document
+    for answer in document["devices"]:
+        assert (answer["missing_bytes"], answer["fits"], answer["code"]) == (0, True, None)
+        assert answer["free_bytes"] > 0
+    page = fleet.console.run("plan", "assistant", "1").stdout
+    assert "model assistant, version 1: 2 devices" in page
+    assert "can take it now" in page
+
+
+def test_a_version_that_nobody_has_and_a_model_that_no_device_has_are_told_apart(fleet: Fleet) -> None:
+    unknown = fleet.console.json("plan", "assistant", "99")["devices"]
+    assert {(each["outcome"], each["code"]) for each in unknown} == {("unknown", "unknown_reference")}
+    other = fleet.console.json("plan", "translator", "1")["devices"]
+    assert {each["outcome"] for each in other} == {"no_model"}
+
+
 def test_a_pipe_gets_a_line_for_each_change(fleet: Fleet) -> None:
     log = fleet.console.folder / "watch.log"
     child = Child(fleet.console.command("fleet", "status", "--watch"), log)
