@@ -157,6 +157,22 @@ def test_a_version_that_nobody_has_and_a_model_that_no_device_has_are_told_apart
     assert {each["outcome"] for each in other} == {"no_model"}
 
 
+def test_a_version_that_does_not_come_is_to_be_looked_at(fleet: Fleet) -> None:
+    desired = TOPICS.of("press-1").desired
+    try:
+        fleet.client.publish(desired, '{"models": {"assistant": {"version": 99}}}', retain=True)
+        line = wait_until(partial(a_failed_update, fleet), 60, "what is wrong")
+        assert "assistant 99" in line and "press-1" in line and "the registry has no" in line
+    finally:
+        fleet.client.publish(desired, '{"models": {"assistant": null}}', retain=True)
+
+
+def a_failed_update(fleet: Fleet) -> str:
+    """Its line on the page; empty while there is none."""
+    lines = fleet.console.run("status").stdout.splitlines()
+    return next((line for line in lines if line.startswith("update failed")), "")
+
+
 def test_a_pipe_gets_a_line_for_each_change(fleet: Fleet) -> None:
     log = fleet.console.folder / "watch.log"
     child = Child(fleet.console.command("fleet", "status", "--watch"), log)
