@@ -222,9 +222,9 @@ class ModelLifecycle:
         """A version was not brought here, and why."""
         self._states.note(attempt)
 
-    def note_resolved(self, resolved: tuple[str, int] | None) -> None:
-        """Writes down what a reference means now, (reference, version); None: nobody knows any more."""
-        self._states.adjust(lambda state: replace(state, resolved=resolved))
+    def note_resolved(self, ref: str, version: int) -> None:
+        """Writes down which version a reference means now."""
+        self._states.adjust(lambda state: replace(state, resolved=(ref, version)))
 
     def pin(self, key: str | None) -> None:
         """Fixes the version that runs, whatever the registry says; None lets it follow again."""

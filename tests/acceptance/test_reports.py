@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from mlflow import MlflowClient
 
 from tests.acceptance.test_bad_releases import expect_lisbon
@@ -47,6 +48,32 @@ def plan(device: FollowingDevice, number: str, **question: Any) -> dict[str, Any
     return answer
 
 
+def register_again(registry: MlflowClient, name: str) -> int:
+    """The same package once more, under a new number and the alias; nothing is uploaded."""
+    first = registry.get_model_version(name, "1")
+    again = registry.create_model_version(name, first.source, first.run_id, tags=first.tags)
+    registry.set_registered_model_alias(name, "prod", again.version)
+    return int(again.version)
+
+
+def test_a_version_for_others_is_held_and_a_plan_says_what_it_would_take(
+    follow: Callable[..., FollowingDevice], mlflow_server: Server
+) -> None:
+    device = follow()
+    device.client.subscribe(f"{device.client.root}/model/reported")
+    registry = MlflowClient(mlflow_server.uri, mlflow_server.uri)
+    second = register_again(registry, device.name)
+    registry.set_model_version_tag(device.name, str(second), "edge_agent.rollout", "0")
+    check_held(device, second)
+    asked = plan(device, "later", version=second)
+    assert (asked["missing_bytes"], asked["fits"], asked["code"]) == (0, True, None), "all blobs are here"
+    assert plan(device, "none", version=99)["code"] == "unknown_reference"
+    assert plan(device, "wrong", version="1")["code"] == "bad_request"
+    assert plan(device, "who", version=1, model="nobody")["code"] == "unknown_model"
+    assert [each["version"] for each in device.do("list")] == [1], "nothing was brought"
+
+
+@pytest.mark.long
 def test_a_walk_from_an_alias_to_quarantine_and_around_a_rollout(
     follow: Callable[..., FollowingDevice],
     new_daemon: Callable[..., Daemon],
@@ -70,11 +97,23 @@ def test_a_walk_from_an_alias_to_quarantine_and_around_a_rollout(
     assert first["gate"]["golden"]["passed"] == first["gate"]["golden"]["of"]
 
     walk_into_quarantine(device, sample_model, short_dir)
-    ask_about_versions(device)
+    here = plan(device, "here", version=1)
+    assert (here["missing_bytes"], here["fits"], here["code"], here["would_start_at"]) == (
+        0,
+        True,
+        None,
+        None,
+    )
+    assert here["free_bytes"] > 0
+    assert plan(device, "bad", version=2)["code"] == "quarantined"
     registry = MlflowClient(mlflow_server.uri, mlflow_server.uri)
     third = device.publish(swapped_model)
     registry.set_model_version_tag(name, str(third), "edge_agent.rollout", "0")
-    walk_around_a_rollout(device, third)
+    check_held(device, third)
+    asked = plan(device, "later", version=third)
+    assert asked["missing_bytes"] > 1_000_000
+    assert (asked["fits"], asked["code"]) == (True, None), "by its number, it would be taken"
+    assert [each["version"] for each in device.do("list")] == [1, 2], "nothing was fetched for a plan"
 
     registry.set_model_version_tag(name, str(third), "edge_agent.rollout_from", "1")
     newcomer = f"{name}-new"
@@ -117,24 +156,8 @@ def walk_into_quarantine(device: FollowingDevice, sample_model: Path, folder: Pa
     assert (model["wanted"], model["gate"]) == ({"version": 2, "via": "alias"}, failed["gate"])
 
 
-def ask_about_versions(device: FollowingDevice) -> None:
-    """A plan for what is here, for what must not run, and for what nobody has."""
-    here = plan(device, "here", version=1)
-    assert (here["missing_bytes"], here["fits"], here["code"], here["would_start_at"]) == (
-        0,
-        True,
-        None,
-        None,
-    )
-    assert here["free_bytes"] > 0
-    assert plan(device, "bad", version=2)["code"] == "quarantined"
-    assert plan(device, "none", version=99)["code"] == "unknown_reference"
-    assert plan(device, "wrong", version="1")["code"] == "bad_request"
-    assert plan(device, "who", version=1, model="nobody")["code"] == "unknown_model"
-
-
-def walk_around_a_rollout(device: FollowingDevice, version: int) -> None:
-    """A version that is for others first."""
+def check_held(device: FollowingDevice, version: int) -> None:
+    """A version that is for others first: nothing is wrong."""
     warned = device.daemon.log.count("WARNING")
     told = device.do("pull", "assistant")
     assert (told["state"], told["code"], told["version"]) == ("held", "not_in_rollout", version)
@@ -142,8 +165,4 @@ def walk_around_a_rollout(device: FollowingDevice, version: int) -> None:
         device.client, device.name, lambda m: step(m) == (version, "held", "not_in_rollout"), "it is held"
     )
     assert (model["version"], model["link"], model["wanted"]["version"]) == (1, None, version)
-    asked = plan(device, "later", version=version)
-    assert asked["missing_bytes"] > 1_000_000
-    assert (asked["fits"], asked["code"]) == (True, None), "by its number, it would be taken"
     assert device.daemon.log.count("WARNING") == warned
-    assert [each["version"] for each in device.do("list")] == [1, 2], "nothing was fetched for a plan"

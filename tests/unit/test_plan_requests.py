@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_agent.chat.prompt import Answer
 from edge_agent.errors import QueueFull, UnknownModel
@@ -137,6 +139,13 @@ def test_bytes_that_are_none_are_answered_where_the_message_names_a_topic(room: 
     room.send(payload)
     assert len(room.sent) == 1, "nobody is known who could hear it"
     assert room.counters["plans_malformed"] == 2
+
+
+@given(st.binary(max_size=300) | st.text(max_size=100).map(lambda text: json.dumps({"id": text}).encode()))
+def test_no_bytes_raise_anything(payload: bytes) -> None:
+    room = Room()
+    room.send(payload, response_topic="replies/x")
+    assert [said["code"] for _, _, said in room.sent] == ["bad_request"]
 
 
 @pytest.mark.parametrize(
