@@ -6,7 +6,6 @@ reaches only a share of the devices at first, where its version's tag says so.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from edge_agent.errors import (
     SettingsError,
     StoreError,
 )
+from edge_agent.package.place import place_of
 from edge_agent.package.reference import ModelRef
 
 MAX_DESIRED_BYTES = 64 << 10
@@ -71,12 +71,8 @@ def needs_fallback(error: EdgeAgentError) -> bool:
 
 
 def in_rollout(*, device_id: str, name: str, version: int, percent: float) -> bool:
-    """True when this device is among the `percent` of devices that take a version now.
-
-    The same device always has the same place for a version, and another one for the next.
-    """
-    digest = hashlib.sha256(f"{device_id}\n{name}\n{version}".encode()).hexdigest()
-    return int(digest[:8], 16) % 100 < percent
+    """True when this device is among the `percent` of devices that take a version now."""
+    return int(place_of(device_id, name=name, version=version)[:8], 16) % 100 < percent
 
 
 def check_rollout(tag: str | None, *, device_id: str, name: str, version: int) -> None:
