@@ -45,8 +45,10 @@ class Watch(Protocol):
     """What comes on some filters: of each topic the newest message, so nothing piles up behind a slow reader."""
 
     def next(self, timeout_s: float) -> Message | None:
-        """The next message, or None if none has come within `timeout_s`, be it that the connection is lost: it is made
-        again meanwhile, and what is retained then comes once more.
+        """The next message, or None if none has come within `timeout_s`.
+
+        A connection that was lost is made again meanwhile (a try may take some seconds longer than `timeout_s`), and
+        then what is retained comes once more.
         """
 
 

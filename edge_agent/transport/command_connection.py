@@ -62,6 +62,7 @@ class CommandConnection:
         *,
         client_id: str,
         version5: bool,
+        clean: bool,
         on_message: OnMessage,
     ) -> None:
         self.version5 = version5
@@ -73,6 +74,7 @@ class CommandConnection:
         self.published: dict[int, ReasonCode] = {}
         self._settings = settings
         self._client_id = client_id
+        self._clean = clean
         self._client = client
         self._on_message = on_message
         client.on_socket_open = guarded(disable_nagle)
@@ -125,7 +127,7 @@ class CommandConnection:
             if left_s <= 0:
                 break
             try:
-                if self._client.loop(min(left_s, _TURN_S)) != paho.MQTT_ERR_SUCCESS:
+                if not self._client.turn(min(left_s, _TURN_S)):
                     self._end("the broker closed the connection")
             except Exception as error:  # noqa: BLE001 - paho may raise anything on a malformed packet
                 self._end(f"protocol error: {error!r}")
@@ -141,7 +143,7 @@ class CommandConnection:
                 self._client.disconnect(properties=properties)
             else:
                 self._client.disconnect()
-            if not self.version5 and not self.had_session:
+            if not (self.version5 or self.had_session or self._clean):
                 # In MQTT 3.1.1 only a new connection with Clean Session discards a session.
                 last = _try(
                     self._settings,
@@ -168,9 +170,19 @@ class CommandConnection:
 
 
 def connect(
-    settings: MqttSettings, *, client_id: str, session_expiry_s: int, on_message: OnMessage
+    settings: MqttSettings,
+    *,
+    client_id: str,
+    session_expiry_s: int,
+    on_message: OnMessage,
+    clean: bool = False,
 ) -> CommandConnection:
     """Connects with the configured protocol, and with MQTT 3.1.1 if `auto` needs it.
+
+    Args:
+        session_expiry_s: how long the broker keeps the session of a command that is killed. Over MQTT 3.1.1 it keeps
+            it for as long as it likes,
+        clean: unless the session is a clean one. Only for a client id that is nobody else's.
 
     Raises:
         BrokerUnreachable: the connection failed; the remedy says what to check.
@@ -182,7 +194,7 @@ def connect(
             settings,
             client_id=client_id,
             version5=version5,
-            clean=False,
+            clean=clean,
             session_expiry_s=session_expiry_s,
             on_message=on_message,
         )
@@ -236,7 +248,7 @@ def _try(
     if settings.username:
         client.username_pw_set(settings.username, read_password(settings, credential_path("mqtt-password")))
     connection = CommandConnection(
-        settings, client, client_id=client_id, version5=version5, on_message=on_message
+        settings, client, client_id=client_id, version5=version5, clean=clean, on_message=on_message
     )
     try:
         if version5:

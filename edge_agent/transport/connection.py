@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import select
 import socket
 import ssl
 import time
@@ -131,27 +130,10 @@ class Connection:
             wake: readable when something is due.
             send_due: called while the broker listens.
         """
-        client = self.client
-        sock = client.socket()
-        if sock is None:
-            self.ended = self.ended or "connection lost"
-            return
-        pending = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
-        writing = [sock] if client.want_write() else []
         try:
-            readable, writable, _ = select.select([sock, wake], writing, [], 0 if pending else _TURN_S)
-        except (OSError, ValueError):
-            self.ended = "connection lost"
-            return
-        if wake in readable:
-            with contextlib.suppress(BlockingIOError):
-                wake.recv(4096)
-        try:
-            if sock in readable or pending:
-                client.loop_read()
-            if sock in writable:
-                client.loop_write()
-            client.loop_misc()
+            if not self.client.turn(_TURN_S, wake):
+                self.ended = self.ended or "connection lost"
+                return
             if self.connected and not self.ended:
                 send_due(self)
         except Exception as error:  # noqa: BLE001 - paho raises on malformed packets; the connection is at fault

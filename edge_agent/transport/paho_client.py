@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import socket
+import ssl
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,32 @@ class Client(paho.Client):
     """
 
     on_unreadable: Callable[[Exception], None]
+
+    def turn(self, timeout_s: float, wake: socket.socket | None = None) -> bool:
+        """Waits for the connection, or for `wake`, and then reads and writes what there is. False if it is lost.
+
+        Raises:
+            Exception: whatever paho raises on a malformed packet; the connection is at fault.
+        """
+        sock = self.socket()
+        if sock is None:
+            return False
+        pending = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
+        reading = [sock] if wake is None else [sock, wake]
+        writing = [sock] if self.want_write() else []
+        try:
+            readable, writable, _ = select.select(reading, writing, [], 0 if pending else timeout_s)
+        except (OSError, ValueError):
+            return False
+        if wake in readable:
+            with contextlib.suppress(BlockingIOError):
+                wake.recv(4096)
+        if sock in readable or pending:
+            self.loop_read()
+        if sock in writable:
+            self.loop_write()
+        self.loop_misc()
+        return True
 
     def _handle_publish(self) -> MQTTErrorCode:
         try:

@@ -107,6 +107,7 @@ class Application:
         *,
         client_id: str = "",
         password: str | None = None,
+        session_expiry_s: int = 0,
     ) -> None:
         self.name = name
         self.came: list[Came] = []
@@ -125,7 +126,9 @@ class Application:
         self._paho.on_message = self._on_message
         self._paho.on_publish = self._on_publish
         self._paho.on_subscribe = lambda *_: self._subscribed.set()
-        self._paho.connect(broker.host, broker.port)
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = session_expiry_s
+        self._paho.connect(broker.host, broker.port, clean_start=not session_expiry_s, properties=properties)
         self._paho.loop_start()
 
     def __enter__(self) -> Application:

@@ -125,6 +125,7 @@ def test_no_room_is_overcrowded() -> None:
             {
                 "transport/connection.py",
                 "transport/paho_client.py",
+                "fleet/connection.py",
                 "transport/command_connection.py",
                 "demo/__init__.py",
                 "bench/mqtt_client.py",
