@@ -45,7 +45,7 @@ from edge_agent.transport.credentials import read_password
 from edge_agent.transport.inbound import Handler
 from edge_agent.transport.mqtt import MqttTransport
 from edge_agent.transport.requests import Requests
-from edge_agent.updates.desired import DesiredState
+from edge_agent.updates.desired import DesiredState, SyncRequests
 from edge_agent.updates.operations import Operations, run_operation
 from edge_agent.updates.updates import Updates
 
@@ -280,7 +280,7 @@ class Daemon:
             intake=self._intake,
             replies=self._mqtt,
             max_payload_bytes=self._settings.limits.payload_bytes,
-            check_updates=self._updates.take_sync,
+            check_updates=SyncRequests(self._updates.check_now).take,
             desire=self._desired.take,
             now=clock.now,
         )

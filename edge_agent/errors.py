@@ -213,13 +213,17 @@ class SyncStopped(EdgeAgentError):
     code = "sync_stopped"
 
 
-class LinkHeld(EdgeAgentError):
+class VersionHeld(EdgeAgentError):
+    """A version waits, to be fetched or to take over. That is a state, not a failure."""
+
+
+class LinkHeld(VersionHeld):
     """A download waits for the line: for a window of `[link]`, or for the next day's bytes. Nothing is wrong."""
 
     code = "link_held"
 
 
-class ActivationHeld(EdgeAgentError):
+class ActivationHeld(VersionHeld):
     """A version is here, and waits for the time at which it may take over: see `[link]`. Nothing is wrong."""
 
     code = "activation_held"

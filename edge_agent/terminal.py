@@ -110,7 +110,7 @@ def print_status(status: Mapping[str, Any]) -> None:
         f"state     {status['state']}   (edge-agent {status['agent_version']}, queue {status['queue_depth']})"
     )
     for trouble in status.get("troubles", []):
-        echo(f"look at   {printable.line(trouble)}")
+        echo(f"look at   {printable.line(trouble['text'])}")
     problem = f": {printable.line(broker['problem'])}" if broker.get("problem") else ""
     place = f"{broker['host']}:{broker['port']}"
     echo(f"broker    {place} {'connected' if broker['connected'] else f'not connected{problem}'}")

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from edge_agent.cache.attempt import MAX_FAULT, Attempt, Fault, Measured
 from edge_agent.cache.record import KEY, VersionRecord, whole
-from edge_agent.errors import StoreError
+from edge_agent.errors import Quarantined, StoreError
 from edge_agent.package.reference import MODEL_NAME
 
 MAX_QUARANTINED = 32
 """Quarantined versions of one model; the oldest entries are dropped first. Together with the lengths below, this keeps
 `state.json` far below the size up to which the store reads it."""
-_MAX_QUARANTINE_REASON = 200
 _MAX_REASON = 1_000
 _MAX_URI = 600
 
@@ -34,6 +34,9 @@ class ModelState:
         candidate_tries: how often it has been tried, 0 while it waits; the number stays high when agents died while
             trying it.
         quarantined: key → why it is not tried again, oldest first.
+        measured: key → what it showed in its gate, of the active version and of the previous one.
+        attempt: the last version of the model's own that was tried, and how far it got; None where none was.
+        resolved: what the registry said last of the reference that is followed, (reference, version); None for nothing.
         pinned: key of the version that an operator pinned: it runs whatever the registry says.
         desired: `models:/…` that came over MQTT and overrides the settings' uri; empty for none.
         instead: why a version of the fallback is active; empty while one of the model's own is.
@@ -43,7 +46,10 @@ class ModelState:
     previous: str | None = None
     candidate: str | None = None
     candidate_tries: int = 0
-    quarantined: Mapping[str, str] = field(default_factory=dict)
+    quarantined: Mapping[str, Fault] = field(default_factory=dict)
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+    attempt: Attempt | None = None
+    resolved: tuple[str, int] | None = None
     pinned: str | None = None
     desired: str = ""
     instead: str = ""
@@ -54,8 +60,25 @@ class ModelState:
             "previous": self.previous,
             "candidate": self.candidate,
             "pinned": self.pinned,
-            "quarantined": dict(self.quarantined),
+            "quarantined": self.reasons,
         }
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why versions are in quarantine, for people."""
+        return {key: fault.reason for key, fault in self.quarantined.items()}
+
+    def refuse_quarantined(self, key: str) -> None:
+        """
+        Raises:
+            Quarantined: the version failed before; the message says why.
+        """
+        if fault := self.quarantined.get(key):
+            raise Quarantined(f"version {key} is in quarantine: {fault.reason}")
+
+    def noting(self, attempt: Attempt | None) -> ModelState:
+        """How far the last attempt got."""
+        return replace(self, attempt=attempt)
 
     def trying(self, key: str) -> ModelState:
         """Recorded before a candidate's runner starts, so that a crash during the trial is noticed."""
@@ -64,51 +87,56 @@ class ModelState:
 
     def waiting_for(self, key: str | None) -> ModelState:
         """A version is here, and is tried when its time comes; None for no such version."""
-        return replace(self, candidate=key, candidate_tries=0)
+        tried = self.attempt
+        attempt = None if tried and tried.is_open and tried.is_of(key) else tried
+        return replace(self, candidate=key, candidate_tries=0, attempt=attempt)
 
     def given_up(self) -> ModelState:
         """The trial did not finish, which says nothing about the candidate."""
         return replace(self, candidate=None, candidate_tries=0)
 
-    def refused(self, key: str, reason: str) -> ModelState:
+    def refused(self, key: str, fault: Fault) -> ModelState:
         """A candidate failed. It is not tried again, unless no other version could answer."""
         if self.active in (None, key):
             return self.given_up()
-        return replace(self.given_up(), quarantined=_with(self.quarantined, key, reason))
+        return replace(self.given_up(), quarantined=_with(self.quarantined, key, fault))
 
-    def switched(self, key: str, *, instead: str = "") -> ModelState:
+    def switched(self, key: str, *, measured: Measured | None = None, instead: str = "") -> ModelState:
         """A version became the active one.
 
         Args:
+            measured: what it showed in its gate, where it was just in there.
             instead: why it is a version of the fallback; empty for one of the model's own.
         """
-        quarantined = {other: reason for other, reason in self.quarantined.items() if other != key}
+        quarantined = {other: fault for other, fault in self.quarantined.items() if other != key}
         previous = self.active if self.active != key else self.previous
+        known = {**self.measured, key: measured} if measured else self.measured
         return replace(
             self.given_up(),
             active=key,
             previous=previous,
             quarantined=quarantined,
+            measured={one: of for one, of in known.items() if one in (key, previous)},
             instead=instead[:_MAX_REASON],
         )
 
-    def stepped_back(self, reason: str | None, *, to: str | None = None, instead: str = "") -> ModelState:
+    def stepped_back(self, fault: Fault | None, *, to: str | None = None, instead: str = "") -> ModelState:
         """The previous version takes the active one's place.
 
         Args:
-            reason: why the active version is quarantined; None when it is only damaged and may come back.
+            fault: why the active version is quarantined; None when it is only damaged and may come back.
             to: a version of the fallback, where there is no previous one.
             instead: see `switched`.
         """
         to = to or self.previous
         if self.active is None or to is None:
             raise ValueError("there is no version to go back to")
-        quarantined = _with(self.quarantined, self.active, reason) if reason else self.quarantined
+        quarantined = _with(self.quarantined, self.active, fault) if fault else self.quarantined
         pinned = None if self.pinned == self.active else self.pinned
         return replace(
             self.given_up(),
             active=to,
-            previous=None if reason else self.active,
+            previous=None if fault else self.active,
             quarantined=quarantined,
             pinned=pinned,
             instead=instead[:_MAX_REASON],
@@ -120,7 +148,7 @@ class ModelState:
             self,
             previous=None if self.previous == key else self.previous,
             pinned=None if self.pinned == key else self.pinned,
-            quarantined={other: reason for other, reason in self.quarantined.items() if other != key},
+            quarantined={other: fault for other, fault in self.quarantined.items() if other != key},
         )
 
     def role(self, key: str) -> str:
@@ -165,7 +193,11 @@ class CacheState:
                     "previous": model.previous,
                     "candidate": model.candidate,
                     "candidate_tries": model.candidate_tries,
-                    "quarantined": dict(model.quarantined),
+                    "quarantined": model.reasons,
+                    "codes": {key: fault.code for key, fault in model.quarantined.items()},
+                    "measured": {key: of.fields() for key, of in model.measured.items()},
+                    "attempt": model.attempt.document() if model.attempt else None,
+                    "resolved": model.resolved,
                     "pinned": model.pinned,
                     "desired": model.desired,
                     "instead": model.instead,
@@ -215,26 +247,43 @@ def rebuild(records: Iterable[VersionRecord], *, reason: str) -> CacheState:
     return CacheState(models=models, rebuilt=reason)
 
 
-def _with(quarantined: Mapping[str, str], key: str, reason: str) -> dict[str, str]:
+def _with(quarantined: Mapping[str, Fault], key: str, fault: Fault) -> dict[str, Fault]:
     """With one more entry, within the bound."""
     others = [(other, why) for other, why in quarantined.items() if other != key]
-    return dict([*others, (key, reason[:_MAX_QUARANTINE_REASON])][-MAX_QUARANTINED:])
+    short = replace(fault, reason=fault.reason[:MAX_FAULT])
+    return dict([*others, (key, short)][-MAX_QUARANTINED:])
 
 
 def _model(fields: Any) -> ModelState:
-    quarantined: dict[str, str] = {}
+    quarantined: dict[str, Fault] = {}
+    codes = fields.get("codes") or {}
     for key, reason in fields["quarantined"].items():
-        quarantined = _with(quarantined, _key(key), str(reason))
+        quarantined = _with(quarantined, _key(key), Fault.parse(codes.get(key), reason))
     return ModelState(
         active=_optional_key(fields["active"]),
         previous=_optional_key(fields["previous"]),
         candidate=_optional_key(fields["candidate"]),
         candidate_tries=whole(fields.get("candidate_tries", 0)),
         quarantined=quarantined,
+        measured=_measured(fields),
+        attempt=Attempt.parse(fields.get("attempt")),
+        resolved=_resolved(fields.get("resolved")),
         pinned=_optional_key(fields["pinned"]),
         desired=str(fields.get("desired", ""))[:_MAX_URI],
         instead=str(fields.get("instead", ""))[:_MAX_REASON],
     )
+
+
+def _measured(fields: Any) -> dict[str, Measured]:
+    kept = (fields["active"], fields["previous"])
+    known = (fields.get("measured") or {}).items()
+    return {key: measured for key, of in known if key in kept and (measured := Measured.parse(of))}
+
+
+def _resolved(value: Any) -> tuple[str, int] | None:
+    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)):
+        return None
+    return value[0][:_MAX_URI], whole(value[1])
 
 
 def _name(name: str) -> str:

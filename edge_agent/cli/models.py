@@ -105,7 +105,7 @@ def models_show(invocation: Invocation, name: str, as_json: bool) -> None:
         "uri": settings.models[name].uri if name in settings.models else None,
         "active": state.active,
         "previous": state.previous,
-        "quarantined": dict(state.quarantined),
+        "quarantined": state.reasons,
         "versions": versions,
     }
     if as_json:

@@ -151,7 +151,7 @@ def _check_state(settings: Settings, store: Store) -> Iterator[Finding]:
         return
     for name in settings.models:
         model = state.model(name)
-        for key, reason in model.quarantined.items():
+        for key, reason in model.reasons.items():
             yield warn(
                 "cache.state",
                 f"model {name}: version {key} is in quarantine: {reason}",

@@ -84,7 +84,7 @@ def check_daemon(settings: Settings, status: DaemonStatus) -> Iterator[Finding]:
         return
     state, queue = document["state"], document["queue_depth"]
     line = f"{state}, version {document['agent_version']}, {queue} prompts queued"
-    troubles = [*document.get("troubles", ()), *_model_troubles(document)]
+    troubles = [*(trouble["text"] for trouble in document.get("troubles", ())), *_model_troubles(document)]
     if state == "degraded" or troubles:
         yield warn(
             "daemon", f"{line}; {'; '.join(troubles)}", "docs/operating.md says what to do for each state"
@@ -142,7 +142,7 @@ def unit_properties() -> dict[str, str]:
 
 def _model_troubles(document: Mapping[str, Any]) -> Iterator[str]:
     for model in document["models"]:
-        waits = model.get("link") is not None  # for its time: nothing is wrong
+        waits = (model.get("attempt") or {}).get("step") == "held"  # nothing is wrong
         if model["state"] in ("failed", "absent") or (model.get("update_problem") and not waits):
             reason = reason_of(model) or "no version is in the cache"
             yield f"model {model['name']} is {model['state']}: {reason}"

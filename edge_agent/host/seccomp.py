@@ -318,6 +318,19 @@ def of_this_host() -> Architecture | None:
     return ARCHITECTURES.get(platform.machine())
 
 
+def is_available() -> bool:
+    """Whether a filter could be put over a process here; nothing is.
+
+    Source: seccomp(2): a kernel that takes filters looks for this one, and finds that there is none.
+    """
+    if of_this_host() is None:
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    nothing = ctypes.c_ulong(0)
+    libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), nothing, nothing, nothing)
+    return ctypes.get_errno() == errno.EFAULT
+
+
 def program(architecture: Architecture, *, pid: int, calls: Calls) -> list[Instruction]:
     """The filter.
 

@@ -90,3 +90,4 @@ class ModelVersion:
 
 MANIFEST_TAG = "edge_agent.manifest_sha256"
 ROLLOUT_TAG = "edge_agent.rollout"
+ROLLOUT_FROM_TAG = "edge_agent.rollout_from"

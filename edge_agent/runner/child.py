@@ -158,18 +158,18 @@ class Runner:
     def _try_out(self, model: loader.Model) -> None:
         try:
             with bounds.panics_caught():
-                failures, tokens_per_s = golden.try_out(
+                failures, asked, tokens_per_s = golden.try_out(
                     model.golden,
                     signature=model.signature,
                     ask=lambda document: model.ask(with_system(document, self._system)),
                 )
         except Exception as error:  # noqa: BLE001 - a candidate may fail in any way; the daemon decides
             print_frames(error)
-            failures, tokens_per_s = [_describe(error)], 0.0
+            failures, asked, tokens_per_s = [_describe(error)], 1, 0.0
         # Not getrusage: its peak starts with the parent's, whose memory this process shared until exec.
         peak_bytes = self._memory.peak_bytes()
         failures = [failure[:MAX_MESSAGE] for failure in failures]
-        self._send(Tried(failures=failures, tokens_per_s=tokens_per_s, memory_bytes=peak_bytes))
+        self._send(Tried(failures=failures, asked=asked, tokens_per_s=tokens_per_s, memory_bytes=peak_bytes))
 
     def _next(self) -> Frame:
         frame = self._reader.read(None)

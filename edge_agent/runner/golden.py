@@ -24,7 +24,7 @@ Ask = Callable[[dict[str, Any]], tuple[str, int]]
 """Answers one document: (text, completion tokens)."""
 
 
-def try_out(golden: object, *, signature: str, ask: Ask) -> tuple[list[str], float]:
+def try_out(golden: object, *, signature: str, ask: Ask) -> tuple[list[str], int, float]:
     """Answers every golden prompt, and measures the speed.
 
     Args:
@@ -32,10 +32,11 @@ def try_out(golden: object, *, signature: str, ask: Ask) -> tuple[list[str], flo
         signature: `chat` or `prompt`: the form of the prompt that measures the speed.
 
     Returns:
-        (the failures, one line each; tokens a second).
+        (the failures, one line each; how many prompts there were; tokens a second).
     """
     started_s, tokens = time.monotonic(), 0
     failures: list[str] = []
+    number = 0
     for number, entry in enumerate(_entries(golden), start=1):
         failure, used = _try_one(entry, ask)
         tokens += used
@@ -48,7 +49,7 @@ def try_out(golden: object, *, signature: str, ask: Ask) -> tuple[list[str], flo
             {**(document if signature == "chat" else {"prompt": "Once"}), "max_tokens": _SPEED_TOKENS}
         )
     elapsed_s = time.monotonic() - started_s
-    return failures, tokens / elapsed_s if elapsed_s > 0 else 0.0
+    return failures, number, tokens / elapsed_s if elapsed_s > 0 else 0.0
 
 
 def _entries(golden: object) -> Iterator[object]:

@@ -87,11 +87,13 @@ class Tried:
 
     Attributes:
         failures: what the candidate got wrong, one line each; empty if it passed.
+        asked: how many golden prompts there were.
         memory_bytes: the peak of resident memory so far.
     """
 
     type: ClassVar[str] = "tried"
     failures: list[str]
+    asked: int
     tokens_per_s: float
     memory_bytes: Bytes
 

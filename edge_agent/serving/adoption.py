@@ -13,8 +13,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
+from edge_agent.cache.attempt import Fault, Measured, Step
 from edge_agent.cache.record import VersionRecord
-from edge_agent.errors import ActivationHeld, EdgeAgentError, MemoryShort, Quarantined, StoreError
+from edge_agent.errors import ActivationHeld, EdgeAgentError, MemoryShort, StoreError
 from edge_agent.serving import verdicts
 from edge_agent.serving.loading import LoadedVersion, Loading, VersionLoader
 from edge_agent.serving.rollback import Rollback
@@ -80,17 +81,18 @@ class Adoption:
             if self._states.state.active == key and self._seat.serving is not Serving.FAILED:
                 if instead != self._states.state.instead:
                     self._states.change(lambda state: replace(state, instead=instead))
+                self._states.settle(record)
                 self._states.note_served()
                 return
             if not force:
-                self.refuse_quarantined(key)
+                self._states.state.refuse_quarantined(key)
             attainable_bytes = self._loading.budget.attainable_bytes()
             if not (force or asked_for):
                 self._refuse_unmet(key, attainable_bytes)
-            self._states.change(lambda state: state.trying(key))
+            self._states.begin(record, Step.GATE, lambda state: state.trying(key))
             if self._states.state.candidate_tries > verdicts.MAX_TRIES and not force:
                 error = GateFailed(f"it was tried {verdicts.MAX_TRIES} times and never came through the gate")
-                self._note_refusal(key, error)
+                self._note_refusal(record, error)
                 raise error
             log.info("candidate starts model=%s version=%s", self._name, key)
             self._try(record, instead, attainable_bytes, before_exchange)
@@ -104,15 +106,6 @@ class Adoption:
         self.adopt(key, force=True, asked_for=False, instead="")
         self._states.pin(key)
         return key
-
-    def refuse_quarantined(self, key: str) -> None:
-        """
-        Raises:
-            Quarantined: the version failed before; the message says why.
-        """
-        quarantined = self._states.state.quarantined
-        if key in quarantined:
-            raise Quarantined(f"version {key} is in quarantine: {quarantined[key]}")
 
     def reload(self) -> None:
         """Stops the runner between two prompts. The next prompt loads the files that are there then."""
@@ -145,10 +138,10 @@ class Adoption:
         try:
             answers_meanwhile = self._make_room(record)
             version = self._loader.load(record)
-            self._pass_gate(version)
+            measured = self._pass_gate(version)
             if answers_meanwhile:
                 self._check_time(version, before_exchange)
-            self._exchange(version, instead)
+            self._exchange(version, measured, instead)
         except ActivationHeld:
             log.info("candidate put off model=%s version=%s", self._name, record.key)
             raise
@@ -158,7 +151,7 @@ class Adoption:
                 self._note_no_active(Serving.ABSENT, f"version {record.version} failed: {error}")
             elif verdicts.caused_by_host(error):
                 self._note_unmet(record, error, attainable_bytes)
-            self._note_refusal(record.key, error)
+            self._note_refusal(record, error)
             raise
         finally:
             self._seat.open()
@@ -185,7 +178,7 @@ class Adoption:
             version.runner.stop()
             raise
 
-    def _pass_gate(self, version: LoadedVersion) -> None:
+    def _pass_gate(self, version: LoadedVersion) -> Measured:
         """It must take the settings' system prompt and answer golden prompts right; speed and memory are reported.
 
         Raises:
@@ -205,21 +198,33 @@ class Adoption:
         )
         if self.gate_report:
             log.warning("gate model=%s version=%s %s", self._name, version.record.key, self.gate_report)
+        return Measured(
+            load_ms=round(version.reported.load_ms),
+            tokens_per_s=round(tried.tokens_per_s, 2),
+            passed=tried.asked,
+            of=tried.asked,
+        )
 
-    def _exchange(self, version: LoadedVersion, instead: str) -> None:
+    def _exchange(self, version: LoadedVersion, measured: Measured, instead: str) -> None:
         """Between two prompts, switches the state to the new version, seats its runner and stops the old one.
 
         The caller opens the seat again.
         """
+        record = version.record
+        self._states.begin(record, Step.ACTIVATE)
         self._seat.drain()
         try:
-            self._states.change(lambda state: state.switched(version.record.key, instead=instead))
+            self._states.begin(
+                record,
+                Step.ACTIVE,
+                lambda state: state.switched(record.key, measured=measured, instead=instead),
+            )
             former = self._seat.swap(version)
             self._rollback.clear()
         except BaseException:
             version.runner.kill()
             raise
-        log.info("version active model=%s version=%s", self._name, version.record.key)
+        log.info("version active model=%s version=%s", self._name, record.key)
         if former is not None:
             former.runner.stop()
 
@@ -252,11 +257,15 @@ class Adoption:
     def _note_no_active(self, serving: Serving, reason: str) -> None:
         self._seat.note(serving, reason, still=self._states.still_active(None))
 
-    def _note_refusal(self, key: str, error: EdgeAgentError) -> None:
+    def _note_refusal(self, record: VersionRecord, error: EdgeAgentError) -> None:
         """Writes down that a candidate failed, and why if that was its own doing."""
-        reason = str(error)
-        if self._seat.closed or verdicts.caused_by_host(error):
+        fault = Fault.of(error)
+        if self._seat.closed:
             self._states.change(lambda state: state.given_up())
+        elif verdicts.caused_by_host(error):
+            self._states.fail(record, fault.code, lambda state: state.given_up())
         elif verdicts.caused_by_candidate(error):
-            self._states.change(lambda state: state.refused(key, reason))
-        log.warning("candidate refused model=%s version=%s reason=%r", self._name, key, reason)
+            self._states.fail(record, fault.code, lambda state: state.refused(record.key, fault))
+        else:
+            self._states.fail(record, fault.code)
+        log.warning("candidate refused model=%s version=%s reason=%r", self._name, record.key, fault.reason)

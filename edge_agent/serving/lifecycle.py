@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from edge_agent.cache.attempt import Attempt, Fault
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
@@ -189,18 +190,13 @@ class ModelLifecycle:
             key, force=force, asked_for=asked_for, instead=instead, before_exchange=before_exchange
         )
 
-    def refuse_quarantined(self, key: str) -> None:
-        """Raises `Quarantined` for a version that failed before; the message says why."""
-        self._adoption.refuse_quarantined(key)
-
     def untried(self) -> str | None:
         """Key of what is on disk, and was not tried to the end, or waits for its time; see `VersionStates`."""
         return self._states.untried()
 
     def put_off(self, key: str | None) -> None:
         """A version may not take over yet; None: there is none any more. It is kept for the time when it may."""
-        if self.state != self.state.waiting_for(key):
-            self._states.change(lambda state: state.waiting_for(key))
+        self._states.adjust(lambda state: state.waiting_for(key))
 
     def go_back(self) -> str:
         """An operator's rollback: the previous version becomes active again, and is pinned. Gives its key. Raises where
@@ -217,10 +213,18 @@ class ModelLifecycle:
         """The newest version of the fallback that is here and may be tried."""
         return self._states.fallback()
 
-    def set_aside(self, key: str, reason: str) -> None:
+    def set_aside(self, key: str, error: EdgeAgentError) -> None:
         """A version of the model's own failed while the fallback answers: it is not tried again."""
         if key not in self.state.quarantined:
-            self._states.change(lambda state: state.refused(key, reason))
+            self._states.change(lambda state: state.refused(key, Fault.of(error)))
+
+    def note_attempt(self, attempt: Attempt) -> None:
+        """A version was not brought here, and why."""
+        self._states.note(attempt)
+
+    def note_resolved(self, resolved: tuple[str, int] | None) -> None:
+        """Writes down what a reference means now, (reference, version); None: nobody knows any more."""
+        self._states.adjust(lambda state: replace(state, resolved=resolved))
 
     def pin(self, key: str | None) -> None:
         """Fixes the version that runs, whatever the registry says; None lets it follow again."""
@@ -228,8 +232,7 @@ class ModelLifecycle:
 
     def set_desired(self, uri: str) -> None:
         """Writes down what MQTT asks for; empty for nothing."""
-        if uri != self.state.desired:
-            self._states.change(lambda state: replace(state, desired=uri))
+        self._states.adjust(lambda state: replace(state, desired=uri))
 
     def forget(self, key: str) -> None:
         """A version was removed from the cache."""
@@ -244,11 +247,8 @@ class ModelLifecycle:
             log.info("unloaded when idle model=%s", self.name)
 
     def give_up_memory(self) -> bool:
-        """Stops the runner now if nobody uses it, else after the running prompts. The next prompt loads it again.
-
-        Returns:
-            True when it was stopped.
-        """
+        """Stops the runner now if nobody uses it (then True), else after the running prompts. The next prompt loads it
+        again."""
         version = self._seat.unload()
         if version is None:
             return False

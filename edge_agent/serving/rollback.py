@@ -11,9 +11,10 @@ import logging
 from collections.abc import Callable
 
 from edge_agent.cache import fsck
+from edge_agent.cache.attempt import Fault
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
-from edge_agent.errors import EdgeAgentError, VerificationError
+from edge_agent.errors import EdgeAgentError, RunnerCrashed, VerificationError
 from edge_agent.serving import verdicts
 from edge_agent.serving.seat import Seat, Serving
 from edge_agent.serving.standing import VersionStates, fallback_reason
@@ -53,6 +54,8 @@ class Rollback:
 
     def clear_load_failures(self) -> None:
         """The active version was loaded, or its files were repaired."""
+        if active := self._states.active:
+            self._states.note_load(active, None)
         self._failures.clear()
 
     def on_load_failure(self, record: VersionRecord, error: EdgeAgentError) -> None:
@@ -68,11 +71,11 @@ class Rollback:
             if isinstance(error, VerificationError):
                 self._set_damage_aside(record)
             if verdict.step_back:
-                quarantine = reason if verdict.quarantine else None
-                stepped_back = self._step_back(record, quarantine, because=reason)
+                stepped_back = self._step_back(record, Fault.of(error), quarantine=verdict.quarantine)
         except EdgeAgentError as trouble:
             log.error("step back failed model=%s reason=%r", self._name, str(trouble))
         if not stepped_back:
+            self._states.note_load(record, error.code)
             serving = Serving.FAILED if verdict.final else Serving.LOADING
             self._seat.note(serving, reason, still=self._states.still_active(record))
 
@@ -88,11 +91,11 @@ class Rollback:
         minutes = verdicts.CRASH_WINDOW_S / 60
         reason = f"its runner failed on {distinct} different prompts within {minutes:.0f} minutes"
         try:
-            self._step_back(record, reason, because=reason)
+            self._step_back(record, Fault(code=RunnerCrashed.code, reason=reason), quarantine=True)
         except EdgeAgentError as error:
             log.error("step back failed model=%s reason=%r", self._name, str(error))
 
-    def _step_back(self, record: VersionRecord, quarantine: str | None, *, because: str) -> bool:
+    def _step_back(self, record: VersionRecord, fault: Fault, *, quarantine: bool) -> bool:
         """Makes the previous version active, or one of the fallback, if there is one that may run.
 
         The seat is empty.
@@ -100,8 +103,13 @@ class Rollback:
         successor = self._states.successor()
         if self._states.state.active != record.key or successor is None or successor.key == record.key:
             return False
-        to, instead = successor.key, fallback_reason(successor, because)
-        self._states.change(lambda current: current.stepped_back(quarantine, to=to, instead=instead))
+        to, because = successor.key, fault.reason
+        held_against, instead = fault if quarantine else None, fallback_reason(successor, because)
+        self._states.fail(
+            record,
+            fault.code,
+            lambda current: current.stepped_back(held_against, to=to, instead=instead),
+        )
         log.warning("rolled back model=%s from=%s to=%s reason=%r", self._name, record.key, to, because)
         self.clear()
         self._seat.note(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from edge_agent.cache import marks
+from edge_agent.cache.attempt import Attempt, Step
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
@@ -18,24 +21,105 @@ log = logging.getLogger(__name__)
 class VersionStates:
     """A copy in memory of what the disk says, so that status and every prompt need not read it.
 
-    Only its model's lifecycle changes it, and each change is on disk before it is seen here.
+    Only its model's lifecycle changes it, and each change is on disk before it is seen here; but for the steps of an
+    attempt that nobody needs after a restart.
+
+    Args:
+        now: seconds since 1970.
 
     Attributes:
         state: what `state.json` says of this model.
         active: the version that answers, None while there is none.
     """
 
-    def __init__(self, store: Store, name: str) -> None:
+    state: ModelState
+    active: VersionRecord | None
+
+    def __init__(self, store: Store, name: str, *, now: Callable[[], float] = time.time) -> None:
         self._store = store
         self._name = name
-        self._remember(store.state().model(name))
+        self._now = now
+        self._changing = threading.Lock()
+        self._remember(_left_behind(store.state().model(name)))
+
+    def begin(
+        self,
+        record: VersionRecord,
+        step: Step,
+        change: Callable[[ModelState], ModelState] | None = None,
+    ) -> None:
+        """An attempt is at its next step. One of the fallback is none: its numbers are those of another model.
+
+        Args:
+            change: what is written with it; None where nobody needs to know after a restart.
+        """
+        attempt = self.state.attempt
+        if not record.fallback:
+            attempt = Attempt(version=record.version, digest=record.digest, step=step, at_s=self._now())
+        if change is not None:
+            self._note(attempt, change)
+            return
+        with self._changing:
+            self.state = self.state.noting(attempt)
+
+    def fail(
+        self,
+        record: VersionRecord,
+        code: str,
+        change: Callable[[ModelState], ModelState] = lambda state: state,
+    ) -> None:
+        """A version failed at the step that it is at. One that was not tried just now has failed while it was active.
+
+        Args:
+            code: of the error.
+            change: what is written with it.
+        """
+        attempt = self.state.attempt
+        if not record.fallback:
+            if attempt is None or not attempt.is_of(record.key):
+                attempt = Attempt(
+                    version=record.version, digest=record.digest, step=Step.ACTIVE, at_s=self._now()
+                )
+            attempt = replace(attempt, code=code)
+        self._note(attempt, change)
+
+    def note_load(self, record: VersionRecord, code: str | None) -> None:
+        """The active version does not load now, or does again: the attempt that made it active says so meanwhile.
+
+        Args:
+            code: of the error; None where it loads.
+        """
+        with self._changing:
+            tried = self.state.attempt
+            if tried and tried.step is Step.ACTIVE and tried.is_of(record.key):
+                self.state = self.state.noting(replace(tried, code=code))
+
+    def settle(self, record: VersionRecord) -> None:
+        """The active version is the one that is wanted: whatever else was tried before is over."""
+        tried = self.state.attempt
+        if not record.fallback and not (tried and tried.step is Step.ACTIVE and tried.is_of(record.key)):
+            self.begin(record, Step.ACTIVE, lambda state: state)
+
+    def note(self, attempt: Attempt) -> None:
+        """An attempt ended before there was anything to try here."""
+        if not attempt.is_as(self.state.attempt):
+            self._note(attempt, lambda state: state)
+
+    def _note(self, attempt: Attempt | None, change: Callable[[ModelState], ModelState]) -> None:
+        self.change(lambda state: change(state).noting(attempt))
 
     def change(self, change: Callable[[ModelState], ModelState]) -> None:
         """Writes a change with one rename, then remembers it."""
-        before = self.state.quarantined
-        self._remember(self._store.change_state(self._name, change))
+        with self._changing:
+            before, attempt = self.state.quarantined, self.state.attempt
+            self._remember(self._store.change_state(self._name, lambda state: change(state.noting(attempt))))
         for key in self.state.quarantined.keys() - before.keys():
             self._note_served(key, served=False)
+
+    def adjust(self, change: Callable[[ModelState], ModelState]) -> None:
+        """As `change`, for what comes again and again and is mostly known already: then nothing is written."""
+        if change(self.state) != self.state:
+            self.change(change)
 
     def note_served(self) -> None:
         """Writes into the active version's record that it passed the gate, in case `state.json` is lost, and raises the
@@ -50,7 +134,8 @@ class VersionStates:
             )
         if not self.active.served:
             self._note_served(self.active.key, served=True)
-            self._remember(self.state)
+            with self._changing:
+                self._remember(self.state)
 
     def pin(self, key: str | None) -> None:
         """Fixes the version that runs; None lets it follow the registry again.
@@ -126,6 +211,12 @@ class VersionStates:
     def _remember(self, state: ModelState) -> None:
         self.state = state
         self.active = self._store.record(self._name, state.active) if state.active else None
+
+
+def _left_behind(state: ModelState) -> ModelState:
+    """A state as a daemon left it that has ended: an attempt that nobody goes on with is none."""
+    tried = state.attempt
+    return state.noting(None) if tried and tried.is_open and not tried.is_of(state.candidate) else state
 
 
 def fallback_reason(record: VersionRecord, reason: str) -> str:

@@ -27,7 +27,7 @@ from edge_agent.package import manifest as manifests
 from edge_agent.package import mlmodel, trust
 from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, ManifestFile
 from edge_agent.package.needs import MAX_CONFIG_BYTES
-from edge_agent.package.reference import ROLLOUT_TAG, ModelRef, ModelVersion
+from edge_agent.package.reference import ROLLOUT_FROM_TAG, ROLLOUT_TAG, ModelRef, ModelVersion
 from edge_agent.package.trust import TrustDecision
 from edge_agent.sync import protocol, replay
 from edge_agent.sync.fetch import fetch
@@ -42,6 +42,8 @@ from edge_agent.sync.registry import Registry
 
 log = logging.getLogger(__name__)
 
+MAX_TAG = 200
+"""Characters of a tag that the daemon is told."""
 _MAX_SIGNATURE_BYTES = 4 << 20
 _BOOKKEEPING_BYTES = 1 << 20  # the record and the folders of a version, generously
 
@@ -54,7 +56,9 @@ def synchronise(job: SyncJob, emit: Emit, *, clock: Clock = CLOCK) -> SyncResult
     """
     registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s, tls=job.registry.tls, clock=clock)
     version = registry.find(ModelRef.parse(job.ref))
-    emit(protocol.resolved(version=version.version, rollout=version.tags.get(ROLLOUT_TAG, "")))
+    tags = {"rollout": ROLLOUT_TAG, "rollout_from": ROLLOUT_FROM_TAG}
+    said = {name: version.tags.get(tag, "")[:MAX_TAG] for name, tag in tags.items()}
+    emit(protocol.resolved(version=version.version, **said))
     if (here := already_here(job, version)) is not None:
         return here
     version = registry.located(version)
@@ -123,8 +127,10 @@ def bring(
         ),
     )
     with bounds, store.fetching(), staging(store, job.name, version.version) as place:
+        emit(protocol.fetching(wanted.manifest.digest if wanted.manifest else ""))
         reserve(store, job, package, wanted, place, known)
         manifest, attached = fetch_missing(store, package, place, version, wanted, pace, mirrors)
+        emit(protocol.verifying(manifest.digest))
         tree = place.build_tree(store, (*manifest.files, *attached))
         decision = judge(job, version, tree, manifest)
         record = VersionRecord(

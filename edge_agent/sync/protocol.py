@@ -2,7 +2,9 @@
 
 Pure. The kinds of events, by their field `event`:
 
-    resolved      version, rollout: what the reference means now
+    resolved      version, rollout, rollout_from: what the reference means now
+    fetching      digest: the version is fetched, as far as it is missing; empty where the digest is not known yet
+    verifying     digest: all of its bytes are here
     progress      bytes, total_bytes, bytes_per_s, eta_s: at most five a second
     awaiting      what, seconds: nothing is fetched before it is there, for so long at most
     quarantined   key: this version is not fetched; an error with that code follows
@@ -188,7 +190,9 @@ class SyncResult:
 
 _RESULT_TYPES = get_type_hints(SyncResult)
 _EVENT_TYPES: Mapping[str, Mapping[str, tuple[type, ...]]] = {
-    "resolved": {"version": (int,), "rollout": (str,)},
+    "resolved": {"version": (int,), "rollout": (str,), "rollout_from": (str,)},
+    "fetching": {"digest": (str,)},
+    "verifying": {"digest": (str,)},
     "progress": {
         "bytes": (int,),
         "total_bytes": (int,),
@@ -208,8 +212,16 @@ _EVENT_TYPES: Mapping[str, Mapping[str, tuple[type, ...]]] = {
 """The fields of the events before the last one."""
 
 
-def resolved(*, version: int, rollout: str) -> Event:
-    return {"event": "resolved", "version": version, "rollout": rollout}
+def resolved(*, version: int, rollout: str = "", rollout_from: str = "") -> Event:
+    return {"event": "resolved", "version": version, "rollout": rollout, "rollout_from": rollout_from}
+
+
+def fetching(digest: str) -> Event:
+    return {"event": "fetching", "digest": digest}
+
+
+def verifying(digest: str) -> Event:
+    return {"event": "verifying", "digest": digest}
 
 
 def progress(*, have_bytes: int, total_bytes: int, bytes_per_s: float, eta_s: float | None) -> Event:

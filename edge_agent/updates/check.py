@@ -1,90 +1,60 @@
 """One check of one model: what it wants → a sync → the version is adopted, or one of its fallback is.
 
 Has no thread and never waits for a turn: whoever calls has it (`updates.py`). Decides nothing about a version itself:
-`choice.py` has the rules, and the lifecycle holds the gate. A sync runs in a process of its own, and is passed in.
+`choice.py` and `rollout.py` have the rules, and the lifecycle holds the gate. What a sync is stands in `syncs.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from edge_agent.cache import fsck
+from edge_agent.cache.attempt import Attempt
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import (
     ActivationHeld,
+    CannotRun,
     ContentError,
     EdgeAgentError,
-    LinkHeld,
     LoadFailed,
+    MemoryShort,
+    Quarantined,
     RegistryRefused,
     SettingsError,
     StoreError,
     SyncStopped,
     TransportError,
     UnknownReference,
-    VerificationError,
+    VersionHeld,
 )
 from edge_agent.package.reference import ModelRef, ModelVersion
-from edge_agent.serving.seat import Serving
 from edge_agent.settings import Settings
 from edge_agent.sync import version_file
-from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult, TrustJob
-from edge_agent.sync.tls import TlsFiles
+from edge_agent.sync.protocol import SyncResult
 from edge_agent.updates import choice
-from edge_agent.updates.activation import Activation, Adopting
+from edge_agent.updates.activation import Activation
+from edge_agent.updates.attempts import Attempts, Noting
+from edge_agent.updates.choice import Wanted
 from edge_agent.updates.link import Link
-from edge_agent.updates.patience import Patience
+from edge_agent.updates.rollout import NotInRollout, earlier_versions
+from edge_agent.updates.syncs import A_POLL, Asked, NoteRegistry, RunSync, Served, Syncs, Watch
 from edge_agent.updates.waiting import Found, Waiting, Waits
 
-log = logging.getLogger(__name__)
 
-SYNC_TIMEOUT_S = 24 * 3600.0
-"""A large model on a slow line; a stalled read ends much sooner."""
-
-OVERDUE_S = 10.0
-"""How long a sync may go on after the end of a window; by itself it stops with the first bytes that come then."""
-
-OnEvent = Callable[[Mapping[str, Any]], None]
-NoteRegistry = Callable[[EdgeAgentError | None], None]
-"""Told how a sync with the registry ended: with an error that says what the registry was, or well."""
-
-
-class Lifecycle(Adopting, Protocol):
+class Lifecycle(Served, Noting, Protocol):
     """What serves a model, as far as updates drive it; `serving.lifecycle` documents each method."""
 
     @property
     def runs_its_own(self) -> bool: ...
-    @property
-    def instead(self) -> str: ...
-    def status(self) -> Mapping[str, object]: ...
     def untried(self) -> str | None: ...
     def cached_fallback(self) -> VersionRecord | None: ...
-    def refuse_quarantined(self, key: str) -> None: ...
-    def set_aside(self, key: str, reason: str) -> None: ...
+    def set_aside(self, key: str, error: EdgeAgentError) -> None: ...
     def set_desired(self, uri: str) -> None: ...
+    def note_resolved(self, resolved: tuple[str, int] | None) -> None: ...
     def reload(self) -> None: ...
-
-
-class RunSync(Protocol):
-    """Runs one sync to its end, as `sync.process.run_sync` does."""
-
-    def __call__(
-        self, job: SyncJob, *, timeout_s: float, on_event: OnEvent, should_stop: Callable[[], bool]
-    ) -> SyncResult: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watch:
-    """Who waits for a check: hears what its sync does, and may end it."""
-
-    on_event: OnEvent
-    should_stop: Callable[[], bool]
 
 
 _NOBODY = Watch(on_event=lambda event: None, should_stop=lambda: False)
@@ -102,37 +72,20 @@ class Checked:
     problem: str = ""
 
 
-@dataclass
-class _Try:
-    """What a sync has said of itself: which version, and how many bytes of it are here. 0 for nothing yet.
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What is to come of a model, for status.
 
     Attributes:
-        held: its last word, where the line was held.
+        attempt: the version that was tried last, is tried now, or waits; None where none was.
+        waiting: why it waits; None where it does not.
+        progress: `bytes, total_bytes, bytes_per_s, eta_s` of a running fetch, None where none runs.
     """
 
-    version: int = 0
-    have_bytes: int = 0
-    total_bytes: int = 0
-    held: Mapping[str, Any] = field(default_factory=dict)
-
-    def note(self, event: Mapping[str, Any]) -> None:
-        if event.get("event") == "resolved":
-            self.version = int(event["version"])
-        elif event.get("event") == "progress":
-            self.have_bytes, self.total_bytes = int(event["bytes"]), int(event["total_bytes"])
-        elif event.get("event") == "held":
-            self.held = event
-
-    @property
-    def found(self) -> Found:
-        """What is known of a version that is held; without a last word, what its progress says."""
-        return Found(
-            version=self.version,
-            digest=str(self.held.get("digest", "")),
-            missing_bytes=int(self.held.get("missing_bytes", self.total_bytes - self.have_bytes)),
-            fetched_bytes=int(self.held.get("fetched_bytes", 0)),
-            mirrored_bytes=int(self.held.get("mirrored_bytes", 0)),
-        )
+    wanted: Wanted
+    attempt: Attempt | None
+    waiting: Waiting | None
+    progress: dict[str, Any] | None
 
 
 class ModelCheck:
@@ -142,9 +95,6 @@ class ModelCheck:
         name: the settings' name.
         link: when the line may be used, and when a version may take over.
         clock: seconds since 1970.
-
-    Attributes:
-        progress: the last event of the sync that runs, None while none does.
     """
 
     def __init__(
@@ -159,22 +109,43 @@ class ModelCheck:
         link: Link,
         clock: Callable[[], float],
     ) -> None:
-        self.progress: Mapping[str, Any] | None = None
         self._name = name
         self._settings = settings
         self._model = settings.models[name]
         self._store = store
         self._lifecycle = lifecycle
-        self._run_sync = run_sync
-        self._note_registry = note_registry
-        self._link = link
+        self._clock = clock
         self._waits = Waits(name)
         self._activation = Activation(
             name, store=store, lifecycle=lifecycle, link=link, waits=self._waits, wanted=lambda: self.wanted
         )
-        self._clock = clock
-        self._job = partial(_job_of, name, settings=settings, lifecycle=lifecycle)
-        self._patience = Patience(settings.registry.poll_interval_s, clock)
+        self._attempts = Attempts(lifecycle, clock)
+        self._syncs = Syncs(
+            name,
+            settings=settings,
+            store=store,
+            lifecycle=lifecycle,
+            run_sync=run_sync,
+            note_registry=note_registry,
+            link=link,
+            waits=self._waits,
+            activation=self._activation,
+            attempts=self._attempts,
+            clock=clock,
+        )
+
+    @property
+    def outlook(self) -> Outlook:
+        """What is to come, for any thread."""
+        state, waiting = self._lifecycle.state, self.waiting
+        record = self._store.record(self._name, state.active) if state.active else None
+        imported = record.version if record and record.registry_uri == version_file.ORIGIN else None
+        return Outlook(
+            wanted=choice.wanted_version(self._model.ref, state, imported=imported),
+            attempt=waiting.attempt if waiting else self._attempts.now,
+            waiting=waiting,
+            progress=self._syncs.progress,
+        )
 
     @property
     def waiting(self) -> Waiting | None:
@@ -192,42 +163,112 @@ class ModelCheck:
         refs = (self.wanted, self._model.fallback_ref)
         return registered_name in (ref.name for ref in refs if ref)
 
-    def run(self, watch: Watch, *, asked_for: bool, allow_older: bool = False, now: bool = False) -> Checked:
+    def run(self, watch: Watch, asked: Asked = A_POLL) -> Checked:
         """Brings what the model wants, and makes it active unless another version is pinned.
 
-        Args:
-            asked_for: by an operator; see `Updates.check`.
-            allow_older: see `SyncJob`.
-            now: whatever `[link]` says, but for its file.
-
         Raises:
-            LinkHeld, ActivationHeld: it waits for its time; `waiting` has it.
+            VersionHeld: it waits for its time, or is not for this device yet; `waiting` has it.
             EdgeAgentError: it does not run here, and no fallback does in its place.
             SyncStopped: `watch` ended it.
         """
         try:
-            checked = self._run(watch, asked_for=asked_for, allow_older=allow_older, now=now)
-        except (LinkHeld, ActivationHeld, SyncStopped, SettingsError, StoreError):
+            checked = self._run(watch, asked)
+        except (VersionHeld, SyncStopped, SettingsError, StoreError):
             raise  # nothing is known of the version that was not known before
         except (TransportError, RegistryRefused):
-            self._take_up_waiting(watch, now=now)
+            self._take_up_waiting(watch, now=asked.now)
             raise
         except EdgeAgentError:
             self._activation.forget()
             self._waits.clear()
             raise
+        finally:
+            self._attempts.ended()
         self._waits.clear()
         return checked
 
-    def _run(self, watch: Watch, *, asked_for: bool, allow_older: bool, now: bool) -> Checked:
-        key = ""
+    def _run(self, watch: Watch, asked: Asked) -> Checked:
+        key, outside = "", None
         try:
-            result = self._sync(watch, self.wanted, asked_for=asked_for, allow_older=allow_older, now=now)
+            try:
+                result = self._syncs.from_registry(self._noting(watch), self.wanted, asked)
+            except NotInRollout as error:
+                outside = error
+                self._lifecycle.note_resolved((str(self.wanted), error.version))
+                result = self._stand_in(watch, error, asked)
             key = self._lifecycle.state.pinned or result.key
-            self._activation.adopt(key, on_event=watch.on_event, result=result, asked_for=asked_for, now=now)
+            self._adopt(key, watch, asked, result)
+        except NotInRollout as error:
+            self._activation.forget()
+            self._note_not_yet(watch, error)
+            raise
         except EdgeAgentError as error:
-            return Checked(result=self._fall_back(watch, error, failed=key, now=now), problem=str(error))
+            return Checked(
+                result=self._fall_back(watch, error, failed=key, now=asked.now), problem=str(error)
+            )
+        if outside:
+            self._note_not_yet(watch, outside, result)
+            raise outside
         return Checked(result=result)
+
+    def _noting(self, watch: Watch) -> Watch:
+        """Writes down what the reference means, as soon as that is known."""
+
+        def look(event: Mapping[str, Any]) -> None:
+            if event.get("event") == "resolved":
+                self._lifecycle.note_resolved((str(self.wanted), int(event["version"])))
+            watch.on_event(event)
+
+        return replace(watch, on_event=look)
+
+    def _adopt(self, key: str, watch: Watch, asked: Asked, result: SyncResult) -> None:
+        try:
+            self._activation.adopt(
+                key, on_event=watch.on_event, result=result, asked_for=asked.by_operator, now=asked.now
+            )
+        except (Quarantined, CannotRun, MemoryShort) as error:
+            self._attempts.refused(error)
+            raise
+
+    def _stand_in(self, watch: Watch, outside: NotInRollout, asked: Asked) -> SyncResult:
+        """What a device runs that is outside of a rollout and has no version of its own: the one that the tag names,
+        else the newest one before it that it may take.
+
+        Raises:
+            NotInRollout: there is none, or none is needed.
+            EdgeAgentError: it cannot be brought.
+        """
+        if self._lifecycle.runs_its_own or self._lifecycle.state.pinned:
+            raise outside
+        once = replace(asked, by_operator=False)
+        if outside.stand_in is not None:
+            named = self.wanted.at_version(outside.stand_in)
+            return self._syncs.from_registry(watch, named, once, at_once=asked.by_operator)
+        for number in earlier_versions(outside.version):
+            with contextlib.suppress(NotInRollout, Quarantined, UnknownReference):
+                return self._syncs.from_registry(
+                    watch,
+                    self.wanted.at_version(number),
+                    once,
+                    at_once=asked.by_operator,
+                    in_rollout_only=True,
+                )
+        raise outside
+
+    def _note_not_yet(self, watch: Watch, outside: NotInRollout, stand_in: SyncResult | None = None) -> None:
+        """What is not for this device yet waits; no time is known."""
+        found = Found(version=outside.version, digest="", missing_bytes=None)
+        if stand_in:
+            found = replace(
+                found,
+                fetched_bytes=stand_in.bytes_fetched,
+                mirrored_bytes=stand_in.bytes_mirrored,
+                reused_bytes=stand_in.bytes_reused,
+            )
+        waiting = Waiting(
+            **asdict(found), until_s=None, at_s=self._clock(), code=outside.code, reason=str(outside)
+        )
+        self._waits.note(waiting, watch.on_event)
 
     @property
     def has_put_off(self) -> bool:
@@ -260,7 +301,12 @@ class ModelCheck:
             EdgeAgentError: it cannot be brought.
         """
         fallback = self._model.fallback_ref if self._lifecycle.state.instead else None
-        self._sync(watch, fallback or self.wanted, fallback=fallback is not None, at_once=True)
+        try:
+            self._syncs.from_registry(
+                watch, fallback or self.wanted, fallback=fallback is not None, at_once=True
+            )
+        finally:
+            self._attempts.ended()
 
     def take_in(
         self, watch: Watch, version: ModelVersion, file: int, *, allow_older: bool = False
@@ -270,23 +316,24 @@ class ModelCheck:
         Raises:
             EdgeAgentError: the file, the package in it, the cache or the gate says no.
         """
+        fallback = version.name != self.wanted.name
+        ref = ((self._model.fallback_ref if fallback else None) or self.wanted).at_version(version.version)
+        try:
+            result = self._syncs.from_file(watch, ref, file, fallback=fallback, allow_older=allow_older)
+            self._adopt_imported(watch, result, fallback=fallback)
+        finally:
+            self._attempts.ended()
+        return result
+
+    def _adopt_imported(self, watch: Watch, result: SyncResult, *, fallback: bool) -> None:
         lifecycle, wanted = self._lifecycle, self.wanted
-        fallback = version.name != wanted.name
-        ref = ((self._model.fallback_ref if fallback else None) or wanted).at_version(version.version)
-        job = replace(
-            self._job(ref, fallback=fallback),
-            registry=RegistryJob(uri=version_file.ORIGIN),
-            version_file=file,
-            allow_older=allow_older,
-        )
-        result = self._bring(watch, job, ref)
         if fallback:
             if not (lifecycle.runs_its_own or lifecycle.state.pinned):
                 lifecycle.adopt(result.key, instead="no version of its own runs here")
         elif lifecycle.state.pinned or wanted.version in (None, result.version):
+            lifecycle.note_resolved(None)  # the registry's last word is older
             key = lifecycle.state.pinned or result.key
-            self._activation.adopt(key, on_event=watch.on_event, result=result, asked_for=True)
-        return result
+            self._adopt(key, watch, Asked(by_operator=True), result)
 
     def _take_up_waiting(self, watch: Watch, *, now: bool) -> None:
         """The registry says nothing: a version that is here, and was wanted when it last did, needs no line."""
@@ -310,166 +357,11 @@ class ModelCheck:
         if lifecycle.runs_its_own or lifecycle.state.pinned:
             raise error
         try:
-            result = self._sync(watch, ref, fallback=True, now=now)
+            result = self._syncs.from_registry(watch, ref, Asked(now=now), fallback=True)
             lifecycle.adopt(result.key, instead=str(error))
         except EdgeAgentError as trouble:
-            raise type(trouble)(
-                f"{error}; and its fallback: {trouble.message}", remedy=trouble.remedy
-            ) from error
+            kind = type(error) if isinstance(trouble, NotInRollout) else type(trouble)
+            raise kind(f"{error}; and its fallback: {trouble.message}", remedy=trouble.remedy) from error
         if isinstance(error, ContentError | LoadFailed) and failed:
-            lifecycle.set_aside(failed, str(error))
+            lifecycle.set_aside(failed, error)
         return result
-
-    def _sync(
-        self,
-        watch: Watch,
-        ref: ModelRef,
-        *,
-        fallback: bool = False,
-        asked_for: bool = False,
-        at_once: bool = False,
-        allow_older: bool = False,
-        now: bool = False,
-    ) -> SyncResult:
-        """From the registry into the cache; what the registry was is noted, and a download that failed.
-
-        Args:
-            at_once: whether or not the last downloads failed; what an operator asks for always is.
-            now: whether or not the line may be used.
-
-        Raises:
-            LinkHeld: it may not; `waiting` has what is missing.
-        """
-        if not self._settings.registry.uri:
-            raise SettingsError(
-                "registry.uri: no registry is configured", remedy="set registry.uri in the settings"
-            )
-        job = self._job(ref, fallback=fallback)
-        job = replace(job, allow_older=allow_older, link=self._link.bounds(overruled=now))
-        if not asked_for:
-            job = replace(job, quarantined=tuple(self._lifecycle.state.quarantined))
-        tried = _Try()
-
-        def look(event: Mapping[str, Any]) -> None:
-            tried.note(event)
-            if event.get("event") == "resolved":
-                if not (asked_for or at_once):
-                    self._patience.check(ref.name, tried.version)
-                if not fallback:
-                    self._activation.follow(tried.version)
-            watch.on_event(event)
-
-        try:
-            result = self._bring(replace(watch, on_event=look), job, ref)
-        except LinkHeld as error:
-            self._note_registry(None)
-            raise self._fetch_waits(watch, tried, error) from error
-        except (TransportError, RegistryRefused, UnknownReference, ContentError, StoreError) as error:
-            if tried.version and isinstance(error, TransportError | VerificationError | StoreError):
-                self._patience.failed(
-                    ref.name, tried.version, have_bytes=tried.have_bytes, reason=error.message
-                )
-            if not isinstance(error, StoreError):
-                self._note_registry(error)
-            raise
-        self._patience.succeeded(ref.name)
-        self._note_registry(None)
-        return result
-
-    def _fetch_waits(self, watch: Watch, tried: _Try, error: LinkHeld) -> LinkHeld:
-        waiting, told = self._link.fetch_waits(error, tried.found)
-        self._waits.note(waiting, watch.on_event)
-        return told
-
-    def _bring(self, watch: Watch, job: SyncJob, ref: ModelRef) -> SyncResult:
-        """One sync process, from its start to a tidy cache."""
-
-        def look(event: Mapping[str, Any]) -> None:
-            if event.get("event") == "resolved":
-                self._check_rollout(ref, event, fallback=job.fallback)
-            elif event.get("event") == "quarantined":
-                self._lifecycle.refuse_quarantined(str(event["key"]))
-            elif event.get("event") == "progress":
-                self._waits.clear()
-            self.progress = event
-            watch.on_event(event)
-
-        try:
-            result = self._run_sync(
-                job,
-                timeout_s=SYNC_TIMEOUT_S,
-                on_event=look,
-                should_stop=lambda: watch.should_stop() or _is_overdue(job, self._clock()),
-            )
-        except SyncStopped as stop:
-            if watch.should_stop() or not _is_overdue(job, self._clock()):
-                raise
-            raise LinkHeld("the window of link.windows is over") from stop
-        except OSError as error:  # no memory, descriptors or space for a process: not the model's fault
-            raise StoreError(f"no sync can be started: {error}") from error
-        finally:
-            self.progress = None
-        _tidy(self._store)
-        if result.new:
-            log.info(
-                "version fetched model=%s version=%d bytes_fetched=%d bytes_mirrored=%d bytes_reused=%d",
-                self._name, result.version, result.bytes_fetched, result.bytes_mirrored, result.bytes_reused,
-            )  # fmt: skip
-        return result
-
-    def _check_rollout(self, ref: ModelRef, event: Mapping[str, Any], *, fallback: bool) -> None:
-        """A share of the devices follows an alias first; who asks for a version by number gets it."""
-        runs_it = self._lifecycle.status()["version"] == event["version"]
-        if ref.alias is None or (runs_it and bool(self._lifecycle.instead) == fallback):
-            return
-        choice.check_rollout(
-            event.get("rollout"),
-            device_id=self._settings.device_id,
-            name=self._name,
-            version=int(event["version"]),
-        )
-
-
-def _is_overdue(job: SyncJob, now_s: float) -> bool:
-    """A client that gives whole files does not stop by itself, nor does one that waits for bytes. With mirrors, it may
-    be right to go on."""
-    until_s = job.link.until_s
-    return until_s is not None and now_s >= until_s + OVERDUE_S and not job.cache.mirrors
-
-
-def _tidy(store: Store) -> None:
-    """What crashes and superseded fetches left must not count in the quota for ever."""
-    try:
-        with store.lock():
-            fsck.prune(store)
-    except EdgeAgentError as error:
-        log.warning("cache not tidied reason=%r", str(error))
-
-
-def _job_of(name: str, ref: ModelRef, *, settings: Settings, lifecycle: Lifecycle, fallback: bool) -> SyncJob:
-    """What the sync process has to know."""
-    loads = lifecycle.serving is not Serving.FAILED  # then nobody has to be asked whether this host can
-    return SyncJob(
-        state_dir=str(settings.state_dir),
-        registry=RegistryJob(
-            uri=settings.registry.uri,
-            timeout_s=settings.registry.timeout_s,
-            tls=TlsFiles.of(settings.registry),
-        ),
-        name=name,
-        ref=str(ref),
-        fallback=fallback,
-        check_host=True,
-        running=(lifecycle.state.active or "") if loads else "",
-        trust=TrustJob(
-            public_keys=settings.trust.public_keys, allow_unsigned_code=settings.trust.allow_unsigned_code
-        ),
-        cache=CacheJob(
-            quota_bytes=settings.cache.quota_bytes,
-            min_free_bytes=settings.cache.min_free_bytes,
-            max_bytes_per_s=settings.cache.max_bytes_per_s,
-            mirrors=settings.cache.mirrors,
-            mirror_patience_s=settings.cache.mirror_patience_s,
-            mirror_ca_file=settings.cache.mirror_ca_file,
-        ),
-    )

@@ -1,13 +1,11 @@
 """Which version a device wants. Pure.
 
-Strongest first: quarantine (never) > local pin > desired (MQTT) > the settings' uri. An alias that moves
-reaches only a share of the devices at first, where its version's tag says so.
+Strongest first: quarantine (never) > local pin > desired (MQTT) > the settings' uri.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +20,6 @@ from edge_agent.errors import (
     SettingsError,
     StoreError,
 )
-from edge_agent.package.place import place_of
 from edge_agent.package.reference import ModelRef
 
 MAX_DESIRED_BYTES = 64 << 10
@@ -43,12 +40,6 @@ class Desired:
     within_s: float = 0.0
 
 
-class NotInRollout(EdgeAgentError):
-    """The version is not for this device yet."""
-
-    code = "not_in_rollout"
-
-
 class BadDesired(ContentError):
     """A desired state that is not understood: it is reported, not obeyed."""
 
@@ -64,38 +55,44 @@ def needs_fallback(error: EdgeAgentError) -> bool:
     """True where a model's own version cannot run here, as far as this error tells.
 
     False where it was not looked at: the registry is out of reach or has no such version, another process works
-    on the cache, or the version is not for this device yet.
+    on the cache, or the version is held.
     """
     about_the_version = ContentError | RunnerError | MemoryShort | StoreError
     return isinstance(error, about_the_version) and not isinstance(error, CacheBusy | BadDesired)
 
 
-def in_rollout(*, device_id: str, name: str, version: int, percent: float) -> bool:
-    """True when this device is among the `percent` of devices that take a version now."""
-    return int(place_of(device_id, name=name, version=version)[:8], 16) % 100 < percent
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The version that a device wants.
+
+    Attributes:
+        version: its number; None where the registry has not said yet what the reference means.
+        via: who wants it: `pin`, `desired`, `alias` (the settings' uri), or `import` (a version file, where the
+            registry has said nothing since).
+    """
+
+    version: int | None
+    via: str
+
+    def document(self) -> dict[str, Any]:
+        """For status and `model/reported`."""
+        return {"version": self.version, "via": self.via}
 
 
-def check_rollout(tag: str | None, *, device_id: str, name: str, version: int) -> None:
-    """Holds a version's rollout tag against this device.
+def wanted_version(settings_ref: ModelRef, state: ModelState, *, imported: int | None) -> Wanted:
+    """Which version is wanted, and why.
 
     Args:
-        tag: the value of `edge_agent.rollout`, a percentage; None or empty when there is none.
-
-    Raises:
-        NotInRollout: not yet; a tag that is no percentage is for nobody.
+        imported: number of the active version, if it came from a version file.
     """
-    if not tag:
-        return
-    try:
-        percent = float(tag.strip().removesuffix("%"))
-    except ValueError:
-        percent = math.nan
-    if not math.isfinite(percent):
-        raise NotInRollout(f"version {version} has the rollout tag {tag[:40]!r}, which is no percentage")
-    if not in_rollout(device_id=device_id, name=name, version=version, percent=percent):
-        raise NotInRollout(
-            f"version {version} is rolled out to {percent:g} % of the devices, not yet to this one"
-        )
+    if state.pinned:
+        return Wanted(version=int(state.pinned.split("-")[0]), via="pin")
+    ref = wanted_ref(settings_ref, state)
+    known = state.resolved[1] if state.resolved and state.resolved[0] == str(ref) else None
+    version = ref.version or known
+    if version is None and imported is not None:
+        return Wanted(version=imported, via="import")
+    return Wanted(version=version, via="desired" if state.desired else "alias")
 
 
 def parse_desired(payload: bytes, *, refs: Mapping[str, ModelRef]) -> Desired:

@@ -1,4 +1,4 @@
-"""The desired state that a fleet's operator publishes for this device: obeyed, or reported as not understood."""
+"""What a fleet's operator tells this device over MQTT: obeyed, or reported as not understood."""
 
 from __future__ import annotations
 
@@ -40,3 +40,23 @@ class DesiredState:
             return
         self.problem = ""
         self._desire(desired.uris, desired.within_s)
+
+
+class SyncRequests:
+    """`ctl/sync`. The network thread hands it in.
+
+    Args:
+        check: told in the course of how many seconds to ask the registry; 0 for at once.
+    """
+
+    def __init__(self, check: Callable[[float], None]) -> None:
+        self._check = check
+
+    def take(self, payload: bytes) -> None:
+        """Asks the registry, if that is what the message wants."""
+        try:
+            within_s = choice.parse_sync(payload)
+        except choice.BadDesired as error:
+            log.warning("request to check refused reason=%r", str(error))
+            return
+        self._check(within_s)

@@ -94,7 +94,7 @@ class Link:
 
     def is_over(self, waiting: Waiting) -> bool:
         """Whether a wait has ended whose end nobody could tell: the file is gone, the clock is set."""
-        if waiting.until_s is not None:
+        if waiting.until_s is not None or not waiting.of_link:
             return False
         if waiting.code == ActivationHeld.code:
             return self.activation_held() is None

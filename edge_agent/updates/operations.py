@@ -13,7 +13,7 @@ from typing import Any
 from edge_agent.cache import eviction, fsck
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
-from edge_agent.errors import ActivationHeld, EdgeAgentError, LinkHeld, StoreError, UnknownModel
+from edge_agent.errors import ActivationHeld, EdgeAgentError, StoreError, UnknownModel, VersionHeld
 from edge_agent.package.reference import MODEL_NAME
 from edge_agent.serving.lifecycle import ModelLifecycle, lifecycles_of
 from edge_agent.settings import Settings
@@ -190,7 +190,7 @@ class Operations:
         lifecycle = self._lifecycle(name)
         try:
             result = self._updates.check(name, waits.hear, asked_for=True, allow_older=allow_older, now=now)
-        except (LinkHeld, ActivationHeld) as error:
+        except VersionHeld as error:
             return {**waits.document(), "reason": str(error), "instead": lifecycle.instead}
         state = lifecycle.state.role(result.key)
         return {**_brought(result), "state": state, "instead": lifecycle.instead}

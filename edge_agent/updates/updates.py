@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 from edge_agent.cache import fsck
 from edge_agent.cache.fsck import Damage
@@ -23,11 +22,11 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import (
     ActivationHeld,
     EdgeAgentError,
-    LinkHeld,
     RegistryRefused,
     SyncStopped,
     TransportError,
     UnknownModel,
+    VersionHeld,
 )
 from edge_agent.package.reference import ModelVersion
 from edge_agent.settings import Settings
@@ -35,12 +34,13 @@ from edge_agent.sync import version_file
 from edge_agent.sync.process import run_sync
 from edge_agent.sync.protocol import SyncResult
 from edge_agent.sync.tls import TlsFiles
-from edge_agent.updates import choice
-from edge_agent.updates.check import Lifecycle, ModelCheck, OnEvent, RunSync, Watch
+from edge_agent.updates.check import Lifecycle, ModelCheck, Outlook
 from edge_agent.updates.link import Link
 from edge_agent.updates.polls import Polls, place_of
+from edge_agent.updates.repair import repair
+from edge_agent.updates.syncs import Asked, OnEvent, RunSync, Watch
 from edge_agent.updates.turn import Turn
-from edge_agent.updates.waiting import Alarm, Waiting
+from edge_agent.updates.waiting import Alarm
 
 log = logging.getLogger(__name__)
 
@@ -168,15 +168,6 @@ class Updates:
             self._changed.set()
             self.check_now(within_s)
 
-    def take_sync(self, payload: bytes) -> None:
-        """What came on `ctl/sync`: checks all models, if that is what it asks for."""
-        try:
-            within_s = choice.parse_sync(payload)
-        except choice.BadDesired as error:
-            log.warning("request to check refused reason=%r", str(error))
-            return
-        self.check_now(within_s)
-
     def check_now(self, within_s: float = 0.0) -> None:
         """Tells the thread to check all models.
 
@@ -188,16 +179,9 @@ class Updates:
         else:
             self._due.set()
 
-    def progress_of(self, name: str) -> dict[str, Any] | None:
-        """`bytes, total_bytes, bytes_per_s, eta_s` of a running fetch, None where none runs."""
-        event = self._checks[name].progress
-        if event is None or event.get("event") != "progress":
-            return None
-        return {key: event.get(key) for key in ("bytes", "total_bytes", "bytes_per_s", "eta_s")}
-
-    def waiting_of(self, name: str) -> Waiting | None:
-        """What must wait for its time before it is fetched, or takes over; None for nothing."""
-        return self._checks[name].waiting
+    def outlook(self, name: str) -> Outlook:
+        """What is to come of a model, for any thread."""
+        return self._checks[name].outlook
 
     def close(self) -> None:
         """Ends `run`; a running sync is killed (the next one goes on from what it has)."""
@@ -222,42 +206,29 @@ class Updates:
             now: he does not wait for a window, nor for the next day's bytes.
 
         Raises:
-            LinkHeld, ActivationHeld: it must wait; what exactly came as the event `waits`.
-            EdgeAgentError: the registry, the package, the cache or the gate says no, or it is not for this
-                device yet.
+            VersionHeld: it must wait; what exactly came as the event `waits`.
+            EdgeAgentError: the registry, the package, the cache or the gate says no.
             SyncStopped: it is a poll, and something more urgent came.
         """
         with self._operators_turn("`models pull`", on_event) if asked_for else self._polls_turn(name):
-            checked = self._checks[name].run(
-                self._watch(on_event), asked_for=asked_for, allow_older=allow_older, now=now
-            )
+            asked = Asked(by_operator=asked_for, allow_older=allow_older, now=now)
+            checked = self._checks[name].run(self._watch(on_event), asked)
             self.problems[name] = checked.problem
             return checked.result
 
     def repair(self, damaged: Sequence[Damage], on_event: OnEvent = lambda event: None) -> Mapping[str, str]:
-        """Sets damaged blobs aside, and fetches them again where there is a registry.
+        """Sets damaged blobs aside, and fetches them again where there is a registry; see `repair.py`."""
 
-        A model goes on meanwhile with what it has loaded, which was whole then: no prompt waits for a download.
-        At the end it loads again, what is there now; an active version that is still damaged gives way.
+        def fetch_again(name: str) -> None:
+            self._checks[name].fetch_again(self._watch(lambda event: None))
 
-        Args:
-            damaged: what a check found; it is looked at again, as an update may have changed it since.
-
-        Returns:
-            By model, why its files were not fetched again.
-        """
         with self._operators_turn("`models verify`", on_event):
-            keys = sorted({(damage.name, damage.key) for damage in damaged})
-            records = [record for name, key in keys if (record := self._store.record(name, key))]
-            found = fsck.verify(self._store, records)
-            with self._store.lock():
-                fsck.set_aside(self._store, found.damaged)
-            names = {record.name for record in records if found.of(record)} & set(self._lifecycles)
-            problems = self._fetch_again(sorted(names)) if self._registry.uri else {}
-            for record in records:
-                lifecycle = self._lifecycles.get(record.name)
-                if lifecycle and lifecycle.state.active == record.key and found.of(record):
-                    lifecycle.reload()
+            problems = repair(
+                self._store,
+                damaged,
+                self._lifecycles,
+                fetch_again=fetch_again if self._registry.uri else None,
+            )
         self.check_now()  # a version that gave way meanwhile may be whole again
         return problems
 
@@ -300,15 +271,6 @@ class Updates:
             + f"; there are: {there}",
             remedy="choose with --model" if takers else "add a [models.NAME] table with that model's uri",
         )
-
-    def _fetch_again(self, names: Sequence[str]) -> dict[str, str]:
-        problems = {}
-        for name in names:
-            try:
-                self._checks[name].fetch_again(self._watch(lambda event: None))
-            except EdgeAgentError as error:
-                problems[name] = str(error)
-        return problems
 
     def _operators_turn(self, what: str, on_event: OnEvent) -> AbstractContextManager[None]:
         return self._turn.of_operator(
@@ -367,8 +329,8 @@ class Updates:
             log.info("check put off model=%s reason=%r", name, str(stop))
             if not self._changed.is_set():  # else it was said when to check
                 self._due.set()
-        except (LinkHeld, ActivationHeld) as error:  # `waiting_of` has it, but for why a fallback is fetched
-            waiting, text = self.waiting_of(name), str(error)
+        except VersionHeld as error:  # `outlook` has it, but for why a fallback is fetched
+            waiting, text = self._checks[name].waiting, str(error)
             self.problems[name] = "" if waiting and waiting.reason == text else text
         except EdgeAgentError as error:
             if self._closing.is_set():

@@ -1,4 +1,4 @@
-"""What must wait for its time: a version that is not fetched yet, or does not take over yet.
+"""What must wait: a version that is not fetched yet, does not take over yet, or is not for this device yet.
 
 A value that status shows. The check that found it is made again when the time has come.
 """
@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from edge_agent.cache.attempt import Attempt, Step
+from edge_agent.errors import ActivationHeld, LinkHeld
+
 log = logging.getLogger(__name__)
 
 
@@ -19,13 +22,13 @@ class Found:
 
     Attributes:
         digest: of its manifest; empty where it is not known yet.
-        missing_bytes: to fetch; 0 where it is here.
+        missing_bytes: to fetch; 0 where it is here, None where nobody has looked.
         fetched_bytes, mirrored_bytes, reused_bytes: of it, by this check.
     """
 
     version: int
     digest: str
-    missing_bytes: int = 0
+    missing_bytes: int | None = 0
     fetched_bytes: int = 0
     mirrored_bytes: int = 0
     reused_bytes: int = 0
@@ -58,6 +61,18 @@ class Waiting(Found):
             model: the settings' name.
         """
         return {"event": "waits", "model": model, **asdict(self), "held_until": self.held_until}
+
+    @property
+    def attempt(self) -> Attempt:
+        """The version, as one that is held."""
+        return Attempt(
+            version=self.version, digest=self.digest, step=Step.HELD, at_s=self.at_s, code=self.code
+        )
+
+    @property
+    def of_link(self) -> bool:
+        """Whether `[link]` holds it."""
+        return self.code in (LinkHeld.code, ActivationHeld.code)
 
     @property
     def held_until(self) -> int | None:

@@ -63,7 +63,7 @@ def test_it_is_degraded_until_a_write_succeeds_and_heals_without_a_prompt(
     with taking_no_writes(device):
         assert caller.ask(chat(SPAIN)).status == 503
         assert looks(device, 20) == {"degraded"}
-        assert any(trouble.startswith("journal: ") for trouble in device.status()["troubles"])
+        assert any(trouble["code"] == "journal_unavailable" for trouble in device.status()["troubles"])
     wait_until(lambda: device.status()["state"] == "ready", 60, "a write that succeeds")
     assert device.status()["troubles"] == []
     assert caller.ask(chat(SPAIN)).text == MADRID

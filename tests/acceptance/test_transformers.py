@@ -260,7 +260,7 @@ def test_a_host_without_onnxruntime_genai_serves_the_fallback_until_it_has_it(
     model = status["models"][0]
     assert model["flavor"].startswith("transformers ")
     assert "this host has no onnxruntime_genai; install onnxruntime-genai" in model["reason"]
-    assert any("fallback seed-pipeline" in trouble for trouble in status["troubles"])
+    assert any("fallback seed-pipeline" in trouble["text"] for trouble in status["troubles"])
     with connected(broker, device="poor") as client:
         assert client.ask(chat(SPAIN, temperature=0)).text == MADRID
         (version,) = json.loads(daemon.cli("models", "show", "assistant", "--json").stdout)["versions"]

@@ -201,7 +201,7 @@ def test_a_version_in_quarantine_is_not_fetched_again_when_it_is_gone(device: De
     with pytest.raises(Quarantined, match=result.key):
         device.check(quarantined)
     assert device.events == [
-        {"event": "resolved", "version": 1, "rollout": ""},
+        {"event": "resolved", "version": 1, "rollout": "", "rollout_from": ""},
         {"event": "quarantined", "key": result.key},
     ]
     assert device.has_nothing_final()

@@ -280,7 +280,7 @@ def test_a_new_system_prompt_that_the_active_version_refuses_is_the_devices_faul
     with connected(broker, device=NAME) as client:
         check_blame(client)
     said = "model assistant: the model refuses the system prompt of this device's settings:"
-    assert [line.startswith(said) for line in templates_device.status()["troubles"]].count(True) == 1
+    assert [each["text"].startswith(said) for each in templates_device.status()["troubles"]].count(True) == 1
     direct = templates_device.cli("probe", "--direct", "Hi")
     assert direct.returncode == 1
     assert "refuses the system prompt of this device's settings" in direct.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+from edge_agent.cache.attempt import Fault
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.package import trust
@@ -13,6 +14,11 @@ from edge_agent.package.trust import TrustDecision
 from tests.support.packages import make_package, manifest_of
 
 DECISION = TrustDecision(rule=trust.Rule.NO_CODE, signed_by="", unsigned_code=False, reason="a test")
+
+
+def fault(reason: str, code: str = "gate_failed") -> Fault:
+    """Why a version is in quarantine."""
+    return Fault(code=code, reason=reason)
 
 
 def make_record(manifest: Manifest, version: int, *, name: str = "assistant", at: float = 0) -> VersionRecord:

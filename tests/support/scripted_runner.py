@@ -41,7 +41,8 @@ class Script:
         system_refused: why it takes no chat with the settings' system prompt.
         walls, missing_walls: what the runner says of its walls.
         load_waits: a load does not end before `ScriptedHost.let_load`.
-        golden_failures: what the golden prompts got wrong.
+        golden: how many golden prompts there are.
+        golden_failures: what they got wrong.
         gate_error: how the gate ends instead of with an answer.
         rates: tokens a second, by number of threads.
     """
@@ -53,6 +54,7 @@ class Script:
     system_too_long: bool = False
     walls: list[str] = field(default_factory=list)
     missing_walls: dict[str, str] = field(default_factory=dict)
+    golden: int = 2
     golden_failures: list[str] = field(default_factory=list)
     gate_error: RunnerError | None = None
     tokens_per_s: float = 10.0
@@ -175,6 +177,7 @@ class ScriptedRunner:
         script = self._script
         return Tried(
             failures=script.golden_failures,
+            asked=script.golden,
             tokens_per_s=script.tokens_per_s,
             memory_bytes=script.resident_bytes,
         )
@@ -337,7 +340,7 @@ class Life:
     @property
     def quarantined(self) -> dict[int, str]:
         state = self.store.state().model(self.name)
-        return {int(key.partition("-")[0]): reason for key, reason in state.quarantined.items()}
+        return {int(key.partition("-")[0]): reason for key, reason in state.reasons.items()}
 
     def _number(self, key: str | None) -> int | None:
         return int(key.partition("-")[0]) if key else None

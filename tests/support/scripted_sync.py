@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edge_agent.errors import LinkHeld, Quarantined, SyncStopped, UnknownReference
+from edge_agent.errors import EdgeAgentError, LinkHeld, Quarantined, SyncStopped, UnknownReference
 from edge_agent.sync import protocol
 from edge_agent.sync.protocol import SyncJob, SyncResult
-from edge_agent.updates.check import OnEvent
+from edge_agent.updates.syncs import OnEvent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,14 +16,17 @@ class Offer:
     """What a reference means now.
 
     Attributes:
-        rollout: the version's tag.
+        rollout, rollout_from: the version's tags.
         new: it is not in the cache yet.
+        fails: what the sync ends with once it has begun to fetch.
     """
 
     version: int
     digest: str = "a" * 12
     rollout: str = ""
+    rollout_from: str = ""
     new: bool = True
+    fails: EdgeAgentError | None = None
 
     @property
     def key(self) -> str:
@@ -53,7 +56,9 @@ class ScriptedSync:
         offer = self.offers.get(job.ref, UnknownReference(f"the registry has no {job.ref}"))
         if isinstance(offer, Exception):
             raise offer
-        on_event({"event": "resolved", "version": offer.version, "rollout": offer.rollout})
+        on_event(
+            protocol.resolved(version=offer.version, rollout=offer.rollout, rollout_from=offer.rollout_from)
+        )
         self.amid(job.ref)
         if should_stop():
             raise SyncStopped(f"the sync of {job.name} was stopped")
@@ -62,7 +67,11 @@ class ScriptedSync:
             raise Quarantined(f"version {offer.key} is in quarantine, and is not fetched again")
         size_bytes = 1_000
         if offer.new:
+            on_event(protocol.fetching(offer.digest))
+            if offer.fails:
+                raise offer.fails
             self._take(job, offer, size_bytes, on_event)
+            on_event(protocol.verifying(offer.digest))
         on_event(
             {
                 "event": "progress",

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from edge_agent.cache.attempt import Attempt, Fault
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
-from edge_agent.errors import EdgeAgentError, Quarantined
+from edge_agent.errors import EdgeAgentError
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import LinkSettings, ModelSettings, RegistrySettings, Settings
 from edge_agent.updates.updates import Updates
@@ -69,7 +70,7 @@ class ScriptedLifecycle:
         self.amid(key)
         if self.state.active == key and self.serving is not Serving.FAILED:
             return
-        self.refuse_quarantined(key)
+        self.state.refuse_quarantined(key)
         if key in self.refusals:
             raise self.refusals[key]
         self.state = self.state.trying(key)
@@ -86,12 +87,14 @@ class ScriptedLifecycle:
     def cached_fallback(self) -> VersionRecord | None:
         return self.fallback
 
-    def refuse_quarantined(self, key: str) -> None:
-        if key in self.state.quarantined:
-            raise Quarantined(f"version {key} is in quarantine: {self.state.quarantined[key]}")
+    def set_aside(self, key: str, error: EdgeAgentError) -> None:
+        self.state = replace(self.state, quarantined={**self.state.quarantined, key: Fault.of(error)})
 
-    def set_aside(self, key: str, reason: str) -> None:
-        self.state = replace(self.state, quarantined={**self.state.quarantined, key: reason})
+    def note_attempt(self, attempt: Attempt) -> None:
+        self.state = self.state.noting(attempt)
+
+    def note_resolved(self, resolved: tuple[str, int] | None) -> None:
+        self.state = replace(self.state, resolved=resolved)
 
     def set_desired(self, uri: str) -> None:
         self.amid(uri)

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 _AGE_STEP_S = 50  # runs differ in when "now" is; what was made old on purpose is older
-_TIMES = re.compile(rb'"created_at": ?[0-9.e+]+')
+_TIMES = re.compile(rb'"(created_at|at|load_ms|tokens_per_s)": ?[0-9.e+]+')
 _MEASURED = "learned.json"
 
 

@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from edge_agent.cache.state import MAX_QUARANTINED, CacheState, ModelState, parse
 from edge_agent.errors import EdgeAgentError
 from edge_agent.package.reference import ModelRef
-from edge_agent.updates import choice
-from edge_agent.updates.choice import BadDesired, Desired, NotInRollout
+from edge_agent.updates import choice, rollout
+from edge_agent.updates.choice import BadDesired, Desired
+from edge_agent.updates.rollout import NotInRollout
+from tests.support.committed import fault
 
 REFS = {"assistant": ModelRef.parse("models:/phi3@prod")}
+BAD = fault("bad")
 A, B, C = "1-aaaaaaaaaaaa", "2-bbbbbbbbbbbb", "3-cccccccccccc"
 
 
@@ -99,7 +102,7 @@ def test_a_rollout_reaches_its_share_and_only_grows() -> None:
     devices = [f"device-{number}" for number in range(1000)]
 
     def reached(percent: float) -> set[str]:
-        return {d for d in devices if choice.in_rollout(device_id=d, name="m", version=3, percent=percent)}
+        return {d for d in devices if rollout.in_rollout(device_id=d, name="m", version=3, percent=percent)}
 
     assert reached(0) == set()
     assert reached(100) == set(devices)
@@ -109,13 +112,13 @@ def test_a_rollout_reaches_its_share_and_only_grows() -> None:
 
 @pytest.mark.parametrize("tag", [None, "", "100", "100%", " 100 "])
 def test_no_tag_and_all_devices_let_everybody_through(tag: str | None) -> None:
-    choice.check_rollout(tag, device_id="d", name="m", version=3)
+    rollout.check_rollout(tag, device_id="d", name="m", version=3)
 
 
 @pytest.mark.parametrize("tag", ["0", "0%", "soon", "nan", "inf", "1e999", "-5"])
 def test_none_and_nonsense_let_nobody_through(tag: str) -> None:
     with pytest.raises(NotInRollout):
-        choice.check_rollout(tag, device_id="d", name="m", version=3)
+        rollout.check_rollout(tag, device_id="d", name="m", version=3)
 
 
 def test_a_candidate_counts_how_often_it_was_tried() -> None:
@@ -126,34 +129,34 @@ def test_a_candidate_counts_how_often_it_was_tried() -> None:
 
 
 def test_a_refused_candidate_is_quarantined_unless_nothing_else_answers() -> None:
-    assert ModelState(active=A).trying(B).refused(B, "bad").quarantined == {B: "bad"}
-    assert ModelState().trying(B).refused(B, "bad").quarantined == {}
+    assert ModelState(active=A).trying(B).refused(B, BAD).quarantined == {B: BAD}
+    assert ModelState().trying(B).refused(B, BAD).quarantined == {}
 
 
 def test_the_quarantine_keeps_the_newest_and_the_state_stays_small_enough_to_be_read() -> None:
     model = ModelState(active=A)
     keys = [f"{number}-{number:012x}" for number in range(1_500, 0, -1)]
     for key in keys:
-        model = model.trying(key).refused(key, "\N{PERSONAL COMPUTER}" * 1_000)
+        model = model.trying(key).refused(key, fault("\N{PERSONAL COMPUTER}" * 1_000))
     assert list(model.quarantined) == keys[-MAX_QUARANTINED:]
     state = CacheState(models={f"model-{number}": model for number in range(10)})
     assert len(state.encode()) < 1 << 20, "what the store reads"
     read = parse(state.encode())
     assert read == state
     assert list(read.model("model-0").quarantined) == list(model.quarantined), "the order is kept"
-    again = model.trying(keys[-3]).refused(keys[-3], "again")
+    again = model.trying(keys[-3]).refused(keys[-3], fault("again"))
     assert list(again.quarantined)[-1] == keys[-3]
     assert len(again.quarantined) == MAX_QUARANTINED
 
 
 def test_a_switch_remembers_the_previous_version_and_frees_from_quarantine() -> None:
-    state = ModelState(active=A, quarantined={B: "bad"}).switched(B)
+    state = ModelState(active=A, quarantined={B: BAD}).switched(B)
     assert (state.active, state.previous, state.quarantined) == (B, A, {})
 
 
 def test_stepping_back_with_a_reason_quarantines_and_unpins() -> None:
-    state = ModelState(active=B, previous=A, pinned=B).stepped_back("crashes")
-    assert (state.active, state.previous, state.quarantined, state.pinned) == (A, None, {B: "crashes"}, None)
+    state = ModelState(active=B, previous=A, pinned=B).stepped_back(BAD)
+    assert (state.active, state.previous, state.quarantined, state.pinned) == (A, None, {B: BAD}, None)
 
 
 def test_stepping_back_from_damage_leaves_the_way_open() -> None:

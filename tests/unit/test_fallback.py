@@ -29,7 +29,8 @@ from edge_agent.package.trust import TrustDecision
 from edge_agent.runner import capability
 from edge_agent.serving.verdicts import GateFailed
 from edge_agent.updates import choice
-from edge_agent.updates.choice import NotInRollout
+from edge_agent.updates.rollout import NotInRollout
+from tests.support.committed import fault
 from tests.support.packages import CONFIG, GENAI_CONFIG, MLMODEL, make_package, manifest_of
 
 OWN, OTHER = "3-aaaaaaaaaaaa", "9-bbbbbbbbbbbb"
@@ -68,7 +69,7 @@ def test_the_state_says_why_the_fallback_runs_until_the_models_own_version_does(
     assert model.switched(OWN) == ModelState(active=OWN, previous=OTHER)
     back = ModelState(active=OWN).stepped_back(None, to=OTHER, instead="gone")
     assert (back.active, back.previous, back.quarantined, back.instead) == (OTHER, OWN, {}, "gone")
-    assert ModelState(active=OTHER, previous=OWN, instead="x").stepped_back("crashes").instead == ""
+    assert ModelState(active=OTHER, previous=OWN, instead="x").stepped_back(fault("crashes")).instead == ""
 
 
 def test_a_state_of_an_earlier_release_has_no_fallback_in_it() -> None:

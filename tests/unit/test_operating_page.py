@@ -11,8 +11,10 @@ import edge_agent
 from edge_agent import device_status
 from edge_agent.cache.state import ModelState
 from edge_agent.cli import command
+from edge_agent.device_status import troubles
 from edge_agent.errors import PromptError, by_code
 from edge_agent.serving.seat import Serving
+from tests.support.committed import fault
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text("utf-8")
 
@@ -27,19 +29,35 @@ def test_every_state_is_on_the_page() -> None:
     returns = [node for node in ast.walk(status_function("_state")) if isinstance(node, ast.Return)]
     of_the_device = {"offline", *strings(returns)}
     assert of_the_device == {"starting", "ready", "degraded", "offline"}, "the words of docs/mqtt.md"
-    model = ModelState(active="a", previous="b", candidate="c", quarantined={"d": ""}, pinned="e")
+    model = ModelState(active="a", previous="b", candidate="c", quarantined={"d": fault("")}, pinned="e")
     of_a_version = {model.role(key) for key in "abcdef"}
     assert len(of_a_version) == 6
     assert of_the_device | of_a_version | set(Serving) == described("States") - {"state"}
 
 
 def test_everything_to_look_at_is_on_the_page() -> None:
-    nodes = ast.walk(status_function("_troubles"))
-    yields = [node.value for node in nodes if isinstance(node, ast.Yield) and node.value]
-    beginnings = {next(strings([value])).strip(" (:") for value in yields}
-    assert len(beginnings) == len(yields) - 3, "four are about a model"
     section = PAGE[PAGE.index("## States") : PAGE.index("## Exit codes")]
-    assert {text for text in beginnings if f"| `{text}" not in section} == set()
+    rows = [line for line in section.splitlines() if re.match(r"\| `[^`]+` \| `\w+` \|", line)]
+    found = list(codes_of_troubles())
+    assert len(found) == len(rows) - 2, "the broker's have a class each"
+    for code, text in found:
+        assert [line for line in rows if line.startswith(f"| `{text}") and f"` | `{code}` |" in line], code
+
+
+def codes_of_troubles() -> Iterator[tuple[str, str]]:
+    """(code, how its text begins)."""
+    for function in tree_of(Path(troubles.__file__)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        texts = {
+            ast.unparse(node.targets[0]): node for node in ast.walk(function) if isinstance(node, ast.Assign)
+        }
+        for call in ast.walk(function):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "Trouble":
+                given = {keyword.arg: keyword.value for keyword in call.keywords}
+                if isinstance(given["code"], ast.Constant):
+                    text = texts.get(ast.unparse(given["text"]), given["text"])
+                    yield str(given["code"].value), next(strings([text])).strip(" (:")
 
 
 def test_every_error_code_is_on_the_page() -> None:

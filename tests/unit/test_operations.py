@@ -14,7 +14,7 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import ActivationHeld, EdgeAgentError, LinkHeld, StoreError, UnknownModel
 from edge_agent.settings import ModelSettings, Settings
 from edge_agent.updates.operations import Operations, run_operation, without_daemon
-from tests.support.committed import commit
+from tests.support.committed import commit, fault
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_what_nothing_needs_is_removed_and_forgotten(operations: tuple[Operation
     found, store = operations
     record = commit(store, 3)
     store.change_state(
-        "assistant", lambda state: replace(state, previous=record.key, quarantined={record.key: "x"})
+        "assistant", lambda state: replace(state, previous=record.key, quarantined={record.key: fault("x")})
     )
     assert run_operation(found, "rm", name="assistant", version=3)["bytes_freed"] > 0
     assert store.versions() == []
@@ -64,10 +64,12 @@ def test_a_quarantined_version_that_the_cache_no_longer_has_can_be_forgotten(
     found, store = operations
     record = commit(store, 3)
     gone, other = "2-aaaaaaaaaaaa", "20-bbbbbbbbbbbb"
-    store.change_state("assistant", lambda state: replace(state, quarantined={gone: "x", other: "y"}))
+    store.change_state(
+        "assistant", lambda state: replace(state, quarantined={gone: fault("x"), other: fault("y")})
+    )
     document = run_operation(found, "rm", name="assistant", version=2)
     assert (document["bytes_freed"], document["forgotten"]) == (0, [gone])
-    assert dict(store.state().model("assistant").quarantined) == {other: "y"}
+    assert dict(store.state().model("assistant").quarantined) == {other: fault("y")}
     assert store.versions() == [record]
     with pytest.raises(StoreError, match="not in the cache"):
         run_operation(found, "rm", name="assistant", version=2)

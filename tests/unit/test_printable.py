@@ -44,8 +44,10 @@ from edge_agent.package.manifest import ManifestFile, check_path, make
 from edge_agent.package.reference import ModelRef
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import Settings
+from edge_agent.updates.check import Outlook
+from edge_agent.updates.choice import Wanted
 from edge_agent.updates.waiting import Waiting
-from tests.support.committed import commit
+from tests.support.committed import commit, fault
 from tests.support.processes import to_toml
 
 pytestmark = pytest.mark.attack
@@ -142,7 +144,7 @@ def test_status_for_people_has_a_line_for_each_trouble(
     document = status_of(lifecycle).full(
         broker={"host": "b", "port": 1, "connected": False, "problem": hostile}
     )
-    document["troubles"] = [hostile]
+    document["troubles"] = [{"code": "internal", "text": hostile}]
     terminal.print_status(document)
     shown = capsys.readouterr().out
     assert controls(shown) == set()
@@ -323,7 +325,7 @@ def scripted_lifecycle(*, reason: str) -> Any:
         serving = Serving.READY
         instead = reason
         system_refused = unconfined = reason
-        state = ModelState(active=None, quarantined={"3-000000000000": reason})
+        state = ModelState(active=None, quarantined={"3-000000000000": fault(reason)})
 
         def status(self) -> dict[str, Any]:
             return {
@@ -337,7 +339,7 @@ def scripted_lifecycle(*, reason: str) -> Any:
             }
 
         def versions(self) -> dict[str, Any]:
-            return {"quarantined": dict(self.state.quarantined)}
+            return {"quarantined": self.state.reasons}
 
     return Lifecycle()
 
@@ -359,8 +361,8 @@ def status_of(lifecycle: Any, *, tokens_per_s: float = 1.0) -> DeviceStatus:
         reachable, checked_at = True, 1.0
         link = SimpleNamespace(document=lambda: {"bytes_per_day": 0, "used_bytes": None})
 
-        def waiting_of(self, name: str) -> Waiting:
-            return Waiting(
+        def outlook(self, name: str) -> Outlook:
+            waiting = Waiting(
                 version=2,
                 digest="",
                 missing_bytes=1,
@@ -371,9 +373,11 @@ def status_of(lifecycle: Any, *, tokens_per_s: float = 1.0) -> DeviceStatus:
                 code="link_held",
                 reason=WINDOW_TITLE,
             )
+            wanted = Wanted(version=2, via="alias")
+            return Outlook(wanted=wanted, attempt=waiting.attempt, waiting=waiting, progress=None)
 
         def __getattr__(self, name: str) -> Callable[..., Any]:
-            return lambda *_: None if name == "progress_of" else 0
+            return lambda *_: 0
 
     everything = cast(Any, Everything())
     return DeviceStatus(

@@ -35,7 +35,7 @@ FRAMES: list[Frame] = [
     Delta(id="1.1", text="line\nbreak"),
     Done(id="1.1", finish_reason="stop", usage={"prompt_tokens": 1}, timings={"first_token_ms": 1.5}),
     Refused(id="1.1", code="bad_request", message="no"),
-    Tried(failures=["golden prompt 1: no"], tokens_per_s=0.0, memory_bytes=(1 << 62) - 1),
+    Tried(failures=["golden prompt 1: no"], asked=2, tokens_per_s=0.0, memory_bytes=(1 << 62) - 1),
 ]
 LARGEST = Delta(id="1.1", text="\U0001f34e" * protocol.MAX_DELTA_CHARACTERS)
 
@@ -80,7 +80,7 @@ def test_a_line_that_is_no_frame_is_refused(line: bytes) -> None:
 
 DONE = Done(id="1", finish_reason="stop", usage={}, timings={})
 LOADED = Loaded(flavor="f", signature="chat", load_ms=0)
-TRIED = Tried(failures=[], tokens_per_s=0, memory_bytes=0)
+TRIED = Tried(failures=[], asked=0, tokens_per_s=0, memory_bytes=0)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from edge_agent.cache.verify import check_file
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
 from edge_agent.package.manifest import MANIFEST_NAME, Manifest, ManifestFile
 from edge_agent.serving.standing import VersionStates
-from tests.support.committed import commit, make_record
+from tests.support.committed import commit, fault, make_record
 from tests.support.packages import WEIGHTS
 
 
@@ -255,7 +255,7 @@ def test_a_damaged_record_is_passed_over_and_its_tree_is_kept(store: Store) -> N
 def test_a_state_is_read_back_equal(store: Store) -> None:
     record = commit(store, 1)
     model = ModelState(
-        active=record.key, candidate=record.key, quarantined={record.key: "why"}, pinned=record.key
+        active=record.key, candidate=record.key, quarantined={record.key: fault("why")}, pinned=record.key
     )
     assert store.state() == CacheState()
     assert store.change_state("assistant", lambda old: model) == model
@@ -297,8 +297,8 @@ def test_a_lost_state_does_not_activate_a_version_that_never_served_or_failed_si
     states = VersionStates(store, "assistant")
     for record in (older, good, failed):
         serve(states, record)
-    states.change(lambda state: state.stepped_back("crashes"))
-    states.change(lambda state: state.trying(refused.key).refused(refused.key, "wrong answers"))
+    states.change(lambda state: state.stepped_back(fault("crashes")))
+    states.change(lambda state: state.trying(refused.key).refused(refused.key, fault("wrong answers")))
     (store.root / "state.json").write_bytes(b"damaged")
     assert store.state().model("assistant") == ModelState(active=good.key, previous=older.key)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from edge_agent.errors import (
 )
 from edge_agent.serving.seat import Serving
 from edge_agent.serving.verdicts import GateFailed
+from tests.support.committed import fault
 from tests.support.scripted_sync import Offer
 from tests.support.scripted_updates import FALLBACK, NOW, OWN, UpdatingDevice, make_device
 
@@ -39,7 +41,7 @@ def device(tmp_path: Path) -> UpdatingDevice:
 def test_an_unchanged_version_goes_on(device: UpdatingDevice) -> None:
     device.sync.offers[OWN] = ONE
     device.updates.step(0)
-    assert device.lifecycle.state == RUNNING
+    assert device.lifecycle.state == replace(RUNNING, resolved=(OWN, 1))
     assert (device.sync.refs, device.problem) == ([OWN], "")
     assert (device.updates.reachable, device.updates.checked_at) == (True, NOW)
     (job,) = device.sync.jobs
@@ -125,7 +127,7 @@ def test_only_an_operator_takes_an_old_package_under_a_new_number(device: Updati
 
 
 def test_a_quarantined_version_is_not_fetched_by_a_poll(tmp_path: Path) -> None:
-    device = make_device(tmp_path, ModelState(active=ONE.key, quarantined={TWO.key: "wrong answer"}))
+    device = make_device(tmp_path, ModelState(active=ONE.key, quarantined={TWO.key: fault("wrong answer")}))
     device.sync.offers[OWN] = TWO
     device.updates.step(0)
     assert device.sync.jobs[0].quarantined == (TWO.key,)
@@ -137,7 +139,7 @@ def test_a_quarantined_version_is_not_fetched_by_a_poll(tmp_path: Path) -> None:
 
 
 def test_a_pull_fetches_a_quarantined_version_and_does_not_run_it(tmp_path: Path) -> None:
-    device = make_device(tmp_path, ModelState(active=ONE.key, quarantined={TWO.key: "wrong answer"}))
+    device = make_device(tmp_path, ModelState(active=ONE.key, quarantined={TWO.key: fault("wrong answer")}))
     device.sync.offers[OWN] = TWO
     with pytest.raises(Quarantined, match="wrong answer"):
         device.updates.check("assistant", asked_for=True)
@@ -163,14 +165,17 @@ def test_a_rollout_holds_back_what_an_alias_means_and_nothing_else(
     device.sync.offers[ref] = Offer(version=2, rollout=rollout)
     device.updates.step(0)
     assert device.lifecycle.state.active == active
-    assert ("not yet to this one" in device.problem) == (active == ONE.key)
+    waiting = device.updates.outlook("assistant").waiting
+    assert (waiting is not None and "not yet to this one" in waiting.reason) == (active == ONE.key)
+    assert device.problem == ""
 
 
 def test_the_number_of_a_fallback_is_not_the_models_own_for_a_rollout(tmp_path: Path) -> None:
     device = make_device(tmp_path, ModelState(active=TWO.key, instead="no library"), fallback=FALLBACK)
     device.sync.offers[OWN] = Offer(version=2, digest="b" * 12, rollout="0")
     device.updates.step(0)
-    assert "not yet to this one" in device.problem
+    waiting = device.updates.outlook("assistant").waiting
+    assert waiting is not None and "not yet to this one" in waiting.reason
     assert device.lifecycle.state.active == TWO.key
 
 

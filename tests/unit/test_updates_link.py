@@ -24,7 +24,7 @@ from edge_agent.errors import (
 )
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import LinkSettings
-from edge_agent.updates.check import OVERDUE_S
+from edge_agent.updates.syncs import OVERDUE_S
 from edge_agent.updates.updates import SPREAD_S
 from tests.support.committed import commit
 from tests.support.scripted_sync import Offer
@@ -54,14 +54,14 @@ def poll(device: UpdatingDevice) -> None:
     device.updates.step(0)
 
 
-def held(device: UpdatingDevice) -> tuple[int, int, float | None] | None:
-    if (waiting := device.updates.waiting_of("assistant")) is None:
+def held(device: UpdatingDevice) -> tuple[int, int | None, float | None] | None:
+    if (waiting := device.updates.outlook("assistant").waiting) is None:
         return None
     return waiting.version, waiting.missing_bytes, waiting.until_s
 
 
 def reason(device: UpdatingDevice) -> str:
-    waiting = device.updates.waiting_of("assistant")
+    waiting = device.updates.outlook("assistant").waiting
     return waiting.reason if waiting else ""
 
 
@@ -77,7 +77,7 @@ def test_a_download_outside_the_windows_is_held_and_comes_when_they_open(
     before = device.lifecycle.state
     assert held(device) == (2, 1_000, TEN_PM)
     assert (device.lifecycle.adopted, device.sync.have, device.problem) == ([], {TWO.key: 0}, "")
-    waiting = device.updates.waiting_of("assistant")
+    waiting = device.updates.outlook("assistant").waiting
     assert waiting is not None
     assert waiting.reason == (
         "version 2 is held until 22:00 UTC by link.windows, 1000 bytes are missing; "
@@ -102,7 +102,8 @@ def test_an_alias_that_moves_back_meanwhile_costs_nothing(tmp_path: Path) -> Non
     device.sync.offers[OWN] = ONE
     before = device.lifecycle.state
     poll(device)
-    assert (held(device), device.lifecycle.state, device.problem) == (None, before, "")
+    after = replace(before, resolved=(OWN, 1))
+    assert (held(device), device.lifecycle.state, device.problem) == (None, after, "")
     device.time.now_s = TEN_PM + SPREAD_S
     device.updates.step(0.1)
     assert device.sync.have == {TWO.key: 0}
@@ -199,14 +200,14 @@ def test_a_fallback_that_is_held_says_why_it_is_wanted(tmp_path: Path) -> None:
 def test_a_registry_that_is_out_of_reach_says_nothing_of_what_waits(tmp_path: Path) -> None:
     device = device_of(tmp_path, NIGHT)
     poll(device)
-    since = device.updates.waiting_of("assistant")
+    since = device.updates.outlook("assistant").waiting
     device.sync.offers[OWN] = TransportError("timed out")
     poll(device)
     assert (held(device), device.problem) == ((2, 1_000, TEN_PM), "timed out")
     device.time.now_s += 60
     device.sync.offers[OWN] = TWO
     poll(device)
-    again = device.updates.waiting_of("assistant")
+    again = device.updates.outlook("assistant").waiting
     assert since is not None
     assert again is not None
     assert (again.at_s, again.reason) == (since.at_s, since.reason), "nothing new to report"
@@ -220,7 +221,7 @@ def test_a_version_that_is_here_takes_over_when_its_window_opens(tmp_path: Path)
     poll(device)
     assert held(device) == (2, 0, TEN_PM)
     assert (device.lifecycle.adopted, device.lifecycle.state.candidate) == ([], TWO.key)
-    waiting = device.updates.waiting_of("assistant")
+    waiting = device.updates.outlook("assistant").waiting
     assert waiting is not None
     assert waiting.reason.startswith("version 2 is here, and held until 22:00 UTC by link.activate_windows")
     device.sync.offers[OWN] = HERE
@@ -299,7 +300,7 @@ def test_an_alias_that_moves_leaves_nothing_of_what_waited(tmp_path: Path, to: O
     assert device.lifecycle.state.candidate == TWO.key
     device.sync.offers[OWN] = to
     poll(device)
-    assert device.lifecycle.state == ModelState(active=ONE.key)
+    assert device.lifecycle.state == ModelState(active=ONE.key, resolved=(OWN, to.version))
 
 
 def test_what_waits_and_must_not_run_any_more_is_not_taken_when_the_registry_is_away(tmp_path: Path) -> None:
@@ -311,7 +312,7 @@ def test_what_waits_and_must_not_run_any_more_is_not_taken_when_the_registry_is_
     assert device.lifecycle.state.candidate == record.key
     device.sync.offers[OWN] = replace(back, rollout="0")
     poll(device)
-    assert (held(device), "not yet to this one" in device.problem) == (None, True)
+    assert (held(device), "not yet to this one" in reason(device)) == ((2, None, None), True)
     device.sync.offers[OWN] = TransportError("timed out")
     device.time.now_s = TEN_PM
     poll(device)

@@ -23,6 +23,7 @@ from edge_agent.errors import (
 )
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import ModelSettings
+from edge_agent.updates.desired import SyncRequests
 from edge_agent.updates.polls import FIRST_RETRY_S, JITTER, RETRY_JITTER, place_of
 from tests.support.committed import commit
 from tests.support.scripted_sync import Offer
@@ -124,16 +125,16 @@ def test_what_fails_because_the_daemon_ends_is_no_problem(device: UpdatingDevice
 
 def test_the_progress_of_a_fetch_is_seen_until_it_ends(device: UpdatingDevice) -> None:
     seen: list[dict[str, Any] | None] = []
-    device.sync.amid = lambda ref: seen.append(device.updates.progress_of("assistant"))
+    device.sync.amid = lambda ref: seen.append(device.updates.outlook("assistant").progress)
 
     def hear(event: Mapping[str, Any]) -> None:
         if event["event"] == "progress":
-            seen.append(device.updates.progress_of("assistant"))
+            seen.append(device.updates.outlook("assistant").progress)
 
     device.updates.check("assistant", hear, asked_for=True)
     progress = {"bytes": 1_000, "total_bytes": 1_000, "bytes_per_s": 500, "eta_s": 0.0}
     assert seen == [None, progress], "a reference that is resolved is no progress yet"
-    assert device.updates.progress_of("assistant") is None
+    assert device.updates.outlook("assistant").progress is None
 
 
 # --- A fleet -------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def test_what_the_look_over_finds_damaged_is_fetched_again_at_once(tmp_path: Pat
 def test_a_check_may_come_in_the_course_of_some_time(device: UpdatingDevice, how: str) -> None:
     device.updates.step(0)
     if how == "ctl/sync":
-        device.updates.take_sync(b'{"within_s": 100}')
+        SyncRequests(device.updates.check_now).take(b'{"within_s": 100}')
     else:
         device.updates.desire({"assistant": OTHER}, 100.0)
     device.updates.step(10)
@@ -231,11 +232,11 @@ def test_a_request_to_check_that_is_not_understood_checks_nothing(
     device: UpdatingDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
     device.updates.step(0)
-    device.updates.take_sync(b'{"within": 100}')
+    SyncRequests(device.updates.check_now).take(b'{"within": 100}')
     device.updates.step(1)
     assert len(device.sync.jobs) == 1
     assert "request to check refused" in caplog.text
-    device.updates.take_sync(b"")
+    SyncRequests(device.updates.check_now).take(b"")
     device.updates.step(2)
     assert len(device.sync.jobs) == 2
 

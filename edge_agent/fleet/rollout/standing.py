@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from edge_agent.errors import (
-    ActivationHeld,
     CannotRun,
     ContentError,
-    LinkHeld,
     MemoryShort,
     RunnerError,
+    VersionHeld,
     by_code,
 )
 from edge_agent.fleet.devices import NEVER_SEEN, UNKNOWN, Device, ModelReport
@@ -27,7 +26,7 @@ from edge_agent.fleet.rollout.plan import Plan
 
 GATE_FAILED = "gate_failed"
 _CANNOT = frozenset(by_code(CannotRun)) | {MemoryShort.code}
-_HELD = frozenset((LinkHeld.code, ActivationHeld.code))
+_HELD = frozenset((*by_code(VersionHeld), "not_in_rollout"))
 _OF_SOMETHING_ELSE = frozenset(("desired_invalid",))
 FAILURES = (frozenset(by_code(ContentError, RunnerError)) | {GATE_FAILED}) - _CANNOT - _OF_SOMETHING_ELSE
 """Codes that are held against a version: its content breaks a rule, or it does not load, answer or stay up."""

@@ -25,6 +25,7 @@ from edge_agent.package import trust
 from edge_agent.package.trust import TrustDecision
 from edge_agent.serving.seat import Serving
 from edge_agent.serving.verdicts import MAX_TRIES, GateFailed
+from tests.support.committed import fault
 from tests.support.packages import WEIGHTS
 from tests.support.processes import wait_until
 from tests.support.scripted_runner import RESIDENT_BYTES, InBackground, Life, Script, ScriptedHost
@@ -248,11 +249,11 @@ def test_a_quarantined_version_is_not_tried_again_unless_an_operator_forces_it(l
 def test_quarantine_is_bounded_and_a_removed_version_is_forgotten(life: Life) -> None:
     life.serve(1)
     for version in range(2, MAX_QUARANTINED + 4):
-        life.lifecycle.set_aside(f"{version}-{'a' * 12}", "wrong answers")
+        life.lifecycle.set_aside(f"{version}-{'a' * 12}", GateFailed("wrong answers"))
     assert list(life.quarantined) == list(range(4, MAX_QUARANTINED + 4)), "the oldest went"
     life.lifecycle.forget(f"7-{'a' * 12}")
     assert 7 not in life.quarantined
-    life.lifecycle.set_aside(f"8-{'a' * 12}", "another reason")
+    life.lifecycle.set_aside(f"8-{'a' * 12}", GateFailed("another reason"))
     assert life.quarantined[8] == "wrong answers", "the first reason stays"
 
 
@@ -534,7 +535,7 @@ def test_closing_ends_a_candidate_that_is_being_loaded_and_holds_nothing_against
 
 def test_a_rollback_by_hand_makes_the_previous_version_active_and_pins_it(life: Life) -> None:
     life.serve(1, 2)
-    life.lifecycle.set_aside(life.key(1), "it was wrong once")
+    life.lifecycle.set_aside(life.key(1), GateFailed("it was wrong once"))
     assert life.lifecycle.go_back() == life.key(1)
     assert (life.active, life.previous, life.ask()) == (1, 2, 1)
     assert life.store.state().model("assistant").pinned == life.key(1)
@@ -574,7 +575,7 @@ def test_a_candidate_of_an_earlier_daemon_is_untried(life: Life) -> None:
 def test_the_newest_version_of_its_own_is_taken_when_nothing_is_active(life: Life) -> None:
     life.commit(1, 2, 3)
     life.commit(9, fallback=True)
-    life.store.change_state("assistant", lambda _: ModelState(quarantined={life.key(3): "wrong"}))
+    life.store.change_state("assistant", lambda _: ModelState(quarantined={life.key(3): fault("wrong")}))
     life.restart()
     assert life.lifecycle.untried() == life.key(2)
 

@@ -8,7 +8,7 @@ from edge_agent.errors import CannotRun, LoadFailed, MemoryShort
 from edge_agent.package import trust
 from edge_agent.package.trust import TrustDecision
 from edge_agent.serving.seat import Serving
-from edge_agent.serving.verdicts import CRASH_WINDOW_S
+from edge_agent.serving.verdicts import CRASH_WINDOW_S, GateFailed
 from tests.support.packages import WEIGHTS
 from tests.support.scripted_runner import Life, Script, ScriptedHost
 from tests.unit.serving.conftest import NewLife
@@ -208,7 +208,7 @@ def test_a_previous_version_is_taken_before_the_fallback_unless_it_is_in_quarant
     life.commit(5, fallback=True)
     life.serve(1, 2)
     if quarantined:
-        life.lifecycle.set_aside(life.key(1), "wrong answers")
+        life.lifecycle.set_aside(life.key(1), GateFailed("wrong answers"))
     boot(life, failing=2, script=Script(load_error=CannotRun("the library is gone")))
     life.ask()
     assert life.active == (5 if quarantined else 1)
@@ -219,7 +219,7 @@ def test_the_newest_fallback_that_is_not_in_quarantine_is_taken(life: Life) -> N
     for version in (5, 6, 7):
         life.commit(version, fallback=True)
     life.serve(1)
-    life.lifecycle.set_aside(life.key(7), "wrong answers")
+    life.lifecycle.set_aside(life.key(7), GateFailed("wrong answers"))
     boot(life, failing=1, script=Script(load_error=CannotRun("the library is gone")))
     life.ask()
     assert life.active == 6

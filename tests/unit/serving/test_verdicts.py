@@ -28,7 +28,7 @@ from edge_agent.serving.verdicts import (
 
 
 def tried(*failures: str) -> Tried:
-    return Tried(failures=list(failures), tokens_per_s=12.34, memory_bytes=1000)
+    return Tried(failures=list(failures), asked=3, tokens_per_s=12.34, memory_bytes=1000)
 
 
 def test_one_wrong_answer_is_one_too_many_and_the_first_three_are_named() -> None:

@@ -18,7 +18,10 @@ from edge_agent import printable
 from edge_agent.cache.store import Store
 from edge_agent.chat import messages
 from edge_agent.chat.journal import Journal
+from edge_agent.device_status import model_report, troubles
+from edge_agent.device_status.troubles import Trouble
 from edge_agent.errors import EdgeAgentError, JournalUnavailable
+from edge_agent.host import landlock, seccomp
 from edge_agent.sd_notify import Notifier
 from edge_agent.serving.lifecycle import ModelLifecycle
 from edge_agent.serving.seat import Serving
@@ -72,6 +75,7 @@ class DeviceStatus:
         self._tokens_per_s = tokens_per_s
         self._broker_troubles = broker_troubles
         self._boot_id = uuid.uuid4().hex
+        self._walls = {"landlock": landlock.abi(), "seccomp": seccomp.is_available()}
         self._seq = 0
 
     def offline(self) -> dict[str, Any]:
@@ -93,6 +97,8 @@ class DeviceStatus:
             "agent_version": edge_agent.__version__,
             "queue_depth": stamp["queue_depth"],
             "models": printable.document(models),
+            "troubles": [trouble.document() for trouble in self._troubles()],
+            "walls": self._walls,
         }
 
     def full(self, *, broker: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,8 +107,7 @@ class DeviceStatus:
         for lifecycle, entry in zip(self._lifecycles.values(), document["models"], strict=True):
             entry.update(lifecycle.state.others())
             entry["update_problem"] = self._problem(lifecycle.name)
-            entry["progress"] = self._updates.progress_of(lifecycle.name)
-            entry["link"] = self._link_of(lifecycle.name)
+            entry.update(model_report.progressing(lifecycle.state, self._updates.outlook(lifecycle.name)))
         everything = {
             **document,
             "cache": {
@@ -118,7 +123,6 @@ class DeviceStatus:
             },
             "link": self._updates.link.document(),
             "broker": dict(broker),
-            "troubles": list(self._troubles()),
         }
         return dict(printable.document(everything))
 
@@ -132,13 +136,12 @@ class DeviceStatus:
         models = {}
         for model in document["models"]:
             reason = model["reason"] or self._problem(model["name"]) or self._desired.problem
-            progress = self._updates.progress_of(model["name"])
+            state = self._lifecycles[model["name"]].state
             models[model["name"]] = {
                 **{key: model[key] for key in keys},
                 "reason": printable.text(reason),
-                "progress": progress,
-                "attempt": self._attempt_of(model["name"]),
-                "link": self._link_of(model["name"]),
+                **model_report.progressing(state, self._updates.outlook(model["name"])),
+                **model_report.versions(state),
             }
         return {"models": models}
 
@@ -176,27 +179,10 @@ class DeviceStatus:
 
     def _problem(self, name: str) -> str:
         """Why no other version comes, for people: it must wait for its time, or the last check failed."""
-        waiting, problem = self._updates.waiting_of(name), self._updates.problems.get(name, "")
+        waiting, problem = self._updates.outlook(name).waiting, self._updates.problems.get(name, "")
         if waiting is None or waiting.reason in problem:
             return problem
         return "; ".join(filter(None, (waiting.reason, problem)))
-
-    def _link_of(self, name: str) -> dict[str, Any] | None:
-        if (waiting := self._updates.waiting_of(name)) is None:
-            return None
-        return {"missing_bytes": waiting.missing_bytes, "held_until": waiting.held_until}
-
-    def _attempt_of(self, name: str) -> dict[str, Any] | None:
-        """The version that must wait for its time."""
-        if (waiting := self._updates.waiting_of(name)) is None:
-            return None
-        return {
-            "version": waiting.version,
-            "digest": waiting.digest,
-            "step": "held",
-            "code": waiting.code,
-            "at": int(waiting.at_s),
-        }
 
     def _depth(self) -> int:
         try:
@@ -214,28 +200,16 @@ class DeviceStatus:
             return "degraded"
         return "ready" if default.serving in (Serving.READY, Serving.IDLE) else "starting"
 
-    def _troubles(self) -> Iterator[str]:
+    def _troubles(self) -> Iterator[Trouble]:
         """What somebody should look at, though prompts are answered."""
-        if self._journal.trouble:
-            yield f"journal: {self._journal.trouble}"
-        if self._rebuilt:
-            yield f"cache: state.json was rebuilt ({self._rebuilt})"
-        for trouble in self._broker_troubles():
-            yield f"broker: {trouble} ({trouble.code})"
-        if self._settings.trust.allow_unsigned_code:
-            yield "trust.allow_unsigned_code is on"
-        if self._desired.problem:
-            yield f"model/desired: {self._desired.problem}"
-        for name, lifecycle in self._lifecycles.items():
-            if lifecycle.instead:
-                yield f"model {name}: {lifecycle.instead}"
-            if lifecycle.system_refused:
-                yield f"model {name}: {lifecycle.system_refused} (models.{name}.system)"
-            if lifecycle.unconfined:
-                yield f"model {name}: {lifecycle.unconfined} (trust.unconfined_code)"
-        for name, lifecycle in self._lifecycles.items():
-            for key, reason in lifecycle.state.quarantined.items():
-                yield f"model {name}: version {key} is in quarantine: {reason}"
+        yield from troubles.of_journal(self._journal.trouble or "")
+        yield from troubles.of_cache(self._rebuilt)
+        yield from (troubles.of_broker(error) for error in self._broker_troubles())
+        yield from troubles.of_trust(allow_unsigned_code=self._settings.trust.allow_unsigned_code)
+        yield from troubles.of_desired(self._desired.problem)
+        for of_one in (troubles.of_model, troubles.of_quarantine):
+            for name, lifecycle in self._lifecycles.items():
+                yield from of_one(name, lifecycle)
 
 
 class Outlet(Protocol):

@@ -1,0 +1,164 @@
+"""What is known of the versions that were tried: how far the last attempt got, and what its gate measured.
+
+Pure values, as `state.json` keeps them, so that a restart forgets no failure. Reading is lenient: what an earlier
+release did not write, or what is no such value, is not known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Self, TypeGuard
+
+from edge_agent.errors import EdgeAgentError, Quarantined
+
+MAX_FAULT = 200
+"""Characters of the reason for which a version is in quarantine."""
+_CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{0,64}")
+_MOST = 1 << 62
+
+
+class Step(StrEnum):
+    """From a reference to the version that answers, in this order."""
+
+    HELD = "held"
+    FETCH = "fetch"
+    VERIFY = "verify"
+    GATE = "gate"
+    ACTIVATE = "activate"
+    ACTIVE = "active"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One version on its way.
+
+    Attributes:
+        digest: of its manifest; empty where it is not known yet.
+        step: that it is at, or has failed at.
+        at_s: when that began, in seconds since 1970.
+        code: of the error with which it ended; None while it goes on, or went well.
+    """
+
+    version: int
+    digest: str
+    step: Step
+    at_s: float
+    code: str | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Something is still to come of it."""
+        return self.code is None and self.step is not Step.ACTIVE
+
+    def is_of(self, key: str | None) -> bool:
+        """
+        Args:
+            key: of a version, as `state.json` has it.
+        """
+        return key is not None and key == f"{self.version}-{self.digest[:12]}"
+
+    def is_as(self, other: Attempt | None) -> bool:
+        """The same, whenever it began."""
+        return other is not None and (self.version, self.digest, self.step, self.code) == (
+            other.version,
+            other.digest,
+            other.step,
+            other.code,
+        )
+
+    def document(self) -> dict[str, Any]:
+        """For status and `model/reported`."""
+        return {
+            "version": self.version,
+            "digest": self.digest,
+            "step": str(self.step),
+            "code": self.code,
+            "at": int(self.at_s),
+        }
+
+    @classmethod
+    def parse(cls, fields: Any) -> Self | None:
+        """Reads what `document` gave; None for anything else."""
+        if not isinstance(fields, dict):
+            return None
+        version, digest, at_s, code = (fields.get(key) for key in ("version", "digest", "at", "code"))
+        step = fields.get("step")
+        if not (_is_number(version) and _is_number(at_s) and step in list(Step)):
+            return None
+        if not (isinstance(digest, str) and _DIGEST.fullmatch(digest) and (code is None or _is_code(code))):
+            return None
+        return cls(version=version, digest=digest, step=Step(step), at_s=at_s, code=code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Why a version is not tried again.
+
+    Attributes:
+        code: of the error; `quarantined` where an earlier release noted none.
+        reason: for people.
+    """
+
+    code: str
+    reason: str
+
+    @classmethod
+    def of(cls, error: EdgeAgentError) -> Self:
+        return cls(code=error.code, reason=str(error))
+
+    @classmethod
+    def parse(cls, code: Any, reason: Any) -> Self:
+        return cls(code=code if _is_code(code) else Quarantined.code, reason=str(reason)[:MAX_FAULT])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a version showed in its gate, on this host.
+
+    Attributes:
+        load_ms: until its runner had loaded it.
+        passed, of: golden prompts.
+    """
+
+    load_ms: int
+    tokens_per_s: float
+    passed: int
+    of: int
+
+    def document(self) -> dict[str, Any]:
+        """For status and `model/reported`."""
+        return {
+            "load_ms": self.load_ms,
+            "tokens_per_s": self.tokens_per_s,
+            "golden": {"passed": self.passed, "of": self.of},
+        }
+
+    def fields(self) -> dict[str, Any]:
+        """For `state.json`."""
+        return asdict(self)
+
+    @classmethod
+    def parse(cls, fields: Any) -> Self | None:
+        """Reads what `fields` gave; None for anything else."""
+        if not isinstance(fields, Mapping) or set(fields) != set(cls.__dataclass_fields__):
+            return None
+        if not all(_is_number(value) for value in fields.values()):
+            return None
+        return cls(
+            load_ms=int(fields["load_ms"]),
+            tokens_per_s=float(fields["tokens_per_s"]),
+            passed=int(fields["passed"]),
+            of=int(fields["of"]),
+        )
+
+
+def _is_number(value: object) -> TypeGuard[int]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
+
+
+def _is_code(value: object) -> bool:
+    return isinstance(value, str) and _CODE.fullmatch(value) is not None

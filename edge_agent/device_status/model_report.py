@@ -1,0 +1,39 @@
+"""What is reported of one model, as data: what it wants, how far that is, and what its versions have shown.
+
+The fields of docs/mqtt.md, *Desired and reported models*, but for those that status has, too. Words for people stand
+beside them, in `reason`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edge_agent.cache.state import ModelState
+from edge_agent.updates.check import Outlook
+
+
+def progressing(state: ModelState, outlook: Outlook) -> dict[str, Any]:
+    """What is the same in `model/reported` and in `edge-agent status --json`."""
+    waiting, measured = outlook.waiting, state.measured.get(state.active or "")
+    held = waiting if waiting and waiting.of_link else None
+    return {
+        "progress": outlook.progress,
+        "wanted": outlook.wanted.document(),
+        "attempt": outlook.attempt.document() if outlook.attempt else None,
+        "gate": measured.document() if measured else None,
+        "link": {"missing_bytes": held.missing_bytes, "held_until": held.held_until} if held else None,
+    }
+
+
+def versions(state: ModelState) -> dict[str, Any]:
+    """The versions beside the active one, by their numbers in the registry."""
+    return {
+        "previous": _number(state.previous) if state.previous else None,
+        "quarantined": [
+            {"version": _number(key), "code": fault.code} for key, fault in state.quarantined.items()
+        ],
+    }
+
+
+def _number(key: str) -> int:
+    return int(key.split("-")[0])
