@@ -82,10 +82,8 @@ class Progress:
 
 class Console:
     """
-    Args:
-        tell: called after each turn.
-
     Attributes:
+        tell: called after each turn.
         state: the newest one that is known, or its own.
         view: what it has heard.
     """
@@ -104,7 +102,7 @@ class Console:
         self.broker = broker
         self._registry = registry
         self._clocks = clocks
-        self._tell = tell
+        self.tell = tell
         self._claim = Claim(console=secrets.token_hex(8))
         self._begun: str | None = None
         self._handled: State | None = None
@@ -195,14 +193,16 @@ class Console:
         self.state = State(id=self._begun, plan=plan, at=now, since=now, seq=old.seq if old else 0)
         self._handled = old
 
-    def ask(self, verb: Verb) -> Request:
-        """Asks whoever has the lease, or will have it.
+    def ask(self, verb: Verb) -> Request | None:
+        """Asks whoever has the lease, or will have it; None where there is nothing to ask for.
 
         Raises:
             RolloutRefused: it makes no sense now.
+            StateUnreadable: there is something that this console does not understand.
         """
         state = self._known()
-        _obeyed(state, verb, self.view, self._clocks.wall_s())
+        if _obeyed(state, verb, self.view, self._clocks.wall_s()) is state:
+            return None
         request = Request(id=secrets.token_hex(8), rollout=state.id, verb=verb)
         self.broker.publish(self.view.request_topic, request.encode(), retain=True)
         return request
@@ -369,7 +369,7 @@ class Console:
         return self.state
 
     def _say(self, note: str) -> None:
-        self._tell(Progress(state=self.state, leads=self._claim.holds(self._clocks.mono_s()), note=note))
+        self.tell(Progress(state=self.state, leads=self._claim.holds(self._clocks.mono_s()), note=note))
 
 
 class _Backoff:
