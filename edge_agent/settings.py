@@ -344,6 +344,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     trust: TrustSettings = TrustSettings()
     inference: InferenceSettings = InferenceSettings()
+    fleet: _Section = _Section()  # an operator's file may say with it what it is; it has no keys
 
     @classmethod
     def settings_customise_sources(

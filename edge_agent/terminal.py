@@ -11,10 +11,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_agent import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
 
 ProgressReport = Callable[[str, float, float], None]
 """Called with (step, bytes done, total bytes)."""
@@ -75,6 +79,21 @@ def progress_bar() -> Iterator[ProgressReport]:
         yield report
 
 
+@contextmanager
+def counter(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows on stderr how many of how many are done; nothing if that is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
+
+
 class _PlainProgress:
     """A line at the start and the end of each step, and every 64 MiB in between."""
 
@@ -90,17 +109,56 @@ class _PlainProgress:
             echo(f"{what}: {human_bytes(done)} of {human_bytes(total)}", err=True)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A table: its headings, and cells of any type; None is an empty one."""
+
+    headings: tuple[str, ...]
+    rows: Sequence[tuple[object, ...]]
+
+
 def print_table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
     """Prints a table on stdout."""
-    from rich.console import Console
-    from rich.table import Table
+    print_page([Rows(headings, rows)])
 
-    table = Table(box=None, pad_edge=False, show_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*("" if cell is None else printable.text(str(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+
+def print_page(page: Sequence[str | Rows]) -> None:
+    """Prints lines and tables, one below the other, on stdout."""
+    _console().print(_drawn(page))
+
+
+@contextmanager
+def live_page() -> Iterator[Callable[[Sequence[str | Rows]], None]]:
+    """Shows each page in place of the one before, on a terminal; the last one stays."""
+    from rich.live import Live
+
+    with Live(console=_console(), auto_refresh=False) as live:
+        yield lambda page: live.update(_drawn(page), refresh=True)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+
+
+def _drawn(page: Sequence[str | Rows]) -> Group:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[Text | Table] = []
+    for block in page:
+        if isinstance(block, str):
+            parts.append(Text(printable.text(block)))
+            continue
+        table = Table(box=None, pad_edge=False, show_edge=False, show_header=any(block.headings))
+        for heading in block.headings:
+            table.add_column(heading, overflow="fold")
+        for row in block.rows:
+            table.add_row(*(Text("" if cell is None else printable.text(str(cell))) for cell in row))
+        parts.append(table)
+    return Group(*parts)
 
 
 def print_status(status: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 import edge_agent
-from edge_agent.cli import bench, demo, doctor, models, probe, publish, run, status
+from edge_agent.cli import bench, demo, doctor, fleet, models, probe, publish, run, status
 from edge_agent.cli.command import Group, Invocation
 
 
@@ -37,5 +37,6 @@ main.add_command(status.status)
 main.add_command(models.models)
 main.add_command(publish.publish)
 main.add_command(doctor.doctor)
+main.add_command(fleet.fleet)
 main.add_command(bench.bench)
 main.add_command(demo.demo)

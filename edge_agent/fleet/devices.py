@@ -11,13 +11,11 @@ Pure. Contract: docs/mqtt.md, *Status* and *Desired and reported models*.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from edge_agent import printable
+from edge_agent.fleet.fields import number, objects, part, read_object, text, version, whole, word
 from edge_agent.topics import ID_PATTERN, FleetTopics
 
 NEVER_SEEN = "never_seen"
@@ -25,14 +23,8 @@ NEVER_SEEN = "never_seen"
 UNKNOWN = "unknown"
 """The state of a device that has reported models, and whose status is missing or cannot be read."""
 
-MAX_DOCUMENT_BYTES = 256 << 10
 MAX_DEVICES = 200_000
 MAX_MODELS = 64
-_MAX_ENTRIES = 64
-_MAX_WORD_CHARACTERS = 80
-_MAX_TEXT_CHARACTERS = 400
-_MAX_NUMBER = 1e15
-_KEY = re.compile(r"(\d{1,18})(-[0-9a-f]{1,64})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +207,11 @@ class Fleet:
         for topic, body in messages.items():
             self.take(topic, body)
 
+    @property
+    def heard(self) -> bool:
+        """Something is known of at least one device."""
+        return bool(self._status or self._reported)
+
     def ids(self) -> list[str]:
         return sorted(self._expected | self._status.keys() | self._reported.keys())
 
@@ -242,7 +239,7 @@ def parse_status(body: bytes, device_id: str) -> Device:
 
 def parse_reported(body: bytes) -> tuple[ModelReport, ...] | None:
     """The models of a `model/reported`; None if it cannot be read. Never raises."""
-    document = _object(body)
+    document = read_object(body)
     models = document.get("models") if document else None
     if not isinstance(models, dict):
         return None
@@ -254,25 +251,25 @@ def parse_reported(body: bytes) -> tuple[ModelReport, ...] | None:
 
 
 def _status(body: bytes) -> _Status:
-    document = _object(body)
-    state = _word(document.get("state")) if document else ""
+    document = read_object(body)
+    state = word(document.get("state")) if document else ""
     if document is None or not state:
         return _Status(device=Device(device_id="", state=UNKNOWN, problem="status cannot be read"))
     device = Device(
         device_id="",
         state=state,
-        agent_version=_word(document.get("agent_version")),
-        seen_at=_number(document.get("time")),
-        boot_id=_word(document.get("boot_id")),
+        agent_version=word(document.get("agent_version")),
+        seen_at=number(document.get("time")),
+        boot_id=word(document.get("boot_id")),
         troubles=tuple(
-            Trouble(code=_word(entry.get("code")), text=_text(entry.get("text")))
-            for entry in _objects(document.get("troubles"))
+            Trouble(code=word(entry.get("code")), text=text(entry.get("text")))
+            for entry in objects(document.get("troubles"))
         ),
     )
     models = [
         _model(name, entry)
-        for entry in _objects(document.get("models"))
-        if ID_PATTERN.fullmatch(name := _word(entry.get("name")))
+        for entry in objects(document.get("models"))
+        if ID_PATTERN.fullmatch(name := word(entry.get("name")))
     ]
     return _Status(device=device, models=tuple(models))
 
@@ -288,93 +285,45 @@ def _together(status: tuple[ModelReport, ...], reported: tuple[ModelReport, ...]
 
 
 def _model(name: str, entry: Mapping[str, Any]) -> ModelReport:
-    wanted, attempt, gate, link = (_part(entry.get(key)) for key in ("wanted", "attempt", "gate", "link"))
+    wanted, attempt, gate, link = (part(entry.get(key)) for key in ("wanted", "attempt", "gate", "link"))
     return ModelReport(
         name=name,
-        uri=_text(entry.get("uri")),
-        version=_version(entry.get("version")),
-        digest=_word(entry.get("digest")),
-        state=_word(entry.get("state")),
-        reason=_text(entry.get("reason")),
-        wanted=Wanted(version=_version(wanted.get("version")), via=_word(wanted.get("via")))
+        uri=text(entry.get("uri")),
+        version=version(entry.get("version")),
+        digest=word(entry.get("digest")),
+        state=word(entry.get("state")),
+        reason=text(entry.get("reason")),
+        wanted=Wanted(version=version(wanted.get("version")), via=word(wanted.get("via")))
         if wanted
         else None,
         attempt=_attempt(attempt) if attempt else None,
-        previous=_version(entry.get("previous")),
+        previous=version(entry.get("previous")),
         quarantined=tuple(
-            Quarantined(version=_version(each.get("version")), code=_word(each.get("code")))
-            for each in _objects(entry.get("quarantined"))
+            Quarantined(version=version(each.get("version")), code=word(each.get("code")))
+            for each in objects(entry.get("quarantined"))
         ),
         gate=_gate(gate) if gate else None,
-        link=Link(missing_bytes=_whole(link.get("missing_bytes")), held_until=_number(link.get("held_until")))
+        link=Link(missing_bytes=whole(link.get("missing_bytes")), held_until=number(link.get("held_until")))
         if link
         else None,
-        tokens_per_s=_number(entry.get("tokens_per_s")),
+        tokens_per_s=number(entry.get("tokens_per_s")),
     )
 
 
 def _attempt(entry: Mapping[str, Any]) -> Attempt:
     return Attempt(
-        version=_version(entry.get("version")),
-        digest=_word(entry.get("digest")),
-        step=_word(entry.get("step")),
-        code=_word(entry.get("code")),
-        at=_number(entry.get("at")),
+        version=version(entry.get("version")),
+        digest=word(entry.get("digest")),
+        step=word(entry.get("step")),
+        code=word(entry.get("code")),
+        at=number(entry.get("at")),
     )
 
 
 def _gate(entry: Mapping[str, Any]) -> Gate:
-    golden = _part(entry.get("golden")) or {}
+    golden = part(entry.get("golden")) or {}
     return Gate(
-        load_ms=_number(entry.get("load_ms")),
-        tokens_per_s=_number(entry.get("tokens_per_s")),
-        golden=Golden(passed=_whole(golden.get("passed")), of=_whole(golden.get("of"))),
+        load_ms=number(entry.get("load_ms")),
+        tokens_per_s=number(entry.get("tokens_per_s")),
+        golden=Golden(passed=whole(golden.get("passed")), of=whole(golden.get("of"))),
     )
-
-
-def _object(body: bytes) -> dict[str, Any] | None:
-    if len(body) > MAX_DOCUMENT_BYTES:
-        return None
-    try:
-        document = json.loads(body.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None
-
-
-def _part(value: Any) -> Mapping[str, Any] | None:
-    return value if isinstance(value, dict) else None
-
-
-def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
-    """The objects of a list, the first few of them."""
-    for entry in value[:_MAX_ENTRIES] if isinstance(value, list) else ():
-        if isinstance(entry, dict):
-            yield entry
-
-
-def _text(value: Any) -> str:
-    return printable.line(value[:_MAX_TEXT_CHARACTERS]) if isinstance(value, str) else ""
-
-
-def _word(value: Any) -> str:
-    return _text(value)[:_MAX_WORD_CHARACTERS]
-
-
-def _number(value: Any) -> float | None:
-    """A number that is none, or is out of any range, was never measured."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if good and 0 <= value <= _MAX_NUMBER else None
-
-
-def _whole(value: Any) -> int | None:
-    number = _number(value)
-    return int(number) if number is not None and number == int(number) else None
-
-
-def _version(value: Any) -> int | None:
-    """A version's number, also in a key of the cache (`7-0123456789ab`)."""
-    if isinstance(value, str) and (found := _KEY.fullmatch(value)):
-        return int(found[1])
-    whole = value if isinstance(value, int) and not isinstance(value, bool) else None
-    return whole if whole is not None and 0 < whole < 10**18 else None

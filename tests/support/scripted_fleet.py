@@ -143,7 +143,7 @@ def reported(name: str = "assistant", version: int | None = 7, **fields: Any) ->
     return {"models": {name: model(version, **fields)}}
 
 
-def device(device_id: str, state: str = "ready", **fields: Any) -> dict[str, bytes]:
+def device(device_id: str, state: str = "ready", /, **fields: Any) -> dict[str, bytes]:
     """The two retained documents of a device that runs one model.
 
     Args:

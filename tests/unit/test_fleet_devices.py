@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.fleet.devices import (
-    MAX_DOCUMENT_BYTES,
     MAX_MODELS,
     NEVER_SEEN,
     UNKNOWN,
@@ -26,6 +25,7 @@ from edge_agent.fleet.devices import (
     parse_reported,
     parse_status,
 )
+from edge_agent.fleet.fields import MAX_DOCUMENT_BYTES
 from tests.support.scripted_fleet import TOPICS, device, model, reported, status
 
 FULL: dict[str, Any] = {

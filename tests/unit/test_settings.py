@@ -108,6 +108,14 @@ def test_what_is_wrong_is_named(tmp_path: Path, content: dict[str, Any], key: st
     assert "secret" not in caught.value.message
 
 
+def test_an_operators_file_names_the_broker_and_the_registry_only(tmp_path: Path) -> None:
+    loaded = load(tmp_path, fleet={}, mqtt={"host": "broker"}, registry={"uri": "http://registry:5000"})
+    assert loaded.mqtt.host == "broker"
+    assert loaded.models == {}
+    with pytest.raises(SettingsError, match=r"fleet\.waves: unknown key"):
+        load(tmp_path, fleet={"waves": 3})
+
+
 @pytest.mark.parametrize(
     "named",
     [{}, {"max_tokens": 256}, {"repetition_penalty": 1.0}, {"max_tokens": 80, "repetition_penalty": 1.2}],
