@@ -12,7 +12,7 @@ from typing import Any
 
 from edge_agent.errors import ActivationHeld, LinkHeld, Quarantined
 from edge_agent.fleet.devices import NEVER_SEEN, UNKNOWN, Device, ModelReport
-from edge_agent.updates.choice import NotInRollout
+from edge_agent.updates.rollout import NotInRollout
 
 WAITING = frozenset({LinkHeld.code, ActivationHeld.code, NotInRollout.code})
 """Codes of what is as it should be, and not yet there."""
