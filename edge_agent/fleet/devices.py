@@ -41,14 +41,14 @@ class Attempt:
 
     Attributes:
         step: `held`, `fetch`, `verify`, `gate`, `activate` or `active`.
-        code: of docs/operating.md; empty where nothing went wrong.
+        code: of docs/operating.md; None where nothing went wrong.
         at: seconds since 1970.
     """
 
     version: int | None = None
     digest: str = ""
     step: str = ""
-    code: str = ""
+    code: str | None = None
     at: float | None = None
 
 
@@ -112,8 +112,8 @@ class ModelReport:
 
     def codes(self) -> frozenset[str]:
         """What is wrong, or waits: of the last attempt, and of each version in quarantine."""
-        attempt = {self.attempt.code} if self.attempt else set()
-        return frozenset({*attempt, *(entry.code for entry in self.quarantined)} - {""})
+        own = {self.attempt.code} if self.attempt and self.attempt.code else set()
+        return frozenset(own | {entry.code for entry in self.quarantined if entry.code})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +315,7 @@ def _attempt(entry: Mapping[str, Any]) -> Attempt:
         version=version(entry.get("version")),
         digest=word(entry.get("digest")),
         step=word(entry.get("step")),
-        code=word(entry.get("code")),
+        code=word(entry.get("code")) or None,
         at=number(entry.get("at")),
     )
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edge_agent.errors import ActivationHeld, LinkHeld, Quarantined
+from edge_agent.errors import ActivationHeld, LinkHeld, Quarantined, SyncStopped
 from edge_agent.fleet.devices import NEVER_SEEN, UNKNOWN, Device, ModelReport
 from edge_agent.updates.rollout import NotInRollout
 
-WAITING = frozenset({LinkHeld.code, ActivationHeld.code, NotInRollout.code})
+WAITING = frozenset({LinkHeld.code, ActivationHeld.code, NotInRollout.code, SyncStopped.code})
 """Codes of what is as it should be, and not yet there."""
 
 SILENT_S = 600.0
@@ -144,7 +144,7 @@ def _degraded(device: Device) -> Iterator[tuple[Trait, str]]:
 
 def _traits_of(model: ModelReport, *, answers_later: bool) -> Iterator[tuple[Trait, str]]:
     attempt = model.attempt
-    code = attempt.code if attempt is not None else ""
+    code = (attempt.code if attempt is not None else None) or ""
     if model.state in ("failed", "absent") and code not in WAITING and not answers_later:
         yield Trait(kind=model.state, code=code, model=model.name, version=model.version), model.reason
     elif attempt is not None and code and code not in WAITING:

@@ -12,7 +12,6 @@ import click
 from edge_agent.cli.command import Invocation
 from edge_agent.fleet import survey
 from edge_agent.fleet.broker import FleetBroker
-from edge_agent.fleet.connection import connected
 from edge_agent.fleet.devices import Fleet
 from edge_agent.topics import FleetTopics
 
@@ -32,6 +31,8 @@ def console(invocation: Invocation) -> Iterator[tuple[FleetBroker, FleetTopics]]
     Raises:
         EdgeAgentError: there is none.
     """
+    from edge_agent.fleet.connection import connected
+
     mqtt = invocation.settings().mqtt
     with connected(mqtt) as broker:
         yield broker, FleetTopics(prefix=mqtt.prefix)

@@ -178,7 +178,7 @@ def _next(model: ModelReport) -> str:
         return ""
     until = model.link.held_until if model.link is not None else None
     when = "" if until is None else f" until {moment(until)}"
-    return " ".join(filter(None, (str(attempt.version or ""), attempt.step, attempt.code))) + when
+    return " ".join(filter(None, (str(attempt.version or ""), attempt.step, attempt.code or ""))) + when
 
 
 def _ago(moment_s: float | None, now: float) -> str:
