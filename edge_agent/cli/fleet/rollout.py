@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -32,11 +33,13 @@ from edge_agent.fleet.rollout.plan import (
     check_version,
     make_plan,
 )
-from edge_agent.fleet.rollout.registry import RolloutRegistry
 from edge_agent.fleet.rollout.request import Request, Verb
 from edge_agent.fleet.rollout.state import OVER, Phase, State
 from edge_agent.fleet.rollout.view import View, names_of
 from edge_agent.topics import FleetTopics
+
+if TYPE_CHECKING:
+    from edge_agent.fleet.rollout.registry import RolloutRegistry
 
 INTERRUPTED = 130
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -151,9 +154,8 @@ def start(
       edge-agent fleet rollout assistant 8 --canary press-3,press-9 --waves 5%,25%,100% --soak 30m
       edge-agent fleet rollout assistant 8 --max-failed 2 --min-speed 0.8 --json
     """
-    settings = invocation.settings()
     with options.console(invocation) as (broker, topics):
-        registry = RolloutRegistry(settings.registry)
+        registry = _registry(invocation)
         console = _console(broker, topics, name, devices_file, registry)
         console.collect()
         console.check_nothing_active()
@@ -310,13 +312,10 @@ def _ask(
         RolloutRefused: it makes no sense now.
     """
     with options.console(invocation) as (broker, topics):
-        registry = RolloutRegistry(invocation.settings().registry)
-        console = _console(broker, topics, name, devices_file, registry)
+        console = _console(broker, topics, name, devices_file, _registry(invocation))
         console.collect()
         request = console.ask(verb)
-        return _drive(
-            console, lambda state: _is_answered(state, request) and is_over(state), as_json=as_json
-        )
+        return _drive(console, lambda state: _is_answered(state, request) and is_over(state), as_json=as_json)
 
 
 def _is_answered(state: State, request: Request | None) -> bool:
@@ -331,6 +330,13 @@ def _is_answered(state: State, request: Request | None) -> bool:
     if state.answered.problem:
         raise RolloutRefused(state.answered.problem)
     return True
+
+
+def _registry(invocation: Invocation) -> RolloutRegistry:
+    """Its client takes a while to import."""
+    from edge_agent.fleet.rollout.registry import RolloutRegistry
+
+    return RolloutRegistry(invocation.settings().registry)
 
 
 def _console(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 
 from edge_agent.fleet.rollout.plan import RolloutRefused
 from edge_agent.fleet.rollout.standing import Seen, Standing, counted
@@ -248,7 +247,6 @@ def _listing(state: State, inside: Sequence[Seen]) -> State:
         Listed(device=each.device_id, standing=str(each.standing), code=each.trouble or each.code)
         for each in odd[:MAX_LISTED]
     )
-    speeds = [each.speed for each in inside if each.speed is not None]
-    return replace(
-        state, counts=counted(inside), listed=listed, speed=round(median(speeds), 3) if speeds else None
-    )
+    speeds = sorted(each.speed for each in inside if each.speed is not None)
+    speed = round(speeds[len(speeds) // 2], 3) if speeds else None
+    return replace(state, counts=counted(inside), listed=listed, speed=speed)
