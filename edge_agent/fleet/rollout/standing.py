@@ -158,7 +158,7 @@ def _code(model: ModelReport, version: int, before: Before) -> str:
     if attempt is None or attempt.version != version:
         return ""
     is_old = before.attempt_at is not None and attempt.at == before.attempt_at
-    return "" if is_old else attempt.code
+    return "" if is_old else attempt.code or ""
 
 
 def _speed(model: ModelReport, before: Before) -> float | None:
