@@ -218,6 +218,7 @@ def ask(world: World, driver: Console | None, verb: Verb, phase: Phase) -> None:
     asking = world.console()
     asking.collect()
     request = asking.ask(verb)
+    assert request is not None
     with contextlib.ExitStack() as stack:
         consoles = [asking, *([driver] if driver else [])]
         turning = [(console, stack.enter_context(watching(console))) for console in consoles]
