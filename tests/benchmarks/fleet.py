@@ -1,11 +1,16 @@
-"""How many devices' polls one MLflow server takes, as MLflow's client asks and as the agent does, in one run.
+"""What many devices cost: their polls of one MLflow server, and an operator's look at all of them.
 
-    python -m tests.benchmarks.fleet [--devices 1000] [--workers 2]
+    python -m tests.benchmarks.fleet [--devices 1000] [--workers 2] [--only polls|status]
 
-The server is a real `mlflow server` on PostgreSQL, on this machine. What a poll of an unchanged version asks for is
-recorded from a real sync, once with MLflow's client for everything and once as it is, and so is the CPU time of that
-sync's process. Then the polls of all devices, each on a connection of its own, are asked at once, by `--at-once`
-threads. The two ways take turns, `--rounds` times. Prints medians.
+Polls: as MLflow's client asks and as the agent does, in one run. The server is a real `mlflow server` on PostgreSQL, on
+this machine. What a poll of an unchanged version asks for is recorded from a real sync, once with MLflow's client for
+everything and once as it is, and so is the CPU time of that sync's process. Then the polls of all devices, each on a
+connection of its own, are asked at once, by `--at-once` threads. The two ways take turns, `--rounds` times. Prints
+medians.
+
+Status: a real mosquitto with TLS and the rules of docs/broker.md, word for word. Each device connects with a
+certificate of its own and retains its status and its report, a few of them rubbish; then `edge-agent fleet status` runs
+as a process with the operator's certificate, `--rounds` times. Prints the median from its start to its end.
 """
 
 from __future__ import annotations
@@ -26,10 +31,12 @@ from dataclasses import dataclass, replace
 
 from edge_agent.sync import process as sync_process
 from edge_agent.sync.protocol import SyncJob
+from tests.support import scripted_fleet as simulated
 from tests.support.device import Device
+from tests.support.documented_broker import Application, documented_broker, tls_settings
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.postgres import running_postgres
-from tests.support.processes import short_folder
+from tests.support.processes import short_folder, to_toml
 
 _LIMIT_S = 600
 _CPU_RUNS = 5
@@ -129,13 +136,61 @@ def show(ways: Sequence[Way], took: dict[str, list[float]], devices: int) -> Non
     print(f"polls/s: {rates[1] / rates[0]:.1f} times as many")
 
 
+def measure_status(count: int, rounds: int) -> None:
+    """`edge-agent fleet status`, in a terminal's form and as JSON."""
+    with documented_broker() as (broker, authority), short_folder() as folder:
+        for number in range(count):
+            documents = simulated.device(f"dev-{number:05}", "ready" if number % 20 else "offline")
+            with Application(broker, authority, f"dev-{number:05}") as one:
+                for topic, body in documents.items():
+                    one.publish(topic, b"rubbish" if number % 100 == 99 else body, retain=True)
+        operators = {
+            "mqtt": {
+                "host": broker.host,
+                "port": broker.port,
+                **tls_settings(authority, authority.client("console")),
+            }
+        }
+        (folder / "operator.toml").write_text(to_toml(operators))
+        command = [
+            sys.executable,
+            "-m",
+            "edge_agent",
+            "--config",
+            str(folder / "operator.toml"),
+            "fleet",
+            "status",
+        ]
+        print(f"| `fleet status` of {count} devices | seconds |")
+        print("|---|---|")
+        for arguments in ([], ["--json"]):
+            seconds = []
+            for _ in range(rounds):
+                began_s = time.monotonic()
+                done = subprocess.run(
+                    [*command, *arguments], capture_output=True, check=True, timeout=_LIMIT_S
+                )
+                seconds.append(time.monotonic() - began_s)
+            if arguments:
+                assert len(json.loads(done.stdout)["devices"]) == count
+            print(f"| {' '.join(arguments) or 'for people'} | {statistics.median(seconds):.2f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, default in (("devices", 1_000), ("workers", 2), ("rounds", 3), ("at-once", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", choices=("polls", "status"))
     options = parser.parse_args()
+    if options.only != "polls":
+        measure_status(options.devices, options.rounds)
+    if options.only != "status":
+        measure_polls(options)
+
+
+def measure_polls(options: argparse.Namespace) -> None:
     with (
         short_folder() as folder,
         short_folder() as data,
