@@ -20,6 +20,12 @@ def version_in(body: bytes, name: str) -> int | None:
     return version if isinstance(version, int) and not isinstance(version, bool) else None
 
 
+def is_released_in(body: bytes, name: str) -> bool:
+    """Whether a retained desired state takes back what it said of this model."""
+    models = _models(body)
+    return name in models and models[name] is None
+
+
 def with_version(body: bytes, name: str, version: int | None, *, within_s: int = 0) -> bytes:
     """The document with another entry for this model; entries of other models stay.
 

@@ -167,10 +167,17 @@ def abort(state: State, now: float) -> State:
 
 
 def _end(state: State, seen: Sequence[Seen], now: float) -> tuple[State, Actions]:
-    """The alias moves before anybody is released: a device that follows it must not go back in between."""
+    """The alias moves before anybody is released: a device that follows it must not go back in between.
+
+    A console that may not read what is retained for devices releases all that may have been told.
+    """
     if state.phase is Phase.FINISHING and not state.alias_moved:
         return state, Actions(move_alias=True)
-    told = tuple(each.device_id for each in seen if each.desired == state.plan.version)
+    told = tuple(
+        each.device_id
+        for each in seen
+        if each.desired == state.plan.version or (each.wave <= state.wave and not each.released)
+    )
     if told:
         return state, Actions(clear=told)
     return state.entered(_ENDS[state.phase], now, reason=state.reason), NOTHING

@@ -86,7 +86,9 @@ class Seen:
 
     Attributes:
         wave: the first wave that has it.
-        desired: what the broker retains for it: the version that it is told to run; None for nothing.
+        desired: what the broker retains for it: the version that it is told to run; None for nothing, and where this
+            console may not read it.
+        released: the broker retains that nobody tells it any more.
         code: why it has not taken the version; empty if nothing is known.
         trouble: what has become of it since it took the version; empty if nothing has.
         speed: its tokens per second now, by what they were before; None if one of them is not known.
@@ -98,6 +100,7 @@ class Seen:
     wave: int
     standing: Standing
     desired: int | None = None
+    released: bool = False
     code: str = ""
     trouble: str = ""
     speed: float | None = None
@@ -105,14 +108,20 @@ class Seen:
 
 
 def seen_of(
-    device: Device, *, plan: Plan, wave: int, before: Before = NOTHING_KNOWN, desired: int | None = None
+    device: Device,
+    *,
+    plan: Plan,
+    wave: int,
+    before: Before = NOTHING_KNOWN,
+    desired: int | None = None,
+    released: bool = False,
 ) -> Seen:
     """
     Args:
         device: one that reports the model.
         wave: `plan.wave_of` this device.
         before: what was known of it when the rollout began.
-        desired: the version that the broker retains for it.
+        desired, released: see `Seen`.
     """
     model = device.model(plan.name) or ModelReport(name=plan.name)
     standing, code = _standing(device, model, plan.version, before)
@@ -123,6 +132,7 @@ def seen_of(
         wave=wave,
         standing=standing,
         desired=desired,
+        released=released,
         code=code,
         trouble=trouble,
         speed=speed,

@@ -132,14 +132,20 @@ class View:
     def _look_at(self, device_id: str, plan: Plan) -> Seen | None:
         """None for a device that the rollout does not concern."""
         device = self._fleet.device(device_id)
-        wanted = desired.version_in(self.desired_of(device_id), plan.name)
+        retained = self.desired_of(device_id)
+        wanted = desired.version_in(retained, plan.name)
         known = self._before.get(device_id)
         if known is None and wanted != plan.version and device.model(plan.name) is None:
             return None
         if device_id not in self._waves:
             self._waves[device_id] = plan.wave_of(device_id)
         return seen_of(
-            device, plan=plan, wave=self._waves[device_id], before=known or NOTHING_KNOWN, desired=wanted
+            device,
+            plan=plan,
+            wave=self._waves[device_id],
+            before=known or NOTHING_KNOWN,
+            desired=wanted,
+            released=desired.is_released_in(retained, plan.name),
         )
 
     def _take_state(self, body: bytes) -> None:

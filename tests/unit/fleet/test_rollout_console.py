@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import pytest
 
@@ -14,7 +15,7 @@ from edge_agent.fleet.rollout.console import Console
 from edge_agent.fleet.rollout.plan import Limits, RolloutRefused
 from edge_agent.fleet.rollout.request import Verb
 from edge_agent.fleet.rollout.state import OVER, Phase, State
-from tests.support.scripted_fleet import TOPICS
+from tests.support.scripted_fleet import TOPICS, ScriptedFleetBroker
 from tests.support.scripted_rollout import (
     LIMITS,
     NAME,
@@ -147,6 +148,24 @@ class Killing:
             if self._left < 0:
                 raise Killed
             self._broker.publish_all([message])
+
+
+class MayNotRead:
+    """A broker whose rules let a console read everything but some topics, and that does not say so."""
+
+    def __init__(self, broker: ScriptedFleetBroker, topics: str) -> None:
+        self._broker, self._topics = broker, topics
+        self.name = "console"
+        self.publish, self.publish_all = broker.publish, broker.publish_all
+
+    def collect(self, filters: Sequence[str], **limits: float) -> Mapping[str, bytes]:
+        return self._broker.collect(self._allowed(filters), **limits)
+
+    def watch(self, filters: Sequence[str]) -> AbstractContextManager[Watch]:
+        return self._broker.watch(self._allowed(filters))
+
+    def _allowed(self, filters: Sequence[str]) -> list[str]:
+        return [each for each in filters if not each.endswith(self._topics)]
 
 
 def test_a_second_console_waits_for_the_first_and_says_whom_it_waits_for() -> None:
@@ -309,6 +328,17 @@ def test_a_broker_that_has_lost_everything_gets_the_state_again_and_no_wave_is_p
             device.away = False
         world.live()
     assert console.run(ended).phase is Phase.DONE
+
+
+def test_a_console_that_may_not_read_desired_states_releases_all_that_may_have_been_told() -> None:
+    world = World(TWELVE)
+    world.run(world.begun(), lambda state: state.wave == 1 and state.phase is Phase.SOAKING)
+    console = world.console(broker=MayNotRead(world.broker, "model/desired"))
+    console.collect()
+    console.ask(Verb.ABORT)
+    assert console.run(lambda state: state.phase is Phase.ABORTED).phase is Phase.ABORTED
+    told = {topic: json.loads(body)["models"] for topic, body in retained(world, "model/desired").items()}
+    assert told == {TOPICS.of(each).desired: {NAME: None} for each in FIRST[:3]}
 
 
 def test_a_large_wave_is_spread_and_each_device_is_told_once() -> None:

@@ -40,6 +40,7 @@ def fleet(
                 wave=wave,
                 standing=standing if inside else Standing.PENDING,
                 desired=desired if inside else None,
+                released=desired is None,
             )
         )
     return [
@@ -304,7 +305,7 @@ class Model:
         for device_id in actions.offer:
             assert self.seen[device_id].wave <= self.state.wave, "offered outside the waves so far"
             self.offered.add(device_id)
-            self.seen[device_id] = replace(self.seen[device_id], desired=NEW)
+            self.seen[device_id] = replace(self.seen[device_id], desired=NEW, released=False)
         if actions.move_alias:
             assert self.state.phase is Phase.FINISHING
             assert self.state.wave == len(SMALL_PLAN.waves) - 1
@@ -312,7 +313,7 @@ class Model:
             self.state = rules.alias_moved(self.state)
         for device_id in actions.clear:
             assert self.alias_moved or self.state.phase is Phase.ABORTING
-            self.seen[device_id] = replace(self.seen[device_id], desired=None)
+            self.seen[device_id] = replace(self.seen[device_id], desired=None, released=True)
         if self.state.phase is Phase.DONE:
             assert self.alias_moved
         if self.state.phase in OVER:
