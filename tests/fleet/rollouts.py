@@ -34,6 +34,8 @@ AWAY_S = 20.0
 SHARES = (5, 25, 100)
 HOW = ("--waves", "5%,25%,100%", "--min-speed", "0", "--soak")
 _LIMIT_S = 600
+LONG = {"max_tokens": 1_900, "response_format": {"type": "regex", "regex": "(0|1){1850}"}}
+"""An answer of a second or two."""
 
 
 class Wrong(Exception):
@@ -181,7 +183,7 @@ class Rollouts:
     def _crash_runner(self, name: str) -> None:
         with connected(self._broker, device=name) as client:
             for number in range(3):
-                correlation = client.send(chat(f"Count to {number + 900}.", max_tokens=1_800, stream=True))
+                correlation = client.send(chat(f"Count to {number}.", stream=True, **LONG))
                 wait_until(partial(client.chunks, correlation), 120, "a beginning")
                 for runner in self._daemons[name].runners():
                     with contextlib.suppress(ProcessLookupError):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
 
 from edge_agent.errors import BrokerUnreachable
-from edge_agent.fleet.broker import Outgoing, Watch
+from edge_agent.fleet.broker import Message, Outgoing, Watch
 from edge_agent.fleet.rollout.console import Console
+from edge_agent.fleet.rollout.lease import SETTLE_S
 from edge_agent.fleet.rollout.plan import Limits, RolloutRefused
 from edge_agent.fleet.rollout.request import Verb
 from edge_agent.fleet.rollout.state import OVER, Phase, State
@@ -106,6 +106,7 @@ def test_a_killed_console_is_continued_by_another_with_the_same_waves() -> None:
     state = another.run(ended)
     assert (state.phase, runs(world), world.registry.moves) == (Phase.DONE, {NEW}, 1)
     assert world.offered[: len(before)] == before
+    assert world.broker.clock.now_s < 500, "the other console's clock counts for nothing"
     assert sorted(world.offered) == sorted(TWELVE), "somebody was told twice"
 
 
@@ -150,22 +151,97 @@ class Killing:
             self._broker.publish_all([message])
 
 
+def test_nothing_is_done_before_a_claim_has_settled() -> None:
+    world = World(TWELVE)
+    console = world.begun()
+    with watching(console) as watch:
+        while TOPICS.rollout(NAME) not in world.broker.retained:
+            console.turn(watch)
+        claimed_s = world.broker.clock.now_s
+        while world.broker.clock.now_s < claimed_s + SETTLE_S:
+            assert world.state.phase is Phase.PLANNED
+            assert not world.offered
+            console.turn(watch)
+
+
+def test_nothing_is_done_before_its_state_has_come_back() -> None:
+    world = World(TWELVE)
+    broker = MayNotRead(world.broker, "")
+    console = world.console(broker=broker)
+    console.collect()
+    console.begin(plan_of(TWELVE))
+    world.run(console, lambda state: state.phase is Phase.SOAKING)
+    offered = list(world.offered)
+    broker.drops = lambda topic: topic == TOPICS.rollout(NAME) and world.state.wave > 0
+    world.run(console, lambda state: state.wave == 1)
+    with watching(console) as watch:
+        for _ in range(20):
+            console.turn(watch)
+    assert world.offered == offered
+
+
+def test_a_console_that_is_stopped_in_the_middle_of_telling_tells_nobody_more() -> None:
+    many = [f"device-{number}" for number in range(400)]
+    world = World(many)
+    console = world.begun(percents=(1, 100))
+    world.run(console, lambda state: state.wave == 1)
+    taken_over = world.console()
+    published = world.broker.on_publish
+
+    def stopped(message: Outgoing) -> None:
+        published(message)
+        if len(world.offered) == 10:
+            world.broker.on_publish = published
+            world.broker.clock.pass_by(60)
+            taken_over.collect()
+            with watching(taken_over) as watch:
+                for _ in range(40):
+                    taken_over.turn(watch)
+            told.extend(world.offered)
+
+    told: list[str] = []
+    world.broker.on_publish = stopped
+    with watching(console) as watch:
+        for _ in range(3):
+            console.turn(watch)
+    assert len(told) == len(many), "the other console has told all of them"
+    assert len(world.offered) - len(told) < 50, "no more than what was under way"
+
+
 class MayNotRead:
-    """A broker whose rules let a console read everything but some topics, and that does not say so."""
+    """A broker whose rules let a console read everything but some topics, and that does not say so.
+
+    Attributes:
+        drops: topics of which nothing comes any more.
+    """
 
     def __init__(self, broker: ScriptedFleetBroker, topics: str) -> None:
         self._broker, self._topics = broker, topics
+        self.drops: Callable[[str], bool] = lambda topic: False
         self.name = "console"
         self.publish, self.publish_all = broker.publish, broker.publish_all
 
     def collect(self, filters: Sequence[str], **limits: float) -> Mapping[str, bytes]:
         return self._broker.collect(self._allowed(filters), **limits)
 
-    def watch(self, filters: Sequence[str]) -> AbstractContextManager[Watch]:
-        return self._broker.watch(self._allowed(filters))
+    @contextlib.contextmanager
+    def watch(self, filters: Sequence[str]) -> Iterator[Watch]:
+        with self._broker.watch(self._allowed(filters)) as watch:
+            yield Dropping(watch, self)
 
     def _allowed(self, filters: Sequence[str]) -> list[str]:
-        return [each for each in filters if not each.endswith(self._topics)]
+        return [each for each in filters if not self._topics or not each.endswith(self._topics)]
+
+
+class Dropping:
+    """A watch of such a broker."""
+
+    def __init__(self, watch: Watch, broker: MayNotRead) -> None:
+        self._watch, self._broker = watch, broker
+
+    def next(self, timeout_s: float) -> Message | None:
+        message = self._watch.next(timeout_s)
+        return None if message is not None and self._broker.drops(message.topic) else message
 
 
 def test_a_second_console_waits_for_the_first_and_says_whom_it_waits_for() -> None:
