@@ -6,11 +6,11 @@ that everybody else has. Only what an alias means is held back; who asks for a v
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 
 from edge_agent.errors import VersionHeld
+from edge_agent.package.place import place_of
 
 LOOK_BACK = 8
 """So many earlier versions a new device asks for where no tag names one."""
@@ -36,12 +36,8 @@ class NotInRollout(VersionHeld):
 
 
 def in_rollout(*, device_id: str, name: str, version: int, percent: float) -> bool:
-    """True when this device is among the `percent` of devices that take a version now.
-
-    The same device always has the same place for a version, and another one for the next.
-    """
-    digest = hashlib.sha256(f"{device_id}\n{name}\n{version}".encode()).hexdigest()
-    return int(digest[:8], 16) % 100 < percent
+    """True when this device is among the `percent` of devices that take a version now."""
+    return int(place_of(device_id, name=name, version=version)[:8], 16) % 100 < percent
 
 
 def check_rollout(

@@ -233,7 +233,7 @@ def test_the_will_says_offline_of_this_boot_and_a_slow_start_says_starting(
 
 
 def test_a_console_sees_a_device_by_wildcard_where_the_broker_can_and_by_name_everywhere(
-    kind: str, site: ContractBroker, device: Daemon
+    table: Table, site: ContractBroker, device: Daemon
 ) -> None:
     listed = device.folder / "devices.txt"
     listed.write_text("plain\nnever-there\n")
@@ -247,7 +247,7 @@ def test_a_console_sees_a_device_by_wildcard_where_the_broker_can_and_by_name_ev
     assert seen().get("plain") == ("ready" if site.wildcard_retained else None)
     done = device.cli("fleet", "sync", "--devices", str(listed))
     assert done.returncode == 0, done.stderr
-    TABLE[kind]["fleet status"] = "by wildcard" if site.wildcard_retained else "by name"
+    table.note(site, "fleet status", "by wildcard" if site.wildcard_retained else "by name")
 
 
 def test_a_device_with_a_dot_in_its_name_works_or_says_that_it_is_deaf(

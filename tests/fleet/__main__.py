@@ -4,7 +4,7 @@ Each step does to all of them what an operator, or a bad day, does; waits until 
 prints the requests that the registry got meanwhile, the most of them in one second, and the time that it took. A
 step fails, and the exit code is 1, where a device has not arrived in time, or the registry gets more than `MOST_PER_S`
 in a second. The daemons start as services do, as those of a fleet would. Called by `./build.sh fleet-test`: ten
-minutes.
+minutes, and ten more for the rollouts (`rollouts.py`), which are all that `--rollouts` does.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mlflow import MlflowClient
 
 from edge_agent.publishing import publish_folder
 from edge_agent.updates.polls import JITTER
+from tests.fleet.rollouts import Rollouts, Wrong
 from tests.support.client import Client, connected
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.mosquitto import Broker, running_broker
@@ -222,7 +223,8 @@ def main() -> int:
     with fleet(options.devices, options.interval) as made:
         print("| step | requests | most in a second | first device after s | last device after s |")
         print("|---|---|---|---|---|", flush=True)
-        for step in made.steps():
+        steps = list(made.steps())
+        for step in steps[:1] if options.rollouts else steps:
             try:
                 row = made.run(step)
             except NotInTime as error:
@@ -233,7 +235,28 @@ def main() -> int:
             if row.peak > MOST_PER_S:
                 print(f"FAIL {step.name}: more than {MOST_PER_S} requests in a second", flush=True)
                 failed = True
+        failed |= not roll_out(made)
     return 1 if failed else 0
+
+
+def roll_out(made: Fleet) -> bool:
+    """What an operator does with waves, as a process. True if it all went as it must."""
+    rollouts = Rollouts(
+        made.server.folder,
+        daemons=made.daemons,
+        server=made.server,
+        broker=made.broker,
+        good=VERSIONS[1],
+        bad=VERSIONS[0],
+        requests=lambda before: Counter(_REQUEST.findall(made.server.log_text()[before:])),
+    )
+    try:
+        for row in rollouts.rows():
+            print(row, flush=True)
+    except (Wrong, TimeoutError) as error:
+        print(f"FAIL {error}", flush=True)
+        return False
+    return True
 
 
 def _options() -> argparse.Namespace:
@@ -242,6 +265,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--devices", type=int, default=12)
     parser.add_argument("--interval", type=float, default=60.0, help="registry.poll_interval_s")
+    parser.add_argument("--rollouts", action="store_true", help="only start the devices, and roll out")
     return parser.parse_args()
 
 

@@ -28,12 +28,14 @@ class ContractBroker(Protocol):
         version: its own.
         version5: it speaks MQTT 5.
         takes_dots: a dot in a topic is a character like others.
+        wildcard_retained: a subscription with a wildcard gets retained messages.
     """
 
     kind: str
     version: str
     version5: bool
     takes_dots: bool
+    wildcard_retained: bool
 
     @property
     def host(self) -> str: ...
@@ -57,7 +59,7 @@ class Mosquitto(mosquitto.Broker):
     """With the persistence that docs/broker.md advises."""
 
     kind = "mosquitto"
-    version5 = takes_dots = True
+    version5 = takes_dots = wildcard_retained = True
 
     def __init__(self, folder: Path) -> None:
         self.version = _version_of("mosquitto", "-h")
@@ -77,6 +79,7 @@ class _Program:
 
     host = "127.0.0.1"
     version5 = takes_dots = False
+    wildcard_retained = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -129,6 +132,7 @@ class RabbitMQ(_Program):
     """With its MQTT plugin, and sessions that last a day."""
 
     kind = "rabbitmq"
+    wildcard_retained = False
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -137,7 +137,7 @@ def publish_broken(
     *,
     registry_uri: str,
     name: str,
-    alias: str,
+    alias: str | None,
 ) -> Published:
     """Registers a package whose content was changed after it was tried out: what a broken pipeline does."""
     package = build_package(source, folder, name=name, options={})

@@ -102,6 +102,15 @@ class Registry:
             tags=dict(found.tags or {}),
         )
 
+    def move_alias(self, ref: ModelRef, version: int) -> None:
+        """Lets an alias name another version.
+
+        Raises:
+            RegistryRefused, TransportError, UnknownReference: as `find`.
+        """
+        with self.errors(ref):
+            self._client.set_registered_model_alias(ref.name, ref.alias or "", str(version))
+
     def located(self, version: ModelVersion) -> ModelVersion:
         """The same version with the source that its files come from, which may be another than the registered one.
 
