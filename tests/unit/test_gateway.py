@@ -383,7 +383,7 @@ def test_a_client_that_reads_nothing_is_ended_and_its_prompt_with_it(
 def test_more_requests_than_places_are_refused_at_once(
     served: ServedHere, daemon: ScriptedDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "MAX_CALLS", 2)
+    monkeypatch.setattr(app, "MAX_PROMPTS", 2)
     daemon.script = gateway.until_client_leaves
     with contextlib.ExitStack() as stack:
         for stream in (False, True):
@@ -392,6 +392,7 @@ def test_more_requests_than_places_are_refused_at_once(
         wait_until(lambda: len(daemon.asked) == 2, 60, "both to be asked")
         refused = served.chat()
         assert (refused.status, refused.error["code"]) == (429, "queue_full")
+        assert served.request("GET", "/healthz").status == 200, "that is no prompt"
     for _ in range(2):
         daemon.gone.get(timeout=60)
     daemon.script = gateway.answer
