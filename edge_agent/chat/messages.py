@@ -11,20 +11,14 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from edge_agent.chat.fields import (
-    FIELDS,
-    ID_PATTERN,
-    WITHOUT_EFFECT,
-    check_id,
-    check_text,
-    check_topic,
-    shown,
-)
+from edge_agent.chat import tools
+from edge_agent.chat.fields import FIELDS, ID_PATTERN, WITHOUT_EFFECT, check_id, check_topic
+from edge_agent.chat.values import check_text, shown
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 
 MAX_DEPTH = 64
@@ -48,7 +42,7 @@ class Request:
         form: JSON or plain text.
         content: `{"messages": […]}` or `{"prompt": "…"}`.
         options: what the request fixes of temperature, max_tokens, stop, top_p, top_k, repetition_penalty, seed,
-            response_format.
+            response_format, tools, tool_choice, parallel_tool_calls.
         model: configured name asked for, None for the default model.
         stream: chunks are wanted.
         id: the client's id, or None.
@@ -163,6 +157,7 @@ def completion(
     finish_reason: str,
     usage: dict[str, int],
     timings: dict[str, float],
+    tool_calls: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The seed's chat completion object, plus `timings`.
 
@@ -171,31 +166,43 @@ def completion(
         model: configured name.
         usage: prompt_tokens, completion_tokens, total_tokens, cached_tokens.
         timings: queue_ms, first_token_ms, total_ms, tokens_per_s.
+        tool_calls: see `tools.with_ids`. Beside them there need be no text.
     """
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if tool_calls:
+        message |= {"content": text or None, "tool_calls": tool_calls}
     return {
         "id": request_id,
         "object": "chat.completion",
         "created": created_s,
         "model": model,
-        "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
-        ],
+        "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
         "usage": usage,
         "timings": timings,
     }
 
 
 def chunk(
-    *, request_id: str, created_s: int, model: str, seq: int, text: str, finish_reason: str | None
+    *,
+    request_id: str,
+    created_s: int,
+    model: str,
+    seq: int,
+    text: str,
+    finish_reason: str | None,
+    tool_calls: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """One streamed part; `finish_reason` is set on the last one only."""
+    """One streamed part; `finish_reason` is set on the last one only. Calls are streamed when they are complete."""
+    delta: dict[str, Any] = {"content": text}
+    if tool_calls:
+        delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(tool_calls)]
     return {
         "id": request_id,
         "object": "chat.completion.chunk",
         "created": created_s,
         "model": model,
         "seq": seq,
-        "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": finish_reason}],
+        "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}],
     }
 
 
@@ -255,7 +262,7 @@ def encode_answer(document: dict[str, Any], form: Form) -> bytes:
         return f"error {error['status']} {error['code']}: {error['message']}".encode("utf-8", "replace")
     choice = document["choices"][0]
     note = cut_note(choice["finish_reason"], document["usage"])
-    text: str = choice["message"]["content"]
+    text: str = choice["message"]["content"]  # tools can be asked for in JSON only
     return (f"{text}\n\n[{note}]" if note else text).encode("utf-8", "replace")
 
 
@@ -329,6 +336,7 @@ def _parse_object(document: dict[str, Any]) -> Request:
         raise BadRequest(f"unknown field {', '.join(shown(name) for name in unknown[:8])}")
     given = {name: FIELDS[name](name, value) for name, value in document.items() if value is not None}
     _use_one_name(given)
+    tools.check(given)
     if ("messages" in given) == ("prompt" in given):
         raise BadRequest("give either messages or prompt")
     content: dict[str, Any] = {name: given.pop(name) for name in ("messages", "prompt") if name in given}
