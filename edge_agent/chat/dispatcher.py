@@ -32,7 +32,7 @@ from edge_agent.errors import (
     RunnerError,
     error_of,
 )
-from edge_agent.runner.protocol import Delta, Done, Refused
+from edge_agent.runner.protocol import Called, Delta, Done, Refused
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ class Dispatcher:
         except RunnerError as error:
             self._on_death(runner, error)
 
-    def _take(self, frame: Delta | Done | Refused) -> None:
+    def _take(self, frame: Delta | Called | Done | Refused) -> None:
         run = self._runs.get(frame.id)
         if run is None or not run.live:  # it ended here before the runner heard of it
             return
@@ -259,6 +259,8 @@ class Dispatcher:
                 run.answer = run.refusal(error)
             elif isinstance(frame, Done):
                 run.answer = self._finish(run, frame)
+            elif isinstance(frame, Called):
+                run.take_call(frame)
             elif not run.abandoned.is_set():
                 self._send_chunk(run, run.take_text(frame.text, self._now().boot_s))
         except Exception as error:  # noqa: BLE001 - the other prompts go on
@@ -297,6 +299,8 @@ class Dispatcher:
     def _finish(self, run: Run, done: Done) -> Answer:
         ended = self._now()
         timings = run.timings(done, ended.boot_s)
+        if run.tool_calls:
+            self._send_chunk(run, run.chunk(None, calls=True))
         self._send_chunk(run, run.chunk(done.finish_reason))
         shared_s = (ended.boot_s - run.started_boot_s) / len(self._runs)
         self.service_s += 0.2 * (shared_s - self.service_s)

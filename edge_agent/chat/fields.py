@@ -1,20 +1,22 @@
 """The fields of a request and the rule of each. Pure.
 
 A rule takes the field's name and its value, and gives the value to go on with: another way to write a value becomes
-the usual one (`8.0` is 8, `developer` is `system`, text parts are one text). It refuses by the field's name.
+the usual one (`8.0` is 8, `developer` is `system`, text parts are one text). It refuses by the field's name. The rules
+of tools are in `tools.py`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
+from edge_agent.chat import tools
+from edge_agent.chat.values import boolean, only_known, text
 from edge_agent.errors import BadRequest
 from edge_agent.topics import ID_PATTERN
 
 Rule = Callable[[str, object], Any]
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 """`developer` is a newer word for `system`."""
 
 EMPTY_IN_ANSWERS = frozenset({"refusal", "annotations", "audio", "function_call", "tool_calls"})
@@ -36,30 +38,43 @@ MAX_TOPIC_BYTES = 512
 MAX_DEADLINE_MS = 7 * 86_400_000
 
 
-def _messages(name: str, value: object) -> list[dict[str, str]]:
+_MORE_OF_A_MESSAGE = {"assistant": "tool_calls", "tool": "tool_call_id"}
+"""By its role."""
+
+
+def _messages(name: str, value: object) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
         raise BadRequest(f"{name} must be a list of 1 to {MAX_MESSAGES} messages")
-    return [_message(f"{name}[{index}]", item) for index, item in enumerate(value)]
+    messages = [_message(f"{name}[{index}]", item) for index, item in enumerate(value)]
+    tools.check_results(name, messages)
+    return messages
 
 
-def _message(name: str, value: object) -> dict[str, str]:
+def _message(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRequest(f"{name} must be an object")
     value = {key: item for key, item in value.items() if item or key not in EMPTY_IN_ANSWERS}
-    _only_known(name, value, {"role", "content", "name"})
     if value.get("role") not in ROLES:
         raise BadRequest(f"{name}.role must be one of {', '.join(ROLES)}")
     role = "system" if value["role"] == "developer" else value["role"]
-    message = {"role": role, "content": _content(f"{name}.content", value.get("content"))}
+    more = _MORE_OF_A_MESSAGE.get(role, "name")
+    only_known(name, value, {"role", "content", "name", more})
+    message: dict[str, Any] = {"role": role, "content": ""}
+    if more == "tool_call_id":
+        message[more] = text(f"{name}.{more}", value.get(more))
+    elif more == "tool_calls" and value.get(more) is not None:
+        message[more] = tools.calls(f"{name}.{more}", value[more])
+    if value.get("content") is not None or "tool_calls" not in message:
+        message["content"] = _content(f"{name}.content", value.get("content"))
     if value.get("name") is not None:
-        message["name"] = _text(f"{name}.name", value["name"])
+        message["name"] = text(f"{name}.name", value["name"])
     return message
 
 
 def _content(name: str, value: object) -> str:
     """A text, or a list of text parts, which become lines of one text, as in other servers."""
     if not isinstance(value, list):
-        return _text(name, value)
+        return text(name, value)
     if not 1 <= len(value) <= MAX_PARTS:
         raise BadRequest(f"{name} must be a string, or a list of 1 to {MAX_PARTS} text parts")
     return "\n".join(_part(f"{name}[{index}]", part) for index, part in enumerate(value))
@@ -68,32 +83,15 @@ def _content(name: str, value: object) -> str:
 def _part(name: str, value: object) -> str:
     if not isinstance(value, dict) or value.get("type") != "text":
         raise BadRequest(f'{name} must be {{"type": "text", "text": "…"}}')
-    _only_known(name, value, {"type", "text"})
-    return _text(f"{name}.text", value.get("text"))
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise BadRequest(f"{name} must be a string")
-    check_text(name, value)
-    return value
-
-
-def check_text(name: str, value: str) -> None:
-    """NUL cuts a prompt short in the tokenizer without a word; lone surrogates are no text."""
-    if "\0" in value:
-        raise BadRequest(f"{name} has a NUL character")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRequest(f"{name} has a lone surrogate") from error
+    only_known(name, value, {"type", "text"})
+    return text(f"{name}.text", value.get("text"))
 
 
 def _prompt(name: str, value: object) -> str:
-    text = _text(name, value)
-    if not text:
+    prompt = text(name, value)
+    if not prompt:
         raise BadRequest(f"{name} is empty")
-    return text
+    return prompt
 
 
 def _stops(name: str, value: object) -> list[str]:
@@ -101,7 +99,7 @@ def _stops(name: str, value: object) -> list[str]:
     if not isinstance(stops, list) or len(stops) > MAX_STOPS:
         raise BadRequest(f"{name} must be a list of at most {MAX_STOPS} strings")
     for stop in stops:
-        if not 0 < len(_text(name, stop)) <= MAX_STOP_CHARACTERS:
+        if not 0 < len(text(name, stop)) <= MAX_STOP_CHARACTERS:
             raise BadRequest(f"a string in {name} must have 1 to {MAX_STOP_CHARACTERS} characters")
     return stops
 
@@ -127,12 +125,6 @@ def _integer(low: int, high: int) -> Callable[[str, object], int]:
     return check
 
 
-def _boolean(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise BadRequest(f"{name} must be true or false")
-    return value
-
-
 def _one(name: str, value: object) -> int:
     if value != 1 or isinstance(value, bool):
         raise BadRequest(f"{name} must be 1: one answer for each prompt")
@@ -154,8 +146,8 @@ def _no_logprobs(name: str, value: object) -> bool:
 def _stream_options(name: str, value: object) -> dict[str, bool]:
     if not isinstance(value, dict):
         raise BadRequest(f"{name} must be an object")
-    _only_known(name, value, {"include_usage", "include_obfuscation"})
-    given = {key: _boolean(f"{name}.{key}", item) for key, item in value.items() if item is not None}
+    only_known(name, value, {"include_usage", "include_obfuscation"})
+    given = {key: boolean(f"{name}.{key}", item) for key, item in value.items() if item is not None}
     if given.pop("include_obfuscation", False):
         raise BadRequest(f"{name}.include_obfuscation must be false: chunks are not padded")
     return given
@@ -168,17 +160,17 @@ def check_id(name: str, value: object) -> str:
 
 
 def _name(name: str, value: object) -> str:
-    text = _text(name, value)
-    if not 0 < len(text) <= 250:
+    given = text(name, value)
+    if not 0 < len(given) <= 250:
         raise BadRequest(f"{name} must have 1 to 250 characters")
-    return text
+    return given
 
 
 def check_topic(name: str, value: object) -> str:
-    text = _text(name, value)
-    if not 0 < len(text.encode()) <= MAX_TOPIC_BYTES:
+    topic = text(name, value)
+    if not 0 < len(topic.encode()) <= MAX_TOPIC_BYTES:
         raise BadRequest(f"{name} must have 1 to {MAX_TOPIC_BYTES} bytes")
-    return text
+    return topic
 
 
 def _response_format(name: str, value: object) -> dict[str, Any]:
@@ -191,19 +183,10 @@ def _response_format(name: str, value: object) -> dict[str, Any]:
     if set(value) != keys:
         raise BadRequest(f"{name} of type {kind} has exactly the fields {', '.join(sorted(keys))}")
     if kind == "regex":
-        _text(f"{name}.regex", value["regex"])
+        text(f"{name}.regex", value["regex"])
     if kind == "json_schema" and not isinstance(value["json_schema"], dict):
         raise BadRequest(f"{name}.json_schema must be an object")
     return value
-
-
-def _only_known(name: str, value: dict[str, Any], known: set[str]) -> None:
-    if unknown := sorted(set(value) - known):
-        raise BadRequest(f"unknown field {name}.{shown(unknown[0])}")
-
-
-def shown(name: str) -> str:
-    return json.dumps(name[:40])
 
 
 FIELDS: dict[str, Rule] = {
@@ -214,17 +197,20 @@ FIELDS: dict[str, Rule] = {
     "max_completion_tokens": _integer(1, 1 << 20),
     "stop": _stops,
     "n": _one,
-    "stream": _boolean,
+    "stream": boolean,
     "top_p": _number(0, 1, above=True),
     "top_k": _integer(1, 1 << 20),
     "repetition_penalty": _number(0.01, 100),
     "seed": _integer(0, (1 << 31) - 1),
     "response_format": _response_format,
+    "tools": tools.tools,
+    "tool_choice": tools.choice,
+    "parallel_tool_calls": boolean,
     "model": _name,
     "id": check_id,
     "reply_to": check_topic,
     "deadline_ms": _integer(1, MAX_DEADLINE_MS),
-    "user": _text,
+    "user": text,
     "stream_options": _stream_options,
     "logprobs": _no_logprobs,
     "frequency_penalty": _no_penalty,

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from edge_agent.chat.fields import check_id, check_text, check_topic, shown
+from edge_agent.chat import tools
+from edge_agent.chat.fields import check_id, check_topic
 from edge_agent.chat.surfaces import WITHOUT_EFFECT, Surface, fields_of
+from edge_agent.chat.values import check_text, shown
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 from edge_agent.topics import ID_PATTERN
 
@@ -42,7 +44,7 @@ class Request:
         form: JSON or plain text.
         content: `{"messages": […]}` or `{"prompt": "…"}`.
         options: what the request fixes of temperature, max_tokens, stop, top_p, top_k, repetition_penalty, seed,
-            response_format.
+            response_format, tools, tool_choice, parallel_tool_calls.
         model: configured name asked for, None for the default model.
         stream: chunks are wanted.
         include_usage: of OpenAI's clients: the stream ends with a chunk that has the usage.
@@ -164,6 +166,7 @@ def completion(
     finish_reason: str,
     usage: dict[str, int],
     timings: dict[str, float],
+    tool_calls: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The seed's chat completion object, plus `timings`.
 
@@ -172,31 +175,43 @@ def completion(
         model: configured name.
         usage: prompt_tokens, completion_tokens, total_tokens, cached_tokens.
         timings: queue_ms, first_token_ms, total_ms, tokens_per_s.
+        tool_calls: see `tools.with_ids`. Beside them there need be no text.
     """
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if tool_calls:
+        message |= {"content": text or None, "tool_calls": tool_calls}
     return {
         "id": request_id,
         "object": "chat.completion",
         "created": created_s,
         "model": model,
-        "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
-        ],
+        "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
         "usage": usage,
         "timings": timings,
     }
 
 
 def chunk(
-    *, request_id: str, created_s: int, model: str, seq: int, text: str, finish_reason: str | None
+    *,
+    request_id: str,
+    created_s: int,
+    model: str,
+    seq: int,
+    text: str,
+    finish_reason: str | None,
+    tool_calls: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """One streamed part; `finish_reason` is set on the last one only."""
+    """One streamed part; `finish_reason` is set on the last one only. Calls are streamed when they are complete."""
+    delta: dict[str, Any] = {"content": text}
+    if tool_calls:
+        delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(tool_calls)]
     return {
         "id": request_id,
         "object": "chat.completion.chunk",
         "created": created_s,
         "model": model,
         "seq": seq,
-        "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": finish_reason}],
+        "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}],
     }
 
 
@@ -256,7 +271,7 @@ def encode_answer(document: dict[str, Any], form: Form) -> bytes:
         return f"error {error['status']} {error['code']}: {error['message']}".encode("utf-8", "replace")
     choice = document["choices"][0]
     note = cut_note(choice["finish_reason"], document["usage"])
-    text: str = choice["message"]["content"]
+    text: str = choice["message"]["content"]  # tools can be asked for in JSON only
     return (f"{text}\n\n[{note}]" if note else text).encode("utf-8", "replace")
 
 
@@ -331,6 +346,7 @@ def _parse_object(document: dict[str, Any], surface: Surface) -> Request:
         raise BadRequest(f"unknown field {names}", param=unknown[0])
     given = _checked(document, surface)
     _use_one_name(given)
+    tools.check(given)
     if ("messages" in given) == ("prompt" in given):
         wanted = {Surface.CHAT: "messages", Surface.COMPLETION: "prompt"}.get(surface)
         raise BadRequest(f"{wanted} is missing" if wanted else "give either messages or prompt", param=wanted)

@@ -14,11 +14,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from edge_agent.chat import messages
+from edge_agent.chat import messages, tools
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.prompt import Answer, Prompt
 from edge_agent.errors import PromptError
-from edge_agent.runner.protocol import Delta, Done, Refused
+from edge_agent.runner.protocol import Called, Delta, Done, Refused
 
 CHUNK_INTERVAL_S = 0.05
 """At most 20 chunks a second: a message for each token costs three times the CPU of the generation itself."""
@@ -39,7 +39,7 @@ class Runner(Protocol):
         self, prompt_id: str, document: dict[str, Any], *, timeout_s: float, owner: str = ""
     ) -> None: ...
 
-    def receive(self, timeout_s: float) -> Delta | Done | Refused | None: ...
+    def receive(self, timeout_s: float) -> Delta | Called | Done | Refused | None: ...
 
     def cancel(self, prompt_id: str) -> None: ...
 
@@ -89,6 +89,7 @@ class Run:
     _seq: int = 0
     _text: list[str] = field(default_factory=list)
     _pending: list[str] = field(default_factory=list)
+    _called: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -117,8 +118,23 @@ class Run:
         self._sent_boot_s = now_s
         return self.chunk(None)
 
-    def chunk(self, finish_reason: str | None) -> dict[str, Any] | None:
-        """What no chunk has carried yet; None where nobody wants chunks (any more)."""
+    def take_call(self, called: Called) -> None:
+        """Adds a call of a tool, or more of its arguments."""
+        if called.index == len(self._called):
+            self._called.append({"name": called.name, "arguments": ""})
+        self._called[called.index]["arguments"] += called.arguments
+
+    @property
+    def tool_calls(self) -> list[dict[str, Any]]:
+        """The calls of the answer, the same ones when the prompt runs again."""
+        return tools.with_ids(self._called, answer=f"{self.prompt.id}.{self.prompt.row}")
+
+    def chunk(self, finish_reason: str | None, *, calls: bool = False) -> dict[str, Any] | None:
+        """What no chunk has carried yet; None where nobody wants chunks (any more).
+
+        Args:
+            calls: the answer's calls, too.
+        """
         if not self.prompt.stream or self.abandoned.is_set():
             return None
         document = messages.chunk(
@@ -128,6 +144,7 @@ class Run:
             seq=self._seq,
             text="".join(self._pending),
             finish_reason=finish_reason,
+            tool_calls=self.tool_calls if calls else (),
         )
         self._seq += 1
         self._pending.clear()
@@ -154,6 +171,7 @@ class Run:
             finish_reason=done.finish_reason,
             usage=done.usage,
             timings=timings,
+            tool_calls=self.tool_calls,
         )
         return Answer.of(document, self.prompt.form, status=200, **self._properties)
 

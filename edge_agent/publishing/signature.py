@@ -7,8 +7,6 @@ This module imports MLflow, so import it only where a model is saved.
 
 from __future__ import annotations
 
-from typing import Any
-
 from mlflow.models import ModelSignature
 from mlflow.types import DataType
 from mlflow.types.schema import AnyType, Array, ColSpec, Object, ParamSchema, ParamSpec, Property, Schema
@@ -27,13 +25,12 @@ TAKEN = (
         "id",
     ),
     *("user", "stream_options", "logprobs", "frequency_penalty", "presence_penalty"),
+    *("tools", "tool_choice", "parallel_tool_calls"),
 )
 """What the wrapper takes beside the inputs of the chat form."""
 REFUSED = (
     *("reply_to", "deadline_ms"),
     *(
-        "tools",
-        "tool_choice",
         "functions",
         "function_call",
         "logit_bias",
@@ -47,7 +44,7 @@ REFUSED = (
 
 def model_signature(kind: str) -> ModelSignature:
     """The signature of a `chat` or a `prompt` package with the agent's wrapper."""
-    declared = seed_signature(kind)
+    declared = _chat(_message_with_tools()) if kind == "chat" else seed_signature(kind)
     given = {column.name for column in declared.inputs}
     options = [column for column in _chat_options() if column.name not in given]
     # The wrapper checks them better than MLflow, which takes no null for a number.
@@ -59,9 +56,13 @@ def model_signature(kind: str) -> ModelSignature:
 def seed_signature(kind: str) -> ModelSignature:
     """The bare form: MLflow's transformers flavor would pass each other input and param to the library."""
     if kind == "chat":
-        inputs = Schema([ColSpec(Array(_message()), "messages"), *_chat_options()])
-        return ModelSignature(inputs=inputs, outputs=_chat_outputs())
+        return _chat(_message())
     return ModelSignature(inputs=Schema([ColSpec(_STRING, "prompt")]), outputs=Schema([ColSpec(_STRING)]))
+
+
+def _chat(message: Object) -> ModelSignature:
+    inputs = Schema([ColSpec(Array(message), "messages"), *_chat_options()])
+    return ModelSignature(inputs=inputs, outputs=_chat_outputs(message))
 
 
 def _params() -> ParamSchema:
@@ -96,9 +97,9 @@ def _chat_options() -> list[ColSpec]:
     ]
 
 
-def _chat_outputs() -> Schema:
+def _chat_outputs(message: Object) -> Schema:
     choice = Object(
-        [Property("index", _LONG), Property("finish_reason", _STRING), Property("message", _message())]
+        [Property("index", _LONG), Property("finish_reason", _STRING), Property("message", message)]
     )
     usage = Object(
         [
@@ -119,11 +120,22 @@ def _chat_outputs() -> Schema:
     )
 
 
-def _message() -> Any:
+def _message() -> Object:
     return Object(
         [
             Property("role", _STRING),
             Property("content", _STRING),
             Property("name", _STRING, required=False),
+        ]
+    )
+
+
+def _message_with_tools() -> Object:
+    """Beside calls there need be no text."""
+    return Object(
+        [
+            Property("role", _STRING),
+            *(Property(name, _STRING, required=False) for name in ("content", "name", "tool_call_id")),
+            Property("tool_calls", AnyType(), required=False),
         ]
     )

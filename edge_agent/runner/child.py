@@ -9,7 +9,8 @@ step or one prefill slice, and notices at the end of the socket that the daemon 
 daemon by code. Whose turn it is stands in the memory behind TURN_FD, where the daemon finds it even if this process is
 killed in the middle of a turn.
 
-    Load → confined → Loaded | Failed;  Try → Tried;  Generate → Delta … Done | Refused;  Stop or end of file → exit
+    Load → confined → Loaded | Failed;  Try → Tried;  Generate → Delta …, Called …, Done | Refused
+    Stop or end of file → exit
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_agent.errors import BadRequest, ModelFailed, RunnerError
-from edge_agent.runner.model import OPTIONS, End, Model
+from edge_agent.runner.model import OPTIONS, End, Model, refuse_tools
 from edge_agent.runner.stop import StopFilter
 from edge_agent.runner.worker import Job, Worker
 
@@ -131,6 +131,7 @@ class ForeignModel(Model):
             BadRequest: the package's signature has no place for what is asked.
             ModelFailed: what the package returned is no answer.
         """
+        refuse_tools(document, "this package has code of its own, which nothing holds to a tool's schema")
         data, params = self._inputs(document), self._params(document)
         stop = document.get("stop") or ()
         stops = StopFilter([stop] if isinstance(stop, str) else stop)

@@ -20,7 +20,16 @@ from edge_agent.package import genai_files, mlmodel, trust
 from edge_agent.package.mlmodel import TRANSFORMERS_LOADER, MLmodel
 from edge_agent.runner import bounds
 from edge_agent.runner.capability import UNKNOWN_ARCHITECTURE
-from edge_agent.runner.model import DEFAULT_MAX_TOKENS, OPTIONS, End, Lane, Model
+from edge_agent.runner.model import (
+    DEFAULT_MAX_TOKENS,
+    OPTIONS,
+    TOOL_OPTIONS,
+    End,
+    Lane,
+    Model,
+    ToolCall,
+    refuse_tools,
+)
 from edge_agent.runner.prompts import TEMPLATE_REFUSES
 
 __all__ = ["End", "Model", "load"]
@@ -90,6 +99,7 @@ class WrapperModel(Model):
         self._pyfunc = pyfunc
         self._wrapper = pyfunc.unwrap_python_model()
         self._knows_owners = hasattr(self._wrapper, "share")
+        self._knows_tools = hasattr(self._wrapper, "takes_tools")
         self._keeps: set[str] = set()
         self._runs: list[str] = []
         self.room_tokens = max_tokens + _QUESTION_TOKENS
@@ -119,6 +129,10 @@ class WrapperModel(Model):
 
     def _open(self, document: dict[str, Any], owner: str) -> list[Any]:
         """The wrapper's lane for a document; none where memory is short."""
+        if not self._knows_tools:
+            refuse_tools(
+                document, "this package was published with a release that knows none: publish it again"
+            )
         if self._knows_owners:
             return list(self._wrapper.predict_streams([_request(document)], owner))
         # 0.1.0's wrapper knows no owners: where another one's prompt may be kept, everything kept is forgotten.
@@ -264,8 +278,8 @@ def _distrust_bytecode() -> None:
 
 def _request(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(row, params) as a wrapper takes them."""
-    key = "messages" if "messages" in document else "prompt"
-    return {key: document[key]}, {name: _param(document[name]) for name in OPTIONS if name in document}
+    inputs = {name: document[name] for name in ("messages", "prompt", *TOOL_OPTIONS) if name in document}
+    return inputs, {name: _param(document[name]) for name in OPTIONS if name in document}
 
 
 def _param(value: Any) -> Any:
@@ -277,5 +291,8 @@ def _item(item: Any) -> str | End:
     if isinstance(item, str):
         return item
     return End(
-        finish_reason=item["finish_reason"], usage=dict(item["usage"]), timings=dict(item.get("timings", {}))
+        finish_reason=item["finish_reason"],
+        usage=dict(item["usage"]),
+        timings=dict(item.get("timings", {})),
+        tool_calls=tuple(ToolCall(**call) for call in item.get("tool_calls", ())),
     )

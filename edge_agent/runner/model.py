@@ -8,11 +8,11 @@ time unless it says otherwise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_agent.errors import PromptError, PromptTooLong, RunnerError
+from edge_agent.errors import BadRequest, PromptError, PromptTooLong, RunnerError
 from edge_agent.runner import bounds
 from edge_agent.runner.protocol import with_system
 
@@ -27,10 +27,19 @@ OPTIONS = (
     "response_format",
 )
 """Request options that reach a package as MLflow params when its signature declares them."""
+TOOL_OPTIONS = ("tools", "tool_choice", "parallel_tool_calls")
 TOO_LONG = "it is too long for the context that there is memory for"
 """Why a system prompt is refused that the model may take elsewhere."""
 DEFAULT_MAX_TOKENS = 256
 """Of an answer where neither request, settings nor package say otherwise; the wrapper has the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A call of a tool; `arguments` is the text of a JSON object."""
+
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,7 @@ class End:
     finish_reason: str
     usage: dict[str, int]
     timings: dict[str, float] = field(default_factory=dict)
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class Lane:
@@ -165,6 +175,19 @@ class Model(ABC):
                 tokens //= 2
             finally:
                 items.close()
+
+
+def refuse_tools(document: Mapping[str, Any], why: str) -> None:
+    """For a model that knows no tools: nothing of them is left out in silence.
+
+    Raises:
+        BadRequest: the document has tools, or calls of an earlier answer, or results.
+    """
+    if "tools" in document:
+        raise BadRequest(f"tools: {why}")
+    for index, message in enumerate(document.get("messages", ())):
+        if message["role"] == "tool" or "tool_calls" in message:
+            raise BadRequest(f"tools, in messages[{index}]: {why}")
 
 
 def _chat(question: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from edge_agent.runner.output import OutputTail
 from edge_agent.runner.protocol import (
     MAX_REPLY_BYTES,
     TURN_BYTES,
+    Called,
     Cancel,
     Delta,
     Done,
@@ -253,7 +254,7 @@ class RunnerProcess:
         self._open[prompt_id] = _Open(until_s=time.monotonic() + timeout_s)
         self._write(line)
 
-    def receive(self, timeout_s: float) -> Delta | Done | Refused | None:
+    def receive(self, timeout_s: float) -> Delta | Called | Done | Refused | None:
         """The next frame of any prompt, or None if none comes within `timeout_s`. Done and Refused end a prompt.
 
         Raises:
@@ -274,7 +275,7 @@ class RunnerProcess:
     def generate(
         self, prompt_id: str, document: dict[str, Any], *, timeout_s: float
     ) -> Iterator[Delta | Done]:
-        """Streams the answer to a prompt while no other is running. The last item is `Done`.
+        """Streams the text of an answer to a prompt while no other is running. The last item is `Done`.
 
         Args:
             timeout_s: until the prompt is stopped.
@@ -288,7 +289,7 @@ class RunnerProcess:
             frame = self.receive(1.0)
             if isinstance(frame, Refused):
                 raise error_of(frame.code, frame.message, among=(PromptError,), otherwise=ModelFailed)
-            if frame is not None:
+            if isinstance(frame, Delta | Done):
                 yield frame
             if isinstance(frame, Done):
                 return
@@ -399,13 +400,14 @@ class RunnerProcess:
                 prompt.late = True
                 self.cancel(prompt_id)
 
-    def _checked(self, frame: Frame) -> Delta | Done | Refused:
-        prompt = self._open.get(frame.id) if isinstance(frame, Delta | Done | Refused) else None
-        if prompt is None or not isinstance(frame, Delta | Done | Refused):
+    def _checked(self, frame: Frame) -> Delta | Called | Done | Refused:
+        prompt = self._open.get(frame.id) if isinstance(frame, Delta | Called | Done | Refused) else None
+        if prompt is None or not isinstance(frame, Delta | Called | Done | Refused):
             self.kill()
             raise RunnerError("runner spoke out of turn")
-        if isinstance(frame, Delta):
-            prompt.characters += len(frame.text) + 1  # a frame without text takes room, too
+        if isinstance(frame, Delta | Called):
+            text = frame.text if isinstance(frame, Delta) else frame.name + frame.arguments
+            prompt.characters += len(text) + 1  # a frame without text takes room, too
             if prompt.characters > MAX_ANSWER_CHARACTERS:
                 self.kill()
                 raise RunnerError(f"the answer has more than {MAX_ANSWER_CHARACTERS} characters")

@@ -1,7 +1,8 @@
 """The frames between the daemon and a runner: JSON, one a line, bounded. Pure but for `FrameReader.read`.
 
     daemon → runner   Load, Try, Generate, Cancel, Stop
-    runner → daemon   Loaded or Failed; Tried for Try; then, for each Generate and by its id, Delta …, Done or Refused
+    runner → daemon   Loaded or Failed; Tried for Try; then, for each Generate and by its id, Delta …, Called …, Done
+                     or Refused
 
 Each side treats the other's bytes as untrusted input: an unknown type, a missing or wrong field, a number out of range,
 a text, list or object over its bound or a line over the bound is a `RunnerError`. Nothing is ever unpickled.
@@ -169,6 +170,22 @@ class Delta:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Called:
+    """A call of a tool, which is complete; or more of the arguments of the last one.
+
+    Attributes:
+        index: of the call in its answer, from 0.
+        arguments: JSON, or a part of it.
+    """
+
+    type: ClassVar[str] = "called"
+    id: str
+    index: int
+    name: str
+    arguments: LongText
+
+
+@dataclass(frozen=True, kw_only=True)
 class Done:
     """The answer is complete. `timings` are measured by the wrapper, in milliseconds."""
 
@@ -189,12 +206,12 @@ class Refused:
     message: str
 
 
-_Reply = Loaded | Failed | Tried | Delta | Done | Refused
-Frame = Load | Try | Tried | Generate | Cancel | Stop | Loaded | Failed | Delta | Done | Refused
+_Reply = Loaded | Failed | Tried | Delta | Called | Done | Refused
+Frame = Load | Try | Tried | Generate | Cancel | Stop | Loaded | Failed | Delta | Called | Done | Refused
 
 _KINDS: dict[str, type[Any]] = {
     kind.type: kind
-    for kind in (Load, Try, Tried, Generate, Cancel, Stop, Loaded, Failed, Delta, Done, Refused)
+    for kind in (Load, Try, Tried, Generate, Cancel, Stop, Loaded, Failed, Delta, Called, Done, Refused)
 }
 _Hints = dict[str, Any]
 _HINTS: dict[str, _Hints] = {

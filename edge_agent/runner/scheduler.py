@@ -3,7 +3,7 @@
 Owns the lanes (a prompt that the model answers, each with a generator of its own) and the prompts that wait for
 memory. Knows nothing of tokens. Why it is this policy: docs/adr/0006.
 
-    add → waits → model.start: lanes → step, step, … → Delta … Done | Refused
+    add → waits → model.start: lanes → step, step, … → Delta …, Called …, Done | Refused
 
 - A newcomer has the next turn, and then one in each round: it waits for a step of each lane, never for an answer.
 - Memory goes in the order in which prompts came: a small one does not overtake a large one for ever.
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from edge_agent.errors import BadRequest, Cancelled, ModelFailed, PromptError, PromptTooLong, by_code
 from edge_agent.runner import bounds
-from edge_agent.runner.model import End, Lane, Model
-from edge_agent.runner.protocol import MAX_DELTA_CHARACTERS, Delta, Done, Generate, Refused
+from edge_agent.runner.model import End, Lane, Model, ToolCall
+from edge_agent.runner.protocol import MAX_DELTA_CHARACTERS, Called, Delta, Done, Generate, Refused
 
 MAX_MESSAGE = 500
 _TICK_S = 0.05
@@ -50,7 +50,7 @@ class Scheduler:
         model: Model,
         *,
         limit: int,
-        send: Callable[[Delta | Done | Refused], None],
+        send: Callable[[Delta | Called | Done | Refused], None],
         announce: Callable[[Sequence[str]], None],
     ) -> None:
         self._model = model
@@ -109,6 +109,7 @@ class Scheduler:
             return
         for item in items:
             if isinstance(item, End):
+                self._send_calls(request.id, item.tool_calls)
                 self._send(
                     Done(
                         id=request.id,
@@ -122,6 +123,12 @@ class Scheduler:
             for start in range(0, len(item), MAX_DELTA_CHARACTERS):
                 self._send(Delta(id=request.id, text=item[start : start + MAX_DELTA_CHARACTERS]))
         self._lanes.append(running)
+
+    def _send_calls(self, prompt_id: str, calls: Sequence[ToolCall]) -> None:
+        for index, call in enumerate(calls):
+            for start in range(0, max(1, len(call.arguments)), MAX_DELTA_CHARACTERS):
+                part = call.arguments[start : start + MAX_DELTA_CHARACTERS]
+                self._send(Called(id=prompt_id, index=index, name=call.name, arguments=part))
 
     def close(self) -> None:
         """Ends every lane."""

@@ -34,7 +34,7 @@ from edge_agent.package.mlmodel import MLmodel
 from edge_agent.package.transformers_options import TOKENIZER_FOLDER
 from edge_agent.runner import bounds, checkpoint
 from edge_agent.runner.decoder import Decoder
-from edge_agent.runner.model import DEFAULT_MAX_TOKENS, End, Model
+from edge_agent.runner.model import DEFAULT_MAX_TOKENS, End, Model, refuse_tools
 from edge_agent.runner.prompts import Prompts
 from edge_agent.runner.stop import StopFilter
 from edge_agent.runner.worker import Job, Worker
@@ -143,6 +143,7 @@ class TransformersModel(Model):
         started_s = time.perf_counter()
         if (document.get("response_format") or {"type": "text"}).get("type") != "text":
             raise BadRequest("response_format is not served by the transformers flavor")
+        refuse_tools(document, "not served by the transformers flavor")
         chat = "messages" in document
         with bounds.computing():
             prompt = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from edge_agent.runner.protocol import Delta, Done, Load, Loaded, Refused, Tried
+from edge_agent.runner.protocol import Called, Delta, Done, Load, Loaded, Refused, Tried
 
 
 class Runner(Protocol):
@@ -48,7 +48,7 @@ class Runner(Protocol):
         self, prompt_id: str, document: dict[str, Any], *, timeout_s: float, owner: str = ""
     ) -> None: ...
 
-    def receive(self, timeout_s: float) -> Delta | Done | Refused | None: ...
+    def receive(self, timeout_s: float) -> Delta | Called | Done | Refused | None: ...
 
     def generate(
         self, prompt_id: str, document: dict[str, Any], *, timeout_s: float

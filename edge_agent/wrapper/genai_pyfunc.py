@@ -10,6 +10,7 @@ beginning. It refuses invalid requests with `RequestError`, and those that the l
 Flow of a request:
     _rows, _Request  what arrived, checked field by field
     _Prompts         text to token ids; special tokens only where the template or a raw prompt has them
+    _CallForm        how this model is shown tools and writes calls; a grammar holds it to their schemas
     _budget          prompt and new tokens against the context, before anything is allocated
     _Sessions        a kept generator rewound to the longest common prefix, or room for a new one
     _Lane            prefill in slices, decode; one step for each `next`
@@ -21,6 +22,7 @@ token is ever run alone, and no two requests share a generator: both take anothe
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -29,7 +31,7 @@ import threading
 import time
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,13 +52,25 @@ DEFAULT_MAX_TOKENS = 256
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 MAX_RESPONSE_FORMAT_CHARACTERS = 32_768
 MAX_ITEMS = 10_000  # minItems and maxItems of a schema together: its grammar has a rule for each item
-ROLES = ("system", "developer", "user", "assistant")  # developer is a newer word for system
+MAX_TOOLS, MAX_TOOLS_CHARACTERS = 128, 65_536
+MAX_CALLS = 4  # in one answer: small models repeat a call until their last token
+MAX_CALL_FORM_CHARACTERS = 64
+ROLES = ("system", "developer", "user", "assistant", "tool")  # developer is a newer word for system
+TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 TEMPLATE_REFUSES = "the chat template refuses the messages"
 NO_TEMPLATE = "this model has no chat template: send it a prompt"
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+FRAMES_WITH_SYSTEM = 5  # what stands around four messages, the first of which is the system's
 
 
 class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-    """Answers chat or raw prompts with an ONNX folder made by the onnxruntime-genai model builder."""
+    """Answers chat or raw prompts with an ONNX folder made by the onnxruntime-genai model builder.
+
+    Attributes:
+        takes_tools: an agent asks: earlier wrappers know no tools.
+    """
+
+    takes_tools: ClassVar = True
 
     def load_context(self, context: Any) -> None:
         """Loads the model, the tokenizer and the generation defaults."""
@@ -77,7 +91,7 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         Raises:
             RequestError: the request is at fault. One that asks for a stream is: there is none here.
-            GuidanceError: the library cannot follow its response_format.
+            GuidanceError: the library cannot follow its response_format or its tools.
         """
         rows = _rows(model_input)
         jobs = [self._engine.read(row, params, number) for number, row in enumerate(rows)]
@@ -97,13 +111,13 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         Yields:
             For a prompt, text deltas, then one dict `{finish_reason, usage, timings}`. For messages, an
-            llm/v1/chat chunk for each delta; the last one has the three. A delta is empty for a prefill slice and for
-            a step that completes no text.
+            llm/v1/chat chunk for each delta; the last one has the three, and before it calls of tools have a chunk. A
+            delta is empty for a prefill slice and for a step that completes no text.
 
         Raises:
             RequestError: the request is at fault; raised before the first item with text.
-            GuidanceError: the library cannot follow its response_format. What can be known of that before the
-                first token is raised before it.
+            GuidanceError: the library cannot follow its response_format or its tools. What can be known of that before
+                the first token is raised before it.
         """
         rows = _rows(model_input)
         if len(rows) != 1:
@@ -121,7 +135,8 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         Args:
             requests: pairs of row and params, as in `predict_stream`. Their items are those of a prompt, whatever they
-                are.
+                are; where tools are called, the last one has `tool_calls`, a list of `{name, arguments}`, the
+                arguments being the text of a JSON object.
             owner: whose they are. What is kept of another owner's requests serves them only as far as `share` says.
 
         Returns:
@@ -154,9 +169,12 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def _completion(self, request: _Request, text: str, last: Mapping[str, Any]) -> dict[str, Any]:
         """The completion object of the signature's schema, which has no field for `cached_tokens`."""
         usage = {key: last["usage"][key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
-        message = {"role": "assistant", "content": text}
+        head = self._head(request, "chat.completion")
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls := _tool_calls(last, head["id"]):
+            message |= {"content": text or None, "tool_calls": calls}
         choice = {"index": 0, "message": message, "finish_reason": last["finish_reason"]}
-        return {**self._head(request, "chat.completion"), "choices": [choice], "usage": usage}
+        return {**head, "choices": [choice], "usage": usage}
 
     def _chunks(self, request: _Request, items: Iterable[Any]) -> Iterator[dict[str, Any]]:
         """The items of a stream as chunks of a completion, such as MLflow's ChatModel gives."""
@@ -164,11 +182,19 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         role = {"role": "assistant"}
         for item in items:
             text, end = (item, {}) if isinstance(item, str) else ("", dict(item))
+            if calls := _tool_calls(end, head["id"]):
+                called = {"tool_calls": [{"index": index, **call} for index, call in enumerate(calls)]}
+                yield {
+                    **head,
+                    "choices": [{"index": 0, "delta": {**role, **called}, "finish_reason": None}],
+                }
+                role = {}
             choice = {
                 "index": 0,
                 "delta": {**role, "content": text},
                 "finish_reason": end.pop("finish_reason", None),
             }
+            end.pop("tool_calls", None)
             yield {**head, "choices": [choice], **end}
             role = {}
 
@@ -195,7 +221,8 @@ class RequestError(MlflowException, ValueError):  # type: ignore[misc]
 
 
 class GuidanceError(MlflowException, RuntimeError):  # type: ignore[misc]
-    """The library cannot follow a right response_format; the request is not at fault. The message starts with the code.
+    """The library cannot follow a right response_format, or a right tool; the request is not at fault. The message
+    starts with the code.
 
     Attributes:
         code: `model_failed`.
@@ -242,7 +269,7 @@ class _Options:
 class _Request:
     """One request, checked. None means not given."""
 
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
     prompt: str = ""
     max_tokens: int | None = None
     temperature: float | None = None
@@ -252,6 +279,7 @@ class _Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     guidance: _Guidance | None = None
+    tools: _Tools | None = None
     stream: bool = False
     id: str = ""
 
@@ -264,6 +292,7 @@ class _Request:
     INPUTS: ClassVar = PARAMS | {
         *("max_completion_tokens", "n", "stream", "model", "id"),
         *("user", "stream_options", "logprobs", "frequency_penalty", "presence_penalty"),
+        *("tools", "tool_choice", "parallel_tool_calls"),
     }
     ID: ClassVar = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -301,6 +330,7 @@ class _Request:
             seed=_integer(given, "seed", -(1 << 63), 1 << 63),
             stop=_stops(given),
             guidance=_Guidance.parse(given),
+            tools=_Tools.parse(given),
             stream=_boolean(given, "stream"),
             id=given.get("id", ""),
         )
@@ -318,6 +348,8 @@ class _Job:
         greedy: no sampling.
         penalty: for tokens that came before; 1 is none, 0 leaves it to the folder.
         owner: whose request it is.
+        guidance: what the answer must look like; None if it is free.
+        calls: tells calls of tools from text; None if there are no tools.
         cached: tokens of the prompt that did not have to be prefilled.
         finish_reason: empty until the answer is complete.
     """
@@ -332,6 +364,8 @@ class _Job:
     decoder: _Decoder
     stops: _StopFilter
     started: float
+    guidance: _Guidance | None = None
+    calls: _CallFilter | None = None
     answer: list[int] = field(default_factory=list)
     cached: int = 0
     finish_reason: str = ""
@@ -348,27 +382,40 @@ class _Job:
     def plain(self) -> bool:
         """True if its generator can serve other requests of the same penalty, too. A generator's search options are
         fixed, and the state of a sampler or a grammar cannot be rewound (library limitation)."""
-        return self.greedy and self.request.guidance is None
+        return self.greedy and self.guidance is None
 
     def take(self, token: int, *, is_end: bool) -> Iterator[Any]:
         """Adds a token and yields its items: text, and at the end usage and finish_reason."""
         self.first_token = self.first_token or time.perf_counter()
         if not is_end:
             self.answer.append(token)
-            yield self.stops.push(self.decoder.push(token))
+            text = self.decoder.push(token)
+            yield self.stops.push(self.calls.push(token, text) if self.calls else text)
         if is_end or self.stops.found:
             yield from self.end("stop")
         elif len(self.answer) >= self.max_new:
             yield from self.end("length")
 
     def end(self, finish_reason: str) -> Iterator[Any]:
-        """Ends the answer and yields its last items."""
+        """Ends the answer and yields its last items.
+
+        Raises:
+            GuidanceError: it ended in the middle of a call.
+        """
+        called: list[dict[str, str]] = []
+        if self.calls and not self.stops.found:
+            yield self.stops.push(self.calls.flush())
+            called = self.calls.whole()
+            finish_reason = "tool_calls" if called else "stop" if self.stops.found else finish_reason
+            if self.calls.began and finish_reason == "stop":
+                raise GuidanceError("the answer ended before its call was whole")
         self.finish_reason = finish_reason
         if not self.stops.found and (rest := self.stops.flush()):
             yield rest
         ended = time.perf_counter()
         yield {
             "finish_reason": finish_reason,
+            **({"tool_calls": called} if called else {}),
             "usage": {
                 "prompt_tokens": len(self.prompt),
                 "completion_tokens": len(self.answer),
@@ -545,8 +592,7 @@ class _Engine:
         head = [{"role": "system", "content": system}] if system else []
         chats = ([*head, {"role": "user", "content": text}] for text in ("Hi", "?"))
         one, other = map(self.prompts.chat, chats)
-        pairs = zip(one[:-LEAST_TOKENS], other, strict=False)
-        common = [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        common = list(_common(one[:-LEAST_TOKENS], other))
         self.sessions.common = common if len(common) >= COMMON_TOKENS else []
 
     def read(
@@ -559,7 +605,8 @@ class _Engine:
         """
         started = time.perf_counter()
         request = _Request.parse(row, params)
-        prompt = self.prompts.chat(request.messages) if request.messages else self.prompts.raw(request.prompt)
+        prompts, tools = self.prompts, request.tools
+        prompt = prompts.chat(request.messages, tools) if request.messages else prompts.raw(request.prompt)
         return _Job(
             row=number,
             request=request,
@@ -571,6 +618,8 @@ class _Engine:
             decoder=_Decoder(self._tokenizer, self.prompts.control_ids),
             stops=_StopFilter(request.stop),
             started=started,
+            guidance=prompts.calls.guidance(tools) if tools else request.guidance,
+            calls=_CallFilter(prompts.calls) if tools else None,
         )
 
     def lanes(self, jobs: Sequence[_Job], *, beyond: bool = False) -> Iterator[_Lane]:
@@ -610,8 +659,8 @@ class _Engine:
             search |= self._sampling(request)
         generator_params = og.GeneratorParams(self._model)
         generator_params.set_search_options(**search)
-        if request.guidance is not None:
-            generator_params.set_guidance("lark_grammar", request.guidance.grammar)
+        if job.guidance is not None:
+            generator_params.set_guidance("lark_grammar", job.guidance.grammar)
         return og.Generator(self._model, generator_params)
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -676,7 +725,7 @@ class _Lane:
 
         Raises:
             RequestError: the request is at fault.
-            GuidanceError: the library cannot follow its response_format.
+            GuidanceError: the library cannot follow its response_format or its tools.
         """
         try:
             return next(self._steps)
@@ -685,7 +734,7 @@ class _Lane:
             raise
         except Exception as error:
             self._session.reusable = False  # what the library left in it is unknown
-            refusal = _refusal(error, self._job.request)
+            refusal = _refusal(error, self._job.guidance)
             self.close()
             if refusal:
                 raise refusal from error
@@ -726,8 +775,8 @@ class _Lane:
         session.generator.generate_next_token()
         token = int(session.generator.get_next_tokens()[0])
         is_end = token in self._engine.eos
-        if is_end and job.request.guidance is not None:
-            job.request.guidance.check(self._engine.text(job.answer))
+        if is_end and job.guidance is not None:
+            job.guidance.check(self._engine.text(job.answer))
         if session.reusable and not is_end:
             session.tokens.append(token)
         yield from job.take(token, is_end=is_end)
@@ -748,6 +797,12 @@ class _Refused:
 
     def close(self) -> None:
         """Does nothing."""
+
+
+def _common(one: Sequence[Any], other: Sequence[Any]) -> Iterator[Any]:
+    """What two sequences begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return (item for item, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _slices(tokens: Sequence[int]) -> Iterator[list[int]]:
@@ -787,16 +842,26 @@ class _Prompts:
         self.turn_end = _turn_end(frames, files)
         self.control_ids = frozenset(token for token, text in files.added.items() if text in special)
         self._special = re.compile(f"(?={_any_of(special)})(.)", re.DOTALL)
+        added = [text for text in files.added.values() if text.strip()]
+        self._added = re.compile(f"(?={_any_of([*added, *special])})(.)", re.DOTALL)
+        control = {text: token for token, text in files.added.items() if token in self.control_ids}
+        system = len(frames) == FRAMES_WITH_SYSTEM
+        self.calls = self._own_call_form(files) or _CallForm(takes_system=system)
+        self.calls = replace(self.calls, control=control)
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]], tools: _Tools | None = None) -> list[int]:
         """[tokens] ids of the messages in the model's own chat template, ready for the assistant's turn.
 
         Raises:
             RequestError: the template refuses them.
         """
-        marker = self._marker(messages)
-        safe = [{**message, "content": self._neutral(message["content"], marker)} for message in messages]
-        first, *others = self._render(safe).split(marker)
+        functions = tools.functions if tools else ()
+        marker = self._marker(messages, functions)
+        safe = [self._safe(message, marker) for message in messages]
+        shown = [self._inert(function, marker) for function in functions]
+        own = self.calls.own
+        rendered = self._render(safe, shown) if own else self._render(self.calls.as_text(safe, shown))
+        first, *others = rendered.split(marker)
         tokens = self._encode(first)
         for part in others:
             tokens += self._continuation(part)
@@ -821,20 +886,93 @@ class _Prompts:
             return rendered.split(content)
         return []
 
-    def _marker(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _own_call_form(self, files: TokenizerFiles) -> _CallForm | None:
+        """How the template itself shows tools and writes calls; None where it does not, or writes them as no JSON.
+
+        It is read off a conversation with calls, beside the same one with a text in their place.
+        """
+        if self.turn_end is None:
+            return None
+        question, mark, name = {"role": "user", "content": "?"}, self.MARKERS[0], "probe_of_tools"
+        arguments = {"key": "value"}
+        tool = {"name": name, "description": "?", "parameters": NO_PARAMETERS}
+
+        def calling(count: int) -> str:
+            calls = [_call_of(identity, name, arguments) for identity in ("call00001", "call00002")[:count]]
+            results = [
+                {"role": "tool", "tool_call_id": call["id"], "name": name, "content": mark} for call in calls
+            ]
+            answer = {"role": "assistant", "content": "", "tool_calls": calls}
+            return self._render([question, answer, *results, question], [tool])
+
+        try:
+            text = self._render([question, {"role": "assistant", "content": mark}, question], [tool])
+            one = calling(1)
+        except RequestError:
+            return None
+        begin = sum(1 for _ in _common(text.partition(mark)[0], one))
+        found = re.compile(
+            rf'\{{"name": "{name}", "(arguments|parameters)": {re.escape(json.dumps(arguments))}'
+        )
+        first = found.search(one, begin)
+        if name not in text or one.count(mark) != 1 or not first:
+            return None
+        try:
+            _, end = json.JSONDecoder().raw_decode(one, first.start())
+        except ValueError:
+            return None
+        closing, ended, _ = one[end:].partition(files.added[self.turn_end])
+        between = ""
+        with contextlib.suppress(RequestError):  # one call at a time
+            two = calling(2)
+            second = found.search(two, end)
+            between = two[end : second.start()] if second and two[:end] == one[:end] else ""
+        form = _CallForm(
+            own=True,
+            opening=one[begin : first.start()].lstrip(),
+            between=between,
+            closing=closing,
+            arguments=first[1],
+        )
+        longest = max(map(len, (form.opening, between, closing)))
+        return form if ended and longest <= MAX_CALL_FORM_CHARACTERS else None
+
+    def _marker(self, messages: Sequence[Mapping[str, Any]], functions: Sequence[Mapping[str, Any]]) -> str:
+        text = json.dumps([messages, functions], ensure_ascii=False)
         for marker in self.MARKERS:
-            if not any(marker in message["content"] for message in messages):
+            if marker not in text:
                 return marker
         raise RequestError("bad_request", "the messages contain every noncharacter from U+FDD0 to U+FDEF")
 
-    def _neutral(self, content: str, marker: str) -> str:
-        return self._special.sub(rf"\1{marker}", content)
+    def _safe(self, message: Mapping[str, Any], marker: str) -> dict[str, Any]:
+        """A message whose texts become no special token; what a tool says becomes no token that was added at all, so
+        that it cannot end its own frame."""
+        if message["role"] == "tool":
+            return {**message, "content": self._inert(message["content"], marker)}
+        safe = {**message, "content": self._special.sub(rf"\1{marker}", message["content"])}
+        if "tool_calls" in message:
+            safe["tool_calls"] = self._inert(message["tool_calls"], marker)
+        return safe
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        template = {} if self._template is None else {"template_str": self._template}
+    def _inert(self, value: Any, marker: str) -> Any:
+        """Data, in whose texts no token that was added to the tokenizer is left."""
+        if isinstance(value, str):
+            return self._added.sub(rf"\1{marker}", value)
+        if isinstance(value, Mapping):
+            return {self._inert(key, marker): self._inert(part, marker) for key, part in value.items()}
+        if isinstance(value, list):
+            return [self._inert(part, marker) for part in value]
+        return value
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], functions: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        given = {} if self._template is None else {"template_str": self._template}
+        if functions:
+            given["tools"] = json.dumps([{"type": "function", "function": each} for each in functions])
         try:
             text = self._tokenizer.apply_chat_template(
-                json.dumps(messages), add_generation_prompt=True, **template
+                json.dumps(messages), add_generation_prompt=True, **given
             )
         except RuntimeError as error:
             # Not passed on: its text quotes the template, and may quote the messages.
@@ -1203,20 +1341,89 @@ def _messages(given: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
     messages = given.get("messages")
     if not isinstance(messages, (list, tuple, np.ndarray)):
         raise RequestError("bad_request", "messages must be a list with at least one message")
-    return tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+    read = tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+    called: set[str] = set()
+    for index, message in enumerate(read):
+        called |= {call["id"] for call in message.get("tool_calls", ())}
+        if message["role"] == "tool" and message["tool_call_id"] not in called:
+            raise RequestError("bad_request", f"tool_call_id of messages[{index}] answers no call before it")
+    return read
 
 
-def _message(message: Any, where: str) -> dict[str, str]:
+def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError("bad_request", f"{where} is not an object")
-    if unknown := sorted(str(key) for key in message.keys() - {"role", "content", "name"}):
-        raise RequestError("bad_request", f"unknown field {', '.join(unknown)} in {where}")
     if message.get("role") not in ROLES:
         raise RequestError("bad_request", f"role of {where} must be one of {', '.join(ROLES)}")
-    if message.get("name") is not None:
-        _text(message["name"], f"name of {where}")  # only checked: chat templates do not use it
-    role = "system" if message["role"] == "developer" else message["role"]
-    return {"role": role, "content": _text(message.get("content"), f"content of {where}")}
+    role = "system" if message["role"] == "developer" else str(message["role"])
+    more = {"assistant": "tool_calls", "tool": "tool_call_id"}.get(role)
+    given = {key: value for key, value in message.items() if value is not None}
+    if unknown := sorted(str(key) for key in given.keys() - {"role", "content", "name", more}):
+        raise RequestError("bad_request", f"unknown field {', '.join(unknown)} in {where}")
+    if "name" in given:
+        _text(given["name"], f"name of {where}")  # only checked: chat templates do not use it
+    read: dict[str, Any] = {"role": role}
+    if "tool_calls" in given:
+        read |= {"content": "", "tool_calls": _calls(given["tool_calls"], f"tool_calls of {where}")}
+    if "tool_calls" not in given or "content" in given:
+        read["content"] = _text(given.get("content"), f"content of {where}")
+    if role == "tool":
+        read["tool_call_id"] = _text(given.get("tool_call_id"), f"tool_call_id of {where}")
+    return read
+
+
+def _calls(value: Any, what: str) -> list[dict[str, Any]]:
+    """The calls of an earlier answer, with their arguments as objects: templates write them as JSON."""
+    if not isinstance(value, (list, tuple, np.ndarray)) or not 0 < len(value) <= MAX_TOOLS:
+        raise RequestError("bad_request", f"{what} must be a list of 1 to {MAX_TOOLS} calls")
+    read = []
+    for call in value:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or call.get("type") != "function":
+            raise RequestError(
+                "bad_request",
+                f'{what} must be {{"id", "type": "function", "function": {{"name", "arguments"}}}}',
+            )
+        name, text = (
+            _tool_name(function.get("name"), what),
+            _text(function.get("arguments"), f"arguments in {what}"),
+        )
+        try:
+            arguments = json.loads(text or "{}", parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise RequestError("bad_request", f"arguments in {what} are not JSON") from error
+        if not isinstance(arguments, dict):
+            raise RequestError("bad_request", f"arguments in {what} are no JSON object")
+        read.append(_call_of(_text(call.get("id"), f"id in {what}"), name, arguments))
+    return read
+
+
+def _call_of(identity: str, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _tool_name(value: Any, what: str) -> str:
+    if not isinstance(value, str) or not TOOL_NAME.fullmatch(value):
+        raise RequestError("bad_request", f"a name in {what} must be 1 to 64 letters, digits, '_', '-'")
+    return value
+
+
+def _tool_calls(last: Mapping[str, Any], answer: str) -> list[dict[str, Any]]:
+    """The calls of a last item as a completion has them: nine letters and digits are an id that every template takes.
+
+    Args:
+        answer: id of the completion.
+    """
+    ids = (hashlib.sha256(f"{answer}.{index}".encode()).hexdigest()[:9] for index in range(MAX_CALLS))
+    calls = last.get("tool_calls", ())
+    return [
+        {"id": identity, "type": "function", "function": call}
+        for identity, call in zip(ids, calls, strict=False)
+    ]
 
 
 def _text(value: Any, what: str) -> str:
@@ -1306,10 +1513,14 @@ class _Guidance:
     Attributes:
         grammar: for the library, in its variant of Lark.
         is_json: a finished answer is JSON.
+        asked_by: the field of the request.
+        parts: line of the grammar → what of the field stands there, for an error.
     """
 
     grammar: str
     is_json: bool
+    asked_by: str = "response_format"
+    parts: Mapping[int, str] = field(default_factory=dict)
 
     HEAD: ClassVar = '%llguidance {"no_forcing": true}\nstart: '
     SPACING: ClassVar = {"whitespace_flexible": False}
@@ -1348,26 +1559,40 @@ class _Guidance:
     @classmethod
     def for_schema(cls, schema: Mapping[str, Any]) -> _Guidance:
         """JSON that a schema admits."""
-        if _items(schema) > MAX_ITEMS:
-            raise RequestError(
-                "bad_request", f"minItems and maxItems in response_format are more than {MAX_ITEMS} together"
-            )
         spacing = schema.get("x-guidance", {})
         if isinstance(spacing, Mapping):
-            spacing = {**cls.SPACING, **spacing}
+            schema = {**schema, "x-guidance": {**cls.SPACING, **spacing}}
+        return cls(grammar=cls.HEAD + cls.of_json(schema, "response_format"), is_json=True)
+
+    @staticmethod
+    def of_json(schema: Mapping[str, Any], what: str) -> str:
+        """A part of a grammar: JSON that a schema admits.
+
+        Raises:
+            RequestError: it is no schema, or too large a one.
+        """
+        if _items(schema) > MAX_ITEMS:
+            raise RequestError(
+                "bad_request", f"minItems and maxItems in {what} are more than {MAX_ITEMS} together"
+            )
         try:
-            text = json.dumps({**schema, "x-guidance": spacing}, ensure_ascii=False, allow_nan=False)
+            text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
-            raise RequestError("bad_request", "the schema of response_format is not JSON") from error
-        return cls(grammar=f"{cls.HEAD}%json {_text(text, 'response_format')}", is_json=True)
+            raise RequestError("bad_request", f"the schema of {what} is not JSON") from error
+        return f"%json {_text(text, what)}"
 
     @classmethod
     def for_regex(cls, regex: str) -> _Guidance:
         """Text that a regular expression matches as a whole."""
+        return cls(grammar=cls.HEAD + cls.of_regex(regex), is_json=False)
+
+    @classmethod
+    def of_regex(cls, regex: str) -> str:
+        """A part of a grammar: the literal of a regular expression."""
         quoted = re.sub(
             r"\\?([/\n\r])|\\.", lambda match: cls.QUOTED.get(match[1], match[0]), regex, flags=re.DOTALL
         )
-        return cls(grammar=f"{cls.HEAD}/{quoted}/", is_json=False)
+        return f"/{quoted}/"
 
     def check(self, text: str) -> None:
         """Checks a finished answer: the library stops anywhere in a schema that has no finite answer.
@@ -1381,6 +1606,431 @@ class _Guidance:
             json.loads(text)
         except (ValueError, RecursionError) as error:
             raise GuidanceError("the answer ended before it was what response_format asks for") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tools:
+    """The tools of a request that may be called.
+
+    Attributes:
+        functions: name, perhaps a description, and parameters: a schema of an object.
+        named: the one that must be called; empty for any.
+        required: one must be called.
+        most: calls in one answer.
+    """
+
+    functions: tuple[dict[str, Any], ...]
+    named: str = ""
+    required: bool = False
+    most: int = MAX_CALLS
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> _Tools | None:
+        """Reads `tools`, `tool_choice` and `parallel_tool_calls`; None where no tool may be called: it is not shown.
+
+        Raises:
+            RequestError: they are invalid.
+        """
+        tools, choice = given.get("tools"), given.get("tool_choice", "auto")
+        several = _boolean({"parallel_tool_calls": True, **given}, "parallel_tool_calls")
+        if tools is None:
+            if alone := sorted(given.keys() & {"tool_choice", "parallel_tool_calls"}):
+                raise RequestError("bad_request", f"{alone[0]} without tools")
+            return None
+        if not isinstance(tools, (list, tuple, np.ndarray)) or len(tools) > MAX_TOOLS:
+            raise RequestError("bad_request", f"tools must be a list of 1 to {MAX_TOOLS} functions")
+        functions = tuple(_function(tool, f"tools[{index}]") for index, tool in enumerate(tools))
+        names = [function["name"] for function in functions]
+        if len(set(names)) < len(names):
+            raise RequestError("bad_request", "tools has a name twice")
+        if len(json.dumps(functions)) > MAX_TOOLS_CHARACTERS:
+            raise RequestError("bad_request", f"tools has more than {MAX_TOOLS_CHARACTERS} characters")
+        named = _choice(choice, names)
+        if "prompt" in given:
+            raise RequestError("bad_request", "tools need messages, not a prompt")
+        if choice == "none":
+            return None
+        if _Guidance.parse(given) is not None:
+            raise RequestError("bad_request", "tools and response_format exclude each other")
+        most = MAX_CALLS if several and not named else 1
+        return cls(functions=functions, named=named, required=bool(named) or choice == "required", most=most)
+
+
+def _function(tool: Any, where: str) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or tool.get("type") != "function":
+        raise RequestError(
+            "bad_request", f'{where} must be {{"type": "function", "function": {{"name", …}}}}'
+        )
+    if unknown := sorted(
+        str(key) for key in function.keys() - {"name", "description", "parameters", "strict"}
+    ):
+        raise RequestError("bad_request", f"unknown field {', '.join(unknown)} in {where}.function")
+    read: dict[str, Any] = {"name": _tool_name(function.get("name"), f"{where}.function")}
+    if function.get("description") is not None:
+        read["description"] = _text(function["description"], f"description of {where}.function")
+    parameters = function.get("parameters")
+    parameters = NO_PARAMETERS if parameters is None else parameters
+    if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
+        raise RequestError("bad_request", f"parameters of {where}.function must be a schema of an object")
+    try:
+        text = json.dumps(parameters, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RequestError("bad_request", f"parameters of {where}.function are not JSON") from error
+    _text(text, f"parameters of {where}.function")
+    return {**read, "parameters": {"type": "object", **parameters}}
+
+
+def _choice(choice: Any, names: Sequence[str]) -> str:
+    """The name of the tool that must be called; empty where none is named."""
+    if isinstance(choice, str) and choice in ("auto", "none", "required"):
+        return ""
+    function = (
+        choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    )
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if name is None:
+        words = '"auto", "none", "required" or {"type": "function", "function": {"name": …}}'
+        raise RequestError("bad_request", f"tool_choice must be {words}")
+    if name not in names:
+        raise RequestError("bad_request", "tool_choice names no function of tools")
+    return str(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CallForm:
+    """How a model is shown tools, and how it writes calls: `{"name": …, "arguments": …}`, framed. The values here are
+    the form for templates that have none of their own.
+
+    Attributes:
+        own: the template shows tools, calls and results by itself.
+        opening, between, closing: what stands before, between and behind calls; no `between` means one at most.
+        arguments: the key of the arguments.
+        takes_system: the template shows a system message.
+        control: the special tokens, which are no text for the library.
+    """
+
+    own: bool = False
+    opening: str = "<tool_call>\n"
+    between: str = "\n</tool_call>\n<tool_call>\n"
+    closing: str = "\n</tool_call>"
+    arguments: str = "arguments"
+    takes_system: bool = True
+    control: Mapping[str, int] = field(default_factory=dict)
+
+    INSTRUCTIONS: ClassVar = (
+        "You can call functions. Each line between <tools> and </tools> describes one:\n"
+        "<tools>\n{functions}\n</tools>\n"
+        "To call a function, answer with its name and its arguments as JSON, and nothing else:\n"
+        '<tool_call>\n{{"name": "NAME", "arguments": {{…}}}}\n</tool_call>'
+    )
+    LEAST_MARK: ClassVar = 3  # characters: a shorter one begins many texts
+
+    @property
+    def mark(self) -> str:
+        """What tells a call from text wherever it stands; empty if only the beginning of an answer does."""
+        if special := max(filter(self.opening.startswith, self.control), key=len, default=""):
+            return special
+        word = next(iter(self.opening.split()), "")
+        return word if len(word) >= self.LEAST_MARK else ""
+
+    @property
+    def beginning(self) -> str:
+        """What an answer that calls begins with."""
+        return f'{self.opening}{{"name": "'
+
+    def head(self, name: str) -> str:
+        """What stands before the arguments of a call."""
+        return f'{{"name": "{name}", "{self.arguments}": '
+
+    def write(self, call: Mapping[str, Any]) -> str:
+        function = call["function"]
+        return f"{self.head(function['name'])}{json.dumps(function['arguments'], ensure_ascii=False)}}}"
+
+    def as_text(
+        self, messages: Sequence[Mapping[str, Any]], functions: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, str]]:
+        """A chat for a template that knows no tools: they stand in the system message, and results are the user's."""
+        chat: list[dict[str, str]] = []
+        answered = False
+        for message in messages:
+            role, content = message["role"], message["content"]
+            if calls := message.get("tool_calls"):
+                written = self.between.join(map(self.write, calls))
+                content += f"{chr(10) if content else ''}{self.opening}{written}{self.closing}"
+            if role == "tool":
+                role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
+            if answered and role == "user":  # templates may insist on turns
+                chat[-1]["content"] += f"\n{content}"
+            else:
+                chat.append({"role": role, "content": content})
+            answered = message["role"] == "tool"
+        if functions:
+            self._instruct(chat, functions)
+        return chat
+
+    def _instruct(self, chat: list[dict[str, str]], functions: Sequence[Mapping[str, Any]]) -> None:
+        lines = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
+        text = self.INSTRUCTIONS.format(functions=lines)
+        first = chat[0] if chat else {}
+        if first.get("role") == "system":
+            first["content"] += f"\n\n{text}"
+        elif self.takes_system:
+            chat.insert(0, {"role": "system", "content": text})
+        elif user := next((message for message in chat if message["role"] == "user"), None):
+            user["content"] = f"{text}\n\n{user['content']}"
+
+    def guidance(self, tools: _Tools) -> _Guidance:
+        """Text or calls, or calls alone, as a grammar. A text has nothing in it that opens a call."""
+        lines, parts = self._start(tools), dict[int, str]()
+        several = f" ({self._symbols(self.between)} call){{0,{tools.most - 1}}}" if self.between else ""
+        lines.append(f"calls: {self._symbols(self.opening)} rest")
+        lines.append(f"rest: call{several if tools.most > 1 else ''} {self._symbols(self.closing)}")
+        wanted = {
+            index: function
+            for index, function in enumerate(tools.functions)
+            if tools.named in ("", function["name"])
+        }
+        lines.append(f"call: {' | '.join(f'call_{index}' for index in wanted)}")
+        for index, function in wanted.items():
+            what = f"tools[{index}].function.parameters"
+            schema = {**_ending(function["parameters"]), "x-guidance": self.SPACING}
+            lines.append(f'call_{index}: {_literal(self.head(function["name"]))} arguments_{index} "}}"')
+            lines.append(f"arguments_{index}: {_Guidance.of_json(schema, what)}")
+            parts[len(lines) + 1] = what
+        return _Guidance(
+            grammar=_Guidance.HEAD + "\n".join(lines), is_json=False, asked_by="tools", parts=parts
+        )
+
+    SPACING: ClassVar = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+    def _start(self, tools: _Tools) -> list[str]:
+        """The first rule, and what it needs. A mark that is text ends the text before it, at once; one that is a token
+        is no text."""
+        if tools.required:
+            return ["calls"]
+        mark = self.mark
+        if not mark:
+            begins = f"{re.escape(self.beginning)}(?s:.*)"
+            return ["TEXT? | calls", f"TEXT: {_TEXT} & ~{_Guidance.of_regex(begins)}"]
+        ends = f"(?s:.*){re.escape(mark)}"
+        text = f"TEXT: {_TEXT} & ~{_Guidance.of_regex(f'{ends}(?s:.*)')}"
+        if mark in self.control:
+            return ["TEXT? calls?", text]
+        behind = self._symbols(self.opening.removeprefix(mark))
+        return [f"TEXT? | marked {behind} rest", text, f"marked[lazy]: {_Guidance.of_regex(ends)}"]
+
+    def _symbols(self, text: str) -> str:
+        """A text as symbols of a grammar; special tokens in it are tokens."""
+        parts = re.split(f"({_any_of(self.control)})", text)
+        return " ".join(
+            f"<[{self.control[part]}]>" if part in self.control else _literal(part) for part in parts if part
+        )
+
+
+_TEXT = "/(?s:.+)/"
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+class _CallFilter:
+    """Tells the calls of an answer from its text, and holds back what could be the beginning of one.
+
+    Attributes:
+        began: a call was opened; nothing behind that is text.
+    """
+
+    def __init__(self, form: _CallForm) -> None:
+        self._form = form
+        self._tokens = {token: text for text, token in form.control.items()}
+        self._mark = form.mark
+        self._held = ""
+        self._shown = False
+        self.began = False
+
+    def push(self, token: int, text: str) -> str:
+        """Adds a token and its text, and returns as much text as can be shown now."""
+        special = self._tokens.get(token, "")
+        is_mark = bool(special) and special == self._mark
+        start = len(self._held) if is_mark else -1
+        self._held += special if is_mark or (special and self.began) else text
+        if self.began:
+            return ""
+        if start < 0:
+            start = self._opened()
+        self.began = start >= 0
+        end = start if self.began else len(self._held) - self._possible()
+        shown = self._held[:end].rstrip()  # nobody needs the space between a text and a call
+        self._held = self._held[start if self.began else len(shown) :]
+        self._shown = self._shown or bool(shown)
+        return shown
+
+    def flush(self) -> str:
+        """Returns the text that was held back, when the answer ended."""
+        return "" if self.began else self._held
+
+    def whole(self) -> list[dict[str, str]]:
+        """Name and arguments, as text, of each call; none where they are not complete."""
+        form, text, calls = self._form, self._held, list[dict[str, str]]()
+        at = len(form.opening) if self.began and text.startswith(form.opening) else len(text)
+        while True:
+            try:
+                call, end = json.JSONDecoder().raw_decode(text, at)
+            except (ValueError, RecursionError):
+                return []
+            head = form.head(call["name"])
+            calls.append({"name": call["name"], "arguments": text[at + len(head) : end - 1]})
+            if not form.between or not text.startswith(form.between, end):
+                return calls if text[end:] == form.closing else []
+            at = end + len(form.between)
+
+    def _opened(self) -> int:
+        """Where a call begins; -1 if none does."""
+        if self._mark:
+            return -1 if self._mark in self._form.control else self._held.find(self._mark)
+        return 0 if not self._shown and self._held.startswith(self._form.beginning) else -1
+
+    def _possible(self) -> int:
+        """How many characters at the end may be the beginning of a call."""
+        if not self._mark:
+            return 0 if self._shown or not self._form.beginning.startswith(self._held) else len(self._held)
+        return max((n for n in range(1, len(self._mark)) if self._held.endswith(self._mark[:n])), default=0)
+
+
+# A schema may leave open how much comes; small models write until their last token then.
+_OPEN_CHARACTERS, _OPEN_ITEMS, _OPEN_PROPERTIES = 256, 16, 8
+_OPEN_NUMBER, _OPEN_STEP = 10**12, 0.000001
+_OPEN_NAMES = "^[A-Za-z0-9_. -]{1,64}$"
+_SCALARS: Mapping[str, Any] = {"type": ["string", "number", "boolean", "null"]}
+_SAYS_NOTHING = frozenset(
+    {
+        *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"),
+        *("$schema", "$id", "$comment", "$defs", "definitions", "x-guidance"),
+    }
+)
+_KEYWORDS: Mapping[str, frozenset[str]] = {
+    "object": frozenset(
+        {
+            *("properties", "required", "additionalProperties", "patternProperties"),
+            *("minProperties", "maxProperties"),
+        }
+    ),
+    "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
+    "string": frozenset({"minLength", "maxLength", "pattern", "format"}),
+    "number": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}),
+}
+
+
+def _ending(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema of which each answer comes to an end: it admits less than `parameters`, and nothing else.
+
+    Schemas that combine others stay as they are: to narrow a part of a combination may widen the whole.
+    """
+    if _combines(parameters):
+        return dict(parameters)
+    if not parameters.get("properties") and not parameters.keys() & {
+        "additionalProperties",
+        "patternProperties",
+    }:
+        return {**parameters, "additionalProperties": False}  # no arguments, in everybody's use
+    return dict(_narrowed(parameters))
+
+
+def _combines(schema: Any) -> bool:
+    """True if an answer must fit several schemas in it, or must not fit one."""
+    if isinstance(schema, list):
+        return any(map(_combines, schema))
+    if not isinstance(schema, Mapping):
+        return False
+    says = schema.keys() - _SAYS_NOTHING
+    either = [key for key, kind in (("$ref", str), ("anyOf", list)) if isinstance(schema.get(key), kind)]
+    several = any(isinstance(schema.get(key), list) for key in ("oneOf", "allOf"))
+    return several or (bool(either) and len(says) > 1) or any(map(_combines, schema.values()))
+
+
+def _narrowed(schema: Any) -> Any:
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, Mapping):
+        return schema
+    says, narrow = schema.keys() - _SAYS_NOTHING, dict(schema)
+    for key in ("$defs", "definitions"):
+        if isinstance(schema.get(key), Mapping):
+            narrow[key] = _each_narrowed(schema[key])
+    if says == {"anyOf"} and isinstance(schema["anyOf"], list):
+        return {**narrow, "anyOf": [_narrowed(part) for part in schema["anyOf"]]}
+    if not says:
+        narrow |= _SCALARS
+    elif not says <= {"type", *itertools.chain(*_KEYWORDS.values())}:
+        return narrow
+    elif "type" not in says:
+        narrow["type"] = next(kind for kind, keywords in _KEYWORDS.items() if keywords & says)
+    kinds = narrow["type"] if isinstance(narrow["type"], list) else [narrow["type"]]
+    if "string" in kinds:
+        narrow.setdefault("maxLength", max(_OPEN_CHARACTERS, _count(schema, "minLength")))
+    if "number" in kinds or "integer" in kinds:
+        _narrow_number(narrow, whole="number" not in kinds)
+    if "array" in kinds:
+        _narrow_array(narrow)
+    if "object" in kinds:
+        _narrow_object(narrow)
+    return narrow
+
+
+def _each_narrowed(schemas: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _narrowed(part) for name, part in schemas.items()}
+
+
+def _count(schema: Mapping[str, Any], key: str) -> int:
+    value = schema.get(key)
+    return value if isinstance(value, int) else 0
+
+
+def _narrow_number(narrow: dict[str, Any], *, whole: bool) -> None:
+    bounds = {
+        key: narrow[key]
+        for key in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+        if key in narrow
+    }
+    if not all(isinstance(bound, (int, float)) and abs(bound) <= _OPEN_NUMBER for bound in bounds.values()):
+        return
+    least = max((bounds[key] for key in bounds if "inimum" in key), default=None)
+    most = min((bounds[key] for key in bounds if "aximum" in key), default=None)
+    if least is None:
+        least = narrow["minimum"] = -_OPEN_NUMBER if most is None else most - _OPEN_NUMBER
+    if most is None:
+        most = narrow["maximum"] = max(0, least) + _OPEN_NUMBER
+    if not whole and most - least >= 1:  # between two that are closer there may be no step
+        narrow.setdefault("multipleOf", _OPEN_STEP)
+
+
+def _narrow_array(narrow: dict[str, Any]) -> None:
+    first = narrow.get("prefixItems")
+    if isinstance(first, list):
+        narrow["prefixItems"] = [_narrowed(part) for part in first]
+    narrow["items"] = _narrowed(narrow.get("items", True))
+    most = len(first) if isinstance(first, list) else _OPEN_ITEMS
+    narrow.setdefault("maxItems", max(most, _count(narrow, "minItems")))
+
+
+def _narrow_object(narrow: dict[str, Any]) -> None:
+    more = _narrowed(narrow.get("additionalProperties", True))
+    properties, patterns = narrow.get("properties"), narrow.get("patternProperties")
+    for key, parts in (("properties", properties), ("patternProperties", patterns)):
+        if isinstance(parts, Mapping):
+            narrow[key] = _each_narrowed(parts)
+    required = narrow.get("required")
+    if properties and isinstance(properties, Mapping) and not patterns and isinstance(required, list):
+        narrow["properties"] |= {str(name): more for name in required if name not in properties}
+    if properties or patterns:
+        narrow["additionalProperties"] = (
+            more if "additionalProperties" in narrow and narrow["additionalProperties"] is not True else False
+        )
+    elif more is not False:
+        narrow |= {"patternProperties": {_OPEN_NAMES: more}, "additionalProperties": False}
+        narrow.setdefault("maxProperties", max(_OPEN_PROPERTIES, _count(narrow, "minProperties")))
 
 
 def _response_format(value: str) -> Any:
@@ -1428,31 +2078,32 @@ _WRONG = {
 }
 
 
-def _refusal(error: Exception, request: _Request) -> RequestError | GuidanceError | None:
+def _refusal(error: Exception, guidance: _Guidance | None) -> RequestError | GuidanceError | None:
     """The error in the terms of the request that met it, judged by its text: the library has no error codes."""
     text = str(error)
-    if request.guidance is not None and text.startswith("Error creating grammar: "):
+    if guidance is not None and text.startswith("Error creating grammar: "):
         reason, _, _ = text.partition("\n   1 | ")  # then comes the grammar, with the schema in it
-        return _grammar_refusal(reason)
+        line = re.search(r"\b(\d+)\(\d+\): ", reason)
+        return _grammar_refusal(reason, guidance.parts.get(int(line[1]) if line else 0, guidance.asked_by))
     if "exceeds max length" in text or "cannot be greater than model context_length" in text:
         return RequestError("prompt_too_long", text)
-    if request.guidance is None:
+    if guidance is None:
         return None
     if text.startswith("Error creating llg_tokenizer: "):
-        return GuidanceError("this model's tokenizer does not support response_format")
+        return GuidanceError(f"this model's tokenizer does not support {guidance.asked_by}")
     if text.startswith(("Error committing tokens: ", "Error computing mask: ")):
-        return GuidanceError("response_format is too complex for this model's library")
+        return GuidanceError(f"{guidance.asked_by} is too complex for this model's library")
     return None
 
 
-def _grammar_refusal(reason: str) -> RequestError | GuidanceError:
+def _grammar_refusal(reason: str, what: str) -> RequestError | GuidanceError:
     for pattern, words in _UNSUPPORTED.items():
         if found := re.search(pattern, reason):
-            return GuidanceError(f"response_format: {words.format(*found.groups())}")
+            return GuidanceError(f"{what}: {words.format(*found.groups())}")
     for pattern, words in _WRONG.items():
         if re.search(pattern, reason):
-            return RequestError("bad_request", f"response_format: {words}")
-    return GuidanceError("response_format: this schema or regular expression is not supported")
+            return RequestError("bad_request", f"{what}: {words}")
+    return GuidanceError(f"{what}: this schema or regular expression is not supported")
 
 
 # MLflow loads model code as a top-level module; an import from the edge_agent package must not set a model.

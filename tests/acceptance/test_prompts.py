@@ -161,6 +161,44 @@ def test_options_of_a_request_reach_the_model(client: Client) -> None:
     assert sampled[0] == sampled[1]
 
 
+SWITCH = {
+    "type": "function",
+    "function": {
+        "name": "switch",
+        "parameters": {
+            "type": "object",
+            "properties": {"room": {"enum": ["kitchen", "bath"]}, "on": {"type": "boolean"}},
+            "required": ["room", "on"],
+        },
+    },
+}
+
+
+def test_a_program_runs_the_calls_of_an_answer_and_asks_again(client: Client) -> None:
+    asked = chat("Light, please", tools=[SWITCH], tool_choice="required", parallel_tool_calls=False)
+    answer = client.ask({**asked, "stream": True}, correlation=b"tools")
+    (choice,) = answer.json["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+    assert call["function"]["name"] == "switch"
+    arguments = json.loads(call["function"]["arguments"])
+    assert arguments.keys() == {"room", "on"}
+    assert (arguments["room"] in ("kitchen", "bath"), arguments["on"] in (True, False)) == (True, True)
+    wait_until(lambda: any(_reason(c.json) for c in client.chunks(b"tools")), 60, "the last chunk")
+    *_, called, last = [chunk.json["choices"][0] for chunk in client.chunks(b"tools")]
+    assert called["delta"]["tool_calls"] == [{"index": 0, **call}]
+    assert last["finish_reason"] == "tool_calls"
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "done"}
+    chat_so_far = [*asked["messages"], choice["message"], result]
+    assert client.ask({"messages": chat_so_far, "tools": [SWITCH], "max_tokens": 4}).status == 200
+    stray = client.ask({"messages": [*asked["messages"], result]})
+    assert "messages[1].tool_call_id" in stray.json["error"]["message"]
+    wrong = {"type": "function", "function": {"name": "odd", "parameters": {"not": {}}}}
+    error = client.ask({**asked, "tools": [SWITCH, wrong]}).json["error"]
+    assert (error["status"], error["code"]) == (500, "model_failed")
+    assert error["message"].startswith('tools[1].function.parameters: "not" in a schema')
+
+
 def test_a_resend_gets_the_same_answer_byte_for_byte(client: Client) -> None:
     first = client.ask(chat(SPAIN), correlation=b"again")
     client.send(chat(SPAIN), correlation=b"again")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from edge_agent.errors import BadRequest
 from edge_agent.publishing import signature
 from edge_agent.publishing.package import build_package
 from edge_agent.runner import loader
+from edge_agent.runner.model import End
 from tests.support.elsewhere import ScoringServer
 from tests.support.packages import copy_package
 from tests.support.wrapper import Answer, ask, forget, load
@@ -33,6 +34,7 @@ RAW = f"<|user|>{QUESTION}<|end|><|assistant|>"
 SAMPLING = {"temperature": 2.0, "seed": 7}
 REGEX = {"type": "regex", "regex": "(red|green|blue)"}
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+TOOLS = [{"type": "function", "function": {"name": "a", "parameters": SCHEMA}}]
 
 FORMS: tuple[Literal["chat", "prompt"], ...] = ("chat", "prompt")
 EVERYWHERE = ("predict", "table", "stream", "server")
@@ -51,6 +53,7 @@ class Case:
         refused: the ways elsewhere that refuse what a device answers, by the field's name.
         changes: the device's answer is another one because of it.
         form: of package and request; empty for both.
+        beside: fields that it needs.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Case:
     refused: tuple[str, ...] = ()
     changes: bool = False
     form: str = ""
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name}={json.dumps(self.value)[:50]}"
@@ -67,6 +71,11 @@ def user(content: Any, **more: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content, **more}]
 
 
+CALLED = {
+    "role": "assistant",
+    "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "a", "arguments": '{"a": "x"}'}}],
+}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "done"}
 CASES = (
     Case("messages", user("What is the capital of Spain?"), changes=True, form="chat"),
     Case("messages", [{"role": "developer", "content": "Be kind."}, *user("Hi", name="a")], changes=True, form="chat"),
@@ -89,6 +98,11 @@ CASES = (
     Case("response_format", {"type": "json_object"}, changes=True),
     Case("response_format", {"type": "json_schema", "json_schema": {"schema": SCHEMA}}, changes=True),
     Case("response_format", {"type": "text"}),
+    Case("tools", TOOLS, changes=True, form="chat"),
+    Case("tool_choice", "required", changes=True, form="chat", beside={"tools": TOOLS}),
+    Case("tool_choice", "none", form="chat", beside={"tools": TOOLS}),
+    Case("parallel_tool_calls", False, changes=True, form="chat", beside={"tools": TOOLS}),
+    Case("messages", [*user("Hi"), CALLED, RESULT], changes=True, form="chat"),
     Case("stream", False),
     Case("stream", True, refused=WHOLE),
     Case("n", 1),
@@ -114,6 +128,7 @@ NOWHERE = (
     *(("id", "a b"), ("stream", "yes"), ("top_p", 1.5), ("top_k", "many"), ("seed", 0.5)),
     *(("repetition_penalty", 0), ("max_completion_tokens", 0), ("response_format", {"type": "xml"})),
     ("response_format", {"type": "regex", "regex": "a(?=b)"}),
+    *(("tools", "x"), ("tools", TOOLS * 2), ("tool_choice", "auto"), ("parallel_tool_calls", True)),
 )
 """What a device refuses, too."""
 
@@ -125,8 +140,15 @@ def request(form: str, name: str, value: Any) -> dict[str, Any]:
 
 def text_of(answer: Any) -> str:
     answer = answer["predictions"] if isinstance(answer, dict) else answer
-    text: str = answer if isinstance(answer, str) else answer[0]["choices"][0]["message"]["content"]
-    return text
+    if isinstance(answer, str):
+        return answer
+    message = answer[0]["choices"][0]["message"]
+    return shown(message["content"] or "", [call["function"] for call in message.get("tool_calls", ())])
+
+
+def shown(text: str, calls: Iterable[Mapping[str, str]]) -> str:
+    """An answer as one text, calls included."""
+    return text + "".join(f"{call['name']}({call['arguments']})" for call in calls)
 
 
 # --- The ways -------------------------------------------------------------------------------------------
@@ -160,7 +182,10 @@ def device(packages: Mapping[str, Path]) -> Mapping[str, Way]:
         model = loader.load(folder, context_tokens=2048, max_tokens=0, threads=0)
 
         def ask(row: dict[str, Any]) -> str:
-            return model.ask(messages.parse(json.dumps(row).encode(), limit_bytes=1 << 20).document)[0]
+            document = messages.parse(json.dumps(row).encode(), limit_bytes=1 << 20).document
+            *texts, end = model.stream(document)
+            assert isinstance(end, End)
+            return shown("".join(map(str, texts)), map(asdict, end.tool_calls))
 
         return ask
 
@@ -197,11 +222,18 @@ def elsewhere(
         return {
             "predict": lambda row: text_of(model.predict(row)),
             "table": lambda row: handled({"dataframe_records": [row]}),
-            "stream": lambda row: Answer(list(model.predict_stream(row))).text,
+            "stream": lambda row: streamed(list(model.predict_stream(row))),
             "server": posted if form == "chat" else handled,
         }
 
     return ways
+
+
+def streamed(items: list[Any]) -> str:
+    """The text of a stream, and the calls that one of its chunks has."""
+    chunks = [item["choices"][0]["delta"] for item in items if isinstance(item, dict) and "choices" in item]
+    calls = [call["function"] for chunk in chunks for call in chunk.get("tool_calls", ())]
+    return shown(Answer(items).text, calls)
 
 
 def refusal(way: Way, row: dict[str, Any]) -> str:
@@ -239,7 +271,7 @@ def test_what_a_device_answers_has_the_same_text_elsewhere_or_is_refused_by_name
     device: Mapping[str, Way],
     elsewhere: Callable[[str], Mapping[str, Way]],
 ) -> None:
-    row = request(form, case.name, case.value)
+    row = {**request(form, case.name, case.value), **case.beside}
     text = device[form](row)
     assert (text != device[form](request(form, "seed", 7))) == case.changes
     for name, way in elsewhere(form).items():

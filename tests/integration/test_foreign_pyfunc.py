@@ -134,6 +134,18 @@ CASES: dict[str, tuple[str, str, Any, Any]] = {
         {**PROMPT, "response_format": {"type": "regex", "regex": "a"}},
         "BadRequest: this model's signature has no response_format",
     ),
+    "tools": (
+        "text",
+        "chat",
+        {"messages": [{"role": "user", "content": "b"}], "tools": [{}]},
+        "BadRequest: tools: this package has code of its own",
+    ),
+    "result-of-a-tool": (
+        "text",
+        "chat",
+        {"messages": [{"role": "tool", "tool_call_id": "c", "content": "b"}]},
+        "BadRequest: tools, in messages[0]: this package has code of its own",
+    ),
     "classical": ("number", "numbers", PROMPT, "RunnerError: the model's inputs are those of no language model"),
     "classical-tensor": ("number", "tensor", PROMPT, "RunnerError: the model's inputs are those of no language"),
     "no-signature": ("text", "none", PROMPT, "RunnerError: the model has no signature"),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import transformers
 
-from edge_agent.errors import CannotRun
+from edge_agent.errors import BadRequest, CannotRun
 from edge_agent.publishing.package import build_package
 from edge_agent.runner import checkpoint, loader, transformers_flavor
 from edge_agent.runner.model import End
@@ -60,6 +60,12 @@ def watched(model: Any) -> Iterator[list[int]]:
         yield passes
     finally:
         hook.remove()
+
+
+def test_tools_are_refused_by_name(model: Any) -> None:
+    for document in ({**NEPAL, "tools": [{}]}, {"messages": [{"role": "tool", "content": "x"}]}):
+        with pytest.raises(BadRequest, match=r"tools.*: not served by the transformers flavor"):
+            ask(model, document)
 
 
 def test_no_slice_has_one_token_and_none_is_much_longer_than_it_should_be() -> None:

@@ -22,7 +22,7 @@ from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Arrival, Prompt, Source
 from edge_agent.errors import RunnerError
-from edge_agent.runner.protocol import Delta, Done, Refused, with_system
+from edge_agent.runner.protocol import Called, Delta, Done, Refused, with_system
 
 MODEL = "assistant"
 
@@ -65,7 +65,7 @@ class ScriptedRunner:
         self.suspects: frozenset[str] = frozenset()
         self.started: list[Started] = []
         self.cancelled: list[str] = []
-        self.frames: deque[Delta | Done | Refused | RunnerError] = deque()
+        self.frames: deque[Delta | Called | Done | Refused | RunnerError] = deque()
         self.on_start: Callable[[str], None] = lambda name: None
         self._descriptor = os.eventfd(1, os.EFD_CLOEXEC)
 
@@ -79,7 +79,7 @@ class ScriptedRunner:
         self.on_start(prompt_id)
         self.started.append(Started(name=prompt_id, document=document, timeout_s=timeout_s, owner=owner))
 
-    def receive(self, timeout_s: float) -> Delta | Done | Refused | None:
+    def receive(self, timeout_s: float) -> Delta | Called | Done | Refused | None:
         frame = self.frames.popleft() if self.frames else None
         if isinstance(frame, RunnerError):
             raise frame
@@ -91,11 +91,15 @@ class ScriptedRunner:
     def say(self, name: str, *texts: str) -> None:
         self.frames.extend(Delta(id=name, text=text) for text in texts)
 
-    def finish(self, name: str, *texts: str, tokens: int = 2) -> None:
+    def call(self, name: str, tool: str, *parts: str, index: int = 0) -> None:
+        """A call of a tool, its arguments in parts."""
+        self.frames.extend(Called(id=name, index=index, name=tool, arguments=part) for part in parts)
+
+    def finish(self, name: str, *texts: str, tokens: int = 2, finish_reason: str = "stop") -> None:
         """The last texts of an answer, and its end."""
         self.say(name, *texts)
         usage = {"prompt_tokens": 3, "completion_tokens": tokens, "total_tokens": 3 + tokens}
-        self.frames.append(Done(id=name, finish_reason="stop", usage=usage, timings={}))
+        self.frames.append(Done(id=name, finish_reason=finish_reason, usage=usage, timings={}))
 
     def die(self, *suspects: str) -> None:
         """Its process ends; these prompts had the turn."""

@@ -67,6 +67,52 @@ _parts = st.lists(
     ),
     max_size=3,
 )
+_names = st.one_of(st.sampled_from(["a", "b"]), _odd)
+_functions = st.fixed_dictionaries(
+    {"name": _names},
+    optional={
+        "description": _texts,
+        "parameters": st.one_of(
+            st.sampled_from(
+                [
+                    {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]},
+                    {"properties": {"x": {"not": {}}}},
+                    {"properties": {"x": {"$ref": "#/$defs/x"}}},
+                    {"type": "string"},
+                ]
+            ),
+            _odd,
+        ),
+        "strict": st.one_of(st.booleans(), _odd),
+    },
+)
+_tools = st.one_of(
+    st.lists(
+        st.builds(lambda f: {"type": "function", "function": f}, st.one_of(_functions, _odd)), max_size=3
+    ),
+    _odd,
+)
+_choices = st.one_of(
+    st.sampled_from(["auto", "none", "required", {"type": "function", "function": {"name": "a"}}]), _odd
+)
+_calls = st.one_of(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "id": st.one_of(st.just("c1"), _odd),
+                "type": st.just("function"),
+                "function": st.fixed_dictionaries(
+                    {
+                        "name": _names,
+                        "arguments": st.one_of(st.sampled_from(["{}", '{"x": 1}', "[]", "{"]), _odd),
+                    }
+                ),
+            }
+        ),
+        max_size=2,
+    ),
+    _odd,
+)
 _message = st.one_of(
     st.fixed_dictionaries(
         {
@@ -76,11 +122,21 @@ _message = st.one_of(
     ),
     st.fixed_dictionaries(
         {"role": st.one_of(st.just("user"), _odd), "content": st.one_of(_texts, _odd)},
-        optional={"name": st.one_of(_texts, _odd), "tool": _odd},
+        optional={"name": st.one_of(_texts, _odd), "tool": _odd, "tool_calls": _calls},
     ),
     _odd,
 )
+_called = st.builds(
+    lambda calls, answer: [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": answer, "content": "done"},
+    ],
+    _calls,
+    st.one_of(st.just("c1"), _odd),
+)
 _messages = st.one_of(
+    _called,
     st.lists(_message, min_size=1, max_size=3),
     st.just([{"role": "user", "content": "Hello"}]),
     st.builds(lambda count: [{"role": "user", "content": "x"}] * count, st.sampled_from([0, 256, 257])),
@@ -141,6 +197,9 @@ _fields: dict[str, st.SearchStrategy[Any]] = {
     "n": st.one_of(st.just(1), _odd),
     "stream": st.one_of(st.booleans(), _odd),
     "response_format": _formats,
+    "tools": _tools,
+    "tool_choice": _choices,
+    "parallel_tool_calls": st.one_of(st.booleans(), _odd),
     "model": st.one_of(st.sampled_from(["assistant", "missing"]), _odd),
     "id": _ids,
     "reply_to": st.one_of(reply_topics, _odd),

@@ -24,7 +24,7 @@ class Answer:
 
 def delta(chunk: dict[str, Any]) -> str:
     """What a chunk of a completion adds."""
-    text: str = chunk["choices"][0]["delta"]["content"]
+    text: str = chunk["choices"][0]["delta"].get("content", "")  # none beside calls
     return text
 
 

@@ -101,6 +101,49 @@ def test_an_answer_is_told_only_after_it_was_committed(desk: Desk) -> None:
         assert desk.host.leases == 1, "the version stays while its answer is not settled"
 
 
+def test_calls_of_tools_are_in_the_answer_and_in_a_chunk_once_they_are_complete(desk: Desk) -> None:
+    (name,) = desk.start("r1", stream=True)
+    desk.runner.call(name, "switch", '{"on": ', "true}")
+    desk.runner.call(name, "wait", "{}", index=1)
+    desk.runner.finish(name, finish_reason="tool_calls")
+    desk.dispatcher.step()
+    document, _ = desk.answer(1)
+    (choice,) = document["choices"]
+    first, second = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    assert [first["function"], second["function"]] == [
+        {"name": "switch", "arguments": '{"on": true}'},
+        {"name": "wait", "arguments": "{}"},
+    ]
+    assert first["type"] == "function"
+    called, last = desk.outlet.chunks
+    assert called["choices"][0]["delta"]["tool_calls"] == [{"index": 0, **first}, {"index": 1, **second}]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in (called, last)] == [None, "tool_calls"]
+    assert "tool_calls" not in last["choices"][0]["delta"]
+
+
+def test_calls_have_the_same_ids_when_their_prompt_runs_again_and_others_in_other_answers(desk: Desk) -> None:
+    desk.host.parallel = 2
+    one, two = desk.start("r1", "r2", stream=True)
+    for index in range(2):
+        desk.runner.call(one, "switch", "{}", index=index)
+    desk.dispatcher.step()
+    (before,) = [run.tool_calls for run in desk.dispatcher._running() if run.name == one]
+    desk.runner.die(two)
+    desk.dispatcher.step()
+    desk.dispatcher.step()
+    three = desk.start("r3")[-1]
+    for name in (one, three):
+        desk.runner.call(name, "switch", "{}")
+        desk.runner.finish(name, "Wait.", finish_reason="tool_calls")
+    desk.dispatcher.step()
+    again, others = (desk.answer(row)[0]["choices"][0]["message"] for row in (1, 3))
+    assert again == {"role": "assistant", "content": "Wait.", "tool_calls": before[:1]}
+    every = [call["id"] for call in (*before, *others["tool_calls"])]
+    assert len(set(every)) == 3
+
+
 def test_chunks_come_at_most_twenty_a_second_and_carry_all_the_text(desk: Desk) -> None:
     (name,) = desk.start("r1", stream=True)
     for text in ("a", "b", "c", "d"):

@@ -13,11 +13,10 @@ from edge_agent.wrapper.genai_pyfunc import (
     RequestError,
     _Guidance,
     _refusal,
-    _Request,
 )
 
 NO_FORCING = '%llguidance {"no_forcing": true}\nstart: '
-GUIDED = _Request(guidance=_Guidance(grammar="", is_json=True))
+GUIDED = _Guidance(grammar="", is_json=True)
 
 
 def grammar(response_format: dict[str, Any]) -> str:
@@ -183,5 +182,5 @@ def test_nothing_of_a_late_error_is_shown_and_it_is_a_failure_of_the_model(text:
 
 def test_an_error_that_is_not_about_guidance_stays_what_it_is() -> None:
     error = RuntimeError("Error committing tokens: x")
-    assert _refusal(error, _Request()) is None
+    assert _refusal(error, None) is None
     assert _refusal(RuntimeError("out of memory"), GUIDED) is None

@@ -165,8 +165,8 @@ def test_text_parts_are_lines_of_one_text_and_a_developer_is_the_system() -> Non
         (chat(stream_options={"surprise": 1}), 'stream_options."surprise"'),
         (chat(repetition_penalty=0), "repetition_penalty"),
         (chat(repetition_penalty=101), "repetition_penalty"),
-        (chat(tools=[]), '"tools"'),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        (chat(functions=[]), '"functions"'),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
         (

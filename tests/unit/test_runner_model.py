@@ -340,6 +340,30 @@ def test_reading_a_prompt_is_bounded_in_a_warm_up_too(signature: str) -> None:
     assert wrapper.read and all(wrapper.read) and not any(wrapper.ran) and wrapper.open == 0
 
 
+CALLED = {"role": "assistant", "content": "", "tool_calls": [{"id": "c1"}]}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "done"}
+
+
+@pytest.mark.parametrize(
+    ("document", "where"),
+    [
+        ({"tools": [{}], "messages": [SAYS]}, "tools: "),
+        ({"messages": [SAYS, CALLED]}, "tools, in messages[1]: "),
+        ({"messages": [RESULT]}, "tools, in messages[0]: "),
+    ],
+)
+def test_a_wrapper_that_knows_no_tools_is_never_asked_for_them(document: dict[str, Any], where: str) -> None:
+    wrapper = BoundWrapper()
+    model = WrapperModel(wrapper, flavor="scripted", signature="chat", golden=None)
+    for start in (lambda: model.start([document], [""]), lambda: next(model.stream(document))):
+        with pytest.raises(BadRequest) as caught:
+            start()
+        assert caught.value.message == (
+            f"{where}this package was published with a release that knows none: publish it again"
+        )
+    assert wrapper.read == []
+
+
 def test_what_is_no_refusal_goes_on_as_it_is() -> None:
     model = WrapperModel(
         RefusingWrapper(ValueError("broken")), flavor="scripted", signature="chat", golden=None

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from edge_agent.runner.model import End, Lane, Model
-from edge_agent.runner.protocol import MAX_DELTA_CHARACTERS, Delta, Done, Generate, Refused
+from edge_agent.runner.model import End, Lane, Model, ToolCall
+from edge_agent.runner.protocol import MAX_DELTA_CHARACTERS, Called, Delta, Done, Generate, Refused
 from edge_agent.runner.scheduler import Scheduler, refusal_of
 
 Steps = Callable[[dict[str, Any]], Iterator[str | End]]
@@ -71,7 +71,7 @@ class Bench:
     """A scheduler, what it sent, and whose turns it announced."""
 
     def __init__(self, model: Model, limit: int = 8) -> None:
-        self.frames: list[Delta | Done | Refused] = []
+        self.frames: list[Delta | Called | Done | Refused] = []
         self.turns: list[list[str]] = []
         self.scheduler = Scheduler(
             model, limit=limit, send=self.frames.append, announce=lambda ids: self.turns.append(list(ids))
@@ -116,6 +116,27 @@ def test_a_text_that_is_too_long_for_a_frame_comes_in_several() -> None:
     texts = [frame.text for frame in bench.frames if isinstance(frame, Delta)]
     assert texts == ["x" * MAX_DELTA_CHARACTERS, "y"]
     assert bench.ends() == [("a", "done")]
+
+
+def test_calls_come_before_the_end_and_long_arguments_in_several_frames() -> None:
+    long = "x" * MAX_DELTA_CHARACTERS
+
+    class Calling(Script):
+        @staticmethod
+        def _steps(document: dict[str, Any]) -> Iterator[Sequence[str | End]]:
+            calls = (ToolCall(name="a", arguments="{}"), ToolCall(name="b", arguments=long + "y"))
+            yield ["text", End(finish_reason="tool_calls", usage={}, tool_calls=calls)]
+
+    bench = Bench(Calling())
+    bench.add("p")
+    bench.run()
+    calls = [frame for frame in bench.frames if isinstance(frame, Called)]
+    assert [(call.index, call.name, call.arguments) for call in calls] == [
+        (0, "a", "{}"),
+        (1, "b", long),
+        (1, "b", "y"),
+    ]
+    assert [frame.type for frame in bench.frames] == ["delta", "called", "called", "called", "done"]
 
 
 def test_a_newcomer_has_the_next_turn_and_one_in_each_round() -> None:
