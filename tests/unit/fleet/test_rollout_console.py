@@ -99,7 +99,7 @@ def test_a_device_that_was_away_takes_it_when_it_is_back() -> None:
 
 def test_a_killed_console_is_continued_by_another_with_the_same_waves() -> None:
     world = World(TWELVE)
-    world.run(world.begun(), lambda state: state.wave == 1)
+    world.run(world.begun(), lambda state: state.wave == 1 and state.phase is Phase.SOAKING)
     before = list(world.offered)
     another = world.console(skew_s=-7_200)
     another.collect()
