@@ -35,7 +35,7 @@ from edge_agent.errors import DaemonRunning, JournalUnavailable, StoreError, dis
 from edge_agent.host.confinement import hide_memory
 from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
-from edge_agent.serving.lifecycle import lifecycles_of
+from edge_agent.serving.lifecycle import budget_of, lifecycles_of
 from edge_agent.settings import Settings
 from edge_agent.topics import Topics
 from edge_agent.transport.control import ControlServer
@@ -44,9 +44,11 @@ from edge_agent.transport.control_requests import control_operations
 from edge_agent.transport.credentials import read_password
 from edge_agent.transport.inbound import Handler
 from edge_agent.transport.mqtt import MqttTransport
+from edge_agent.transport.plan_requests import PlanRequests
 from edge_agent.transport.requests import Requests
 from edge_agent.updates.desired import DesiredState, SyncRequests
 from edge_agent.updates.operations import Operations, run_operation
+from edge_agent.updates.plans import Plans
 from edge_agent.updates.updates import Updates
 
 log = logging.getLogger(__name__)
@@ -85,8 +87,16 @@ class Daemon:
         self._lock = _only_daemon(settings.state_dir)
         rebuilt = self._store.state().rebuilt
         self._journal = Journal(settings.state_dir / "journal.db", moment=clock.now())
-        self._lifecycles = lifecycles_of(settings, self._store)
+        budget = budget_of(settings, self._store)
+        self._lifecycles = lifecycles_of(settings, self._store, budget)
         self._updates = Updates(settings, self._store, self._lifecycles)
+        self._plans = Plans(
+            settings,
+            self._store,
+            self._lifecycles,
+            link=self._updates.link,
+            attainable_bytes=budget.attainable_bytes,
+        )
         operations = Operations(settings, self._store, self._lifecycles, self._updates)
         self._desired = DesiredState(
             {name: model.ref for name, model in settings.models.items()}, self._updates.desire
@@ -113,7 +123,9 @@ class Daemon:
         self._dispatchers = {name: self._make_dispatcher(name) for name in settings.models}
         self._intake = self._make_intake()
         self._requests = self._make_requests()
-        handlers.update(self._requests.handlers())  # they need the transport, which brings them the messages
+        plan_requests = PlanRequests(topics=self._topics, replies=self._mqtt, ask=self._plans.ask)
+        # They need the transport, which brings them the messages.
+        handlers.update({**self._requests.handlers(), self._topics.plan: plan_requests.on_plan})
         self._control = ControlServer(
             settings.control_socket,
             control_operations(
@@ -150,6 +162,7 @@ class Daemon:
             log.info("started device=%s models=%d", self._settings.device_id, len(self._lifecycles))
             self._connect()
             self._start("updates", self._updates.run)
+            self._start("plans", self._plans.run)
             code = self._supervise()
         self._shut_down()
         return code
@@ -218,6 +231,7 @@ class Daemon:
         log.info("stopping drain_s=%.0f", drain_s)
         self._mqtt.stop_accepting()
         self._updates.close()
+        self._plans.close()
         self._control.close()
         limit_s = time.monotonic() + drain_s
         for dispatcher in self._dispatchers.values():

@@ -229,6 +229,12 @@ class ActivationHeld(VersionHeld):
     code = "activation_held"
 
 
+class Pinned(VersionHeld):
+    """An operator pinned another version on the device: it takes none meanwhile."""
+
+    code = "pinned"
+
+
 class UnknownReference(EdgeAgentError):
     """The registry has no such model, alias or version."""
 
@@ -239,6 +245,12 @@ class StoreError(EdgeAgentError):
     """An operation on the cache's folder failed: no space, no hard links, no permission."""
 
     code = "cache_failed"
+
+
+class CacheFull(StoreError):
+    """The quota, the minimum of free space or the disk has no room for it."""
+
+    code = "cache_full"
 
 
 class CacheBusy(StoreError):

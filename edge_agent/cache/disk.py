@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edge_agent.errors import StoreError, disk_remedy
+from edge_agent.errors import CacheFull, StoreError, disk_remedy
 
 _NO_LINKS = "the file system must have hard links; see `edge-agent doctor`"
 _REMEDIES = {
@@ -35,7 +35,8 @@ def store_errors(action: str, path: Path) -> Iterator[None]:
 def store_error(action: str, path: Path, error: OSError) -> StoreError:
     """The operating system's error as a `StoreError`."""
     remedy = _REMEDIES.get(error.errno or 0) or disk_remedy(error)
-    return StoreError(f"cannot {action} {path}: {error.strerror}", remedy=remedy)
+    kind = CacheFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
+    return kind(f"cannot {action} {path}: {error.strerror}", remedy=remedy)
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes | None:

@@ -12,7 +12,7 @@ from collections.abc import Set
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import CacheState
 from edge_agent.cache.store import Store
-from edge_agent.errors import CacheBusy, StoreError
+from edge_agent.errors import CacheBusy, CacheFull
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +34,14 @@ def make_room(
         The versions that were removed.
 
     Raises:
-        StoreError: they do not fit, and nothing more may go. Nothing is removed in vain.
+        CacheFull: they do not fit, and nothing more may go. Nothing is removed in vain.
     """
     excess = excess_bytes(store, needed_bytes, quota_bytes, min_free_bytes)
     if excess <= 0:
         return []
     candidates = evictable(store, keep=keep)
     if sum(record.total_bytes for record in candidates) < excess:
-        raise StoreError(
+        raise CacheFull(
             f"the cache needs {needed_bytes} bytes more and {excess} of them do not fit "
             f"(free {store.free_bytes()}, used {store.used_bytes()} of {quota_bytes})",
             remedy="raise cache.quota_bytes, free disk space, or remove versions: `edge-agent models rm`",
@@ -57,7 +57,7 @@ def make_room(
         log.info("version evicted model=%s version=%s freed_bytes=%d", record.name, record.key, freed)
         removed.append(record)
     if (excess := excess_bytes(store, needed_bytes, quota_bytes, min_free_bytes)) > 0:
-        raise StoreError(f"the cache is {excess} bytes short, and every version in it is in use or protected")
+        raise CacheFull(f"the cache is {excess} bytes short, and every version in it is in use or protected")
     return removed
 
 
@@ -80,6 +80,12 @@ def _protected(state: CacheState, records: list[VersionRecord]) -> set[tuple[str
         if record.name not in newest or record.created_at >= newest[record.name].created_at:
             newest[record.name] = record
     return protected | {(record.name, record.key) for record in newest.values()}
+
+
+def attainable_bytes(store: Store, quota_bytes: int, min_free_bytes: int) -> int:
+    """What the cache may still take, once everything is gone that may go. The caller has the store's lock."""
+    removable = sum(record.total_bytes for record in evictable(store))
+    return max(0, removable - excess_bytes(store, 0, quota_bytes, min_free_bytes))
 
 
 def excess_bytes(store: Store, needed_bytes: int, quota_bytes: int, min_free_bytes: int) -> int:

@@ -36,7 +36,7 @@ class ModelState:
         quarantined: key → why it is not tried again, oldest first.
         measured: key → what it showed in its gate, of the active version and of the previous one.
         attempt: the last version of the model's own that was tried, and how far it got; None where none was.
-        resolved: what the registry said last of the reference that is followed, (reference, version); None for nothing.
+        resolved: what the registry, or a version file, said last of the reference that is followed: (which, version).
         pinned: key of the version that an operator pinned: it runs whatever the registry says.
         desired: `models:/…` that came over MQTT and overrides the settings' uri; empty for none.
         instead: why a version of the fallback is active; empty while one of the model's own is.

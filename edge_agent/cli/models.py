@@ -137,7 +137,8 @@ def models_pull(
     """Ask the registry now and update NAME, or every model.
 
     The running daemon does the work, or this command if there is none.
-    What must wait for the times of [link] is held; that is no failure.
+    What must wait for the times of [link], or is rolled out to others first,
+    is held; that is no failure.
     --allow-older needs NAME: an old package that was registered anew may be an attack.
 
     \b

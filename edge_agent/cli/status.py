@@ -65,6 +65,7 @@ def _status_of_daemon(settings: Settings) -> dict[str, Any]:
 def _status_on_disk(settings: Settings) -> dict[str, Any]:
     """As much of the status document as the disk has."""
     from edge_agent.cache.store import Store
+    from edge_agent.device_status import model_report
 
     store = Store(settings.state_dir)
     state = store.state()
@@ -84,6 +85,7 @@ def _status_on_disk(settings: Settings) -> dict[str, Any]:
                 "walls": None,
                 "tokens_per_s": None,
                 **known.others(),
+                **model_report.on_disk(model.ref, known),
             }
         )
     return {
@@ -94,6 +96,7 @@ def _status_on_disk(settings: Settings) -> dict[str, Any]:
         "agent_version": edge_agent.__version__,
         "queue_depth": 0,
         "models": entries,
+        "troubles": [],
         "cache": {
             "bytes": store.used_bytes(),
             "quota_bytes": settings.cache.quota_bytes,

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from edge_agent.cache.state import ModelState
+from edge_agent.package.reference import ModelRef
 from edge_agent.updates.check import Outlook
+from edge_agent.updates.choice import wanted_version
 
 
 def progressing(state: ModelState, outlook: Outlook) -> dict[str, Any]:
@@ -23,6 +25,16 @@ def progressing(state: ModelState, outlook: Outlook) -> dict[str, Any]:
         "gate": measured.document() if measured else None,
         "link": {"missing_bytes": held.missing_bytes, "held_until": held.held_until} if held else None,
     }
+
+
+def on_disk(ref: ModelRef, state: ModelState) -> dict[str, Any]:
+    """As `progressing`, where no daemon runs.
+
+    Args:
+        ref: of the settings.
+    """
+    wanted = wanted_version(ref, state)
+    return progressing(state, Outlook(wanted=wanted, attempt=state.attempt, waiting=None, progress=None))
 
 
 def versions(state: ModelState) -> dict[str, Any]:

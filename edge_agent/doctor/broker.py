@@ -123,7 +123,7 @@ def _check_certificate(sock: ssl.SSLSocket) -> Iterator[Finding]:
 
 def _check_subscribe(connection: CommandConnection, topics: Topics) -> Finding:
     wanted = [topics.chat, topics.chat_of_clients, topics.cancel, topics.cancel_of_clients]
-    wanted += [topics.sync, topics.desired]
+    wanted += [topics.sync, topics.plan, topics.desired]
     # No retained messages: only the daemon acts on a desired state.
     mid = connection.subscribe(wanted, qos=1, retained=False)
     connection.until(lambda: mid in connection.granted)

@@ -35,11 +35,16 @@ log = logging.getLogger(__name__)
 MAX_TOPICS = 3 * MAX_DEVICES
 """What is kept of one collection or one watch."""
 
-_SESSION_EXPIRY_S = 5
-"""A console that is killed leaves nothing for longer."""
+_PROBE_EXPIRY_S = 5
+"""Of the connection that finds out whose session the broker gives; not 0, or another client's would end with it. All
+others end with their connection: a console that is killed leaves nothing behind."""
 _WINDOW = 16
 _FILTERS_AT_ONCE = 100
 _RETRY_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+_GIVES_WAY_S = 5.0
+"""A connection that was lost may have been ended for another console with the same identity, which a broker does not
+always say. A short command is done by then, and two that go on take turns.
+"""
 _MAX_CERTIFICATE_BYTES = 1 << 20
 _ACL_REMEDY = "docs/broker.md has the rules for an operator's identity; the broker's log says what it refused"
 
@@ -55,6 +60,7 @@ class ConsoleConnection:
         self._readers: list[_Reader] = []
         self._failures = 0
         self._retry_at_s = 0.0
+        self._problem = "the broker does not answer"
 
     def open(self) -> None:
         """Makes the first connection.
@@ -63,22 +69,16 @@ class ConsoleConnection:
             BrokerUnreachable, SettingsError: as `command_connection.connect`.
             BrokerRefused: the broker took this console for another client.
         """
-        connection = self._dial(clean=False)
-        if connection.had_session:
-            connection.leave()
+        probe = self._dial(clean=False)
+        probe.leave()
+        if probe.had_session:
             raise BrokerRefused(
-                f"{place(self._settings)} takes this console for another client that has the same identity",
-                remedy="give each console and each device an identity of its own (docs/broker.md);"
-                " after a console was killed, wait for a minute",
+                f"{place(self._settings)} takes this console for another client, whose identity it has",
+                remedy="give the console an identity of its own, and not a device's; see docs/broker.md",
             )
-        version = "5" if connection.version5 else "3.1.1"
+        version = "5" if probe.version5 else "3.1.1"
         self._settings = self._settings.model_copy(update={"protocol": version})
-        if (
-            not connection.version5
-        ):  # nobody's session is at stake, and one that is not clean may stay for ever
-            connection.leave()
-            connection = self._dial(clean=True)
-        self._connection = connection
+        self._connection = self._dial(clean=True)
 
     def close(self) -> None:
         if self._connection is not None and not self._connection.ended:
@@ -121,7 +121,7 @@ class ConsoleConnection:
                 topic, code = in_flight.pop(mid), connection.published.pop(mid)
                 if is_refusal(code):
                     refused.append(f"{topic}: {code}")
-            if connection.ended or not answered:
+            if not answered or (connection.ended and (left or in_flight)):
                 raise self._lost(connection)
         if refused:
             more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
@@ -137,8 +137,14 @@ class ConsoleConnection:
         deadline_s = time.monotonic() + limit_s
         while not done() and (left_s := deadline_s - time.monotonic()) > 0:
             connection = self._connection
-            if connection is not None and not connection.ended:
+            if connection is not None:
                 connection.until(done, left_s)
+                if connection.ended:
+                    self._connection, self._problem = None, connection.ended
+                    self._retry_at_s = time.monotonic() + _GIVES_WAY_S
+                    log.warning(
+                        "broker connection lost reason=%r retry_s=%.0f", connection.ended, _GIVES_WAY_S
+                    )
             elif (pause_s := self._retry_at_s - time.monotonic()) > 0:
                 time.sleep(min(pause_s, left_s))
             else:
@@ -196,7 +202,6 @@ class ConsoleConnection:
         connection = None
         try:
             connection = self._dial(clean=True)
-            connection.had_session = False  # it is this console's own
             for reader in self._readers:
                 self._subscribe(connection, reader.filters)
         except (BrokerUnreachable, BrokerRefused, SettingsError) as error:
@@ -204,6 +209,7 @@ class ConsoleConnection:
                 connection.leave()
             pause_s = _RETRY_S[min(self._failures, len(_RETRY_S) - 1)]
             self._failures += 1
+            self._problem = error.message
             self._retry_at_s = time.monotonic() + pause_s
             log.warning("broker not reached again reason=%r retry_s=%.0f", error.message, pause_s)
             return
@@ -214,7 +220,7 @@ class ConsoleConnection:
         return command_connection.connect(
             self._settings,
             client_id=self._client_id,
-            session_expiry_s=_SESSION_EXPIRY_S,
+            session_expiry_s=0 if clean else _PROBE_EXPIRY_S,
             on_message=self._take,
             clean=clean,
         )
@@ -225,7 +231,7 @@ class ConsoleConnection:
             reader.take(message)
 
     def _lost(self, connection: CommandConnection | None) -> BrokerUnreachable:
-        reason = (connection.ended if connection is not None else "") or "the broker does not answer"
+        reason = (connection.ended if connection is not None else "") or self._problem
         return BrokerUnreachable(
             f"the connection to {place(self._settings)} was lost: {reason}",
             remedy="check the network and the broker",

@@ -110,6 +110,12 @@ class ModelReport:
     link: Link | None = None
     tokens_per_s: float | None = None
 
+    def awaits(self) -> int | None:
+        """The version that is wanted, and neither runs here nor has been tried."""
+        wanted = self.wanted.version if self.wanted is not None else None
+        known = {self.version, self.attempt.version if self.attempt is not None else None}
+        return None if wanted in known else wanted
+
     def codes(self) -> frozenset[str]:
         """What is wrong, or waits: of the last attempt, and of each version in quarantine."""
         own = {self.attempt.code} if self.attempt and self.attempt.code else set()

@@ -149,6 +149,10 @@ def _traits_of(model: ModelReport, *, answers_later: bool) -> Iterator[tuple[Tra
         yield Trait(kind=model.state, code=code, model=model.name, version=model.version), model.reason
     elif attempt is not None and code and code not in WAITING:
         yield Trait(kind="update failed", code=code, model=model.name, version=attempt.version), model.reason
+    elif (
+        version := model.awaits()
+    ) is not None and model.reason:  # such as one that the registry does not have
+        yield Trait(kind="update failed", model=model.name, version=version), model.reason
     for entry in model.quarantined:
         if attempt is None or (entry.version, entry.code) != (attempt.version, code):
             trait = Trait(kind="quarantined", code=entry.code, model=model.name, version=entry.version)

@@ -1,12 +1,12 @@
 """What each device says of a version before anything moves: what it lacks, whether it fits, and when it would begin.
 
-A few devices are asked at a time, and the next one once one has answered: each may ask the registry for a manifest, and
-a thousand at once would be its busiest moment. Only devices that are there are asked; a request is not left waiting for
-one that is not.
+A few devices are asked at a time, and the next one once one has answered, or has taken long: each may ask the registry
+for a manifest, and a thousand at once would be its busiest moment. Only devices that are there are asked; a request is
+not left waiting for one that is not.
 
     devices → {"id", "reply_to", "model", "version"} on ctl/plan → answers on this plan's own topics → Answer, each
 
-Contract: docs/mqtt.md, *Plan*.
+Contract: docs/mqtt.md, *A plan*.
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edge_agent.errors import Pinned, Quarantined, UnknownModel
 from edge_agent.fleet.broker import FleetBroker, Outgoing, Watch
 from edge_agent.fleet.devices import NEVER_SEEN, Device
-from edge_agent.fleet.fields import number, read_object, whole, word
+from edge_agent.fleet.fields import number, read_object, text, whole, word
 from edge_agent.fleet.overview import WAITING
 from edge_agent.host.clock import CLOCK, Clock
 from edge_agent.topics import FleetTopics
 
 AT_ONCE = 32
-ANSWER_TIMEOUT_S = 30.0
+SLOW_S = 5.0
+"""After this time the next device is asked, though one has not answered."""
+ANSWER_TIMEOUT_S = 60.0
 SOON_S = 60.0
 """What would begin within this time would begin now."""
 
-OUTCOMES = ("now", "later", "cannot", "silent", "offline", "no_model", "never_seen")
+OUTCOMES = ("now", "later", "cannot", "unknown", "silent", "offline", "no_model", "never_seen")
+
+_FOR_GOOD = frozenset({Quarantined.code, Pinned.code})
+"""What is in the way of a version whatever its size, which may not be known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +44,14 @@ class Answer:
     """What one device says of the version, or why it says nothing.
 
     Attributes:
-        outcome: `now`, `later` (it waits for its time), `cannot`, `silent` (asked, and no answer came), `offline`,
-            `no_model` (it reports no model of this name), or `never_seen`.
+        outcome: `now`, `later` (it waits for its time), `cannot`, `unknown` (it could not find out), `silent` (asked,
+            and no answer came), `offline`, `no_model` (it has no model of this name), or `never_seen`.
         missing_bytes: what it would have to fetch; None if nobody knows.
         free_bytes: what its cache has room for.
-        fits: whether its memory is enough; None if nobody knows.
-        would_start_at: when it could begin, in seconds since 1970; None if nobody knows.
-        code: of docs/operating.md: why it cannot, or waits.
+        fits: whether cache and memory have room; None if nobody knows.
+        would_start_at: when it could begin, in seconds since 1970; None for at once, and if nobody knows.
+        code: of docs/operating.md: why it cannot, waits, or does not know; None for nothing.
+        reason: the same, for people.
     """
 
     device_id: str
@@ -53,7 +60,8 @@ class Answer:
     free_bytes: int | None = None
     fits: bool | None = None
     would_start_at: float | None = None
-    code: str = ""
+    code: str | None = None
+    reason: str = ""
 
     def document(self) -> dict[str, Any]:
         fields = asdict(self)
@@ -100,7 +108,8 @@ def ask(
         waiting = collections.deque(asked)
         since: dict[str, float] = {}
         while waiting or since:
-            begin = [waiting.popleft() for _ in range(min(AT_ONCE - len(since), len(waiting)))]
+            prompt = sum(1 for asked_s in since.values() if clock.now_s() - asked_s < SLOW_S)
+            begin = [waiting.popleft() for _ in range(min(AT_ONCE - prompt, len(waiting)))]
             broker.publish_all([Outgoing(topic=topics.of(each).plan, body=bodies[each]) for each in begin])
             since.update(dict.fromkeys(begin, clock.now_s()))
             for answer in _come(watch, since, clock, plan_id=plan_id, now=now):
@@ -122,7 +131,8 @@ def _unasked(device: Device, model: str) -> Answer | None:
 def _come(watch: Watch, since: dict[str, float], clock: Clock, *, plan_id: str, now: float) -> list[Answer]:
     """The answers that have come, once there is one, and those whose time is over."""
     found: dict[str, Answer] = {}
-    message = watch.next(max(0.0, min(since.values()) + ANSWER_TIMEOUT_S - clock.now_s()))
+    over_s = min(since.values()) + ANSWER_TIMEOUT_S - clock.now_s()
+    message = watch.next(max(0.0, min(SLOW_S, over_s)))
     while message is not None:
         device_id = message.topic.split("/")[-2]
         if device_id in since and (answer := read_answer(device_id, message.body, plan_id=plan_id, now=now)):
@@ -148,13 +158,16 @@ def read_answer(device_id: str, body: bytes, *, plan_id: str, now: float) -> Ans
         free_bytes=whole(document.get("free_bytes")),
         fits=fits if isinstance(fits, bool) else None,
         would_start_at=number(document.get("would_start_at")),
-        code=word(document.get("code")),
+        code=word(document.get("code")) or None,
+        reason=text(document.get("reason")),
     )
     return Answer(**{**vars(answer), "outcome": _outcome(answer, now)})
 
 
 def _outcome(answer: Answer, now: float) -> str:
-    if answer.fits is False or (answer.code and answer.code not in WAITING):
-        return "cannot"
-    late = answer.would_start_at is not None and answer.would_start_at > now + SOON_S
-    return "later" if late or answer.code else "now"
+    if answer.code == UnknownModel.code:
+        return "no_model"
+    if answer.fits is not False and (answer.code is None or answer.code in WAITING):
+        late = answer.would_start_at is not None and answer.would_start_at > now + SOON_S
+        return "later" if late or answer.code else "now"
+    return "unknown" if answer.fits is None and answer.code not in _FOR_GOOD else "cannot"

@@ -25,6 +25,9 @@ from edge_agent.serving.verdicts import GateFailed, UnmetRequirement, UnmetRequi
 
 log = logging.getLogger(__name__)
 
+_MOST_MEASURED = 1e9
+"""A higher number was never measured: what a runner says of itself is input."""
+
 
 class Adoption:
     """One model's. The updates' thread and operators' threads; one change at a time.
@@ -199,8 +202,8 @@ class Adoption:
         if self.gate_report:
             log.warning("gate model=%s version=%s %s", self._name, version.record.key, self.gate_report)
         return Measured(
-            load_ms=round(version.reported.load_ms),
-            tokens_per_s=round(tried.tokens_per_s, 2),
+            load_ms=round(min(version.reported.load_ms, _MOST_MEASURED)),
+            tokens_per_s=round(min(tried.tokens_per_s, _MOST_MEASURED), 2),
             passed=tried.asked,
             of=tried.asked,
         )

@@ -222,9 +222,9 @@ class ModelLifecycle:
         """A version was not brought here, and why."""
         self._states.note(attempt)
 
-    def note_resolved(self, resolved: tuple[str, int] | None) -> None:
-        """Writes down what a reference means now, (reference, version); None: nobody knows any more."""
-        self._states.adjust(lambda state: replace(state, resolved=resolved))
+    def note_resolved(self, ref: str, version: int) -> None:
+        """Writes down which version a reference means now."""
+        self._states.adjust(lambda state: replace(state, resolved=(ref, version)))
 
     def pin(self, key: str | None) -> None:
         """Fixes the version that runs, whatever the registry says; None lets it follow again."""
@@ -338,9 +338,12 @@ class ModelLifecycle:
         }
 
 
-def lifecycles_of(settings: Settings, store: Store) -> dict[str, ModelLifecycle]:
-    """The lifecycles of all configured models; they share one memory budget."""
-    budget = budget_of(settings, store)
+def lifecycles_of(settings: Settings, store: Store, budget: MemoryBudget) -> dict[str, ModelLifecycle]:
+    """The lifecycles of all configured models.
+
+    Args:
+        budget: of memory, which they share.
+    """
     return {name: lifecycle_of(settings, name, store, budget) for name in settings.models}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -32,12 +33,12 @@ from edge_agent.package.trust import TrustDecision
 from edge_agent.sync import protocol, replay
 from edge_agent.sync.fetch import fetch
 from edge_agent.sync.files import Listed, Package, Wanted
-from edge_agent.sync.in_cache import already_here, check_host, committed, keep, result_of
+from edge_agent.sync.in_cache import already_here, check_host, committed, keep, known_by_tag, result_of
 from edge_agent.sync.line import Line, within_bounds
 from edge_agent.sync.mirrors import Mirrors
 from edge_agent.sync.mirrors.places import mirrors_of
 from edge_agent.sync.pace import Pace, Progress
-from edge_agent.sync.protocol import Emit, SyncJob, SyncResult
+from edge_agent.sync.protocol import Emit, Outline, SyncJob, SyncResult
 from edge_agent.sync.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,40 @@ def synchronise(job: SyncJob, emit: Emit, *, clock: Clock = CLOCK) -> SyncResult
     line = Line(job.link, book=partial(line_use.add, store))
     package = registry.package(version, scratch=scratch, dropped=line.took)
     return bring(job, version, package, emit, line=line if package.over_line else Line(), clock=clock)
+
+
+def outline(job: SyncJob, *, clock: Clock = CLOCK) -> Outline:
+    """What a version would take. Its manifest is fetched at most, or its listing; nothing is changed.
+
+    Raises:
+        EdgeAgentError: the registry, the package, the way to it, or the cache.
+    """
+    registry = Registry(job.registry.uri, timeout_s=job.registry.timeout_s, tls=job.registry.tls, clock=clock)
+    version = registry.find(ModelRef.parse(job.ref))
+    store = Store(Path(job.state_dir))
+    if known := known_by_tag(store, job, version):
+        return Outline(
+            version=known.version,
+            digest=known.digest,
+            missing_bytes=0,
+            needed_bytes=0,
+            total_bytes=known.total_bytes,
+        )
+    version = registry.located(version)
+    with tempfile.TemporaryDirectory() as scratch:
+        package = registry.package(version, scratch=Path(scratch))
+        wanted = read_wanted(package, version, signed=False)
+    known = committed(store, job, version, wanted)
+    here = known is not None and not fsck.quick_check(store, [known]).damaged
+    missing_bytes = 0 if here else sum(_left_to_fetch(store, job, version, wanted).values())
+    place = Staging(folder_of(store, job.name, version.version))
+    return Outline(
+        version=version.version,
+        digest=wanted.manifest.digest if wanted.manifest else "",
+        missing_bytes=missing_bytes,
+        needed_bytes=0 if here else room_for(store, package, wanted, place),
+        total_bytes=sum(file.size_bytes for file in wanted.listing),
+    )
 
 
 def bring(
@@ -186,8 +221,13 @@ def refuse_replayed(
     )
 
 
-def read_wanted(package: Package, version: ModelVersion, promised: Manifest | None = None) -> Wanted:
+def read_wanted(
+    package: Package, version: ModelVersion, promised: Manifest | None = None, *, signed: bool = True
+) -> Wanted:
     """Reads the manifest where there is one, and takes the registry's listing otherwise.
+
+    Args:
+        signed: read its signature, too.
 
     Raises:
         ManifestError: the manifest breaks a rule, or names another model.
@@ -206,7 +246,7 @@ def read_wanted(package: Package, version: ModelVersion, promised: Manifest | No
             raise VerificationError(f"{MANIFEST_NAME} of {version.name!r} is not the promised one")
     elif version.manifest_sha256:
         raise VerificationError(f"version {version.version} of {version.name!r} has lost its manifest.json")
-    if SIGNATURE_NAME in listed:
+    if signed and SIGNATURE_NAME in listed:
         attached[SIGNATURE_NAME] = _read(package, SIGNATURE_NAME, _MAX_SIGNATURE_BYTES)
     if manifest:
         _check_listing(version, manifest, listed)
@@ -214,6 +254,16 @@ def read_wanted(package: Package, version: ModelVersion, promised: Manifest | No
     else:
         files = tuple(file for path, file in listed.items() if path not in manifests.OUTSIDE_MANIFEST)
     return Wanted(manifest=manifest, listing=files, attached=attached)
+
+
+def room_for(store: Store, package: Package, wanted: Wanted, place: Staging) -> int:
+    """Bytes of the cache that a version takes while it is fetched, beside what is here of it."""
+    sizes = _missing_sizes(store, wanted)
+    needed = max(0, sum(sizes.values()) - place.fetched_bytes()) + _BOOKKEEPING_BYTES
+    if package.whole_files:  # one file at a time is there twice
+        to_come = [size for digest, size in sizes.items() if not place.verified(digest).exists()]
+        needed += max(to_come, default=0)
+    return needed
 
 
 def reserve(
@@ -230,11 +280,7 @@ def reserve(
     Raises:
         StoreError: it does not fit, even after eviction.
     """
-    sizes = _missing_sizes(store, wanted)
-    needed = max(0, sum(sizes.values()) - place.fetched_bytes()) + _BOOKKEEPING_BYTES
-    if package.whole_files:  # one file at a time is there twice
-        to_come = [size for digest, size in sizes.items() if not place.verified(digest).exists()]
-        needed += max(to_come, default=0)
+    needed = room_for(store, package, wanted, place)
     with store.lock():
         fsck.prune(store)
         if eviction.excess_bytes(store, needed, job.cache.quota_bytes, job.cache.min_free_bytes) > 0:

@@ -5,6 +5,7 @@ inherited open file. Refuses jobs over a bound. Stdout carries events and nothin
 to stderr. Before it talks to anybody or imports MLflow, it builds walls around itself (`walls.py`).
 
     job → confined → brought from the registry or from the file → resolved, progress … done | error
+                     or only looked at                           → outlined | error
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError
 from edge_agent.host.confinement import confine
 from edge_agent.sync import protocol, walls
-from edge_agent.sync.bring import synchronise
+from edge_agent.sync.bring import outline, synchronise
 from edge_agent.sync.protocol import MAX_JOB_BYTES, Emit, Event, SyncJob, SyncResult
 from edge_agent.sync.version_file import import_version
 
@@ -37,7 +38,7 @@ def main() -> int:
         scratch = Path(sys.argv[1]) if len(sys.argv) > 1 else None
         Store(Path(job.state_dir)).create()  # a wall has room for what is there
         confine(walls.around_sync(job, scratch=scratch, keep=events.fileno()))
-        emit(protocol.done(_run(job, emit)))
+        emit(protocol.outlined(outline(job)) if job.outline else protocol.done(_run(job, emit)))
     except EdgeAgentError as error:
         emit(protocol.failed(error))
         return 1

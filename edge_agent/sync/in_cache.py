@@ -45,8 +45,8 @@ def already_here(job: SyncJob, version: ModelVersion) -> SyncResult | None:
         StoreError: the cache cannot be read or written.
     """
     store = Store(Path(job.state_dir))
-    known = next((record for record in store.versions(job.name) if _is_promised(record, version)), None)
-    if known is None or fsck.quick_check(store, [known]).damaged:
+    known = known_by_tag(store, job, version)
+    if known is None:
         return None
     with store.lock():
         store.settle()
@@ -57,6 +57,12 @@ def already_here(job: SyncJob, version: ModelVersion) -> SyncResult | None:
         except (_Damaged, OSError):
             return None
     return keep(store, job, known)
+
+
+def known_by_tag(store: Store, job: SyncJob, version: ModelVersion) -> VersionRecord | None:
+    """The version's record, where the registry's tag names its manifest, and it is here, whole."""
+    known = next((record for record in store.versions(job.name) if _is_promised(record, version)), None)
+    return known if known and not fsck.quick_check(store, [known]).damaged else None
 
 
 def _is_promised(record: VersionRecord, version: ModelVersion) -> bool:

@@ -15,6 +15,7 @@ import selectors
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import IO
 
 from edge_agent import environment
@@ -22,7 +23,16 @@ from edge_agent.errors import EdgeAgentError, SettingsError, SyncStopped, Transp
 from edge_agent.host.clock import CLOCK, Clock
 from edge_agent.runner.lines import LineReader
 from edge_agent.runner.scratch import scratch_folder
-from edge_agent.sync.protocol import MAX_EVENTS, MAX_LINE_BYTES, Emit, Event, SyncJob, SyncResult, outcome_of
+from edge_agent.sync.protocol import (
+    MAX_EVENTS,
+    MAX_LINE_BYTES,
+    Emit,
+    Event,
+    Outline,
+    SyncJob,
+    SyncResult,
+    outcome_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +89,36 @@ def run_sync(
         StoreError: the cache cannot take it.
         EdgeAgentError: the process died or broke the protocol.
     """
+    outcome = _outcome(job, timeout_s=timeout_s, on_event=on_event, should_stop=should_stop, clock=clock)
+    if not isinstance(outcome, SyncResult):
+        raise EdgeAgentError(f"the sync of {job.name} brought nothing")
+    return outcome
+
+
+def run_outline(
+    job: SyncJob, *, timeout_s: float, should_stop: Callable[[], bool] = lambda: False, clock: Clock = CLOCK
+) -> Outline:
+    """What the version that the job means would take. A process of its own asks the registry.
+
+    Raises:
+        SyncStopped, TransportError, RegistryRefused, UnknownReference, ContentError, StoreError, EdgeAgentError: as
+            `run_sync`.
+    """
+    outcome = _outcome(
+        replace(job, outline=True),
+        timeout_s=timeout_s,
+        on_event=lambda event: None,
+        should_stop=should_stop,
+        clock=clock,
+    )
+    if not isinstance(outcome, Outline):
+        raise EdgeAgentError(f"nothing is known of what {job.ref} would take")
+    return outcome
+
+
+def _outcome(
+    job: SyncJob, *, timeout_s: float, on_event: Emit, should_stop: Callable[[], bool], clock: Clock
+) -> SyncResult | Outline:
     stderr = _Tail()
     until_s = clock.now_s() + timeout_s
     with _started(job) as process:

@@ -11,6 +11,7 @@ Pure. The kinds of events, by their field `event`:
     held          version, digest, missing_bytes, fetched_bytes, mirrored_bytes: it is not fetched now, or not to its
                   end; the digest is empty where it is not known yet; an error with the code link_held follows
     done          the fields of `SyncResult`, and the process ends
+    outlined      the fields of `Outline`, and the process ends
     error         code, message, remedy, and the process ends
 
 Each side treats the other's bytes as untrusted input: jobs and lines have a bound, and an event with missing or wrong
@@ -121,6 +122,7 @@ class SyncJob:
         running: key of the active version, which this host can run; empty for none.
         quarantined: keys of versions not to fetch, because they would not be tried.
         allow_older: an operator takes a package that is older than what was active here, under a higher number.
+        outline: only say what the version would take; nothing is brought.
     """
 
     state_dir: str
@@ -136,6 +138,7 @@ class SyncJob:
     running: str = ""
     quarantined: tuple[str, ...] = ()
     allow_older: bool = False
+    outline: bool = False
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -188,7 +191,24 @@ class SyncResult:
     new: bool
 
 
-_RESULT_TYPES = get_type_hints(SyncResult)
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What a version would take, by its manifest or its listing.
+
+    Attributes:
+        digest: of its manifest; empty where it has none.
+        missing_bytes: to fetch.
+        needed_bytes: room in the cache while they are fetched; 0 where nothing is missing.
+        total_bytes: of all its files.
+    """
+
+    version: int
+    digest: str
+    missing_bytes: int
+    needed_bytes: int
+    total_bytes: int
+
+
 _EVENT_TYPES: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     "resolved": {"version": (int,), "rollout": (str,), "rollout_from": (str,)},
     "fetching": {"digest": (str,)},
@@ -259,6 +279,10 @@ def done(result: SyncResult) -> Event:
     return {"event": "done", **asdict(result)}
 
 
+def outlined(outline: Outline) -> Event:
+    return {"event": "outlined", **asdict(outline)}
+
+
 def failed(error: EdgeAgentError) -> Event:
     return {
         "event": "error",
@@ -273,7 +297,7 @@ def encode(event: Event) -> bytes:
     return json.dumps(event, separators=(",", ":")).encode() + b"\n"
 
 
-def outcome_of(event: Event) -> SyncResult | EdgeAgentError | None:
+def outcome_of(event: Event) -> SyncResult | Outline | EdgeAgentError | None:
     """The result or error in a last event, or None for any other event.
 
     Raises:
@@ -285,10 +309,16 @@ def outcome_of(event: Event) -> SyncResult | EdgeAgentError | None:
     if event.get("event") == "error":
         message, remedy = event.get("message", "the sync failed"), event.get("remedy", "")
         return error_of(event.get("code"), message, remedy=remedy, among=_FAMILIES, otherwise=EdgeAgentError)
-    if event.get("event") != "done":
+    kind = _LAST.get(str(event.get("event")))
+    if kind is None:
         return None
-    fields: dict[str, Any] = {name: event.get(name) for name in _RESULT_TYPES}
-    wrong = [name for name, value in fields.items() if type(value) is not _RESULT_TYPES[name]]
+    hints = get_type_hints(kind)
+    fields: dict[str, Any] = {name: event.get(name) for name in hints}
+    wrong = [name for name, value in fields.items() if type(value) is not hints[name]]
     if wrong:
         raise EdgeAgentError(f"the sync's last event has no {', '.join(wrong)}, or a wrong one")
-    return SyncResult(**fields)
+    return kind(**fields)
+
+
+_LAST: Mapping[str, type[SyncResult] | type[Outline]] = {"done": SyncResult, "outlined": Outline}
+"""What a process ends with that has not failed."""

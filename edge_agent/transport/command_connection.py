@@ -1,8 +1,8 @@
 """A command's own connection to the broker, beside the daemon's and for as long as the command runs.
 
 Owns one paho client, which works only while the command's thread is in `until`. The broker may map its client id to
-another one's (`use_username_as_clientid`), and with that give it the daemon's session. So it never asks for a clean
-start: it finds out whose session it has, and ends none but its own.
+another one's (`use_username_as_clientid`), and with that give it the daemon's session. So it asks for no clean start by
+itself: it finds out whose session it has, and ends none but its own.
 
     connect (MQTT 5, else 3.1.1) → subscribe, publish → until(what was asked for is there) → leave
 
@@ -181,8 +181,8 @@ def connect(
 
     Args:
         session_expiry_s: how long the broker keeps the session of a command that is killed. Over MQTT 3.1.1 it keeps
-            it for as long as it likes,
-        clean: unless the session is a clean one. Only for a client id that is nobody else's.
+            it for as long as it likes, unless it is a clean one.
+        clean: discards what session the broker has. Only where it is known to be nobody else's.
 
     Raises:
         BrokerUnreachable: the connection failed; the remedy says what to check.
@@ -255,7 +255,7 @@ def _try(
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = session_expiry_s
             client.connect(
-                settings.host, settings.port, settings.keepalive_s, clean_start=False, properties=properties
+                settings.host, settings.port, settings.keepalive_s, clean_start=clean, properties=properties
             )
         else:
             client.connect(settings.host, settings.port, settings.keepalive_s)

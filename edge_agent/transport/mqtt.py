@@ -167,6 +167,13 @@ class MqttTransport:
         self._outbox.refuse(refusal, self._connection)
         self._wake()
 
+    def reply(self, *, topic: str, correlation: bytes | None, answer: Answer) -> None:
+        """Sends an answer that the journal does not know, to a request that was acked. Best effort."""
+        self._outbox.reply(
+            Refusal(topic=topic, correlation=correlation, form=Form.JSON, answer=answer, lasting=True)
+        )
+        self._wake()
+
     def set_retained(self, topic: str, document: bytes) -> None:
         """A retained document (status, reported models); published now and after each connect."""
         self._outbox.set_retained(topic, document)

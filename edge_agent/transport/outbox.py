@@ -50,6 +50,7 @@ class Refusal:
 
     Attributes:
         refused_mid: the message that is refused: it stays with the broker until the refusal is there.
+        lasting: it outlives a connection, since nothing at the broker asks for it again.
     """
 
     topic: str
@@ -57,6 +58,7 @@ class Refusal:
     form: Form
     answer: Answer
     refused_mid: int | None = None
+    lasting: bool = False
 
 
 class Outbox:
@@ -104,6 +106,10 @@ class Outbox:
             self._counters["chunks_dropped"] += 1
         self._chunks.append((prompt.answer_topic, prompt.correlation, encode(document)))
 
+    def reply(self, refusal: Refusal) -> None:
+        """Adds an answer that the journal does not know, and that nobody waits for at the broker."""
+        self._refusals.append(refusal)
+
     def set_retained(self, topic: str, document: bytes) -> None:
         """A retained document; published now and after each connect."""
         self._retained[topic] = document
@@ -134,7 +140,10 @@ class Outbox:
         """The connection is over. True if the broker probably ended it over one answer: the next one can do without
         a long wait."""
         self._chunks.clear()
-        self._refusals.clear()  # what they refuse was not acked: it comes again
+        for _ in range(len(self._refusals)):  # others may add to it meanwhile
+            refusal = self._refusals.popleft()
+            if refusal.lasting:  # what the others refuse was not acked: it comes again
+                self._refusals.append(refusal)
         now_s = self._now().boot_s
         suspects = connection.suspects(now_s)
         topics = {sent.topic for sent in suspects}

@@ -32,7 +32,6 @@ from edge_agent.errors import (
 )
 from edge_agent.package.reference import ModelRef, ModelVersion
 from edge_agent.settings import Settings
-from edge_agent.sync import version_file
 from edge_agent.sync.protocol import SyncResult
 from edge_agent.updates import choice
 from edge_agent.updates.activation import Activation
@@ -53,7 +52,7 @@ class Lifecycle(Served, Noting, Protocol):
     def cached_fallback(self) -> VersionRecord | None: ...
     def set_aside(self, key: str, error: EdgeAgentError) -> None: ...
     def set_desired(self, uri: str) -> None: ...
-    def note_resolved(self, resolved: tuple[str, int] | None) -> None: ...
+    def note_resolved(self, ref: str, version: int) -> None: ...
     def reload(self) -> None: ...
 
 
@@ -137,11 +136,9 @@ class ModelCheck:
     @property
     def outlook(self) -> Outlook:
         """What is to come, for any thread."""
-        state, waiting = self._lifecycle.state, self.waiting
-        record = self._store.record(self._name, state.active) if state.active else None
-        imported = record.version if record and record.registry_uri == version_file.ORIGIN else None
+        waiting = self.waiting
         return Outlook(
-            wanted=choice.wanted_version(self._model.ref, state, imported=imported),
+            wanted=choice.wanted_version(self._model.ref, self._lifecycle.state),
             attempt=waiting.attempt if waiting else self._attempts.now,
             waiting=waiting,
             progress=self._syncs.progress,
@@ -194,7 +191,7 @@ class ModelCheck:
                 result = self._syncs.from_registry(self._noting(watch), self.wanted, asked)
             except NotInRollout as error:
                 outside = error
-                self._lifecycle.note_resolved((str(self.wanted), error.version))
+                self._lifecycle.note_resolved(str(self.wanted), error.version)
                 result = self._stand_in(watch, error, asked)
             key = self._lifecycle.state.pinned or result.key
             self._adopt(key, watch, asked, result)
@@ -207,8 +204,11 @@ class ModelCheck:
                 result=self._fall_back(watch, error, failed=key, now=asked.now), problem=str(error)
             )
         if outside:
-            self._note_not_yet(watch, outside, result)
-            raise outside
+            told = NotInRollout(
+                f"{outside}; version {result.version} runs meanwhile", version=outside.version
+            )
+            self._note_not_yet(watch, told, result)
+            raise told
         return Checked(result=result)
 
     def _noting(self, watch: Watch) -> Watch:
@@ -216,7 +216,7 @@ class ModelCheck:
 
         def look(event: Mapping[str, Any]) -> None:
             if event.get("event") == "resolved":
-                self._lifecycle.note_resolved((str(self.wanted), int(event["version"])))
+                self._lifecycle.note_resolved(str(self.wanted), int(event["version"]))
             watch.on_event(event)
 
         return replace(watch, on_event=look)
@@ -227,7 +227,8 @@ class ModelCheck:
                 key, on_event=watch.on_event, result=result, asked_for=asked.by_operator, now=asked.now
             )
         except (Quarantined, CannotRun, MemoryShort) as error:
-            self._attempts.refused(error)
+            if key == result.key:  # and not a pinned one
+                self._attempts.refused(error)
             raise
 
     def _stand_in(self, watch: Watch, outside: NotInRollout, asked: Asked) -> SyncResult:
@@ -331,7 +332,7 @@ class ModelCheck:
             if not (lifecycle.runs_its_own or lifecycle.state.pinned):
                 lifecycle.adopt(result.key, instead="no version of its own runs here")
         elif lifecycle.state.pinned or wanted.version in (None, result.version):
-            lifecycle.note_resolved(None)  # the registry's last word is older
+            lifecycle.note_resolved(choice.IMPORTED, result.version)
             key = lifecycle.state.pinned or result.key
             self._adopt(key, watch, Asked(by_operator=True), result)
 

@@ -27,6 +27,10 @@ MAX_WITHIN_S = 86_400.0
 """The longest time over which a fleet's checks are spread."""
 
 
+IMPORTED = "import"
+"""Stands in a state for the reference, where a version file was the last to say which version it means."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Desired:
     """What `model/desired` says.
@@ -79,19 +83,15 @@ class Wanted:
         return {"version": self.version, "via": self.via}
 
 
-def wanted_version(settings_ref: ModelRef, state: ModelState, *, imported: int | None) -> Wanted:
-    """Which version is wanted, and why.
-
-    Args:
-        imported: number of the active version, if it came from a version file.
-    """
+def wanted_version(settings_ref: ModelRef, state: ModelState) -> Wanted:
+    """Which version is wanted, and why."""
     if state.pinned:
         return Wanted(version=int(state.pinned.split("-")[0]), via="pin")
     ref = wanted_ref(settings_ref, state)
-    known = state.resolved[1] if state.resolved and state.resolved[0] == str(ref) else None
-    version = ref.version or known
-    if version is None and imported is not None:
-        return Wanted(version=imported, via="import")
+    said_of, said = state.resolved or ("", None)
+    if ref.version is None and said_of == IMPORTED:
+        return Wanted(version=said, via="import")
+    version = ref.version or (said if said_of == str(ref) else None)
     return Wanted(version=version, via="desired" if state.desired else "alias")
 
 

@@ -45,6 +45,14 @@ class Link:
             return link_budget.no_bounds(self._plan)
         return link_budget.bounds(self._clock(), self._plan, self._used_bytes())
 
+    def fetch_held(self) -> Held | None:
+        """Whether a download must wait now.
+
+        Raises:
+            StoreError: nobody knows what came today.
+        """
+        return link_budget.held(self._clock(), self._plan, self._used_bytes())
+
     def fetch_waits(self, error: LinkHeld, found: Found) -> tuple[Waiting, LinkHeld]:
         """A fetch that a sync did not begin, or did not end.
 
@@ -52,7 +60,7 @@ class Link:
             error: what the sync said.
         """
         now_s = self._clock()
-        held = link_budget.held(now_s, self._plan, self._used_bytes())
+        held = self.fetch_held()
         if held is None:  # the clock was set meanwhile, or a whole file is larger than what the day has left
             tomorrow_s = self._plan.next_day(now_s) if self._plan.bytes_per_day else None
             held = Held(by=error.message, until_s=tomorrow_s)

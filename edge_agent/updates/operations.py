@@ -15,7 +15,7 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import ActivationHeld, EdgeAgentError, StoreError, UnknownModel, VersionHeld
 from edge_agent.package.reference import MODEL_NAME
-from edge_agent.serving.lifecycle import ModelLifecycle, lifecycles_of
+from edge_agent.serving.lifecycle import ModelLifecycle, budget_of, lifecycles_of
 from edge_agent.settings import Settings
 from edge_agent.sync import version_file
 from edge_agent.sync.protocol import SyncResult
@@ -331,5 +331,5 @@ def without_daemon(settings: Settings) -> tuple[Operations, Mapping[str, ModelLi
     """The same operations in this process, which acts as the cache's owner; the caller closes the lifecycles."""
     store = Store(settings.state_dir)
     store.create()
-    lifecycles = lifecycles_of(settings, store)
+    lifecycles = lifecycles_of(settings, store, budget_of(settings, store))
     return Operations(settings, store, lifecycles, Updates(settings, store, lifecycles)), lifecycles

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol
 
 from edge_agent.cache import fsck
@@ -167,7 +166,6 @@ class Syncs:
         self._activation = activation
         self._attempts = attempts
         self._clock = clock
-        self._job = partial(_job_of, name, settings=settings, lifecycle=lifecycle)
         self._patience = Patience(settings.registry.poll_interval_s, clock)
 
     @property
@@ -261,6 +259,13 @@ class Syncs:
         )
         return self._bring(watch, job)
 
+    def _job(self, ref: ModelRef, *, fallback: bool) -> SyncJob:
+        loads = (
+            self._lifecycle.serving is not Serving.FAILED
+        )  # then nobody has to be asked whether this host can
+        running = (self._lifecycle.state.active or "") if loads else ""
+        return job_of(self._name, ref, settings=self._settings, fallback=fallback, running=running)
+
     def _fetch_waits(self, watch: Watch, tried: _Try, error: LinkHeld) -> LinkHeld:
         waiting, told = self._link.fetch_waits(error, tried.found)
         self._waits.note(waiting, watch.on_event)
@@ -344,9 +349,14 @@ def _tidy(store: Store) -> None:
         log.warning("cache not tidied reason=%r", str(error))
 
 
-def _job_of(name: str, ref: ModelRef, *, settings: Settings, lifecycle: Served, fallback: bool) -> SyncJob:
-    """What the sync process has to know."""
-    loads = lifecycle.serving is not Serving.FAILED  # then nobody has to be asked whether this host can
+def job_of(
+    name: str, ref: ModelRef, *, settings: Settings, fallback: bool = False, running: str = ""
+) -> SyncJob:
+    """What the sync process has to know.
+
+    Args:
+        fallback, running: see `SyncJob`.
+    """
     return SyncJob(
         state_dir=str(settings.state_dir),
         registry=RegistryJob(
@@ -358,7 +368,7 @@ def _job_of(name: str, ref: ModelRef, *, settings: Settings, lifecycle: Served, 
         ref=str(ref),
         fallback=fallback,
         check_host=True,
-        running=(lifecycle.state.active or "") if loads else "",
+        running=running,
         trust=TrustJob(
             public_keys=settings.trust.public_keys, allow_unsigned_code=settings.trust.allow_unsigned_code
         ),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,9 +76,12 @@ def test_a_release_that_fails_its_golden_prompts_is_quarantined_and_nobody_notic
     follow: Callable[..., FollowingDevice], sample_model: Path, short_dir: Path
 ) -> None:
     device = follow(trust={"allow_unsigned_code": True})
+    device.client.subscribe(f"{device.client.root}/model/reported")
     bad_release(device, sample_model, expect_lisbon, short_dir)
     assert "Lisbon" in refused_under_load(device, 0)
+    check_reported(device)
     check_not_tried_again(device)
+    check_reported(device)
 
 
 @pytest.mark.long
@@ -115,6 +119,21 @@ def refused_under_load(device: FollowingDevice, known: int) -> str:
     assert {(answer.status, answer.text) for answer in answers} == {(200, MADRID)}
     ((_, reason),) = model["quarantined"].items() - before.items()
     return str(reason)
+
+
+def check_reported(device: FollowingDevice) -> None:
+    """What a console is told of version 2, as data."""
+
+    def models() -> list[dict[str, Any]]:
+        topic = f"{device.client.root}/model/reported"
+        return [m.json["models"]["assistant"] for m in list(device.client.messages) if m.topic == topic]
+
+    wait_until(lambda: models() and models()[-1]["quarantined"], 60, "the report")
+    last = models()[-1]
+    assert last["quarantined"] == [{"version": 2, "code": "gate_failed"}]
+    assert (last["attempt"]["version"], last["attempt"]["step"]) == (2, "gate")
+    assert last["attempt"]["code"] == "gate_failed"
+    assert last["wanted"] == {"version": 2, "via": "alias"}
 
 
 def check_not_tried_again(device: FollowingDevice) -> None:

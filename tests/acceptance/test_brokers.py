@@ -184,6 +184,24 @@ def test_the_will_says_offline_of_this_boot_and_a_slow_start_says_starting(
     wait_for_state(device, "ready")
 
 
+def test_a_console_sees_a_device_by_wildcard_where_the_broker_can_and_by_name_everywhere(
+    kind: str, site: ContractBroker, device: Daemon
+) -> None:
+    listed = device.folder / "devices.txt"
+    listed.write_text("plain\nnever-there\n")
+
+    def seen(*arguments: str) -> dict[str, str]:
+        done = device.cli("fleet", "status", "--json", *arguments)
+        assert done.returncode == 0, done.stderr
+        return {each["device"]: each["state"] for each in json.loads(done.stdout)["devices"]}
+
+    assert seen("--devices", str(listed)) == {"plain": "ready", "never-there": "never_seen"}
+    assert seen().get("plain") == ("ready" if site.wildcard_retained else None)
+    done = device.cli("fleet", "sync", "--devices", str(listed))
+    assert done.returncode == 0, done.stderr
+    TABLE[kind]["fleet status"] = "by wildcard" if site.wildcard_retained else "by name"
+
+
 def test_a_device_with_a_dot_in_its_name_works_or_says_that_it_is_deaf(
     kind: str, site: ContractBroker, agent: Daemon
 ) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -23,6 +26,8 @@ from tests.support.mosquitto import Broker, running_broker
 from tests.support.processes import Child, Daemon, clean_environment, short_folder, to_toml, wait_until
 from tests.support.sample_device import running_device, settings_for
 from tests.support.scripted_fleet import TOPICS, device
+
+CURSOR_UP = b"\x1b[1A"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +138,41 @@ def test_some_devices_are_told_to_ask_within_some_time(fleet: Fleet) -> None:
     fleet.console.run("sync", "--within", "-1", exit_code=2)
 
 
+def test_each_device_says_whether_it_can_take_a_version(fleet: Fleet) -> None:
+    document = fleet.console.json("plan", "assistant", "1")
+    assert (document["name"], document["version"]) == ("assistant", 1)
+    assert document["counts"]["now"] == 2, document
+    for answer in document["devices"]:
+        assert (answer["missing_bytes"], answer["fits"], answer["code"]) == (0, True, None)
+        assert answer["free_bytes"] > 0
+    page = fleet.console.run("plan", "assistant", "1").stdout
+    assert "model assistant, version 1: 2 devices" in page
+    assert "can take it now" in page
+
+
+def test_a_version_that_nobody_has_and_a_model_that_no_device_has_are_told_apart(fleet: Fleet) -> None:
+    unknown = fleet.console.json("plan", "assistant", "99")["devices"]
+    assert {(each["outcome"], each["code"]) for each in unknown} == {("unknown", "unknown_reference")}
+    other = fleet.console.json("plan", "translator", "1")["devices"]
+    assert {each["outcome"] for each in other} == {"no_model"}
+
+
+def test_a_version_that_does_not_come_is_to_be_looked_at(fleet: Fleet) -> None:
+    desired = TOPICS.of("press-1").desired
+    try:
+        fleet.client.publish(desired, '{"models": {"assistant": {"version": 99}}}', retain=True)
+        line = wait_until(partial(a_failed_update, fleet), 60, "what is wrong")
+        assert "assistant 99" in line and "press-1" in line and "the registry has no" in line
+    finally:
+        fleet.client.publish(desired, '{"models": {"assistant": null}}', retain=True)
+
+
+def a_failed_update(fleet: Fleet) -> str:
+    """Its line on the page; empty while there is none."""
+    lines = fleet.console.run("status").stdout.splitlines()
+    return next((line for line in lines if line.startswith("update failed")), "")
+
+
 def test_a_pipe_gets_a_line_for_each_change(fleet: Fleet) -> None:
     log = fleet.console.folder / "watch.log"
     child = Child(fleet.console.command("fleet", "status", "--watch"), log)
@@ -147,6 +187,30 @@ def test_a_pipe_gets_a_line_for_each_change(fleet: Fleet) -> None:
         fleet.daemons[1].start()
     changes = [line for line in log.read_text().splitlines() if line.startswith("20")]
     assert changes and not any("press-1" in line for line in changes), "the other has not changed"
+
+
+def test_a_terminal_gets_the_page_in_place(fleet: Fleet) -> None:
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        fleet.console.command("fleet", "status", "--watch"),
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        env=clean_environment({"HOME": str(fleet.console.folder), "TERM": "xterm"}),
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while shown.count(b"2 ready") < 2:  # drawn, and drawn again
+            assert select.select([ours], [], [], 60)[0], shown
+            shown += os.read(ours, 65_536)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+    finally:
+        child.kill()
+        child.wait(60)
+        os.close(ours)
+    assert CURSOR_UP in shown
 
 
 def test_a_broker_without_devices_is_no_failure_and_says_what_may_be_wrong(tmp_path: Path) -> None:

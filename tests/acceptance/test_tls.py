@@ -77,6 +77,7 @@ def test_nobody_else_can_read_the_answers(documented: tuple[Broker, Authority], 
     [
         *(f"{ROOT}/status", f"{ROOT}/model/reported", f"{ROOT}/model/desired", f"{ROOT}/metrics"),
         *(f"{ROOT}/rsp/x", f"{ROOT}/req/chat", f"{ROOT}/ctl/cancel", f"{ROOT}/ctl/sync"),
+        f"{ROOT}/ctl/plan",
         *(f"{ROOT}/req/chat/shop", f"{ROOT}/ctl/cancel/shop", f"{ROOT}/req/chat/mallory"),
         f"replies/shop/{DEVICE}",
     ],
@@ -95,6 +96,19 @@ def test_a_fake_status_reaches_nobody(documented: tuple[Broker, Authority], pres
         wait_until(lambda: len(console.came) > 0, 60, "the retained status")
         assert json.loads(console.came[0].payload)["state"] == "ready"
         assert console.publish(f"{ROOT}/model/desired", b"{}") in ("Success", "No matching subscribers")
+
+
+def test_the_console_hears_what_a_version_would_take(
+    documented: tuple[Broker, Authority], press: Daemon
+) -> None:
+    with Application(*documented, "console") as console:
+        console.subscribe("replies/console/#")
+        question = {"id": "p", "reply_to": f"replies/console/{DEVICE}", "model": "assistant", "version": 1}
+        assert console.publish(f"{ROOT}/ctl/plan", json.dumps(question)) == "Success"
+        wait_until(lambda: len(console.came) > 0, 60, "the answer")
+        answer = json.loads(console.came[0].payload)
+        assert (answer["id"], answer["code"]) == ("p", "settings_invalid"), "it has no registry"
+        assert answer["free_bytes"] > 0
 
 
 def test_nobody_else_can_take_the_devices_client_id(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.support.client import Client
 from tests.support.client import connected as client_of
 from tests.support.documented_broker import DEVICE, Application, documented_broker, tls_settings
 from tests.support.mosquitto import Broker, running_broker
-from tests.support.processes import accepts, free_port, wait_until
+from tests.support.processes import Child, accepts, free_port, to_toml, wait_until
 from tests.support.scripted_fleet import TOPICS, device
 
 FILTERS = [TOPICS.statuses, TOPICS.reports]
@@ -206,6 +207,36 @@ def test_a_refusal_names_the_topic_and_the_page(console: FleetBroker) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_short_command_beside_a_watch_of_the_same_identity_harms_neither(
+    documented: tuple[Broker, Authority], protocol: str
+) -> None:
+    """This broker ends the watch's connection for the command's."""
+    topic = TOPICS.rollout("beside")
+    with connected(identity(documented, "console", protocol)) as watching, watching.watch([topic]) as watch:
+        with connected(identity(documented, "console", protocol)) as short:
+            short.publish(topic, b"said", retain=True)
+            assert short.collect([topic], quiet_s=0.2) == {topic: b"said"}
+        message = watch.next(60)
+        assert message is not None and message.body == b"said"
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_console_that_is_killed_leaves_nothing_in_the_way_of_the_next(
+    documented: tuple[Broker, Authority], tmp_path: Path, protocol: str
+) -> None:
+    mqtt = identity(documented, "console", protocol).model_dump(mode="json", exclude_unset=True)
+    (tmp_path / "operator.toml").write_text(to_toml({"mqtt": mqtt}))
+    command = [sys.executable, "-m", "edge_agent", "--config", str(tmp_path / "operator.toml")]
+    child = Child([*command, "fleet", "status", "--watch"], tmp_path / "log")
+    try:
+        wait_until(lambda: "devices" in child.log_text(), 60, "its page")
+    finally:
+        child.kill()
+    with connected(identity(documented, "console", protocol)) as console:
+        console.publish(TOPICS.rollout("after"), b"x")
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 def test_with_a_devices_identity_a_console_leaves_its_prompts_alone(
     documented: tuple[Broker, Authority], protocol: str
 ) -> None:
@@ -216,7 +247,7 @@ def test_with_a_devices_identity_a_console_leaves_its_prompts_alone(
     with Application(broker, authority, "shop") as shop:
         assert shop.publish(f"{PRESS.chat}/shop", b"first") == "Success"
         with (
-            pytest.raises(BrokerRefused, match="another client that has the same identity"),
+            pytest.raises(BrokerRefused, match="another client, whose identity it has"),
             connected(identity(documented, DEVICE, protocol)),
         ):
             pass

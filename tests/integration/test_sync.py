@@ -41,9 +41,10 @@ from edge_agent.errors import (
 from edge_agent.host.clock import CLOCK, Clock
 from edge_agent.package import trust
 from edge_agent.sync import process as sync_process
-from edge_agent.sync.bring import synchronise
-from edge_agent.sync.process import run_sync
+from edge_agent.sync.bring import outline, synchronise
+from edge_agent.sync.process import run_outline, run_sync
 from edge_agent.sync.protocol import CacheJob, LinkJob, RegistryJob, SyncJob, SyncResult, TrustJob
+from tests.support import state_folder
 from tests.support.clock import ScriptedClock
 from tests.support.mlflow_server import Server
 from tests.support.packages import GENAI_CONFIG, MLMODEL, WEIGHTS, add_manifest, make_package, register
@@ -160,7 +161,10 @@ def test_an_alias_is_resolved_and_everything_is_verified_and_committed(device: D
         if file.is_file():
             assert (folder / file.relative_to(package)).read_bytes() == file.read_bytes()
     assert device.events[0]["event"] == "resolved"
-    assert device.events[-1]["bytes"] == device.events[-1]["total_bytes"] == result.bytes_fetched
+    kinds = [event["event"] for event in device.events]
+    assert list(dict.fromkeys(kinds)) == ["resolved", "fetching", "progress", "verifying"]
+    assert device.events[-2]["bytes"] == device.events[-2]["total_bytes"] == result.bytes_fetched
+    assert device.events[1]["digest"] == device.events[-1]["digest"] == record.digest
     assert list(device.store.staging_root.iterdir()) == []
 
 
@@ -241,6 +245,39 @@ def test_a_held_line_changes_nothing_and_what_is_here_needs_none(device: Device)
     with pytest.raises(LinkHeld):
         device.check(closed)
     assert device.events[-1]["missing_bytes"] == len("other"), "one file is missing"
+
+
+@pytest.mark.parametrize("manifest", [True, False], ids=["a manifest", "a listing"])
+def test_what_a_version_would_take_is_known_without_fetching_it(device: Device, manifest: bool) -> None:
+    package = device.publish(manifest=manifest, weights=bytes(50_000))
+    size = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
+    before = state_folder.mark(device.store.root.parent)
+    new = outline(device.job)
+    assert (new.version, new.missing_bytes) == (1, new.total_bytes)
+    assert new.missing_bytes < new.needed_bytes < new.missing_bytes + (2 << 20)
+    assert size - 100_000 < new.total_bytes <= size, "all but the manifest and what MLflow adds"
+    assert state_folder.mark(device.store.root.parent) == before, "nothing was written"
+    brought = device.check()
+    here = outline(device.job)
+    assert (here.missing_bytes, here.needed_bytes, here.total_bytes) == (0, 0, brought.bytes)
+    assert here.digest == (brought.digest if manifest else "")
+    device.publish({"requirements.txt": "other"}, manifest=manifest, weights=bytes(50_000))
+    second = outline(device.job)
+    assert second.version == 2
+    if manifest:
+        assert second.missing_bytes == len("other"), "one file is missing"
+    with pytest.raises(UnknownReference):
+        outline(replace(device.job, ref=f"models:/{device.model}/9"))
+
+
+def test_a_process_of_its_own_says_what_a_version_would_take(device: Device) -> None:
+    device.publish()
+    said = run_outline(device.job, timeout_s=60)
+    assert (said.version, said.digest) == (1, device.check().digest)
+    with pytest.raises(TransportError):
+        run_outline(
+            replace(device.job, registry=RegistryJob(uri=f"http://127.0.0.1:{free_port()}")), timeout_s=60
+        )
 
 
 def test_a_registry_on_this_host_uses_no_line(tmp_path: Path) -> None:

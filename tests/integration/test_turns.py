@@ -15,7 +15,7 @@ import pytest
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import ContentError
-from edge_agent.serving.lifecycle import ModelLifecycle, lifecycles_of
+from edge_agent.serving.lifecycle import ModelLifecycle, budget_of, lifecycles_of
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import ModelSettings, RegistrySettings, Settings
 from edge_agent.updates.operations import Operations, run_operation
@@ -93,7 +93,7 @@ def device(tmp_path: Path) -> Iterator[Device]:
         store = Store(settings.state_dir)
         record = bring_in(store, exported.file)
         store.change_state("assistant", lambda state: state.switched(record.key))
-        lifecycles = lifecycles_of(settings, store)
+        lifecycles = lifecycles_of(settings, store, budget_of(settings, store))
         updates = Updates(settings, store, lifecycles)
         made = Device(
             store=store,

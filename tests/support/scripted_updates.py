@@ -93,8 +93,8 @@ class ScriptedLifecycle:
     def note_attempt(self, attempt: Attempt) -> None:
         self.state = self.state.noting(attempt)
 
-    def note_resolved(self, resolved: tuple[str, int] | None) -> None:
-        self.state = replace(self.state, resolved=resolved)
+    def note_resolved(self, ref: str, version: int) -> None:
+        self.state = replace(self.state, resolved=(ref, version))
 
     def set_desired(self, uri: str) -> None:
         self.amid(uri)

@@ -70,7 +70,11 @@ def test_the_document_has_the_shape_of_the_contract() -> None:
 
 def test_nobody_has_to_look_at_what_is_as_it_should_be() -> None:
     starting = said("c", state="starting", models=[{"name": "assistant", "state": "absent", "version": None}])
-    assert traits(device("a"), device("b", attempt=HELD), starting) == []
+    coming = device("d", wanted={"version": 9, "via": "alias"})
+    fetching = device(
+        "e", wanted={"version": 8, "via": "alias"}, attempt={**FAILED, "step": "fetch", "code": None}
+    )
+    assert traits(device("a"), device("b", attempt=HELD), starting, coming, fetching) == []
 
 
 @pytest.mark.parametrize(
@@ -89,6 +93,10 @@ def test_nobody_has_to_look_at_what_is_as_it_should_be() -> None:
         (
             device("a", attempt=FAILED),
             Trait(kind="update failed", code="gate_failed", model="assistant", version=8),
+        ),
+        (
+            device("a", wanted={"version": 9, "via": "desired"}, reason="the registry has no such version"),
+            Trait(kind="update failed", model="assistant", version=9),
         ),
         (
             device("a", quarantined=[{"version": 5, "code": "load_failed"}]),
@@ -143,14 +151,18 @@ def test_a_thousand_devices_are_a_few_lines() -> None:
 
 
 def test_a_small_fleet_is_listed() -> None:
-    late = {**HELD, "code": "link_held"}
     page = command.page(
-        devices(device("a", attempt=late, link={"missing_bytes": 5, "held_until": None}), device("b")),
+        devices(
+            device("a", attempt=HELD, link={"missing_bytes": 5, "held_until": None}),
+            device("b", attempt={**FAILED, "version": 7, "step": "active", "code": None}),
+            device("c", wanted={"version": 9, "via": "desired"}),
+        ),
         now=NOW,
     )
     assert tables(page)["DEVICE"].rows == [
         ("a", "ready", "2 min", "0.2.0", "assistant", 7, "ready", None, "8 held link_held"),
         ("b", "ready", "2 min", "0.2.0", "assistant", 7, "ready", None, ""),
+        ("c", "ready", "2 min", "0.2.0", "assistant", 7, "ready", None, "9 wanted"),
     ]
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.chat.prompt import State
+from edge_agent.chat.messages import Form
+from edge_agent.chat.prompt import Answer, State
+from edge_agent.transport.outbox import Refusal
 from edge_agent.transport.retries import RETRY_WAITS_S, UNHEARD_WAITS_S
 from edge_agent.transport.suspicion import LAST_WAIT_S, REFUSALS_LOST
 from tests.support.scripted_broker import HANGS_UP, NOBODY_LISTENS, NOT_AUTHORIZED, SAYS_NOTHING, TAKES, Room
@@ -55,6 +57,22 @@ def test_an_answer_that_the_broker_does_not_take_is_undelivered_after_a_few_trie
     strict.restart()
     strict.pass_by(1000, step_s=10)
     assert len(strict.log) == TRIES
+
+
+def test_a_reply_that_nobody_asks_for_again_outlives_a_connection_and_a_refusal_does_not(room: Room) -> None:
+    room.refuse("replies/refused", mid=5)
+    answer = Answer(payload=b"{}", properties={})
+    room.outbox.reply(
+        Refusal(topic="replies/plan", correlation=None, form=Form.JSON, answer=answer, lasting=True)
+    )
+    room.outbox.end(room.connection)
+    room.connect()
+    room.turn()
+    assert room.log == ["replies/plan"]
+    room.outbox.end(room.connection)
+    room.connect()
+    room.turn()
+    assert room.log == ["replies/plan"], "once"
 
 
 def test_the_tries_are_counted_over_restarts(strict: Room) -> None:

@@ -20,7 +20,7 @@ from edge_agent.errors import (
 )
 from edge_agent.sync import protocol
 from edge_agent.sync.process import run_sync
-from edge_agent.sync.protocol import CacheJob, LinkJob, RegistryJob, SyncJob, SyncResult, TrustJob
+from edge_agent.sync.protocol import CacheJob, LinkJob, Outline, RegistryJob, SyncJob, SyncResult, TrustJob
 
 JOB = SyncJob(
     state_dir="/var/lib/edge-agent",
@@ -35,6 +35,7 @@ JOB = SyncJob(
     check_host=True,
     running="1-abc",
     quarantined=("2-def", "3-aaa"),
+    outline=True,
 )
 RESULT = SyncResult(
     name="assistant",
@@ -96,6 +97,15 @@ def test_a_result_survives_the_way() -> None:
     assert protocol.outcome_of(sent(protocol.done(RESULT))) == RESULT
 
 
+OUTLINE = Outline(version=3, digest="", missing_bytes=1, needed_bytes=2, total_bytes=3)
+
+
+def test_an_outline_survives_the_way() -> None:
+    assert protocol.outcome_of(sent(protocol.outlined(OUTLINE))) == OUTLINE
+    with pytest.raises(EdgeAgentError, match="no needed_bytes, or"):
+        protocol.outcome_of({**sent(protocol.outlined(OUTLINE)), "needed_bytes": None})
+
+
 @pytest.mark.parametrize("wrong", [{"version": "3"}, {"new": 1}, {"bytes": True}, {"key": None}])
 def test_a_last_event_with_a_wrong_field_is_an_error_that_names_it(wrong: dict[str, object]) -> None:
     with pytest.raises(EdgeAgentError, match=f"no {next(iter(wrong))}, or"):
@@ -108,6 +118,8 @@ def test_a_last_event_with_a_wrong_field_is_an_error_that_names_it(wrong: dict[s
         protocol.resolved(version=3, rollout=""),
         protocol.progress(have_bytes=3, total_bytes=2, bytes_per_s=1.6, eta_s=None),
         protocol.quarantined("3-dddddddddddd"),
+        protocol.fetching(""),
+        protocol.verifying("d"),
         HELD,
         {"event": "unheard of"},
         {},
@@ -128,6 +140,9 @@ PROGRESS = protocol.progress(have_bytes=3, total_bytes=9, bytes_per_s=1.6, eta_s
             for value in ("3", 3.0, True, None, [3])
         ),
         (protocol.resolved(version=3, rollout=""), {"rollout": 50}),
+        (protocol.resolved(version=3, rollout=""), {"rollout_from": 2}),
+        (protocol.fetching(""), {"digest": None}),
+        (protocol.verifying("d"), {"digest": 5}),
         *((PROGRESS, {name: "1"}) for name in ("bytes", "total_bytes", "bytes_per_s", "eta_s")),
         (PROGRESS, {"bytes": 1.5}),
         (protocol.quarantined("3-dddddddddddd"), {"key": {}}),

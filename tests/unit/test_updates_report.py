@@ -204,10 +204,19 @@ def test_who_wants_a_version(tmp_path: Path, state: ModelState, uri: str, expect
 
 
 def test_a_version_from_a_file_is_wanted_until_the_registry_says_otherwise(tmp_path: Path) -> None:
-    device = make_device(tmp_path)
-    record = commit(device.store, 3)
-    device.store.rewrite(replace(record, registry_uri=version_file.ORIGIN))
-    device.lifecycle.state = ModelState(active=record.key)
+    device = make_device(tmp_path, replace(RUNNING, resolved=(OWN, 1)))
+    source = make_device(tmp_path / "source")
+    record = commit(source.store, 3)
+    record = replace(record, manifest=replace(record.manifest, name="phi"))
+    file = tmp_path / "version.tar"
+    with file.open("wb") as out:
+        version_file.export_version(source.store, record, out.fileno())
+    device.sync.offers["models:/phi/3"] = Offer(version=3)
+    with file.open("rb") as opened:
+        device.updates.take_in(opened.fileno())
+    assert wanted(device) == Wanted(version=3, via="import")
+    device.sync.offers[OWN] = TransportError("timed out")
+    poll(device)
     assert wanted(device) == Wanted(version=3, via="import")
     device.sync.offers[OWN] = TWO
     poll(device)

@@ -23,6 +23,7 @@ _WORDS = {
     "now": "can take it now",
     "later": "can take it later",
     "cannot": "cannot take it",
+    "unknown": "does not know",
     "silent": "did not answer",
     "offline": "offline",
     "no_model": "has no such model",
@@ -40,7 +41,7 @@ def plan(invocation: Invocation, name: str, version: int, as_json: bool, devices
     """Ask each device whether it can take VERSION of the model NAME, and when. Nothing moves.
 
     NAME is the model's name in the devices' settings. A device fetches a manifest at most.
-    A device that does not answer within 30 seconds is shown as such.
+    A device that does not answer within a minute is shown as such.
 
     \b
     Examples:
@@ -86,14 +87,15 @@ def page(name: str, version: int, answers: Sequence[Answer]) -> list[str | Rows]
     """The plan for people: those that can, then those that cannot by their reason."""
     rows: list[tuple[object, ...]] = []
     for outcome in OUTCOMES:
-        alike: dict[str, list[Answer]] = {}
+        alike: dict[str | None, list[Answer]] = {}
         for answer in answers:
             if answer.outcome == outcome:
                 alike.setdefault(answer.code, []).append(answer)
         for code, some in sorted(alike.items(), key=lambda item: -len(item[1])):
             which = names([answer.device_id for answer in some])
-            rows.append((_WORDS[outcome], len(some), code, _fetched(some), _when(some), which))
-    headings = ("", "DEVICES", "CODE", "TO FETCH", "FROM", "WHICH")
+            why = next((answer.reason for answer in some if answer.reason), "")
+            rows.append((_WORDS[outcome], len(some), code, _fetched(some), _when(some), which, why))
+    headings = ("", "DEVICES", "CODE", "TO FETCH", "FROM", "WHICH", "WHY")
     return [f"model {name}, version {version}: {len(answers)} devices", "", Rows(headings, rows)]
 
 

@@ -174,6 +174,8 @@ def line(device: Device, *, now: float) -> str:
 def _next(model: ModelReport) -> str:
     """What another version is at."""
     attempt = model.attempt
+    if (awaited := model.awaits()) is not None:
+        return f"{awaited} wanted"
     if attempt is None or attempt.step == "active" or (attempt.version == model.version and not attempt.code):
         return ""
     until = model.link.held_until if model.link is not None else None

@@ -45,6 +45,15 @@ def test_a_version_that_answers_is_active_with_its_digest_and_what_its_gate_meas
     assert life.lifecycle.state.measured == {life.key(1): measured}
 
 
+def test_a_number_that_was_never_measured_is_bounded_and_read_back(life: Life, host: ScriptedHost) -> None:
+    host.script(1, Script(tokens_per_s=1e300))
+    life.serve(1)
+    measured = life.lifecycle.state.measured
+    assert measured[life.key(1)].tokens_per_s == 1e9
+    life.restart()
+    assert life.lifecycle.state.measured == measured
+
+
 def test_a_version_is_in_the_gate_while_it_is_loaded(life: Life, host: ScriptedHost) -> None:
     life.serve(1)
     host.script(2, Script(load_waits=True))
