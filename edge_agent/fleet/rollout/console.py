@@ -152,10 +152,10 @@ class Console:
         if heard is None or heard is self._handled:
             return
         self._handled = heard
-        mine = heard.lease is not None and heard.lease.console == self._claim.console
-        if not self._claim.hears(heard, self._clocks.mono_s()):
-            self._publish(self._known())
-        elif not mine:
+        is_newer = self._claim.hears(heard, self._clocks.mono_s())
+        if not is_newer or (self._is_mine(heard) and not self._is_mine(self._known())):
+            self._publish(self._known())  # what stands there now is older than what this console knows
+        elif not self._is_mine(heard):
             if self._begun is None or heard.id == self._begun:
                 self.state = heard
             elif heard.phase not in OVER or heard.seq > self._known().seq:
@@ -239,9 +239,8 @@ class Console:
     def _try_to_claim(self, state: State) -> None:
         now, mono_s = self._clocks.wall_s(), self._clocks.mono_s()
         if self._claim.is_free(now, mono_s):
-            mine = state.lease is not None and state.lease.console == self._claim.console
             begins = self._begun == state.id and state.lease is None
-            self._publish(state if mine or begins else taken_over(state, now))
+            self._publish(state if self._is_mine(state) or begins else taken_over(state, now))
         elif state.lease is not None:
             self._note = f"console {state.lease.console} drives it; this one takes over when that one is gone"
 
@@ -360,8 +359,10 @@ class Console:
 
     def _is_known(self, state: State) -> bool:
         """The broker has given back what this console has written; what it has only heard is known anyway."""
-        mine = state.lease is not None and state.lease.console == self._claim.console
-        return not mine or self._claim.top >= self._written_seq
+        return not self._is_mine(state) or self._claim.top >= self._written_seq
+
+    def _is_mine(self, state: State) -> bool:
+        return state.lease is not None and state.lease.console == self._claim.console
 
     def _known(self) -> State:
         if self.state is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from edge_agent.fleet.rollout.console import Console
 from edge_agent.fleet.rollout.lease import SETTLE_S
 from edge_agent.fleet.rollout.plan import Limits, RolloutRefused
 from edge_agent.fleet.rollout.request import Verb
-from edge_agent.fleet.rollout.state import OVER, Phase, State
+from edge_agent.fleet.rollout.state import OVER, Lease, Phase, State
 from tests.support.scripted_fleet import TOPICS, ScriptedFleetBroker
 from tests.support.scripted_rollout import (
     LIMITS,
@@ -99,7 +100,7 @@ def test_a_device_that_was_away_takes_it_when_it_is_back() -> None:
 
 def test_a_killed_console_is_continued_by_another_with_the_same_waves() -> None:
     world = World(TWELVE)
-    world.run(world.begun(), lambda state: state.wave == 1)
+    world.run(world.begun(), lambda state: state.wave == 1 and state.phase is Phase.SOAKING)
     before = list(world.offered)
     another = world.console(skew_s=-7_200)
     another.collect()
@@ -260,6 +261,40 @@ def test_a_second_console_waits_for_the_first_and_says_whom_it_waits_for() -> No
                 assert world.state.lease.console == holder.console
     assert holder is not None
     assert any(holder.console in note for note in world.notes)
+
+
+def test_a_state_that_a_stopped_console_writes_over_a_newer_one_does_not_stay() -> None:
+    """Its message was under way when it was stopped, and comes after that of the console that took over."""
+    world = World(TWELVE)
+    first = world.begun()
+    world.run(first, lambda state: state.phase is Phase.SOAKING)
+    late = world.broker.retained[TOPICS.rollout(NAME)]
+    world.broker.clock.pass_by(60)
+    second = world.console()
+    second.collect()
+    second.ask(Verb.ABORT)
+    with watching(second) as watch:
+        while world.state.phase is not Phase.ABORTED:
+            second.turn(watch)
+        world.broker.say(TOPICS.rollout(NAME), late)
+        second.turn(watch)
+    assert world.state.phase is Phase.ABORTED
+
+
+def test_a_console_whose_own_late_state_covers_a_newer_one_writes_the_newer_one_again() -> None:
+    world = World(TWELVE)
+    first = world.begun()
+    world.run(first, lambda state: state.phase is Phase.SOAKING)
+    own = world.state
+    newer = replace(
+        own, phase=Phase.ABORTING, seq=own.seq + 3, lease=Lease(console="ee" * 8, expires_at=world.now + 30)
+    )
+    with watching(first) as watch:
+        world.broker.say(TOPICS.rollout(NAME), newer.encode())
+        first.turn(watch)
+        world.broker.say(TOPICS.rollout(NAME), own.encode())
+        first.turn(watch)
+    assert world.state.phase is Phase.ABORTING
 
 
 def test_of_two_that_begin_at_once_one_is_refused() -> None:
