@@ -842,7 +842,7 @@ class _Prompts:
         self.turn_end = _turn_end(frames, files)
         self.control_ids = frozenset(token for token, text in files.added.items() if text in special)
         self._special = re.compile(f"(?={_any_of(special)})(.)", re.DOTALL)
-        added = [text for text in files.added.values() if text.strip()]
+        added = [text for text in files.added.values() if text.strip() and not text.isalnum()]
         self._added = re.compile(f"(?={_any_of([*added, *special])})(.)", re.DOTALL)
         control = {text: token for token, text in files.added.items() if token in self.control_ids}
         system = len(frames) == FRAMES_WITH_SYSTEM
@@ -948,7 +948,8 @@ class _Prompts:
         """A message whose texts become no special token; what a tool says becomes no token that was added at all, so
         that it cannot end its own frame."""
         if message["role"] == "tool":
-            return {**message, "content": self._inert(message["content"], marker)}
+            data = {key: self._inert(message[key], marker) for key in ("content", "tool_call_id")}
+            return {**message, **data}
         safe = {**message, "content": self._special.sub(rf"\1{marker}", message["content"])}
         if "tool_calls" in message:
             safe["tool_calls"] = self._inert(message["tool_calls"], marker)
@@ -1342,11 +1343,15 @@ def _messages(given: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
     if not isinstance(messages, (list, tuple, np.ndarray)):
         raise RequestError("bad_request", "messages must be a list with at least one message")
     read = tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
-    called: set[str] = set()
+    called: dict[str, str] = {}
     for index, message in enumerate(read):
-        called |= {call["id"] for call in message.get("tool_calls", ())}
-        if message["role"] == "tool" and message["tool_call_id"] not in called:
-            raise RequestError("bad_request", f"tool_call_id of messages[{index}] answers no call before it")
+        called |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls", ())}
+        if message["role"] == "tool":
+            if message["tool_call_id"] not in called:
+                raise RequestError(
+                    "bad_request", f"tool_call_id of messages[{index}] answers no call before it"
+                )
+            message["name"] = called[message["tool_call_id"]]  # some templates show it
     return read
 
 
@@ -1724,6 +1729,8 @@ class _CallForm:
         "To call a function, answer with its name and its arguments as JSON, and nothing else:\n"
         '<tool_call>\n{{"name": "NAME", "arguments": {{…}}}}\n</tool_call>'
     )
+    SPACING: ClassVar = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    TEXT: ClassVar = "/(?s:.+)/"
     LEAST_MARK: ClassVar = 3  # characters: a shorter one begins many texts
 
     @property
@@ -1756,8 +1763,9 @@ class _CallForm:
         for message in messages:
             role, content = message["role"], message["content"]
             if calls := message.get("tool_calls"):
+                space = "\n" if content else ""
                 written = self.between.join(map(self.write, calls))
-                content += f"{chr(10) if content else ''}{self.opening}{written}{self.closing}"
+                content = f"{content}{space}{self.opening}{written}{self.closing}"
             if role == "tool":
                 role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
             if answered and role == "user":  # templates may insist on turns
@@ -1794,15 +1802,16 @@ class _CallForm:
         lines.append(f"call: {' | '.join(f'call_{index}' for index in wanted)}")
         for index, function in wanted.items():
             what = f"tools[{index}].function.parameters"
-            schema = {**_ending(function["parameters"]), "x-guidance": self.SPACING}
+            try:
+                schema = {**_ending(function["parameters"]), "x-guidance": self.SPACING}
+            except RecursionError as error:
+                raise RequestError("bad_request", f"{what} is nested too deeply") from error
             lines.append(f'call_{index}: {_literal(self.head(function["name"]))} arguments_{index} "}}"')
             lines.append(f"arguments_{index}: {_Guidance.of_json(schema, what)}")
             parts[len(lines) + 1] = what
         return _Guidance(
             grammar=_Guidance.HEAD + "\n".join(lines), is_json=False, asked_by="tools", parts=parts
         )
-
-    SPACING: ClassVar = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
     def _start(self, tools: _Tools) -> list[str]:
         """The first rule, and what it needs. A mark that is text ends the text before it, at once; one that is a token
@@ -1812,9 +1821,9 @@ class _CallForm:
         mark = self.mark
         if not mark:
             begins = f"{re.escape(self.beginning)}(?s:.*)"
-            return ["TEXT? | calls", f"TEXT: {_TEXT} & ~{_Guidance.of_regex(begins)}"]
+            return ["TEXT? | calls", f"TEXT: {self.TEXT} & ~{_Guidance.of_regex(begins)}"]
         ends = f"(?s:.*){re.escape(mark)}"
-        text = f"TEXT: {_TEXT} & ~{_Guidance.of_regex(f'{ends}(?s:.*)')}"
+        text = f"TEXT: {self.TEXT} & ~{_Guidance.of_regex(f'{ends}(?s:.*)')}"
         if mark in self.control:
             return ["TEXT? calls?", text]
         behind = self._symbols(self.opening.removeprefix(mark))
@@ -1826,9 +1835,6 @@ class _CallForm:
         return " ".join(
             f"<[{self.control[part]}]>" if part in self.control else _literal(part) for part in parts if part
         )
-
-
-_TEXT = "/(?s:.+)/"
 
 
 def _literal(text: str) -> str:
@@ -1930,10 +1936,7 @@ def _ending(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """
     if _combines(parameters):
         return dict(parameters)
-    if not parameters.get("properties") and not parameters.keys() & {
-        "additionalProperties",
-        "patternProperties",
-    }:
+    if not parameters.get("properties") and parameters.keys() - _SAYS_NOTHING <= {"type", "properties"}:
         return {**parameters, "additionalProperties": False}  # no arguments, in everybody's use
     return dict(_narrowed(parameters))
 
@@ -2022,8 +2025,10 @@ def _narrow_object(narrow: dict[str, Any]) -> None:
         if isinstance(parts, Mapping):
             narrow[key] = _each_narrowed(parts)
     required = narrow.get("required")
-    if properties and isinstance(properties, Mapping) and not patterns and isinstance(required, list):
-        narrow["properties"] |= {str(name): more for name in required if name not in properties}
+    if isinstance(required, list) and not patterns and isinstance(properties, (Mapping, type(None))):
+        others = {str(name): more for name in required if name not in (properties or {})}
+        properties = {**narrow.get("properties", {}), **others}
+        narrow |= {"properties": properties} if properties else {}
     if properties or patterns:
         narrow["additionalProperties"] = (
             more if "additionalProperties" in narrow and narrow["additionalProperties"] is not True else False

@@ -79,7 +79,8 @@ def test_what_stands_in_tools_calls_and_results_becomes_no_special_token(
     tokenizer: Any, sample_model: Path, name: str
 ) -> None:
     """Neither as a text nor as a key; and what was added to the vocabulary for frames does not end one."""
-    prompts = prompts_with(tokenizer, sample_model, TEMPLATES[name])
+    any_id = TEMPLATES[name].replace("| length != 9", "| length == 0")
+    prompts = prompts_with(tokenizer, sample_model, any_id)
 
     def control(mark: str) -> list[int]:
         properties = {f"k{mark}": {"enum": [mark]}}
@@ -92,13 +93,13 @@ def test_what_stands_in_tools_calls_and_results_becomes_no_special_token(
                         "content": mark,
                         "tool_calls": [
                             {
-                                "id": "call00001",
+                                "id": mark,
                                 "type": "function",
                                 "function": {"name": "a", "arguments": json.dumps({mark: [mark]})},
                             }
                         ],
                     },
-                    {"role": "tool", "tool_call_id": "call00001", "content": f"x{mark}y"},
+                    {"role": "tool", "tool_call_id": mark, "content": f"x{mark}y"},
                     {"role": "user", "content": "Hi"},
                 ],
                 "tools": [

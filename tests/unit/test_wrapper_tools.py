@@ -82,6 +82,7 @@ BOOLEAN, SHORT = {"type": "boolean"}, {"type": "string", "maxLength": 256}
             {"properties": {"a": BOOLEAN}, "required": ["b"]},
             {"type": "object", "properties": {"a": BOOLEAN, "b": ANY}, **CLOSED},
         ),
+        ({"type": "object", "required": ["b"]}, {"properties": {"b": ANY}, **CLOSED}),
         ({"properties": {"a": BOOLEAN}, "additionalProperties": {"type": "null"}}, {"type": "object"}),
         ({"anyOf": [{"type": "string"}, {"type": "null"}]}, {"anyOf": [SHORT, {"type": "null"}]}),
         ({"not": {"type": "string"}}, {}),
@@ -108,6 +109,18 @@ def test_definitions_come_to_an_end_too() -> None:
 @pytest.mark.parametrize("schema", [{}, {"type": "object"}, {"properties": {}}, {"title": "no arguments"}])
 def test_parameters_that_name_none_are_no_parameters(schema: dict[str, Any]) -> None:
     assert _ending(schema) == {**schema, "additionalProperties": False}
+
+
+def test_parameters_that_are_open_on_purpose_stay_open() -> None:
+    open_ones: list[dict[str, Any]] = [
+        {"additionalProperties": True},
+        {"required": ["a"]},
+        {"minProperties": 1},
+        {"type": "object", "enum": [{"a": 1}]},
+    ]
+    for schema in open_ones:
+        found = _ending(schema)
+        assert "enum" in found or found.get("patternProperties") or found["properties"] == {"a": ANY}
 
 
 @pytest.mark.parametrize(
@@ -185,6 +198,16 @@ def test_special_tokens_are_tokens_and_no_text() -> None:
     assert rules["start"] == "TEXT? calls?"
     assert rules["calls"] == '<[7]> " [" rest'
     assert rules["TEXT"] == r"/(?s:.+)/ & ~/(?s:.*)\[CALLS\](?s:.*)/"
+
+
+def test_a_schema_that_is_nested_without_end_is_refused() -> None:
+    """Where no device has bounded it."""
+    schema: dict[str, Any] = {}
+    for _ in range(600):
+        schema = {"items": schema}
+    found = _Tools(functions=({"name": "a", "parameters": {"properties": {"a": schema}}},))
+    with pytest.raises(RequestError, match="bad_request: "):
+        TAGS.guidance(found)
 
 
 def test_an_error_names_the_tool_whose_schema_it_is_about() -> None:
