@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 import edge_agent
-from edge_agent.cli import bench, demo, doctor, models, probe, publish, run, status
+from edge_agent.cli import bench, demo, doctor, metrics, models, probe, publish, run, status
 from edge_agent.cli.command import Group, Invocation
 
 
@@ -34,6 +34,7 @@ def main(context: click.Context, config: Path | None) -> None:
 main.add_command(run.run)
 main.add_command(probe.probe)
 main.add_command(status.status)
+main.add_command(metrics.metrics)
 main.add_command(models.models)
 main.add_command(publish.publish)
 main.add_command(doctor.doctor)

@@ -29,6 +29,7 @@ from edge_agent.errors import (
     TransportError,
     UnknownModel,
 )
+from edge_agent.metrics.measurements import Measurements
 from edge_agent.package.reference import ModelVersion
 from edge_agent.settings import Settings
 from edge_agent.sync import version_file
@@ -56,6 +57,7 @@ class Updates:
         lifecycles: by configured name.
         clock: seconds since 1970.
         jitter: a number between two, drawn for each interval.
+        measurements: where checks are counted; one of its own where nobody looks.
 
     Raises:
         SettingsError: a file of `[registry]` cannot be loaded.
@@ -77,6 +79,7 @@ class Updates:
         run_sync: RunSync = run_sync,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[float, float], float] = random.uniform,
+        measurements: Measurements | None = None,
     ) -> None:
         self.reachable: bool | None = None
         self.registry_problem = ""
@@ -88,6 +91,7 @@ class Updates:
         self.link = Link(settings.link, store, clock)
         self._store = store
         self._lifecycles = lifecycles
+        measurements = measurements or Measurements(lifecycles)
         self._checks = {
             name: ModelCheck(
                 name,
@@ -98,6 +102,7 @@ class Updates:
                 note_registry=self._note_registry,
                 link=self.link,
                 clock=clock,
+                measurements=measurements,
             )
             for name, lifecycle in lifecycles.items()
         }

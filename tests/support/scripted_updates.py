@@ -10,6 +10,7 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, Quarantined
+from edge_agent.metrics.measurements import Measurements
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import LinkSettings, ModelSettings, RegistrySettings, Settings
 from edge_agent.updates.updates import Updates
@@ -138,6 +139,7 @@ def make_device(
     registry: str = "http://registry",
     link: LinkSettings | None = None,
     asked: bool = True,
+    measurements: Measurements | None = None,
 ) -> UpdatingDevice:
     """A device with one model, `assistant`, that follows `OWN`.
 
@@ -164,7 +166,15 @@ def make_device(
         drawn.append((low, high))
         return high
 
-    updates = Updates(settings, store, lifecycles, run_sync=sync, clock=lambda: time.now_s, jitter=longest)
+    updates = Updates(
+        settings,
+        store,
+        lifecycles,
+        run_sync=sync,
+        clock=lambda: time.now_s,
+        jitter=longest,
+        measurements=measurements,
+    )
     if asked:
         updates.check_now()
     return UpdatingDevice(

@@ -39,7 +39,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
         "cli",
-        "daemon device_status",
+        "daemon device_status device_metrics",
         "doctor bench demo",
         "transport updates",
         "chat serving sync publishing",
@@ -48,12 +48,18 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "settings",
         "package",
         "host",
+        "metrics",
         "wrapper environment topics errors logs terminal sd_notify",
         "printable",
     )
 )
 """From the top down: a room imports what stands below it. Rooms in one line do not know each other."""
-TOGETHER = {("daemon", "device_status"), ("topics", "errors"), ("environment", "errors")}
+TOGETHER = {
+    ("daemon", "device_status"),
+    ("daemon", "device_metrics"),
+    ("topics", "errors"),
+    ("environment", "errors"),
+}
 """Within one line, who knows whom all the same."""
 APART = {("chat", "cache"), ("chat", "serving"), ("transport", "serving"), ("transport", "sync")}
 """Further down, and still none of its business: prompts do not know where models come from."""

@@ -12,6 +12,7 @@ from edge_agent import device_status
 from edge_agent.cache.state import ModelState
 from edge_agent.cli import command
 from edge_agent.errors import PromptError, by_code
+from edge_agent.metrics.families import FAMILIES
 from edge_agent.serving.seat import Serving
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text("utf-8")
@@ -51,6 +52,12 @@ def test_every_error_code_is_on_the_page() -> None:
     assert set(by_code(PromptError)) < codes
     assert len(codes) > 25
     assert codes == described("Error codes") - {"code"}
+
+
+def test_every_metric_is_on_the_page_with_its_kind() -> None:
+    assert {family.full_name for family in FAMILIES} == described("Metrics") - {"metric"}
+    for family in FAMILIES:
+        assert f"| `{family.full_name}` | {family.kind} |" in PAGE
 
 
 def status_function(name: str) -> ast.FunctionDef:
