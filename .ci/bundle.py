@@ -26,10 +26,12 @@ from wheels import Target, Wheel, dependencies, locked, pins
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / ".ci" / "locks" / "device.txt"
-EXTRAS = "edge-agent[local-registry,s3,signing]"
+EXTRAS = "edge-agent[http,local-registry,s3,signing]"
 FILES = {
     "install.sh": ROOT / "systemd" / "install.sh",
     "edge-agent.service": ROOT / "systemd" / "edge-agent.service",
+    "edge-agent-http.service": ROOT / "systemd" / "edge-agent-http.service",
+    "edge-agent-http.socket": ROOT / "systemd" / "edge-agent-http.socket",
     "edge-agent.sysusers.conf": ROOT / "systemd" / "edge-agent.sysusers.conf",
     "config.toml": ROOT / "systemd" / "config.toml",
     "LICENSE": ROOT / "LICENSE",

@@ -8,12 +8,12 @@ lock() {
     "$(find_python)" -m venv "$uv"
     "$uv/bin/python" -m pip install --quiet uv
     # dev is a superset of runtime with the same versions: .venv serves both, whichever came first.
-    compile dev --extra local-registry --extra s3 --extra signing --extra dev pyproject.toml - \
+    compile dev --extra http --extra local-registry --extra s3 --extra signing --extra dev pyproject.toml - \
         < <(printf '%s\n' "${BUILD[@]}" "${TRANSFORMERS[@]}")
-    compile runtime --extra local-registry --constraint "$LOCKS/dev.txt" pyproject.toml - \
+    compile runtime --extra http --extra local-registry --constraint "$LOCKS/dev.txt" pyproject.toml - \
         < <(printf '%s\n' "${BUILD[@]}")
     # What the bundles for devices hold: no build backend, but what verifies signatures and what reads from S3.
-    compile device --extra local-registry --extra s3 --extra signing --constraint "$LOCKS/dev.txt" pyproject.toml - \
+    compile device --extra http --extra local-registry --extra s3 --extra signing --constraint "$LOCKS/dev.txt" pyproject.toml - \
         <<<'pip>=25'
     compile train --constraint "$LOCKS/dev.txt" - < <(printf '%s\n' "${TRAINING[@]}")
     if grep -nEi '://|^(-i|--index|--extra-index|--find-links|torch==|nvidia-|triton==)' "$LOCKS"/*.txt; then

@@ -24,9 +24,10 @@ REGISTRY_CREDENTIALS = (
 )
 """Names of systemd credentials. The sync process gets each as the variable of the same name."""
 CREDENTIALS = ("mqtt-password", "mqtt-key", "registry-key", *REGISTRY_CREDENTIALS)
-"""All credentials in the unit."""
+"""All credentials in the daemon's unit."""
 
 _MAX_CREDENTIAL_BYTES = 65_536
+_FIRST_PASSED, _MAX_PASSED = 3, 16
 
 
 def credential_path(name: str) -> Path | None:
@@ -120,6 +121,18 @@ def service_manager() -> tuple[str | None, float | None]:
     pid = os.environ.get("WATCHDOG_PID", "")
     ours = interval_us.isdecimal() and int(interval_us) > 0 and pid in ("", str(os.getpid()))
     return address if address.startswith(("/", "@")) else None, int(interval_us) / 1e6 if ours else None
+
+
+def passed_sockets() -> list[int]:
+    """The descriptors of the sockets that the service manager has opened for this process; none without one.
+
+    Source: sd_listen_fds(3).
+    """
+    pid, number = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not number.isdecimal():
+        return []
+    return list(range(_FIRST_PASSED, _FIRST_PASSED + min(int(number), _MAX_PASSED)))
 
 
 def directory(variable: str) -> Path | None:

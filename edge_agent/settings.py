@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from edge_agent import environment
 from edge_agent.errors import SettingsError
 from edge_agent.host.daily_windows import Window, zone_of
+from edge_agent.http_settings import HttpSettings
 from edge_agent.package import registry_uri
 from edge_agent.package.reference import MODEL_NAME, ModelRef
 from edge_agent.topics import can_be_published
@@ -341,6 +342,7 @@ class Settings(BaseSettings):
     cache: CacheSettings = CacheSettings()
     link: LinkSettings = LinkSettings()
     mqtt: MqttSettings = MqttSettings()
+    http: HttpSettings = HttpSettings()
     limits: LimitSettings = LimitSettings()
     trust: TrustSettings = TrustSettings()
     inference: InferenceSettings = InferenceSettings()

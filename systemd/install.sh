@@ -27,7 +27,7 @@ usage: ./install.sh [install] [--from DIR] [--verify-key FILE] [--no-start] [--r
   install       install the version in this bundle, newer or older than the current one, and start it (as root)
   use VERSION   switch to another installed version; the current one and the previous one are kept
   list          list the installed versions
-  uninstall     remove program, unit and links; models, prompts and settings stay
+  uninstall     remove program, units and links; models, prompts and settings stay
   --purge       remove these and the user edge-agent, too
   --from DIR    install the bundle in DIR instead of the one beside this script
   --verify-key FILE
@@ -94,6 +94,7 @@ main() {
     done
     here=${from:-$(dirname -- "$(readlink -f -- "$script")")}
     base=$root/opt/edge-agent
+    units=(edge-agent.service edge-agent-http.socket edge-agent-http.service)
     if [[ $command == list ]]; then
         list
         return
@@ -281,7 +282,7 @@ make_version() {
     # Some packages contain templates that are not valid Python, so errors are ignored.
     "$target/bin/python" -I -m compileall -q -j 0 "$target/lib" >"$log" 2>&1 || true
     mkdir -p -- "$target/share/edge-agent"
-    install -m 0644 -- "$here/edge-agent.service" "$here/edge-agent.sysusers.conf" "$target/share/edge-agent/"
+    install -m 0644 -- "${units[@]/#/$here/}" "$here/edge-agent.sysusers.conf" "$target/share/edge-agent/"
     install -m 0755 -- "$here/install.sh" "$target/install.sh"
     say "testing it"
     works "$target" >"$log" || failed "the program or one of its libraries does not load on this host"
@@ -350,21 +351,24 @@ switch_to() {
     if [[ -L $base/current ]]; then old=$(readlink -- "$base/current"); fi
     say_what_stops "$target"
     point_to "${target##*/}"
-    write_unit "$target"
+    write_units "$target"
     if [[ -n $root ]]; then return; fi
     mkdir -p /usr/local/bin
     ln -sfn -- "$base/current/bin/edge-agent" /usr/local/bin/edge-agent
     systemctl --quiet enable edge-agent.service
     if [[ $start == no ]]; then return; fi
     say "starting the service"
-    if systemctl restart edge-agent.service; then return; fi
+    if systemctl restart edge-agent.service; then
+        systemctl --quiet try-restart edge-agent-http.service 2>/dev/null || true # it may be at work, with the old version
+        return
+    fi
     show_trouble
     if [[ -z $old || $old == "${target##*/}" || ! -s $base/$old/.complete ]]; then
         die "the service does not start, see above; correct this, then: systemctl restart edge-agent"
     fi
     say "restoring version $old"
     point_to "$old"
-    write_unit "$base/$old"
+    write_units "$base/$old"
     if systemctl restart edge-agent.service; then
         die "version ${target##*/} did not start, see above; version $old is running again"
     fi
@@ -389,11 +393,24 @@ point_to() {
     if [[ -n ${old:-} && $old != "$1" ]]; then printf '%s\n' "$old" >"$base/.previous"; fi
 }
 
-write_unit() {
-    local unit=$root/etc/systemd/system/edge-agent.service
-    mkdir -p -- "${unit%/*}"
-    cmp -s -- "$1/share/edge-agent/edge-agent.service" "$unit" || put "$1/share/edge-agent/edge-agent.service" "$unit"
+# write_units FOLDER: those of a version; one that it does not know yet is removed.
+write_units() {
+    local name unit
+    mkdir -p -- "$root/etc/systemd/system"
+    for name in "${units[@]}"; do
+        unit=$root/etc/systemd/system/$name
+        if [[ -f $1/share/edge-agent/$name ]]; then
+            cmp -s -- "$1/share/edge-agent/$name" "$unit" || put "$1/share/edge-agent/$name" "$unit"
+        elif [[ -e $unit ]]; then
+            remove_unit "$name"
+        fi
+    done
     [[ -n $root ]] || systemctl daemon-reload
+}
+
+remove_unit() {
+    [[ -n $root ]] || systemctl --quiet disable --now "$1" 2>/dev/null || true
+    rm -f -- "$root/etc/systemd/system/$1"
 }
 
 show_trouble() {
@@ -444,14 +461,14 @@ running_version() {
 # --- uninstall --------------------------------------------------------------------------------------------
 
 uninstall() {
+    local name
     if [[ -z $root ]]; then
-        systemctl --quiet disable --now edge-agent.service 2>/dev/null || true
-        rm -f -- /etc/systemd/system/edge-agent.service /etc/sysusers.d/edge-agent.conf
-        rm -f -- /usr/local/bin/edge-agent
+        rm -f -- /etc/sysusers.d/edge-agent.conf /usr/local/bin/edge-agent
+    fi
+    for name in "${units[@]}"; do remove_unit "$name"; done
+    if [[ -z $root ]]; then
         systemctl daemon-reload
-        systemctl reset-failed edge-agent.service 2>/dev/null || true
-    else
-        rm -f -- "$root/etc/systemd/system/edge-agent.service"
+        systemctl reset-failed "${units[@]}" 2>/dev/null || true
     fi
     rm -f -- "$base"/*/.complete # first: leftovers of a power cut must not count as versions
     rm -rf -- "$base"
@@ -462,7 +479,8 @@ uninstall() {
         else
             rm -rf -- "$root/var/lib/edge-agent"
         fi
-        rm -rf -- "$root/etc/edge-agent" "$root/etc/systemd/system/edge-agent.service.d"
+        rm -rf -- "$root/etc/edge-agent"
+        for name in "${units[@]}"; do rm -rf -- "$root/etc/systemd/system/$name.d"; done
         if [[ -z $root ]]; then
             userdel edge-agent 2>/dev/null || true
             groupdel edge-agent 2>/dev/null || true

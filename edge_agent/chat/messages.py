@@ -44,6 +44,7 @@ class Request:
             response_format.
         model: configured name asked for, None for the default model.
         stream: chunks are wanted.
+        include_usage: of OpenAI's clients: the stream ends with a chunk that has the usage.
         id: the client's id, or None.
         reply_to: answer topic named in the body (clients without MQTT 5 properties), or None.
         deadline_ms: how long the client waits, or None.
@@ -54,6 +55,7 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     stream: bool = False
+    include_usage: bool = False
     id: str | None = None
     reply_to: str | None = None
     deadline_ms: int | None = None
@@ -347,7 +349,8 @@ def _parse_object(document: dict[str, Any], surface: Surface) -> Request:
         if name in given
     }
     options = {name: value for name, value in given.items() if name not in WITHOUT_EFFECT}
-    return Request(form=Form.JSON, content=content, options=options, **envelope)
+    include_usage = given.get("stream_options", {}).get("include_usage", False)
+    return Request(form=Form.JSON, content=content, options=options, include_usage=include_usage, **envelope)
 
 
 def _checked(document: dict[str, Any], surface: Surface) -> dict[str, Any]:

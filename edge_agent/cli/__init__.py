@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 import edge_agent
-from edge_agent.cli import bench, demo, doctor, metrics, models, probe, publish, run, status
+from edge_agent.cli import bench, demo, doctor, metrics, models, probe, publish, run, serve, status
 from edge_agent.cli.command import Group, Invocation
 
 
@@ -32,6 +32,7 @@ def main(context: click.Context, config: Path | None) -> None:
 
 
 main.add_command(run.run)
+main.add_command(serve.serve)
 main.add_command(probe.probe)
 main.add_command(status.status)
 main.add_command(metrics.metrics)

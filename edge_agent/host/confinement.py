@@ -118,7 +118,7 @@ def confine(confinement: Confinement) -> Walls:
     stand: list[str] = []
     missing: dict[str, str] = {}
     for wall in Wall:
-        if wall is Wall.TCP and confinement.calls.network is not Network.NONE:
+        if wall is Wall.TCP and confinement.calls.network.internet:
             continue
         try:
             BUILDERS[wall](confinement)
@@ -279,7 +279,7 @@ def _runtime_paths(network: Network) -> Iterable[Path]:
     libraries = environment.inherited_environment("LD_LIBRARY_PATH").get("LD_LIBRARY_PATH", "")
     yield from (Path(folder) for folder in libraries.split(":") if folder.startswith("/"))
     yield from map(Path, _SYSTEM_PATHS)
-    if network is not Network.NONE:
+    if network.internet:
         yield from map(Path, _NETWORK_PATHS)
 
 

@@ -31,6 +31,13 @@ class Network(StrEnum):
     NONE = "none"
     INTERNET = "internet"
     INTERNET_AND_UNIX = "internet_and_unix"
+    SERVER = "server"
+    """Unix sockets as a client; and it accepts connections on the sockets, of any kind, that it has already."""
+
+    @property
+    def internet(self) -> bool:
+        """It may connect to anything in a network."""
+        return self in (Network.INTERNET, Network.INTERNET_AND_UNIX)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +247,12 @@ NETWORKING: Mapping[str, Numbers] = {
     "accept": (43, 202),
     "accept4": (288, 242),
 }
-_ALWAYS_REFUSED_NETWORKING = ("listen", "accept", "accept4")
+_REFUSED_NETWORKING: Mapping[Network, Iterable[str]] = {
+    Network.NONE: NETWORKING.keys(),
+    Network.INTERNET: ("listen", "accept", "accept4"),
+    Network.INTERNET_AND_UNIX: ("listen", "accept", "accept4"),
+    Network.SERVER: ("bind",),
+}
 _CHECKED: Mapping[str, Numbers] = {
     "clone": (56, 220),
     "kill": (62, 129),
@@ -340,11 +352,7 @@ def program(architecture: Architecture, *, pid: int, calls: Calls) -> list[Instr
     refused = [
         numbers for group in REFUSED.values() for name, numbers in group.items() if name not in given_back
     ]
-    refused += [
-        numbers
-        for name, numbers in NETWORKING.items()
-        if calls.network is Network.NONE or name in _ALWAYS_REFUSED_NETWORKING
-    ]
+    refused += [NETWORKING[name] for name in _REFUSED_NETWORKING[calls.network]]
     for number in sorted(each[column] or 0 for each in refused if each[column] is not None):
         found += _when(_EQUAL, number, _REFUSE)
     for name, block in _argument_checks(pid, calls).items():
@@ -381,6 +389,7 @@ def _argument_checks(pid: int, calls: Calls) -> dict[str, list[Instruction]]:
         Network.NONE: (),
         Network.INTERNET: (_AF_INET, _AF_INET6),
         Network.INTERNET_AND_UNIX: (_AF_INET, _AF_INET6, _AF_UNIX),
+        Network.SERVER: (_AF_UNIX,),
     }
     own = [*_when(_EQUAL, pid, _PERMIT), _REFUSE]
     checks = {

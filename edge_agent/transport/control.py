@@ -78,7 +78,7 @@ class Call:
             ClientGone: nobody reads any more.
         """
         try:
-            self._connection.sendall(_encode({"event": event, **fields}))
+            self._connection.sendall(encode({"event": event, **fields}))
         except OSError as error:
             raise ClientGone from error
 
@@ -153,7 +153,7 @@ class ControlServer:
         self._operations = operations
         self._seats = _Seats()
         self._closing = threading.Event()
-        self._listener = _listen(path)
+        self._listener = listen(path, key="control_socket")
 
     def run(self) -> None:
         """The thread: accepts until `close`."""
@@ -251,7 +251,7 @@ def call(
             ) from error
         # From here on a daemon is there and may have done what it was asked: the caller must not do it again itself.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has closed: see what it said
-            _send_request(connection, _encode({"op": op, **fields}), file)
+            _send_request(connection, encode({"op": op, **fields}), file)
         connection.settimeout(timeout_s)
         yield from _lines(connection)
 
@@ -342,12 +342,21 @@ def _receive(connection: socket.socket, files: list[int]) -> bytes:
     return data
 
 
-def _encode(document: Mapping[str, Any]) -> bytes:
+def encode(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode() + b"\n"
 
 
-def _listen(path: Path) -> socket.socket:
-    """Binds the socket. Replaces one that a dead daemon left behind, but not that of a living one."""
+def listen(path: Path, *, key: str) -> socket.socket:
+    """Binds a Unix socket for the members of its group. Replaces one that a dead process left behind, but not that of
+    a living one.
+
+    Args:
+        key: of the setting that names it.
+
+    Raises:
+        ControlSocketError: it cannot be made.
+        DaemonRunning: somebody listens on it.
+    """
     listener = socket.socket(socket.AF_UNIX)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -368,9 +377,7 @@ def _listen(path: Path) -> socket.socket:
         listener.listen(2 * MAX_CONNECTIONS)
     except OSError as error:
         listener.close()
-        raise ControlSocketError(
-            f"control_socket: {path} cannot be made: {error.strerror or error}"
-        ) from error
+        raise ControlSocketError(f"{key}: {path} cannot be made: {error.strerror or error}") from error
     except BaseException:
         listener.close()
         raise

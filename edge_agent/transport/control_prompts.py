@@ -119,7 +119,14 @@ class ControlPrompts:
         with self._waiting(intake, waiter, row, keep=asked.correlation is not None):
             prompt = self._journal.prompt(row)
             if prompt is not None:
-                call.send("accepted", id=prompt.id, model=prompt.model, created=int(prompt.accepted_wall_s))
+                call.send(
+                    "accepted",
+                    id=prompt.id,
+                    model=prompt.model,
+                    created=int(prompt.accepted_wall_s),
+                    stream=asked.request.stream,
+                    include_usage=asked.request.include_usage,
+                )
             self._stream(call, waiter)
             self._finish(call, row)
 

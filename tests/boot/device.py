@@ -301,6 +301,8 @@ class Device:
             "etc/edge-agent",
             "opt/edge-agent",
             "etc/systemd/system/edge-agent.service",
+            "etc/systemd/system/edge-agent-http.service",
+            "etc/systemd/system/edge-agent-http.socket",
         )
         left = [place for place in places if (self._in.root / place).exists()]
         user = self._in.run("id", "edge-agent", check=False).returncode == 0

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT / ".ci"))
 import bundle  # noqa: E402
 from wheels import Wheel  # noqa: E402
 
+UNITS = {"edge-agent.service", "edge-agent-http.socket", "edge-agent-http.service"}
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -123,6 +124,9 @@ class Host:
         command = [str(self.base / "current" / "bin" / "edge-agent"), "--version"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
 
+    def units(self) -> set[str]:
+        return {path.name for path in (self.root / "etc/systemd/system").iterdir()}
+
     def versions(self) -> list[str]:
         return sorted(path.name for path in self.base.iterdir() if path.is_dir() and not path.is_symlink())
 
@@ -151,7 +155,7 @@ def test_from_the_first_version_to_the_third_and_back_and_away(host: Host) -> No
     assert host.install(first) == "edge-agent, version 1.0.0"
     assert list(host.base.glob("1.0.0/lib/*/site-packages/__pycache__/edge_agent.*.pyc")), "bytecode is there"
     assert "[mqtt]" in host.config.read_text()
-    assert (host.root / "etc/systemd/system/edge-agent.service").is_file()
+    assert host.units() == UNITS
     host.config.write_text('device_id = "mine"\n')
     assert host.install(host.bundle("1.1.0")) == "edge-agent, version 1.1.0"
     assert host.config.read_text() == 'device_id = "mine"\n'
@@ -172,6 +176,7 @@ def test_from_the_first_version_to_the_third_and_back_and_away(host: Host) -> No
     state.touch()
     assert host.run(own, "uninstall", "--root", str(host.root)).returncode == 0
     assert (host.base.exists(), state.exists(), host.config.exists()) == (False, True, True)
+    assert host.units() == set()
     assert host.run(first, "uninstall", "--purge", "--root", str(host.root)).returncode == 0
     assert (state.exists(), host.config.exists()) == (False, False)
 
@@ -435,6 +440,16 @@ def test_an_install_that_is_cut_at_any_step_leaves_a_whole_version_and_goes_on_t
     assert host.install(second) == "edge-agent, version 1.1.0"
     assert unit.read_text() == units[1]
     assert host.versions() == ["1.0.0", "1.1.0"]
+
+
+def test_a_version_that_does_not_know_a_unit_yet_runs_without_it(host: Host) -> None:
+    host.install(host.bundle("1.0.0"))
+    host.install(host.bundle("1.1.0"))
+    for name in UNITS - {"edge-agent.service"}:
+        (host.base / "1.0.0" / "share" / "edge-agent" / name).unlink()
+    for version, units in (("1.0.0", {"edge-agent.service"}), ("1.1.0", UNITS)):
+        assert host.run(host.base / "current", "use", version, "--root", str(host.root)).returncode == 0
+        assert host.units() == units
 
 
 def test_a_version_that_is_removed_by_half_is_none_any_more(host: Host) -> None:

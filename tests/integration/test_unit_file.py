@@ -10,17 +10,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
+from edge_agent.http_settings import HttpSettings
 from edge_agent.settings import InferenceSettings
 
-UNIT = Path(__file__).parents[2] / "systemd" / "edge-agent.service"
+FOLDER = Path(__file__).parents[2] / "systemd"
+UNIT = FOLDER / "edge-agent.service"
+HTTP = FOLDER / "edge-agent-http.service"
+SOCKET = FOLDER / "edge-agent-http.socket"
 
 _EXPOSURE_LIMIT = 1.3
 
 
-def service() -> configparser.SectionProxy:
+def service(path: Path = UNIT) -> configparser.SectionProxy:
     unit = configparser.ConfigParser(interpolation=None, strict=False)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read(UNIT)
+    unit.read(path)
     return unit["Service"]
 
 
@@ -32,12 +38,13 @@ def systemd_analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
 
-def test_systemd_accepts_every_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", [UNIT, HTTP, SOCKET], ids=lambda unit: unit.name)
+def test_systemd_accepts_every_line(tmp_path: Path, unit: Path) -> None:
     program = service()["ExecStart"].split()[0]
-    copy = tmp_path / UNIT.name
-    copy.write_text(UNIT.read_text().replace(program, sys.executable))  # verify wants one that is there
-    result = systemd_analyze("verify", copy)
-    complaints = [line for line in result.stderr.splitlines() if UNIT.name in line]
+    for path in (UNIT, HTTP, SOCKET):  # verify wants the program to be there, and the units that one names
+        (tmp_path / path.name).write_text(path.read_text().replace(program, sys.executable))
+    result = systemd_analyze("verify", tmp_path / unit.name)
+    complaints = [line for line in result.stderr.splitlines() if unit.name in line]
     assert (result.returncode, complaints) == (0, []), result.stderr
 
 
@@ -47,9 +54,10 @@ def test_a_line_that_systemd_does_not_know_is_noticed(tmp_path: Path) -> None:
     assert UNIT.name in systemd_analyze("verify", copy).stderr
 
 
-def test_the_exposure_level_stays_low() -> None:
+@pytest.mark.parametrize("unit", [UNIT, HTTP], ids=lambda unit: unit.name)
+def test_the_exposure_level_stays_low(unit: Path) -> None:
     result = systemd_analyze(
-        "security", "--offline=true", f"--threshold={int(_EXPOSURE_LIMIT * 10)}", "--no-pager", UNIT
+        "security", "--offline=true", f"--threshold={int(_EXPOSURE_LIMIT * 10)}", "--no-pager", unit
     )
     assert result.returncode == 0, result.stdout + result.stderr
     level = re.search(r"Overall exposure level for \S+: (\d+\.\d+)", result.stdout)
@@ -57,11 +65,11 @@ def test_the_exposure_level_stays_low() -> None:
     assert float(level[1]) <= _EXPOSURE_LIMIT
 
 
-def calls(*refused: bool) -> set[str]:
+def calls(unit: Path, *refused: bool) -> set[str]:
     """What the lines of the filter name: allowed, or refused."""
     lines = [
         line.partition("=")[2]
-        for line in UNIT.read_text().splitlines()
+        for line in unit.read_text().splitlines()
         if line.startswith("SystemCallFilter=")
     ]
     return {
@@ -69,12 +77,25 @@ def calls(*refused: bool) -> set[str]:
     }
 
 
-def test_runners_may_build_their_walls_and_nobody_looks_into_another_process() -> None:
-    assert {"landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self", "seccomp"} <= calls(
-        False
-    )
-    assert {"process_vm_readv", "process_vm_writev"} <= calls(True)
-    assert calls(False) & calls(True) == set()
+@pytest.mark.parametrize("unit", [UNIT, HTTP], ids=lambda unit: unit.name)
+def test_walls_may_be_built_and_nobody_looks_into_another_process(unit: Path) -> None:
+    walls = {"landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self", "seccomp"}
+    assert walls <= calls(unit, False)
+    assert {"process_vm_readv", "process_vm_writev"} <= calls(unit, True)
+    assert calls(unit, False) & calls(unit, True) == set()
+
+
+def test_the_openai_interface_is_another_user_without_a_network() -> None:
+    unit = service(HTTP)
+    assert (unit["DynamicUser"], unit["SupplementaryGroups"]) == ("yes", service()["Group"])
+    assert (unit["PrivateNetwork"], unit["RestrictAddressFamilies"]) == ("yes", "AF_UNIX")
+    assert "User" not in unit and "StateDirectory" not in unit
+
+
+def test_by_itself_it_is_open_to_this_device_only() -> None:
+    lines = [line for line in SOCKET.read_text().splitlines() if line.startswith("Listen")]
+    assert lines == [f"ListenStream={HttpSettings().listen}", "ListenStream=/run/edge-agent-http.sock"]
+    assert "SocketMode=0660" in SOCKET.read_text()
 
 
 def test_memory_is_a_share_of_the_host() -> None:
@@ -89,3 +110,4 @@ def test_stopping_waits_longer_than_the_running_prompt_may_take() -> None:
 
 def test_invalid_settings_do_not_start_a_restart_loop() -> None:
     assert (service()["Restart"], service()["RestartPreventExitStatus"]) == ("always", "78")
+    assert (service(HTTP)["Restart"], service(HTTP)["RestartPreventExitStatus"]) == ("on-failure", "78")

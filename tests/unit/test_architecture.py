@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "edge_agent"
-HEAVY = {"mlflow", "numpy", "pandas", "onnxruntime", "onnxruntime_genai", "torch", "transformers"}
+HEAVY = {
+    *("mlflow", "numpy", "pandas", "onnxruntime", "onnxruntime_genai", "torch", "transformers"),
+    *("starlette", "uvicorn"),
+}
 
 
 def modules() -> list[Path]:
@@ -40,13 +43,13 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     for rooms in (
         "cli",
         "daemon device_status device_metrics",
-        "doctor bench demo",
+        "doctor bench demo gateway",
         "transport updates",
         "chat serving sync publishing",
         "runner cache",
         "owner private_broker",
         "settings",
-        "package",
+        "package http_settings",
         "host",
         "metrics",
         "wrapper environment topics errors logs terminal sd_notify",
@@ -140,6 +143,9 @@ def test_no_room_is_overcrowded() -> None:
         ),
         ("torch", {"runner/transformers_flavor.py"}),
         ("sqlite3", {"chat/journal_file.py"}),
+        ("starlette", {"gateway/app.py", "gateway/answers.py", "gateway/guard.py"}),
+        ("uvicorn", {"gateway/server.py", "gateway/connection.py"}),
+        ("h11", {"gateway/connection.py"}),
     ],
 )
 def test_a_library_has_its_owners(package: str, owners: set[str]) -> None:

@@ -113,12 +113,14 @@ def test_the_locks_hold_every_direct_dependency_and_the_build_backend() -> None:
         *project["build-system"]["requires"],
         *project["project"]["dependencies"],
         *extras["local-registry"],
+        *extras["http"],
     ]
     transformers = [each for each in extras["transformers"] if not each.startswith("torch")]
     dev = [*runtime, *extras["s3"], *extras["signing"], *extras["dev"], *transformers]
     device = [
         *project["project"]["dependencies"],
         *extras["local-registry"],
+        *extras["http"],
         *extras["s3"],
         *extras["signing"],
         "pip",

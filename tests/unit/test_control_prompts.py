@@ -140,7 +140,7 @@ def kinds(events: list[dict[str, Any]]) -> list[str]:
 
 
 def test_a_chat_is_accepted_streamed_and_done(device: Device) -> None:
-    client = device.chat(stream=True)
+    client = device.chat(stream=True, stream_options={"include_usage": True})
     prompt = device.claim()
     device.say(prompt, "H")
     device.say(prompt, "")
@@ -149,8 +149,13 @@ def test_a_chat_is_accepted_streamed_and_done(device: Device) -> None:
     accepted, *deltas, done = client.events()
     assert (prompt.client, prompt.source) == (HTTP, Source.CONTROL)
     assert accepted == {
-        "event": "accepted", "id": prompt.id, "model": "assistant", "created": int(prompt.accepted_wall_s),
-    }  # fmt: skip
+        "event": "accepted",
+        "id": prompt.id,
+        "model": "assistant",
+        "created": int(prompt.accepted_wall_s),
+        "stream": True,
+        "include_usage": True,
+    }
     assert [delta["delta"] for delta in deltas] == [{"content": "H"}, {"content": "i."}]
     assert (done["event"], done["version"], done["flavor"]) == ("done", "3", "onnx")
     assert done["answer"]["choices"][0]["message"]["content"] == "Hi."

@@ -97,6 +97,24 @@ def test_systemds_directories_are_used(tmp_path: Path, monkeypatch: pytest.Monke
         ({"link": {"bytes_per_day": -1}}, "link.bytes_per_day"),
         ({"link": {"inhibit_file": "in-use"}}, "link.inhibit_file"),
         ({"device_id": "with space"}, "device_id"),
+        *(
+            ({"http": {key: bad}}, f"http.{key}" if key != "cert_file" else "http")
+            for key, bad in (
+                ("listen", "8080"),
+                ("listen", "example.test:8080"),
+                ("listen", "127.0.0.1:0"),
+                ("listen", "127.0.0.1:65536"),
+                ("listen", "::1:8080"),
+                ("listen", "[::1:8080"),
+                ("socket", "http.sock"),
+                ("socket", "/" + "x" * 120),
+                ("allowed_hosts", ["http://box.lan"]),
+                ("allowed_hosts", ["box.lan:8080"]),
+                ("allowed_hosts", ["*"]),
+                ("cert_file", "x"),
+                ("surprise", 1),
+            )
+        ),
         ({"control_socket": "/" + "x" * 120}, "control_socket"),
         ({"cache": {"quota_bytes": -1}}, "cache.quota_bytes"),
     ],

@@ -1,0 +1,98 @@
+"""uvicorn's server on several doors, each with its own TLS and its own guard, and its end when nobody comes.
+
+Owns the bounds of all connections together: it looks at each of them once a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from edge_agent.gateway.connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, Connection
+
+if TYPE_CHECKING:
+    from edge_agent.gateway.doors import Door
+    from edge_agent.gateway.guard import Guard
+
+_BACKLOG = 128
+_HANDSHAKE_S = 10.0
+_DRAIN_S = 20
+"""At SIGTERM, for the answers that are on their way; as the daemon's `inference.drain_s`."""
+_LOOK_S = 1.0
+
+
+class Server(uvicorn.Server):
+    """Serves until a signal, or until it is idle.
+
+    Args:
+        doors: each with the app behind its guard.
+        idle_s: it ends when it had no connection for so long; None for never.
+    """
+
+    def __init__(self, doors: Sequence[tuple[Door, Guard]], *, idle_s: float | None) -> None:
+        self._doors = [(door, _config(guard)) for door, guard in doors]
+        super().__init__(self._doors[0][1])
+        self._idle_s = idle_s
+        self._looked_s = self._busy_s = 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        self._busy_s = loop.time()
+        self.servers = []
+        for door, config in self._doors:
+            make = functools.partial(
+                Connection, config=config, server_state=self.server_state, app_state={}, _loop=loop
+            )
+            handshake_s = _HANDSHAKE_S if door.tls else None
+            self.servers.append(
+                await loop.create_server(
+                    make,
+                    sock=door.listener,
+                    ssl=door.tls,
+                    backlog=_BACKLOG,
+                    ssl_handshake_timeout=handshake_s,
+                    ssl_shutdown_timeout=handshake_s,
+                )
+            )
+        self.started = True
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.step(asyncio.get_running_loop().time())
+
+    def step(self, now_s: float) -> bool:
+        """Looks at all connections. True when there is nobody to serve any more.
+
+        Args:
+            now_s: of the loop's clock.
+        """
+        state = self.server_state
+        if now_s - self._looked_s >= _LOOK_S:
+            self._looked_s = now_s
+            for connection in list(state.connections):
+                if isinstance(connection, Connection):
+                    connection.check(now_s)
+        if state.connections or state.tasks:
+            self._busy_s = now_s
+        return self._idle_s is not None and now_s - self._busy_s >= self._idle_s
+
+
+def _config(guard: Guard) -> uvicorn.Config:
+    """No lifespan, no web sockets, no trust in what a proxy says, and no words about the software."""
+    return uvicorn.Config(
+        guard,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_DRAIN_S,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+    )
