@@ -1,4 +1,4 @@
-"""What can be asked: chat, completion, models, health. Each is one call of the control socket.
+"""What can be asked: chat, completion, models, health, metrics. Each is one call of the control socket.
 
     body, bounded in bytes and time → chat → accepted → the whole answer, or its stream → done
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -29,7 +30,7 @@ from edge_agent.errors import (
     QueueFull,
     UnknownModel,
 )
-from edge_agent.gateway import answers, daemon_line
+from edge_agent.gateway import answers, daemon_line, prometheus
 from edge_agent.gateway.answers import Accepted, Stream
 from edge_agent.gateway.refusals import MethodNotAllowed, NotFound, RequestSlow
 from edge_agent.settings import Settings, find_control_socket
@@ -58,6 +59,7 @@ def make_app(settings: Settings) -> Starlette:
             Route("/v1/models", gateway.models),
             Route("/v1/models/{name}", gateway.model),
             Route("/healthz", gateway.health),
+            Route("/metrics", gateway.metrics),
         ],
         exception_handlers={EdgeAgentError: _refused, HTTPException: _not_here, TimeoutError: _stuck},
     )
@@ -71,6 +73,7 @@ class _Gateway:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._calls = 0
+        self._scraping = asyncio.Lock()
         limits = settings.limits
         self._body_bytes = limits.payload_bytes
         self._longest_s = max(limits.deadline_s, limits.max_deadline_s) + _GRACE_S
@@ -95,6 +98,17 @@ class _Gateway:
         """200 while the device answers prompts."""
         state = (await self._status())["state"]
         return JSONResponse({"state": state}, 200 if state in ("ready", "degraded") else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus. That the daemon does not answer is a number, too."""
+        try:
+            # Beside the other calls, for these numbers are wanted most when too much is asked; but one at a time.
+            async with asyncio.timeout(_STATUS_S), self._scraping:
+                document = await _said("metrics", daemon_line.ask(self._daemon, "metrics"))
+        except (DaemonNotRunning, TimeoutError):
+            document = {}
+        body, content_type = prometheus.exposition(document, request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
 
     async def _generate(self, request: Request, surface: Surface) -> Response:
         try:
@@ -140,12 +154,12 @@ class _Gateway:
         return event
 
     async def _status(self) -> Mapping[str, Any]:
-        async with asyncio.timeout(_STATUS_S), aclosing(self._ask("status", brief=True)) as events:
-            async for event in events:
-                if "status" in event:
-                    return dict(event["status"])
-                raise answers.reported(event)
-        raise _unanswered()
+        async with asyncio.timeout(_STATUS_S):
+            return await _said("status", self._ask("status", brief=True))
+
+    @property
+    def _daemon(self) -> Path:
+        return find_control_socket(self._settings)
 
     async def _ask(self, op: str, **fields: Any) -> Events:
         """Asks the daemon.
@@ -157,12 +171,25 @@ class _Gateway:
             raise QueueFull(f"{self._calls} requests are at work already", retry_after_ms=_CALL_AGAIN_MS)
         self._calls += 1
         try:
-            path = find_control_socket(self._settings)
-            async with aclosing(daemon_line.ask(path, op, **fields)) as events:
+            async with aclosing(daemon_line.ask(self._daemon, op, **fields)) as events:
                 async for event in events:
                     yield event
         finally:
             self._calls -= 1
+
+
+async def _said(key: str, events: Events) -> Mapping[str, Any]:
+    """What the daemon says in one event.
+
+    Raises:
+        EdgeAgentError: it says that something failed, or nothing.
+    """
+    async with aclosing(events):
+        async for event in events:
+            if key in event:
+                return dict(event[key])
+            raise answers.reported(event)
+    raise _unanswered()
 
 
 class _EventStream(Response):

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "edge_agent"
 HEAVY = {
     *("mlflow", "numpy", "pandas", "onnxruntime", "onnxruntime_genai", "torch", "transformers"),
-    *("starlette", "uvicorn"),
+    *("starlette", "uvicorn", "prometheus_client"),
 }
 
 
@@ -146,6 +146,7 @@ def test_no_room_is_overcrowded() -> None:
         ("starlette", {"gateway/app.py", "gateway/answers.py", "gateway/guard.py"}),
         ("uvicorn", {"gateway/server.py", "gateway/connection.py"}),
         ("h11", {"gateway/connection.py"}),
+        ("prometheus_client", {"gateway/prometheus.py"}),
     ],
 )
 def test_a_library_has_its_owners(package: str, owners: set[str]) -> None:
