@@ -32,6 +32,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   test [PYTEST ARG…]   set up what is needed, then the tests (or those that the pytest arguments select)
   long-test [ARG…]     the longer ways through what the tests show in short (minutes)
   broker-test [ARG…]   the whole contract on mosquitto, RabbitMQ and NATS, and a table (minutes)
+  look-test [ARG…]     what people look at: the dashboard on a real Prometheus (a minute)
   chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
   powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)
   attack [OPTION…]     input that means harm: what is known, then generated, in at most 10 minutes; --help
@@ -65,6 +66,7 @@ main() {
         long-test) long_test "$@" ;;
         powerloss) POWERLOSS_FAULTS=all run_tests -m 'long or not long' tests/*/test_powerloss.py "$@" ;;
         broker-test) need_brokers && run_tests -q -s -m 'brokers or not brokers' tests/acceptance/test_brokers.py "$@" ;;
+        look-test) need_lookers && run_tests -m look "$@" ;;
         chaos) chaos "$@" ;;
         attack) attack "$@" ;;
         check) check ;;

@@ -41,6 +41,7 @@ def test_help_has_a_line_for_each_command() -> None:
         "demo",
         "test",
         "long-test",
+        "look-test",
         "chaos",
         "powerloss",
         "attack",
