@@ -32,6 +32,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   test [PYTEST ARG…]   set up what is needed, then the tests (or those that the pytest arguments select)
   long-test [ARG…]     the longer ways through what the tests show in short (minutes)
   broker-test [ARG…]   the whole contract on mosquitto, RabbitMQ and NATS, and a table (minutes)
+  http-test [ARG…]     the packages openai, llm and langchain-openai against the OpenAI interface (fetches them)
   look-test [ARG…]     what people look at: the dashboard on a real Prometheus (a minute)
   chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
   powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)
@@ -66,6 +67,7 @@ main() {
         long-test) long_test "$@" ;;
         powerloss) POWERLOSS_FAULTS=all run_tests -m 'long or not long' tests/*/test_powerloss.py "$@" ;;
         broker-test) need_brokers && run_tests -q -s -m 'brokers or not brokers' tests/acceptance/test_brokers.py "$@" ;;
+        http-test) http_test "$@" ;;
         look-test) need_lookers && run_tests -m look "$@" ;;
         chaos) chaos "$@" ;;
         attack) attack "$@" ;;
@@ -116,6 +118,11 @@ long_test() {
     need_programs acl setfacl -- acl
     need_postgres
     run_tests -m long "$@"
+}
+
+http_test() {
+    locked_venv http-clients "$TOOLS/http-clients"
+    run_tests -q -m http_clients "$@"
 }
 
 chaos() {
@@ -229,12 +236,8 @@ random_model() {
 
 # The libraries that make models; the agent itself needs none of them.
 training_venv() {
-    [[ $(stamp_of "$TRAIN_VENV") != "train $(key train)" ]] || return 0
-    make_venv "$TRAIN_VENV"
-    say "installing the training libraries"
-    "$TRAIN_VENV/bin/python" -m pip install --quiet --require-hashes --no-deps -r "$LOCKS/train.txt"
+    locked_venv train "$TRAIN_VENV"
     need_torch "$TRAIN_VENV"
-    printf 'train %s\n' "$(key train)" >"$TRAIN_VENV/.stamp"
 }
 
 main "$@"

@@ -22,6 +22,16 @@ set_up() {
     say "installed in $((SECONDS - started)) s"
 }
 
+# locked_venv LOCK VENV: a virtual environment of its own with that lock in it, for what must not mix with ours.
+locked_venv() {
+    local lock=$1 venv=$2
+    [[ $(stamp_of "$venv") != "$lock $(key "$lock")" ]] || return 0
+    make_venv "$venv"
+    say "installing $(grep -c '==' "$LOCKS/$lock.txt") locked packages into ${venv#"$ROOT"/}"
+    "$venv/bin/python" -m pip install --quiet --require-hashes --no-deps -r "$LOCKS/$lock.txt"
+    printf '%s %s\n' "$lock" "$(key "$lock")" >"$venv/.stamp"
+}
+
 # need_torch VENV: torch is in it afterwards. It stays outside the locks: its builds differ from host to host, and
 # so do their hashes. Only tests and training have it; what a device runs has not.
 need_torch() {

@@ -16,6 +16,8 @@ lock() {
     compile device --extra http --extra local-registry --extra s3 --extra signing --constraint "$LOCKS/dev.txt" pyproject.toml - \
         <<<'pip>=25'
     compile train --constraint "$LOCKS/dev.txt" - < <(printf '%s\n' "${TRAINING[@]}")
+    # Programs that speak OpenAI's HTTP; the tests start them beside the agent.
+    compile http-clients - < <(printf '%s\n' openai llm langchain-openai)
     if grep -nEi '://|^(-i|--index|--extra-index|--find-links|torch==|nvidia-|triton==)' "$LOCKS"/*.txt; then
         die "a lock names an address or torch: see above"
     fi

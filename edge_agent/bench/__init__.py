@@ -104,6 +104,8 @@ def _measure(
             except BrokerMissing as error:
                 del starts[name], measured[name]
                 notes.append(f"the agent over MQTT was not measured: {error}")
+    if report.MQTT in measured and not together.http_ms:
+        notes.append("the OpenAI interface was not measured: the extra `http` is not installed")
     return measured, together if report.MQTT in measured else None, notes
 
 

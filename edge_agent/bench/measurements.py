@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from edge_agent.bench import over_http
 from edge_agent.bench.sides import ANSWER_TIMEOUT_S, LineSide, MqttSide, Side
 from edge_agent.bench.timing import Timing
 from edge_agent.host import memory
@@ -18,6 +19,7 @@ ROUNDS = {32: 5, 256: 2, 1024: 1}
 """Prompts of each length in one launch."""
 AT_ONCE = (1, 2, 4, 8)
 NEWCOMERS = 3
+OVER_HTTP = 10
 PREFIX_TOKENS = 1000
 _LATER_QUESTION = "And after that, what is the capital of Nepal?"
 
@@ -39,7 +41,7 @@ class Prompts:
     @classmethod
     def made_by(cls, bare: LineSide, *, context_tokens: int, new_tokens: int) -> Prompts:
         lengths = [length for length in LENGTHS if length + new_tokens <= context_tokens]
-        needed = sum(AT_ONCE) + max(AT_ONCE) + NEWCOMERS * 4
+        needed = sum(AT_ONCE) + max(AT_ONCE) + NEWCOMERS * 4 + 2 * OVER_HTTP
         has_room = PREFIX_TOKENS + 64 + new_tokens <= context_tokens
         return cls(
             by_length={n: [bare.prompt(n) for _ in range(ROUNDS[n])] for n in lengths},
@@ -69,6 +71,9 @@ class Together:
     cold_ms: list[float] = field(default_factory=list)
     known_ms: list[float] = field(default_factory=list)
     daemon_bytes: list[int] = field(default_factory=list)
+    control_ms: list[float] = field(default_factory=list)
+    http_ms: list[float] = field(default_factory=list)
+    gateway_bytes: list[int] = field(default_factory=list)
 
 
 def measure(side: Side, prompts: Prompts, new_tokens: int, measured: Measured) -> None:
@@ -99,7 +104,18 @@ def measure_together(side: MqttSide, prompts: Prompts, new_tokens: int, together
         together.cold_ms.append(side.ask(prompts.prefix, new_tokens).first_token_ms)
         later = f"{prompts.prefix} {_LATER_QUESTION}"
         together.known_ms.append(side.ask(later, new_tokens).first_token_ms)
+    if over_http.installed():
+        _over_http(side, [next(fresh) for _ in range(2 * OVER_HTTP)], new_tokens, together)
     together.daemon_bytes.append(memory.resident_bytes(side.daemon_pid))
+
+
+def _over_http(side: MqttSide, texts: Sequence[str], new_tokens: int, together: Together) -> None:
+    """Measures the first token over the control socket and over HTTP, in turn."""
+    with side.gateway() as gateway:
+        for directly, through in zip(texts[::2], texts[1::2], strict=True):
+            together.control_ms.append(gateway.over_control_ms(directly, new_tokens))
+            together.http_ms.append(gateway.over_http_ms(through, new_tokens))
+        together.gateway_bytes.append(memory.resident_bytes(gateway.pid))
 
 
 def _at_once(side: MqttSide, texts: Sequence[str], new_tokens: int, together: Together) -> None:

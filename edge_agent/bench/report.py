@@ -1,7 +1,7 @@
 """The benchmark's result as one document, and as tables for people. Pure except for printing.
 
-The document: `model, version, digest, host, threads, launches, tokens, sides, at_once, prefix, newcomer, memory,
-roofline, ratios, notes`. Each ratio includes the two medians that it compares.
+The document: `model, version, digest, host, threads, launches, tokens, sides, at_once, prefix, newcomer, over_http,
+memory, roofline, ratios, notes`. Each ratio includes the two medians that it compares.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def document(
     if together is not None:
         result |= _together(together)
         result["memory"]["daemon"] = {"resident_bytes": int(median(together.daemon_bytes))}
+        if together.http_ms:
+            result["memory"]["gateway"] = {"resident_bytes": int(median(together.gateway_bytes))}
     result["ratios"] = [asdict(ratio) for ratio in _ratios(result)]
     result["notes"] = list(notes)
     return result
@@ -105,11 +107,17 @@ def _together(together: Together) -> dict[str, Any]:
             "first_token_ms_p95": round(percentile(together.newcomer_ms, 0.95), 2),
         },
         "prefix": None,
+        "over_http": None,
     }
     if together.cold_ms:
         result["prefix"] = {
             "cold_ms": round(median(together.cold_ms), 2),
             "known_ms": round(median(together.known_ms), 2),
+        }
+    if together.http_ms:
+        result["over_http"] = {
+            "control_first_token_ms": round(median(together.control_ms), 2),
+            "http_first_token_ms": round(median(together.http_ms), 2),
         }
     return result
 
@@ -139,6 +147,12 @@ def _ratios(result: Mapping[str, Any]) -> list[Ratio]:
                      newcomer["first_token_ms_p95"], alone),
             _subtracted("memory, daemon", "MB", "<= 50", memory["daemon"]["resident_bytes"] / 1e6, 0.0),
         ]  # fmt: skip
+        if over_http := result["over_http"]:
+            found += [
+                _subtracted("first token, over HTTP - over the control socket", "ms", "<= 5",
+                            over_http["http_first_token_ms"], over_http["control_first_token_ms"]),
+                _subtracted("memory, gateway", "MB", "<= 45", memory["gateway"]["resident_bytes"] / 1e6, 0.0),
+            ]  # fmt: skip
         if prefix:
             found.append(_divided("first token, known 1,000-token prefix / cold", "ms", "<= 0.10",
                                   prefix["known_ms"], prefix["cold_ms"]))  # fmt: skip

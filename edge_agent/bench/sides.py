@@ -12,13 +12,16 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from edge_agent.bench.line_child import BenchError, LineChild
 from edge_agent.bench.mqtt_client import MqttClient
+from edge_agent.bench.over_http import Gateway, gateway
 from edge_agent.bench.private_cache import private_cache
 from edge_agent.bench.timing import Timing
 from edge_agent.cache.record import VersionRecord
@@ -132,10 +135,22 @@ class RunnerSide:
 
 
 class MqttSide:
-    """A private daemon behind a private broker."""
+    """A private daemon behind a private broker.
 
-    def __init__(self, client: MqttClient, *, daemon_pid: int, runner_pid: int) -> None:
+    Attributes:
+        gateway: starts the OpenAI interface before this daemon, for a block.
+    """
+
+    def __init__(
+        self,
+        client: MqttClient,
+        *,
+        daemon_pid: int,
+        runner_pid: int,
+        gateway: Callable[[], AbstractContextManager[Gateway]],
+    ) -> None:
         self.client = client
+        self.gateway = gateway
         self.load_ms = 0.0
         self.pid = runner_pid
         self.daemon_pid = daemon_pid
@@ -189,7 +204,12 @@ def mqtt(subject: Subject) -> Iterator[MqttSide]:
         daemon = stack.enter_context(child_process(command, log, environment=subject.environment))
         _await_ready(folder / "control.sock", log)
         client = stack.enter_context(MqttClient(port, f"edge/v1/{DEVICE}"))
-        yield MqttSide(client, daemon_pid=daemon.pid, runner_pid=memory.children(daemon.pid)[0])
+        yield MqttSide(
+            client,
+            daemon_pid=daemon.pid,
+            runner_pid=memory.children(daemon.pid)[0],
+            gateway=partial(gateway, config, folder, subject.environment),
+        )
 
 
 def _config(subject: Subject, folder: Path, state_dir: Path, port: int) -> str:
@@ -208,6 +228,7 @@ def _config(subject: Subject, folder: Path, state_dir: Path, port: int) -> str:
         },
         f"models.{json.dumps(subject.record.name)}.sandbox": model.sandbox.model_dump(mode="json"),
         "mqtt": {"host": "127.0.0.1", "port": port},
+        "http": {"listen": "", "socket": str(folder / "http.sock")},
         "limits": {"deadline_s": ANSWER_TIMEOUT_S},
         "trust": {
             "public_keys": list(trust.public_keys),

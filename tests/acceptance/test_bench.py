@@ -59,6 +59,8 @@ def test_every_layer_is_measured_and_nothing_is_left_behind(
     for name in SIDES:
         assert 20e6 < document["memory"][name]["resident_bytes"] <= document["memory"][name]["peak_bytes"]
     assert 20e6 < document["memory"]["daemon"]["resident_bytes"] < 200e6
+    assert 20e6 < document["memory"]["gateway"]["resident_bytes"] < 200e6
+    assert min(document["over_http"].values()) > 0
     weights = (sample_model / "model.onnx.data").stat().st_size
     embeddings = onnx_graph.read(sample_model / "model.onnx").embedding_bytes
     assert weights - embeddings <= document["roofline"]["model_bytes"] < weights

@@ -74,6 +74,7 @@ def test_each_ratio_has_both_sides_and_without_a_broker_there_are_fewer() -> Non
     together = Together(
         tokens_per_s={4: [30.0]}, first_token_ms={4: [1.0, 2.0]}, in_turn_tokens_per_s=[20.0],
         newcomer_ms=[20.0, 30.0], cold_ms=[100.0], known_ms=[5.0], daemon_bytes=[40_000_000],
+        control_ms=[9.0, 10.0, 11.0], http_ms=[12.0, 12.5, 90.0], gateway_bytes=[30_000_000],
     )  # fmt: skip
     whole = document(head, sides | {MQTT: measured(13, 110, 230_000_000)}, together, roofline, [])
     ratios = {ratio["name"]: ratio["value"] for ratio in whole["ratios"]}
@@ -81,6 +82,8 @@ def test_each_ratio_has_both_sides_and_without_a_broker_there_are_fewer() -> Non
     assert ratios["four prompts, at once / one after the other"] == 1.5
     assert ratios["first token, known 1,000-token prefix / cold"] == 0.05
     assert ratios["memory, daemon"] == 40.0
+    assert ratios["first token, over HTTP - over the control socket"] == 2.5
+    assert ratios["memory, gateway"] == 30.0
 
 
 def test_the_bare_side_prefills_and_rounds_as_the_wrapper_does() -> None:

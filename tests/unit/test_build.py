@@ -20,7 +20,7 @@ import tests.conftest
 from tests.conftest import *
 tests.conftest.LEFT_PROCESSES_GRACE_S = 0.5
 """
-LOCKS = ("runtime", "dev", "train", "device")
+LOCKS = ("runtime", "dev", "train", "device", "http-clients")
 
 _PIN = re.compile(r"^([a-z0-9][a-z0-9.-]*)==(\S+)", re.MULTILINE)
 
@@ -41,6 +41,7 @@ def test_help_has_a_line_for_each_command() -> None:
         "demo",
         "test",
         "long-test",
+        "http-test",
         "look-test",
         "chaos",
         "powerloss",
