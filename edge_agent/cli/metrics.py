@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
-from edge_agent import settings as settings_module
 from edge_agent import terminal
-from edge_agent.cli.command import NOT_RUNNING, Command, Invocation, reported_error
+from edge_agent.cli.command import NOT_RUNNING, Command, Invocation, said_by_daemon
 from edge_agent.errors import DaemonNotRunning, EdgeAgentError
 from edge_agent.metrics import exposition
-from edge_agent.settings import Settings
-from edge_agent.transport import control
 
 
 @click.command(cls=Command)
@@ -42,7 +38,7 @@ def metrics(invocation: Invocation, as_json: bool, textfile: Path | None) -> Non
         raise click.UsageError("--json and --textfile do not go together")
     code = 0
     try:
-        document = _measured(invocation.settings())
+        document = said_by_daemon(invocation.settings(), "metrics")
     except DaemonNotRunning as error:
         if as_json:
             raise
@@ -55,15 +51,6 @@ def metrics(invocation: Invocation, as_json: bool, textfile: Path | None) -> Non
     else:
         _write(textfile, exposition.text(document))
     sys.exit(code)
-
-
-def _measured(settings: Settings) -> dict[str, Any]:
-    for event in control.call(settings_module.find_control_socket(settings), "metrics", timeout_s=30.0):
-        if event.get("event") == "done":
-            return dict(event["metrics"])
-        if event.get("event") == "error":
-            raise reported_error(event)
-    raise EdgeAgentError("the daemon closed the connection without an answer")
 
 
 def _write(file: Path, content: str) -> None:

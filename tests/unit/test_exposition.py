@@ -16,17 +16,8 @@ from edge_agent.errors import PromptError, by_code
 from edge_agent.gateway import prometheus
 from edge_agent.metrics import exposition, histogram
 from edge_agent.metrics.families import FAMILIES, MODEL
-from edge_agent.metrics.measurements import OK, Measurements, Took
-
-TOOK = Took(
-    queue_s=0.02,
-    first_token_s=7.0,
-    request_s=30.0,
-    per_token_s=0.4,
-    input_tokens=100,
-    output_tokens=16,
-    cached_tokens=64,
-)
+from edge_agent.metrics.measurements import OK, Measurements
+from tests.support.measured import TOOK
 
 
 def document(measurements: Measurements, **more: Any) -> dict[str, Any]:

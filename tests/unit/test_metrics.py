@@ -14,17 +14,7 @@ from edge_agent.metrics.measurements import OK, Measurements, Took
 from edge_agent.serving.seat import Serving
 from edge_agent.sync.protocol import SyncResult
 from edge_agent.updates.arrivals import Arrivals
-
-TOOK = Took(
-    queue_s=0.02,
-    first_token_s=7.0,
-    request_s=30.0,
-    per_token_s=0.4,
-    input_tokens=100,
-    output_tokens=16,
-    cached_tokens=64,
-)
-
+from tests.support.measured import TOOK
 
 # --- Instruments ----------------------------------------------------------------------------------------
 
