@@ -53,6 +53,7 @@ def diagnose(load: Callable[[], Settings], *, config: Path | None) -> Iterator[F
     yield from _each("settings.files", lambda: files.check(settings, config, service.unit_properties()))
     yield from _each("settings.tls", lambda: certificates.check(settings.mqtt))
     yield from _each("settings.tls", lambda: certificates.check_registry(settings.registry))
+    yield from _each("settings.tls", lambda: certificates.check_http(settings.http))
     yield from _each("libraries", lambda: host.check_libraries(settings))
     yield from _each("host.walls", lambda: walls.check(settings, status.document))
     yield from _each("unit", service.check_unit)

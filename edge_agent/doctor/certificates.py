@@ -12,6 +12,7 @@ from pathlib import Path
 
 from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.errors import SettingsError
+from edge_agent.http_settings import HttpSettings
 from edge_agent.settings import MqttSettings, RegistrySettings
 from edge_agent.sync.tls import TlsFiles
 from edge_agent.transport.credentials import tls_context
@@ -32,6 +33,13 @@ def check(mqtt: MqttSettings) -> Iterator[Finding]:
 def check_registry(registry: RegistrySettings) -> Iterator[Finding]:
     """Checks `registry.ca_file`, `registry.cert_file` and `registry.key_file`; yields nothing without them."""
     yield from _check("registry", registry, TlsFiles.of(registry).check)
+
+
+def check_http(http: HttpSettings) -> Iterator[Finding]:
+    """Checks `http.cert_file`; its key may be a credential that only its own service sees."""
+    if chain := _periods(http.cert_file) if http.cert_file else []:
+        remedy = "issue a new certificate, then `systemctl restart edge-agent-http`"
+        yield _check_dates("http.cert_file", http.cert_file, _of_all(chain), datetime.now(UTC), remedy)
 
 
 def _check(

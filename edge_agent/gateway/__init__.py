@@ -55,9 +55,8 @@ def serve(settings: Settings, *, idle_s: float = IDLE_S) -> int:
     guards = [(door, Guard(app, hosts=door.hosts, token=door.token)) for door in doors]
     log.info("listening on=%s", ",".join(str(door) for door in doors))
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(
-            number, lambda *_: None
-        )  # the server has handlers of its own, and calls these when it has ended
+        # The server has handlers of its own, and sends itself the signal again when it has ended.
+        signal.signal(number, lambda *_: None)
     asyncio.run(Server(guards, idle_s=idle_s if passed else None).serve())
     log.info("stopped")
     return 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -37,9 +36,9 @@ from edge_agent.settings import Settings, find_control_socket
 
 BODY_S = 30.0
 """A request has so long to arrive."""
-MAX_CALLS = 36
-"""Of the control socket at once: fewer than it has for one user, so that a command of somebody else still gets in."""
-_CALL_AGAIN_MS = 1000
+MAX_PROMPTS = 36
+"""At once: fewer than the control socket has places for one user, so that a command of somebody else still gets in."""
+_AGAIN_MS = 1000
 _GRACE_S = 30.0
 _STATUS_S = 10.0
 _CLIENT_LEFT = 499
@@ -72,7 +71,7 @@ class _Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._calls = 0
+        self._at_work = 0
         self._scraping = asyncio.Lock()
         limits = settings.limits
         self._body_bytes = limits.payload_bytes
@@ -102,9 +101,9 @@ class _Gateway:
     async def metrics(self, request: Request) -> Response:
         """For Prometheus. That the daemon does not answer is a number, too."""
         try:
-            # Beside the other calls, for these numbers are wanted most when too much is asked; but one at a time.
+            # One at a time: the daemon looks at its disk for it.
             async with asyncio.timeout(_STATUS_S), self._scraping:
-                document = await _said("metrics", daemon_line.ask(self._daemon, "metrics"))
+                document = await _said("metrics", self._ask("metrics"))
         except (DaemonNotRunning, TimeoutError):
             document = {}
         body, content_type = prometheus.exposition(document, request.headers.get("accept", ""))
@@ -114,7 +113,7 @@ class _Gateway:
         try:
             text = await _body(request, self._body_bytes)
             key = request.headers.get("idempotency-key")
-            events = self._ask("chat", body=text, surface=surface, key=key)
+            events = self._prompt(body=text, surface=surface, key=key)
             try:
                 return await until_gone(request.receive, self._begin(events, surface))
             except BaseException:
@@ -153,29 +152,34 @@ class _Gateway:
             raise answers.reported(event["answer"]["error"])
         return event
 
+    async def _prompt(self, **fields: Any) -> Events:
+        """Asks the daemon a prompt.
+
+        Raises:
+            QueueFull: too many are at work already.
+        """
+        if self._at_work >= MAX_PROMPTS:
+            raise QueueFull(f"{self._at_work} requests are at work already", retry_after_ms=_AGAIN_MS)
+        self._at_work += 1
+        try:
+            async with aclosing(self._ask("chat", **fields)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._at_work -= 1
+
     async def _status(self) -> Mapping[str, Any]:
         async with asyncio.timeout(_STATUS_S):
             return await _said("status", self._ask("status", brief=True))
 
-    @property
-    def _daemon(self) -> Path:
-        return find_control_socket(self._settings)
-
-    async def _ask(self, op: str, **fields: Any) -> Events:
-        """Asks the daemon.
-
-        Raises:
-            QueueFull: too much is asked at once already.
-        """
-        if self._calls >= MAX_CALLS:
-            raise QueueFull(f"{self._calls} requests are at work already", retry_after_ms=_CALL_AGAIN_MS)
-        self._calls += 1
+    def _ask(self, op: str, **fields: Any) -> Events:
         try:
-            async with aclosing(daemon_line.ask(self._daemon, op, **fields)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            self._calls -= 1
+            path = find_control_socket(self._settings)
+        except PermissionError as error:
+            raise DaemonNotRunning(
+                f"permission denied on {error.filename}", remedy="run this process in the group edge-agent"
+            ) from error
+        return daemon_line.ask(path, op, **fields)
 
 
 async def _said(key: str, events: Events) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from edge_agent.errors import EdgeAgentError, SettingsError
+from edge_agent.errors import EdgeAgentError
 
 
 class HttpRefusal(EdgeAgentError):
@@ -45,7 +45,3 @@ class CannotListen(EdgeAgentError):
     """The address of `http.listen` cannot be opened."""
 
     code = "cannot_listen"
-
-
-class OpenToNetwork(SettingsError):
-    """The interface would be open to a network without what that takes."""

@@ -89,6 +89,7 @@ def _config(guard: Guard) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level="error",  # a client must not fill the log
         access_log=False,
         proxy_headers=False,
         server_header=False,

@@ -135,7 +135,7 @@ class ControlPrompts:
         if not isinstance(text, str):
             raise BadRequest("body must be a text")
         if key is not None and not (isinstance(key, str) and 0 < len(key) <= MAX_KEY_CHARACTERS):
-            raise BadRequest(f"the key of a request must have 1 to {MAX_KEY_CHARACTERS} characters")
+            raise BadRequest(f"Idempotency-Key must have 1 to {MAX_KEY_CHARACTERS} characters")
         try:
             surface = Surface(str(fields.get("surface")))
         except ValueError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from tests.boot import ANSWER, DEVICE, QUESTION
 from tests.boot.agent import Agent, expect
 from tests.boot.container import STATE, Container, wait_until
+from tests.boot.interface import Interface
 from tests.boot.upgrades import Upgrades
 from tests.boot.walls import Walls
 from tests.support.certificates import Authority
@@ -86,6 +87,7 @@ class Device:
         self._upgrades = Upgrades(
             container, self._agent, bundle=files.bundle, newer=files.newer, broken=files.broken
         )
+        self._interface = Interface(container, self._agent, exposure_limit=EXPOSURE_LIMIT)
         self._walls = Walls(container, self._agent, guest=files.guest, newer=files.newer, config=CONFIG)
 
     def steps(self) -> list[tuple[str, Callable[[], str]]]:
@@ -97,6 +99,7 @@ class Device:
             ("import of the model", self.import_model),
             ("probe", self._agent.probe),
             ("doctor", self.doctor),
+            *self._interface.steps(),
             ("runner killed", self.kill_runner),
             ("daemon stopped, watchdog", self.stop_threads),
             ("invalid settings", self.break_settings),

@@ -101,6 +101,9 @@ def test_the_openai_interface_is_another_user_without_a_network() -> None:
     assert (unit["DynamicUser"], unit["SupplementaryGroups"]) == ("yes", service()["Group"])
     assert (unit["PrivateNetwork"], unit["RestrictAddressFamilies"]) == ("yes", "AF_UNIX")
     assert "User" not in unit and "StateDirectory" not in unit
+    state, run = service()["StateDirectory"], service()["RuntimeDirectory"]
+    places = f"STATE_DIRECTORY=/var/lib/{state} RUNTIME_DIRECTORY=/run/{run}"
+    assert unit["Environment"] == places, "its settings' defaults are the daemon's: it has no home"
 
 
 def test_by_itself_it_is_open_to_this_device_only() -> None:

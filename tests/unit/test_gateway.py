@@ -258,8 +258,8 @@ def test_metrics_are_prometheus_text_and_openmetrics_for_those_who_ask(served: S
 def test_metrics_are_said_while_too_much_is_asked(
     served: ServedHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "MAX_CALLS", 0)
-    assert served.request("GET", "/v1/models").status == 429
+    monkeypatch.setattr(app, "MAX_PROMPTS", 0)
+    assert served.chat().status == 429
     assert served.request("GET", "/metrics").status == 200
 
 
@@ -410,7 +410,7 @@ def test_a_client_that_reads_nothing_is_ended_and_its_prompt_with_it(
 def test_more_requests_than_places_are_refused_at_once(
     served: ServedHere, daemon: ScriptedDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "MAX_CALLS", 2)
+    monkeypatch.setattr(app, "MAX_PROMPTS", 2)
     daemon.script = gateway.until_client_leaves
     with contextlib.ExitStack() as stack:
         for stream in (False, True):
@@ -419,6 +419,7 @@ def test_more_requests_than_places_are_refused_at_once(
         wait_until(lambda: len(daemon.asked) == 2, 60, "both to be asked")
         refused = served.chat()
         assert (refused.status, refused.error["code"]) == (429, "queue_full")
+        assert served.request("GET", "/healthz").status == 200, "that is no prompt"
     for _ in range(2):
         daemon.gone.get(timeout=60)
     daemon.script = gateway.answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from edge_agent import settings as settings_module
+from edge_agent.doctor import certificates
 from edge_agent.errors import ControlSocketError, SettingsError
 from edge_agent.gateway.doors import LOCAL_HOSTS, Door, open_doors
 from edge_agent.gateway.guard import Guard
@@ -209,3 +211,12 @@ def test_an_address_that_is_taken_is_named(folder: Path) -> None:
         open_doors(load(folder, listen=f"127.0.0.1:{other.getsockname()[1]}"))
     with pytest.raises(ControlSocketError, match=r"http\.socket"):
         open_doors(load(folder, listen="", socket="/proc/no/http.sock"))
+
+
+def test_doctor_says_when_the_certificate_expires(folder: Path) -> None:
+    for hours, level in ((24 * 365, "ok"), (24, "warn"), (-1, "fail")):
+        pair = Authority(folder).server(lasts=datetime.timedelta(hours=hours))
+        http = load(folder, cert_file=str(pair.certificate), key_file=str(pair.key)).http
+        (finding,) = certificates.check_http(http)
+        assert (finding.level, "http.cert_file" in finding.message) == (level, True)
+    assert list(certificates.check_http(load(folder).http)) == []
