@@ -4,17 +4,19 @@ Owns the counts. They outlive a connection, a runner and a version, and end with
 `started_at` say when they began. Refuses what would let them grow without end: models are those of the settings, and
 codes are those of `errors.py`. What is true at one moment (queue, cache, memory) is no business of this file.
 
-    dispatcher, intake, transports, updates → note_… → document → `device_metrics.py`
+    dispatcher, intake, transports, updates → note_…, check → document → `device_metrics.py`
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from edge_agent.errors import ActivationHeld, EdgeAgentError, LinkHeld, SyncStopped
 from edge_agent.metrics import histogram
 from edge_agent.metrics.histogram import Histogram
 
@@ -51,6 +53,15 @@ class Took:
     input_tokens: int
     output_tokens: int
     cached_tokens: int
+
+
+@dataclass
+class Failed:
+    """Attributes:
+    code: of an `EdgeAgentError`; empty where all is well.
+    """
+
+    code: str = ""
 
 
 class _OfModel:
@@ -119,17 +130,24 @@ class Measurements:
         with self._lock:
             self._refused[code] += 1
 
-    def note_check(self, model: str, failed: str = "") -> None:
-        """A model was checked for another version.
-
-        Args:
-            failed: code of an `EdgeAgentError`; empty where all is well, or it waits for its time.
-        """
-        with self._lock:
-            of = self._models[model]
-            of.checks += 1
-            if failed:
-                of.check_failures[failed] += 1
+    @contextmanager
+    def check(self, model: str) -> Iterator[Failed]:
+        """In the block, a model is checked for another version. What it raises is why the check failed, unless it waits
+        for its time or gives way; one that fails and raises nothing says so in what it gets."""
+        failed = Failed()
+        try:
+            yield failed
+        except (LinkHeld, ActivationHeld, SyncStopped):
+            raise
+        except EdgeAgentError as error:
+            failed.code = error.code
+            raise
+        finally:
+            with self._lock:
+                of = self._models[model]
+                of.checks += 1
+                if failed.code:
+                    of.check_failures[failed.code] += 1
 
     def note_bytes(self, model: str, fetched: int, mirrored: int = 0) -> None:
         """Bytes of a version have come.

@@ -30,7 +30,6 @@ from edge_agent.errors import (
     UnknownReference,
     VerificationError,
 )
-from edge_agent.metrics.measurements import Measurements
 from edge_agent.package.reference import ModelRef, ModelVersion
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import Settings
@@ -39,7 +38,6 @@ from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult,
 from edge_agent.sync.tls import TlsFiles
 from edge_agent.updates import choice
 from edge_agent.updates.activation import Activation, Adopting
-from edge_agent.updates.arrivals import Arrivals
 from edge_agent.updates.link import Link
 from edge_agent.updates.patience import Patience
 from edge_agent.updates.waiting import Found, Waiting, Waits
@@ -97,11 +95,12 @@ class Checked:
     """A version that runs here now, or may.
 
     Attributes:
-        problem: why it is one of the fallback; empty for one of the model's own.
+        problem, code: why it is one of the fallback; empty for one of the model's own.
     """
 
     result: SyncResult
     problem: str = ""
+    code: str = ""
 
 
 @dataclass
@@ -144,7 +143,6 @@ class ModelCheck:
         name: the settings' name.
         link: when the line may be used, and when a version may take over.
         clock: seconds since 1970.
-        measurements: where checks are counted.
 
     Attributes:
         progress: the last event of the sync that runs, None while none does.
@@ -161,7 +159,6 @@ class ModelCheck:
         note_registry: NoteRegistry,
         link: Link,
         clock: Callable[[], float],
-        measurements: Measurements,
     ) -> None:
         self.progress: Mapping[str, Any] | None = None
         self._name = name
@@ -179,7 +176,6 @@ class ModelCheck:
         self._clock = clock
         self._job = partial(_job_of, name, settings=settings, lifecycle=lifecycle)
         self._patience = Patience(settings.registry.poll_interval_s, clock)
-        self._measurements = measurements
 
     @property
     def waiting(self) -> Waiting | None:
@@ -231,10 +227,8 @@ class ModelCheck:
             key = self._lifecycle.state.pinned or result.key
             self._activation.adopt(key, on_event=watch.on_event, result=result, asked_for=asked_for, now=now)
         except EdgeAgentError as error:
-            waits = isinstance(error, LinkHeld | ActivationHeld | SyncStopped)
-            self._measurements.note_check(self._name, failed="" if waits else error.code)
-            return Checked(result=self._fall_back(watch, error, failed=key, now=now), problem=str(error))
-        self._measurements.note_check(self._name)
+            result = self._fall_back(watch, error, failed=key, now=now)
+            return Checked(result=result, problem=str(error), code=error.code)
         return Checked(result=result)
 
     @property
@@ -391,7 +385,6 @@ class ModelCheck:
 
     def _bring(self, watch: Watch, job: SyncJob, ref: ModelRef) -> SyncResult:
         """One sync process, from its start to a tidy cache."""
-        arrivals = Arrivals(partial(self._measurements.note_bytes, self._name))
 
         def look(event: Mapping[str, Any]) -> None:
             if event.get("event") == "resolved":
@@ -401,7 +394,6 @@ class ModelCheck:
             elif event.get("event") == "progress":
                 self._waits.clear()
             self.progress = event
-            arrivals.look(event)
             watch.on_event(event)
 
         try:
@@ -419,7 +411,6 @@ class ModelCheck:
             raise StoreError(f"no sync can be started: {error}") from error
         finally:
             self.progress = None
-        arrivals.ended(result)
         _tidy(self._store)
         if result.new:
             log.info(

@@ -37,6 +37,7 @@ from edge_agent.sync.process import run_sync
 from edge_agent.sync.protocol import SyncResult
 from edge_agent.sync.tls import TlsFiles
 from edge_agent.updates import choice
+from edge_agent.updates.arrivals import counting
 from edge_agent.updates.check import Lifecycle, ModelCheck, OnEvent, RunSync, Watch
 from edge_agent.updates.link import Link
 from edge_agent.updates.polls import Polls, place_of
@@ -91,18 +92,17 @@ class Updates:
         self.link = Link(settings.link, store, clock)
         self._store = store
         self._lifecycles = lifecycles
-        measurements = measurements or Measurements(lifecycles)
+        self._measurements = measurements or Measurements(lifecycles)
         self._checks = {
             name: ModelCheck(
                 name,
                 settings=settings,
                 store=store,
                 lifecycle=lifecycle,
-                run_sync=run_sync,
+                run_sync=counting(run_sync, self._measurements),
                 note_registry=self._note_registry,
                 link=self.link,
                 clock=clock,
-                measurements=measurements,
             )
             for name, lifecycle in lifecycles.items()
         }
@@ -233,9 +233,11 @@ class Updates:
             SyncStopped: it is a poll, and something more urgent came.
         """
         with self._operators_turn("`models pull`", on_event) if asked_for else self._polls_turn(name):
-            checked = self._checks[name].run(
-                self._watch(on_event), asked_for=asked_for, allow_older=allow_older, now=now
-            )
+            with self._measurements.check(name) as failed:
+                checked = self._checks[name].run(
+                    self._watch(on_event), asked_for=asked_for, allow_older=allow_older, now=now
+                )
+                failed.code = checked.code
             self.problems[name] = checked.problem
             return checked.result
 

@@ -112,6 +112,7 @@ def test_what_prometheus_has_is_what_the_device_counts(
         return int(float(series["value"][1])) == int(counted)
 
     wait_until(scraped, 60, f"{counted} answers")
+    assert prometheus.query("edge_agent_sync_bytes_total > 100000"), "it has fetched its model"
     assert {each["health"] for each in prometheus.targets()} == {"up"}
 
 

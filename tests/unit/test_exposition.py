@@ -135,7 +135,8 @@ def whole_document() -> dict[str, Any]:
     measurements = Measurements(["assistant"])
     measurements.note_answer("assistant", OK, TOOK)
     measurements.note_refusal("queue_full")
-    measurements.note_check("assistant", "registry_unreachable")
+    with measurements.check("assistant") as failed:
+        failed.code = "registry_unreachable"
     made = document(
         measurements,
         **dict.fromkeys(("queue_depth", "queue_limit", "answers_dropped", "prompts_damaged"), 1),

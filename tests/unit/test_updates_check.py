@@ -333,3 +333,14 @@ def test_checks_are_counted_and_their_failures_by_code(tmp_path: Path) -> None:
         device.updates.step(0)
     of = measurements.document()["models"]["assistant"]
     assert (of["checks"], of["check_failures"]) == (5, {"registry_unreachable": 2}), "waiting is no failure"
+
+
+def test_a_check_that_ends_with_the_fallback_has_failed_with_the_reason_for_it(tmp_path: Path) -> None:
+    measurements = Measurements(["assistant"])
+    device = make_device(tmp_path, fallback=FALLBACK, measurements=measurements)
+    device.sync.offers.update({OWN: CannotRun("no library"), FALLBACK: TINY})
+    device.updates.step(0)
+    assert device.lifecycle.state.active == TINY.key
+    of = measurements.document()["models"]["assistant"]
+    assert (of["checks"], of["check_failures"]) == (1, {"cannot_run": 1})
+    assert of["sync_bytes"] == 1000, "those of the fallback"
