@@ -6,10 +6,14 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_agent.chat import messages
 from edge_agent.chat.surfaces import HABITS, Surface, fields_of
 from edge_agent.errors import BadRequest
+from tests.support import openai_schema
+from tests.support.generated_messages import examples
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
 PROMPT: dict[str, Any] = {"prompt": "Hello"}
@@ -68,6 +72,53 @@ def test_a_habit_is_taken_without_effect_and_a_wish_is_refused(name: str, surfac
     with pytest.raises(BadRequest) as caught:
         parse({**CHAT, name: wish}, surface)
     assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("surface", "table", "base"),
+    [
+        (Surface.CHAT, openai_schema.CHAT, CHAT),
+        (Surface.COMPLETION, openai_schema.COMPLETION, PROMPT),
+    ],
+)
+def test_every_field_of_openais_schema_is_taken_or_refused_by_name(
+    surface: Surface, table: dict[str, openai_schema.Field], base: dict[str, Any]
+) -> None:
+    for name, document, accepted in openai_schema.cases(table, base):
+        try:
+            parse(document, surface)
+        except BadRequest as error:
+            assert (accepted, error.param) == (False, name), (document[name], error.message)
+            assert name in error.message
+        else:
+            assert accepted, (name, document[name])
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@examples(200)
+@given(
+    st.sampled_from([Surface.CHAT, Surface.COMPLETION]),
+    st.dictionaries(
+        st.sampled_from(sorted({*fields_of(Surface.MESSAGE), *fields_of(Surface.COMPLETION), "other"})),
+        _json,
+        max_size=5,
+    ),
+)
+def test_whatever_a_field_holds_it_is_refused_by_its_name(surface: Surface, more: dict[str, Any]) -> None:
+    base = CHAT if surface is Surface.CHAT else PROMPT
+    try:
+        request = parse({**base, **more}, surface)
+    except BadRequest as error:
+        assert error.param is None or error.param in {*base, *more, "max_completion_tokens"}
+        assert (error.param or "") in error.message
+    else:
+        assert request.content
 
 
 def test_a_completion_is_the_prompt_as_it_stands() -> None:
