@@ -36,6 +36,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   long-test [ARG…]     the longer ways through what the tests show in short (minutes)
   broker-test [ARG…]   the whole contract on mosquitto, RabbitMQ and NATS, and a table (minutes)
   http-test [ARG…]     the packages openai, llm and langchain-openai against the OpenAI interface (fetches them)
+  look-test [ARG…]     what people look at: the dashboard on a real Prometheus (a minute)
   chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
   powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)
   attack [OPTION…]     input that means harm: what is known, then generated, in at most 10 minutes; --help
@@ -71,6 +72,7 @@ main() {
         powerloss) POWERLOSS_FAULTS=all run_tests -m 'long or not long' tests/*/test_powerloss.py "$@" ;;
         broker-test) need_brokers && run_tests -q -s -m 'brokers or not brokers' tests/acceptance/test_brokers.py "$@" ;;
         http-test) http_test "$@" ;;
+        look-test) need_lookers && run_tests -m look "$@" ;;
         chaos) chaos "$@" ;;
         attack) attack "$@" ;;
         check) check ;;

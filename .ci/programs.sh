@@ -37,6 +37,11 @@ need_brokers() {
         erlang-{asn1,crypto,eldap,inets,mnesia,os-mon,parsetools,public-key,runtime-tools,ssl,syntax-tools,tools,xmerl}
 }
 
+# Those who look at a device in `look-test`.
+need_lookers() {
+    need_programs prometheus prometheus promtool -- prometheus
+}
+
 have_all() {
     local program
     for program in "$@"; do command -v "$program" >/dev/null || return 1; done

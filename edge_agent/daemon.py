@@ -30,9 +30,11 @@ from edge_agent.chat.fairness import owner_names
 from edge_agent.chat.intake import Intake
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Source
+from edge_agent.device_metrics import DeviceMetrics
 from edge_agent.device_status import DeviceStatus, StatusPublisher
 from edge_agent.errors import DaemonRunning, JournalUnavailable, StoreError, disk_remedy
 from edge_agent.host.confinement import hide_memory
+from edge_agent.metrics.measurements import Measurements
 from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
 from edge_agent.serving.lifecycle import budget_of, lifecycles_of
@@ -89,8 +91,13 @@ class Daemon:
         self._journal = Journal(settings.state_dir / "journal.db", moment=clock.now())
         budget = budget_of(settings, self._store)
         self._lifecycles = lifecycles_of(settings, self._store, budget)
+        self._measurements = Measurements(settings.models)
         self._updates = Updates(
-            settings, self._store, self._lifecycles, unattended=environment.is_a_service()
+            settings,
+            self._store,
+            self._lifecycles,
+            unattended=environment.is_a_service(),
+            measurements=self._measurements,
         )
         self._plans = Plans(
             settings,
@@ -128,6 +135,7 @@ class Daemon:
         plan_requests = PlanRequests(topics=self._topics, replies=self._mqtt, ask=self._plans.ask)
         # They need the transport, which brings them the messages.
         handlers.update({**self._requests.handlers(), self._topics.plan: plan_requests.on_plan})
+        metrics = self._make_metrics().document
         self._control = ControlServer(
             settings.control_socket,
             control_operations(
@@ -135,7 +143,9 @@ class Daemon:
                 intake=self._intake,
                 status=lambda: self._status.full(broker=self._mqtt.status()),
                 headline=self._status.document,
+                metrics=metrics,
                 run_operation=partial(run_operation, operations),
+                note_refusal=self._measurements.note_refusal,
             ),
         )
         self._publisher = StatusPublisher(
@@ -143,7 +153,7 @@ class Daemon:
             topics=self._topics,
             outlet=self._mqtt,
             notifier=notifier,
-            answered=lambda: {name: each.answered for name, each in self._dispatchers.items()},
+            metrics=metrics,
         )
         self._prune_at_s = 0.0
 
@@ -278,6 +288,7 @@ class Daemon:
             defaults=lambda document: protocol.with_system(document, self._settings.models[name].system),
             owner_of=(lambda _: "") if self._settings.inference.share_prefixes else owner_names(),
             now=clock.now,
+            measurements=self._measurements,
         )
 
     def _make_intake(self) -> Intake:
@@ -289,6 +300,7 @@ class Daemon:
             deadline_s=self._settings.limits.deadline_s,
             max_deadline_s=self._settings.limits.max_deadline_s,
             on_answer=lambda source, row: self._outlets[source].answered(row),
+            measurements=self._measurements,
         )
 
     def _make_requests(self) -> Requests:
@@ -300,6 +312,20 @@ class Daemon:
             check_updates=SyncRequests(self._updates.check_now).take,
             desire=self._desired.take,
             now=clock.now,
+            note_refusal=self._measurements.note_refusal,
+        )
+
+    def _make_metrics(self) -> DeviceMetrics:
+        return DeviceMetrics(
+            self._settings,
+            self._measurements,
+            store=self._store,
+            journal=self._journal,
+            lifecycles=self._lifecycles,
+            updates=self._updates,
+            status=self._status.document,
+            connected=lambda: self._mqtt.connected,
+            counters=self._mqtt.counters,
         )
 
 

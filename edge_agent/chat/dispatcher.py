@@ -32,6 +32,7 @@ from edge_agent.errors import (
     RunnerError,
     error_of,
 )
+from edge_agent.metrics.measurements import Measurements
 from edge_agent.runner.protocol import Called, Delta, Done, Refused
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Dispatcher:
         outlets: by the way in which a prompt came in.
         owner_of: what a runner is told instead of a client's name; those with one owner share what a model keeps.
         now: the clock.
+        measurements: where its answers are counted; one of its own where nobody looks.
 
     Attributes:
         service_s: seconds until one of the prompts that run ends, a moving average; the source of `retry_after_ms`.
@@ -85,17 +87,18 @@ class Dispatcher:
         defaults: Callable[[dict[str, Any]], dict[str, Any]],
         owner_of: Callable[[str], str],
         now: Callable[[], Moment],
+        measurements: Measurements | None = None,
     ) -> None:
         self.model = model
         self.service_s = 2.0
         self.tokens_per_s: float | None = None
-        self.answered = 0
         self._host = host
         self._journal = journal
         self._outlets = outlets
         self._defaults = defaults
         self._owner_of = owner_of
         self._now = now
+        self._measurements = measurements or Measurements((model,))
         self._wake = Wake()
         self._may_claim = True
         self._stopping = threading.Event()
@@ -305,6 +308,7 @@ class Dispatcher:
         shared_s = (ended.boot_s - run.started_boot_s) / len(self._runs)
         self.service_s += 0.2 * (shared_s - self.service_s)
         self.tokens_per_s = timings["tokens_per_s"] or self.tokens_per_s
+        run.took = run.measured(done, ended.boot_s)
         return run.completion(done, timings, ended)
 
     def _fail(self, run: Run, error: Exception) -> Answer:
@@ -349,5 +353,5 @@ class Dispatcher:
             (self._now().boot_s - run.started_boot_s) * 1000,
         )  # fmt: skip
         if counted:
-            self.answered += 1
+            self._measurements.note_answer(self.model, answer.code, run.took)
             self._outlets[run.prompt.source].answered(run.prompt.row)

@@ -18,6 +18,7 @@ from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Request
 from edge_agent.chat.prompt import Acceptance, Answer, Arrival, Delivery, Source
 from edge_agent.errors import BadRequest, Cancelled, DeadlineExceeded, NoModel, PromptError, UnknownModel
+from edge_agent.metrics.measurements import Measurements
 from edge_agent.topics import ANONYMOUS
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Intake:
         deadline_s: for prompts without one.
         max_deadline_s: the longest that a client may ask for.
         on_answer: told when a row gets its answer here (cancelled, or too late).
+        measurements: where such an answer is counted; one of its own where nobody looks.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Intake:
         deadline_s: float,
         max_deadline_s: float,
         on_answer: Callable[[Source, int], None],
+        measurements: Measurements | None = None,
     ) -> None:
         self._journal = journal
         self._models = models
@@ -72,6 +75,7 @@ class Intake:
         self._deadline_s = deadline_s
         self._max_deadline_s = max_deadline_s
         self._on_answer = on_answer
+        self._measurements = measurements or Measurements(models)
 
     def take(
         self,
@@ -152,6 +156,7 @@ class Intake:
         answer = Answer.of_error(prompt.id, prompt.form, error)
         if not self._journal.answer(row, answer, moment=moment):
             return False
+        self._measurements.note_answer(prompt.model, error.code)
         log.info("prompt ended request=%s row=%d code=%s", prompt.id, row, error.code)
         if prompt.model in self._workers:
             self._workers[prompt.model].abandon(row)

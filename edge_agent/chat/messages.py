@@ -233,15 +233,24 @@ def timings(
             the moments here, between which a whole short answer may arrive at once. A model may say anything: a
             shorter time than a clock shows gives no rate.
     """
-    decode_s = ended_s - first_s
-    if "total_ms" in measured and "first_token_ms" in measured:
-        decode_s = (measured["total_ms"] - measured["first_token_ms"]) / 1000
+    each_s = per_token_s(decode_s=ended_s - first_s, tokens=tokens, measured=measured)
     return {
         "queue_ms": round(max(0.0, started_s - queued_s) * 1000, 1),
         "first_token_ms": round(max(0.0, first_s - queued_s) * 1000, 1),
         "total_ms": round(max(0.0, ended_s - queued_s) * 1000, 1),
-        "tokens_per_s": round((tokens - 1) / decode_s, 1) if tokens > 1 and decode_s >= _MICROSECOND else 0.0,
+        "tokens_per_s": round(1 / each_s, 1) if each_s else 0.0,
     }
+
+
+def per_token_s(*, decode_s: float, tokens: int, measured: Mapping[str, float]) -> float | None:
+    """Seconds for each token after the first one; None where there is none, or no time for it. See `timings`.
+
+    Args:
+        decode_s: from the first text to the end.
+    """
+    if "total_ms" in measured and "first_token_ms" in measured:
+        decode_s = (measured["total_ms"] - measured["first_token_ms"]) / 1000
+    return decode_s / (tokens - 1) if tokens > 1 and decode_s >= _MICROSECOND else None
 
 
 def error_document(request_id: str | None, error: PromptError) -> dict[str, Any]:

@@ -5,12 +5,13 @@ The journal turns them into rows and back; transports and dispatchers pass them 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from edge_agent.chat import messages
 from edge_agent.errors import PromptError
+from edge_agent.metrics.measurements import OK
 from edge_agent.topics import ANONYMOUS
 
 
@@ -94,22 +95,31 @@ class Prompt(Submission):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A terminal answer: its exact bytes, and the user properties that go with them."""
+    """A terminal answer: its exact bytes, and the user properties that go with them.
+
+    Attributes:
+        code: that of an error, for the metrics; the journal does not keep it.
+    """
 
     payload: bytes
     properties: dict[str, str]
+    code: str = field(default=OK, compare=False)
 
     @classmethod
-    def of(cls, document: dict[str, Any], form: messages.Form, *, status: int, **properties: str) -> Answer:
+    def of(
+        cls, document: dict[str, Any], form: messages.Form, *, status: int, code: str = OK, **properties: str
+    ) -> Answer:
         """An answer document in the form in which the request was written."""
         return cls(
-            payload=messages.encode_answer(document, form), properties={"status": str(status), **properties}
+            payload=messages.encode_answer(document, form),
+            properties={"status": str(status), **properties},
+            code=code,
         )
 
     @classmethod
     def of_error(cls, prompt_id: str, form: messages.Form, error: PromptError, **properties: str) -> Answer:
         document = messages.error_document(prompt_id, error)
-        return cls.of(document, form, status=error.status, **properties)
+        return cls.of(document, form, status=error.status, code=error.code, **properties)
 
 
 @dataclass(frozen=True, kw_only=True)

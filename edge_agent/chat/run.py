@@ -18,6 +18,7 @@ from edge_agent.chat import messages, tools
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.prompt import Answer, Prompt
 from edge_agent.errors import PromptError
+from edge_agent.metrics.measurements import Took
 from edge_agent.runner.protocol import Called, Delta, Done, Refused
 
 CHUNK_INTERVAL_S = 0.05
@@ -72,6 +73,7 @@ class Run:
         release: gives the lease back.
         abandoned: the prompt was answered by somebody else; what the runner still says is void.
         answer: its terminal answer, None while it runs.
+        took: what the metrics hear of it, if it is an answer with text.
         put_back: it goes back into the queue instead.
         settle_at_boot_s: when the journal is told next.
     """
@@ -82,6 +84,7 @@ class Run:
     started_boot_s: float
     abandoned: threading.Event = field(default_factory=threading.Event)
     answer: Answer | None = None
+    took: Took | None = None
     put_back: bool = False
     settle_at_boot_s: float = 0.0
     _first_boot_s: float | None = None
@@ -155,10 +158,26 @@ class Run:
         return messages.timings(
             queued_s=self.prompt.accepted_boot_s,
             started_s=self.started_boot_s,
-            first_s=self._first_boot_s if self._first_boot_s is not None else ended_s,
+            first_s=self._first_s(ended_s),
             ended_s=ended_s,
             tokens=done.usage.get("completion_tokens", 0),
             measured=done.timings,
+        )
+
+    def measured(self, done: Done, ended_s: float) -> Took:
+        """The same for the metrics, unrounded."""
+        queued_s, first_s, usage = self.prompt.accepted_boot_s, self._first_s(ended_s), done.usage
+        tokens = usage.get("completion_tokens", 0)
+        return Took(
+            queue_s=max(0.0, self.started_boot_s - queued_s),
+            first_token_s=max(0.0, first_s - queued_s),
+            request_s=max(0.0, ended_s - queued_s),
+            per_token_s=messages.per_token_s(
+                decode_s=ended_s - first_s, tokens=tokens, measured=done.timings
+            ),
+            input_tokens=usage.get("prompt_tokens", 0),
+            output_tokens=tokens,
+            cached_tokens=usage.get("cached_tokens", 0),
         )
 
     def completion(self, done: Done, timings: dict[str, float], now: Moment) -> Answer:
@@ -178,6 +197,10 @@ class Run:
     def refusal(self, error: PromptError) -> Answer:
         """The answer that says why there is no text."""
         return Answer.of_error(self.prompt.id, self.prompt.form, error, **self._properties)
+
+    def _first_s(self, ended_s: float) -> float:
+        """When its first text came; that of an answer without any is its end."""
+        return self._first_boot_s if self._first_boot_s is not None else ended_s
 
     @property
     def _properties(self) -> dict[str, str]:

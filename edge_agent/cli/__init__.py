@@ -11,7 +11,20 @@ from pathlib import Path
 import click
 
 import edge_agent
-from edge_agent.cli import bench, chat, demo, doctor, fleet, models, probe, publish, run, serve, status
+from edge_agent.cli import (
+    bench,
+    chat,
+    demo,
+    doctor,
+    fleet,
+    metrics,
+    models,
+    probe,
+    publish,
+    run,
+    serve,
+    status,
+)
 from edge_agent.cli.command import Group, Invocation
 
 
@@ -36,6 +49,7 @@ main.add_command(serve.serve)
 main.add_command(probe.probe)
 main.add_command(chat.chat)
 main.add_command(status.status)
+main.add_command(metrics.metrics)
 main.add_command(models.models)
 main.add_command(publish.publish)
 main.add_command(doctor.doctor)

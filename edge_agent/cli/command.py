@@ -27,6 +27,7 @@ from edge_agent.errors import (
     error_of,
 )
 from edge_agent.settings import Settings
+from edge_agent.transport import control
 
 FAILED, NOT_RUNNING, NO_MODEL, TIMED_OUT, INVALID_SETTINGS = 1, 3, 4, 5, 78
 
@@ -61,6 +62,22 @@ def reported_error(event: Mapping[str, Any]) -> EdgeAgentError:
         among=(PromptError, SettingsError),
         otherwise=EdgeAgentError,
     )
+
+
+def said_by_daemon(settings: Settings, op: str) -> dict[str, Any]:
+    """What the daemon says in one event, which has it under the operation's name: `status`, `metrics`.
+
+    Raises:
+        DaemonNotRunning: nothing answers.
+        EdgeAgentError: it refuses, or says nothing.
+        TimeoutError: nothing comes within 30 s.
+    """
+    for event in control.call(settings_module.find_control_socket(settings), op, timeout_s=30.0):
+        if event.get("event") == "done":
+            return dict(event[op])
+        if event.get("event") == "error":
+            raise reported_error(event)
+    raise EdgeAgentError("the daemon closed the connection without an answer")
 
 
 class Command(click.Command):

@@ -10,13 +10,11 @@ from typing import Any
 import click
 
 import edge_agent
-from edge_agent import settings as settings_module
 from edge_agent import terminal
-from edge_agent.cli.command import NOT_RUNNING, Command, Invocation, reported_error
-from edge_agent.errors import DaemonNotRunning, EdgeAgentError
+from edge_agent.cli.command import NOT_RUNNING, Command, Invocation, said_by_daemon
+from edge_agent.errors import DaemonNotRunning
 from edge_agent.owner import acting_as_owner_of
 from edge_agent.settings import Settings
-from edge_agent.transport import control
 
 
 @click.command(cls=Command)
@@ -36,7 +34,7 @@ def status(invocation: Invocation, as_json: bool, watch: bool) -> None:
     settings = invocation.settings()
     while True:
         try:
-            document, code = _status_of_daemon(settings), 0
+            document, code = said_by_daemon(settings, "status"), 0
         except DaemonNotRunning:
             with acting_as_owner_of(settings.state_dir):
                 document, code = _status_on_disk(settings), NOT_RUNNING
@@ -51,15 +49,6 @@ def status(invocation: Invocation, as_json: bool, watch: bool) -> None:
         if not watch:
             sys.exit(code)
         time.sleep(1.0)
-
-
-def _status_of_daemon(settings: Settings) -> dict[str, Any]:
-    for event in control.call(settings_module.find_control_socket(settings), "status", timeout_s=30.0):
-        if event.get("event") == "done":
-            return dict(event["status"])
-        if event.get("event") == "error":
-            raise reported_error(event)
-    raise EdgeAgentError("the daemon closed the connection without an answer")
 
 
 def _status_on_disk(settings: Settings) -> dict[str, Any]:

@@ -1,12 +1,11 @@
-"""What the device says of itself: its status, what it reports of its models, its metrics, and when it says so.
+"""What the device says of itself: its status, what it reports of its models, and when it says so.
 
-Owns the number of the status document, the name of this boot, and what was said last. Reads everybody else; changes
-nothing. Contract: docs/mqtt.md, *Status*.
+Owns the number of status messages, the name of this boot, and what was said last. Reads everybody else; changes
+nothing. Contract: docs/mqtt.md, *Status*. The metrics are `device_metrics.py`'s.
 """
 
 from __future__ import annotations
 
-import collections
 import logging
 import time
 import uuid
@@ -84,9 +83,8 @@ class DeviceStatus:
         return {"state": "offline", "time": stamp["time"], "boot_id": stamp["boot_id"]}
 
     def document(self) -> dict[str, Any]:
-        """The status topic's object."""
+        """The status topic's object. Its `seq` is that of the last message."""
         state = self._state()
-        self._seq += 1
         stamp = self.stamp()
         models = [self._of_model(name, lifecycle) for name, lifecycle in self._lifecycles.items()]
         return {
@@ -145,20 +143,10 @@ class DeviceStatus:
             }
         return {"models": models}
 
-    def metrics(self, *, answered: Mapping[str, int], counters: Mapping[str, int]) -> dict[str, Any]:
-        """`metrics`: counts since the start.
-
-        Args:
-            answered: prompts, by model.
-            counters: of the connection to the broker.
-        """
-        return {
-            **self.stamp(),
-            "answered": dict(answered),
-            "answers_dropped": self._journal.dropped_answers,
-            "prompts_damaged": self._journal.damaged_rows,
-            "counters": dict(counters),
-        }
+    def number(self, document: dict[str, Any]) -> None:
+        """Gives a status that is published the next number: a message has a higher one than those before it."""
+        self._seq += 1
+        document["seq"] = self._seq
 
     def headline(self) -> str:
         """In one line, for the log and the service manager."""
@@ -166,7 +154,7 @@ class DeviceStatus:
         return " ".join(parts) or "no model configured"
 
     def stamp(self) -> dict[str, Any]:
-        """When, of which boot, and how many prompts wait: what status and metrics have in common."""
+        """When, of which boot, and how many prompts wait."""
         return {"time": int(time.time()), "boot_id": self._boot_id, "queue_depth": self._depth()}
 
     def _of_model(self, name: str, lifecycle: ModelLifecycle) -> dict[str, Any]:
@@ -215,8 +203,6 @@ class DeviceStatus:
 class Outlet(Protocol):
     """The way to the broker. Keeps what it is given until it is sent."""
 
-    counters: collections.Counter[str]
-
     def set_retained(self, topic: str, document: bytes) -> None: ...
 
     def set_metrics(self, document: bytes) -> None: ...
@@ -226,7 +212,7 @@ class StatusPublisher:
     """Publishes what has changed. The main thread's.
 
     Args:
-        answered: prompts so far, by model.
+        metrics: gives their document.
     """
 
     def __init__(
@@ -236,13 +222,13 @@ class StatusPublisher:
         topics: Topics,
         outlet: Outlet,
         notifier: Notifier,
-        answered: Callable[[], Mapping[str, int]],
+        metrics: Callable[[], dict[str, Any]],
     ) -> None:
         self._status = status
         self._topics = topics
         self._outlet = outlet
         self._notifier = notifier
-        self._answered = answered
+        self._metrics = metrics
         self._published = self._reported = ""
         self._status_at_s = self._reported_at_s = self._metrics_at_s = 0.0
 
@@ -257,8 +243,7 @@ class StatusPublisher:
         self._publish(now_s, document)
         if now_s >= self._metrics_at_s:
             self._metrics_at_s = now_s + METRICS_INTERVAL_S
-            metrics = self._status.metrics(answered=self._answered(), counters=self._outlet.counters)
-            self._outlet.set_metrics(messages.encode(metrics))
+            self._outlet.set_metrics(messages.encode(self._metrics()))
 
     def say_offline(self) -> None:
         """The last status, as the last will would say it."""
@@ -275,6 +260,7 @@ class StatusPublisher:
             log.info("status %s %s", document["state"], self._status.headline())
             self._notifier.status(self._status.headline())
         self._published, self._status_at_s = text, now_s + STATUS_INTERVAL_S
+        self._status.number(document)
         self._outlet.set_retained(self._topics.status, messages.encode(document))
 
     def _report(self, now_s: float, document: dict[str, Any]) -> None:

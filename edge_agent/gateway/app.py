@@ -1,4 +1,4 @@
-"""What can be asked: chat, completion, models, health. Each is one call of the control socket.
+"""What can be asked: chat, completion, models, health, metrics. Each is one call of the control socket.
 
     body, bounded in bytes and time → chat → accepted → the whole answer, or its stream → done
 
@@ -29,7 +29,7 @@ from edge_agent.errors import (
     QueueFull,
     UnknownModel,
 )
-from edge_agent.gateway import answers, daemon_line
+from edge_agent.gateway import answers, daemon_line, prometheus
 from edge_agent.gateway.answers import Accepted, Stream
 from edge_agent.gateway.refusals import MethodNotAllowed, NotFound, RequestSlow
 from edge_agent.settings import Settings, find_control_socket
@@ -58,6 +58,7 @@ def make_app(settings: Settings) -> Starlette:
             Route("/v1/models", gateway.models),
             Route("/v1/models/{name}", gateway.model),
             Route("/healthz", gateway.health),
+            Route("/metrics", gateway.metrics),
         ],
         exception_handlers={EdgeAgentError: _refused, HTTPException: _not_here, TimeoutError: _stuck},
     )
@@ -71,6 +72,7 @@ class _Gateway:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._at_work = 0
+        self._scraping = asyncio.Lock()
         limits = settings.limits
         self._body_bytes = limits.payload_bytes
         self._longest_s = max(limits.deadline_s, limits.max_deadline_s) + _GRACE_S
@@ -95,6 +97,17 @@ class _Gateway:
         """200 while the device answers prompts."""
         state = (await self._status())["state"]
         return JSONResponse({"state": state}, 200 if state in ("ready", "degraded") else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus. That the daemon does not answer is a number, too."""
+        try:
+            # One at a time: the daemon looks at its disk for it.
+            async with asyncio.timeout(_STATUS_S), self._scraping:
+                document = await _said("metrics", self._ask("metrics"))
+        except (DaemonNotRunning, TimeoutError):
+            document = {}
+        body, content_type = prometheus.exposition(document, request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
 
     async def _generate(self, request: Request, surface: Surface) -> Response:
         try:
@@ -156,12 +169,8 @@ class _Gateway:
             self._at_work -= 1
 
     async def _status(self) -> Mapping[str, Any]:
-        async with asyncio.timeout(_STATUS_S), aclosing(self._ask("status", brief=True)) as events:
-            async for event in events:
-                if "status" in event:
-                    return dict(event["status"])
-                raise answers.reported(event)
-        raise _unanswered()
+        async with asyncio.timeout(_STATUS_S):
+            return await _said("status", self._ask("status", brief=True))
 
     def _ask(self, op: str, **fields: Any) -> Events:
         try:
@@ -171,6 +180,20 @@ class _Gateway:
                 f"permission denied on {error.filename}", remedy="run this process in the group edge-agent"
             ) from error
         return daemon_line.ask(path, op, **fields)
+
+
+async def _said(key: str, events: Events) -> Mapping[str, Any]:
+    """What the daemon says in one event.
+
+    Raises:
+        EdgeAgentError: it says that something failed, or nothing.
+    """
+    async with aclosing(events):
+        async for event in events:
+            if key in event:
+                return dict(event[key])
+            raise answers.reported(event)
+    raise _unanswered()
 
 
 class _EventStream(Response):

@@ -302,6 +302,11 @@ class ModelLifecycle:
         return version.reported.flavor if (version := self._seat.loaded) else None
 
     @property
+    def runner_deaths(self) -> int:
+        """How often its runner ended by itself, since the start."""
+        return self._seat.deaths
+
+    @property
     def system_refused(self) -> str:
         """Why prompts without a system prompt of their own get no answer, for people; empty while they do."""
         return self._loader.system_refused(record.key) if (record := self._states.active) else ""

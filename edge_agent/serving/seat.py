@@ -72,6 +72,7 @@ class Seat:
         loaded: the version that is seated.
         unload_requested: another model waits for the memory; whoever gives the version back has to unload it.
         closed: no version is seated any more.
+        deaths: how often a seated version's runner ended by itself.
     """
 
     def __init__(self, serving: Serving, *, clock: Callable[[], float]) -> None:
@@ -80,6 +81,7 @@ class Seat:
         self.loaded: LoadedVersion | None = None
         self.unload_requested = False
         self.closed = False
+        self.deaths = 0
         self._clock = clock
         self.used_at_s = clock()
         self._changed = threading.Condition()
@@ -99,6 +101,7 @@ class Seat:
             if self._leases:  # it died under the prompts that run: they have to be given back first
                 return None
             dead, self.loaded = self.loaded, None
+            self.deaths += dead is not None
             return EmptySeat(dead=dead)
 
     def fill(self, version: LoadedVersion) -> bool:
@@ -119,6 +122,7 @@ class Seat:
             died = not version.runner.alive and self.loaded is version
             if died:
                 self.loaded = None
+                self.deaths += 1
                 self.serving, self.reason = Serving.LOADING, "the runner died and is started again"
             self._changed.notify_all()
             return died

@@ -1,4 +1,5 @@
-"""What is asked of the daemon over the control socket, by the operation's name: probe, chat, status, models."""
+"""What is asked of the daemon over the control socket, by the operation's name: probe, chat, status, metrics,
+models."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from edge_agent.chat.intake import Intake
+from edge_agent.errors import PromptError
 from edge_agent.transport.control import Call, Operation
 from edge_agent.transport.control_prompts import ControlPrompts
 
@@ -32,14 +34,28 @@ def control_operations(
     intake: Intake,
     status: Callable[[], Mapping[str, Any]],
     headline: Callable[[], Mapping[str, Any]],
+    metrics: Callable[[], Mapping[str, Any]],
     run_operation: RunOperation,
+    note_refusal: Callable[[str], None],
 ) -> dict[str, Operation]:
     """All operations, for the control server.
 
     Args:
         status: the full status document.
         headline: the status topic's object, which costs no look at the disk.
+        metrics: their document.
+        note_refusal: told the code of each prompt that is not accepted.
     """
+
+    def refusals_noted(ask: Callable[[Call, Intake], None]) -> Operation:
+        def run(call: Call) -> None:
+            try:
+                ask(call, intake)
+            except PromptError as error:  # one that was accepted has its error in its answer
+                note_refusal(error.code)
+                raise
+
+        return run
 
     def on_status(call: Call) -> None:
         call.send("done", status=headline() if call.request.get("brief") is True else status())
@@ -59,8 +75,9 @@ def control_operations(
         call.send("done", result=result)
 
     return {
-        "probe": lambda call: prompts.probe(call, intake),
-        "chat": lambda call: prompts.chat(call, intake),
+        "probe": refusals_noted(prompts.probe),
+        "chat": refusals_noted(prompts.chat),
         "status": on_status,
+        "metrics": lambda call: call.send("done", metrics=metrics()),
         "models": on_models,
     }

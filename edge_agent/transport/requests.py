@@ -49,6 +49,7 @@ class Requests:
         check_updates: looks for new versions when the request says so.
         desire: obeys a desired state, or reports why not.
         now: the clock.
+        note_refusal: told the code of each request that is not accepted.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Requests:
         check_updates: Callable[[bytes], None],
         desire: Callable[[bytes], None],
         now: Callable[[], Moment],
+        note_refusal: Callable[[str], None] = lambda code: None,
     ) -> None:
         self._topics = topics
         self._intake = intake
@@ -69,6 +71,7 @@ class Requests:
         self._check_updates = check_updates
         self._desire = desire
         self._now = now
+        self._note_refusal = note_refusal
 
     def handlers(self) -> dict[str, Handler]:
         """What handles a message, by its topic."""
@@ -200,6 +203,7 @@ class Requests:
         )
 
     def _refuse(self, message: Inbound, form: Form, request_id: str, topic: str, error: PromptError) -> None:
+        self._note_refusal(error.code)
         correlation = message.correlation
         if correlation is not None and len(correlation) > MAX_CORRELATION_BYTES:
             correlation = None

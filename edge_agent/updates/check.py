@@ -64,11 +64,12 @@ class Checked:
     """A version that runs here now, or may.
 
     Attributes:
-        problem: why it is one of the fallback; empty for one of the model's own.
+        problem, code: why it is one of the fallback; empty for one of the model's own.
     """
 
     result: SyncResult
     problem: str = ""
+    code: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +204,8 @@ class ModelCheck:
             self._note_not_yet(watch, error)
             raise
         except EdgeAgentError as error:
-            return Checked(
-                result=self._fall_back(watch, error, failed=key, now=asked.now), problem=str(error)
-            )
+            result = self._fall_back(watch, error, failed=key, now=asked.now)
+            return Checked(result=result, problem=str(error), code=error.code)
         if outside:
             told = NotInRollout(
                 f"{outside}; version {result.version} runs meanwhile", version=outside.version

@@ -28,12 +28,14 @@ from edge_agent.errors import (
     UnknownModel,
     VersionHeld,
 )
+from edge_agent.metrics.measurements import Measurements
 from edge_agent.package.reference import ModelVersion
 from edge_agent.settings import Settings
 from edge_agent.sync import version_file
 from edge_agent.sync.process import run_sync
 from edge_agent.sync.protocol import SyncResult
 from edge_agent.sync.tls import TlsFiles
+from edge_agent.updates.arrivals import counting
 from edge_agent.updates.check import Lifecycle, ModelCheck, Outlook
 from edge_agent.updates.link import Link
 from edge_agent.updates.polls import GAP_S, Polls, place_of
@@ -57,6 +59,7 @@ class Updates:
         unattended: one of many devices, maybe, that have started in this moment, and nobody watches: see `polls.py`.
         clock: seconds since 1970.
         jitter: a number between two, drawn for each interval.
+        measurements: where checks are counted; one of its own where nobody looks.
 
     Raises:
         SettingsError: a file of `[registry]` cannot be loaded.
@@ -79,6 +82,7 @@ class Updates:
         run_sync: RunSync = run_sync,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[float, float], float] = random.uniform,
+        measurements: Measurements | None = None,
     ) -> None:
         self.reachable: bool | None = None
         self.registry_problem = ""
@@ -90,13 +94,14 @@ class Updates:
         self.link = Link(settings.link, store, clock)
         self._store = store
         self._lifecycles = lifecycles
+        self._measurements = measurements or Measurements(lifecycles)
         self._checks = {
             name: ModelCheck(
                 name,
                 settings=settings,
                 store=store,
                 lifecycle=lifecycle,
-                run_sync=run_sync,
+                run_sync=counting(run_sync, self._measurements),
                 note_registry=self._note_registry,
                 link=self.link,
                 gap_s=GAP_S if unattended else 0.0,
@@ -215,7 +220,9 @@ class Updates:
         """
         with self._operators_turn("`models pull`", on_event) if asked_for else self._polls_turn(name):
             asked = Asked(by_operator=asked_for, allow_older=allow_older, now=now)
-            checked = self._checks[name].run(self._watch(on_event), asked)
+            with self._measurements.check(name) as failed:
+                checked = self._checks[name].run(self._watch(on_event), asked)
+                failed.code = checked.code
             self.problems[name] = checked.problem
             return checked.result
 

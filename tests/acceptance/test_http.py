@@ -70,9 +70,10 @@ def test_a_completion_is_the_prompt_as_it_stands(gateway: Gateway) -> None:
     assert "atom" in response.json["choices"][0]["text"].lower()
 
 
-def test_models_and_health(gateway: Gateway) -> None:
+def test_models_health_and_metrics(gateway: Gateway) -> None:
     assert [model["id"] for model in gateway.request("GET", "/v1/models").json["data"]] == ["assistant"]
     assert gateway.request("GET", "/healthz", unix=True).status == 200
+    assert b'edge_agent_model_info{digest="' in gateway.request("GET", "/metrics").body, "behind all walls"
 
 
 def test_an_answer_in_a_schema_fits_it(gateway: Gateway) -> None:

@@ -48,6 +48,17 @@ def test_systemd_accepts_every_line(tmp_path: Path, unit: Path) -> None:
     assert (result.returncode, complaints) == (0, []), result.stderr
 
 
+def test_systemd_accepts_the_timer_of_the_docs(tmp_path: Path) -> None:
+    page = (FOLDER.parent / "docs" / "operating.md").read_text("utf-8")
+    units = dict(re.findall(r"```ini\n# /etc/systemd/system/(edge-agent-metrics\.\w+)\n(.*?)```", page, re.S))
+    assert sorted(units) == ["edge-agent-metrics.service", "edge-agent-metrics.timer"]
+    for name, text in units.items():
+        (tmp_path / name).write_text(text.replace(service()["ExecStart"].split()[0], sys.executable))
+    result = systemd_analyze("verify", tmp_path / "edge-agent-metrics.timer")
+    complaints = [line for line in result.stderr.splitlines() if "edge-agent-metrics" in line]
+    assert (result.returncode, complaints) == (0, []), result.stderr
+
+
 def test_a_line_that_systemd_does_not_know_is_noticed(tmp_path: Path) -> None:
     copy = tmp_path / UNIT.name
     copy.write_text(UNIT.read_text().replace("WatchdogSec=30", "WatchdogSec=soon"))

@@ -22,6 +22,7 @@ from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Arrival, Prompt, Source
 from edge_agent.errors import RunnerError
+from edge_agent.metrics.measurements import Measurements
 from edge_agent.runner.protocol import Called, Delta, Done, Refused, with_system
 
 MODEL = "assistant"
@@ -208,6 +209,7 @@ class Desk:
         self.host = ScriptedHost(runner=self.runner)
         self.outlet = ScriptedOutlet()
         self.system = ""
+        self.measurements = Measurements((MODEL,))
         self.dispatcher = Dispatcher(
             MODEL,
             host=self.host,
@@ -216,11 +218,22 @@ class Desk:
             defaults=lambda document: with_system({"temperature": 0.5, **document}, self.system),
             owner_of=lambda client: f"owner of {client}",
             now=self.clock,
+            measurements=self.measurements,
         )
 
     def close(self) -> None:
         self.journal.close()
         self.runner.close()
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What the metrics say of the model."""
+        return dict(self.measurements.document()["models"][MODEL])
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """Its answers, by their code."""
+        return dict(self.measured["answers"])
 
     def accept(
         self,

@@ -162,7 +162,14 @@ class ScriptedDaemon:
         self.script: Callable[[Call], None] = answer
         self.status: dict[str, Any] = {"state": "ready", "models": [{"name": "assistant"}, {"name": "b"}]}
         self.gone: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._server = ControlServer(path, {"chat": self._chat, "status": self._status})
+        self._server = ControlServer(
+            path,
+            {
+                "chat": self._chat,
+                "status": self._status,
+                "metrics": lambda call: call.send("done", metrics={"queue_depth": 3}),
+            },
+        )
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
 

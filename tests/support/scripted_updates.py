@@ -11,6 +11,7 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError
+from edge_agent.metrics.measurements import Measurements
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import LinkSettings, ModelSettings, RegistrySettings, Settings
 from edge_agent.updates.updates import Updates
@@ -142,6 +143,7 @@ def make_device(
     link: LinkSettings | None = None,
     asked: bool = True,
     unattended: bool = False,
+    measurements: Measurements | None = None,
 ) -> UpdatingDevice:
     """A device with one model, `assistant`, that follows `OWN`.
 
@@ -176,6 +178,7 @@ def make_device(
         run_sync=sync,
         clock=lambda: time.now_s,
         jitter=longest,
+        measurements=measurements,
     )
     if asked:
         updates.check_now()

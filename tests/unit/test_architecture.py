@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "edge_agent"
 HEAVY = {
     *("mlflow", "numpy", "pandas", "onnxruntime", "onnxruntime_genai", "torch", "transformers"),
-    *("starlette", "uvicorn"),
+    *("starlette", "uvicorn", "prometheus_client"),
 }
 
 
@@ -42,7 +42,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
         "cli",
-        "daemon device_status",
+        "daemon device_status device_metrics",
         "doctor bench demo fleet gateway",
         "transport updates",
         "chat serving sync publishing",
@@ -51,12 +51,18 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "settings",
         "package http_settings",
         "host",
+        "metrics",
         "wrapper environment topics errors logs terminal sd_notify",
         "printable",
     )
 )
 """From the top down: a room imports what stands below it. Rooms in one line do not know each other."""
-TOGETHER = {("daemon", "device_status"), ("topics", "errors"), ("environment", "errors")}
+TOGETHER = {
+    ("daemon", "device_status"),
+    ("daemon", "device_metrics"),
+    ("topics", "errors"),
+    ("environment", "errors"),
+}
 """Within one line, who knows whom all the same."""
 APART = {("chat", "cache"), ("chat", "serving"), ("transport", "serving"), ("transport", "sync")}
 """Further down, and still none of its business: prompts do not know where models come from."""
@@ -147,6 +153,7 @@ def test_no_room_is_overcrowded() -> None:
         ("starlette", {"gateway/app.py", "gateway/answers.py", "gateway/guard.py"}),
         ("uvicorn", {"gateway/server.py", "gateway/connection.py"}),
         ("h11", {"gateway/connection.py"}),
+        ("prometheus_client", {"gateway/prometheus.py"}),
     ],
 )
 def test_a_library_has_its_owners(package: str, owners: set[str]) -> None:

@@ -43,6 +43,7 @@ def test_help_has_a_line_for_each_command() -> None:
         "test",
         "long-test",
         "http-test",
+        "look-test",
         "chaos",
         "powerloss",
         "attack",

@@ -52,7 +52,7 @@ def test_a_prompt_is_answered_and_its_outlet_told(desk: Desk) -> None:
     assert document["timings"]["total_ms"] == 500.0
     assert desk.outlet.rows == [1]
     assert desk.outlet.chunks == [], "nobody asked for a stream"
-    assert desk.dispatcher.answered == 1
+    assert desk.counted == {"ok": 1}
     assert desk.host.leases == 0, "the runner is given back"
 
 
@@ -169,11 +169,34 @@ def test_a_refusal_of_the_runner_is_the_answer_with_its_code(desk: Desk) -> None
     assert desk.host.leases == 0
 
 
+def test_a_whole_answer_is_measured_and_one_of_an_error_only_counted(desk: Desk) -> None:
+    desk.accept("r1")
+    desk.clock.advance(0.25)
+    desk.dispatcher.step()
+    name = desk.runner.started[0].name
+    desk.clock.advance(0.5)
+    desk.runner.say(name, "Mad")
+    desk.dispatcher.step()
+    desk.clock.advance(1.0)
+    desk.runner.finish(name, "rid", tokens=5)
+    desk.dispatcher.step()
+    (refused,) = desk.start("r2")
+    desk.runner.frames.append(Refused(id=refused, code="prompt_too_long", message="200 tokens, 128 fit"))
+    desk.dispatcher.step()
+    measured = desk.measured
+    assert desk.counted == {"ok": 1, "prompt_too_long": 1}
+    sums = {key: measured[key]["sum"] for key in ("queue_s", "first_token_s", "request_s", "per_token_s")}
+    assert sums == {"queue_s": 0.25, "first_token_s": 0.75, "request_s": 1.75, "per_token_s": 0.25}
+    assert (measured["input_tokens"]["sum"], measured["output_tokens"]["sum"]) == (3, 5)
+    assert measured["request_s"]["count"] == 1, "the times of an error are no answer's"
+
+
 def test_a_refusal_with_a_code_of_no_error_is_500(desk: Desk) -> None:
     (name,) = desk.start("r1")
     desk.runner.frames.append(Refused(id=name, code="surprise", message="x"))
     desk.dispatcher.step()
     assert desk.answer(1)[0]["error"]["code"] == ModelFailed.code
+    assert desk.counted == {"ok": 0, "model_failed": 1}, "what a runner says is no label"
 
 
 def test_a_prompt_that_cannot_be_handed_over_gets_the_reason(desk: Desk) -> None:
@@ -203,7 +226,7 @@ def test_a_frame_after_the_end_changes_nothing(desk: Desk) -> None:
     desk.dispatcher.step()
     assert desk.text(1) == "first"
     assert desk.outlet.rows == [1]
-    assert desk.dispatcher.answered == 1
+    assert desk.counted == {"ok": 1}
 
 
 # --- Several at once -----------------------------------------------------------------------------------
@@ -292,7 +315,7 @@ def test_a_prompt_that_was_cancelled_while_it_ran_is_stopped_and_what_it_says_is
     assert desk.status(1) == 499
     assert desk.outlet.chunks == []
     assert desk.outlet.rows == []
-    assert desk.dispatcher.answered == 0
+    assert desk.counted == {"ok": 0}
     assert desk.host.leases == 0
 
 

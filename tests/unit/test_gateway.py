@@ -243,6 +243,31 @@ def test_a_daemon_that_dies_before_the_end_is_one_to_ask_again(
     assert response.headers["retry-after"] == "2"
 
 
+def test_metrics_are_prometheus_text_and_openmetrics_for_those_who_ask(served: ServedHere) -> None:
+    response = served.request("GET", "/metrics")
+    assert (response.status, response.headers["content-type"]) == (
+        200,
+        "text/plain; version=0.0.4; charset=utf-8",
+    )
+    assert b"\nedge_agent_queue_depth 3.0\n" in response.body
+    asked = served.request("GET", "/metrics", accept="application/openmetrics-text;version=1.0.0,*/*;q=0.1")
+    assert asked.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert asked.body.endswith(b"# EOF\n")
+
+
+def test_metrics_are_said_while_too_much_is_asked(
+    served: ServedHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "MAX_PROMPTS", 0)
+    assert served.chat().status == 429
+    assert served.request("GET", "/metrics").status == 200
+
+
+def test_metrics_obey_host_and_origin(served: ServedHere) -> None:
+    assert served.request("GET", "/metrics", host="evil.test").status == 421
+    assert served.request("GET", "/metrics", origin="http://evil.test").status == 403
+
+
 def test_no_daemon_is_503(short_dir: Path) -> None:
     served = ServedHere(short_dir / "c.sock", short_dir)
     try:
@@ -252,6 +277,8 @@ def test_no_daemon_is_503(short_dir: Path) -> None:
             served.request("GET", "/healthz"),
         ):
             assert (response.status, response.error["code"]) == (503, "daemon_not_running")
+        measured = served.request("GET", "/metrics")
+        assert (measured.status, measured.body.splitlines()[-1]) == (200, b"edge_agent_up 0.0")
     finally:
         served.close()
 

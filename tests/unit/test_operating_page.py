@@ -13,6 +13,7 @@ from edge_agent.cache.state import ModelState
 from edge_agent.cli import command
 from edge_agent.device_status import troubles
 from edge_agent.errors import PromptError, by_code
+from edge_agent.metrics.families import FAMILIES
 from edge_agent.serving.seat import Serving
 from tests.support.committed import fault
 
@@ -69,6 +70,12 @@ def test_every_error_code_is_on_the_page() -> None:
     assert set(by_code(PromptError)) < codes
     assert len(codes) > 25
     assert codes == described("Error codes") - {"code"}
+
+
+def test_every_metric_is_on_the_page_with_its_kind() -> None:
+    assert {family.full_name for family in FAMILIES} == described("Metrics") - {"metric"}
+    for family in FAMILIES:
+        assert f"| `{family.full_name}` | {family.kind} |" in PAGE
 
 
 def status_function(name: str) -> ast.FunctionDef:

@@ -85,6 +85,7 @@ class Room:
         self.model, self.replies = Model(), Replies()
         self.checks: list[bytes] = []
         self.desired: list[bytes] = []
+        self.refusals: list[str] = []
         intake = Intake(
             self.journal,
             models={"assistant": self.model},
@@ -102,6 +103,7 @@ class Room:
             check_updates=self.checks.append,
             desire=self.desired.append,
             now=lambda: NOW,
+            note_refusal=self.refusals.append,
         )
 
     def send(self, name: str, payload: bytes, **properties: Any) -> None:
@@ -416,3 +418,11 @@ def test_a_deadline_of_seven_days_is_refused_with_the_settings_name(
 def test_the_shorter_of_two_deadlines_counts(room: Room) -> None:
     room.ask({"prompt": "x", "reply_to": "replies/a", "deadline_ms": 3_600_000}, expiry_s=604_800.0)
     assert room.accepted().deadline_boot_s == NOW.boot_s + 3600
+
+
+def test_each_refusal_is_noted_by_its_code(room: Room) -> None:
+    room.ask(b"{")
+    room.ask({"prompt": "x", "model": "another"})
+    for number in range(5):
+        room.ask({"prompt": "x", "id": f"r{number}"})
+    assert room.refusals == ["bad_request", "unknown_model", "queue_full"]

@@ -11,6 +11,7 @@ from edge_agent.cache.state import ModelState
 from edge_agent.errors import (
     CannotRun,
     EdgeAgentError,
+    LinkHeld,
     LoadFailed,
     MemoryShort,
     PackageReplayed,
@@ -22,6 +23,7 @@ from edge_agent.errors import (
     UnknownReference,
     VerificationError,
 )
+from edge_agent.metrics.measurements import Measurements
 from edge_agent.serving.seat import Serving
 from edge_agent.serving.verdicts import GateFailed
 from edge_agent.updates.polls import GAP_S
@@ -333,3 +335,32 @@ def test_a_download_that_fails_again_and_again_is_left_alone_by_polls(device: Up
     device.updates.check_now()
     device.updates.step(0)
     assert (device.lifecycle.state.active, device.problem) == (Offer(version=3).key, "")
+
+
+def test_checks_are_counted_and_their_failures_by_code(tmp_path: Path) -> None:
+    measurements = Measurements(["assistant"])
+    device = make_device(tmp_path, RUNNING, measurements=measurements)
+    offers: list[Offer | EdgeAgentError] = [
+        ONE,
+        TransportError("timed out"),
+        TransportError("timed out"),
+        LinkHeld("the window is over"),
+        TWO,
+    ]
+    for offer in offers:
+        device.sync.offers[OWN] = offer
+        device.updates.check_now()
+        device.updates.step(0)
+    of = measurements.document()["models"]["assistant"]
+    assert (of["checks"], of["check_failures"]) == (5, {"registry_unreachable": 2}), "waiting is no failure"
+
+
+def test_a_check_that_ends_with_the_fallback_has_failed_with_the_reason_for_it(tmp_path: Path) -> None:
+    measurements = Measurements(["assistant"])
+    device = make_device(tmp_path, fallback=FALLBACK, measurements=measurements)
+    device.sync.offers.update({OWN: CannotRun("no library"), FALLBACK: TINY})
+    device.updates.step(0)
+    assert device.lifecycle.state.active == TINY.key
+    of = measurements.document()["models"]["assistant"]
+    assert (of["checks"], of["check_failures"]) == (1, {"cannot_run": 1})
+    assert of["sync_bytes"] == 1000, "those of the fallback"

@@ -306,6 +306,7 @@ def test_a_runner_that_died_while_nobody_used_it_is_replaced_at_once_and_counts_
         assert life.lifecycle.wanted_now()
         assert life.ask() == 2
     assert (life.active, life.quarantined) == (2, {})
+    assert life.lifecycle.runner_deaths == 4
 
 
 def test_a_runner_that_died_is_replaced_when_all_its_prompts_were_given_back(life: Life) -> None:
@@ -320,3 +321,4 @@ def test_a_runner_that_died_is_replaced_when_all_its_prompts_were_given_back(lif
         assert life.ask() is None, "a prompt is still out"
     assert life.ask() == 1
     assert life.host.events.count("load 1") == 2
+    assert life.lifecycle.runner_deaths == 1, "it died once, however many prompts had it"

@@ -1,0 +1,1 @@
+"""What the daemon measures, and how it is written for others: instruments, measurements, names, text."""

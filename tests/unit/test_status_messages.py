@@ -1,0 +1,51 @@
+"""The status as messages: when there is one, and its number."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any, cast
+
+from edge_agent.device_status import STATUS_INTERVAL_S, DeviceStatus, StatusPublisher
+from edge_agent.sd_notify import Notifier
+from edge_agent.settings import Settings
+from edge_agent.topics import Topics
+
+
+def test_a_status_message_has_the_number_after_that_of_the_one_before() -> None:
+    status = DeviceStatus(
+        Settings(),
+        store=cast(Any, None),
+        journal=cast(Any, SimpleNamespace(trouble=None, depth=lambda: 0)),
+        lifecycles={},
+        updates=cast(Any, None),
+        desired=cast(Any, SimpleNamespace(problem="")),
+        rebuilt="",
+        tokens_per_s=lambda _: None,
+    )
+    sent: list[dict[str, Any]] = []
+    outlet = SimpleNamespace(
+        set_retained=lambda topic, body: (
+            sent.append(json.loads(body)) if topic == "edge/v1/dev/status" else None
+        ),
+        set_metrics=lambda body: None,
+    )
+    publisher = StatusPublisher(
+        status,
+        topics=Topics(prefix="edge", device_id="dev", reply_prefixes=()),
+        outlet=outlet,
+        notifier=Notifier(None, None),
+        metrics=dict,
+    )
+    for now_s in (1.0, 1.2, 1.4):  # nothing changes: one message
+        publisher.step(now_s)
+        status.document()
+    status.ready = True
+    publisher.step(1.6)
+    publisher.step(1.6 + STATUS_INTERVAL_S)
+    assert [(each["state"], each["seq"]) for each in sent] == [
+        ("starting", 1),
+        ("degraded", 2),
+        ("degraded", 3),
+    ]
+    assert status.document()["seq"] == 3, "a command sees the last message's"
