@@ -35,6 +35,8 @@ MOST_PER_S = 20
 ROOT = Path(__file__).parents[2]
 VERSIONS = (ROOT / "edge_agent" / "demo" / "sample_model", ROOT / "tests" / "models" / "swapped")
 AWAY_S = 50.0
+SLOW_MACHINE_S = 120.0
+"""More than any step's limit: the server starts, and twelve models load, beside whatever else this machine does."""
 AS_A_SERVICE = ("sh", "-c", 'SYSTEMD_EXEC_PID=$$ exec "$@"', "sh")
 """Source: systemd.exec(5)."""
 _REQUEST = re.compile(r'^(\S+ \S+) INFO: .* "[A-Z]+ /api/', re.MULTILINE)
@@ -50,7 +52,7 @@ class Step:
 
     Attributes:
         arrived: whether a device has what it should have.
-        limit_s: in which each must have it.
+        limit_s: in which each must have it on a machine that does nothing else.
     """
 
     name: str
@@ -121,7 +123,7 @@ class Fleet:
                 name = str(daemon.config["device_id"])
                 if name not in arrivals and step.arrived(daemon):
                     arrivals[name] = time.monotonic() - began_s
-            if time.monotonic() - began_s > step.limit_s:
+            if time.monotonic() - began_s > step.limit_s + SLOW_MACHINE_S:
                 late = {str(daemon.config["device_id"]): daemon for daemon in self.daemons}
                 name, daemon = next((name, daemon) for name, daemon in late.items() if name not in arrivals)
                 raise NotInTime(
