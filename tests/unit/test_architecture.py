@@ -1,6 +1,7 @@
 """The house's rules about imports, held against the source itself."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,13 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def imports(path: Path) -> Iterator[str]:
+@functools.cache
+def imports(path: Path) -> tuple[str, ...]:
     """Every module that a file imports, at any depth; a `TYPE_CHECKING` block is no import."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
     tree = ast.parse(path.read_text("utf-8"))
     hidden = {
         id(node)
