@@ -12,8 +12,9 @@ from pathlib import Path
 
 from edge_agent.doctor.finding import Finding, fail, ok, warn
 from edge_agent.errors import SettingsError
-from edge_agent.http_settings import HttpSettings
-from edge_agent.settings import MqttSettings, RegistrySettings
+from edge_agent.settings.http import HttpSettings
+from edge_agent.settings.mqtt import MqttSettings
+from edge_agent.settings.registry import RegistrySettings
 from edge_agent.sync.tls import TlsFiles
 from edge_agent.transport.credentials import tls_context
 

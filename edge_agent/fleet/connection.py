@@ -25,7 +25,7 @@ from edge_agent.errors import BrokerRefused, BrokerUnreachable, SettingsError
 from edge_agent.fleet.broker import LIMIT_S, QUIET_S, FleetBroker, Message, Outgoing, Watch
 from edge_agent.fleet.devices import MAX_DEVICES
 from edge_agent.fleet.fields import MAX_DOCUMENT_BYTES
-from edge_agent.settings import MqttSettings
+from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.topics import can_be_published
 from edge_agent.transport import command_connection
 from edge_agent.transport.command_connection import CommandConnection, is_refusal, place

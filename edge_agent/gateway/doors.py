@@ -17,8 +17,8 @@ from pathlib import Path
 from edge_agent import environment
 from edge_agent.errors import SettingsError
 from edge_agent.gateway.refusals import CannotListen
-from edge_agent.http_settings import Address, HttpSettings
 from edge_agent.settings import Settings
+from edge_agent.settings.http import Address, HttpSettings
 from edge_agent.transport import control
 
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})

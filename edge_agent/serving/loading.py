@@ -24,7 +24,7 @@ from edge_agent.runner.protocol import Load, Loaded
 from edge_agent.serving.memory_budget import Admission, MemoryBudget, MemoryUser
 from edge_agent.serving.runner import Runner, StartRunner
 from edge_agent.serving.threads import ThreadChoice, measure
-from edge_agent.settings import ModelSettings
+from edge_agent.settings.model import ModelSettings
 
 log = logging.getLogger(__name__)
 

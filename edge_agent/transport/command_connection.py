@@ -26,7 +26,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_agent.environment import credential_path
 from edge_agent.errors import BrokerUnreachable
-from edge_agent.settings import MqttSettings
+from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.transport.credentials import read_password, tls_context
 from edge_agent.transport.paho_client import Client, disable_nagle, guarded
 

@@ -29,7 +29,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Delivery
-from edge_agent.settings import MqttSettings
+from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.transport.inbound import Inbound
 from edge_agent.transport.paho_client import Client, disable_nagle, guarded
 from edge_agent.transport.reconnect import Ending

@@ -6,7 +6,7 @@ import ssl
 from pathlib import Path
 
 from edge_agent.errors import SettingsError
-from edge_agent.settings import MqttSettings
+from edge_agent.settings.mqtt import MqttSettings
 
 
 class _ClosingSocket(ssl.SSLSocket):

@@ -26,7 +26,7 @@ from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Delivery, Prompt
 from edge_agent.errors import EdgeAgentError, JournalUnavailable, SettingsError
-from edge_agent.settings import MqttSettings
+from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.topics import Topics
 from edge_agent.transport.connection import Connection, Dialling
 from edge_agent.transport.credentials import tls_context

@@ -13,7 +13,7 @@ from typing import Any
 from edge_agent.cache import line_use
 from edge_agent.cache.store import Store
 from edge_agent.errors import ActivationHeld, EdgeAgentError, LinkHeld, StoreError
-from edge_agent.settings import LinkSettings
+from edge_agent.settings.link import LinkSettings
 from edge_agent.sync.protocol import LinkJob
 from edge_agent.updates import link_budget
 from edge_agent.updates.link_budget import Held, LinkPlan

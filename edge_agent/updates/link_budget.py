@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from edge_agent.host.daily_windows import DailyWindows, WallClock, zone_of
-from edge_agent.settings import LinkSettings
+from edge_agent.settings.link import LinkSettings
 from edge_agent.sync.protocol import NO_BOUNDS, LinkJob
 
 SET_AFTER_S = datetime(2026, 1, 1, tzinfo=UTC).timestamp()

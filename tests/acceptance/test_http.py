@@ -17,7 +17,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from edge_agent.settings import LimitSettings
+from edge_agent.settings.limits import LimitSettings
 from tests.support import openai_schema
 from tests.support.certificates import Authority
 from tests.support.gateway import CHAT, Gateway, Interface, gateway_settings, running_gateway

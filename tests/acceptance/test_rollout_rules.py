@@ -12,7 +12,7 @@ from edge_agent.fleet.rollout.plan import Limits
 from edge_agent.fleet.rollout.request import Request, Verb
 from edge_agent.fleet.rollout.state import OVER, Phase
 from edge_agent.fleet.rollout.view import View, names_of
-from edge_agent.settings import MqttSettings
+from edge_agent.settings.mqtt import MqttSettings
 from tests.support.certificates import Authority
 from tests.support.documented_broker import Application, tls_settings
 from tests.support.mosquitto import Broker

@@ -12,7 +12,7 @@ import pytest
 from edge_agent.errors import BrokerRefused, BrokerUnreachable
 from edge_agent.fleet.broker import FleetBroker, Outgoing
 from edge_agent.fleet.connection import connected
-from edge_agent.settings import MqttSettings
+from edge_agent.settings.mqtt import MqttSettings
 from tests.support.certificates import Authority
 from tests.support.client import Client
 from tests.support.client import connected as client_of

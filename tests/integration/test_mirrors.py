@@ -14,7 +14,8 @@ import pytest
 from edge_agent.cache import fsck
 from edge_agent.cache.staging import staging
 from edge_agent.doctor import mirrors
-from edge_agent.settings import CacheSettings, Settings
+from edge_agent.settings import Settings
+from edge_agent.settings.cache import CacheSettings
 from edge_agent.sync import process
 from edge_agent.sync.mirrors import places
 from edge_agent.sync.protocol import SyncResult

@@ -11,7 +11,9 @@ import pytest
 from edge_agent.doctor import registry as registry_check
 from edge_agent.doctor.finding import Level
 from edge_agent.errors import RegistryRefused, TransportError
-from edge_agent.settings import ModelSettings, RegistrySettings, Settings
+from edge_agent.settings import Settings
+from edge_agent.settings.model import ModelSettings
+from edge_agent.settings.registry import RegistrySettings
 from edge_agent.sync.process import run_sync
 from tests.support.device import Device
 from tests.support.http_faults import FaultyProxy, HttpFault, Plan, faulty_proxy

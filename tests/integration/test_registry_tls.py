@@ -15,7 +15,9 @@ from edge_agent.doctor import registry as registry_check
 from edge_agent.doctor.finding import Level
 from edge_agent.errors import SettingsError, TransportError, UnknownReference
 from edge_agent.package.reference import ModelRef
-from edge_agent.settings import ModelSettings, RegistrySettings, Settings
+from edge_agent.settings import Settings
+from edge_agent.settings.model import ModelSettings
+from edge_agent.settings.registry import RegistrySettings
 from edge_agent.sync.process import run_sync
 from edge_agent.sync.protocol import RegistryJob, SyncJob
 from edge_agent.sync.registry import Registry

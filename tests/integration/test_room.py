@@ -12,7 +12,8 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import StoreError
 from edge_agent.package import trust
 from edge_agent.package.reference import MANIFEST_TAG, ModelVersion
-from edge_agent.settings import ModelSettings, Settings
+from edge_agent.settings import Settings
+from edge_agent.settings.model import ModelSettings
 from edge_agent.sync.bring import bring
 from edge_agent.sync.files import LocalPackage
 from edge_agent.sync.protocol import CacheJob, RegistryJob, SyncJob, SyncResult

@@ -17,7 +17,9 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import ContentError
 from edge_agent.serving.lifecycle import ModelLifecycle, budget_of, lifecycles_of
 from edge_agent.serving.seat import Serving
-from edge_agent.settings import ModelSettings, RegistrySettings, Settings
+from edge_agent.settings import Settings
+from edge_agent.settings.model import ModelSettings
+from edge_agent.settings.registry import RegistrySettings
 from edge_agent.updates.operations import Operations, run_operation
 from edge_agent.updates.updates import Updates
 from tests.support.packages import WEIGHTS

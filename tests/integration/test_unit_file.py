@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.http_settings import HttpSettings
-from edge_agent.settings import InferenceSettings
+from edge_agent.settings.http import HttpSettings
+from edge_agent.settings.limits import InferenceSettings
 
 FOLDER = Path(__file__).parents[2] / "systemd"
 UNIT = FOLDER / "edge-agent.service"

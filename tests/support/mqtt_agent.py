@@ -12,7 +12,7 @@ from edge_agent.chat import clock
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Arrival, Prompt, Source
-from edge_agent.settings import MqttSettings
+from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.topics import Topics
 from edge_agent.transport.credentials import read_password
 from edge_agent.transport.inbound import Handler, Inbound

@@ -23,7 +23,7 @@ from edge_agent.serving.lifecycle import ModelLifecycle
 from edge_agent.serving.loading import Loading
 from edge_agent.serving.memory_budget import MemoryBudget
 from edge_agent.serving.threads import ThreadChoice
-from edge_agent.settings import ModelSettings
+from edge_agent.settings.model import ModelSettings
 from tests.support import committed
 
 RESIDENT_BYTES = RUNNER_BYTES + (100 << 20)

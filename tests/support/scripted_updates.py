@@ -13,7 +13,10 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError
 from edge_agent.metrics.measurements import Measurements
 from edge_agent.serving.seat import Serving
-from edge_agent.settings import LinkSettings, ModelSettings, RegistrySettings, Settings
+from edge_agent.settings import Settings
+from edge_agent.settings.link import LinkSettings
+from edge_agent.settings.model import ModelSettings
+from edge_agent.settings.registry import RegistrySettings
 from edge_agent.updates.updates import Updates
 from tests.support.clock import ScriptedClock
 from tests.support.scripted_sync import ScriptedSync

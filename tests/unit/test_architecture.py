@@ -55,7 +55,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "runner cache",
         "owner private_broker",
         "settings",
-        "package http_settings",
+        "package",
         "host",
         "metrics",
         "wrapper environment topics errors logs terminal sd_notify",

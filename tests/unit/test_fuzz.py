@@ -27,6 +27,7 @@ from edge_agent.daemon import Daemon
 from edge_agent.errors import BadRequest, ModelFailed, PromptError, PromptTooLong
 from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
+from edge_agent.settings.model import ModelSettings
 from edge_agent.topics import ID_PATTERN, Topics
 from edge_agent.transport.inbound import Inbound
 from tests.support.generated_messages import (
@@ -151,7 +152,7 @@ def daemon() -> Iterator[Daemon]:
                 device_id="dev",
                 state_dir=folder / "state",
                 control_socket=folder / "c.sock",
-                models={"assistant": settings_module.ModelSettings(uri="models:/sample@prod")},
+                models={"assistant": ModelSettings(uri="models:/sample@prod")},
             ),
             Notifier(None, None),
         )

@@ -16,8 +16,8 @@ from edge_agent.errors import ControlSocketError, SettingsError
 from edge_agent.gateway.doors import LOCAL_HOSTS, Door, open_doors
 from edge_agent.gateway.guard import Guard
 from edge_agent.gateway.refusals import CannotListen
-from edge_agent.http_settings import Address
 from edge_agent.settings import Settings
+from edge_agent.settings.http import Address
 from tests.support.certificates import Authority
 from tests.support.processes import free_port, short_folder, to_toml
 

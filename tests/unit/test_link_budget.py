@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.settings import LinkSettings
+from edge_agent.settings.link import LinkSettings
 from edge_agent.sync.protocol import NO_BOUNDS
 from edge_agent.updates import link_budget
 from edge_agent.updates.link_budget import SET_AFTER_S, Held, LinkPlan, activation_held, bounds, held

@@ -12,7 +12,8 @@ import pytest
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
 from edge_agent.errors import ActivationHeld, EdgeAgentError, LinkHeld, StoreError, UnknownModel
-from edge_agent.settings import ModelSettings, Settings
+from edge_agent.settings import Settings
+from edge_agent.settings.model import ModelSettings
 from edge_agent.updates.operations import Operations, run_operation, without_daemon
 from tests.support.committed import commit, fault
 

@@ -21,7 +21,11 @@ from edge_agent.errors import (
     UnknownModel,
     UnknownReference,
 )
-from edge_agent.settings import CacheSettings, LinkSettings, ModelSettings, RegistrySettings, Settings
+from edge_agent.settings import Settings
+from edge_agent.settings.cache import CacheSettings
+from edge_agent.settings.link import LinkSettings
+from edge_agent.settings.model import ModelSettings
+from edge_agent.settings.registry import RegistrySettings
 from edge_agent.sync.protocol import Outline, SyncJob
 from edge_agent.updates.link import Link
 from edge_agent.updates.plans import MAX_WAITING, Plan, Plans

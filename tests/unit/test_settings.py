@@ -9,7 +9,9 @@ from pydantic import BaseModel, ValidationError
 from edge_agent import environment, settings
 from edge_agent.errors import SettingsError
 from edge_agent.runner import process as runner_process
-from edge_agent.settings import ModelSettings, RegistrySettings, SandboxSettings, Settings
+from edge_agent.settings import Settings
+from edge_agent.settings.model import ModelSettings, SandboxSettings
+from edge_agent.settings.registry import RegistrySettings
 from edge_agent.sync import process as sync_process
 from tests.support.processes import to_toml
 

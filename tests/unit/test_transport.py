@@ -15,7 +15,7 @@ import pytest
 
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.journal import Journal
-from edge_agent.settings import MqttSettings
+from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.topics import Topics
 from edge_agent.transport.mqtt import MqttTransport
 from tests.support.certificates import Authority

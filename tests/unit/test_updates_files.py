@@ -14,7 +14,7 @@ from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
 from edge_agent.errors import CannotRun, ContentError, TransportError, UnknownModel
 from edge_agent.serving.seat import Serving
-from edge_agent.settings import ModelSettings
+from edge_agent.settings.model import ModelSettings
 from edge_agent.sync import version_file
 from edge_agent.sync.protocol import SyncResult
 from tests.support.committed import commit

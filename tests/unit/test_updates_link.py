@@ -23,7 +23,7 @@ from edge_agent.errors import (
     TransportError,
 )
 from edge_agent.serving.seat import Serving
-from edge_agent.settings import LinkSettings
+from edge_agent.settings.link import LinkSettings
 from edge_agent.updates.syncs import OVERDUE_S
 from edge_agent.updates.updates import SPREAD_S
 from tests.support.committed import commit

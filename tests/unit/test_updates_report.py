@@ -21,7 +21,7 @@ from edge_agent.errors import (
     VerificationError,
 )
 from edge_agent.serving.verdicts import GateFailed
-from edge_agent.settings import ModelSettings
+from edge_agent.settings.model import ModelSettings
 from edge_agent.sync import version_file
 from edge_agent.updates.choice import Wanted
 from edge_agent.updates.rollout import LOOK_BACK, NotInRollout

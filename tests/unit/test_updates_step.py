@@ -22,7 +22,7 @@ from edge_agent.errors import (
     VerificationError,
 )
 from edge_agent.serving.seat import Serving
-from edge_agent.settings import ModelSettings
+from edge_agent.settings.model import ModelSettings
 from edge_agent.updates.desired import SyncRequests
 from edge_agent.updates.polls import FIRST_RETRY_S, JITTER, RETRY_JITTER, place_of
 from tests.support.committed import commit

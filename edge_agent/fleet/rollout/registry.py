@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from edge_agent.errors import UnknownReference
 from edge_agent.fleet.rollout.plan import Plan, RolloutRefused
 from edge_agent.package.reference import ModelRef
-from edge_agent.settings import RegistrySettings
+from edge_agent.settings.registry import RegistrySettings
 from edge_agent.sync.registry import Registry
 from edge_agent.sync.tls import TlsFiles
 

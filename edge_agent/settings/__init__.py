@@ -1,0 +1,218 @@
+"""Settings: read once, checked whole, frozen.
+
+They come from a TOML file and from `EDGE_AGENT_*` variables, which override it (`EDGE_AGENT_MQTT__HOST` is
+`mqtt.host`). Unknown keys are errors, and every error names its key. Secrets are never settings: `environment.py`
+reads them when they are needed. Source: the table in docs/settings.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+import pydantic_settings
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from edge_agent import environment
+from edge_agent.errors import SettingsError
+from edge_agent.package.reference import MODEL_NAME
+from edge_agent.settings.cache import CacheSettings
+from edge_agent.settings.http import HttpSettings
+from edge_agent.settings.limits import InferenceSettings, LimitSettings, TrustSettings
+from edge_agent.settings.link import LinkSettings
+from edge_agent.settings.model import ModelSettings
+from edge_agent.settings.mqtt import MqttSettings
+from edge_agent.settings.registry import RegistrySettings
+from edge_agent.settings.section import Section
+
+APPLICATION = "edge-agent"
+ENV_PREFIX = "EDGE_AGENT_"
+SYSTEM_CONFIG = Path("/etc/edge-agent/config.toml")
+SYSTEM_CONTROL_SOCKET = Path("/run/edge-agent/control.sock")
+_MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un has 108 with the final NUL
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+class Settings(BaseSettings):
+    """All settings, frozen. Build them with `load`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    device_id: str = Field(default="", description="default: the host name, made valid")
+    state_dir: Path = Field(default=Path(), description="default: $STATE_DIRECTORY, else platformdirs")
+    control_socket: Path = Field(
+        default=Path(), description="default: $RUNTIME_DIRECTORY/control.sock, else in state_dir"
+    )
+    log_format: Literal["text", "json"] = Field(default="text", description="key=value lines, or JSON lines")
+    registry: RegistrySettings = RegistrySettings()
+    models: dict[str, ModelSettings] = Field(default_factory=dict, max_length=64)
+    cache: CacheSettings = CacheSettings()
+    link: LinkSettings = LinkSettings()
+    mqtt: MqttSettings = MqttSettings()
+    http: HttpSettings = HttpSettings()
+    limits: LimitSettings = LimitSettings()
+    trust: TrustSettings = TrustSettings()
+    inference: InferenceSettings = InferenceSettings()
+    fleet: Section = Section()  # an operator's file may say with it what it is; it has no keys
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Variables override the file, whose content arrives as `init_settings`."""
+        return env_settings, init_settings
+
+    @field_validator("device_id")
+    @classmethod
+    def _device(cls, device_id: str) -> str:
+        device_id = device_id or _host_name()
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", device_id):
+            raise ValueError("must be 1 to 64 letters, digits, '_', '.', '-'")
+        return device_id
+
+    @field_validator("state_dir")
+    @classmethod
+    def _state(cls, path: Path) -> Path:
+        return (_default_state_dir() if path == Path() else path.expanduser()).absolute()
+
+    @field_validator("models")
+    @classmethod
+    def _names(cls, models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
+        for name in models:
+            if not MODEL_NAME.fullmatch(name):
+                raise ValueError(f"name {name!r} must be 1 to 64 letters, digits, '_', '.', '-'")
+        return models
+
+    @model_validator(mode="after")
+    def _socket(self) -> Settings:
+        path = self.control_socket
+        if path == Path():
+            runtime = environment.directory("RUNTIME_DIRECTORY")
+            path = (runtime or self.state_dir) / "control.sock"
+        path = path.expanduser().absolute()
+        if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
+            raise ValueError(
+                f"control_socket {str(path)!r} has more than {_MAX_SOCKET_PATH_BYTES} bytes; set a shorter path"
+            )
+        object.__setattr__(self, "control_socket", path)  # derived from state_dir; frozen from here on
+        return self
+
+    @model_validator(mode="after")
+    def _sandboxes(self) -> Settings:
+        for name, model in self.models.items():
+            for path in model.sandbox.read:
+                if path.is_relative_to(self.state_dir) or self.state_dir.is_relative_to(path):
+                    key = f"models.{name}.sandbox.read"
+                    raise ValueError(f"{key}: {str(path)!r} overlaps state_dir, where prompts and models are")
+        return self
+
+    @property
+    def default_model(self) -> str | None:
+        """The first model's name."""
+        return next(iter(self.models), None)
+
+
+def load(config: Path | None = None) -> Settings:
+    """Reads and checks all settings.
+
+    Args:
+        config: a TOML file that must exist; None looks in the usual places and does without if there is none.
+
+    Raises:
+        SettingsError: the file cannot be read, or keys are unknown or invalid; the message names each.
+    """
+    path = config or find_config()
+    content = _read_toml(path) if path else {}
+    _refuse_unknown_variables()
+    if nested := [key for key in ("device_id", "state_dir", "control_socket") if content.get(key) is None]:
+        # Validators fill in these three, and pydantic runs them only for keys that are present.
+        content = {**{key: "" if key == "device_id" else Path() for key in nested}, **content}
+    try:
+        return Settings(**content)
+    except ValidationError as error:
+        raise SettingsError(_describe(error, path)) from error
+    except pydantic_settings.SettingsError as error:
+        raise SettingsError(f"environment: {error}") from error
+
+
+def find_config() -> Path | None:
+    """`$CONFIGURATION_DIRECTORY/config.toml`, else the user's file, else the system's; None if there is none."""
+    directory = environment.directory("CONFIGURATION_DIRECTORY")
+    if directory:
+        candidates = [directory / "config.toml"]
+    elif os.geteuid() == 0:
+        candidates = [SYSTEM_CONFIG]
+    else:
+        candidates = [platformdirs.user_config_path(APPLICATION) / "config.toml", SYSTEM_CONFIG]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def find_control_socket(settings: Settings) -> Path:
+    """The socket on which a command reaches the daemon: the configured one, else the system service's."""
+    if not settings.control_socket.exists() and SYSTEM_CONTROL_SOCKET.exists():
+        return SYSTEM_CONTROL_SOCKET
+    return settings.control_socket
+
+
+def _default_state_dir() -> Path:
+    directory = environment.directory("STATE_DIRECTORY")
+    if directory:
+        return directory
+    if os.geteuid() == 0:
+        return Path("/var/lib") / APPLICATION
+    return platformdirs.user_state_path(APPLICATION)
+
+
+def _host_name() -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())[:64] or "device"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+        if len(data) > _MAX_CONFIG_BYTES:
+            raise SettingsError(f"{path} has more than {_MAX_CONFIG_BYTES} bytes")
+        return tomllib.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise SettingsError(f"settings file {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"settings file {path} is not TOML: {error}") from error
+
+
+def _refuse_unknown_variables() -> None:
+    """Refuses misspelt variables, which pydantic-settings would ignore."""
+    for variable in environment.names(ENV_PREFIX):
+        key = variable.removeprefix(ENV_PREFIX).lower().split("__")[0]
+        if key not in Settings.model_fields:
+            raise SettingsError(f"variable {variable} does not name a setting: {key!r} is unknown")
+
+
+def _describe(error: ValidationError, path: Path | None) -> str:
+    """One line for all errors, each with its key as written in the file, and without values."""
+    lines = []
+    for detail in error.errors(include_url=False, include_input=False):
+        key = ".".join(str(part) for part in detail["loc"]) or "settings"
+        message = (
+            "unknown key"
+            if detail["type"] == "extra_forbidden"
+            else detail["msg"].removeprefix("Value error, ")
+        )
+        lines.append(f"{key}: {message}")
+    return f"{path or 'no settings file'} and EDGE_AGENT_* variables: " + "; ".join(lines)
