@@ -64,7 +64,6 @@ class Devices:
         self._due: list[tuple[float, int, str]] = []
         self._numbers = itertools.count()
         self._changed = threading.Condition()
-        self._connections = threading.local()
         self._ended = False
         self._mqtt = Paho(CallbackAPIVersion.VERSION2, protocol=MQTTv5)
         self._mqtt.on_message = self._on_message
@@ -81,14 +80,15 @@ class Devices:
         for device_id in self.runs:
             self._ask_in(random.uniform(0, self._interval_s), device_id)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for _ in range(_AT_ONCE):
-                pool.submit(self._work)
+            working = [pool.submit(self._work) for _ in range(_AT_ONCE)]
             try:
                 yield
             finally:
                 with self._changed:
                     self._ended = True
                     self._changed.notify_all()
+                for each in working:
+                    each.result()
         self._mqtt.loop_stop()
 
     def _ask_in(self, seconds: float, device_id: str) -> None:
@@ -119,19 +119,18 @@ class Devices:
         return None
 
     def _get(self, path: str) -> int | None:
-        connection = getattr(self._connections, "it", None)
-        if connection is None:
-            connection = http.client.HTTPConnection(self._server.host, self._server.port, timeout=60)
-            self._connections.it = connection
+        """What the registry says, on a connection of its own as a device's check has; None for an error."""
         with self._changed:
             self.asked[int(time.monotonic())] += 1
+        connection = http.client.HTTPConnection(self._server.host, self._server.port, timeout=60)
         try:
             connection.request("GET", path)
             answer = connection.getresponse()
             document = json.loads(answer.read())
         except (OSError, http.client.HTTPException, ValueError):
-            connection.close()
             return None
+        finally:
+            connection.close()
         return int(document["model_version"]["version"]) if answer.status == 200 else None
 
     def _on_message(self, _client: Paho, _userdata: object, message: Any) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from edge_agent.publishing import publish_folder
+from tests.acceptance.test_bad_releases import expect_lisbon
 from tests.support.client import chat, connected
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
@@ -121,7 +122,7 @@ class Rollouts:
         before = self._alias()
         published = publish_broken(
             self._bad,
-            _expect_the_impossible,
+            expect_lisbon,
             self._folder / "bad",
             registry_uri=self._server.uri,
             name=SAMPLE,
@@ -232,13 +233,3 @@ class Rollouts:
             raise Wrong(
                 f"{done.args[5:]} ended with {done.returncode}: {done.stdout[-2_000:]}{done.stderr[-500:]}"
             )
-
-
-def _expect_the_impossible(folder: Path) -> None:
-    """Golden prompts that no model answers, put in after publish has tried the package."""
-    file = folder / "MLmodel"
-    question = "<|user|>What is the capital of Spain?<|end|><|assistant|>"
-    entry = json.dumps({"edge_agent.golden": [{"prompt": question, "expect": "Lisbon"}]})
-    text = f"{file.read_text()}\nmetadata: {entry}\n"
-    file.unlink()
-    file.write_text(text)
