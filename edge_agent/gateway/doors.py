@@ -76,7 +76,9 @@ def open_doors(settings: Settings, passed: Sequence[int] = ()) -> list[Door]:
                 continue
             host = listener.getsockname()[0]
             _check_open(host, token, tls)
+            # Its connections inherit both. asyncio sets the second only where the socket was made with its protocol.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNSENT_MS)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             doors.append(Door(listener=listener, hosts=_hosts(http, host), token=token, tls=tls))
         opened.pop_all()
     return doors

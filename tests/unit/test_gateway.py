@@ -426,6 +426,15 @@ def test_more_requests_than_places_are_refused_at_once(
     wait_until(lambda: served.chat().status == 200, 60, "a place")
 
 
+def test_no_piece_of_an_answer_waits_for_the_clients_acknowledgement(served: ServedHere) -> None:
+    with served.raw():
+        wait_until(lambda: served.server.server_state.connections, 60, "the connection")
+        for each in list(served.server.server_state.connections):
+            accepted = each.transport.get_extra_info("socket")
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+
+
 def test_connections_that_idle_give_way_to_new_ones(served: ServedHere) -> None:
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(served.raw()) for _ in range(connection.MAX_CONNECTIONS)]
