@@ -1362,7 +1362,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise RequestError("bad_request", f"role of {where} must be one of {', '.join(ROLES)}")
     role = "system" if message["role"] == "developer" else str(message["role"])
     more = {"assistant": "tool_calls", "tool": "tool_call_id"}.get(role)
-    given = {key: value for key, value in message.items() if value is not None}
+    given = {key: value for key, value in message.items() if not _absent(value)}
     if unknown := sorted(str(key) for key in given.keys() - {"role", "content", "name", more}):
         raise RequestError("bad_request", f"unknown field {', '.join(unknown)} in {where}")
     if "name" in given:
