@@ -58,7 +58,7 @@ def _message(name: str, value: object) -> dict[str, Any]:
     message: dict[str, Any] = {"role": role, "content": ""}
     if more == "tool_call_id":
         message[more] = text(f"{name}.{more}", value.get(more))
-    elif more == "tool_calls" and value.get(more) not in (None, []):  # clients hand answers back as they came
+    elif more == "tool_calls" and value.get(more) is not None:
         message[more] = tools.calls(f"{name}.{more}", value[more])
     if value.get("content") is not None or "tool_calls" not in message:
         message["content"] = _content(f"{name}.content", value.get("content"))
