@@ -1650,6 +1650,10 @@ class _Tools:
             raise RequestError("bad_request", "tools has a name twice")
         if len(json.dumps(functions)) > MAX_TOOLS_CHARACTERS:
             raise RequestError("bad_request", f"tools has more than {MAX_TOOLS_CHARACTERS} characters")
+        if _items([function["parameters"] for function in functions]) > MAX_ITEMS:
+            raise RequestError(
+                "bad_request", f"minItems and maxItems in tools are more than {MAX_ITEMS} together"
+            )
         named = _choice(choice, names)
         if "prompt" in given:
             raise RequestError("bad_request", "tools need messages, not a prompt")

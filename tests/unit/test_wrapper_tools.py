@@ -333,6 +333,10 @@ def test_where_no_system_message_is_taken_tools_stand_before_the_first_question(
         ({"tools": [tool("a", {"maximum": float("nan")})]}, r"parameters of tools\[0\]"),
         ({"tools": [tool("a"), tool("a")]}, "tools has a name twice"),
         ({"tools": [{"type": "function", "function": {"name": "a", "x": 1}}]}, "unknown field x"),
+        (
+            {"tools": [tool(name, {"properties": {"x": {"maxItems": 5001}}}) for name in "ab"]},
+            "maxItems in tools",
+        ),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tools": [tool("a")], "tool_choice": "b"}, "tool_choice"),
         (
