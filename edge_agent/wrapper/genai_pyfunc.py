@@ -1362,7 +1362,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise RequestError("bad_request", f"role of {where} must be one of {', '.join(ROLES)}")
     role = "system" if message["role"] == "developer" else str(message["role"])
     more = {"assistant": "tool_calls", "tool": "tool_call_id"}.get(role)
-    given = {key: value for key, value in message.items() if value is not None}
+    given = {key: value for key, value in message.items() if not _absent(value)}
     if unknown := sorted(str(key) for key in given.keys() - {"role", "content", "name", more}):
         raise RequestError("bad_request", f"unknown field {', '.join(unknown)} in {where}")
     if "name" in given:
@@ -1650,6 +1650,10 @@ class _Tools:
             raise RequestError("bad_request", "tools has a name twice")
         if len(json.dumps(functions)) > MAX_TOOLS_CHARACTERS:
             raise RequestError("bad_request", f"tools has more than {MAX_TOOLS_CHARACTERS} characters")
+        if _items([function["parameters"] for function in functions]) > MAX_ITEMS:
+            raise RequestError(
+                "bad_request", f"minItems and maxItems in tools are more than {MAX_ITEMS} together"
+            )
         named = _choice(choice, names)
         if "prompt" in given:
             raise RequestError("bad_request", "tools need messages, not a prompt")

@@ -333,6 +333,10 @@ def test_where_no_system_message_is_taken_tools_stand_before_the_first_question(
         ({"tools": [tool("a", {"maximum": float("nan")})]}, r"parameters of tools\[0\]"),
         ({"tools": [tool("a"), tool("a")]}, "tools has a name twice"),
         ({"tools": [{"type": "function", "function": {"name": "a", "x": 1}}]}, "unknown field x"),
+        (
+            {"tools": [tool(name, {"properties": {"x": {"maxItems": 5001}}}) for name in "ab"]},
+            "maxItems in tools",
+        ),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tools": [tool("a")], "tool_choice": "b"}, "tool_choice"),
         (
@@ -342,7 +346,8 @@ def test_where_no_system_message_is_taken_tools_stand_before_the_first_question(
         ({"tools": [tool("a")], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
         ({"tools": [tool("a")], "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, "tool_call_id"),
-        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "content"),
+        ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "tool_calls"),
         ({"messages": [{**USER, "tool_call_id": "c"}]}, "tool_call_id"),
     ],
     ids=str,
