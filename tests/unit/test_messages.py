@@ -3,6 +3,7 @@
 import codecs
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,7 +95,7 @@ def test_a_mark_that_is_not_in_front_is_text() -> None:
 )
 def test_what_clients_send_by_habit_is_taken(sent: dict[str, Any], meant: dict[str, Any]) -> None:
     request = parse(chat(**sent))
-    assert request == parse(chat(**meant))
+    assert replace(request, include_usage=False) == parse(chat(**meant))
     assert all(isinstance(request.options[name], int) for name in {"max_tokens", "top_k"} & set(meant))
 
 
