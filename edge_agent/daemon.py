@@ -32,7 +32,7 @@ from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Source
 from edge_agent.device_metrics import DeviceMetrics
 from edge_agent.device_status import DeviceStatus, StatusPublisher
-from edge_agent.errors import DaemonRunning, JournalUnavailable, StoreError, disk_remedy
+from edge_agent.errors import DaemonRunning, JournalUnavailable, ModelFailed, StoreError, disk_remedy
 from edge_agent.host.confinement import hide_memory
 from edge_agent.metrics.measurements import Measurements
 from edge_agent.runner import protocol
@@ -89,6 +89,8 @@ class Daemon:
         self._journal = Journal(settings.state_dir / "journal.db", moment=clock.now())
         self._lifecycles = lifecycles_of(settings, self._store)
         self._measurements = Measurements(settings.models)
+        for model in self._journal.given_up:
+            self._measurements.note_answer(model, ModelFailed.code)
         self._updates = Updates(settings, self._store, self._lifecycles, measurements=self._measurements)
         operations = Operations(settings, self._store, self._lifecycles, self._updates)
         self._desired = DesiredState(
