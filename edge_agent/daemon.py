@@ -89,8 +89,6 @@ class Daemon:
         self._journal = Journal(settings.state_dir / "journal.db", moment=clock.now())
         self._lifecycles = lifecycles_of(settings, self._store)
         self._measurements = Measurements(settings.models)
-        for model in self._journal.given_up:
-            self._measurements.note_answer(model, ModelFailed.code)
         self._updates = Updates(settings, self._store, self._lifecycles, measurements=self._measurements)
         operations = Operations(settings, self._store, self._lifecycles, self._updates)
         self._desired = DesiredState(
@@ -298,6 +296,8 @@ class Daemon:
         )
 
     def _make_metrics(self) -> DeviceMetrics:
+        for model in self._journal.given_up:
+            self._measurements.note_answer(model, ModelFailed.code)
         return DeviceMetrics(
             self._settings,
             self._measurements,
