@@ -32,7 +32,7 @@ from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Source
 from edge_agent.device_metrics import DeviceMetrics
 from edge_agent.device_status import DeviceStatus, StatusPublisher
-from edge_agent.errors import DaemonRunning, JournalUnavailable, StoreError, disk_remedy
+from edge_agent.errors import DaemonRunning, JournalUnavailable, ModelFailed, StoreError, disk_remedy
 from edge_agent.host.confinement import hide_memory
 from edge_agent.metrics.measurements import Measurements
 from edge_agent.runner import protocol
@@ -316,6 +316,8 @@ class Daemon:
         )
 
     def _make_metrics(self) -> DeviceMetrics:
+        for model in self._journal.given_up:
+            self._measurements.note_answer(model, ModelFailed.code)
         return DeviceMetrics(
             self._settings,
             self._measurements,

@@ -43,6 +43,7 @@ class Journal:
     Attributes:
         deliveries: its answers on their way out.
         dropped_answers: answers that were forgotten before they could be delivered.
+        given_up: the models of the prompts that got an error when it was opened: the agent died of them too often.
     """
 
     def __init__(self, path: Path, *, moment: Moment) -> None:
@@ -54,6 +55,7 @@ class Journal:
         """
         self.path = path
         self.dropped_answers = 0
+        self.given_up: list[str] = []
         self._rows = Rows(moment)
         self._turns = Turns()
         self._file = JournalFile(path)
@@ -261,6 +263,7 @@ class Journal:
         for prompt in dead:
             error = ModelFailed(f"the agent died {MAX_ATTEMPTS} times while this prompt was running")
             self.answer(prompt.row, Answer.of_error(prompt.id, prompt.form, error), moment=moment)
+            self.given_up.append(prompt.model)
             log.warning("prompt given up request=%s attempts=%d", prompt.id, MAX_ATTEMPTS)
 
 

@@ -370,6 +370,8 @@ def test_a_prompt_that_ran_at_two_deaths_is_answered_500_and_not_run_again(journ
     (outgoing,) = journal.deliveries.waiting(Source.MQTT, limit=8)
     assert outgoing.row == row
     assert b'"status":500' in outgoing.answer.payload
+    assert journal.given_up == ["assistant"], "for the metrics"
+    assert reopened(journal, START).given_up == []
 
 
 def test_prompts_of_the_control_socket_that_nobody_can_ask_for_again_die_with_the_daemon(
