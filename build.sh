@@ -36,7 +36,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   long-test [ARG…]     the longer ways through what the tests show in short (minutes)
   broker-test [ARG…]   the whole contract on mosquitto, RabbitMQ and NATS, and a table (minutes)
   http-test [ARG…]     the packages openai, llm and langchain-openai against the OpenAI interface (fetches them)
-  look-test [ARG…]     what people look at: the dashboard on a real Prometheus (a minute)
+  look-test [ARG…]     what people look at: the dashboard on a real Prometheus, the device in Home Assistant (a minute)
   chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
   powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)
   attack [OPTION…]     input that means harm: what is known, then generated, in at most 10 minutes; --help
@@ -72,7 +72,7 @@ main() {
         powerloss) POWERLOSS_FAULTS=all run_tests -m 'long or not long' tests/*/test_powerloss.py "$@" ;;
         broker-test) need_brokers && run_tests -q -s -m 'brokers or not brokers' tests/acceptance/test_brokers.py "$@" ;;
         http-test) http_test "$@" ;;
-        look-test) need_lookers && run_tests -m look "$@" ;;
+        look-test) look_test "$@" ;;
         chaos) chaos "$@" ;;
         attack) attack "$@" ;;
         check) check ;;
@@ -133,6 +133,12 @@ long_test() {
 http_test() {
     locked_venv http-clients "$TOOLS/http-clients"
     run_tests -q -m http_clients "$@"
+}
+
+look_test() {
+    need_lookers
+    locked_venv home-assistant "$TOOLS/home-assistant" "$(find_newer_python)"
+    run_tests -m look "$@"
 }
 
 chaos() {

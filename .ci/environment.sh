@@ -22,11 +22,11 @@ set_up() {
     say "installed in $((SECONDS - started)) s"
 }
 
-# locked_venv LOCK VENV: a virtual environment of its own with that lock in it, for what must not mix with ours.
+# locked_venv LOCK VENV [PYTHON]: a virtual environment of its own with that lock in it, for what must not mix with ours.
 locked_venv() {
     local lock=$1 venv=$2
     [[ $(stamp_of "$venv") != "$lock $(key "$lock")" ]] || return 0
-    make_venv "$venv"
+    make_venv "$venv" "${3:-}"
     say "installing $(grep -c '==' "$LOCKS/$lock.txt") locked packages into ${venv#"$ROOT"/}"
     "$venv/bin/python" -m pip install --quiet --require-hashes --no-deps -r "$LOCKS/$lock.txt"
     printf '%s %s\n' "$lock" "$(key "$lock")" >"$venv/.stamp"
@@ -55,10 +55,10 @@ stamp_of() {
 }
 
 make_venv() {
-    local venv=$1 python
+    local venv=$1 python=${2:-}
     rm -f -- "$venv/.stamp"
     if usable_python "$venv/bin/python" && "$venv/bin/python" -c 'import pip' 2>/dev/null; then return; fi
-    python=$(find_python)
+    [[ -n $python ]] || python=$(find_python)
     say "making ${venv#"$ROOT"/} with $("$python" --version)"
     rm -rf -- "$venv"
     if "$python" -c 'import ensurepip' 2>/dev/null; then
@@ -88,6 +88,18 @@ find_python() {
         fi
     done
     die "Python 3.11, 3.12, 3.13 or 3.14 with its venv module is needed and was not found on PATH"
+}
+
+# Home Assistant runs on no older one.
+find_newer_python() {
+    local path
+    for path in "$(command -v python3.13)" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python3.13; do
+        if "$path" -c 'import venv' 2>/dev/null; then
+            printf '%s\n' "$path"
+            return
+        fi
+    done
+    die "Python 3.13 is needed for Home Assistant and was not found"
 }
 
 usable_python() {

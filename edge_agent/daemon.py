@@ -154,6 +154,7 @@ class Daemon:
             outlet=self._mqtt,
             notifier=notifier,
             metrics=metrics,
+            discovery_prefix=settings.homeassistant.prefix if settings.homeassistant.discovery else None,
         )
         self._prune_at_s = 0.0
 

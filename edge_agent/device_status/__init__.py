@@ -17,7 +17,7 @@ from edge_agent import printable
 from edge_agent.cache.store import Store
 from edge_agent.chat import messages
 from edge_agent.chat.journal import Journal
-from edge_agent.device_status import model_report, troubles
+from edge_agent.device_status import home_assistant, model_report, troubles
 from edge_agent.device_status.troubles import Trouble
 from edge_agent.errors import EdgeAgentError, JournalUnavailable
 from edge_agent.host import landlock, seccomp
@@ -213,6 +213,7 @@ class StatusPublisher:
 
     Args:
         metrics: gives their document.
+        discovery_prefix: of Home Assistant; None where the device does not show itself there.
     """
 
     def __init__(
@@ -223,13 +224,15 @@ class StatusPublisher:
         outlet: Outlet,
         notifier: Notifier,
         metrics: Callable[[], dict[str, Any]],
+        discovery_prefix: str | None = None,
     ) -> None:
         self._status = status
         self._topics = topics
         self._outlet = outlet
         self._notifier = notifier
         self._metrics = metrics
-        self._published = self._reported = ""
+        self._discovery_prefix = discovery_prefix
+        self._published = self._reported = self._discovered = ""
         self._status_at_s = self._reported_at_s = self._metrics_at_s = 0.0
 
     def step(self, now_s: float) -> None:
@@ -266,8 +269,19 @@ class StatusPublisher:
     def _report(self, now_s: float, document: dict[str, Any]) -> None:
         """What runs: at each change. The progress of a fetch comes along at intervals, and once it has ended."""
         reported = self._status.reported(document)
+        self._discover(reported["models"])
         fetching = any(model["progress"] for model in reported["models"].values())
         text = repr([{**model, "progress": fetching} for model in reported["models"].values()])
         if text != self._reported or (fetching and now_s >= self._reported_at_s):
             self._reported, self._reported_at_s = text, now_s + PROGRESS_INTERVAL_S
             self._outlet.set_retained(self._topics.reported, messages.encode(reported))
+
+    def _discover(self, models: Mapping[str, Mapping[str, Any]]) -> None:
+        """What Home Assistant has to know: at the start, and whenever another version is the one to ask for."""
+        if self._discovery_prefix is None:
+            return
+        text = messages.encode(home_assistant.document(self._topics, models)).decode()
+        if text != self._discovered:
+            self._discovered = text
+            topic = home_assistant.topic(self._discovery_prefix, self._topics.device_id)
+            self._outlet.set_retained(topic, text.encode())

@@ -23,6 +23,7 @@ from edge_agent import environment
 from edge_agent.errors import SettingsError
 from edge_agent.package.reference import MODEL_NAME
 from edge_agent.settings.cache import CacheSettings
+from edge_agent.settings.home_assistant import HomeAssistantSettings
 from edge_agent.settings.http import HttpSettings
 from edge_agent.settings.limits import InferenceSettings, LimitSettings, TrustSettings
 from edge_agent.settings.link import LinkSettings
@@ -65,6 +66,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     trust: TrustSettings = TrustSettings()
     inference: InferenceSettings = InferenceSettings()
+    homeassistant: HomeAssistantSettings = HomeAssistantSettings()
     fleet: Section = Section()  # an operator's file may say with it what it is; it has no keys
 
     @classmethod

@@ -1,6 +1,9 @@
 """The command line beside the running daemon, and without one."""
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from tests.support.processes import Daemon
 from tests.support.sample_device import settings_for
 from tests.support.terminal import Terminal
 
+ROOT = Path(__file__).parents[2]
 JAPAN = "What is the capital of Japan?"
 TOKYO = "The capital of Japan is Tokyo."
 
@@ -64,6 +68,22 @@ def test_chat_in_a_terminal_needs_a_folder_and_nothing_else(tmp_path: Path) -> N
         terminal.type("\x04")
         assert terminal.wait() == 0
     assert JAPAN in (tmp_path / ".local/state/edge-agent/chat-history").read_text()
+
+
+def test_the_program_in_the_docs_gets_its_answer(agent: Daemon, broker: Broker, tmp_path: Path) -> None:
+    """As it stands, but for where the broker is and what the device is called."""
+    (code,) = re.findall(
+        r"```python\n(import json, sys\n.*?)```", (ROOT / "docs/mqtt.md").read_text(), re.DOTALL
+    )
+    ours = f'"{broker.host}", {broker.port}, "{agent.config["device_id"]}"'
+    told = code.replace('"localhost", 1883, "press-3"', ours)
+    assert told != code
+    program = tmp_path / "ask.py"
+    program.write_text(told)
+    done = subprocess.run(
+        [sys.executable, str(program), JAPAN], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"{TOKYO}\n"), done.stderr
 
 
 def test_status_says_what_the_contract_says(agent: Daemon) -> None:
