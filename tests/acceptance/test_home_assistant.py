@@ -38,6 +38,10 @@ def client(broker: Broker, device: Daemon) -> Iterator[Client]:
     with connected(broker, device=DEVICE) as running:
         for topic in (TOPIC, f"{running.root}/status", f"{running.root}/model/reported"):
             running.subscribe(topic)
+        status = f"{running.root}/status"
+        running.wait(
+            lambda message: message.topic == status and message.json["state"] == "ready", timeout_s=60
+        )
         yield running
 
 
