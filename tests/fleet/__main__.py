@@ -3,7 +3,8 @@
 Each step does to all of them what an operator, or a bad day, does; waits until each device has what it should have; and
 prints the requests that the registry got meanwhile, the most of them in one second, and the time that it took. A
 step fails, and the exit code is 1, where a device has not arrived in time, or the registry gets more than `MOST_PER_S`
-in a second though nobody fetches anything. Called by `./build.sh fleet-test`: ten minutes.
+in a second though nobody fetches anything. Called by `./build.sh fleet-test`: ten minutes, and ten more
+for the rollouts (`rollouts.py`), which are all that `--rollouts` does.
 """
 
 from __future__ import annotations
@@ -266,11 +267,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--devices", type=int, default=12)
     parser.add_argument("--interval", type=float, default=60.0, help="registry.poll_interval_s")
-    parser.add_argument(
-        "--rollouts",
-        action="store_true",
-        help="only start the devices, and do what comes after the steps: versions in waves (rollouts.py), ten minutes",
-    )
+    parser.add_argument("--rollouts", action="store_true", help="only start the devices, and roll out")
     return parser.parse_args()
 
 
