@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from edge_agent.errors import (
+    CacheFull,
     CannotRun,
     ContentError,
     MemoryShort,
+    RegistryRefused,
     RunnerError,
     VersionHeld,
     by_code,
@@ -25,7 +27,7 @@ from edge_agent.fleet.devices import NEVER_SEEN, UNKNOWN, Device, ModelReport
 from edge_agent.fleet.rollout.plan import Plan
 
 GATE_FAILED = "gate_failed"
-_CANNOT = frozenset(by_code(CannotRun)) | {MemoryShort.code}
+_CANNOT = frozenset(by_code(CannotRun, MemoryShort, CacheFull, RegistryRefused))
 _HELD = frozenset((*by_code(VersionHeld), "not_in_rollout"))
 _OF_SOMETHING_ELSE = frozenset(("desired_invalid",))
 FAILURES = (frozenset(by_code(ContentError, RunnerError)) | {GATE_FAILED}) - _CANNOT - _OF_SOMETHING_ELSE

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.fleet.rollout.lease import LEASE_S, RENEW_S, SETTLE_S, Claim, taken_over
 from edge_agent.fleet.rollout.state import Lease, Phase, State
+from tests.support.generated_messages import examples
 from tests.support.scripted_rollout import plan_of
 
 NOW = 1_790_000_000.0
@@ -149,7 +150,7 @@ class Network:
         ]
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     st.lists(st.floats(-100, 100), min_size=2, max_size=3),
     st.lists(

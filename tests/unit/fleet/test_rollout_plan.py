@@ -17,6 +17,7 @@ from edge_agent.fleet.rollout.plan import (
     make_plan,
 )
 from edge_agent.package.reference import ModelRef
+from tests.support.generated_messages import examples
 from tests.support.scripted_rollout import LIMITS, NAME, NEW, OLD, URI, plan_of
 
 TWELVE = [f"device-{number}" for number in range(12)]
@@ -50,6 +51,7 @@ def test_canaries_come_first_by_name_and_count_in_the_shares() -> None:
     assert [wave.devices for wave in plan.waves] == [2, 3, 4, 12]
 
 
+@examples(100)
 @given(
     st.sets(st.text("abcdef0123456789-", min_size=1, max_size=12), min_size=1, max_size=200),
     st.lists(st.floats(0.01, 99.9), max_size=6, unique=True).map(sorted),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.fleet.rollout import rules
@@ -14,6 +14,7 @@ from edge_agent.fleet.rollout.plan import Limits, RolloutRefused
 from edge_agent.fleet.rollout.rules import GRACE_S, step
 from edge_agent.fleet.rollout.standing import Seen, Standing
 from edge_agent.fleet.rollout.state import MAX_BYTES, MAX_SUSPECTS, OVER, Phase, State, parse
+from tests.support.generated_messages import examples
 from tests.support.scripted_rollout import LIMITS, NEW, plan_of
 
 HUNDREDS = [f"device-{number}" for number in range(300)]
@@ -322,7 +323,7 @@ class Model:
             assert not self.alias_moved
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(HISTORY)
 def test_whatever_happens_the_rules_hold(history: list[tuple[Any, str, float]]) -> None:
     model = Model()

@@ -40,6 +40,8 @@ def test_what_is_wrong_with_a_version_is_held_against_it(code: str) -> None:
         ("cannot_run", Standing.CANNOT_RUN),
         ("unconfined", Standing.CANNOT_RUN),
         ("memory_short", Standing.CANNOT_RUN),
+        ("cache_full", Standing.CANNOT_RUN),
+        ("registry_refused", Standing.CANNOT_RUN),
         ("link_held", Standing.HELD),
         ("activation_held", Standing.HELD),
         ("registry_unreachable", Standing.PENDING),

@@ -30,6 +30,7 @@ from edge_agent.fleet.rollout.state import (
     StateUnreadable,
     parse,
 )
+from tests.support.generated_messages import examples
 from tests.support.scripted_rollout import NAME, plan_of
 
 LONGEST = [f"{number:05d}".rjust(64, "d") for number in range(10_000)]
@@ -115,6 +116,7 @@ def test_a_state_of_another_form_is_refused(change: Callable[[dict[str, Any]], N
         parse(json.dumps(document).encode())
 
 
+@examples(100)
 @given(st.binary(max_size=300) | st.just(b"[" * 100_000) | st.just(b'{"schema": 1}'))
 def test_no_bytes_raise_anything_else(body: bytes) -> None:
     try:
