@@ -26,6 +26,7 @@ from edge_agent.fleet.devices import (
     parse_status,
 )
 from edge_agent.fleet.fields import MAX_DOCUMENT_BYTES
+from tests.support.generated_messages import examples
 from tests.support.scripted_fleet import TOPICS, device, model, reported, status
 
 FULL: dict[str, Any] = {
@@ -194,6 +195,7 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_s
 VALUES = LEAVES | st.lists(LEAVES, max_size=2) | st.dictionaries(KEYS, LEAVES, max_size=3)
 
 
+@examples(100)
 @given(
     top=st.dictionaries(KEYS, VALUES, max_size=4),
     entry=st.dictionaries(KEYS, VALUES, max_size=4),
