@@ -133,6 +133,7 @@ def test_each_way_to_fail_leaves_the_fallback_answering_until_a_version_runs(
     assert device.ask_whom() == (KATHMANDU, "1")
 
 
+@pytest.mark.long
 def test_a_fallback_that_cannot_run_either_is_named_with_the_first_reason(
     device: Device, swapped_model: Path, mlflow_server: Server, short_dir: Path
 ) -> None:

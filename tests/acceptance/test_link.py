@@ -117,6 +117,7 @@ def test_a_download_is_held_until_its_window_costs_nothing_and_comes_when_an_ope
     assert (device.ask(), device.model()["link"]) == (KATHMANDU, None)
 
 
+@pytest.mark.long
 def test_a_download_stops_with_the_days_bytes_which_a_crash_does_not_forget_and_goes_on(
     proxied: tuple[FollowingDevice, Proxy], swapped_model: Path
 ) -> None:
@@ -167,6 +168,7 @@ def test_a_download_stops_at_the_end_of_its_window_and_goes_on_in_the_next(
     assert device.ask() == KATHMANDU
 
 
+@pytest.mark.long
 def test_a_version_takes_over_when_the_machine_is_not_in_use_any_more(
     follow: Callable[..., FollowingDevice], swapped_model: Path, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_desired_state_is_obeyed_reported_and_given_back(
         device.client.publish(desired, b"", retain=True)
 
 
+@pytest.mark.long
 def test_the_progress_of_a_fetch_is_reported_and_its_end(
     follow: Callable[..., FollowingDevice], swapped_model: Path
 ) -> None:
