@@ -34,9 +34,9 @@ from edge_agent.fleet.rollout import desired
 from edge_agent.updates.polls import JITTER
 from tests.support import scripted_fleet as simulated
 from tests.support.client import connected
+from tests.support.fleet_operator import MODEL, Operator
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.mosquitto import Broker, running_broker
-from tests.support.operator import MODEL, Operator
 from tests.support.postgres import running_postgres
 from tests.support.processes import short_folder, wait_until
 
