@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
     pytest_own = {key: value for key, value in os.environ.items() if key.startswith(("PYTEST_", "COV_"))}
     os.environ.clear()
     os.environ.update(environment | pytest_own)
+    # A shell starts what it puts into the background with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 

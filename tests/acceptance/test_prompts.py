@@ -323,7 +323,10 @@ def test_status_is_retained_and_complete(client: Client) -> None:
     topic = f"{client.root}/status"
     status = client.wait(lambda message: message.topic == topic and message.json["state"] != "starting").json
     assert status["state"] == "ready"
-    assert set(status) == {"state", "time", "boot_id", "seq", "agent_version", "queue_depth", "models"}
+    assert set(status) == {
+        *("state", "time", "boot_id", "seq", "agent_version", "queue_depth", "models", "troubles", "walls"),
+    }
+    assert status["troubles"] == []
     (model,) = status["models"]
     assert set(model) == {
         *("name", "uri", "version", "digest", "flavor", "state", "reason", "tokens_per_s", "walls"),
