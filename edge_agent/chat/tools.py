@@ -58,18 +58,21 @@ def check(given: dict[str, Any]) -> None:
     wanted = given.get("tool_choice", "auto")
     if "tools" not in given:
         if alone := next((name for name in FIELDS_OF_TOOLS if name in given), ""):
-            raise BadRequest(f"{alone} needs tools")
+            raise BadRequest(f"{alone} needs tools", param=alone)
         return
     names = [tool["function"]["name"] for tool in given["tools"]]
     if isinstance(wanted, dict) and wanted["function"]["name"] not in names:
-        raise BadRequest("tool_choice.function.name is the name of none of the tools")
+        raise BadRequest("tool_choice.function.name is the name of none of the tools", param="tool_choice")
     if "prompt" in given:
-        raise BadRequest("tools need messages, not a prompt")
+        raise BadRequest("tools need messages, not a prompt", param="tools")
     if wanted == "none":
         for name in FIELDS_OF_TOOLS:
             given.pop(name, None)
     elif given.get("response_format", {"type": "text"})["type"] != "text":
-        raise BadRequest("tools and response_format exclude each other: a call has the form of its tool")
+        raise BadRequest(
+            "tools and response_format exclude each other: a call has the form of its tool",
+            param="response_format",
+        )
 
 
 def calls(name: str, value: object) -> list[dict[str, Any]]:

@@ -8,6 +8,9 @@ from typing import Any
 
 from edge_agent.errors import BadRequest
 
+MAX_SHOWN_CHARACTERS = 40
+"""Of a name that a client made up."""
+
 
 def text(name: str, value: object) -> str:
     if not isinstance(value, str):
@@ -38,4 +41,9 @@ def only_known(name: str, value: Mapping[str, Any], known: Collection[str]) -> N
 
 
 def shown(name: str) -> str:
-    return json.dumps(name[:40])
+    return json.dumps(name[:MAX_SHOWN_CHARACTERS])
+
+
+def printable_name(name: str) -> str:
+    """A field's name as its client wrote it, but short and text: a key of JSON may be neither."""
+    return name[:MAX_SHOWN_CHARACTERS].encode("utf-8", "replace").decode()
