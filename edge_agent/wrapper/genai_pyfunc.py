@@ -2082,7 +2082,9 @@ _WRONG = {
     r"Unsatisfiable schema": "no answer can satisfy the schema",
     r"Pointer .* does not exist": "a $ref points to nothing",
     r"regex parse error|invalid regex|lexer error": "a regular expression is invalid",
-    r"Invalid type|must be an? |invalid type|unknown field": "the schema is invalid",
+    r"Invalid type|must be an? |invalid type|unknown field|Expected [a-z0-9 ]+ for '|invalid multiple of": (
+        "the schema is invalid"
+    ),
 }
 
 
