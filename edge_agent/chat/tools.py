@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edge_agent.chat.values import boolean, only_known, text
+from edge_agent.chat.values import boolean, check_json, only_known, text
 from edge_agent.errors import BadRequest
 
 MAX_TOOLS = 128
@@ -136,7 +136,7 @@ def _tool(name: str, value: object) -> dict[str, Any]:
 def _parameters(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("type", "object") != "object":
         raise BadRequest(f"{name} must be the schema of an object")
-    text(name, json.dumps(value, ensure_ascii=False))
+    check_json(name, value)
     return value
 
 

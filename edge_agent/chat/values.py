@@ -29,6 +29,16 @@ def check_text(name: str, value: str) -> None:
         raise BadRequest(f"{name} has a lone surrogate") from error
 
 
+def check_json(name: str, value: object) -> None:
+    """What is handed on as it is. Python reads `1e400` as infinite, and writes that as no JSON: a runner would end of
+    it."""
+    try:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise BadRequest(f"{name} has a number that is too large") from error
+    check_text(name, written)
+
+
 def boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise BadRequest(f"{name} must be true or false")
