@@ -40,7 +40,7 @@ from edge_agent.sd_notify import Notifier
 from edge_agent.serving.lifecycle import budget_of, lifecycles_of
 from edge_agent.settings import Settings
 from edge_agent.topics import Topics
-from edge_agent.transport.control import ControlServer
+from edge_agent.transport.control import ControlServer, request_bytes
 from edge_agent.transport.control_prompts import ControlPrompts
 from edge_agent.transport.control_requests import control_operations
 from edge_agent.transport.credentials import read_password
@@ -147,6 +147,7 @@ class Daemon:
                 run_operation=partial(run_operation, operations),
                 note_refusal=self._measurements.note_refusal,
             ),
+            max_request_bytes=request_bytes(settings.limits.payload_bytes),
         )
         self._publisher = StatusPublisher(
             self._status,

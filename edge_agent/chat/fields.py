@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from edge_agent.chat import tools
-from edge_agent.chat.values import boolean, only_known, text
+from edge_agent.chat.values import boolean, check_json, only_known, text
 from edge_agent.errors import BadRequest
 from edge_agent.topics import ID_PATTERN
 
@@ -186,6 +186,7 @@ def _response_format(name: str, value: object) -> dict[str, Any]:
         text(f"{name}.regex", value["regex"])
     if kind == "json_schema" and not isinstance(value["json_schema"], dict):
         raise BadRequest(f"{name}.json_schema must be an object")
+    check_json(name, value)
     return value
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from edge_agent.chat import tools
 from edge_agent.chat.fields import check_id, check_topic
 from edge_agent.chat.surfaces import WITHOUT_EFFECT, Surface, fields_of
-from edge_agent.chat.values import check_text, shown
+from edge_agent.chat.values import check_text, printable_name, shown
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 from edge_agent.topics import ID_PATTERN
 
@@ -352,7 +352,7 @@ def _parse_object(document: dict[str, Any], surface: Surface) -> Request:
     unknown = sorted(set(document) - set(fields_of(surface)))
     if unknown:
         names = ", ".join(shown(name) for name in unknown[:8])
-        raise BadRequest(f"unknown field {names}", param=unknown[0])
+        raise BadRequest(f"unknown field {names}", param=printable_name(unknown[0]))
     given = _checked(document, surface)
     _use_one_name(given)
     tools.check(given)

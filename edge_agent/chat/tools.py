@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edge_agent.chat.values import boolean, only_known, text
+from edge_agent.chat.values import boolean, check_json, only_known, text
 from edge_agent.errors import BadRequest
 
 MAX_TOOLS = 128
@@ -58,18 +58,21 @@ def check(given: dict[str, Any]) -> None:
     wanted = given.get("tool_choice", "auto")
     if "tools" not in given:
         if alone := next((name for name in FIELDS_OF_TOOLS if name in given), ""):
-            raise BadRequest(f"{alone} needs tools")
+            raise BadRequest(f"{alone} needs tools", param=alone)
         return
     names = [tool["function"]["name"] for tool in given["tools"]]
     if isinstance(wanted, dict) and wanted["function"]["name"] not in names:
-        raise BadRequest("tool_choice.function.name is the name of none of the tools")
+        raise BadRequest("tool_choice.function.name is the name of none of the tools", param="tool_choice")
     if "prompt" in given:
-        raise BadRequest("tools need messages, not a prompt")
+        raise BadRequest("tools need messages, not a prompt", param="tools")
     if wanted == "none":
         for name in FIELDS_OF_TOOLS:
             given.pop(name, None)
     elif given.get("response_format", {"type": "text"})["type"] != "text":
-        raise BadRequest("tools and response_format exclude each other: a call has the form of its tool")
+        raise BadRequest(
+            "tools and response_format exclude each other: a call has the form of its tool",
+            param="response_format",
+        )
 
 
 def calls(name: str, value: object) -> list[dict[str, Any]]:
@@ -133,7 +136,7 @@ def _tool(name: str, value: object) -> dict[str, Any]:
 def _parameters(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("type", "object") != "object":
         raise BadRequest(f"{name} must be the schema of an object")
-    text(name, json.dumps(value, ensure_ascii=False))
+    check_json(name, value)
     return value
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from edge_agent.errors import BadRequest
 
+MAX_SHOWN_CHARACTERS = 40
+"""Of a name that a client made up."""
+
 
 def text(name: str, value: object) -> str:
     if not isinstance(value, str):
@@ -26,6 +29,16 @@ def check_text(name: str, value: str) -> None:
         raise BadRequest(f"{name} has a lone surrogate") from error
 
 
+def check_json(name: str, value: object) -> None:
+    """What is handed on as it is. Python reads `1e400` as infinite, and writes that as no JSON: a runner would end of
+    it."""
+    try:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise BadRequest(f"{name} has a number that is too large") from error
+    check_text(name, written)
+
+
 def boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise BadRequest(f"{name} must be true or false")
@@ -38,4 +51,9 @@ def only_known(name: str, value: Mapping[str, Any], known: Collection[str]) -> N
 
 
 def shown(name: str) -> str:
-    return json.dumps(name[:40])
+    return json.dumps(name[:MAX_SHOWN_CHARACTERS])
+
+
+def printable_name(name: str) -> str:
+    """A field's name as its client wrote it, but short and text: a key of JSON may be neither."""
+    return name[:MAX_SHOWN_CHARACTERS].encode("utf-8", "replace").decode()

@@ -194,13 +194,15 @@ def _numbered(delta: Mapping[str, Any]) -> dict[str, Any]:
     return {**delta, "tool_calls": [{"index": index, **call} for index, call in enumerate(calls)]}
 
 
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+"""What Unicode calls the end of a line, and JSON does not escape: many clients cut a stream with their language's own
+`splitlines`."""
+
+
 def _sse(document: Mapping[str, Any]) -> bytes:
-    """JSON has no line feed, so an event is one line. Source: HTML Standard, 9.2.5."""
-    return (
-        b"data: "
-        + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-        + b"\n\n"
-    )
+    """An event is one line, whatever a model says. Source: HTML Standard, 9.2.5."""
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
 # --- Models ---------------------------------------------------------------------------------------------

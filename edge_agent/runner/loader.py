@@ -120,8 +120,13 @@ class WrapperModel(Model):
         lanes: list[Lane] = []
         # One by one: 0.1.0's wrapper makes a batch of several, which changes answers.
         for document, owner in zip(documents, owners, strict=True):
-            with bounds.computing():  # it reads the prompt; the lane computes later
-                opened = self._open(document, owner)
+            try:
+                # It reads the prompt; the lane computes later.
+                with bounds.panics_caught(), bounds.computing():
+                    opened = self._open(document, owner)
+            except Exception as error:  # noqa: BLE001 - model code may raise anything; the others go on
+                lanes.append(Lane(_failing(error), lambda: None))
+                continue
             if not opened:
                 break
             lanes.append(Lane(_steps(opened[0]), opened[0].close))
@@ -172,6 +177,12 @@ class _Ending:
         if self._ended is not None:
             self._ended()
             self._ended = None
+
+
+def _failing(error: Exception) -> Iterator[list[str | End]]:
+    """The steps of a prompt that could not be read: whoever takes the first one hears why."""
+    yield from ()
+    raise error
 
 
 def _steps(lane: Any) -> Iterator[list[str | End]]:

@@ -233,8 +233,10 @@ def encode(frame: Frame) -> bytes:
 
     Raises:
         RunnerError: longer than the bound.
+        ValueError: a number in it is not finite; whoever reads the line would take it for no frame.
     """
-    line = json.dumps({"type": frame.type, **asdict(frame)}, separators=(",", ":")).encode() + b"\n"
+    document = {"type": frame.type, **asdict(frame)}
+    line = json.dumps(document, separators=(",", ":"), allow_nan=False).encode() + b"\n"
     limit_bytes = MAX_REPLY_BYTES if isinstance(frame, _Reply) else MAX_FRAME_BYTES
     if len(line) > limit_bytes:
         raise RunnerError(f"a {frame.type} frame has {len(line)} bytes, at most {limit_bytes} are allowed")

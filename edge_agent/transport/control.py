@@ -37,7 +37,10 @@ from edge_agent.runner.lines import LineReader
 log = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 34 << 20
-"""A prompt of the largest `limits.payload_bytes`, as a JSON string in which each character is escaped."""
+"""Of an answer, or of a request where nobody says less."""
+_LEAST_REQUEST_BYTES = 1 << 20
+_FIELDS_BYTES = 4096
+"""Of a prompt's line, beside its text."""
 MAX_CONNECTIONS = 96
 MAX_OF_ONE_USER = 40
 """The OpenAI interface is one user, and each prompt of it a connection: the usual queue has room for 32."""
@@ -142,15 +145,19 @@ class ControlServer:
 
     Args:
         operations: by name.
+        max_request_bytes: of a request: each connection may hold so many in memory. See `request_bytes`.
 
     Raises:
         ControlSocketError: the socket cannot be made.
         DaemonRunning: another daemon listens on it.
     """
 
-    def __init__(self, path: Path, operations: Mapping[str, Operation]) -> None:
+    def __init__(
+        self, path: Path, operations: Mapping[str, Operation], *, max_request_bytes: int = MAX_LINE_BYTES
+    ) -> None:
         self._path = path
         self._operations = operations
+        self._max_request_bytes = max_request_bytes
         self._seats = _Seats()
         self._closing = threading.Event()
         self._listener = listen(path, key="control_socket")
@@ -202,7 +209,7 @@ class ControlServer:
     def _answer(self, connection: socket.socket, files: list[int]) -> None:
         call = Call(connection, {})
         try:
-            request = _request(connection, files)
+            request = _request(connection, files, limit_bytes=self._max_request_bytes)
             # A client that stops reading must not keep its seat for ever.
             connection.settimeout(_SEND_TIMEOUT_S)
             call = Call(connection, request, files[0] if files else None)
@@ -298,14 +305,26 @@ def _lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
             yield document
 
 
-def _request(connection: socket.socket, files: list[int]) -> dict[str, Any]:
+def request_bytes(payload_bytes: int) -> int:
+    """How long the line of a prompt may be.
+
+    Three times as long as the prompt: `encode` writes two bytes of UTF-8 as six. Somewhat longer ones come in as
+    well, to be refused as prompts.
+
+    Args:
+        payload_bytes: `limits.payload_bytes`.
+    """
+    return max(_LEAST_REQUEST_BYTES, 3 * payload_bytes + _FIELDS_BYTES)
+
+
+def _request(connection: socket.socket, files: list[int], *, limit_bytes: int) -> dict[str, Any]:
     """A client's one request. One open file may come along; it is put into `files`.
 
     Raises:
         EdgeAgentError: it is no request, or it does not come in time.
         ClientGone: the client closed before it had said anything.
     """
-    lines = _reader()
+    lines = _reader(limit_bytes)
     until_s = time.monotonic() + _REQUEST_TIMEOUT_S
     came = False
     while (document := lines.document()) is None:
@@ -327,9 +346,9 @@ def _request(connection: socket.socket, files: list[int]) -> dict[str, Any]:
     return document
 
 
-def _reader() -> LineReader:
+def _reader(limit_bytes: int = MAX_LINE_BYTES) -> LineReader:
     return LineReader(
-        limit_bytes=MAX_LINE_BYTES,
+        limit_bytes=limit_bytes,
         broken=lambda reason: EdgeAgentError(f"the control socket brought {reason}"),
     )
 

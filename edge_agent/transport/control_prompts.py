@@ -26,7 +26,7 @@ from edge_agent.chat.intake import Intake, make_id
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Acceptance, Prompt, Source
 from edge_agent.chat.surfaces import Surface
-from edge_agent.errors import BadRequest, Cancelled, JournalUnavailable
+from edge_agent.errors import BadRequest, Cancelled, IdReused, JournalUnavailable
 from edge_agent.transport.control import Call, ClientGone
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,10 @@ class ControlPrompts:
             ClientGone: the client left; its prompt was cancelled, unless it has a key or somebody else waits for it.
         """
         asked = self._asked(call.request)
-        waiter, row = self._accept(intake, asked)
+        try:
+            waiter, row = self._accept(intake, asked)
+        except IdReused as error:  # its message names an id that was made here
+            raise IdReused("this Idempotency-Key was used for another request") from error
         with self._waiting(intake, waiter, row, keep=asked.correlation is not None):
             prompt = self._journal.prompt(row)
             if prompt is not None:

@@ -2028,11 +2028,10 @@ def _narrow_object(narrow: dict[str, Any]) -> None:
     for key, parts in (("properties", properties), ("patternProperties", patterns)):
         if isinstance(parts, Mapping):
             narrow[key] = _each_narrowed(parts)
-    required = narrow.get("required")
-    if isinstance(required, list) and not patterns and isinstance(properties, (Mapping, type(None))):
-        others = {str(name): more for name in required if name not in (properties or {})}
-        properties = {**narrow.get("properties", {}), **others}
-        narrow |= {"properties": properties} if properties else {}
+    required, named = narrow.get("required"), narrow.get("properties", {})
+    names = required if isinstance(required, list) and all(isinstance(name, str) for name in required) else []
+    if names and not patterns and isinstance(named, Mapping):  # what is no schema is the library's to refuse
+        properties = narrow["properties"] = {**named, **{name: more for name in names if name not in named}}
     if properties or patterns:
         narrow["additionalProperties"] = (
             more if "additionalProperties" in narrow and narrow["additionalProperties"] is not True else False
@@ -2083,7 +2082,9 @@ _WRONG = {
     r"Unsatisfiable schema": "no answer can satisfy the schema",
     r"Pointer .* does not exist": "a $ref points to nothing",
     r"regex parse error|invalid regex|lexer error": "a regular expression is invalid",
-    r"Invalid type|must be an? |invalid type|unknown field": "the schema is invalid",
+    r"Invalid type|must be an? |invalid type|unknown field|Expected [a-z0-9 ]+ for '|invalid multiple of": (
+        "the schema is invalid"
+    ),
 }
 
 

@@ -252,7 +252,7 @@ class Daemon:
         self.server = ControlServer(socket, {"probe": self._answer, "status": self._status})
 
     def _status(self, call: Call) -> None:
-        call.send("status", status={"models": [{"name": "assistant"}]})
+        call.send("done", status={"models": [{"name": "assistant"}]})
 
     def _answer(self, call: Call) -> None:
         self.asked.append(call.request["messages"])

@@ -30,8 +30,8 @@ def stumble(call: Call) -> None:
 
 
 @contextmanager
-def serving(path: Path) -> Iterator[ControlServer]:
-    server = ControlServer(path, {"say": say, "stumble": stumble})
+def serving(path: Path, **bounds: int) -> Iterator[ControlServer]:
+    server = ControlServer(path, {"say": say, "stumble": stumble}, **bounds)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -111,6 +111,26 @@ def test_every_malformed_call_gets_one_error_event(short_dir: Path, line: bytes)
     assert event["event"] == "error"
     assert event["message"]
     assert "prompt" not in event["message"], "what nobody foresaw may quote one"
+
+
+def test_a_request_over_the_bound_is_refused_while_it_comes(short_dir: Path) -> None:
+    """Each connection may hold as much in memory, and a user has many."""
+    with (
+        serving(short_dir / "c.sock", max_request_bytes=1000),
+        connected(short_dir / "c.sock") as client,
+        contextlib.suppress(BrokenPipeError),
+    ):
+        client.sendall(b" " * 1001)  # no end of a line
+        (event,) = answer_of(client)
+    assert "more than 1000 bytes" in event["message"]
+
+
+@pytest.mark.parametrize("payload_bytes", [256, 102_400, 1 << 20])
+@pytest.mark.parametrize("text", ["x", "\n", '"', "é", "语", "😀"])
+def test_the_bound_holds_each_prompt_that_the_settings_allow(payload_bytes: int, text: str) -> None:
+    prompt = text * (payload_bytes // len(text.encode()))
+    line = control.encode({"op": "chat", "body": prompt, "surface": "completion", "key": "\U0010ffff" * 255})
+    assert len(line) <= control.request_bytes(payload_bytes)
 
 
 def test_a_file_that_is_no_open_file_gets_an_error_event(short_dir: Path) -> None:

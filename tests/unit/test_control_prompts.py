@@ -222,6 +222,7 @@ def test_a_key_with_another_body_or_for_another_surface_is_refused(device: Devic
     ):
         other.leave()
         assert isinstance(other.error, IdReused)
+        assert "this Idempotency-Key" in str(other.error), "not an id that the client has never seen"
 
 
 def test_the_answer_of_a_client_that_left_survives_the_daemon(device: Device) -> None:

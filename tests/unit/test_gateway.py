@@ -152,6 +152,25 @@ def test_calls_of_tools_pass_through(served: ServedHere, daemon: ScriptedDaemon)
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+def test_an_event_is_one_line_for_clients_that_know_all_of_unicodes(
+    served: ServedHere, daemon: ScriptedDaemon
+) -> None:
+    """httpx' `iter_lines` and others cut text at these, too."""
+    text = "a\x85b\u2028c\u2029d\x0be\x1cf\r\ng\n\ndata: [DONE]\n\n"
+
+    def speak(call: Call) -> None:
+        accept(call)
+        say(call, text)
+        done(call, text)
+
+    daemon.script = speak
+    response = served.chat({**CHAT, "stream": True})
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in response.events) == text
+    lines = response.body.decode().splitlines()
+    assert lines == response.body.decode().split("\n")[:-1]
+    assert lines.count("data: [DONE]") == 1
+
+
 def test_models_are_listed_and_found(served: ServedHere) -> None:
     listed = served.request("GET", "/v1/models").json
     assert (listed["object"], [model["id"] for model in listed["data"]]) == ("list", ["assistant", "b"])

@@ -153,6 +153,9 @@ def test_what_the_library_cannot_do_is_a_failure_of_the_model(text: str, message
         (f"{IN_A_SCHEMA}Pointer '/$defs/none' does not exist", "a $ref points to nothing"),
         (f"{IN_A_SCHEMA}Invalid type: nope", "the schema is invalid"),
         (f"{IN_A_SCHEMA}properties must be an object", "the schema is invalid"),
+        (f"{IN_A_SCHEMA}Expected string for 'required' item, got [\"a\"]", "the schema is invalid"),
+        (f"{IN_A_SCHEMA}Expected f64 for 'minimum', got \"x\"", "the schema is invalid"),
+        (f"{IN_A_SCHEMA}invalid multiple of", "the schema is invalid"),
         (
             f"{IN_A_SCHEMA}regex parse error:\n    [\n    ^\nerror: unclosed character class",
             "a regular expression is invalid",

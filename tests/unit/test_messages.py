@@ -124,6 +124,19 @@ def test_text_parts_are_lines_of_one_text_and_a_developer_is_the_system() -> Non
         (b'{"messages": ', "not JSON"),
         (b'{"prompt": "a"} trailing', "not JSON"),
         (b'{"prompt": NaN}', "NaN"),
+        (
+            b'{"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"minimum": -1e400}}}',
+            "response_format has a number that is too large",
+        ),
+        (
+            b'{"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"title": "\\ud800"}}}',
+            "response_format has a lone surrogate",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function":'
+            b' {"name": "f", "parameters": {"properties": {"a": {"maximum": 1e400}}}}}]}',
+            "tools[0].function.parameters has a number that is too large",
+        ),
         (b'{"prompt": "a", "prompt": "b"}', "twice"),
         (b"\xff\xfe", "UTF-8"),
         (b"a\x00b", "NUL"),

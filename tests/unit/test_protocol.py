@@ -45,6 +45,12 @@ def test_a_frame_survives_the_way(frame: Frame) -> None:
     assert protocol.decode(protocol.encode(frame)) == frame
 
 
+def test_a_number_that_is_not_finite_never_leaves() -> None:
+    """The other end would take the line for no frame, and a runner would end."""
+    with pytest.raises(ValueError, match="float"):
+        protocol.encode(Generate(id="1.1", document={"response_format": {"minimum": float("inf")}}))
+
+
 def test_the_configured_system_prompt_is_for_chats_without_one_only() -> None:
     user = {"role": "user", "content": "Hello"}
     system = {"role": "system", "content": "Be brief."}

@@ -355,13 +355,28 @@ RESULT = {"role": "tool", "tool_call_id": "c1", "content": "done"}
 def test_a_wrapper_that_knows_no_tools_is_never_asked_for_them(document: dict[str, Any], where: str) -> None:
     wrapper = BoundWrapper()
     model = WrapperModel(wrapper, flavor="scripted", signature="chat", golden=None)
-    for start in (lambda: model.start([document], [""]), lambda: next(model.stream(document))):
+    for start in (lambda: next(model.start([document], [""])[0]), lambda: next(model.stream(document))):
         with pytest.raises(BadRequest) as caught:
             start()
         assert caught.value.message == (
             f"{where}this package was published with a release that knows none: publish it again"
         )
     assert wrapper.read == []
+
+
+def test_a_prompt_that_cannot_be_read_leaves_those_beside_it_alone() -> None:
+    """They were all refused with its error, and what was open stayed open."""
+    wrapper = BoundWrapper()
+    model = WrapperModel(wrapper, flavor="scripted", signature="chat", golden=None)
+    plain = {"messages": [SAYS]}
+    before, odd, behind = model.start([plain, {**plain, "tools": [{}]}, plain], ["a", "a", "a"])
+    with pytest.raises(BadRequest, match="tools: "):
+        next(odd)
+    for lane in (before, behind):
+        assert [next(lane), next(lane)] == [[], ["Hello"]]
+    for lane in (before, odd, behind):
+        lane.close()
+    assert wrapper.open == 0
 
 
 def test_what_is_no_refusal_goes_on_as_it_is() -> None:

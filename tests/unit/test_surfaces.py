@@ -52,6 +52,16 @@ def test_each_surface_refuses_by_name_what_is_not_its_own(
     assert param in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("name", "param"), [("\ud800", "?"), ("ä\udfff", "ä?"), ("x" * 5000, "x" * 40)], ids=ascii
+)
+def test_the_name_of_an_unknown_field_is_short_and_text(name: str, param: str) -> None:
+    """It stands in the error, which is UTF-8."""
+    with pytest.raises(BadRequest) as caught:
+        parse({**CHAT, name: 1}, Surface.CHAT)
+    assert caught.value.param == param
+
+
 HABIT_VALUES: dict[str, tuple[Any, Any]] = {
     "store": (False, True),
     "metadata": ({}, {"a": "b"}),

@@ -149,6 +149,22 @@ def test_what_is_wrong_is_refused_by_name(document: dict[str, Any], word: str) -
     assert word in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("document", "param"),
+    [
+        (chat(parallel_tool_calls=True), "parallel_tool_calls"),
+        (chat(tools=[tool()], tool_choice={"type": "function", "function": {"name": "wait"}}), "tool_choice"),
+        (chat(tools=[tool()], response_format={"type": "json_object"}), "response_format"),
+        ({"prompt": "x", "tools": [tool()]}, "tools"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_named_in_param(document: dict[str, Any], param: str) -> None:
+    """Clients of OpenAI's read it there."""
+    with pytest.raises(BadRequest) as caught:
+        parse(document)
+    assert caught.value.param == param
+
+
 def test_ids_of_calls_are_nine_letters_and_digits_of_their_answer() -> None:
     """Some chat templates refuse every other form."""
     found = [{"name": "a", "arguments": "{}"}] * 3

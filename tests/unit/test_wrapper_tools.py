@@ -124,6 +124,22 @@ def test_parameters_that_are_open_on_purpose_stay_open() -> None:
 
 
 @pytest.mark.parametrize(
+    "wrong",
+    [
+        {"required": [["a"]]},
+        {"required": [{"a": 1}], "properties": {}},
+        {"required": ["a", None]},
+        {"required": ["a"], "properties": None},
+        {"required": ["a"], "properties": 7},
+    ],
+    ids=str,
+)
+def test_what_is_no_schema_is_left_for_the_library_to_refuse(wrong: dict[str, Any]) -> None:
+    found = _ending({"properties": {"x": {"type": "object", **wrong}}})["properties"]["x"]
+    assert {key: found[key] for key in wrong} == wrong
+
+
+@pytest.mark.parametrize(
     "part",
     [
         {"oneOf": [{"type": "string"}, {"type": "null"}]},

@@ -21,7 +21,7 @@ from typing import Any
 from edge_agent import terminal
 from edge_agent.chat import messages as chat_messages
 from edge_agent.cli.chat.conversation import STOPPED, Answer, Message, OnText
-from edge_agent.cli.command import reported_error
+from edge_agent.cli.command import reported_error, said_by_daemon
 from edge_agent.errors import (
     Cancelled,
     EdgeAgentError,
@@ -185,19 +185,10 @@ def of_daemon(settings: Settings, model: str | None) -> DaemonPartner:
         DaemonNotRunning: nothing answers on the control socket.
         UnknownModel: it has no model of this name.
     """
-    names = [each["name"] for each in _status(settings)["models"]]
+    names = [each["name"] for each in said_by_daemon(settings, "status")["models"]]
     if model is not None and model not in names:
         raise UnknownModel(f"no model is called {model!r} here; there are {', '.join(names)}")
     return DaemonPartner(settings, model)
-
-
-def _status(settings: Settings) -> dict[str, Any]:
-    for event in control.call(find_control_socket(settings), "status", timeout_s=_GRACE_S):
-        if event.get("event") == "error":
-            raise reported_error(event)
-        status: dict[str, Any] = event["status"]
-        return status
-    raise EdgeAgentError("the daemon closed the connection without an answer")
 
 
 @contextlib.contextmanager
