@@ -214,8 +214,12 @@ class Console:
         return request
 
     def turn(self, watch: Watch) -> None:
-        """Reads what has come, and does what is due."""
-        self._read(watch)
+        """Reads what has come, and does what is due.
+
+        Raises:
+            BrokerUnreachable: there was no connection for a while, or there is none: see `View.forget`.
+        """
+        _read(watch, self.view, self._clocks.mono_s)
         self._note = ""
         self.hear()
         if self._claim.holds(self._clocks.mono_s()):
@@ -249,16 +253,6 @@ class Console:
                 raise RolloutRefused(state.answered.problem)
         elif not _waits(state, stands) and self._clocks.mono_s() - self._asked_s >= RENEW_S:
             self._send(asked)
-
-    def _read(self, watch: Watch) -> None:
-        """What has come, for a moment: a large fleet is never quiet."""
-        until_s = self._clocks.mono_s() + _READING_S
-        timeout_s = TURN_S
-        while (message := watch.next(timeout_s)) is not None:
-            self.view.take(message.topic, message.body)
-            timeout_s = _QUIET_S
-            if self._clocks.mono_s() >= until_s:
-                return
 
     def _try_to_claim(self, state: State) -> None:
         now, mono_s = self._clocks.wall_s(), self._clocks.mono_s()
@@ -383,6 +377,19 @@ class Console:
 
     def _say(self, note: str) -> None:
         self.tell(Progress(state=self.state, leads=self._claim.holds(self._clocks.mono_s()), note=note))
+
+
+def _read(watch: Watch, view: View, mono_s: Callable[[], float]) -> None:
+    """What has come, for a moment: a large fleet is never quiet."""
+    until_s = mono_s() + _READING_S
+    timeout_s = TURN_S
+    while (message := watch.next(timeout_s)) is not None:
+        view.take(message.topic, message.body)
+        timeout_s = _QUIET_S
+        if mono_s() >= until_s:
+            break
+    if watch.renewed:
+        raise BrokerUnreachable("the connection to the broker was lost, and is there again")
 
 
 class _Backoff:

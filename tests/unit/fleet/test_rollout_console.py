@@ -240,6 +240,10 @@ class Dropping:
     def __init__(self, watch: Watch, broker: MayNotRead) -> None:
         self._watch, self._broker = watch, broker
 
+    @property
+    def renewed(self) -> bool:
+        return self._watch.renewed
+
     def next(self, timeout_s: float) -> Message | None:
         message = self._watch.next(timeout_s)
         return None if message is not None and self._broker.drops(message.topic) else message
@@ -504,6 +508,27 @@ def test_a_broker_that_has_lost_everything_gets_the_state_again_and_no_wave_is_p
             device.away = False
         world.live()
     assert console.run(ended).phase is Phase.DONE
+
+
+def test_a_broker_that_is_back_at_once_and_has_lost_everything_is_told_all_of_it_again() -> None:
+    away = FIRST[1]
+    world = World([ScriptedDevice(id=each, away=each == away) for each in TWELVE])
+    console = world.begun()
+    world.run(console, lambda state: state.wave == 1)
+    live = world.broker.on_wait
+
+    def restarts(now_s: float) -> None:
+        if away in world.offered and world.devices[away].away:
+            world.broker.restart()
+            for device in world.devices.values():
+                device.away = False
+        live(now_s)
+
+    world.broker.on_wait = restarts
+    within(world, 3_000)
+    assert console.run(ended).phase is Phase.DONE
+    assert world.offered.count(away) > 1, "it never heard that it was to take the version"
+    assert any("lost" in note for note in world.notes)
 
 
 def test_a_console_that_may_not_read_desired_states_releases_all_that_may_have_been_told() -> None:
