@@ -42,7 +42,15 @@ class Outgoing:
 
 
 class Watch(Protocol):
-    """What comes on some filters: of each topic the newest message, so nothing piles up behind a slow reader."""
+    """What comes on some filters: of each topic the newest message, so nothing piles up behind a slow reader.
+
+    Attributes:
+        renewed: the connection was lost since the watch began, and made again: what was removed meanwhile, or what the
+            broker itself has lost, was not heard.
+    """
+
+    @property
+    def renewed(self) -> bool: ...
 
     def next(self, timeout_s: float) -> Message | None:
         """The next message, or None if none has come within `timeout_s`.

@@ -214,6 +214,8 @@ class ConsoleConnection:
             log.warning("broker not reached again reason=%r retry_s=%.0f", error.message, pause_s)
             return
         log.info("broker connected again")
+        for reader in self._readers:
+            reader.renewed = True
         self._failures, self._connection = 0, connection
 
     def _dial(self, *, clean: bool) -> CommandConnection:
@@ -245,6 +247,7 @@ class _Reader:
         self.filters = tuple(filters)
         self.waiting: dict[str, Message] = {}
         self.heard_s = 0.0
+        self.renewed = False
         self._plain = frozenset(each for each in filters if "+" not in each and "#" not in each)
         self._wild = [each for each in filters if each not in self._plain]
 
@@ -265,6 +268,10 @@ class _Watch:
     def __init__(self, connection: ConsoleConnection, reader: _Reader) -> None:
         self._connection = connection
         self._reader = reader
+
+    @property
+    def renewed(self) -> bool:
+        return self._reader.renewed
 
     def next(self, timeout_s: float) -> Message | None:
         waiting = self._reader.waiting

@@ -112,7 +112,11 @@ def parse_desired(payload: bytes, *, refs: Mapping[str, ModelRef]) -> Desired:
     models = document.get("models") if set(document) <= {"models", "within_s"} else None
     if not isinstance(models, dict):
         raise BadDesired('the desired state is not {"models": {…}}')
-    uris = {name: _desired_uri(name, entry, refs) for name, entry in models.items()}
+    uris = {
+        name: _desired_uri(name, entry, refs)
+        for name, entry in models.items()
+        if entry is not None or name in refs  # a rollout leaves null behind, and settings lose models
+    }
     return Desired(uris=uris, within_s=_within_s(document))
 
 

@@ -88,6 +88,12 @@ class ScriptedFleetBroker:
             for watch in self._watches:
                 watch.take(Message(topic=topic, body=data))
 
+    def restart(self) -> None:
+        """It forgets what it retained, and every watch is connected again before it notices anything."""
+        self.retained.clear()
+        for watch in self._watches:
+            watch.renewed = True
+
     def _need(self) -> None:
         if not self.reachable:
             raise BrokerUnreachable("the broker cannot be reached")
@@ -98,6 +104,7 @@ class _Watch:
         self._broker = broker
         self._filters = filters
         self._waiting: dict[str, Message] = {}
+        self.renewed = False
 
     def take(self, message: Message) -> None:
         if matches(self._filters, message.topic):

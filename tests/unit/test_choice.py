@@ -35,6 +35,11 @@ def test_a_desired_state_names_a_uri_a_version_or_gives_the_choice_back() -> Non
     assert choice.parse_desired(with_mark, refs=REFS) == given_back
 
 
+def test_a_model_that_the_settings_no_longer_have_may_be_given_back() -> None:
+    document = {"models": {"gone": None, "assistant": {"version": 7}}}
+    assert desired(document).uris == {"assistant": "models:/phi3/7"}
+
+
 def test_a_desired_state_may_be_followed_in_the_course_of_some_time() -> None:
     assert desired({"models": {"assistant": None}, "within_s": 300}).within_s == 300.0
 
@@ -69,7 +74,7 @@ def test_another_request_to_check_is_refused(payload: bytes) -> None:
         [],
         {},
         {"models": []},
-        {"models": {"missing": None}},
+        {"models": {"missing": {"version": 7}}},
         {"models": {"assistant": {"uri": "http://x"}}},
         {"models": {"assistant": {"version": 0}}},
         {"models": {"assistant": {"version": True}}},

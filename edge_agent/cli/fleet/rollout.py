@@ -28,12 +28,11 @@ from edge_agent.fleet.rollout.plan import (
     MAX_SOAK_S,
     Limits,
     Plan,
-    RolloutRefused,
     check_devices,
     check_version,
     make_plan,
 )
-from edge_agent.fleet.rollout.request import Request, Verb
+from edge_agent.fleet.rollout.request import Verb
 from edge_agent.fleet.rollout.state import OVER, Phase, State
 from edge_agent.fleet.rollout.view import View, names_of
 from edge_agent.topics import FleetTopics
@@ -239,7 +238,7 @@ def pause(invocation: Invocation, name: str, devices_file: Path | None) -> None:
     Examples:
       edge-agent fleet rollout pause assistant
     """
-    state = _ask(invocation, name, devices_file, Verb.PAUSE, lambda state: state.phase is Phase.PAUSED)
+    state = _ask(invocation, name, devices_file, Verb.PAUSE, lambda state: True)
     terminal.echo(f"paused in wave {state.wave + 1} of {len(state.plan.waves)}")
 
 
@@ -314,22 +313,8 @@ def _ask(
     with options.console(invocation) as (broker, topics):
         console = _console(broker, topics, name, devices_file, _registry(invocation))
         console.collect()
-        request = console.ask(verb)
-        return _drive(console, lambda state: _is_answered(state, request) and is_over(state), as_json=as_json)
-
-
-def _is_answered(state: State, request: Request | None) -> bool:
-    """
-    Raises:
-        RolloutRefused: the console that drives it has refused.
-    """
-    if request is None:
-        return True
-    if state.answered is None or state.answered.request != request.id:
-        return False
-    if state.answered.problem:
-        raise RolloutRefused(state.answered.problem)
-    return True
+        console.ask(verb)
+        return _drive(console, is_over, as_json=as_json)
 
 
 def _registry(invocation: Invocation) -> RolloutRegistry:

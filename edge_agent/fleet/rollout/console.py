@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from edge_agent.errors import BrokerUnreachable, EdgeAgentError
 from edge_agent.fleet.broker import FleetBroker, Outgoing, Watch
+from edge_agent.fleet.devices import Device
 from edge_agent.fleet.rollout import desired, rules
 from edge_agent.fleet.rollout.before import pages_of
 from edge_agent.fleet.rollout.lease import RENEW_S, Claim, taken_over
@@ -104,7 +105,9 @@ class Console:
         self._clocks = clocks
         self.tell = tell
         self._claim = Claim(console=secrets.token_hex(8))
-        self._begun: str | None = None
+        self._rollout: str | None = None  # the only one that it is about; None for whatever there is
+        self._asked: Request | None = None  # and nobody has answered
+        self._asked_s = -math.inf
         self._handled: State | None = None
         self._published_s = -math.inf
         self._written_seq = 0
@@ -112,10 +115,10 @@ class Console:
         self._note = ""
 
     def run(self, is_over: Callable[[State], bool]) -> State:
-        """Turns until the state that all know says so, and gives the lease back.
+        """Turns until what it has asked is answered and the state that all know says so, and gives the lease back.
 
         Raises:
-            RolloutRefused: another rollout was begun at the same moment.
+            RolloutRefused: another rollout was begun meanwhile, or what it has asked was refused.
             BrokerRefused: the broker's rules do not let this console write.
         """
         waits = _Backoff()
@@ -124,10 +127,12 @@ class Console:
                 with self.broker.watch(self.view.filters) as watch:
                     self.look(watch)
                     waits = _Backoff()
-                    while not (self.state and is_over(self.state) and self._is_known(self.state)):
+                    while (state := self.state) is None or not (
+                        self._asked is None and is_over(state) and self._is_known(state)
+                    ):
                         self.turn(watch)
                     self.leave()
-                    return self.state
+                    return self._known()
             except BrokerUnreachable as error:
                 self.view.forget()
                 wait_s = waits.next_s()
@@ -156,7 +161,7 @@ class Console:
         if not is_newer or (self._is_mine(heard) and not self._is_mine(self._known())):
             self._publish(self._known())  # what stands there now is older than what this console knows
         elif not self._is_mine(heard):
-            if self._begun is None or heard.id == self._begun:
+            if self._rollout is None or heard.id == self._rollout:
                 self.state = heard
             elif heard.phase not in OVER or heard.seq > self._known().seq:
                 raise active(heard)
@@ -189,12 +194,12 @@ class Console:
         """
         self.check_nothing_active()
         old, now = self.view.heard, self._clocks.wall_s()
-        self._begun = secrets.token_hex(8)
-        self.state = State(id=self._begun, plan=plan, at=now, since=now, seq=old.seq if old else 0)
+        self._rollout = secrets.token_hex(8)
+        self.state = State(id=self._rollout, plan=plan, at=now, since=now, seq=old.seq if old else 0)
         self._handled = old
 
     def ask(self, verb: Verb) -> Request | None:
-        """Asks whoever has the lease, or will have it; None where there is nothing to ask for.
+        """Asks whoever has the lease, or will have it, until it is answered; None where there is nothing to ask for.
 
         Raises:
             RolloutRefused: it makes no sense now.
@@ -204,43 +209,55 @@ class Console:
         if _obeyed(state, verb, self.view, self._clocks.wall_s()) is state:
             return None
         request = Request(id=secrets.token_hex(8), rollout=state.id, verb=verb)
-        self.broker.publish(self.view.request_topic, request.encode(), retain=True)
+        self._rollout = state.id
+        self._send(request)
         return request
 
     def turn(self, watch: Watch) -> None:
-        """Reads what has come, and does what is due."""
-        self._read(watch)
+        """Reads what has come, and does what is due.
+
+        Raises:
+            BrokerUnreachable: there was no connection for a while, or there is none: see `View.forget`.
+        """
+        _read(watch, self.view, self._clocks.mono_s)
         self._note = ""
         self.hear()
         if self._claim.holds(self._clocks.mono_s()):
             self._lead()
         elif self.state is not None and self._clocks.mono_s() - self._published_s >= RENEW_S:
             self._try_to_claim(self.state)
+        if self._asked is not None:
+            self._hear_answer(self._asked)
         self._say(self._note)
 
     def leave(self) -> None:
         """Gives the lease back, so that the next console need not wait for its end."""
         if self.state is not None and self._claim.holds(self._clocks.mono_s()):
             if self.state.phase in OVER:
-                self._remove_pages(self.state)
+                pages = map(self.view.page_topic, range(self.state.pages))
+                self.broker.publish_all([Outgoing(topic=page, body=b"", retain=True) for page in pages])
             self.state = self._claim.releases(self.state, self._clocks.wall_s())
             self.broker.publish(self.view.state_topic, self.state.encode(), retain=True)
 
-    def _read(self, watch: Watch) -> None:
-        """What has come, for a moment: a large fleet is never quiet."""
-        until_s = self._clocks.mono_s() + _READING_S
-        timeout_s = TURN_S
-        while (message := watch.next(timeout_s)) is not None:
-            self.view.take(message.topic, message.body)
-            timeout_s = _QUIET_S
-            if self._clocks.mono_s() >= until_s:
-                return
+    def _send(self, request: Request) -> None:
+        self._asked, self._asked_s = request, self._clocks.mono_s()
+        self.broker.publish(self.view.request_topic, request.encode(), retain=True)
+
+    def _hear_answer(self, asked: Request) -> None:
+        """Only the newest request stands on the broker, and a broker may lose it: then it is made again."""
+        state, stands = self._known(), self.view.request
+        if state.answered is not None and state.answered.request == asked.id:
+            self._asked = None
+            if state.answered.problem:
+                self.leave()
+                raise RolloutRefused(state.answered.problem)
+        elif not _waits(state, stands) and self._clocks.mono_s() - self._asked_s >= RENEW_S:
+            self._send(asked)
 
     def _try_to_claim(self, state: State) -> None:
         now, mono_s = self._clocks.wall_s(), self._clocks.mono_s()
         if self._claim.is_free(now, mono_s):
-            begins = self._begun == state.id and state.lease is None
-            self._publish(state if self._is_mine(state) or begins else taken_over(state, now))
+            self._publish(state if self._is_mine(state) else taken_over(state, now))
         elif state.lease is not None:
             self._note = f"console {state.lease.console} drives it; this one takes over when that one is gone"
 
@@ -254,7 +271,7 @@ class Console:
             return
         now = self._clocks.wall_s()
         request = self.view.request
-        if request is not None and request.rollout == state.id and not _is_answered(state, request):
+        if request is not None and _waits(state, request):
             self._obey(state, request, now)
             return
         if state.phase is Phase.PLANNED:
@@ -304,11 +321,9 @@ class Console:
                 self._publish(self._known())
 
     def _tell_devices(self, bodies: Mapping[str, bytes]) -> None:
+        topics = {device_id: self.view.desired_topic(device_id) for device_id in bodies}
         self.broker.publish_all(
-            [
-                Outgoing(topic=self.view.desired_topic(device_id), body=body, retain=True)
-                for device_id, body in bodies.items()
-            ]
+            [Outgoing(topic=topics[each], body=bodies[each], retain=True) for each in bodies]
         )
         for device_id, body in bodies.items():
             self.view.told(device_id, body)
@@ -332,20 +347,11 @@ class Console:
 
     def _write_pages(self, state: State) -> State:
         """What is known of the devices before the first is told anything."""
-        known = {
-            device.device_id: Before.of(device, state.plan)
-            for device in self.view.devices()
-            if device.model(state.plan.name) is not None
-        }
-        pages = pages_of(known, state.id)
+        pages = pages_of(_before(self.view.devices(), state.plan), state.id)
         for number, page in enumerate(pages):
             self.broker.publish(self.view.page_topic(number), page.encode(), retain=True)
             self.view.remember(number, page)
         return replace(state, pages=len(pages))
-
-    def _remove_pages(self, state: State) -> None:
-        topics = [self.view.page_topic(number) for number in range(state.pages)]
-        self.broker.publish_all([Outgoing(topic=topic, body=b"", retain=True) for topic in topics])
 
     def _publish(self, state: State) -> None:
         """Lets everybody know this state, and this console's lease."""
@@ -373,6 +379,19 @@ class Console:
         self.tell(Progress(state=self.state, leads=self._claim.holds(self._clocks.mono_s()), note=note))
 
 
+def _read(watch: Watch, view: View, mono_s: Callable[[], float]) -> None:
+    """What has come, for a moment: a large fleet is never quiet."""
+    until_s = mono_s() + _READING_S
+    timeout_s = TURN_S
+    while (message := watch.next(timeout_s)) is not None:
+        view.take(message.topic, message.body)
+        timeout_s = _QUIET_S
+        if mono_s() >= until_s:
+            break
+    if watch.renewed:
+        raise BrokerUnreachable("the connection to the broker was lost, and is there again")
+
+
 class _Backoff:
     """How long to wait: 1, 2, 4, … seconds."""
 
@@ -395,8 +414,15 @@ def _obeyed(state: State, verb: Verb, view: View, now: float) -> State:
     return rules.abort(state, now) if verb is Verb.ABORT else rules.resume(state, view.seen(state), now)
 
 
-def _is_answered(state: State, request: Request) -> bool:
-    return state.answered is not None and state.answered.request == request.id
+def _before(devices: Iterable[Device], plan: Plan) -> Mapping[str, Before]:
+    """Of those that have the model."""
+    return {each.device_id: Before.of(each, plan) for each in devices if each.model(plan.name) is not None}
+
+
+def _waits(state: State, request: Request | None) -> bool:
+    """It is about this rollout, and not answered."""
+    answered = state.answered.request if state.answered is not None else ""
+    return request is not None and request.rollout == state.id and request.id != answered
 
 
 def active(state: State) -> RolloutRefused:

@@ -240,6 +240,10 @@ class Dropping:
     def __init__(self, watch: Watch, broker: MayNotRead) -> None:
         self._watch, self._broker = watch, broker
 
+    @property
+    def renewed(self) -> bool:
+        return self._watch.renewed
+
     def next(self, timeout_s: float) -> Message | None:
         message = self._watch.next(timeout_s)
         return None if message is not None and self._broker.drops(message.topic) else message
@@ -369,6 +373,71 @@ def turn_until_answered(world: World, turning: Sequence[tuple[Console, Watch]], 
     raise AssertionError("nobody has answered")
 
 
+def test_a_console_that_has_resumed_ends_although_others_ask_for_something_else() -> None:
+    world = World(TWELVE)
+    first = world.begun()
+    world.run(first, lambda state: state.phase is Phase.SOAKING)
+    ask(world, first, Verb.PAUSE, Phase.PAUSED)
+    first.leave()
+    resuming, aborting = world.console(), world.console()
+    resuming.collect()
+    resuming.ask(Verb.RESUME)
+
+    def aborts(state: State) -> bool:
+        if state.phase is Phase.SOAKING and aborting.state is None:
+            aborting.collect()
+            aborting.ask(Verb.ABORT)
+        return ended(state)
+
+    within(world, 300)
+    assert resuming.run(aborts).phase is Phase.ABORTED
+    assert world.state.lease is None
+
+
+@pytest.mark.parametrize("lost", ["covered", "removed"])
+def test_what_was_asked_is_asked_again_where_nobody_can_find_it(lost: str) -> None:
+    world = World(TWELVE)
+    world.run(world.begun(), lambda state: state.phase is Phase.SOAKING)
+    aborting, pausing = world.console(), world.console()
+    aborting.collect()
+    aborting.ask(Verb.ABORT)
+    if lost == "covered":
+        pausing.collect()
+        pausing.ask(Verb.PAUSE)
+    else:
+        world.broker.say(aborting.view.request_topic, b"")
+    within(world, 300)
+    assert aborting.run(lambda state: state.phase is Phase.ABORTED).phase is Phase.ABORTED
+
+
+def test_a_console_whose_rollout_is_gone_does_not_go_on_with_the_next_one() -> None:
+    world = World(TWELVE)
+    console = world.begun()
+    world.run(console, lambda state: state.phase is Phase.SOAKING)
+    late, aborting = world.console(), world.console()
+    late.collect()
+    late.ask(Verb.PAUSE)
+    world.broker.say(late.view.request_topic, b"")
+    aborting.collect()
+    aborting.ask(Verb.ABORT)
+    aborting.run(ended)
+    world.run(world.begun(), lambda state: state.phase is Phase.OFFERING)
+    within(world, 300)
+    with pytest.raises(RolloutRefused, match="is offering"):
+        late.run(ended)
+
+
+def within(world: World, limit_s: float) -> None:
+    """From now on, a test that takes longer fails."""
+    live, end_s = world.broker.on_wait, world.broker.clock.now_s + limit_s
+
+    def on_wait(now_s: float) -> None:
+        assert now_s < end_s, "it does not end"
+        live(now_s)
+
+    world.broker.on_wait = on_wait
+
+
 def test_what_makes_no_sense_is_refused_before_anybody_is_asked() -> None:
     world = World(TWELVE)
     world.begun().run(ended)
@@ -439,6 +508,27 @@ def test_a_broker_that_has_lost_everything_gets_the_state_again_and_no_wave_is_p
             device.away = False
         world.live()
     assert console.run(ended).phase is Phase.DONE
+
+
+def test_a_broker_that_is_back_at_once_and_has_lost_everything_is_told_all_of_it_again() -> None:
+    away = FIRST[1]
+    world = World([ScriptedDevice(id=each, away=each == away) for each in TWELVE])
+    console = world.begun()
+    world.run(console, lambda state: state.wave == 1)
+    live = world.broker.on_wait
+
+    def restarts(now_s: float) -> None:
+        if away in world.offered and world.devices[away].away:
+            world.broker.restart()
+            for device in world.devices.values():
+                device.away = False
+        live(now_s)
+
+    world.broker.on_wait = restarts
+    within(world, 3_000)
+    assert console.run(ended).phase is Phase.DONE
+    assert world.offered.count(away) > 1, "it never heard that it was to take the version"
+    assert any("lost" in note for note in world.notes)
 
 
 def test_a_console_that_may_not_read_desired_states_releases_all_that_may_have_been_told() -> None:
