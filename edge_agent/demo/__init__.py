@@ -186,6 +186,7 @@ def _stay(config: Path, port: int) -> None:
 Everything is still running. Ask more from another terminal; press Ctrl-C here to stop:
 
   {own} --config {config} probe "What is the capital of Nepal?"
+  {own} --config {config} chat
   {own} --config {config} status
   {client} -V 5 -p {port} -t edge/v1/{DEVICE}/req/chat -e replies/me -m "What is the capital of Japan?"
 """

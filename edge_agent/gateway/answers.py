@@ -158,7 +158,7 @@ class Stream:
         parts: list[bytes] = []
         if not self._begun:
             parts += self._delta({key: item for key, item in choice["message"].items() if key != "role"})
-        parts.append(self._chunk({}, choice["finish_reason"], fingerprint=_fingerprint(done)))
+        parts.append(self._chunk({}, choice["finish_reason"], system_fingerprint=_fingerprint(done)))
         if self._accepted.include_usage:
             parts.append(self._event({"choices": [], "usage": _usage(done["answer"]["usage"])}))
         return b"".join([*parts, _DONE])

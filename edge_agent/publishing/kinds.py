@@ -50,7 +50,7 @@ def check(folder: Path, flavor: str) -> None:
         if inner := sorted(path.parent.name for path in folder.glob(f"*/{needed}")):
             raise PublishError(
                 f"{folder} has no {needed}, and its folder {inner[0]!r} has one",
-                remedy=f"publish {shlex.quote(str(folder / inner[0]))}",
+                remedy=f"give {shlex.quote(str(folder / inner[0]))}",
             )
     except OSError as error:
         raise PublishError(f"{folder} cannot be read: {error.strerror}") from error
@@ -94,7 +94,7 @@ def _another_kind(folder: Path, names: set[str], flavor: str) -> PublishError:
         )
     if found := sorted(name for name in names if name.lower().endswith(_ARCHIVES)):
         return PublishError(
-            f"{folder} holds an archive, {found[0]!r}", remedy="unpack it, and publish that folder"
+            f"{folder} holds an archive, {found[0]!r}", remedy="unpack it, and give that folder"
         )
     return PublishError(
         f"{folder} has no {genai_options.FILE_NAME if flavor == 'onnx' else HF_CONFIG}",
@@ -113,8 +113,10 @@ def _not_a_folder(path: Path) -> PublishError:
     if start.startswith(b"GGUF"):
         return _gguf(path)
     if start.startswith(_ARCHIVE_STARTS) or start[place:].startswith(magic):
-        return PublishError(f"{path} is an archive, not a folder", remedy="unpack it, and publish its folder")
-    return PublishError(f"{path} is a file, not a folder", remedy=f"publish {shlex.quote(str(path.parent))}")
+        return PublishError(f"{path} is an archive, not a folder", remedy="unpack it, and give its folder")
+    return PublishError(
+        f"{path} is a file, not a folder", remedy=f"give its folder: {shlex.quote(str(path.parent))}"
+    )
 
 
 def _gguf(path: Path) -> PublishError:
@@ -127,7 +129,7 @@ def _gguf(path: Path) -> PublishError:
 
 def _mlflow_package(folder: Path) -> PublishError:
     if inner := sorted(folder.glob(f"artifacts/*/{genai_options.FILE_NAME}")):
-        remedy = f"publish the model in it: {shlex.quote(str(inner[0].parent))}"
+        remedy = f"give the model in it: {shlex.quote(str(inner[0].parent))}"
     else:
         remedy = (
             "register it with MLflow itself: MlflowClient().log_artifacts(RUN_ID, DIR, 'model') and "

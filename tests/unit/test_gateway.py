@@ -100,6 +100,7 @@ def test_a_stream_is_chunks_with_a_role_and_an_end(served: ServedHere) -> None:
         ({"content": "rid."}, None),
         ({}, "stop"),
     ]
+    assert events[-1]["system_fingerprint"] == "assistant/3"
     assert not any("usage" in event for event in events)
 
 

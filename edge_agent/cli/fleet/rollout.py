@@ -359,7 +359,7 @@ def _end(state: State, *, as_json: bool) -> None:
             f"done: {state.plan.uri} names version {state.plan.version}; {rollout_page.tally(state)}"
         )
     else:
-        terminal.echo(f"edge-agent: {state.phase}: {state.reason}", err=True)
+        terminal.echo(f"edge-agent: {rollout_page.ended(state)}", err=True)
         if advice := rollout_page.what_next(state):
             terminal.echo(f"            {advice}", err=True)
     sys.exit(0 if state.phase is Phase.DONE else FAILED)

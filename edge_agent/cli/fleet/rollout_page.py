@@ -115,6 +115,11 @@ def line(state: State, note: str) -> str:
     return f"{state.phase}, {where}: {tally(state)}" + (f": {told}" if told else "")
 
 
+def ended(state: State) -> str:
+    """How a rollout ended that is not done: its phase and why, where the reason does not name the phase itself."""
+    return state.reason if state.reason.startswith(state.phase) else f"{state.phase}: {state.reason}"
+
+
 def span(seconds: float) -> str:
     """A time in the largest units that say it, such as `12 min 5 s`."""
     left, parts = round(seconds), []

@@ -437,5 +437,6 @@ def active(state: State) -> RolloutRefused:
 
 def no_rollout() -> RolloutRefused:
     return RolloutRefused(
-        "the broker has no rollout of this name", remedy="see `edge-agent fleet rollout --help`"
+        "the broker has no rollout of this name",
+        remedy="begin one with `edge-agent fleet rollout NAME VERSION`",
     )

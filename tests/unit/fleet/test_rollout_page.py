@@ -44,6 +44,17 @@ def test_the_document_has_the_fields_of_the_contract() -> None:
     assert document["look_at"] == [{"device": "press-7", "standing": "failed", "code": "gate_failed"}]
 
 
+@pytest.mark.parametrize(
+    ("phase", "reason", "said"),
+    [
+        (Phase.ABORTED, "aborted by an operator; it was soaking", "aborted by an operator; it was soaking"),
+        (Phase.HALTED, "3 devices have failed", "halted: 3 devices have failed"),
+    ],
+)
+def test_an_end_is_said_once(phase: Phase, reason: str, said: str) -> None:
+    assert rollout_page.ended(replace(STATE, phase=phase, reason=reason)) == said
+
+
 def text_of(page: Sequence[object]) -> str:
     return "\n".join(str(part) for part in page)
 
