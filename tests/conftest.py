@@ -17,11 +17,15 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import generated_messages
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.mosquitto import TOOLS, Broker, running_broker
 from tests.support.processes import Daemon, alive, clean_environment, short_folder, wait_until
+
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")  # 200 ms for an example is a bet on how busy the machine is
 
 ROOT = Path(__file__).parents[1]
 SAMPLE_MODEL = ROOT / "edge_agent" / "demo" / "sample_model"
