@@ -112,6 +112,7 @@ def test_a_watch_outlives_the_broker(tmp_path: Path, protocol: str) -> None:
             retain(client, "a")
             came = [watch.next(30), watch.next(30)]
             assert {each.topic for each in came if each} == set(device("a"))
+            assert watch.renewed
             console.publish("t", b"x", retain=True)
             assert console.collect(["t"], quiet_s=0.2) == {"t": b"x"}
 

@@ -9,6 +9,7 @@ them before, so that any console comes to the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -32,6 +33,8 @@ _HELD = frozenset((*by_code(VersionHeld), "not_in_rollout"))
 _OF_SOMETHING_ELSE = frozenset(("desired_invalid",))
 FAILURES = (frozenset(by_code(ContentError, RunnerError)) | {GATE_FAILED}) - _CANNOT - _OF_SOMETHING_ELSE
 """Codes that are held against a version: its content breaks a rule, or it does not load, answer or stay up."""
+_CODE = re.compile(r"[ -~]{1,40}")
+"""A newer device may have others than this console knows; a rollout's state has no room for prose."""
 _AWAY = ("offline", NEVER_SEEN, UNKNOWN)
 
 
@@ -170,7 +173,8 @@ def _code(model: ModelReport, version: int, before: Before) -> str:
     if attempt is None or attempt.version != version:
         return ""
     is_old = before.attempt_at is not None and attempt.at == before.attempt_at
-    return "" if is_old else attempt.code or ""
+    code = attempt.code or ""
+    return "" if is_old or not _CODE.fullmatch(code) else code
 
 
 def _speed(model: ModelReport, before: Before) -> float | None:

@@ -575,3 +575,18 @@ def test_a_broker_that_is_away_before_anything_began_is_an_error() -> None:
     world.broker.reachable = False
     with pytest.raises(BrokerUnreachable):
         world.console().collect()
+
+
+def test_what_devices_say_makes_no_state_too_long_to_be_read() -> None:
+    world = World([ScriptedDevice(id=f"{number:064}", away=True) for number in range(150)])
+    within(world, 300)
+    console = world.begun(percents=(100,))
+    world.run(console, lambda state: state.phase is Phase.OFFERING)
+    for each in world.devices.values():
+        each.attempt = {"version": NEW, "digest": "", "step": "gate", "code": "\N{DUCK}" * 80, "at": 1}
+    world.live()
+    with watching(console) as watch:
+        for _ in range(10):
+            console.turn(watch)
+    assert len(world.state.listed) == 100
+    assert {entry.code for entry in world.state.listed} == {""}
