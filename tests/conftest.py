@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import generated_messages
 from tests.support.mlflow_server import Server, running_mlflow_server
@@ -25,6 +26,9 @@ from tests.support.processes import Daemon, alive, clean_environment, short_fold
 
 ROOT = Path(__file__).parents[1]
 SAMPLE_MODEL = ROOT / "edge_agent" / "demo" / "sample_model"
+
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")  # a host that is busy fails no property
 
 LEFT_PROCESSES_GRACE_S = 20.0
 _PR_SET_CHILD_SUBREAPER = 36
