@@ -29,17 +29,16 @@ from edge_agent.cli.command import Group, Invocation
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Settings file (TOML); without it, ~/.config/edge-agent/config.toml (except for root), "
-    "else /etc/edge-agent/config.toml.",
-)
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings file (TOML).")
 @click.version_option(edge_agent.__version__, prog_name="edge-agent")
 @click.pass_context
 def main(context: click.Context, config: Path | None) -> None:
     """Keep registered MLflow language models on this device and answer prompts over MQTT.
+
+    \b
+    Without --config, the settings are those in
+      ~/.config/edge-agent/config.toml (except for root), else
+      /etc/edge-agent/config.toml
 
     \b
     Examples:

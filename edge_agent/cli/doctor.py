@@ -61,7 +61,7 @@ def doctor(invocation: Invocation, as_json: bool, archive: Path | None) -> None:
         )
     else:
         warnings = sum(finding.level is Level.WARN for finding in found)
-        terminal.echo(f"\n{len(found)} checks, {warnings} warnings, {failures} failed")
+        terminal.echo(f"\nchecks {len(found)}, warnings {warnings}, failed {failures}")
     if archive is not None:
         _write_archive(invocation, archive, found)
     sys.exit(FAILED if failures else 0)

@@ -134,7 +134,7 @@ def _check_content(store: Store) -> Finding:
         )
     return ok(
         "cache.content",
-        f"{found.checked} files in {len(store.versions())} versions have the sizes and links they were committed with",
+        f"all have the sizes and links of their commit: files {found.checked}, versions {len(store.versions())}",
     )
 
 

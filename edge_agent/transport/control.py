@@ -254,7 +254,8 @@ def call(
         except OSError as error:
             raise DaemonNotRunning(
                 f"no daemon answers on {path}",
-                remedy="start it with `edge-agent run` or `systemctl start edge-agent`",
+                remedy="start it with `edge-agent run` or `systemctl start edge-agent`; "
+                "if it runs with other settings, name them: `edge-agent --config FILE …`",
             ) from error
         # From here on a daemon is there and may have done what it was asked: the caller must not do it again itself.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has closed: see what it said
