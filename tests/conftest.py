@@ -33,9 +33,6 @@ settings.load_profile("any machine")
 ROOT = Path(__file__).parents[1]
 SAMPLE_MODEL = ROOT / "edge_agent" / "demo" / "sample_model"
 
-settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any speed")  # a host that is busy fails no property
-
 LEFT_PROCESSES_GRACE_S = 20.0
 _PR_SET_CHILD_SUBREAPER = 36
 
