@@ -85,7 +85,7 @@ def test_sigterm_ends_it_cleanly_all_the_same(device: Daemon, caller: Client) ->
     caller.wait(lambda message: message.topic.endswith("/stream") and message.correlation == running)
     with taking_no_writes(device):
         assert caller.ask(chat(SPAIN)).status == 503
-        assert device.stop() == 0
+        assert device.stop() == 0, device.log[-3000:]
     assert "Traceback" not in device.log
     device.start()
     assert caller.answer(running).status == 200, "what was accepted is answered after the start"
