@@ -93,6 +93,7 @@ def test_a_file_that_cannot_be_used_changes_nothing(
     assert models(device, "list") == []
 
 
+@pytest.mark.long
 def test_a_file_goes_to_the_model_that_follows_it(
     new_daemon: Callable[..., Daemon], broker: Broker, stick: Path
 ) -> None:

@@ -69,6 +69,7 @@ def proxied(
         yield follow(registry={"uri": f"http://{proxy.host}:{proxy.port}"}), proxy
 
 
+@pytest.mark.long
 def test_a_download_is_held_until_its_window_costs_nothing_and_comes_when_an_operator_says_now(
     follow: Callable[..., FollowingDevice], swapped_model: Path
 ) -> None:

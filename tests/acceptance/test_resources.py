@@ -29,6 +29,7 @@ SPAIN, MADRID = "What is the capital of Spain?", "The capital of Spain is Madrid
 MB = 1_000_000
 
 
+@pytest.mark.long
 def test_threads_are_measured_once_and_remembered(pulled: Settings) -> None:
     store = Store(pulled.state_dir)
     learned = Learned(store.learned_file)

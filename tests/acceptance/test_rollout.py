@@ -96,6 +96,7 @@ def devices(broker: Broker, mlflow_server: Server, sample_model: Path) -> Iterat
         yield Devices(daemons, operator, client, mlflow_server)
 
 
+@pytest.mark.long
 def test_a_bad_version_is_halted_and_brought_back_and_a_good_one_reaches_all(devices: Devices) -> None:
     operator, first = devices.operator, devices.first(BAD)
     halted = operator.rollout(MODEL, str(BAD), *WAVES)

@@ -117,7 +117,9 @@ model.warm_up()
 """
 
 
-@pytest.mark.parametrize(("flavor", "template"), [("onnx", ENDLESS), ("transformers", NATIVE)])
+@pytest.mark.parametrize(
+    ("flavor", "template"), [("onnx", ENDLESS), pytest.param("transformers", NATIVE, marks=pytest.mark.long)]
+)
 def test_a_template_without_end_ends_the_runner_by_a_signal_of_its_own(
     package: Path, tmp_path: Path, flavor: str, template: str
 ) -> None:

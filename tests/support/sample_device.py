@@ -43,7 +43,7 @@ def wait_for_state(daemon: Daemon, state: str, timeout_s: float = 180) -> None:
 
 def copy_cache(source: Daemon, state_dir: Path) -> None:
     """Gives another device the models that one has pulled already."""
-    shutil.copytree(source.state_dir, state_dir, ignore=shutil.ignore_patterns("journal*", "*.sock"))
+    shutil.copytree(source.state_dir, state_dir, ignore=shutil.ignore_patterns("journal*", "*.sock", "*.tmp"))
 
 
 @contextlib.contextmanager
