@@ -5,8 +5,9 @@ Result: question, answer, model, version, flavor, finish_reason, usage, first_to
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_agent.cache.store import Store
@@ -37,26 +38,50 @@ def ask_daemon(
         DaemonNotRunning: nothing answers on the control socket.
         PromptError: the daemon refused the prompt; the error has the daemon's code.
     """
+    done = prompt_daemon(settings, {"text": question}, model=model, timeout_s=timeout_s, on_text=on_text)
+    return _result(question, done["answer"], version=int(done["version"]), flavor=done["flavor"])
+
+
+def prompt_daemon(
+    settings: Settings,
+    prompt: Mapping[str, Any],
+    *,
+    model: str | None,
+    timeout_s: float | None = None,
+    on_text: OnText,
+) -> dict[str, Any]:
+    """Has the running daemon answer a prompt. Whatever ends this ends the prompt, too: the connection is closed.
+
+    Args:
+        prompt: its `text`, or its `messages`.
+        timeout_s, on_text: see `ask_daemon`.
+
+    Returns:
+        The last event: the `answer`, and the `version` and `flavor` that gave it.
+
+    Raises:
+        DaemonNotRunning, PromptError: see `ask_daemon`.
+    """
     deadline_s = timeout_s if timeout_s is not None else settings.limits.deadline_s
     events = control.call(
         find_control_socket(settings),
         "probe",
         timeout_s=deadline_s + _GRACE_S,
-        text=question,
         model=model,
         deadline_ms=max(1, round(deadline_s * 1000)),
+        **prompt,
     )
-    for event in events:
-        kind = event.get("event")
-        if kind == "delta":
-            on_text(event["text"])
-        elif kind == "error":
-            raise reported_error(event)
-        elif kind == "done":
-            answer = event["answer"]
-            if "error" in answer:
-                raise reported_error(answer["error"])
-            return _result(question, answer, version=int(event["version"]), flavor=event["flavor"])
+    with contextlib.closing(events):
+        for event in events:
+            kind = event.get("event")
+            if kind == "delta":
+                on_text(event["text"])
+            elif kind == "error":
+                raise reported_error(event)
+            elif kind == "done":
+                if "error" in event["answer"]:
+                    raise reported_error(event["answer"]["error"])
+                return event
     raise EdgeAgentError("the daemon closed the connection without an answer")
 
 
@@ -112,7 +137,6 @@ def _generate(
     texts: list[str] = []
     for item in runner.generate("probe", document, timeout_s=timeout_s):
         if isinstance(item, Done):
-            ended_s = time.monotonic()
             return messages.completion(
                 request_id="probe",
                 created_s=int(time.time()),
@@ -120,19 +144,29 @@ def _generate(
                 text="".join(texts),
                 finish_reason=item.finish_reason,
                 usage=item.usage,
-                timings=messages.timings(
-                    queued_s=started_s,
-                    started_s=started_s,
-                    first_s=first_s if first_s is not None else ended_s,
-                    ended_s=ended_s,
-                    tokens=item.usage.get("completion_tokens", 0),
-                    measured=item.timings,
-                ),
+                timings=timings_now(item, started_s=started_s, first_s=first_s),
             )
         first_s = time.monotonic() if first_s is None else first_s
         texts.append(item.text)
         on_text(item.text)
     raise ModelFailed("the model gave no answer")
+
+
+def timings_now(done: Done, *, started_s: float, first_s: float | None) -> dict[str, float]:
+    """The `timings` of an answer that ends in this moment and waited for nobody.
+
+    Args:
+        started_s, first_s: monotonic; `first_s` is None where no text came.
+    """
+    ended_s = time.monotonic()
+    return messages.timings(
+        queued_s=started_s,
+        started_s=started_s,
+        first_s=first_s if first_s is not None else ended_s,
+        ended_s=ended_s,
+        tokens=done.usage.get("completion_tokens", 0),
+        measured=done.timings,
+    )
 
 
 def _result(question: str, answer: dict[str, Any], *, version: int, flavor: str) -> dict[str, Any]:

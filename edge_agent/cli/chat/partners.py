@@ -16,15 +16,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from edge_agent import terminal
-from edge_agent.chat import messages as chat_messages
+from edge_agent.cli import asking
 from edge_agent.cli.chat.conversation import STOPPED, Answer, Message, OnText
-from edge_agent.cli.command import reported_error, said_by_daemon
+from edge_agent.cli.command import said_by_daemon
 from edge_agent.errors import (
     Cancelled,
-    EdgeAgentError,
     MemoryShort,
     ModelFailed,
     PromptError,
@@ -37,8 +35,7 @@ from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Delta, Done, Load, Loaded, Refused
 from edge_agent.serving.footprint import LEAST_CONTEXT_TOKENS, Footprint, footprint_of_files
 from edge_agent.serving.runner import Runner
-from edge_agent.settings import Settings, find_control_socket
-from edge_agent.transport import control
+from edge_agent.settings import Settings
 
 CONTEXT_TOKENS = 4096
 """Of a folder's model, where it supports so many and memory holds them."""
@@ -46,7 +43,6 @@ MAX_TOKENS = 1024
 """Of one answer of a folder's model."""
 REPETITION_PENALTY = 1.1
 """Of a folder's model: without one, the greedy answers of a small model soon go in circles."""
-_GRACE_S = 10.0
 _LOAD_TIMEOUT_S = 600.0
 _ANSWER_TIMEOUT_S = 3600.0
 """For one answer of a folder's model: a person waits in front of it, and has Ctrl-C."""
@@ -68,44 +64,26 @@ class DaemonPartner:
     def answer(self, messages: list[Message], *, on_text: OnText) -> Answer:
         """See `Partner.answer`. A prompt that is stopped is cancelled by the daemon, which sees its client leave."""
         texts: list[str] = []
-        deadline_s = self._settings.limits.deadline_s
-        events = control.call(
-            find_control_socket(self._settings),
-            "probe",
-            timeout_s=deadline_s + _GRACE_S,
-            messages=messages,
-            model=self._model,
-            deadline_ms=max(1, round(deadline_s * 1000)),
-        )
+
+        def take(text: str) -> None:
+            texts.append(text)
+            on_text(text)
+
         try:
-            for event in events:
-                kind = event.get("event")
-                if kind == "delta":
-                    texts.append(event["text"])
-                    on_text(event["text"])
-                elif kind == "error":
-                    raise reported_error(event)
-                elif kind == "done":
-                    return _daemons_answer(event)
+            done = asking.prompt_daemon(
+                self._settings, {"messages": messages}, model=self._model, on_text=take
+            )
         except KeyboardInterrupt:
             return Answer(text="".join(texts), finish_reason=STOPPED)
-        finally:
-            events.close()
-        raise EdgeAgentError("the daemon closed the connection without an answer")
-
-
-def _daemons_answer(event: dict[str, Any]) -> Answer:
-    answer = event["answer"]
-    if "error" in answer:
-        raise reported_error(answer["error"])
-    choice = answer["choices"][0]
-    return Answer(
-        text=choice["message"]["content"],
-        finish_reason=choice["finish_reason"],
-        model={"model": answer["model"], "version": event["version"], "flavor": event["flavor"]},
-        usage=answer["usage"],
-        timings=answer["timings"],
-    )
+        answer = done["answer"]
+        choice = answer["choices"][0]
+        return Answer(
+            text=choice["message"]["content"],
+            finish_reason=choice["finish_reason"],
+            model={"model": answer["model"], "version": done["version"], "flavor": done["flavor"]},
+            usage=answer["usage"],
+            timings=answer["timings"],
+        )
 
 
 class RunnerPartner:
@@ -146,20 +124,12 @@ class RunnerPartner:
                     return self._answer(frame, "".join(texts), started_s, first_s)
 
     def _answer(self, done: Done, text: str, started_s: float, first_s: float | None) -> Answer:
-        ended_s = time.monotonic()
         return Answer(
             text=text,
             finish_reason=done.finish_reason,
             model={"model": self.name, "version": None, "flavor": self._loaded.flavor},
             usage=done.usage,
-            timings=chat_messages.timings(
-                queued_s=started_s,
-                started_s=started_s,
-                first_s=first_s or ended_s,
-                ended_s=ended_s,
-                tokens=done.usage.get("completion_tokens", 0),
-                measured=done.timings,
-            ),
+            timings=asking.timings_now(done, started_s=started_s, first_s=first_s),
         )
 
 
