@@ -101,6 +101,11 @@ def key_of(version: int, manifest: Manifest) -> str:
     return f"{version}-{manifest.digest[:12]}"
 
 
+def version_of(key: str) -> int:
+    """The version's number in the registry."""
+    return int(key.split("-")[0])
+
+
 def parse(data: bytes) -> VersionRecord:
     """Reads a version's `.json`.
 

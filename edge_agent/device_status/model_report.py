@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from edge_agent.cache.record import version_of
 from edge_agent.cache.state import ModelState
 from edge_agent.package.reference import ModelRef
 from edge_agent.updates.check import Outlook
@@ -40,12 +41,8 @@ def on_disk(ref: ModelRef, state: ModelState) -> dict[str, Any]:
 def versions(state: ModelState) -> dict[str, Any]:
     """The versions beside the active one, by their numbers in the registry."""
     return {
-        "previous": _number(state.previous) if state.previous else None,
+        "previous": version_of(state.previous) if state.previous else None,
         "quarantined": [
-            {"version": _number(key), "code": fault.code} for key, fault in state.quarantined.items()
+            {"version": version_of(key), "code": fault.code} for key, fault in state.quarantined.items()
         ],
     }
-
-
-def _number(key: str) -> int:
-    return int(key.split("-")[0])

@@ -8,9 +8,9 @@ the model's own versions, but for a pin.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
+from edge_agent.cache.record import version_of
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
 from edge_agent.errors import ActivationHeld
@@ -134,7 +134,7 @@ class Activation:
 
     def follow(self, version: int) -> None:
         """What the model wants is known: another version waits for nothing any more."""
-        if self.put_off and _version(self.put_off) != version:
+        if self.put_off and version_of(self.put_off) != version:
             self._lifecycle.put_off(None)
 
     def forget(self) -> None:
@@ -146,26 +146,15 @@ class Activation:
         """Whether what was found to wait does so still: an operator may have ended that."""
         if waiting.code != ActivationHeld.code:
             return True
-        return self.put_off is not None and _version(self.put_off) == waiting.version
+        return self.put_off is not None and version_of(self.put_off) == waiting.version
 
     def _put_off(self, key: str, held: Held, result: SyncResult | None, on_event: OnEvent) -> ActivationHeld:
         self._lifecycle.put_off(key)
         record = self._store.record(self._name, key)
-        found = Found(version=_version(key), digest=record.digest if record else "")
-        if result:
-            found = replace(
-                found,
-                fetched_bytes=result.bytes_fetched,
-                mirrored_bytes=result.bytes_mirrored,
-                reused_bytes=result.bytes_reused,
-            )
+        found = Found(version=version_of(key), digest=record.digest if record else "").after(result)
         waiting, error = self._link.activation_waits(held, found)
         self._waits.note(waiting, on_event)
         return error
-
-
-def _version(key: str) -> int:
-    return int(key.split("-")[0])
 
 
 class _TooEarly(Exception):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from edge_agent.cache.attempt import Attempt, Step
+from edge_agent.cache.record import version_of
 from edge_agent.cache.state import ModelState
 from edge_agent.errors import ContentError, EdgeAgentError, Quarantined, StoreError
 
@@ -83,7 +84,7 @@ class Attempts:
         codes = [
             fault.code
             for key, fault in self._lifecycle.state.quarantined.items()
-            if int(key.split("-")[0]) == self._version
+            if version_of(key) == self._version
         ]
         return codes[-1] if codes else ""
 

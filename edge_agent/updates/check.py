@@ -261,14 +261,7 @@ class ModelCheck:
 
     def _note_not_yet(self, watch: Watch, outside: NotInRollout, stand_in: SyncResult | None = None) -> None:
         """What is not for this device yet waits; no time is known."""
-        found = Found(version=outside.version, digest="", missing_bytes=None)
-        if stand_in:
-            found = replace(
-                found,
-                fetched_bytes=stand_in.bytes_fetched,
-                mirrored_bytes=stand_in.bytes_mirrored,
-                reused_bytes=stand_in.bytes_reused,
-            )
+        found = Found(version=outside.version, digest="", missing_bytes=None).after(stand_in)
         waiting = Waiting(
             **asdict(found), until_s=None, at_s=self._clock(), code=outside.code, reason=str(outside)
         )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edge_agent.cache.record import version_of
 from edge_agent.cache.state import ModelState
 from edge_agent.errors import (
     CacheBusy,
@@ -86,7 +87,7 @@ class Wanted:
 def wanted_version(settings_ref: ModelRef, state: ModelState) -> Wanted:
     """Which version is wanted, and why."""
     if state.pinned:
-        return Wanted(version=int(state.pinned.split("-")[0]), via="pin")
+        return Wanted(version=version_of(state.pinned), via="pin")
     ref = wanted_ref(settings_ref, state)
     said_of, said = state.resolved or ("", None)
     if ref.version is None and said_of == IMPORTED:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_agent.cache import eviction, fsck
-from edge_agent.cache.record import VersionRecord
+from edge_agent.cache.record import VersionRecord, version_of
 from edge_agent.cache.store import Store
 from edge_agent.errors import ActivationHeld, EdgeAgentError, StoreError, UnknownModel, VersionHeld
 from edge_agent.package.reference import MODEL_NAME
@@ -167,7 +167,7 @@ class Operations:
         document: dict[str, Any] = {
             "checked": found.checked,
             "damaged": [
-                {"name": d.name, "version": int(d.key.split("-")[0]), "path": d.path, "reason": d.reason}
+                {"name": d.name, "version": version_of(d.key), "path": d.path, "reason": d.reason}
                 for d in found.damaged
             ],
             "repaired": [],
@@ -200,7 +200,7 @@ class Operations:
         if any(record.version == version for record in self._store.versions(name)):
             return []
         quarantined = self._store.state().model(name).quarantined
-        return [key for key in quarantined if int(key.split("-")[0]) == version]
+        return [key for key in quarantined if version_of(key) == version]
 
     def _forget(self, name: str, key: str) -> None:
         if (lifecycle := self._lifecycles.get(name)) is not None:

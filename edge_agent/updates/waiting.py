@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from edge_agent.cache.attempt import Attempt, Step
 from edge_agent.errors import ActivationHeld, LinkHeld
+from edge_agent.sync.protocol import SyncResult
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,17 @@ class Found:
     fetched_bytes: int = 0
     mirrored_bytes: int = 0
     reused_bytes: int = 0
+
+    def after(self, result: SyncResult | None) -> Self:
+        """The same with the bytes of a sync, if there was one."""
+        if result is None:
+            return self
+        return replace(
+            self,
+            fetched_bytes=result.bytes_fetched,
+            mirrored_bytes=result.bytes_mirrored,
+            reused_bytes=result.bytes_reused,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

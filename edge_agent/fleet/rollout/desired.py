@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from edge_agent.fleet.fields import read_object
+
 _MAX_BYTES = 64 << 10
 """A device takes no longer one."""
 
@@ -42,11 +44,6 @@ def with_version(body: bytes, name: str, version: int | None, *, within_s: int =
 
 
 def _models(body: bytes) -> dict[str, Any]:
-    if not body or len(body) > _MAX_BYTES:
-        return {}
-    try:
-        document = json.loads(body.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return {}
-    models = document.get("models") if isinstance(document, dict) else None
+    document = read_object(body) if len(body) <= _MAX_BYTES else None
+    models = document.get("models") if document else None
     return models if isinstance(models, dict) else {}
