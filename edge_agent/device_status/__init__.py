@@ -269,12 +269,12 @@ class StatusPublisher:
     def _report(self, now_s: float, document: dict[str, Any]) -> None:
         """What runs: at each change. The progress of a fetch comes along at intervals, and once it has ended."""
         reported = self._status.reported(document)
-        self._discover(reported["models"])
         fetching = any(model["progress"] for model in reported["models"].values())
         text = repr([{**model, "progress": fetching} for model in reported["models"].values()])
         if text != self._reported or (fetching and now_s >= self._reported_at_s):
             self._reported, self._reported_at_s = text, now_s + PROGRESS_INTERVAL_S
             self._outlet.set_retained(self._topics.reported, messages.encode(reported))
+            self._discover(reported["models"])
 
     def _discover(self, models: Mapping[str, Mapping[str, Any]]) -> None:
         """What Home Assistant has to know: at the start, and whenever another version is the one to ask for."""
