@@ -145,6 +145,8 @@ class Outbox:
             if refusal.lasting:  # what the others refuse was not acked: it comes again
                 self._refusals.append(refusal)
         now_s = self._now().boot_s
+        if connection.hung_up and not connection.worked and (connection.answers() or connection.chunked):
+            self._suspicion.ended_unheard(now_s)
         suspects = connection.suspects(now_s)
         topics = {sent.topic for sent in suspects}
         if connection.hung_up and connection.worked:

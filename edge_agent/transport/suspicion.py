@@ -6,6 +6,8 @@ until something for that topic gets its PUBACK.
 
 - A topic for which the broker has taken something before is not suspected beside one for which it has not.
 - While a broker has just done so, answers go one at a time: what is alone under way at the next end was the cause.
+- An end before the broker had acked anything tells nothing of what was under way, for the PUBACKs may have been lost
+  with the connection. The next connection has to work before an answer goes, and then they go one at a time.
 - What is suspected goes behind everything else, alone, and after each end that it causes there is a longer wait before
   the next suspect: thousands of them cost the others a reconnection now and then.
 
@@ -78,6 +80,10 @@ class Suspicion:
             self._wait_s = min(LAST_WAIT_S, max(FIRST_WAIT_S, self._wait_s * 2))
             self._next_s = now_s + self._wait_s
         return suspected
+
+    def ended_unheard(self, now_s: float) -> None:
+        """The broker has ended the connection with answers under way, before it had acked anything."""
+        self.careful, self._taken, self._ended_s = True, 0, now_s
 
     def taken(self, topic: str, *, from_behind: bool) -> None:
         """The broker has something for this topic, or said why not, and kept the connection.

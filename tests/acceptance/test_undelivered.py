@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.chat.prompt import State
-from edge_agent.transport import retries, suspicion
+from edge_agent.transport import outbox, retries, suspicion
 from tests.support.client import Client, connected
 from tests.support.doorkeeper import Doorkeeper
 from tests.support.mosquitto import Broker, running_broker
@@ -65,6 +65,7 @@ def test_what_a_broker_does_not_take_is_given_up_and_everybody_else_is_answered(
 ) -> None:
     monkeypatch.setattr(retries, "RETRY_WAITS_S", WAITS_S)
     monkeypatch.setattr(suspicion, "LAST_WAIT_S", WAITS_S[0])
+    monkeypatch.setattr(outbox, "_PATIENCE_S", 60.0)  # on a slow machine a PUBACK may take as long
     port, keeper = door
     with Agent(short_dir, {"req/chat": Recorder()}, device="strict", host="127.0.0.1", port=port) as agent:
         agent.wait_connected()
@@ -78,7 +79,7 @@ def test_what_a_broker_does_not_take_is_given_up_and_everybody_else_is_answered(
         assert [state_of(agent, prompt.row) for prompt in others] == [State.DELIVERED] * 5
         assert agent.transport.status()["answers_undelivered"] == 1
         if keeper is not None:
-            assert keeper.ended <= TRIES + 1, "what was under way beside others counts for nobody"
+            assert keeper.ended <= TRIES + 2, "an end counts for nobody before anything worked, and beside others"
         last = agent.accept(client.replies)
         agent.answer(last, b"last")
         client.wait(lambda message: message.payload == b"last")

@@ -60,6 +60,7 @@ class Room:
         rule: topic → one of `TAKES` and so on.
         log: topics in the order in which the broker got them, the status left out.
         ends: how many connections it ended.
+        abrupt: with a connection that it ends, the PUBACKs of the same turn are lost.
         now_s: the clock; only the test moves it.
     """
 
@@ -68,6 +69,7 @@ class Room:
         self.rule = rule
         self.log: list[str] = []
         self.ends = 0
+        self.abrupt = False
         self.counters: collections.Counter[str] = collections.Counter()
         self.journal = Journal(folder / "journal.db", moment=self.moment())
         self._topics = Topics(prefix="edge", device_id="dev", reply_prefixes=("replies/",))
@@ -147,9 +149,10 @@ class Room:
         new = self.client.published[self._seen :]
         self._seen += len(new)
         self.log += [message.topic for message in new if message.topic != self._topics.status]
+        lost = self.abrupt and any(self.rule(message.topic) == HANGS_UP for message in new)
         for message in new:
             said = self.rule(message.topic)
-            if said == HANGS_UP:
+            if lost or said == HANGS_UP:
                 self.hang_up()
                 return
             if message.qos and said != SAYS_NOTHING:

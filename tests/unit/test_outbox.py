@@ -83,6 +83,17 @@ def test_the_tries_are_counted_over_restarts(strict: Room) -> None:
     assert len(strict.log) == TRIES
 
 
+def test_an_end_that_takes_every_puback_with_it_is_no_endless_loop(room: Room) -> None:
+    """All that waits goes at once on a new connection, and nothing on it has worked before it ends."""
+    room.rule, room.abrupt = forbids(HANGS_UP), True  # type: ignore[assignment]
+    for topic in ("replies/good/1", "replies/bad/1", "replies/good/2"):
+        room.answer(topic, told=False)
+    room.restart()
+    room.pass_by(LONG_S)
+    assert room.states() == [State.DELIVERED, State.UNDELIVERED, State.DELIVERED]
+    assert room.ends <= TRIES + 2, "one end that told nothing, and one beside another answer"
+
+
 def test_a_mended_rule_gets_the_answer_that_was_refused(strict: Room) -> None:
     strict.answer("replies/bad/1")
     strict.pass_by(20)
