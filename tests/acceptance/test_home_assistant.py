@@ -38,9 +38,13 @@ def client(broker: Broker, device: Daemon) -> Iterator[Client]:
     with connected(broker, device=DEVICE) as running:
         for topic in (TOPIC, f"{running.root}/status", f"{running.root}/model/reported"):
             running.subscribe(topic)
-        status = f"{running.root}/status"
+        status, reported = f"{running.root}/status", f"{running.root}/model/reported"
         running.wait(
             lambda message: message.topic == status and message.json["state"] == "ready", timeout_s=60
+        )
+        running.wait(  # comes after the status
+            lambda message: message.topic == reported and message.json["models"]["assistant"]["version"] == 1,
+            timeout_s=60,
         )
         yield running
 
