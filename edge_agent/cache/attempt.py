@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Self, TypeGuard
 
@@ -41,6 +41,9 @@ class Attempt:
         step: that it is at, or has failed at.
         at_s: when that began, in seconds since 1970.
         code: of the error with which it ended; None while it goes on, or went well.
+        took_s: of the steps that are over, in their order: how long each took. A restart forgets it.
+        golden: (the golden prompt that is asked now, from 1; how many there are), None while none is. A restart forgets
+            it, too.
     """
 
     version: int
@@ -48,6 +51,17 @@ class Attempt:
     step: Step
     at_s: float
     code: str | None = None
+    took_s: Mapping[Step, float] = field(default_factory=dict, compare=False)
+    golden: tuple[int, int] | None = field(default=None, compare=False)
+
+    def then(self, step: Step, at_s: float) -> Self:
+        """The same version at its next step, which begins now."""
+        took_s = self.after(at_s).took_s
+        return replace(self, step=step, at_s=at_s, code=None, took_s=took_s, golden=None)
+
+    def after(self, at_s: float) -> Self:
+        """The same with its step over."""
+        return replace(self, took_s={**self.took_s, self.step: max(0.0, at_s - self.at_s)})
 
     @property
     def is_open(self) -> bool:
@@ -72,6 +86,12 @@ class Attempt:
 
     def document(self) -> dict[str, Any]:
         """For status and `model/reported`."""
+        golden = {"asking": self.golden[0], "of": self.golden[1]} if self.golden else None
+        took_s = {str(step): round(seconds, 1) for step, seconds in self.took_s.items()}
+        return {**self.fields(), "took_s": took_s, "golden": golden}
+
+    def fields(self) -> dict[str, Any]:
+        """For `state.json`."""
         return {
             "version": self.version,
             "digest": self.digest,
@@ -82,7 +102,7 @@ class Attempt:
 
     @classmethod
     def parse(cls, fields: Any) -> Self | None:
-        """Reads what `document` gave; None for anything else."""
+        """Reads what `fields` gave; None for anything else."""
         if not isinstance(fields, dict):
             return None
         version, digest, at_s, code = (fields.get(key) for key in ("version", "digest", "at", "code"))

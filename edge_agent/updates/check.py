@@ -80,12 +80,14 @@ class Outlook:
         attempt: the version that was tried last, is tried now, or waits; None where none was.
         waiting: why it waits; None where it does not.
         progress: `bytes, total_bytes, bytes_per_s, eta_s` of a running fetch, None where none runs.
+        asks: the registry is being asked, and has not answered yet.
     """
 
     wanted: Wanted
     attempt: Attempt | None
     waiting: Waiting | None
     progress: dict[str, Any] | None
+    asks: bool = False
 
 
 class ModelCheck:
@@ -146,6 +148,7 @@ class ModelCheck:
             attempt=waiting.attempt if waiting else self._attempts.now,
             waiting=waiting,
             progress=self._syncs.progress,
+            asks=self._syncs.asks,
         )
 
     @property

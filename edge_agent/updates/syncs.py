@@ -157,6 +157,7 @@ class Syncs:
         clock: Callable[[], float],
     ) -> None:
         self._event: Mapping[str, Any] | None = None
+        self._asks = False
         self._name = name
         self._settings = settings
         self._store = store
@@ -178,6 +179,11 @@ class Syncs:
         if event is None or event.get("event") != "progress":
             return None
         return {key: event.get(key) for key in ("bytes", "total_bytes", "bytes_per_s", "eta_s")}
+
+    @property
+    def asks(self) -> bool:
+        """Whether the registry is being asked, and has not said yet that there is something to fetch."""
+        return self._asks
 
     def from_registry(
         self,
@@ -280,7 +286,7 @@ class Syncs:
         """One sync, from its start to a tidy cache. How it went is the model's attempt, where it is no fallback."""
 
         def look(event: Mapping[str, Any]) -> None:
-            self._event = event
+            self._event, self._asks = event, self._asks and event.get("event") != "fetching"
             if event.get("event") == "quarantined":
                 self._lifecycle.state.refuse_quarantined(str(event["key"]))
             elif event.get("event") == "progress":
@@ -289,6 +295,7 @@ class Syncs:
                 self._attempts.hear(event)
             watch.on_event(event)
 
+        self._asks = job.version_file is None
         try:
             result = self._run(job, replace(watch, on_event=look))
         except (VersionHeld, SyncStopped, HeldBack):
@@ -299,7 +306,9 @@ class Syncs:
                 self._attempts.failed(error)
             raise
         finally:
-            self._event = None
+            self._event, self._asks = None, False
+        if not job.fallback:
+            self._attempts.brought()
         _tidy(self._store)
         if result.new:
             log.info(
