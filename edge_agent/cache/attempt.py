@@ -107,9 +107,9 @@ class Attempt:
             return None
         version, digest, at_s, code = (fields.get(key) for key in ("version", "digest", "at", "code"))
         step = fields.get("step")
-        if not (_is_number(version) and _is_number(at_s) and step in list(Step)):
+        if not (is_number(version) and is_number(at_s) and step in list(Step)):
             return None
-        if not (isinstance(digest, str) and _DIGEST.fullmatch(digest) and (code is None or _is_code(code))):
+        if not (isinstance(digest, str) and _DIGEST.fullmatch(digest) and (code is None or is_code(code))):
             return None
         return cls(version=version, digest=digest, step=Step(step), at_s=at_s, code=code)
 
@@ -132,7 +132,7 @@ class Fault:
 
     @classmethod
     def parse(cls, code: Any, reason: Any) -> Self:
-        return cls(code=code if _is_code(code) else Quarantined.code, reason=str(reason)[:MAX_FAULT])
+        return cls(code=code if is_code(code) else Quarantined.code, reason=str(reason)[:MAX_FAULT])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ class Measured:
         """Reads what `fields` gave; None for anything else."""
         if not isinstance(fields, Mapping) or set(fields) != set(cls.__dataclass_fields__):
             return None
-        if not all(_is_number(value) for value in fields.values()):
+        if not all(is_number(value) for value in fields.values()):
             return None
         return cls(
             load_ms=int(fields["load_ms"]),
@@ -176,9 +176,11 @@ class Measured:
         )
 
 
-def _is_number(value: object) -> TypeGuard[int]:
+def is_number(value: object) -> TypeGuard[int]:
+    """Whether it is a number from 0 on, and no more than anything here has."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
-def _is_code(value: object) -> bool:
+def is_code(value: object) -> TypeGuard[str]:
+    """Whether it may be the code of an error."""
     return isinstance(value, str) and _CODE.fullmatch(value) is not None

@@ -113,12 +113,7 @@ class DeviceStatus:
                 "quota_bytes": self._settings.cache.quota_bytes,
                 "free_bytes": self._store.free_bytes(),
             },
-            "registry": {
-                "uri": self._settings.registry.uri,
-                "reachable": self._updates.reachable,
-                "problem": self._updates.registry_problem,
-                "last_check": self._updates.checked_at,
-            },
+            "registry": {**self._updates.heard.document(), "asking": self._asks()},
             "link": self._updates.link.document(),
             "broker": dict(broker),
         }
@@ -171,6 +166,10 @@ class DeviceStatus:
         if waiting is None or waiting.reason in problem:
             return problem
         return "; ".join(filter(None, (waiting.reason, problem)))
+
+    def _asks(self) -> bool:
+        """Whether the registry is asked in this moment."""
+        return any(self._updates.outlook(name).asks for name in self._lifecycles)
 
     def _depth(self) -> int:
         try:

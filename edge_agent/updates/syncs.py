@@ -39,7 +39,7 @@ from edge_agent.updates.activation import Activation, Adopting
 from edge_agent.updates.attempts import Attempts
 from edge_agent.updates.link import Link
 from edge_agent.updates.patience import HeldBack, Patience
-from edge_agent.updates.rollout import NotInRollout, check_rollout
+from edge_agent.updates.rollout import check_rollout
 from edge_agent.updates.waiting import Found, Waits
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ OVERDUE_S = 10.0
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 NoteRegistry = Callable[[EdgeAgentError | None], None]
-"""Told how a sync with the registry ended: with an error that says what the registry was, or well."""
+"""Told that the registry answered, or the error that says what it was instead."""
 
 
 class Served(Adopting, Protocol):
@@ -223,6 +223,7 @@ class Syncs:
         def look(event: Mapping[str, Any]) -> None:
             tried.note(event)
             if event.get("event") == "resolved":
+                self._note_registry(None)
                 if held_to_rollout:
                     self._check_rollout(event, fallback=fallback)
                 if not (asked.by_operator or at_once):
@@ -234,11 +235,7 @@ class Syncs:
         try:
             result = self._bring(replace(watch, on_event=look), job)
         except LinkHeld as error:
-            self._note_registry(None)
             raise self._fetch_waits(watch, tried, error) from error
-        except NotInRollout:
-            self._note_registry(None)
-            raise
         except (TransportError, RegistryRefused, UnknownReference, ContentError, StoreError) as error:
             if tried.version and isinstance(error, TransportError | VerificationError | StoreError):
                 self._patience.failed(

@@ -270,7 +270,7 @@ def test_a_version_that_is_not_for_this_device_yet_is_held_and_nothing_is_wrong(
     assert seen(device) == (2, "held", "not_in_rollout")
     assert (device.problem, wanted(device)) == ("", Wanted(version=2, via="alias"))
     assert [record.levelname for record in caplog.records if "not_in_rollout" in record.message] == ["INFO"]
-    assert (device.updates.reachable, device.sync.refs) == (True, [OWN, OWN])
+    assert (device.updates.heard.reachable, device.sync.refs) == (True, [OWN, OWN])
     device.updates.step(1)
     assert len(device.sync.jobs) == 2, "nobody waits for a time that would come"
     device.sync.offers[OWN] = replace(TWO, rollout="100")
