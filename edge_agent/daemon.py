@@ -105,6 +105,7 @@ class Daemon:
             self._lifecycles,
             link=self._updates.link,
             attainable_bytes=budget.attainable_bytes,
+            note_registry=self._updates.heard.note_registry,
         )
         operations = Operations(settings, self._store, self._lifecycles, self._updates)
         self._desired = DesiredState(

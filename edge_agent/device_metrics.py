@@ -82,7 +82,7 @@ class DeviceMetrics:
                 "free_bytes": _known(self._store.free_bytes),
             },
             "link": self._updates.link.document(),
-            "registry": {"reachable": self._updates.reachable},
+            "registry": {"reachable": self._updates.heard.reachable},
             "broker": {"connected": self._connected()},
         }
         return dict(printable.document(everything))
