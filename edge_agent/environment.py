@@ -104,6 +104,11 @@ def search_path() -> str:
     return os.environ.get("PATH", os.defpath)
 
 
+def wants_no_colour() -> bool:
+    """Whether whoever reads the output wants no colours, or has a terminal without them."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+
 def logs_to_journal() -> bool:
     """True if stderr is systemd's journal. Source: systemd.exec(5), `$JOURNAL_STREAM`."""
     status = os.fstat(2)

@@ -8,12 +8,13 @@ rich is imported only when a table or a progress bar is drawn; `edge-agent run` 
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from edge_agent import printable
 
@@ -26,9 +27,10 @@ ProgressReport = Callable[[str, float, float], None]
 _LINE_EVERY_BYTES = 64 << 20
 
 
-def echo(text: str = "", *, err: bool = False) -> None:
-    """Prints a text and a line feed, on stdout or stderr, without control characters. JSON stays the same document."""
-    print(printable.text(text), file=sys.stderr if err else sys.stdout, flush=True)
+def echo(text: str = "", *, err: bool = False, stream: TextIO | None = None) -> None:
+    """Prints a text and a line feed, on stdout, stderr or `stream`, without control characters. JSON stays the same
+    document."""
+    print(printable.text(text), file=stream or (sys.stderr if err else sys.stdout), flush=True)
 
 
 def echo_answer(text: str) -> None:
@@ -230,16 +232,46 @@ def _reach(registry: Mapping[str, Any]) -> str:
     return f"{answer}, last asked {when}"
 
 
-_LEVEL_COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m"}
+_STYLES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
 
 
-def print_finding(level: str, check: str, message: str, remedy: str) -> None:
-    """Prints one finding of doctor with its remedy below; on a terminal the level is in colour."""
-    colour, plain = (_LEVEL_COLOURS[level], "\033[0m") if sys.stdout.isatty() else ("", "")
-    print(f"{colour}{level:<5}{plain}", end="")
-    echo(f" {check:<18} {printable.line(message)}")
-    if remedy:
-        echo(f"{'':<25}→ {printable.line(remedy)}")
+class Paint:
+    """Puts text into a style, or leaves it as it is. Only `echo_painted` prints that.
+
+    Args:
+        colours: whether stdout is read by somebody who can see them and wants them.
+    """
+
+    def __init__(self, *, colours: bool) -> None:
+        self._colours = colours
+
+    def __call__(self, text: str, *styles: str) -> str:
+        if not self._colours:
+            return text
+        return f"\033[{';'.join(str(_STYLES[style]) for style in styles)}m{text}\033[0m"
+
+
+def echo_painted(lines: Iterable[str]) -> None:
+    """Prints lines on stdout that are without control characters already (`wrapped`), but for `Paint`."""
+    for line in lines:
+        print(line)
+    sys.stdout.flush()
+
+
+def columns() -> int | None:
+    """How wide the terminal is; None where stdout is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def wrapped(text: str, columns: int | None) -> list[str]:
+    """A text without control characters as lines of at most so many columns; with None as one line."""
+    text = printable.line(text)
+    if columns is None:
+        return [text]
+    from rich.console import Console
+    from rich.text import Text
+
+    return [line.plain.rstrip() for line in Text(text).wrap(Console(), columns)] or [""]
 
 
 def answer_line(result: Mapping[str, Any]) -> str:

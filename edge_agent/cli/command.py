@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import click
 
+from edge_agent import environment, terminal
 from edge_agent import settings as settings_module
-from edge_agent import terminal
 from edge_agent.errors import (
     DaemonNotRunning,
     DeadlineExceeded,
@@ -78,6 +78,11 @@ def said_by_daemon(settings: Settings, op: str) -> dict[str, Any]:
         if event.get("event") == "error":
             raise reported_error(event)
     raise EdgeAgentError("the daemon closed the connection without an answer")
+
+
+def paint() -> terminal.Paint:
+    """Colours on a terminal only, and never against NO_COLOR (https://no-color.org)."""
+    return terminal.Paint(colours=sys.stdout.isatty() and not environment.wants_no_colour())
 
 
 class Command(click.Command):

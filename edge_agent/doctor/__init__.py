@@ -12,6 +12,7 @@ name as the client id (docs/broker.md), that would end the daemon's session.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from edge_agent import logs
@@ -31,39 +32,54 @@ from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
 from edge_agent.errors import EdgeAgentError, SettingsError
 from edge_agent.settings import Settings
 
+_Check = tuple[str, Callable[[], Iterator[Finding]]]
 
-def diagnose(load: Callable[[], Settings], *, config: Path | None) -> Iterator[Finding]:
+
+def diagnose(
+    load: Callable[[], Settings], *, config: Path | None, begin: Callable[[str], None] = lambda check: None
+) -> Iterator[Finding]:
     """Runs every check and yields each finding as soon as it is known.
 
     Args:
         load: reads the settings; if they are invalid, only the host and the unit are checked.
         config: the settings file; None if there is none.
+        begin: called with the name of each check before it runs.
     """
-    yield from _each("host", host.check_processor, host.check_clock)
+    for name, check in chain(_of_the_machine(), _of_the_settings(load, config)):
+        begin(name)
+        yield from _run(name, check)
+
+
+def _of_the_machine() -> Iterator[_Check]:
+    yield "host", host.check_processor
+    yield "host", host.check_clock
+
+
+def _of_the_settings(load: Callable[[], Settings], config: Path | None) -> Iterator[_Check]:
     try:
         settings = files.with_stored_credentials(load())
     except SettingsError as error:
-        yield failed(
-            "settings", error, "correct the key in the settings file; docs/settings.md lists all of them"
-        )
-        yield from _each("unit", service.check_unit)
+        remedy = "correct the key in the settings file; docs/settings.md lists all of them"
+        finding = failed("settings", error, remedy)
+        yield "settings", lambda: iter([finding])
+        yield "unit", service.check_unit
         return
     status = service.ask_daemon(settings)
-    yield from _each("settings", lambda: _check_settings(settings, config))
-    yield from _each("settings.files", lambda: files.check(settings, config, service.unit_properties()))
-    yield from _each("settings.tls", lambda: certificates.check(settings.mqtt))
-    yield from _each("settings.tls", lambda: certificates.check_registry(settings.registry))
-    yield from _each("settings.tls", lambda: certificates.check_http(settings.http))
-    yield from _each("libraries", lambda: host.check_libraries(settings))
-    yield from _each("host.walls", lambda: walls.check(settings, status.document))
-    yield from _each("unit", service.check_unit)
-    yield from _each("daemon", lambda: service.check_daemon(settings, status))
-    yield from _each("dns", lambda: host.check_names(settings))
-    yield from _each("broker", lambda: broker.check(settings, status.document))
-    yield from _each("registry", lambda: registry.check(settings))
-    yield from _each("mirrors", lambda: mirrors.check(settings))
-    yield from _each("cache", lambda: cache.check(settings))
-    yield from _each("models", lambda: models.check(settings))
+    yield "settings", lambda: _check_settings(settings, config)
+    yield "settings.files", lambda: files.check(settings, config, service.unit_properties())
+    yield "settings.tls", lambda: certificates.check(settings.mqtt)
+    yield "settings.tls", lambda: certificates.check_registry(settings.registry)
+    yield "settings.tls", lambda: certificates.check_http(settings.http)
+    yield "libraries", lambda: host.check_libraries(settings)
+    yield "host.walls", lambda: walls.check(settings, status.document)
+    yield "unit", service.check_unit
+    yield "daemon", lambda: service.check_daemon(settings, status)
+    yield "dns", lambda: host.check_names(settings)
+    yield "broker", lambda: broker.check(settings, status.document)
+    yield "registry", lambda: registry.check(settings)
+    yield "mirrors", lambda: mirrors.check(settings)
+    yield "cache", lambda: cache.check(settings)
+    yield "models", lambda: models.check(settings)
 
 
 def _check_settings(settings: Settings, config: Path | None) -> Iterator[Finding]:
@@ -77,21 +93,20 @@ def _check_settings(settings: Settings, config: Path | None) -> Iterator[Finding
         yield ok("settings", f"valid; device {settings.device_id}, models {', '.join(settings.models)}")
 
 
-def _each(name: str, *checks: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """Reports a check that fails to run as a finding, and goes on with the others."""
-    for check in checks:
-        try:
-            yield from check()
-        except SettingsError as error:
-            yield failed(name, error, "correct the key or the file that the message names")
-        except EdgeAgentError as error:
-            yield failed(name, error, "see `edge-agent status`")
-        except OSError as error:
-            yield fail(
-                name,
-                f"cannot be checked: {error}",
-                "run doctor as root, or as a member of the group edge-agent",
-            )
-        except Exception as error:  # noqa: BLE001 - whatever is broken on this device, the other checks run
-            places = " ".join(logs.describe(error).split())
-            yield fail(name, f"the check itself failed: {places}", "report this, with a support archive")
+def _run(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """Reports a check that fails to run as a finding, so that the others go on."""
+    try:
+        yield from check()
+    except SettingsError as error:
+        yield failed(name, error, "correct the key or the file that the message names")
+    except EdgeAgentError as error:
+        yield failed(name, error, "see `edge-agent status`")
+    except OSError as error:
+        yield fail(
+            name,
+            f"cannot be checked: {error}",
+            "run doctor as root, or as a member of the group edge-agent",
+        )
+    except Exception as error:  # noqa: BLE001 - whatever is broken on this device, the other checks run
+        places = " ".join(logs.describe(error).split())
+        yield fail(name, f"the check itself failed: {places}", "report this, with a support archive")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import ipaddress
 import os
 import platform
 import socket
@@ -115,19 +116,31 @@ def check_libraries(settings: Settings) -> Iterator[Finding]:
 
 
 def check_names(settings: Settings) -> Iterator[Finding]:
-    hosts = {"mqtt.host": settings.mqtt.host}
+    """Looks up each name in the settings once; an address needs no name server."""
+    keys: dict[str, list[str]] = {settings.mqtt.host: ["mqtt.host"]}
     if settings.registry.uri.startswith(("http://", "https://")):
-        hosts["registry.uri"] = urlsplit(settings.registry.uri).hostname or ""
-    for key, name in hosts.items():
+        keys.setdefault(urlsplit(settings.registry.uri).hostname or "", []).append("registry.uri")
+    names = {name: of for name, of in keys.items() if not _is_address(name)}
+    if not names:
+        yield ok("host.dns", "not needed: the settings have addresses only")
+    for name, of in names.items():
         address = _resolve(name)
         if address:
             yield ok("host.dns", f"{name} is {address}")
         else:
             yield fail(
                 "host.dns",
-                f"{name} ({key}) has no address",
+                f"{name} ({', '.join(of)}) has no address",
                 "check the name, /etc/resolv.conf and the network",
             )
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _cpu_flags() -> set[str]:

@@ -35,6 +35,9 @@ _PROPERTIES = (
     "DropInPaths",
 )
 
+_CHECKED_ELSEWHERE = {"quarantined": "cache.state", "fallback_in_use": "models.fallback"}
+"""Codes of `troubles` for which there is a check."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DaemonStatus:
@@ -84,11 +87,10 @@ def check_daemon(settings: Settings, status: DaemonStatus) -> Iterator[Finding]:
         return
     state, queue = document["state"], document["queue_depth"]
     line = f"{state}, version {document['agent_version']}, {queue} prompts queued"
-    troubles = [*(trouble["text"] for trouble in document.get("troubles", ())), *_model_troubles(document)]
+    troubles = list(_troubles(document))
     if state == "degraded" or troubles:
-        yield warn(
-            "daemon", f"{line}; {'; '.join(troubles)}", "docs/operating.md says what to do for each state"
-        )
+        said = f"{line}; {'; '.join(troubles)}" if troubles else line
+        yield warn("daemon", said, "docs/operating.md says what to do for each state")
     else:
         yield ok("daemon", line)
     if document["agent_version"] != edge_agent.__version__:
@@ -138,6 +140,17 @@ def unit_properties() -> dict[str, str]:
     except (OSError, subprocess.TimeoutExpired):
         return {}
     return dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
+
+
+def _troubles(document: Mapping[str, Any]) -> Iterator[str]:
+    """What the daemon says of itself. A check of its own finds the same thing for some of it: that one is named."""
+    found = [(trouble["code"], trouble["text"]) for trouble in document.get("troubles", ())]
+    of_broker = [trouble["code"] for trouble in document.get("broker", {}).get("troubles", ())]
+    elsewhere = {**_CHECKED_ELSEWHERE, **dict.fromkeys(of_broker, "the broker")}
+    yield from (text for code, text in found if code not in elsewhere)
+    yield from _model_troubles(document)
+    if places := dict.fromkeys(elsewhere[code] for code, _ in found if code in elsewhere):
+        yield f"see {', '.join(places)}"
 
 
 def _model_troubles(document: Mapping[str, Any]) -> Iterator[str]:

@@ -266,7 +266,7 @@ def _try(
         ) from error
     except (OSError, ValueError) as error:
         raise BrokerUnreachable(
-            f"{place(settings)} cannot be reached: {error}",
+            f"{place(settings)} cannot be reached: {getattr(error, 'strerror', None) or error}",
             remedy="check mqtt.host, mqtt.port, the network and the broker",
         ) from error
     connection.until(lambda: connection.connected)

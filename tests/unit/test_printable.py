@@ -27,9 +27,10 @@ from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
 from edge_agent.chat import messages
 from edge_agent.cli import main
+from edge_agent.cli.doctor import page
 from edge_agent.device_status import DeviceStatus
 from edge_agent.doctor import support_archive
-from edge_agent.doctor.finding import fail
+from edge_agent.doctor.finding import fail, warn
 from edge_agent.errors import (
     BadRequest,
     EdgeAgentError,
@@ -193,7 +194,8 @@ def test_an_event_is_one_line_of_the_log(
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_a_finding_and_a_table_show_it_escaped(hostile: str, capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.print_finding("warn", "cache", f"seen {hostile}\nok  forged", f"do {hostile}")
+    finding = warn("cache", f"seen {hostile}\nok  forged", f"do {hostile}")
+    terminal.echo_painted(page.lines([finding], terminal.Paint(colours=False), columns=80))
     terminal.print_table(("NAME",), [(f"cell {hostile}",)])
     terminal.echo(hostile, err=True)
     seen = capsys.readouterr()

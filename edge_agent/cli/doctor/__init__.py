@@ -15,7 +15,8 @@ import click
 import edge_agent
 from edge_agent import settings as settings_module
 from edge_agent import terminal
-from edge_agent.cli.command import FAILED, Command, Invocation
+from edge_agent.cli.command import FAILED, Command, Invocation, paint
+from edge_agent.cli.progress_line import progress_line
 from edge_agent.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
 )
 @click.pass_obj
 def doctor(invocation: Invocation, as_json: bool, archive: Path | None) -> None:
-    """Check this device: host, settings, daemon, broker, registry, cache, models.
+    """Check this device: host, settings, broker, registry, cache, models, daemon.
 
-    Each line says ok, warn or fail, and what to do. Exits with 1 if anything failed. Works whether the daemon
-    is running or not, and sees most as root.
+    Each check says ok, warn or fail, and what to do. Failures come last; the last line is the verdict. Exits
+    with 1 if anything failed. Works whether the daemon is running or not, and sees most as root.
 
     \b
     Examples:
@@ -44,27 +45,28 @@ def doctor(invocation: Invocation, as_json: bool, archive: Path | None) -> None:
       edge-agent doctor --json | jq '.findings[] | select(.level != "ok")'
       sudo edge-agent doctor --bundle support.tar.gz
     """
+    from edge_agent.cli.doctor import page
     from edge_agent.doctor import diagnose
     from edge_agent.doctor.finding import Level
 
-    found = []
     config = invocation.config or settings_module.find_config()
-    for finding in diagnose(invocation.settings, config=config):
-        found.append(finding)
-        if not as_json:
-            terminal.print_finding(finding.level, finding.check, finding.message, finding.remedy)
-    failures = sum(finding.level is Level.FAIL for finding in found)
+    with progress_line(plain=False) as report:
+        found = list(
+            diagnose(
+                invocation.settings, config=config, begin=lambda check: report(f"checking {check}", 0, 0)
+            )
+        )
+    failed = any(finding.level is Level.FAIL for finding in found)
     if as_json:
         findings = [asdict(finding) for finding in found]
         terminal.echo(
-            json.dumps({"ok": not failures, "agent_version": edge_agent.__version__, "findings": findings})
+            json.dumps({"ok": not failed, "agent_version": edge_agent.__version__, "findings": findings})
         )
     else:
-        warnings = sum(finding.level is Level.WARN for finding in found)
-        terminal.echo(f"\nchecks {len(found)}, warnings {warnings}, failed {failures}")
+        terminal.echo_painted(page.lines(found, paint(), columns=terminal.columns()))
     if archive is not None:
         _write_archive(invocation, archive, found)
-    sys.exit(FAILED if failures else 0)
+    sys.exit(FAILED if failed else 0)
 
 
 def _write_archive(invocation: Invocation, path: Path, findings: Sequence[Finding]) -> None:
