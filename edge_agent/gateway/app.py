@@ -1,4 +1,4 @@
-"""What can be asked: chat, completion, models, health, metrics. Each is one call of the control socket.
+"""What can be asked: chat, completion, models, health, metrics, and the page. Each is a call of the control socket.
 
     body, bounded in bytes and time → chat → accepted → the whole answer, or its stream → done
 
@@ -31,6 +31,7 @@ from edge_agent.errors import (
 )
 from edge_agent.gateway import answers, daemon_line, prometheus
 from edge_agent.gateway.answers import Accepted, Stream
+from edge_agent.gateway.page import Page
 from edge_agent.gateway.refusals import MethodNotAllowed, NotFound, RequestSlow
 from edge_agent.settings import Settings, find_control_socket
 
@@ -59,6 +60,7 @@ def make_app(settings: Settings) -> Starlette:
             Route("/v1/models/{name}", gateway.model),
             Route("/healthz", gateway.health),
             Route("/metrics", gateway.metrics),
+            *Page(gateway.told).routes(),
         ],
         exception_handlers={EdgeAgentError: _refused, HTTPException: _not_here, TimeoutError: _stuck},
     )
@@ -108,6 +110,16 @@ class _Gateway:
             document = {}
         body, content_type = prometheus.exposition(document, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
+
+    async def told(self, op: str) -> Mapping[str, Any]:
+        """What the daemon says to an operation with one event of that name.
+
+        Raises:
+            EdgeAgentError: it says that something failed, or nothing.
+            TimeoutError: it says nothing in time.
+        """
+        async with asyncio.timeout(_STATUS_S):
+            return await _said(op, self._ask(op))
 
     async def _generate(self, request: Request, surface: Surface) -> Response:
         try:
