@@ -105,6 +105,7 @@ class Daemon:
             self._lifecycles,
             link=self._updates.link,
             attainable_bytes=budget.attainable_bytes,
+            note_registry=self._updates.heard.note_registry,
         )
         operations = Operations(settings, self._store, self._lifecycles, self._updates)
         self._desired = DesiredState(
@@ -135,7 +136,7 @@ class Daemon:
         plan_requests = PlanRequests(topics=self._topics, replies=self._mqtt, ask=self._plans.ask)
         # They need the transport, which brings them the messages.
         handlers.update({**self._requests.handlers(), self._topics.plan: plan_requests.on_plan})
-        metrics = self._make_metrics().document
+        measured = self._make_metrics()
         self._control = ControlServer(
             settings.control_socket,
             control_operations(
@@ -143,7 +144,8 @@ class Daemon:
                 intake=self._intake,
                 status=lambda: self._status.full(broker=self._mqtt.status()),
                 headline=self._status.document,
-                metrics=metrics,
+                metrics=measured.document,
+                recent=measured.recent,
                 run_operation=partial(run_operation, operations),
                 note_refusal=self._measurements.note_refusal,
             ),
@@ -154,7 +156,7 @@ class Daemon:
             topics=self._topics,
             outlet=self._mqtt,
             notifier=notifier,
-            metrics=metrics,
+            metrics=measured.document,
             discovery_prefix=settings.homeassistant.prefix if settings.homeassistant.discovery else None,
         )
         self._prune_at_s = 0.0

@@ -1,6 +1,7 @@
-"""What the device measures, in one document: that of `metrics` over MQTT and over the control socket.
+"""What the device measures, in one document: that of `metrics` over MQTT and over the control socket; and what the last
+prompts took, for the page of the gateway.
 
-Owns the document's shape. Reads everybody else: counts from `metrics/`, and what is true at this moment from the parts.
+Owns the documents' shape. Reads everybody else: counts from `metrics/`, and what is true at this moment from the parts.
 Contract: docs/mqtt.md, *Metrics*.
 """
 
@@ -81,10 +82,18 @@ class DeviceMetrics:
                 "free_bytes": _known(self._store.free_bytes),
             },
             "link": self._updates.link.document(),
-            "registry": {"reachable": self._updates.reachable},
+            "registry": {"reachable": self._updates.heard.reachable},
             "broker": {"connected": self._connected()},
         }
         return dict(printable.document(everything))
+
+    def recent(self) -> dict[str, Any]:
+        """Whose numbers these are, since when, and the last prompts without a word of them. Looks at no disk."""
+        return {
+            "device_id": self._settings.device_id,
+            "started_at": self._started_at,
+            "prompts": self._measurements.recent(),
+        }
 
     def _of_model(self, status: Mapping[str, Any], lifecycle: ModelLifecycle) -> dict[str, Any]:
         """What is true of a model now."""

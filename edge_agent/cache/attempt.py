@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Self, TypeGuard
 
@@ -41,6 +41,9 @@ class Attempt:
         step: that it is at, or has failed at.
         at_s: when that began, in seconds since 1970.
         code: of the error with which it ended; None while it goes on, or went well.
+        took_s: of the steps that are over, in their order: how long each took. A restart forgets it.
+        golden: (the golden prompt that is asked now, from 1; how many there are), None while none is. A restart forgets
+            it, too.
     """
 
     version: int
@@ -48,6 +51,17 @@ class Attempt:
     step: Step
     at_s: float
     code: str | None = None
+    took_s: Mapping[Step, float] = field(default_factory=dict, compare=False)
+    golden: tuple[int, int] | None = field(default=None, compare=False)
+
+    def then(self, step: Step, at_s: float) -> Self:
+        """The same version at its next step, which begins now."""
+        took_s = self.after(at_s).took_s
+        return replace(self, step=step, at_s=at_s, code=None, took_s=took_s, golden=None)
+
+    def after(self, at_s: float) -> Self:
+        """The same with its step over."""
+        return replace(self, took_s={**self.took_s, self.step: max(0.0, at_s - self.at_s)})
 
     @property
     def is_open(self) -> bool:
@@ -72,6 +86,12 @@ class Attempt:
 
     def document(self) -> dict[str, Any]:
         """For status and `model/reported`."""
+        golden = {"asking": self.golden[0], "of": self.golden[1]} if self.golden else None
+        took_s = {str(step): round(seconds, 1) for step, seconds in self.took_s.items()}
+        return {**self.fields(), "took_s": took_s, "golden": golden}
+
+    def fields(self) -> dict[str, Any]:
+        """For `state.json`."""
         return {
             "version": self.version,
             "digest": self.digest,
@@ -82,14 +102,14 @@ class Attempt:
 
     @classmethod
     def parse(cls, fields: Any) -> Self | None:
-        """Reads what `document` gave; None for anything else."""
+        """Reads what `fields` gave; None for anything else."""
         if not isinstance(fields, dict):
             return None
         version, digest, at_s, code = (fields.get(key) for key in ("version", "digest", "at", "code"))
         step = fields.get("step")
-        if not (_is_number(version) and _is_number(at_s) and step in list(Step)):
+        if not (is_number(version) and is_number(at_s) and step in list(Step)):
             return None
-        if not (isinstance(digest, str) and _DIGEST.fullmatch(digest) and (code is None or _is_code(code))):
+        if not (isinstance(digest, str) and _DIGEST.fullmatch(digest) and (code is None or is_code(code))):
             return None
         return cls(version=version, digest=digest, step=Step(step), at_s=at_s, code=code)
 
@@ -112,7 +132,7 @@ class Fault:
 
     @classmethod
     def parse(cls, code: Any, reason: Any) -> Self:
-        return cls(code=code if _is_code(code) else Quarantined.code, reason=str(reason)[:MAX_FAULT])
+        return cls(code=code if is_code(code) else Quarantined.code, reason=str(reason)[:MAX_FAULT])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +166,7 @@ class Measured:
         """Reads what `fields` gave; None for anything else."""
         if not isinstance(fields, Mapping) or set(fields) != set(cls.__dataclass_fields__):
             return None
-        if not all(_is_number(value) for value in fields.values()):
+        if not all(is_number(value) for value in fields.values()):
             return None
         return cls(
             load_ms=int(fields["load_ms"]),
@@ -156,9 +176,11 @@ class Measured:
         )
 
 
-def _is_number(value: object) -> TypeGuard[int]:
+def is_number(value: object) -> TypeGuard[int]:
+    """Whether it is a number from 0 on, and no more than anything here has."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
-def _is_code(value: object) -> bool:
+def is_code(value: object) -> TypeGuard[str]:
+    """Whether it may be the code of an error."""
     return isinstance(value, str) and _CODE.fullmatch(value) is not None

@@ -196,7 +196,7 @@ class CacheState:
                     "quarantined": model.reasons,
                     "codes": {key: fault.code for key, fault in model.quarantined.items()},
                     "measured": {key: of.fields() for key, of in model.measured.items()},
-                    "attempt": model.attempt.document() if model.attempt else None,
+                    "attempt": model.attempt.fields() if model.attempt else None,
                     "resolved": model.resolved,
                     "pinned": model.pinned,
                     "desired": model.desired,

@@ -55,6 +55,7 @@ class Store:
         self.marks_file = self.root / "marks.json"
         self.mirrors_file = self.root / "mirrors.json"
         self.line_file = self.root / "line.json"
+        self.heard_file = self.root / "heard.json"
         self._state_file = StateFile(self.root / "state.json", damaged_root=self.damaged_root)
         self._lock_file = self.root / "lock"
 

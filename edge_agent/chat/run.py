@@ -18,7 +18,7 @@ from edge_agent.chat import messages, tools
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.prompt import Answer, Prompt
 from edge_agent.errors import PromptError
-from edge_agent.metrics.measurements import Took
+from edge_agent.metrics.recent import Took
 from edge_agent.runner.protocol import Called, Delta, Done, Refused
 
 CHUNK_INTERVAL_S = 0.05

@@ -113,12 +113,7 @@ class DeviceStatus:
                 "quota_bytes": self._settings.cache.quota_bytes,
                 "free_bytes": self._store.free_bytes(),
             },
-            "registry": {
-                "uri": self._settings.registry.uri,
-                "reachable": self._updates.reachable,
-                "problem": self._updates.registry_problem,
-                "last_check": self._updates.checked_at,
-            },
+            "registry": {**self._updates.heard.document(), "asking": self._asks()},
             "link": self._updates.link.document(),
             "broker": dict(broker),
         }
@@ -171,6 +166,10 @@ class DeviceStatus:
         if waiting is None or waiting.reason in problem:
             return problem
         return "; ".join(filter(None, (waiting.reason, problem)))
+
+    def _asks(self) -> bool:
+        """Whether the registry is asked in this moment."""
+        return any(self._updates.outlook(name).asks for name in self._lifecycles)
 
     def _depth(self) -> int:
         try:
@@ -267,11 +266,13 @@ class StatusPublisher:
         self._outlet.set_retained(self._topics.status, messages.encode(document))
 
     def _report(self, now_s: float, document: dict[str, Any]) -> None:
-        """What runs: at each change. The progress of a fetch comes along at intervals, and once it has ended."""
+        """What runs: at each change. The progress of a fetch, and of the golden prompts, comes along at intervals, and
+        once it has ended."""
         reported = self._status.reported(document)
-        fetching = any(model["progress"] for model in reported["models"].values())
-        text = repr([{**model, "progress": fetching} for model in reported["models"].values()])
-        if text != self._reported or (fetching and now_s >= self._reported_at_s):
+        models = reported["models"].values()
+        moving = any(model["progress"] or (model["attempt"] or {}).get("golden") for model in models)
+        text = repr([_lasting(model) for model in models])
+        if text != self._reported or (moving and now_s >= self._reported_at_s):
             self._reported, self._reported_at_s = text, now_s + PROGRESS_INTERVAL_S
             self._outlet.set_retained(self._topics.reported, messages.encode(reported))
             self._discover(reported["models"])
@@ -285,3 +286,9 @@ class StatusPublisher:
             self._discovered = text
             topic = home_assistant.topic(self._discovery_prefix, self._topics.device_id)
             self._outlet.set_retained(topic, text.encode())
+
+
+def _lasting(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's report without what changes from moment to moment."""
+    attempt = model["attempt"] and {**model["attempt"], "golden": model["attempt"].get("golden") is not None}
+    return {**model, "progress": model["progress"] is not None, "attempt": attempt}

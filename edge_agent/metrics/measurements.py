@@ -10,8 +10,9 @@ codes are those of `errors.py`. What is true at one moment (queue, cache, memory
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from edge_agent.errors import EdgeAgentError, SyncStopped, VersionHeld
 from edge_agent.metrics import histogram
 from edge_agent.metrics.histogram import Histogram
+from edge_agent.metrics.recent import Answered, Recent, Took
 
 OK = "ok"
 """The code of an answer that is no error."""
@@ -31,28 +33,6 @@ _BOUNDS = {
     "input_tokens": histogram.TOKENS,
     "output_tokens": histogram.TOKENS,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Took:
-    """What a prompt took that got its whole answer.
-
-    Attributes:
-        queue_s: from its acceptance until it was taken up.
-        first_token_s: from its acceptance to the first text.
-        request_s: from its acceptance to the end of the answer.
-        per_token_s: for each token after the first one; None where that could not be measured.
-        input_tokens, output_tokens: 0 where the model does not count.
-        cached_tokens: those of the input that the model still had.
-    """
-
-    queue_s: float
-    first_token_s: float
-    request_s: float
-    per_token_s: float | None
-    input_tokens: int
-    output_tokens: int
-    cached_tokens: int
 
 
 @dataclass
@@ -94,10 +74,13 @@ class Measurements:
 
     Args:
         models: their configured names.
+        now: the clock on the wall.
     """
 
-    def __init__(self, models: Iterable[str]) -> None:
+    def __init__(self, models: Iterable[str], *, now: Callable[[], float] = time.time) -> None:
         self._lock = threading.Lock()
+        self._now = now
+        self._recent = Recent()
         self._models = {name: _OfModel() for name in models}
         self._refused: Counter[str] = Counter()
 
@@ -112,6 +95,7 @@ class Measurements:
             if (of := self._models.get(model)) is None:
                 return
             of.answers[code] += 1
+            self._recent.add(Answered(at=self._now(), model=model, code=code, took=took))
             if took is None:
                 return
             for key, each in of.histograms.items():
@@ -159,6 +143,11 @@ class Measurements:
             of = self._models[model]
             of.sync_bytes += max(0, fetched)
             of.mirror_bytes += max(0, mirrored)
+
+    def recent(self) -> list[dict[str, Any]]:
+        """The last answers, the oldest first: `[{"at", "model", "code", …}]`; see `recent.py`."""
+        with self._lock:
+            return self._recent.document()
 
     def document(self) -> dict[str, Any]:
         """`{"models": {name: …}, "refused": {code: …}, "bounds": {…}}`; histograms have the bounds of their name."""

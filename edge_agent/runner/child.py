@@ -9,7 +9,7 @@ step or one prefill slice, and notices at the end of the socket that the daemon 
 daemon by code. Whose turn it is stands in the memory behind TURN_FD, where the daemon finds it even if this process is
 killed in the middle of a turn.
 
-    Load → confined → Loaded | Failed;  Try → Tried;  Generate → Delta …, Called …, Done | Refused
+    Load → confined → Loaded | Failed;  Try → Trying …, Tried;  Generate → Delta …, Called …, Done | Refused
     Stop or end of file → exit
 """
 
@@ -41,6 +41,7 @@ from edge_agent.runner.protocol import (
     Stop,
     Tried,
     Try,
+    Trying,
     encode,
     encode_turn,
     with_system,
@@ -163,6 +164,7 @@ class Runner:
                     model.golden,
                     signature=model.signature,
                     ask=lambda document: model.ask(with_system(document, self._system)),
+                    on_prompt=lambda prompt, of: self._send(Trying(prompt=prompt, of=of)),
                 )
         except Exception as error:  # noqa: BLE001 - a candidate may fail in any way; the daemon decides
             print_frames(error)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from edge_agent.package.mlmodel import GOLDEN_TOKENS, MAX_GOLDEN_TOKENS
+from edge_agent.runner.protocol import MAX_GOLDEN
 
-MAX_GOLDEN = 64
 PATTERN_LIMIT_S = 5.0
 _SPEED_TOKENS = 32
 _MAX_SHOWN = 80
@@ -24,12 +24,19 @@ Ask = Callable[[dict[str, Any]], tuple[str, int]]
 """Answers one document: (text, completion tokens)."""
 
 
-def try_out(golden: object, *, signature: str, ask: Ask) -> tuple[list[str], int, float]:
+def try_out(
+    golden: object,
+    *,
+    signature: str,
+    ask: Ask,
+    on_prompt: Callable[[int, int], None] = lambda prompt, of: None,
+) -> tuple[list[str], int, float]:
     """Answers every golden prompt, and measures the speed.
 
     Args:
         golden: the package's list, or None if it has none. It is untrusted.
         signature: `chat` or `prompt`: the form of the prompt that measures the speed.
+        on_prompt: told before each golden prompt which one it is, from 1, and of how many.
 
     Returns:
         (the failures, one line each; how many prompts there were; tokens a second).
@@ -37,7 +44,9 @@ def try_out(golden: object, *, signature: str, ask: Ask) -> tuple[list[str], int
     started_s, tokens = time.monotonic(), 0
     failures: list[str] = []
     number = 0
-    for number, entry in enumerate(_entries(golden), start=1):
+    entries = list(_entries(golden))
+    for number, entry in enumerate(entries, start=1):
+        on_prompt(number, len(entries))
         failure, used = _try_one(entry, ask)
         tokens += used
         if failure:

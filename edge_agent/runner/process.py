@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from edge_agent.errors import (
 from edge_agent.host import cpus, memory
 from edge_agent.runner.output import OutputTail
 from edge_agent.runner.protocol import (
+    MAX_GOLDEN,
     MAX_REPLY_BYTES,
     TURN_BYTES,
     Called,
@@ -60,6 +61,7 @@ from edge_agent.runner.protocol import (
     Stop,
     Tried,
     Try,
+    Trying,
     decode_turn,
     encode,
 )
@@ -92,6 +94,9 @@ _COMPUTING = 0.75
 _SEND_TIMEOUT_S = 30.0
 _SEND_BYTES = 1 << 16
 
+
+OnPrompt = Callable[[int, int], None]
+"""Told before each golden prompt which one it is, from 1, and of how many."""
 
 _ENVIRONMENT_NAMES = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
 
@@ -201,7 +206,7 @@ class RunnerProcess:
         Raises:
             RunnerError: it failed, died, or took longer than `timeout_s`; the child is dead then.
         """
-        self._send(request)
+        self._write(encode(request))
         frame = self._receive(time.monotonic() + timeout_s)
         if isinstance(frame, Loaded):
             return frame
@@ -210,14 +215,15 @@ class RunnerProcess:
             raise _load_error(frame)
         raise self._without_answer(frame, "did not load", timeout_s)
 
-    def try_out(self, *, timeout_s: float) -> Tried:
-        """Runs the gate on the loaded model; blocks until it has answered.
+    def try_out(self, *, timeout_s: float, on_prompt: OnPrompt = lambda prompt, of: None) -> Tried:
+        """Runs the gate on the loaded model; blocks until it has answered. `on_prompt` hears how far it is.
 
         Raises:
             RunnerError: it died, or took longer than `timeout_s`; the child is dead then.
         """
-        self._send(Try())
-        frame = self._receive(time.monotonic() + timeout_s)
+        self._write(encode(Try()))
+        until_s = time.monotonic() + timeout_s
+        frame = _gone_through(lambda: self._receive(until_s), on_prompt)
         if isinstance(frame, Tried):
             return frame
         raise self._without_answer(frame, "was not through the gate", timeout_s)
@@ -344,9 +350,6 @@ class RunnerProcess:
         """The end of what the child printed. Not to be logged once it has had a prompt: model code may print it."""
         return self._output.text
 
-    def _send(self, frame: Frame) -> None:
-        self._write(encode(frame))
-
     def _write(self, line: bytes) -> None:
         """Returns when the child has taken the line."""
         limit_s = time.monotonic() + _SEND_TIMEOUT_S
@@ -433,6 +436,17 @@ class RunnerProcess:
             return "connection closed"
         how = ", because it computed too long for one step" if code == -signal.SIGPROF else ""
         return f"signal {-code}{how}" if code < 0 else f"exit code {code}"
+
+
+def _gone_through(receive: Callable[[], Frame | None], on_prompt: OnPrompt) -> Frame | None:
+    """Hears which golden prompts are asked, one after the other; gives the frame that comes instead of the next."""
+    frame = receive()
+    for number in range(1, MAX_GOLDEN + 2):  # one more stands for those that are too many
+        if not (isinstance(frame, Trying) and number == frame.prompt <= frame.of <= MAX_GOLDEN + 1):
+            break
+        on_prompt(frame.prompt, frame.of)
+        frame = receive()
+    return frame
 
 
 def _load_error(frame: Failed) -> EdgeAgentError:

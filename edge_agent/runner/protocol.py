@@ -1,8 +1,8 @@
 """The frames between the daemon and a runner: JSON, one a line, bounded. Pure but for `FrameReader.read`.
 
     daemon → runner   Load, Try, Generate, Cancel, Stop
-    runner → daemon   Loaded or Failed; Tried for Try; then, for each Generate and by its id, Delta …, Called …, Done
-                     or Refused
+    runner → daemon   Loaded or Failed; Trying …, Tried for Try; then, for each Generate and by its id, Delta …,
+                     Called …, Done or Refused
 
 Each side treats the other's bytes as untrusted input: an unknown type, a missing or wrong field, a number out of range,
 a text, list or object over its bound or a line over the bound is a `RunnerError`. Nothing is ever unpickled.
@@ -27,6 +27,8 @@ MAX_DELTA_CHARACTERS = 1 << 16
 """Each is at most 12 bytes in JSON. A longer text takes several frames."""
 TURN_BYTES = 4096
 """Size of the shared memory in which a runner notes whose turn it is."""
+MAX_GOLDEN = 64
+"""Golden prompts that a gate asks."""
 
 _MAX_CHARACTERS = 4096
 _MAX_ITEMS = 256
@@ -80,6 +82,15 @@ class Try:
     """Run the gate: answer the golden prompts as clients would ask them, and measure the speed."""
 
     type: ClassVar[str] = "try"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trying:
+    """The gate asks this golden prompt now, of so many; they begin at 1."""
+
+    type: ClassVar[str] = "trying"
+    prompt: int
+    of: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,12 +217,28 @@ class Refused:
     message: str
 
 
-_Reply = Loaded | Failed | Tried | Delta | Called | Done | Refused
-Frame = Load | Try | Tried | Generate | Cancel | Stop | Loaded | Failed | Delta | Called | Done | Refused
+_Reply = Loaded | Failed | Trying | Tried | Delta | Called | Done | Refused
+Frame = (
+    Load | Try | Trying | Tried | Generate | Cancel | Stop | Loaded | Failed | Delta | Called | Done | Refused
+)
 
 _KINDS: dict[str, type[Any]] = {
     kind.type: kind
-    for kind in (Load, Try, Tried, Generate, Cancel, Stop, Loaded, Failed, Delta, Called, Done, Refused)
+    for kind in (
+        Load,
+        Try,
+        Trying,
+        Tried,
+        Generate,
+        Cancel,
+        Stop,
+        Loaded,
+        Failed,
+        Delta,
+        Called,
+        Done,
+        Refused,
+    )
 }
 _Hints = dict[str, Any]
 _HINTS: dict[str, _Hints] = {

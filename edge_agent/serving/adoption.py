@@ -191,7 +191,10 @@ class Adoption:
             too_long_here = version.reported.system_too_long and self._loader.memory_report
             if version.reported.signature == "chat" and not too_long_here:
                 verdicts.check_system(version.system_refused, model=self._name)
-            tried = version.runner.try_out(timeout_s=verdicts.GATE_TIMEOUT_S)
+            tried = version.runner.try_out(
+                timeout_s=verdicts.GATE_TIMEOUT_S,
+                on_prompt=lambda prompt, of: self._states.note_golden(version.record, prompt, of),
+            )
             verdicts.check_golden(tried)
         self._loader.note_peak(version)
         self.gate_report = verdicts.shortfalls(

@@ -34,8 +34,11 @@ class Runner(Protocol):
         """
         ...
 
-    def try_out(self, *, timeout_s: float) -> Tried:
+    def try_out(self, *, timeout_s: float, on_prompt: OnPrompt = ...) -> Tried:
         """Asks the golden prompts.
+
+        Args:
+            on_prompt: told before each one which it is, from 1, and of how many.
 
         Raises:
             RunnerError: it died, or took longer than `timeout_s`; the process is dead then.
@@ -81,6 +84,8 @@ class Runner(Protocol):
         ...
 
 
+OnPrompt = Callable[[int, int], None]
+"""Told before each golden prompt which one it is, from 1, and of how many."""
 StartRunner = Callable[[], Runner]
 """Makes a runner that has not loaded anything yet.
 

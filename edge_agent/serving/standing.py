@@ -53,14 +53,23 @@ class VersionStates:
         Args:
             change: what is written with it; None where nobody needs to know after a restart.
         """
-        attempt = self.state.attempt
+        attempt, now_s = self.state.attempt, self._now()
         if not record.fallback:
-            attempt = Attempt(version=record.version, digest=record.digest, step=step, at_s=self._now())
+            goes_on = attempt is not None and attempt.is_open and attempt.is_of(record.key)
+            fresh = Attempt(version=record.version, digest=record.digest, step=step, at_s=now_s)
+            attempt = attempt.then(step, now_s) if attempt and goes_on else fresh
         if change is not None:
             self._note(attempt, change)
             return
         with self._changing:
             self.state = self.state.noting(attempt)
+
+    def note_golden(self, record: VersionRecord, prompt: int, of: int) -> None:
+        """A version is asked one of its golden prompts, which begin at 1."""
+        with self._changing:
+            tried = self.state.attempt
+            if tried and tried.is_open and tried.is_of(record.key):
+                self.state = self.state.noting(replace(tried, golden=(prompt, of)))
 
     def fail(
         self,

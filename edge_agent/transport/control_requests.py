@@ -1,4 +1,4 @@
-"""What is asked of the daemon over the control socket, by the operation's name: probe, chat, status, metrics,
+"""What is asked of the daemon over the control socket, by the operation's name: probe, chat, status, metrics, recent,
 models."""
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def control_operations(
     status: Callable[[], Mapping[str, Any]],
     headline: Callable[[], Mapping[str, Any]],
     metrics: Callable[[], Mapping[str, Any]],
+    recent: Callable[[], Mapping[str, Any]],
     run_operation: RunOperation,
     note_refusal: Callable[[str], None],
 ) -> dict[str, Operation]:
@@ -44,6 +45,7 @@ def control_operations(
         status: the full status document.
         headline: the status topic's object, which costs no look at the disk.
         metrics: their document.
+        recent: what the last prompts took.
         note_refusal: told the code of each prompt that is not accepted.
     """
 
@@ -79,5 +81,6 @@ def control_operations(
         "chat": refusals_noted(prompts.chat),
         "status": on_status,
         "metrics": lambda call: call.send("done", metrics=metrics()),
+        "recent": lambda call: call.send("done", recent=recent()),
         "models": on_models,
     }

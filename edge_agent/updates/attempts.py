@@ -37,15 +37,18 @@ class Attempts:
         self._lifecycle = lifecycle
         self._clock = clock
         self._running: Attempt | None = None
+        self._arrived: Attempt | None = None
         self._version = 0
 
     @property
     def now(self) -> Attempt | None:
         """The last one, or the one that runs; None where there was none."""
-        running, last = self._running, self._lifecycle.state.attempt
-        if running is None or (last and last.at_s >= running.at_s):
-            return last
-        return running
+        running, arrived, last = self._running, self._arrived, self._lifecycle.state.attempt
+        if running and not (last and last.at_s >= running.at_s):
+            return running
+        if last and arrived and (last.version, last.digest) == (arrived.version, arrived.digest):
+            return replace(last, took_s={**arrived.took_s, **last.took_s})
+        return last
 
     def hear(self, event: Mapping[str, Any]) -> None:
         """What a sync says."""
@@ -53,8 +56,16 @@ class Attempts:
         if kind == "resolved":
             self._version, self._running = int(event["version"]), None
         elif kind in ("fetching", "verifying"):
-            step = Step.FETCH if kind == "fetching" else Step.VERIFY
-            self._running = self._at(step, str(event["digest"]))
+            step, digest = Step.FETCH if kind == "fetching" else Step.VERIFY, str(event["digest"])
+            before = self._running or self._at(step, digest)
+            self._running = replace(before, digest=digest)
+            if step is not before.step:
+                self._running = self._running.then(step, self._clock())
+
+    def brought(self) -> None:
+        """The sync ended well. What comes now is the lifecycle's; how long it took until here is remembered."""
+        if self._running:
+            self._arrived = self._running.after(self._clock())
 
     def failed(self, error: EdgeAgentError) -> None:
         """The sync brought nothing. Without a version, nothing was tried."""

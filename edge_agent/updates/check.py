@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from edge_agent.cache.attempt import Attempt
@@ -37,9 +38,10 @@ from edge_agent.updates import choice
 from edge_agent.updates.activation import Activation
 from edge_agent.updates.attempts import Attempts, Noting
 from edge_agent.updates.choice import Wanted
+from edge_agent.updates.heard import Heard
 from edge_agent.updates.link import Link
 from edge_agent.updates.rollout import NotInRollout, earlier_versions
-from edge_agent.updates.syncs import A_POLL, Asked, NoteRegistry, RunSync, Served, Syncs, Watch
+from edge_agent.updates.syncs import A_POLL, Asked, RunSync, Served, Syncs, Watch
 from edge_agent.updates.waiting import Found, Waiting, Waits
 
 
@@ -80,12 +82,14 @@ class Outlook:
         attempt: the version that was tried last, is tried now, or waits; None where none was.
         waiting: why it waits; None where it does not.
         progress: `bytes, total_bytes, bytes_per_s, eta_s` of a running fetch, None where none runs.
+        asks: the registry is being asked, and has not answered yet.
     """
 
     wanted: Wanted
     attempt: Attempt | None
     waiting: Waiting | None
     progress: dict[str, Any] | None
+    asks: bool = False
 
 
 class ModelCheck:
@@ -93,6 +97,7 @@ class ModelCheck:
 
     Args:
         name: the settings' name.
+        heard: told how the registry was, and what waits.
         link: when the line may be used, and when a version may take over.
         gap_s: between two requests of a check that nobody waits for.
         clock: seconds since 1970.
@@ -106,7 +111,7 @@ class ModelCheck:
         store: Store,
         lifecycle: Lifecycle,
         run_sync: RunSync,
-        note_registry: NoteRegistry,
+        heard: Heard,
         link: Link,
         gap_s: float,
         clock: Callable[[], float],
@@ -117,7 +122,7 @@ class ModelCheck:
         self._store = store
         self._lifecycle = lifecycle
         self._clock = clock
-        self._waits = Waits(name)
+        self._waits = Waits(name, note=partial(heard.note_hold, name))
         self._activation = Activation(
             name, store=store, lifecycle=lifecycle, link=link, waits=self._waits, wanted=lambda: self.wanted
         )
@@ -128,7 +133,7 @@ class ModelCheck:
             store=store,
             lifecycle=lifecycle,
             run_sync=run_sync,
-            note_registry=note_registry,
+            note_registry=heard.note_registry,
             link=link,
             waits=self._waits,
             activation=self._activation,
@@ -146,6 +151,7 @@ class ModelCheck:
             attempt=waiting.attempt if waiting else self._attempts.now,
             waiting=waiting,
             progress=self._syncs.progress,
+            asks=self._syncs.asks,
         )
 
     @property

@@ -26,9 +26,12 @@ from edge_agent.errors import (
     MemoryShort,
     Pinned,
     QueueFull,
+    RegistryRefused,
     SettingsError,
     StoreError,
+    TransportError,
     UnknownModel,
+    UnknownReference,
 )
 from edge_agent.package.reference import ModelRef
 from edge_agent.settings import Settings
@@ -36,7 +39,7 @@ from edge_agent.sync.process import run_outline
 from edge_agent.sync.protocol import Outline, SyncJob
 from edge_agent.updates.choice import wanted_ref
 from edge_agent.updates.link import Link
-from edge_agent.updates.syncs import job_of
+from edge_agent.updates.syncs import NoteRegistry, job_of
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +104,7 @@ class Plans:
         lifecycles: by configured name.
         link: when the line may be used.
         attainable_bytes: of memory, for one model.
+        note_registry: told how the registry was.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class Plans:
         *,
         link: Link,
         attainable_bytes: Callable[[], int],
+        note_registry: NoteRegistry,
         run_outline: RunOutline = run_outline,
     ) -> None:
         self._settings = settings
@@ -118,6 +123,7 @@ class Plans:
         self._lifecycles = lifecycles
         self._link = link
         self._attainable_bytes = attainable_bytes
+        self._note_registry = note_registry
         self._run_outline = run_outline
         self._changed = threading.Condition()
         self._waiting: collections.deque[_Question] = collections.deque()
@@ -194,7 +200,13 @@ class Plans:
         if not self._settings.registry.uri:
             raise SettingsError("registry.uri: no registry is configured")
         job = job_of(name, ref, settings=self._settings)
-        return self._run_outline(job, timeout_s=TIMEOUT_S, should_stop=lambda: self._closing)
+        try:
+            outline = self._run_outline(job, timeout_s=TIMEOUT_S, should_stop=lambda: self._closing)
+        except (TransportError, RegistryRefused, UnknownReference) as error:
+            self._note_registry(error)
+            raise
+        self._note_registry(None)
+        return outline
 
     def _free_bytes(self) -> int:
         cache = self._settings.cache

@@ -39,7 +39,7 @@ from edge_agent.updates.activation import Activation, Adopting
 from edge_agent.updates.attempts import Attempts
 from edge_agent.updates.link import Link
 from edge_agent.updates.patience import HeldBack, Patience
-from edge_agent.updates.rollout import NotInRollout, check_rollout
+from edge_agent.updates.rollout import check_rollout
 from edge_agent.updates.waiting import Found, Waits
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ OVERDUE_S = 10.0
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 NoteRegistry = Callable[[EdgeAgentError | None], None]
-"""Told how a sync with the registry ended: with an error that says what the registry was, or well."""
+"""Told that the registry answered, or the error that says what it was instead."""
 
 
 class Served(Adopting, Protocol):
@@ -157,6 +157,7 @@ class Syncs:
         clock: Callable[[], float],
     ) -> None:
         self._event: Mapping[str, Any] | None = None
+        self._asks = False
         self._name = name
         self._settings = settings
         self._store = store
@@ -178,6 +179,11 @@ class Syncs:
         if event is None or event.get("event") != "progress":
             return None
         return {key: event.get(key) for key in ("bytes", "total_bytes", "bytes_per_s", "eta_s")}
+
+    @property
+    def asks(self) -> bool:
+        """Whether the registry is being asked, and has not said yet that there is something to fetch."""
+        return self._asks
 
     def from_registry(
         self,
@@ -217,6 +223,7 @@ class Syncs:
         def look(event: Mapping[str, Any]) -> None:
             tried.note(event)
             if event.get("event") == "resolved":
+                self._note_registry(None)
                 if held_to_rollout:
                     self._check_rollout(event, fallback=fallback)
                 if not (asked.by_operator or at_once):
@@ -228,11 +235,7 @@ class Syncs:
         try:
             result = self._bring(replace(watch, on_event=look), job)
         except LinkHeld as error:
-            self._note_registry(None)
             raise self._fetch_waits(watch, tried, error) from error
-        except NotInRollout:
-            self._note_registry(None)
-            raise
         except (TransportError, RegistryRefused, UnknownReference, ContentError, StoreError) as error:
             if tried.version and isinstance(error, TransportError | VerificationError | StoreError):
                 self._patience.failed(
@@ -280,7 +283,7 @@ class Syncs:
         """One sync, from its start to a tidy cache. How it went is the model's attempt, where it is no fallback."""
 
         def look(event: Mapping[str, Any]) -> None:
-            self._event = event
+            self._event, self._asks = event, self._asks and event.get("event") != "fetching"
             if event.get("event") == "quarantined":
                 self._lifecycle.state.refuse_quarantined(str(event["key"]))
             elif event.get("event") == "progress":
@@ -289,6 +292,7 @@ class Syncs:
                 self._attempts.hear(event)
             watch.on_event(event)
 
+        self._asks = job.version_file is None
         try:
             result = self._run(job, replace(watch, on_event=look))
         except (VersionHeld, SyncStopped, HeldBack):
@@ -299,7 +303,9 @@ class Syncs:
                 self._attempts.failed(error)
             raise
         finally:
-            self._event = None
+            self._event, self._asks = None, False
+        if not job.fallback:
+            self._attempts.brought()
         _tidy(self._store)
         if result.new:
             log.info(

@@ -22,7 +22,6 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import (
     ActivationHeld,
     EdgeAgentError,
-    RegistryRefused,
     SyncStopped,
     TransportError,
     UnknownModel,
@@ -37,6 +36,7 @@ from edge_agent.sync.protocol import SyncResult
 from edge_agent.sync.tls import TlsFiles
 from edge_agent.updates.arrivals import counting
 from edge_agent.updates.check import Lifecycle, ModelCheck, Outlook
+from edge_agent.updates.heard import Heard
 from edge_agent.updates.link import Link
 from edge_agent.updates.polls import GAP_S, Polls, place_of
 from edge_agent.updates.repair import repair
@@ -65,9 +65,7 @@ class Updates:
         SettingsError: a file of `[registry]` cannot be loaded.
 
     Attributes:
-        reachable: whether the registry answered the last check; None before the first one.
-        registry_problem: code of what the registry did wrong then: out of reach, or it refused; empty for nothing.
-        checked_at: when that was, in seconds since 1970; None before the first one.
+        heard: when the registry was asked last and what it was, and which versions wait.
         problems: by model, why its last check brought nothing, empty when it was fine.
         link: when the line may be used, and when a version may take over.
     """
@@ -84,14 +82,12 @@ class Updates:
         jitter: Callable[[float, float], float] = random.uniform,
         measurements: Measurements | None = None,
     ) -> None:
-        self.reachable: bool | None = None
-        self.registry_problem = ""
-        self.checked_at: float | None = None
         self.problems: dict[str, str] = {}
         self._registry = settings.registry
         TlsFiles.of(settings.registry).check()
         TlsFiles(ca_file=settings.cache.mirror_ca_file).check(section="cache.mirror_")
         self.link = Link(settings.link, store, clock)
+        self.heard = Heard(settings.registry.uri, store, clock)
         self._store = store
         self._lifecycles = lifecycles
         self._measurements = measurements or Measurements(lifecycles)
@@ -102,7 +98,7 @@ class Updates:
                 store=store,
                 lifecycle=lifecycle,
                 run_sync=counting(run_sync, self._measurements),
-                note_registry=self._note_registry,
+                heard=self.heard,
                 link=self.link,
                 gap_s=GAP_S if unattended else 0.0,
                 clock=clock,
@@ -351,11 +347,3 @@ class Updates:
             self.problems[name] = text
             return isinstance(error, TransportError)
         return False
-
-    def _note_registry(self, error: EdgeAgentError | None) -> None:
-        """What the registry was, by how a sync ended. One that refuses was reached."""
-        reachable = not isinstance(error, TransportError)
-        if self.reachable is not None and self.reachable != reachable:
-            log.info("registry %s uri=%s", "reachable" if reachable else "unreachable", self._registry.uri)
-        self.registry_problem = error.code if isinstance(error, TransportError | RegistryRefused) else ""
-        self.reachable, self.checked_at = reachable, self._clock()

@@ -97,14 +97,16 @@ class Waits:
 
     Args:
         name: of the model, in the settings.
+        note: told what waits, and None where nothing does any more.
 
     Attributes:
         now: None for nothing.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, note: Callable[[Waiting | None], None]) -> None:
         self.now: Waiting | None = None
         self._name = name
+        self._note = note
 
     def note(self, waiting: Waiting, on_event: Callable[[Mapping[str, Any]], None]) -> None:
         """
@@ -119,10 +121,12 @@ class Waits:
                 self._name, waiting.version, waiting.code, waiting.reason,
             )  # fmt: skip
         self.now = waiting
+        self._note(waiting)
         on_event(waiting.event(self._name))
 
     def clear(self) -> None:
         self.now = None
+        self._note(None)
 
 
 class Alarm:

@@ -114,6 +114,27 @@ def test_prompts_are_counted_and_measured_however_they_end(device: Daemon, liste
     assert document["broker"]["connected"] is True
 
 
+def test_the_last_prompts_are_known_by_what_they_took_and_not_by_what_they_say(
+    device: Daemon, listener: Client
+) -> None:
+    asked = listener.ask(chat(SPAIN))
+    assert listener.ask(chat(SPAIN, max_tokens=100_000)).status == 413
+    *_, last = control.call(device.control_socket, "recent", timeout_s=60)
+    recent = last["recent"]
+    assert (recent["device_id"], recent["started_at"]) == (DEVICE, measured(device)["started_at"])
+    whole, refused = recent["prompts"][-2:]
+    assert (whole.pop("model"), whole.pop("code")) == ("assistant", "ok")
+    answer = asked.json
+    times, usage = answer["timings"], answer["usage"]
+    assert whole.pop("at") >= answer["created"]
+    for key in ("prompt_tokens", "completion_tokens", "cached_tokens"):
+        assert whole.pop(key) == usage[key], key
+    for key in ("queue_ms", "first_token_ms", "total_ms", "tokens_per_s"):
+        assert whole.pop(key) == pytest.approx(times[key], rel=0.2, abs=1), key
+    assert whole == {}, "not a word, and nobody's name"
+    assert (refused["code"], set(refused)) == ("prompt_too_long", {"at", "model", "code"})
+
+
 def test_a_runner_that_dies_and_a_check_that_fails_are_counted_and_nothing_is_forgotten(
     device: Daemon, listener: Client
 ) -> None:

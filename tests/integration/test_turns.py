@@ -146,7 +146,7 @@ def test_an_import_ends_the_check_that_is_in_its_way_and_the_check_comes_back(po
     assert polling.in_background(lambda: polling.do("import"))()["state"] == "active"
     assert polling.events == [{"event": "waiting", "for": "the check of assistant"}]
     polling.poll_hangs()
-    assert (polling.updates.problems, polling.updates.reachable) == ({}, None), "nobody failed"
+    assert (polling.updates.problems, polling.updates.heard.reachable) == ({}, None), "nobody failed"
 
 
 def test_a_file_that_is_no_bundle_is_refused_at_once_and_ends_no_check(polling: Device) -> None:
@@ -160,4 +160,4 @@ def test_a_changed_desired_state_ends_the_check_of_the_former_one(polling: Devic
     polling.updates.desire({"assistant": "models:/phi/6"})
     polling.poll_hangs()
     assert polling.store.state().model("assistant").desired == "models:/phi/6"
-    assert (polling.updates.problems, polling.updates.reachable) == ({}, None)
+    assert (polling.updates.problems, polling.updates.heard.reachable) == ({}, None)

@@ -1,6 +1,6 @@
 """What one answer took, for tests of what is made of it."""
 
-from edge_agent.metrics.measurements import Took
+from edge_agent.metrics.recent import Took
 
 TOOK = Took(
     queue_s=0.02,

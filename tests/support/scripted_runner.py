@@ -169,8 +169,12 @@ class ScriptedRunner:
     def _may_end_loading(self) -> bool:
         return not (self._alive and self._script.load_waits)
 
-    def try_out(self, *, timeout_s: float) -> Tried:
+    def try_out(
+        self, *, timeout_s: float, on_prompt: Callable[[int, int], None] = lambda prompt, of: None
+    ) -> Tried:
         self._host.note(f"try {self.version}")
+        for prompt in range(1, self._script.golden + 1):
+            on_prompt(prompt, self._script.golden)
         if error := self._script.gate_error:
             self.kill()
             raise type(error)(error.message)

@@ -100,3 +100,18 @@ def test_the_wait_for_its_time_is_no_unfinished_attempt() -> None:
     assert ModelState(attempt=running).waiting_for(B).attempt is None
     assert ModelState(attempt=TRIED).waiting_for(B).attempt == TRIED
     assert ModelState(attempt=running).waiting_for(A).attempt == running
+
+
+def test_steps_that_are_over_say_how_long_they_took() -> None:
+    fetched = Attempt(version=2, digest="b", step=Step.FETCH, at_s=100.0)
+    verified = fetched.then(Step.VERIFY, 171.26)
+    tried = replace(verified.then(Step.GATE, 173.26), golden=(3, 8))
+    assert tried.document() == {
+        **tried.fields(),
+        "took_s": {"fetch": 71.3, "verify": 2.0},
+        "golden": {"asking": 3, "of": 8},
+    }
+    active = tried.then(Step.ACTIVATE, 180.0).then(Step.ACTIVE, 179.0)
+    assert active.document()["golden"] is None
+    assert list(active.took_s.values())[2:] == [pytest.approx(6.74), 0.0], "the clock was set back"
+    assert Attempt.parse(active.fields()) == active, "a restart forgets how long it took, and nothing else"

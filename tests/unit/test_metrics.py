@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 
 import pytest
@@ -10,7 +12,8 @@ from edge_agent.errors import EdgeAgentError, by_code
 from edge_agent.metrics import histogram
 from edge_agent.metrics.families import FAMILIES
 from edge_agent.metrics.histogram import Histogram
-from edge_agent.metrics.measurements import OK, Measurements, Took
+from edge_agent.metrics.measurements import OK, Measurements
+from edge_agent.metrics.recent import MOST, Took
 from edge_agent.serving.seat import Serving
 from edge_agent.sync.protocol import SyncResult
 from edge_agent.updates.arrivals import Arrivals
@@ -85,6 +88,42 @@ def test_models_are_those_of_the_settings_only() -> None:
     measurements = Measurements(["assistant"])
     measurements.note_answer("another", OK, TOOK)
     assert list(measurements.document()["models"]) == ["assistant"]
+
+
+def test_the_last_prompts_are_remembered_by_what_they_took() -> None:
+    measurements = Measurements(["assistant"], now=lambda: 1_790_000_000.9)
+    measurements.note_answer("assistant", OK, TOOK)
+    measurements.note_answer("assistant", "cancelled")
+    measurements.note_answer("another", OK, TOOK)
+    whole, cancelled = measurements.recent()
+    assert whole == {
+        "at": 1_790_000_000,
+        "model": "assistant",
+        "code": "ok",
+        "queue_ms": TOOK.queue_s * 1000,
+        "first_token_ms": TOOK.first_token_s * 1000,
+        "total_ms": TOOK.request_s * 1000,
+        "tokens_per_s": 1 / (TOOK.per_token_s or 1),
+        "prompt_tokens": TOOK.input_tokens,
+        "completion_tokens": TOOK.output_tokens,
+        "cached_tokens": TOOK.cached_tokens,
+    }
+    assert cancelled == {"at": 1_790_000_000, "model": "assistant", "code": "cancelled"}
+
+
+def test_a_speed_that_was_not_measured_is_none() -> None:
+    for unknown in (None, 0.0):
+        measurements = Measurements(["assistant"])
+        measurements.note_answer("assistant", OK, dataclasses.replace(TOOK, per_token_s=unknown))
+        assert measurements.recent()[0]["tokens_per_s"] is None
+
+
+def test_no_more_prompts_are_remembered_than_fit_a_screen() -> None:
+    clock = itertools.count()
+    measurements = Measurements(["assistant"], now=lambda: next(clock))
+    for _ in range(MOST + 5):
+        measurements.note_answer("assistant", OK, TOOK)
+    assert [each["at"] for each in measurements.recent()] == list(range(5, MOST + 5))
 
 
 def test_what_64_models_have_measured_fits_a_message() -> None:

@@ -14,6 +14,7 @@ import pytest
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
 from edge_agent.errors import (
+    EdgeAgentError,
     QueueFull,
     RegistryRefused,
     SyncStopped,
@@ -73,12 +74,14 @@ class Device:
         self.registry = Registry()
         self.lifecycle = ScriptedLifecycle()
         self.memory_bytes = 1 << 40
+        self.heard: list[EdgeAgentError | None] = []
         self.plans = Plans(
             settings,
             self.store,
             {"assistant": self.lifecycle},
             link=Link(settings.link, self.store, lambda: TWO_PM),
             attainable_bytes=lambda: self.memory_bytes,
+            note_registry=self.heard.append,
             run_outline=self.registry,
         )
 
@@ -104,6 +107,7 @@ def device(make: Callable[..., Device]) -> Device:
 def test_a_version_that_fits_would_begin_at_once(device: Device) -> None:
     plan = device.plan()
     assert plan == Plan(missing_bytes=400, free_bytes=10_000, fits=True)
+    assert device.heard == [None], "the registry answered"
     assert plan.document() == {
         "missing_bytes": 400,
         "free_bytes": 10_000,
@@ -162,6 +166,8 @@ def test_where_nobody_knows_the_answer_says_why(device: Device, error: Exception
     device.registry.says = error
     plan = device.plan()
     assert (plan.missing_bytes, plan.free_bytes, plan.fits, plan.code) == (None, 10_000, None, code)
+    of_registry = isinstance(error, TransportError | RegistryRefused | UnknownReference)
+    assert device.heard == ([error] if of_registry else [])
 
 
 def test_without_a_registry_nobody_is_asked(make: Callable[..., Device]) -> None:

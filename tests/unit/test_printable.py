@@ -358,9 +358,12 @@ def status_of(lifecycle: Any, *, tokens_per_s: float = 1.0) -> DeviceStatus:
     class Everything:
         """The parts that are asked for numbers and problems."""
 
-        trouble = problem = registry_problem = WINDOW_TITLE
+        trouble = problem = WINDOW_TITLE
         problems = {"assistant": WINDOW_TITLE}  # noqa: RUF012
-        reachable, checked_at = True, 1.0
+        heard = SimpleNamespace(
+            document=lambda: {"uri": "r", "reachable": True, "problem": WINDOW_TITLE, "last_check": 1.0},
+            hold=lambda name, state, wanted: None,
+        )
         link = SimpleNamespace(document=lambda: {"bytes_per_day": 0, "used_bytes": None})
 
         def outlook(self, name: str) -> Outlook:

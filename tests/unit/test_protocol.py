@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.errors import RunnerError
-from edge_agent.runner import protocol
+from edge_agent.runner import process, protocol
 from edge_agent.runner.protocol import (
     Cancel,
     Delta,
@@ -21,6 +21,7 @@ from edge_agent.runner.protocol import (
     Refused,
     Stop,
     Tried,
+    Trying,
     with_system,
 )
 
@@ -35,6 +36,7 @@ FRAMES: list[Frame] = [
     Delta(id="1.1", text="line\nbreak"),
     Done(id="1.1", finish_reason="stop", usage={"prompt_tokens": 1}, timings={"first_token_ms": 1.5}),
     Refused(id="1.1", code="bad_request", message="no"),
+    Trying(prompt=3, of=8),
     Tried(failures=["golden prompt 1: no"], asked=2, tokens_per_s=0.0, memory_bytes=(1 << 62) - 1),
 ]
 LARGEST = Delta(id="1.1", text="\U0001f34e" * protocol.MAX_DELTA_CHARACTERS)
@@ -174,3 +176,24 @@ def test_whatever_stands_in_the_shared_memory_is_no_error() -> None:
     assert protocol.decode_turn(b"\xff\x00 \n" * 1000)
     assert protocol.decode_turn(b"") == set()
     assert len(protocol.encode_turn(["x" * 90] * 100)) == protocol.TURN_BYTES
+
+
+@pytest.mark.parametrize(
+    ("frames", "heard"),
+    [
+        ([TRIED], 0),
+        ([Trying(prompt=1, of=2), Trying(prompt=2, of=2), TRIED], 2),
+        ([Trying(prompt=2, of=2), TRIED], 0),
+        ([Trying(prompt=1, of=2), Trying(prompt=1, of=2), TRIED], 1),
+        ([Trying(prompt=1, of=0), TRIED], 0),
+        ([Trying(prompt=1, of=protocol.MAX_GOLDEN + 2), TRIED], 0),
+        ([Trying(prompt=n, of=65) for n in range(1, 100)], protocol.MAX_GOLDEN + 1),
+        ([None], 0),
+    ],
+)
+def test_a_gate_says_each_golden_prompt_once_and_in_order(frames: list[Frame | None], heard: int) -> None:
+    """What comes instead is not `Tried`, and ends the runner."""
+    told: list[tuple[int, int]] = []
+    last = process._gone_through(iter(frames).__next__, lambda *which: told.append(which))
+    assert len(told) == heard
+    assert last is frames[heard]

@@ -26,6 +26,7 @@ from edge_agent.runner.protocol import (
     Stop,
     Tried,
     Try,
+    Trying,
     encode,
 )
 
@@ -187,7 +188,8 @@ def test_golden_prompts_are_asked_with_the_system_prompt_of_the_device(
     question, own = {"role": "user", "content": "Who?"}, {"role": "system", "content": "Sing."}
     golden = [{"messages": [question], "expect": "^user$"}, {"messages": [own, question], "expect": "system"}]
     model = ScriptedModel(golden=golden)
-    loaded, tried = served(model, load(system), Try(), monkeypatch=monkeypatch, folder=tmp_path)
+    loaded, *asked, tried = served(model, load(system), Try(), monkeypatch=monkeypatch, folder=tmp_path)
+    assert asked == [Trying(prompt=1, of=2), Trying(prompt=2, of=2)]
     assert isinstance(loaded, Loaded) and isinstance(tried, Tried)
     first, second = (document["messages"] for document in model.asked[-2:])
     assert first == ([SAYS, question] if system else [question])
@@ -231,7 +233,7 @@ def test_whatever_a_model_raises_at_a_golden_prompt_fails_the_candidate(
 
     model = ScriptedModel(golden=[{"prompt": "Who?", "expect": "."}])
     monkeypatch.setattr(model, "ask", fail)
-    _, tried = served(model, load(""), Try(), monkeypatch=monkeypatch, folder=tmp_path)
+    _, _, tried = served(model, load(""), Try(), monkeypatch=monkeypatch, folder=tmp_path)
     assert isinstance(tried, Tried)
     assert tried.failures == [shown(error, "no end")]
 

@@ -105,6 +105,8 @@ def test_what_is_reported_of_a_version_that_waits(waiting: Waiting | None, probl
         "step": "held",
         "code": "link_held",
         "at": 1_790_000_000,
+        "took_s": {},
+        "golden": None,
     }
 
 
@@ -148,6 +150,8 @@ def test_versions_and_what_they_showed_are_reported_by_their_numbers() -> None:
             "step": "gate",
             "code": "gate_failed",
             "at": 1_790_000_000,
+            "took_s": {},
+            "golden": None,
         },
         "previous": 6,
         "quarantined": [{"version": 8, "code": "gate_failed"}],

@@ -6,7 +6,7 @@ import json
 from types import SimpleNamespace
 from typing import Any, cast
 
-from edge_agent.device_status import STATUS_INTERVAL_S, DeviceStatus, StatusPublisher
+from edge_agent.device_status import PROGRESS_INTERVAL_S, STATUS_INTERVAL_S, DeviceStatus, StatusPublisher
 from edge_agent.sd_notify import Notifier
 from edge_agent.settings import Settings
 from edge_agent.topics import Topics
@@ -49,3 +49,33 @@ def test_a_status_message_has_the_number_after_that_of_the_one_before() -> None:
         ("degraded", 3),
     ]
     assert status.document()["seq"] == 3, "a command sees the last message's"
+
+
+def test_golden_prompts_are_reported_at_intervals_and_a_new_step_at_once() -> None:
+    attempt: dict[str, Any] = {"step": "gate", "golden": None}
+    model = {"progress": None, "attempt": attempt}
+    status = SimpleNamespace(
+        document=dict, number=lambda document: None, headline=str, reported=lambda _: {"models": {"a": model}}
+    )
+    sent: list[Any] = []
+    outlet = SimpleNamespace(
+        set_retained=lambda topic, body: (
+            sent.append(json.loads(body)["models"]["a"]["attempt"]) if topic.endswith("reported") else None
+        ),
+        set_metrics=lambda body: None,
+    )
+    publisher = StatusPublisher(
+        cast(Any, status),
+        topics=Topics(prefix="edge", device_id="dev", reply_prefixes=()),
+        outlet=outlet,
+        notifier=Notifier(None, None),
+        metrics=dict,
+    )
+    for prompt in range(1, 6):
+        publisher._report(prompt * PROGRESS_INTERVAL_S / 4, {})
+        attempt["golden"] = {"asking": prompt, "of": 5}
+    assert [each["golden"] and each["golden"]["asking"] for each in sent] == [None, 1]
+    publisher._report(2 * PROGRESS_INTERVAL_S, {})
+    attempt |= {"step": "activate", "golden": None}
+    publisher._report(2 * PROGRESS_INTERVAL_S, {})
+    assert [each["step"] for each in sent] == ["gate", "gate", "gate", "activate"]

@@ -46,7 +46,7 @@ def test_an_unchanged_version_goes_on(device: UpdatingDevice) -> None:
     device.updates.step(0)
     assert device.lifecycle.state == replace(RUNNING, resolved=(OWN, 1))
     assert (device.sync.refs, device.problem) == ([OWN], "")
-    assert (device.updates.reachable, device.updates.checked_at) == (True, NOW)
+    assert (device.updates.heard.reachable, device.updates.heard.asked_at) == (True, NOW)
     (job,) = device.sync.jobs
     assert (job.name, job.running, job.check_host, job.fallback) == ("assistant", ONE.key, True, False)
 
@@ -81,20 +81,20 @@ def test_what_the_registry_was_is_noted_and_the_version_goes_on(
     device.sync.offers[OWN] = error
     device.updates.step(0)
     assert device.problem == str(error)
-    assert (device.updates.reachable, device.updates.registry_problem) == (reachable, problem)
-    assert device.updates.checked_at == NOW
+    assert (device.updates.heard.reachable, device.updates.heard.problem) == (reachable, problem)
+    assert device.updates.heard.asked_at == NOW
     assert (device.lifecycle.state, device.lifecycle.adopted) == (RUNNING, [])
     assert len(device.sync.jobs) == 1, "nothing is tried again at once"
     device.sync.offers[OWN] = ONE
     device.updates.check_now()
     device.updates.step(1)
-    assert (device.updates.reachable, device.updates.registry_problem, device.problem) == (True, "", "")
+    assert (device.updates.heard.reachable, device.updates.heard.problem, device.problem) == (True, "", "")
 
 
 def test_what_says_nothing_of_the_registry_is_not_noted_of_it(device: UpdatingDevice) -> None:
     device.sync.offers[OWN] = StoreError("no space")
     device.updates.step(0)
-    assert (device.updates.reachable, device.updates.checked_at) == (None, None)
+    assert (device.updates.heard.reachable, device.updates.heard.asked_at) == (None, None)
     assert device.problem == "no space"
 
 
@@ -122,7 +122,7 @@ def test_only_an_operator_takes_an_old_package_under_a_new_number(device: Updati
     device.sync.offers[OWN] = PackageReplayed("it is old", remedy="allow it")
     device.updates.step(0)
     assert (device.problem, device.lifecycle.adopted) == ("it is old; allow it", [])
-    assert (device.updates.reachable, device.updates.registry_problem) == (True, "")
+    assert (device.updates.heard.reachable, device.updates.heard.problem) == (True, "")
     device.sync.offers[OWN] = TWO
     device.updates.check("assistant", asked_for=True)
     device.updates.check("assistant", asked_for=True, allow_older=True)
@@ -148,7 +148,7 @@ def test_a_quarantined_version_is_not_fetched_by_a_poll(tmp_path: Path) -> None:
     device.sync.offers[OWN] = TWO
     device.updates.step(0)
     assert device.sync.jobs[0].quarantined == (TWO.key,)
-    assert (device.problem, device.updates.reachable) == (
+    assert (device.problem, device.updates.heard.reachable) == (
         f"version {TWO.key} is in quarantine: wrong answer",
         True,
     )

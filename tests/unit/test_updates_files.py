@@ -53,7 +53,7 @@ def test_an_imported_version_is_adopted_like_an_update(tmp_path: Path, file: Pat
     (job,) = device.sync.jobs
     assert (job.ref, job.registry.uri, job.fallback) == ("models:/phi/1", version_file.ORIGIN, False)
     assert (job.version_file is None, job.quarantined) == (False, ())
-    assert device.updates.reachable is None, "no registry was asked"
+    assert device.updates.heard.reachable is None, "no registry was asked"
 
 
 def test_an_operator_may_allow_an_old_package_in_a_file(tmp_path: Path, file: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_download_outside_the_windows_is_held_and_comes_when_they_open(
         "version 2 is held until 22:00 UTC by link.windows, 1000 bytes are missing; "
         "`edge-agent models pull --now` fetches it now"
     )
-    assert (device.updates.reachable, device.updates.registry_problem) == (True, "")
+    assert (device.updates.heard.reachable, device.updates.heard.problem) == (True, "")
     assert device.lifecycle.state == before, "nothing is left of it"
     device.updates.step(1)
     device.time.now_s = TEN_PM + SPREAD_S - 1

@@ -75,6 +75,36 @@ def test_a_version_is_fetched_and_verified_before_the_lifecycle_has_it(device: U
     assert tried is None, "the lifecycle says what came then"
 
 
+def test_how_long_the_fetch_took_stays_with_the_version_when_the_lifecycle_has_it(
+    device: UpdatingDevice,
+) -> None:
+    def on_event(event: Any) -> None:
+        device.time.now_s += {"resolved": 5, "fetching": 1, "verifying": 20, "progress": 3}[event["event"]]
+
+    def adopted(key: str) -> None:
+        fresh = Attempt(version=2, digest=TWO.digest, step=Step.GATE, at_s=device.time.now_s)
+        device.lifecycle.note_attempt(fresh)
+
+    device.lifecycle.amid = adopted
+    device.updates.check("assistant", on_event, asked_for=True)
+    tried = device.updates.outlook("assistant").attempt
+    assert tried and tried.took_s == {Step.FETCH: 1.0, Step.VERIFY: 23.0}
+    device.lifecycle.note_attempt(Attempt(version=3, digest="c", step=Step.GATE, at_s=device.time.now_s))
+    other = device.updates.outlook("assistant").attempt
+    assert other and (other.version, other.took_s) == (3, {})
+
+
+def test_the_registry_is_being_asked_until_it_is_known_what_to_fetch(device: UpdatingDevice) -> None:
+    seen_now: list[tuple[str, bool]] = []
+
+    def on_event(event: Any) -> None:
+        seen_now.append((event["event"], device.updates.outlook("assistant").asks))
+
+    device.updates.check("assistant", on_event, asked_for=True)
+    assert dict(seen_now) == {"resolved": True, "fetching": False, "verifying": False, "progress": False}
+    assert not device.updates.outlook("assistant").asks
+
+
 def test_a_check_that_finds_nothing_new_is_no_attempt(device: UpdatingDevice) -> None:
     device.sync.offers[OWN] = ONE
     tried = Attempt(version=1, digest="a" * 12, step=Step.ACTIVE, at_s=NOW - 100)
@@ -240,7 +270,7 @@ def test_a_version_that_is_not_for_this_device_yet_is_held_and_nothing_is_wrong(
     assert seen(device) == (2, "held", "not_in_rollout")
     assert (device.problem, wanted(device)) == ("", Wanted(version=2, via="alias"))
     assert [record.levelname for record in caplog.records if "not_in_rollout" in record.message] == ["INFO"]
-    assert (device.updates.reachable, device.sync.refs) == (True, [OWN, OWN])
+    assert (device.updates.heard.reachable, device.sync.refs) == (True, [OWN, OWN])
     device.updates.step(1)
     assert len(device.sync.jobs) == 2, "nobody waits for a time that would come"
     device.sync.offers[OWN] = replace(TWO, rollout="100")

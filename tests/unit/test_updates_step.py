@@ -279,7 +279,7 @@ def test_a_new_desired_state_ends_the_poll_and_comes_first(device: UpdatingDevic
     device.sync.amid = lambda ref: device.updates.desire({"assistant": OTHER})
     device.updates.step(0)
     assert (device.sync.refs, device.problem) == ([OWN], "unset"), "put off is no problem"
-    assert device.updates.reachable is None
+    assert device.updates.heard.reachable is True, "it had said which version it is"
     device.updates.step(0.5)
     assert device.sync.refs == [OWN, OTHER]
     assert device.lifecycle.state.active == TWO.key

@@ -36,7 +36,7 @@ def test_a_version_that_answers_is_active_with_its_digest_and_what_its_gate_meas
     life.serve(1)
     assert seen(life) == (1, "active", None)
     tried, kept = life.lifecycle.state.attempt, written(life)
-    assert tried and kept and tried.document() == kept.document()
+    assert tried and kept and tried.fields() == kept.fields()
     assert tried.digest == life.records[1].digest
     measured = life.lifecycle.state.measured[life.key(1)]
     assert measured == Measured(load_ms=1, tokens_per_s=21.44, passed=3, of=3)
@@ -64,6 +64,26 @@ def test_a_version_is_in_the_gate_while_it_is_loaded(life: Life, host: ScriptedH
     host.let_load(2)
     adoption.result()
     assert seen(life) == (2, "active", None)
+
+
+def test_the_golden_prompt_that_is_asked_is_seen_while_it_is_and_never_written(
+    life: Life, host: ScriptedHost
+) -> None:
+    life.serve(1)
+    host.script(2, Script(golden=3))
+    life.commit(2)
+    asked: list[tuple[int, int] | None] = []
+
+    def before_exchange() -> None:
+        tried, kept = life.lifecycle.state.attempt, written(life)
+        assert tried and kept
+        asked.extend((tried.golden, kept.golden))
+
+    life.lifecycle.adopt(life.key(2), before_exchange=before_exchange)
+    assert asked == [(3, 3), None]
+    tried = life.lifecycle.state.attempt
+    assert tried and tried.golden is None
+    assert list(tried.took_s) == [Step.GATE, Step.ACTIVATE]
 
 
 def test_a_version_waits_for_running_prompts_before_it_takes_over(life: Life, host: ScriptedHost) -> None:
