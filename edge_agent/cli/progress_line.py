@@ -1,11 +1,14 @@
 """One line that says which step a long command is at, and goes when the command has ended.
 
 On a terminal it stands in one place, with bytes and the time that the step has taken. Elsewhere each step is a line of
-its own, and so is every 64 MiB of it: a log shows what went on. It is written to stderr.
+its own, and so is every 64 MiB of it: a log shows what went on. It goes to what stderr is when the command begins, and
+is seen while what libraries print is hidden (`library_output.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,17 +23,35 @@ _LINE_EVERY_BYTES = 64 << 20
 
 
 @contextmanager
-def progress_line(stream: TextIO | None = None, *, plain: bool = True) -> Iterator[terminal.ProgressReport]:
+def progress_line(*, plain: bool = True) -> Iterator[terminal.ProgressReport]:
     """Yields what is called with (step, bytes done, total bytes); a total of 0 is none.
 
     Args:
-        stream: where to write; None for stderr.
-        plain: whether there are lines where there is no terminal.
+        plain: whether there are lines where stdout or stderr is no terminal.
     """
-    stream = stream or sys.stderr
-    if not (stream.isatty() and sys.stdout.isatty()):
-        yield PlainLines(stream) if plain else lambda step, done, total: None
-        return
+    on_screen = sys.stderr.isatty() and sys.stdout.isatty()
+    with _own_stderr() as stream:
+        if on_screen:
+            with _on_screen(stream) as report:
+                yield report
+        elif plain:
+            yield PlainLines(stream)
+        else:
+            yield lambda step, done, total: None
+
+
+@contextmanager
+def _own_stderr() -> Iterator[TextIO]:
+    with contextlib.ExitStack() as stack:
+        stream = sys.stderr
+        with contextlib.suppress(OSError):  # it is no file: a test's
+            copy = os.dup(sys.stderr.fileno())
+            stream = stack.enter_context(os.fdopen(copy, "w", encoding=sys.stderr.encoding, errors="replace"))
+        yield stream
+
+
+@contextmanager
+def _on_screen(stream: TextIO) -> Iterator[terminal.ProgressReport]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

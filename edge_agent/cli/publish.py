@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_agent import terminal
+from edge_agent.cli import library_output
 from edge_agent.cli.command import Command, Invocation
+from edge_agent.cli.progress_line import progress_line
 
 if TYPE_CHECKING:
     from edge_agent.publishing.register import Published
@@ -107,7 +109,9 @@ def publish(
     from edge_agent.publishing import build_advice
 
     made: Published | Written
-    with terminal.progress_bar() as report:
+    if file is not None and (registry or alias):
+        raise click.UsageError("--to asks no registry: leave out --registry and --alias")
+    with progress_line() as report, library_output.hidden():
         making = publishing.Making(
             flavor=flavor,
             signature=signature,
@@ -117,8 +121,6 @@ def publish(
             progress=report,
         )
         if file is not None:
-            if registry or alias:
-                raise click.UsageError("--to asks no registry: leave out --registry and --alias")
             made = publishing.write_folder(folder, name=name, file=file, blobs=blobs, **making)
         else:
             made = publishing.publish_folder(

@@ -78,11 +78,12 @@ def publish_folder(
     Raises:
         PublishError: the folder, an option or the registry is at fault; no alias points to an incomplete version.
     """
+    progress = making.get("progress", no_progress)
+    progress("checking", 0, 0)
     check_target(name=name, registry_uri=registry_uri, alias=alias)
     kinds.check(source, making.get("flavor", "onnx"))
     _check_outside(source, making, blobs)
     reach(registry_uri)
-    progress = making.get("progress", no_progress)
     with _packaged(source, name, blobs, making) as (package, copied):
         published = publish(
             package,
@@ -103,11 +104,12 @@ def write_folder(
     Raises:
         PublishError: the folder or an option is at fault, or the file cannot be written.
     """
+    progress = making.get("progress", no_progress)
+    progress("checking", 0, 0)
     check_name(name)
     check_file(file)
     kinds.check(source, making.get("flavor", "onnx"))
     _check_outside(source, making, file, blobs)
-    progress = making.get("progress", no_progress)
     with _packaged(source, name, blobs, making) as (package, copied):
         return replace(write_file(package, file, progress=progress), blobs=copied)
 

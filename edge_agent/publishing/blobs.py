@@ -65,13 +65,13 @@ def write_blobs(package: Package, directory: Path, *, progress: Progress = no_pr
     files = {file.sha256: file for file in (*package.manifest.files, *package.attached)}
     total, done, written = sum(file.size_bytes for file in files.values()), 0, 0
     for sha256, file in files.items():
-        progress("write blobs", done, total)
+        progress("writing blobs", done, total)
         blob = directory / FOLDER / sha256
         if damage_of(blob, file):
             _write(package.folder / file.path, blob, file)
             written += 1
         done += file.size_bytes
-    progress("write blobs", done, total)
+    progress("writing blobs", done, total)
     return Blobs(written=written, kept=len(files) - written)
 
 

@@ -121,7 +121,7 @@ def build_package(
             progress=progress,
         )
     )
-    progress("try", 0, 0)
+    progress("trying in a runner", 0, 0)
     limits += trial.try_out(destination, EXAMPLES[signature], prompts, flavor=flavor)
     if flavor == "onnx":
         limits += trial.compare_ends(source_dir)
@@ -259,7 +259,7 @@ def _add_files(
     total = sum(path.stat().st_size for path in files.values())
     done = 0
     for target, path in files.items():
-        report("copy", done, total)
+        report("copying", done, total)
         (destination / target).parent.mkdir(parents=True, exist_ok=True)
         try:
             if target in rewritten:
@@ -269,7 +269,7 @@ def _add_files(
         except OSError as error:
             raise PublishError(f"{path} cannot be copied: {error.strerror}") from error
         done += path.stat().st_size
-    report("copy", done, total)
+    report("copying", done, total)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -294,17 +294,17 @@ def _write_manifest(name: str, folder: Path, report: Progress) -> Manifest:
 def _listed(folder: Path, paths: Sequence[Path], total: int, report: Progress) -> Iterator[ManifestFile]:
     done = 0
     for path in paths:
-        report("hash", done, total)
         digest, size = hashlib.sha256(), 0
         with path.open("rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):
+                report("hashing", done + size, total)
                 digest.update(chunk)
                 size += len(chunk)
         done += size
         yield ManifestFile(
             path=path.relative_to(folder).as_posix(), size_bytes=size, sha256=digest.hexdigest()
         )
-    report("hash", done, total)
+    report("hashing", done, total)
 
 
 def _sign(folder: Path, key: Path) -> None:

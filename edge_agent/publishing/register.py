@@ -153,13 +153,14 @@ def publish(
             step = "upload the files"
             registration.upload(progress)
             step = "register the version"
+            progress("registering", 0, 0)
             version = registration.create_version()
             if read_back is not None:
-                progress("verify", 0, 0)
+                progress("reading back", 0, 0)
                 registration.verify(read_back, version, alias)
             if alias is not None:
                 step = f"move the alias {alias} to version {version}, which is registered"
-                progress("alias", 0, 0)
+                progress("moving the alias", 0, 0)
                 registration.client.set_registered_model_alias(name, alias, version)
         except PublishError:
             raise
@@ -200,7 +201,7 @@ class _Registration:
         total, done = sum(path.stat().st_size for path in files), 0
         try:
             for path in files:
-                progress("upload", done, total)
+                progress("uploading", done, total)
                 parent = path.parent.relative_to(folder).as_posix()
                 place = ARTIFACT_PATH if parent == "." else f"{ARTIFACT_PATH}/{parent}"
                 size_bytes = path.stat().st_size
@@ -211,7 +212,7 @@ class _Registration:
             with contextlib.suppress(Exception):  # the first error is raised below
                 self.client.set_terminated(self.run_id, status="FAILED")
             raise
-        progress("upload", done, total)
+        progress("uploading", done, total)
         self.client.set_terminated(self.run_id, status="FINISHED")
 
     def create_version(self) -> str:

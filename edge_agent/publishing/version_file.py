@@ -89,7 +89,7 @@ def write_file(
                 descriptor,
                 record,
                 package.folder,
-                report=lambda done, total: progress("write the file", done, total),
+                report=lambda done, total: progress("writing the file", done, total),
             )
     except (ContentError, StoreError) as error:
         raise PublishError(f"{file}: {error.message}", remedy=error.remedy) from error

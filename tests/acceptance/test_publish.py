@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,12 @@ from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon
 from tests.support.sample_device import SAMPLE, settings_for
+
+
+def steps_in(stderr: str) -> list[str]:
+    """All that was said but for the advice, without bytes: there is nothing of MLflow's."""
+    said = [line for line in stderr.splitlines() if not line.startswith("edge-agent: ")]
+    return list(dict.fromkeys(re.sub(r" [\d.]+ of [\d.]+ [kM]?B$", "", line) for line in said))
 
 
 def test_a_folder_with_an_empty_file_goes_to_a_registry_and_is_pulled(
@@ -31,6 +38,10 @@ def test_a_folder_with_an_empty_file_goes_to_a_registry_and_is_pulled(
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert set(made) == {"name", "version", "digest", "run_id", "alias"}
+    assert steps_in(done.stderr) == [
+        *("checking", "copying", "trying in a runner", "hashing", "uploading"),
+        *("registering", "reading back", "moving the alias"),
+    ]
     pulled = device.cli("models", "pull", "--json", timeout_s=120)
     assert pulled.returncode == 0, pulled.stderr
     assert json.loads(pulled.stdout)["digest"] == made["digest"]
@@ -49,6 +60,9 @@ def test_a_folder_goes_to_a_running_device_in_a_signed_file(
     done = device.cli("publish", str(sample_model), "--name", SAMPLE, "--to", str(file), *how, timeout_s=300)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
+    assert steps_in(done.stderr) == [
+        *("checking", "copying", "trying in a runner", "hashing", "writing blobs", "writing the file"),
+    ]
     assert set(made) == {"name", "version", "digest", "file", "bytes", "blobs"}
     assert made["bytes"] == file.stat().st_size
     imported = device.cli("models", "import", str(file), "--json", timeout_s=120)
