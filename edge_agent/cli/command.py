@@ -77,7 +77,15 @@ def said_by_daemon(settings: Settings, op: str) -> dict[str, Any]:
             return dict(event[op])
         if event.get("event") == "error":
             raise reported_error(event)
-    raise EdgeAgentError("the daemon closed the connection without an answer")
+    raise unanswered()
+
+
+def unanswered() -> EdgeAgentError:
+    """The daemon hung up before its last event."""
+    return EdgeAgentError(
+        "the daemon closed the connection without an answer",
+        remedy="it was stopped, or has died: see `edge-agent status` and `journalctl -u edge-agent`",
+    )
 
 
 class Command(click.Command):
