@@ -17,6 +17,7 @@ import click
 from edge_agent import settings as settings_module
 from edge_agent import terminal
 from edge_agent.errors import (
+    BrokerUnreachable,
     DaemonNotRunning,
     DeadlineExceeded,
     EdgeAgentError,
@@ -38,6 +39,10 @@ _EXIT_CODES: dict[str, int] = {
     UnknownModel.code: NO_MODEL,
     DeadlineExceeded.code: TIMED_OUT,
 }
+
+
+_NEED_SETTINGS = (DaemonNotRunning.code, BrokerUnreachable.code, NoModel.code)
+"""What comes of it where somebody has forgotten to name the settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +100,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except EdgeAgentError as error:
-            _fail(error)
+            _fail(error, _without_settings(ctx) if error.code in _NEED_SETTINGS else "")
         except TimeoutError:
             terminal.echo("edge-agent: timed out", err=True)
             sys.exit(TIMED_OUT)
@@ -139,9 +144,18 @@ class Group(click.Group):
             raise
 
 
-def _fail(error: EdgeAgentError) -> NoReturn:
-    """Further lines of a message are indented: no quoted text looks like a line of ours."""
-    for text, begin in ((error.message, "edge-agent: "), (error.remedy, " " * 12)):
+def _without_settings(ctx: click.Context) -> str:
+    invocation = ctx.find_object(Invocation)
+    return settings_module.missing_settings(invocation.config) if invocation else ""
+
+
+def _fail(error: EdgeAgentError, note: str) -> NoReturn:
+    """Further lines of a message are indented: no quoted text looks like a line of ours.
+
+    Args:
+        note: what else may be the reason; empty for nothing.
+    """
+    for text, begin in ((error.message, "edge-agent: "), (error.remedy, " " * 12), (note, " " * 12)):
         if text:
             terminal.echo(begin + text.replace("\n", "\n" + " " * 12), err=True)
     sys.exit(_EXIT_CODES.get(error.code, FAILED))

@@ -28,6 +28,7 @@ from edge_agent.doctor import (
     walls,
 )
 from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
+from edge_agent.documents import page
 from edge_agent.errors import EdgeAgentError, SettingsError
 from edge_agent.settings import Settings
 
@@ -44,7 +45,9 @@ def diagnose(load: Callable[[], Settings], *, config: Path | None) -> Iterator[F
         settings = files.with_stored_credentials(load())
     except SettingsError as error:
         yield failed(
-            "settings", error, "correct the key in the settings file; docs/settings.md lists all of them"
+            "settings",
+            error,
+            f"correct the key in the settings file; {page('settings.md')} lists all of them",
         )
         yield from _each("unit", service.check_unit)
         return
@@ -69,7 +72,9 @@ def diagnose(load: Callable[[], Settings], *, config: Path | None) -> Iterator[F
 def _check_settings(settings: Settings, config: Path | None) -> Iterator[Finding]:
     if config is None:
         yield warn(
-            "settings", "no settings file found; every key has its default", "write one; see docs/settings.md"
+            "settings",
+            "no settings file found; every key has its default",
+            f"write one; see {page('settings.md')}",
         )
     elif not settings.models:
         yield warn("settings", "no model is configured", "add a [models.NAME] table to the settings")

@@ -10,6 +10,7 @@ from typing import Any
 
 import edge_agent
 from edge_agent.doctor.finding import Finding, fail, ok, warn
+from edge_agent.documents import page
 from edge_agent.environment import search_path
 from edge_agent.errors import DaemonNotRunning, EdgeAgentError
 from edge_agent.settings import Settings, find_control_socket
@@ -87,7 +88,9 @@ def check_daemon(settings: Settings, status: DaemonStatus) -> Iterator[Finding]:
     troubles = [*(trouble["text"] for trouble in document.get("troubles", ())), *_model_troubles(document)]
     if state == "degraded" or troubles:
         yield warn(
-            "daemon", f"{line}; {'; '.join(troubles)}", "docs/operating.md says what to do for each state"
+            "daemon",
+            f"{line}; {'; '.join(troubles)}",
+            f"{page('operating.md', 'States')} says what to do for each",
         )
     else:
         yield ok("daemon", line)
