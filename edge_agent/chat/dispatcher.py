@@ -145,7 +145,7 @@ class Dispatcher:
         self.stop_claiming()
         self._idle.wait(timeout_s)
         for run in self._running():
-            log.warning("prompt put back request=%s model=%s", run.prompt.id, self.model)
+            log.info("prompt put back request=%s model=%s", run.prompt.id, self.model)
             with contextlib.suppress(JournalUnavailable):  # it counts as a death then, and runs again
                 self._journal.release(run.prompt.row)
             run.lease.runner.cancel(run.name)

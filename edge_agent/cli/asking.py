@@ -12,8 +12,8 @@ from typing import Any
 
 from edge_agent.cache.store import Store
 from edge_agent.chat import messages
-from edge_agent.cli.command import reported_error
-from edge_agent.errors import EdgeAgentError, ModelFailed, NoModel, RunnerError, UnknownModel
+from edge_agent.cli.command import reported_error, unanswered
+from edge_agent.errors import ModelFailed, NoModel, RunnerError, UnknownModel
 from edge_agent.runner.protocol import Done, with_system
 from edge_agent.serving.lifecycle import budget_of, lifecycle_of
 from edge_agent.serving.runner import Runner
@@ -82,7 +82,7 @@ def prompt_daemon(
                 if "error" in event["answer"]:
                     raise reported_error(event["answer"]["error"])
                 return event
-    raise EdgeAgentError("the daemon closed the connection without an answer")
+    raise unanswered()
 
 
 def ask_direct(

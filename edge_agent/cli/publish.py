@@ -13,6 +13,7 @@ from edge_agent import terminal
 from edge_agent.cli import library_output
 from edge_agent.cli.command import Command, Invocation
 from edge_agent.cli.progress_line import progress_line
+from edge_agent.documents import page
 
 if TYPE_CHECKING:
     from edge_agent.publishing.register import Published
@@ -137,7 +138,7 @@ def publish(
     else:
         _say(made)
     for line in (*made.limits, *build_advice.of_folder(folder)):
-        terminal.echo(f"edge-agent: {folder.name}: {line} (docs/models.md)", err=True)
+        terminal.echo(f"edge-agent: {folder.name}: {line} ({page('models.md')})", err=True)
 
 
 def _registry(invocation: Invocation, given: str | None) -> str:

@@ -313,7 +313,9 @@ async def _not_here(request: Request, error: Exception) -> Response:
         response = answers.error(MethodNotAllowed(f"{request.method[:20]} is not allowed here"))
         response.headers.update(error.headers or {})
         return response
-    return answers.error(NotFound(f"{request.url.path[:100]} is not served here; docs/http.md says what is"))
+    return answers.error(
+        NotFound(f"{request.url.path[:100]} is not served here; the agent's http.md says what is")
+    )
 
 
 async def _stuck(request: Request, error: Exception) -> Response:

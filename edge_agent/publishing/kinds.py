@@ -11,6 +11,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from edge_agent.documents import page
 from edge_agent.errors import PublishError
 from edge_agent.package import genai_options, mlmodel
 
@@ -20,7 +21,6 @@ BUILD = (
     "--extra_options accuracy_level=4 algo_config=k_quant_mixed block_size=32"
 )
 """The recommended command of docs/models.md."""
-_MANUAL = "docs/models.md has the options, and says how to come from a GGUF file"
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z")
 _ARCHIVE_STARTS = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -123,7 +123,7 @@ def _gguf(path: Path) -> PublishError:
     build = BUILD.format(source="HF_FOLDER")
     return PublishError(
         f"{path} is a GGUF model, for llama.cpp",
-        remedy=f"take the Hugging Face folder that it was made from: {build}; {_MANUAL}",
+        remedy=f"take the Hugging Face folder that it was made from: {build}; {_manual()}",
     )
 
 
@@ -133,7 +133,7 @@ def _mlflow_package(folder: Path) -> PublishError:
     else:
         remedy = (
             "register it with MLflow itself: MlflowClient().log_artifacts(RUN_ID, DIR, 'model') and "
-            "create_model_version(NAME, SOURCE); devices run it under the rules of docs/security.md"
+            f"create_model_version(NAME, SOURCE); devices run it under the rules of {page('security.md')}"
         )
     return PublishError(f"{folder} is an MLflow package already", remedy=remedy)
 
@@ -142,3 +142,7 @@ def _wanted(flavor: str) -> str:
     if flavor == "transformers":
         return "give a Hugging Face folder: hf download ORGANISATION/NAME --local-dir DIR"
     return f"make the folder with {BUILD.format(source='HF_FOLDER')}"
+
+
+def _manual() -> str:
+    return f"{page('models.md')} has the options, and says how to come from a GGUF file"

@@ -238,8 +238,6 @@ class ModelLifecycle:
         """A version was removed from the cache."""
         self._states.change(lambda state: state.without(key))
 
-    # --- Stopping the runner ---------------------------------------------------------------------------
-
     def unload_when_idle(self) -> None:
         """Stops a runner that nobody has used for `idle_unload_s`; the dispatcher calls this between prompts."""
         limit_s = self._loading.settings.idle_unload_s
@@ -268,12 +266,13 @@ class ModelLifecycle:
         return sum(runner.resident_bytes() for runner in runners)
 
     def close(self) -> None:
-        """Stops the runners, and loads nothing any more."""
+        """Stops the runners, and loads nothing any more. A trial that this ends is written down."""
         version = self._seat.close()
         self._loading.budget.leave(self)
         self._loader.close()
         if version is not None:
             version.runner.stop()
+        self._adoption.wait_for_end()
 
     # --- For everybody ---------------------------------------------------------------------------------
 
