@@ -41,8 +41,9 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)
   attack [OPTION…]     input that means harm: what is known, then generated, in at most 10 minutes; --help
   check                ruff, formatting and mypy --strict
-  package [OPTION…]    wheel, sdist and the offline bundles into dist/; --arch A and --python V choose some,
-                       --sign-key PEM signs their sums (a private key on a NIST curve, as for packages)
+  package [OPTION…]    wheel, sdist, and offline bundles as tar.gz and .deb, into dist/; --arch A and --python V choose
+                       some, --sign-key PEM signs their sums (a private key on a NIST curve, as for packages);
+                       DEBFULLNAME and DEBEMAIL, if set, are the .deb's maintainer
   boot-test            a signed bundle installed, upgraded, broken and attacked on a Debian that boots (root; minutes)
   fleet-test [ARG…]    twelve devices on one broker and one registry, which break, and the table (minutes); --help
   sample-model         make the sample model and the tests' second model again (fetches torch)

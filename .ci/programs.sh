@@ -25,6 +25,7 @@ need_test_programs() {
     need_programs systemd systemd-analyze -- systemd
     need_programs strace strace -- strace
     need_programs tmux tmux -- tmux
+    need_programs lintian lintian -- lintian
 }
 
 need_postgres() {
@@ -48,8 +49,8 @@ have_all() {
     for program in "$@"; do command -v "$program" >/dev/null || return 1; done
 }
 
-# fetch_packages GROUP PACKAGE…: unpacks them, and the libraries they need and the system lacks, into
-# .tools/GROUP.
+# fetch_packages GROUP PACKAGE…: unpacks them, and the libraries they need and the system lacks, into .tools/GROUP. For
+# lintian, whose Perl modules ldd does not see, everything that an installation would bring.
 fetch_packages() {
     local group=$1 folder=$TOOLS/$1 round wanted
     shift
@@ -65,6 +66,10 @@ fetch_packages() {
         # shellcheck disable=SC2086  # a list of package names
         download "$folder/deb" $wanted || return 1
         find "$folder/deb" -name '*.deb' -exec dpkg -x {} "$folder/root" \;
+        if [[ $group == lintian && $round -eq 1 ]]; then
+            wanted=$(everything_for "$@")
+            continue
+        fi
         if ! lacks_libraries "$folder/root"; then break; fi
         # shellcheck disable=SC2086
         wanted=$(missing_dependencies $wanted)
@@ -104,6 +109,11 @@ missing_dependencies() {
         done
 }
 
+# everything_for PACKAGE…: these, and all that they need and that is not installed or older.
+everything_for() {
+    apt-get "${apt_options[@]}" -qq --simulate --no-install-recommends install "$@" | awk '/^Inst / { print $2 }'
+}
+
 lacks_libraries() {
     local root=$1 path program
     path=$(library_path "$root")
@@ -114,20 +124,27 @@ lacks_libraries() {
 }
 
 library_path() {
-    find "$1" -path '*/lib/*' \( -name '*.so' -o -name '*.so.*' \) -printf '%h\n' | sort -u | paste -sd :
+    find "$1" -path '*/lib/*' ! -path '*/auto/*' \( -name '*.so' -o -name '*.so.*' \) -printf '%h\n' | sort -u | paste -sd :
+}
+
+perl_path() {
+    find "$1" -type d \( -path '*/share/perl5' -o -path '*/perl5/5.*' -o -path '*/perl/5.*' \) -prune | sort | paste -sd :
 }
 
 # write_wrapper GROUP PROGRAM: .tools/bin/PROGRAM runs the unpacked one with the unpacked libraries.
 write_wrapper() {
-    local root=$TOOLS/$1/root program libraries
+    local root=$TOOLS/$1/root program libraries modules
     program=$(find "$root" -path "*bin/$2" -print -quit)
     [[ -n $program ]] || return 0
     libraries=$(library_path "$root")
+    modules=$(perl_path "$root")
+    [[ -z $modules ]] || modules="export PERL5LIB=\"${modules//"$TOOLS"/\$tools}\""
     cat >"$TOOLS/bin/$2" <<TEXT
 #!/bin/sh
 tools=\$(cd -- "\${0%/*}/.." && pwd)
 export LD_LIBRARY_PATH="${libraries//"$TOOLS"/\$tools}"
 export SYSTEMD_UNIT_PATH="\$tools/$1/root/lib/systemd/system:\$tools/$1/root/usr/lib/systemd/system"
+$modules
 exec "${program/#"$TOOLS"/\$tools}" "\$@"
 TEXT
     chmod +x "$TOOLS/bin/$2"
