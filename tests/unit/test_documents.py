@@ -75,7 +75,7 @@ def test_no_message_names_a_document_by_a_path_that_only_a_checkout_has() -> Non
 
 def test_what_install_sh_puts_onto_a_device_names_documents_there() -> None:
     found = []
-    for path in (ROOT / "systemd").iterdir():
+    for path in filter(Path.is_file, (ROOT / "systemd").rglob("*")):
         assert "docs/" not in path.read_text(), path
         found += re.findall(re.escape(INSTALLED) + r"(\w[\w.-]*\.md)", path.read_text())
     assert {"settings.md", "operating.md", "http.md"} <= set(found)
