@@ -107,8 +107,10 @@ def test_an_update_shows_where_it_is_and_how_far() -> None:
 def test_the_steps_of_a_version_are_done_now_or_ahead(step: str, standing: list[str]) -> None:
     page = shown(model(attempt={"version": 8, "digest": "", "step": step, "code": None, "at": NOW}))
     steps = [has for tag, has in page.tags if tag == "li"]
-    assert [has["class"] for has in steps] == standing
-    assert [has["class"] for has in steps if has.get("aria-current") == "step"] == ["now"][: len(standing)]
+    assert [has["data-standing"] for has in steps] == standing
+    assert [has["data-standing"] for has in steps if has.get("aria-current") == "step"] == ["now"][
+        : len(standing)
+    ]
 
 
 def test_a_fetch_whose_size_nobody_knows_is_no_division() -> None:
@@ -138,8 +140,14 @@ def test_pins_holds_and_quarantine_are_said() -> None:
 def test_a_version_that_failed_is_said_once() -> None:
     attempt = {"version": 8, "digest": "", "step": "verify", "code": "untrusted", "at": NOW - 60}
     assert "Tried last version 8 untrusted, 1 min ago" in shown(model(attempt=attempt)).words
-    known = shown(model(attempt=attempt, quarantined={"8-cc": "no signature"}))
+    why = "version 8-cc is in quarantine: no signature"
+    known = shown(
+        model(
+            attempt=attempt, quarantined={"8-cc": "no signature"}, reason="no signature", update_problem=why
+        )
+    )
     assert "Tried last" not in known.words
+    assert known.words.count("no signature") == 1
 
 
 def test_walls_that_are_missing_are_counted_and_named() -> None:

@@ -230,7 +230,12 @@ _VIA = {
 def _model(model: Document, now: int) -> Model:
     attempt = model.get("attempt") or {}
     walls = model.get("walls") or {}
-    said = dict.fromkeys(text for text in (model.get("reason"), model.get("update_problem")) if text)
+    faults = tuple((model.get("quarantined") or {}).values())
+    said = dict.fromkeys(
+        text
+        for text in (model.get("reason"), model.get("update_problem"))
+        if text and not (faults and text.endswith(faults))  # it is said of that version
+    )
     trying, steps = _steps(attempt)
     return Model(
         name=model["name"],
