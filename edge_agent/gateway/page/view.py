@@ -333,14 +333,16 @@ def _clock(at: float) -> str:
 # --- Prompts --------------------------------------------------------------------------------------------
 
 
+_RESULTS = {"ok": Sign(PLAIN, "answered"), "cancelled": Sign(QUIET, "cancelled")}
+
+
 def _prompt(prompt: Document, now: int) -> Prompt:
-    answered = prompt["code"] == "ok"
     asked, said = prompt.get("prompt_tokens"), prompt.get("completion_tokens")
     return Prompt(
         at=datetime.fromtimestamp(prompt["at"], UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         ago=words.ago(now - prompt["at"]),
         model=prompt["model"],
-        sign=Sign(PLAIN, "answered") if answered else Sign(BAD, prompt["code"].replace("_", " ")),
+        sign=_RESULTS.get(prompt["code"]) or Sign(BAD, prompt["code"].replace("_", " ")),
         queue=words.took(prompt.get("queue_ms")),
         first_token=words.took(prompt.get("first_token_ms")),
         total=words.took(prompt.get("total_ms")),
