@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Programs that are not Python, from the system's own package archive into .tools: nothing is installed, and no
-# privilege is needed. build.sh sources this file, which uses its TOOLS, say and die.
+# privilege is needed. build.sh sources this file, which uses its TOOLS, LOCKS, VENV, say and die.
 
 # need_programs GROUP PROGRAM… -- DEBIAN-PACKAGE…: the programs are on PATH afterwards. Missing ones come from
 # the system's own package archive into .tools: installing mosquitto the usual way would start a broker.
@@ -42,6 +42,22 @@ need_brokers() {
 # Those who look at a device in `look-test`.
 need_lookers() {
     need_programs prometheus prometheus promtool -- prometheus
+    # A host without a screen has no fonts either.
+    need_programs chromium chromium chromedriver -- chromium chromium-common chromium-driver fonts-inter
+}
+
+# need_axe: .tools/axe has axe-core, which looks for what keeps people from using a page; out of a package that carries it,
+# pinned by its digest.
+need_axe() {
+    local folder=$TOOLS/axe wanted
+    wanted=$(sha256sum <"$LOCKS/axe.txt")
+    if [[ -f $folder/axe.min.js && $(cat "$folder/.stamp" 2>/dev/null) == "$wanted" ]]; then return; fi
+    say "fetching axe-core"
+    rm -rf -- "$folder"
+    "$VENV/bin/python" -m pip download --quiet --no-deps --require-hashes --dest "$folder" -r "$LOCKS/axe.txt"
+    "$VENV/bin/python" -m zipfile -e "$folder"/*.whl "$folder"
+    find "$folder" -name axe.min.js -exec mv {} "$folder/axe.min.js" \;
+    printf '%s\n' "$wanted" >"$folder/.stamp"
 }
 
 have_all() {
@@ -119,7 +135,7 @@ lacks_libraries() {
     path=$(library_path "$root")
     while read -r program; do
         [[ $(LD_LIBRARY_PATH=$path ldd "$program" 2>/dev/null || true) != *'not found'* ]] || return 0
-    done < <(find "$root" -type f -path '*bin/*' -perm -u+x)
+    done < <(find "$root" -type f \( -path '*bin/*' -o -path '*/lib/chromium/chromium' \) -perm -u+x)
     return 1
 }
 
@@ -134,7 +150,8 @@ perl_path() {
 # write_wrapper GROUP PROGRAM: .tools/bin/PROGRAM runs the unpacked one with the unpacked libraries.
 write_wrapper() {
     local root=$TOOLS/$1/root program libraries modules
-    program=$(find "$root" -path "*bin/$2" -print -quit)
+    program=$(find "$root" -type f -path "*/lib/$2/$2" -print -quit) # what a script on PATH starts by its place
+    [[ -n $program ]] || program=$(find "$root" -path "*bin/$2" -print -quit)
     [[ -n $program ]] || return 0
     libraries=$(library_path "$root")
     modules=$(perl_path "$root")

@@ -76,6 +76,17 @@ def test_models_health_and_metrics(gateway: Gateway) -> None:
     assert b'edge_agent_model_info{digest="' in gateway.request("GET", "/metrics").body, "behind all walls"
 
 
+def test_the_page_shows_the_device_behind_all_walls(gateway: Gateway) -> None:
+    """Also what makes it is imported behind them."""
+    assert gateway.chat().status == 200
+    wait_until(lambda: b"assistant" in (body := gateway.request("GET", "/").body) and b"answered" in body, 60)
+    page = gateway.request("GET", "/")
+    for said in (b"<h1>dev</h1>", b"Ready", b"version 1", b"walls stand around it", b"<svg"):
+        assert said in page.body
+    assert gateway.request("GET", "/page/script.js").body.startswith(b"// The page's script")
+    assert "walls missing" not in gateway.child.log_text()
+
+
 def test_an_answer_in_a_schema_fits_it(gateway: Gateway) -> None:
     schema = {
         "type": "object",

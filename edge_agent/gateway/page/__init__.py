@@ -9,7 +9,7 @@ page are imported when it is asked for the first time: programs that use the int
     GET /page/…      its script, its style, its icon
 
 Nothing of it comes from elsewhere, nothing is written into it by a string of HTML, and no other page can frame it:
-`HEADERS` has what browsers are told. Source: W3C, CSP 3 and Trusted Types; docs/http.md, *The page*.
+`HEADERS` has what browsers are told. Source: W3C, CSP 3 and Trusted Types; docs/adr/0021-a-page-that-looks-again.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ ground line; one whose speed could not be measured leaves its place empty.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 400, 96
@@ -20,15 +20,6 @@ _MARK = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bar:
-    x: str
-    y: str
-    width: str
-    height: str
-    failed: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class Picture:
     """
     Attributes:
@@ -37,6 +28,7 @@ class Picture:
         middle: the median, with its unit; empty where nothing was measured.
         middle_y: where its line is.
         top: the highest value, with its unit.
+        bars, marks: paths, as SVG writes them: of the prompts that were measured, and of those that have failed.
     """
 
     name: str
@@ -44,7 +36,8 @@ class Picture:
     middle: str
     middle_y: str
     top: str
-    bars: tuple[Bar, ...]
+    bars: str
+    marks: str
 
 
 def picture_of(name: str, values: Sequence[float | None], shown: Callable[[float], str]) -> Picture:
@@ -56,8 +49,8 @@ def picture_of(name: str, values: Sequence[float | None], shown: Callable[[float
     last = values[-PLACES:]
     known = sorted(value for value in last if value is not None and not math.isnan(value))
     if not known:
-        return Picture(name=name, words=f"{name}: nothing was measured yet", middle="", middle_y="0", top="",
-                       bars=())  # fmt: skip
+        nothing = f"{name}: nothing was measured yet"
+        return Picture(name=name, words=nothing, middle="", middle_y="0", top="", bars="", marks="")
     highest = known[-1] or 1.0
     middle = known[len(known) // 2]
     failed = sum(value is not None for value in last) - len(known)
@@ -67,30 +60,23 @@ def picture_of(name: str, values: Sequence[float | None], shown: Callable[[float
     )
     step = WIDTH / PLACES
     first = PLACES - len(last)
-    bars = tuple(
-        _bar((first + place) * step, step, value, highest)
-        for place, value in enumerate(last)
-        if value is not None
-    )
+    places = [((first + place) * step, value) for place, value in enumerate(last) if value is not None]
     return Picture(
         name=name,
         words=words,
         middle=shown(middle),
         middle_y=_number(HEIGHT - _height(middle, highest)),
         top=shown(known[-1]),
-        bars=bars,
+        bars=_path((x, _height(value, highest)) for x, value in places if not math.isnan(value)),
+        marks=_path((x, _MARK) for x, value in places if math.isnan(value)),
     )
 
 
-def _bar(x: float, step: float, value: float, highest: float) -> Bar:
-    failed = math.isnan(value)
-    height = _MARK if failed else _height(value, highest)
-    return Bar(
-        x=_number(x),
-        y=_number(HEIGHT - height),
-        width=_number(step - _GAP),
-        height=_number(height),
-        failed=failed,
+def _path(bars: Iterable[tuple[float, float]]) -> str:
+    """Bars on the ground line, each from its left edge and with its height."""
+    width = _number(WIDTH / PLACES - _GAP)
+    return "".join(
+        f"M{_number(x)} {HEIGHT}v-{_number(height)}h{width}v{_number(height)}z" for x, height in bars
     )
 
 

@@ -230,7 +230,12 @@ _VIA = {
 def _model(model: Document, now: int) -> Model:
     attempt = model.get("attempt") or {}
     walls = model.get("walls") or {}
-    said = dict.fromkeys(text for text in (model.get("reason"), model.get("update_problem")) if text)
+    faults = tuple((model.get("quarantined") or {}).values())
+    said = dict.fromkeys(
+        text
+        for text in (model.get("reason"), model.get("update_problem"))
+        if text and not (faults and text.endswith(faults))  # it is said of that version
+    )
     trying, steps = _steps(attempt)
     return Model(
         name=model["name"],
@@ -328,14 +333,16 @@ def _clock(at: float) -> str:
 # --- Prompts --------------------------------------------------------------------------------------------
 
 
+_RESULTS = {"ok": Sign(PLAIN, "answered"), "cancelled": Sign(QUIET, "cancelled")}
+
+
 def _prompt(prompt: Document, now: int) -> Prompt:
-    answered = prompt["code"] == "ok"
     asked, said = prompt.get("prompt_tokens"), prompt.get("completion_tokens")
     return Prompt(
         at=datetime.fromtimestamp(prompt["at"], UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         ago=words.ago(now - prompt["at"]),
         model=prompt["model"],
-        sign=Sign(PLAIN, "answered") if answered else Sign(BAD, prompt["code"].replace("_", " ")),
+        sign=_RESULTS.get(prompt["code"]) or Sign(BAD, prompt["code"].replace("_", " ")),
         queue=words.took(prompt.get("queue_ms")),
         first_token=words.took(prompt.get("first_token_ms")),
         total=words.took(prompt.get("total_ms")),

@@ -50,24 +50,45 @@ const look = {
   },
 };
 
-// Makes an element's content that of another one. What is the same stays as it is, and so does the focus in it.
+// Makes an element's content that of another one. What is alike stays, with the focus in it and as far as it is unfolded;
+// the parts come in one order always, and some of them are missing at times.
 function become(old, fresh) {
-  const wanted = [...fresh.childNodes];
-  while (old.childNodes.length > wanted.length) old.lastChild.remove();
-  wanted.forEach((node, place) => {
-    const here = old.childNodes[place];
-    if (!here) old.append(node);
-    else if (here.nodeName !== node.nodeName || here.nodeType !== node.nodeType) here.replaceWith(node);
-    else if (node.nodeType !== Node.ELEMENT_NODE) {
-      if (here.nodeValue !== node.nodeValue) here.nodeValue = node.nodeValue;
-    } else {
-      for (const { name } of [...here.attributes])
-        if (!node.hasAttribute(name) && name !== "open") here.removeAttribute(name);
-      for (const { name, value } of node.attributes)
-        if (here.getAttribute(name) !== value) here.setAttribute(name, value);
-      become(here, node);
+  let here = old.firstChild;
+  for (const node of [...fresh.childNodes]) {
+    let same = here;
+    while (same && !alike(same, node)) same = node.nodeType === Node.ELEMENT_NODE ? same.nextSibling : null;
+    if (!same) {
+      old.insertBefore(node, here);
+      continue;
     }
-  });
+    for (; here !== same; here = removed(here));
+    if (node.nodeType === Node.ELEMENT_NODE) {
+      takeAttributes(same, node);
+      become(same, node);
+    } else if (same.nodeValue !== node.nodeValue) same.nodeValue = node.nodeValue;
+    here = same.nextSibling;
+  }
+  while (here) here = removed(here);
+}
+
+function alike(one, other) {
+  if (one.nodeName !== other.nodeName) return false;
+  if (one.nodeType !== Node.ELEMENT_NODE) return true;
+  return ["id", "class", "data-model"].every((name) => one.getAttribute(name) === other.getAttribute(name));
+}
+
+function takeAttributes(old, fresh) {
+  for (const { name } of [...old.attributes])
+    if (!fresh.hasAttribute(name) && name !== "open") old.removeAttribute(name);
+  for (const { name, value } of fresh.attributes)
+    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+}
+
+// Takes a node away; the one behind it.
+function removed(node) {
+  const next = node.nextSibling;
+  node.remove();
+  return next;
 }
 
 document.addEventListener("visibilitychange", look.now);
