@@ -1,7 +1,7 @@
 """`edge-agent bench`: how fast the active model runs on this device, and what each layer of the agent costs.
 
     check trust and digests, as before each load → the bare library makes the prompts
-    → for each launch measure: bare, bare with its own threads, pyfunc, runner, MQTT → medians → ratios
+    → for each launch measure: bare, bare with its own threads, pyfunc, runner, MQTT, and a peer → medians → ratios
 
 Each side is loaded alone and in new processes, so memory for one copy of the model is enough, and drifts of the
 host affect all sides alike. The benchmark does not touch the running daemon or its cache: the MQTT side runs a
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import edge_agent
-from edge_agent.bench import report, sides
+from edge_agent.bench import peers, report, sides
 from edge_agent.bench.line_child import BenchError, LineChild
 from edge_agent.bench.measurements import Measured, Prompts, Together, measure, measure_together
 from edge_agent.bench.sides import MqttSide, Side, Subject
@@ -24,7 +24,7 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.cache.verify import check_files
 from edge_agent.errors import ContentError, NoModel, UnknownModel
-from edge_agent.host import identity, memory
+from edge_agent.host import cpus, identity, memory
 from edge_agent.package import genai_options, onnx_graph, trust
 from edge_agent.private_broker import BrokerMissing
 from edge_agent.serving.learned import Learned
@@ -35,7 +35,13 @@ _LEAST_BANDWIDTH_BYTES, _MOST_BANDWIDTH_BYTES = 64 << 20, 1 << 30
 
 
 def run_bench(
-    settings: Settings, *, model: str | None, launches: int, tokens: int, say: Callable[[str], None]
+    settings: Settings,
+    *,
+    model: str | None,
+    launches: int,
+    tokens: int,
+    say: Callable[[str], None],
+    peer: Path | None = None,
 ) -> dict[str, Any]:
     """Measures the active version of a model.
 
@@ -44,6 +50,7 @@ def run_bench(
         launches: how often each side is started.
         tokens: new tokens in each answer.
         say: called with a line for each step.
+        peer: a GGUF file that llama.cpp runs beside it, with the same threads and prompts; None for nobody.
 
     Returns:
         The document that `report` describes.
@@ -51,8 +58,10 @@ def run_bench(
     Raises:
         NoModel: no version of this model is in the cache.
         PolicyError, VerificationError: the version may not run, or is damaged.
-        EdgeAgentError: the version is not an ONNX package, or a side does not run.
+        EdgeAgentError: the version is not an ONNX package, or a side does not run; the peer is not installed.
     """
+    if peer is not None:
+        peers.check(peer)
     store = Store(settings.state_dir)
     record = _active(settings, store, model)
     policy = settings.trust
@@ -61,7 +70,7 @@ def run_bench(
         say("digests")
         check_files(folder, record)
         subject = _subject(settings, store, record, folder)
-        measured, together, notes = _measure(subject, launches=launches, tokens=tokens, say=say)
+        measured, together, notes = _measure(subject, peer, launches=launches, tokens=tokens, say=say)
         say("memory bandwidth")
         roofline = {"bandwidth_bytes_per_s": _bandwidth(subject), "model_bytes": _bytes_a_token(subject)}
     head = {
@@ -75,11 +84,12 @@ def run_bench(
         "launches": launches,
         "tokens": tokens,
     }
-    return report.document(head, measured, together, roofline, notes)
+    against = peers.described(peer) if peer else None
+    return report.document(head, measured, together, roofline, notes, against)
 
 
 def _measure(
-    subject: Subject, *, launches: int, tokens: int, say: Callable[[str], None]
+    subject: Subject, peer: Path | None, *, launches: int, tokens: int, say: Callable[[str], None]
 ) -> tuple[dict[str, Measured], Together | None, list[str]]:
     say("prompts")
     with sides.bare(subject, subject.threads) as side:
@@ -91,6 +101,8 @@ def _measure(
         report.RUNNER: lambda: sides.runner(subject),
         report.MQTT: lambda: sides.mqtt(subject),
     }
+    if peer is not None:
+        starts[report.LLAMA_CPP] = lambda: sides.llama_cpp(subject, peer)
     measured = {name: Measured() for name in starts}
     together, notes = Together(), list[str]()
     for launch in range(launches):
@@ -138,18 +150,26 @@ def _subject(settings: Settings, store: Store, record: VersionRecord, folder: Pa
 
 
 def _bandwidth(subject: Subject) -> float:
+    """What this memory gives to all CPUs that the process may use; to the model's threads, if that is more."""
     size = min(_MOST_BANDWIDTH_BYTES, max(_LEAST_BANDWIDTH_BYTES, memory.available_bytes() // 4))
-    arguments = (str(size), str(subject.threads))
+    counts = {subject.threads, max(cpus.thread_counts())}
+    return max(_bandwidth_of(threads, size, subject) for threads in counts)
+
+
+def _bandwidth_of(threads: int, size_bytes: int, subject: Subject) -> float:
+    arguments = (str(size_bytes), str(threads))
     with LineChild("edge_agent.bench.bandwidth", *arguments, environment=subject.environment) as child:
         return round(float(child.read(timeout_s=sides.LOAD_TIMEOUT_S)["bytes_per_s"]))
 
 
 def _bytes_a_token(subject: Subject) -> int:
-    """Bytes of weights that decoding one token reads: all but the embeddings, of which it reads one row."""
+    """Bytes of weights that decoding one token reads: all but the embeddings, of which it reads one row, unless they
+    are the last matrix as well."""
     graphs = list(subject.onnx.glob("*.onnx"))
     total = sum(file.stat().st_size for file in (*graphs, *subject.onnx.glob("*.onnx.data")))
     try:
-        tables = sum(onnx_graph.read(graph).embedding_bytes for graph in graphs)
+        read = [onnx_graph.read(graph) for graph in graphs]
+        tables = sum(graph.embedding_bytes for graph in read if not graph.embedding_shared)
     except ContentError:
         tables = 0
     return max(1, total - tables)

@@ -29,15 +29,18 @@ class LineChild:
     Args:
         arguments: of the module; it may read the model's folder, if that is the first.
         environment: the child's complete environment.
+        walls: whether there are any.
     """
 
-    def __init__(self, module: str, *arguments: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, module: str, *arguments: str, environment: Mapping[str, str], walls: bool = True
+    ) -> None:
         self._module = module
         self._lines = LineReader(
             limit_bytes=MAX_LINE_BYTES, broken=lambda reason: BenchError(f"{module} wrote {reason}")
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "edge_agent.bench.confined", module, *arguments],
+            [sys.executable, "-m", *(["edge_agent.bench.confined"] if walls else []), module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -74,7 +77,7 @@ class LineChild:
         """Returns the next line that the child writes.
 
         Raises:
-            BenchError: the child died, wrote something malformed, or wrote nothing in time.
+            BenchError: the child died, wrote an error or something malformed, or wrote nothing in time.
         """
         assert self._process.stdout is not None
         descriptor, limit_s = self._process.stdout.fileno(), time.monotonic() + timeout_s
@@ -86,4 +89,6 @@ class LineChild:
             if not data:
                 raise BenchError(f"{self._module} ended with {self._process.poll()} before it answered")
             self._lines.add(data)
+        if "error" in answer:
+            raise BenchError(f"{self._module}: {answer['error']}")
         return answer

@@ -1,37 +1,44 @@
-"""The benchmark's result as one document, and as tables for people. Pure except for printing.
+"""The benchmark's result as one document. Pure; `page.py` shows it to people.
 
-The document: `model, version, digest, host, threads, launches, tokens, sides, at_once, prefix, newcomer, over_http,
-memory, roofline, ratios, notes`. Each ratio includes the two medians that it compares.
+The document: `model, version, digest, host, threads, launches, tokens, headline, against, sides, at_once, prefix,
+newcomer, over_http, memory, roofline, ratios, notes`. Each ratio includes the two medians that it compares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from edge_agent import terminal
 from edge_agent.bench.measurements import Measured, Together, percentile
 from edge_agent.bench.timing import summary
 
 BARE, BARE_DEFAULT, PYFUNC, RUNNER, MQTT = "bare", "bare_default_threads", "pyfunc", "runner", "mqtt"
+LLAMA_CPP = "llama.cpp"
 SIDE_NAMES = {
     BARE: "bare library",
     BARE_DEFAULT: "bare library, its own threads",
     PYFUNC: "mlflow.pyfunc",
     RUNNER: "runner",
     MQTT: "over MQTT",
+    LLAMA_CPP: "llama.cpp",
 }
+HEADLINE_TOKENS = 256
+"""Of the prompt whose first token is in the headline."""
+_QUALITY = (
+    "a comparison with llama.cpp is fair between builds that keep as much of the original: docs/models.md"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """One figure with a goal.
+    """One figure, and the project's goal for it.
 
     Attributes:
         value: `left / right`, or `left - right` if the name has a minus sign.
-        goal: such as `>= 0.93`.
+        goal: such as `>= 0.93`, and for what it holds; empty without one.
+        left, right: the medians that are compared.
         unit: the unit of `left` and `right`.
     """
 
@@ -42,6 +49,14 @@ class Ratio:
     right: float
     unit: str
 
+    @property
+    def reached(self) -> bool | None:
+        """Whether the goal is; None without one."""
+        if not self.goal:
+            return None
+        relation, bound = self.goal.split()[:2]
+        return self.value <= float(bound) if relation == "<=" else self.value >= float(bound)
+
 
 def document(
     head: Mapping[str, Any],
@@ -49,12 +64,14 @@ def document(
     together: Together | None,
     roofline: Mapping[str, float],
     notes: Sequence[str],
+    against: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The whole document, with medians instead of single values.
 
     Args:
         head: the model, the host and the options.
         roofline: `bandwidth_bytes_per_s` and `model_bytes`.
+        against: the peer whose side is measured, too; None without one.
     """
     lengths = {
         name: {str(length): summary(timings) for length, timings in measured.timings.items()}
@@ -71,6 +88,8 @@ def document(
     limit = roofline["bandwidth_bytes_per_s"] / roofline["model_bytes"]
     result: dict[str, Any] = {
         **head,
+        "headline": _headline(lengths, MQTT if MQTT in lengths else RUNNER, limit),
+        "against": {**against, **_first_and_rate(lengths[LLAMA_CPP])} if against else None,
         "sides": lengths,
         "load_ms": {name: round(median(m.load_ms), 1) for name, m in sides.items() if any(m.load_ms)},
         "memory": memory,
@@ -85,9 +104,31 @@ def document(
         result["memory"]["daemon"] = {"resident_bytes": int(median(together.daemon_bytes))}
         if together.http_ms:
             result["memory"]["gateway"] = {"resident_bytes": int(median(together.gateway_bytes))}
-    result["ratios"] = [asdict(ratio) for ratio in _ratios(result)]
-    result["notes"] = list(notes)
+    result["ratios"] = [{**asdict(ratio), "reached": ratio.reached} for ratio in _ratios(result)]
+    result["notes"] = [*notes, *([_QUALITY] if against else [])]
     return result
+
+
+def _headline(lengths: Mapping[str, Any], side: str, limit_tokens_per_s: float) -> dict[str, Any]:
+    """What somebody who asks this device meets."""
+    found = _first_and_rate(lengths[side])
+    rate = found["tokens_per_s"]
+    return {
+        "side": side,
+        **found,
+        "memory_share": round(rate / limit_tokens_per_s, 3) if rate else None,
+    }
+
+
+def _first_and_rate(side: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The first token at `HEADLINE_TOKENS`, or at the longest prompt below. Decode after the shortest prompt: then a
+    token reads little but weights."""
+    length = max((int(length) for length in side if int(length) <= HEADLINE_TOKENS), default=0)
+    return {
+        "tokens_per_s": side[str(min(map(int, side)))]["decode_tokens_per_s"],
+        "first_token_ms": side[str(length)]["first_token_ms"],
+        "prompt_tokens": length,
+    }
 
 
 def _together(together: Together) -> dict[str, Any]:
@@ -156,13 +197,50 @@ def _ratios(result: Mapping[str, Any]) -> list[Ratio]:
         if prefix:
             found.append(_divided("first token, known 1,000-token prefix / cold", "ms", "<= 0.10",
                                   prefix["known_ms"], prefix["cold_ms"]))  # fmt: skip
+        if LLAMA_CPP in sides:
+            found += _against_llama_cpp(result)
     return [ratio for ratio in found if ratio is not None]
+
+
+def _against_llama_cpp(result: Mapping[str, Any]) -> Iterator[Ratio | None]:
+    sides, memory, load = result["sides"], result["memory"], result["load_ms"]
+    short, long = "32", "1024"
+    yield _divided(
+        "decode, over MQTT / llama.cpp",
+        "tokens/s",
+        ">= 1.15",
+        sides[MQTT][short]["decode_tokens_per_s"],
+        sides[LLAMA_CPP][short]["decode_tokens_per_s"],
+    )
+    if long in sides[MQTT]:
+        yield _divided(
+            "first token at 1,024, over MQTT / llama.cpp",
+            "ms",
+            "<= 0.5",
+            sides[MQTT][long]["first_token_ms"],
+            sides[LLAMA_CPP][long]["first_token_ms"],
+        )
+    yield _divided(
+        "memory, runner / llama.cpp",
+        "MB",
+        "<= 1.0",
+        memory[RUNNER]["peak_bytes"] / 1e6,
+        memory[LLAMA_CPP]["peak_bytes"] / 1e6,
+    )
+    yield _divided("load, runner / llama.cpp", "ms", "<= 1.0", load[RUNNER], load[LLAMA_CPP])  # fmt: skip
 
 
 def _divided(name: str, unit: str, goal: str, left: float | None, right: float | None) -> Ratio | None:
     if not left or not right:
         return None  # an answer of one token has no decode rate
-    return Ratio(name=name, value=round(left / right, 3), goal=goal, left=left, right=right, unit=unit)
+    return Ratio(
+        name=name,
+        value=round(left / right, 3),
+        goal=goal,
+        left=round(left, 2),
+        right=round(right, 2),
+        unit=unit,
+    )
 
 
 def _subtracted(name: str, unit: str, goal: str, left: float, right: float) -> Ratio:
@@ -170,67 +248,3 @@ def _subtracted(name: str, unit: str, goal: str, left: float, right: float) -> R
     return Ratio(
         name=name, value=difference, goal=goal, left=round(left, 2), right=round(right, 2), unit=unit
     )
-
-
-def print_report(result: Mapping[str, Any]) -> None:
-    """Prints tables on stdout."""
-    terminal.echo(f"model     {result['model']} version {result['version']}, {result['threads']} threads")
-    terminal.echo(f"host      {result['host']}")
-    terminal.echo(
-        f"medians of {result['launches']} launches of each side, in turn; {result['tokens']} new tokens\n"
-    )
-    rows = [
-        (SIDE_NAMES[name], length, *(_number(values[key]) for key in _COLUMNS))
-        for name, lengths in result["sides"].items()
-        for length, values in lengths.items()
-    ]
-    terminal.print_table(("SIDE", "PROMPT", *_COLUMNS.values()), rows)
-    if "at_once" in result:
-        terminal.echo()
-        terminal.print_table(
-            ("AT ONCE", "TOKENS/S", "FIRST TOKEN P50 MS", "P95 MS"),
-            [
-                (count, *(_number(value) for value in row.values()))
-                for count, row in result["at_once"].items()
-            ],
-        )
-    terminal.echo()
-    _print_memory(result)
-    roofline = result["roofline"]
-    share = f"{roofline['decode_share']:.0%}" if roofline["decode_share"] else "not known"
-    terminal.echo(
-        f"\nroofline  {terminal.human_bytes(roofline['bandwidth_bytes_per_s'])}/s read, "
-        f"{terminal.human_bytes(roofline['model_bytes'])} for a token: "
-        f"at most {roofline['limit_tokens_per_s']:.1f} tokens/s; decode reaches {share}\n"
-    )
-    terminal.print_table(
-        ("COMPARED", "VALUE", "GOAL", "LEFT", "RIGHT", "UNIT"),
-        [(r["name"], _number(r["value"]), r["goal"], _number(r["left"]), _number(r["right"]), r["unit"])
-         for r in result["ratios"]],
-    )  # fmt: skip
-    for note in result["notes"]:
-        terminal.echo(f"note      {note}")
-
-
-def _print_memory(result: Mapping[str, Any]) -> None:
-    rows = [
-        (
-            SIDE_NAMES.get(name, name),
-            terminal.human_bytes(row["resident_bytes"]),
-            terminal.human_bytes(row["peak_bytes"]) if "peak_bytes" in row else "",
-        )
-        for name, row in result["memory"].items()
-    ]
-    terminal.print_table(("MEMORY", "RESIDENT", "PEAK"), rows)
-
-
-_COLUMNS = {
-    "first_token_ms": "FIRST TOKEN MS",
-    "total_ms": "TOTAL MS",
-    "prefill_tokens_per_s": "PREFILL TOKENS/S",
-    "decode_tokens_per_s": "DECODE TOKENS/S",
-}
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
@@ -23,20 +24,35 @@ from edge_agent.owner import acting_as_owner_of
 @click.option(
     "--tokens", type=click.IntRange(2, 1024), default=64, show_default=True, help="New tokens in each answer."
 )
+@click.option(
+    "--against",
+    type=(click.Choice(["llama.cpp"]), click.Path(path_type=Path)),
+    metavar="llama.cpp GGUF",
+    help="Also measure llama.cpp with this file, with the same threads and prompts. Needs the package xllamacpp.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
-def bench(invocation: Invocation, model: str | None, launches: int, tokens: int, as_json: bool) -> None:
+def bench(
+    invocation: Invocation,
+    model: str | None,
+    launches: int,
+    tokens: int,
+    against: tuple[str, Path] | None,
+    as_json: bool,
+) -> None:
     """Measure the active version: first token, decode, several prompts at once, memory.
 
-    Measures the bare library, MLflow, the agent's runner and the whole agent over MQTT one after the other, to
-    show what each layer costs. The last one needs mosquitto. With a large model this takes minutes.
+    The first line says how fast this device answers, and how much that is of what its memory allows. Measures
+    the bare library, MLflow, the agent's runner and the whole agent over MQTT one after the other, to show what
+    each layer costs; the last one needs mosquitto. With a large model this takes minutes.
 
     \b
     Examples:
       edge-agent bench
       edge-agent bench --model assistant --launches 5 --json
+      edge-agent bench --against llama.cpp ./model.Q4_K_M.gguf
     """
-    from edge_agent.bench import report, run_bench
+    from edge_agent.bench import page, run_bench
     from edge_agent.private_broker import end_in_order
 
     end_in_order()
@@ -46,8 +62,15 @@ def bench(invocation: Invocation, model: str | None, launches: int, tokens: int,
 
     settings = invocation.settings()
     with acting_as_owner_of(settings.state_dir):
-        result = run_bench(settings, model=model, launches=launches, tokens=tokens, say=say)
+        result = run_bench(
+            settings,
+            model=model,
+            launches=launches,
+            tokens=tokens,
+            say=say,
+            peer=against[1].absolute() if against else None,
+        )
     if as_json:
         terminal.echo(json.dumps(result))
     else:
-        report.print_report(result)
+        page.print_report(result)

@@ -21,13 +21,15 @@ _UINT8 = 2
 _FLOATS = {1: "float32", 10: "float16", 16: "bfloat16"}
 _MAX_CONSTANT = 16
 """Elements: a smaller tensor is a number of the computation."""
+_LOOK_UPS = ("Gather", "GatherBlockQuantized")
+"""They read a few rows of a table."""
 _ALL = range(1 << 10)
 _NONE = range(0)
 _WEIGHT_INPUTS: Mapping[str, range] = {
     **dict.fromkeys(("MatMul", "Gemm", "Add", "Transpose", "Cast"), _ALL),
     **dict.fromkeys(("LayerNormalization", "SkipLayerNormalization"), _ALL),
     **dict.fromkeys(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"), _ALL),
-    **dict.fromkeys(("Gather", "GatherBlockQuantized"), range(1)),
+    **dict.fromkeys(_LOOK_UPS, range(1)),
     "MatMulNBits": range(5, 6),  # its bias; the matrix counts by its two sizes
     **dict.fromkeys(("GroupQueryAttention", "RotaryEmbedding"), _NONE),  # tables of sines
 }
@@ -58,6 +60,7 @@ class OnnxGraph:
     Attributes:
         float_matmuls: number of matrices that are not quantized.
         embedding_bytes: size of the table of token embeddings.
+        embedding_shared: the table is also the last matrix.
         embedding_quantized: None if there is no such table.
         prunes_head: the last matrix is applied to the last token only.
         weights: number of weights in the graph; a table of embeddings that is there twice counts twice. 0 where an
@@ -72,6 +75,7 @@ class OnnxGraph:
     prunes_head: bool
     weights: int = 0
     float_type: str = ""
+    embedding_shared: bool = False
 
 
 def read(file: Path) -> OnnxGraph:
@@ -114,12 +118,15 @@ def _graph(model: memoryview) -> OnnxGraph:
         if node.kind in ("MatMul", "Gemm")
     ]
     float_types = {_FLOATS.get(tensor.type, "") for matrix in floats for tensor in matrix[:1]}
-    embedding, quantized = 0, None
+    embedding, quantized, shared = 0, None, False
+    others = {name for node in nodes if node.kind not in _LOOK_UPS for name in node.inputs}
     for node in nodes:
-        if node.kind in ("Gather", "GatherBlockQuantized"):
-            size = sum(tensors[name].size_bytes for name in node.inputs if name in tensors)
+        if node.kind in _LOOK_UPS:
+            table = [name for name in node.inputs if name in tensors]
+            size = sum(tensors[name].size_bytes for name in table)
             if size > embedding:
                 embedding, quantized = size, node.kind == "GatherBlockQuantized"
+                shared = not others.isdisjoint(table)
     return OnnxGraph(
         matmuls=tuple(node.quantized() for node in nodes if node.kind == "MatMulNBits"),
         float_matmuls=sum(map(bool, floats)),
@@ -128,6 +135,7 @@ def _graph(model: memoryview) -> OnnxGraph:
         prunes_head=pruned,
         weights=_weights(nodes, tensors),
         float_type=float_types.pop() if len(float_types) == 1 else "",
+        embedding_shared=shared,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.bench import report
+from edge_agent.bench import page, report
 from edge_agent.package import onnx_graph
 from edge_agent.settings import Settings
 from tests.support.keys import make_keys
@@ -66,12 +67,15 @@ def test_every_layer_is_measured_and_nothing_is_left_behind(
     assert weights - embeddings <= document["roofline"]["model_bytes"] < weights
     assert document["roofline"]["bandwidth_bytes_per_s"] > 1e7
     for ratio in document["ratios"]:
-        assert set(ratio) == {"name", "value", "goal", "left", "right", "unit"}
+        assert set(ratio) == {"name", "value", "goal", "reached", "left", "right", "unit"}
     assert len(document["ratios"]) >= 7
 
-    report.print_report(document)
+    page.print_report(document)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in report.SIDE_NAMES.values())
+    assert re.match(
+        r"\d+\.\d tokens/s, \d+ % of what this memory allows.*; first token \S+ m?s at 256 tokens\n", printed
+    )
+    assert all(report.SIDE_NAMES[name] in printed for name in SIDES)
     assert "bench: launch 1 of 1: over MQTT" in result.stderr
     assert sorted(path.name for path in pulled.state_dir.iterdir()) == before
 

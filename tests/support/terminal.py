@@ -17,6 +17,7 @@ import pty
 import select
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -188,8 +189,15 @@ class Screen:
 
     def wait(self) -> int:
         """The command's exit code, when it has ended. What it left on the screen stays."""
-        wait_until(lambda: self._ask("pane_dead") == "1", _LIMIT_S, "the end of the command")
+        wait_until(self._has_ended, _LIMIT_S, "the end of the command")
         return int(self._ask("pane_dead_status"))
+
+    def _has_ended(self) -> bool:
+        if self._ask("pane_dead_status"):
+            return True
+        if self._ask("pane_dead") == "1":  # its terminal is closed; tmux 3.3 misses some signals of its children
+            self._server.send_signal(signal.SIGCHLD)
+        return False
 
     @property
     def is_as_found(self) -> bool:

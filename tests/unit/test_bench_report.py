@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import edge_agent
+from edge_agent import terminal
+from edge_agent.bench import page
 from edge_agent.bench.measurements import Measured, Together, percentile
-from edge_agent.bench.report import BARE, BARE_DEFAULT, MQTT, RUNNER, document
-from edge_agent.bench.timing import Timing, summary
-
-
-def timing(
-    first_ms: float, decode_ms: float, *, tokens: int = 11, prompt: int = 32, cached: int = 0
-) -> Timing:
-    return Timing(
-        prompt_tokens=prompt,
-        completion_tokens=tokens,
-        first_token_ms=first_ms,
-        total_ms=first_ms + decode_ms,
-        cached_tokens=cached,
-    )
-
-
-def measured(first_ms: float, decode_ms: float, resident: int) -> Measured:
-    timings = {
-        32: [timing(first_ms, decode_ms), timing(first_ms * 9, decode_ms), timing(first_ms, decode_ms)]
-    }
-    return Measured(timings=timings, load_ms=[5.0], resident_bytes=[resident], peak_bytes=[resident + 1])
+from edge_agent.bench.report import BARE, BARE_DEFAULT, MQTT, RUNNER, Ratio, document
+from edge_agent.bench.timing import summary
+from tests.support.bench_results import measured, timing, whole
 
 
 def test_decode_counts_the_tokens_behind_the_first_one() -> None:
@@ -84,6 +69,85 @@ def test_each_ratio_has_both_sides_and_without_a_broker_there_are_fewer() -> Non
     assert ratios["memory, daemon"] == 40.0
     assert ratios["first token, over HTTP - over the control socket"] == 2.5
     assert ratios["memory, gateway"] == 30.0
+
+
+def shown(result: dict[str, Any]) -> list[str]:
+    return [part for part in page.page(result) if isinstance(part, str)]
+
+
+@pytest.mark.parametrize(
+    ("first_ms", "decode_ms", "said"),
+    [
+        (400, 826, "12.1 tokens/s, 12 % of what this memory allows; first token 0.4 s at 256 tokens"),
+        (34.4, 108, "92.6 tokens/s, 93 % of what this memory allows; first token 34 ms at 256 tokens"),
+        (
+            120_000,
+            90,
+            "111.1 tokens/s, 111 % of what this memory allows (some of it stays in the caches); "
+            "first token 120 s at 256 tokens",
+        ),
+    ],
+)
+def test_one_sentence_comes_first(first_ms: float, decode_ms: float, said: str) -> None:
+    assert shown(whole(first_ms=first_ms, decode_ms=decode_ms))[0] == said
+
+
+def test_without_a_broker_the_sentence_is_of_the_runner() -> None:
+    sides = {side: measured(10, 100, 1) for side in (BARE, BARE_DEFAULT, RUNNER)}
+    roofline = {"bandwidth_bytes_per_s": 1e9, "model_bytes": 5_000_000}
+    assert document({}, sides, None, roofline, [])["headline"] == {
+        "side": RUNNER,
+        "tokens_per_s": 100.0,
+        "first_token_ms": 10.0,
+        "prompt_tokens": 256,
+        "memory_share": 0.5,
+    }
+
+
+def test_answers_of_one_token_and_a_short_context_have_a_sentence_too() -> None:
+    one = Measured(timings={32: [timing(10, 0, tokens=1)]}, load_ms=[1.0], resident_bytes=[1], peak_bytes=[1])
+    roofline = {"bandwidth_bytes_per_s": 1e9, "model_bytes": 5_000_000}
+    result = document({}, {BARE: one, BARE_DEFAULT: one, RUNNER: one}, None, roofline, [])
+    assert page.sentence(result) == "first token 10 ms at 32 tokens; answers were too short for a rate"
+
+
+@pytest.mark.parametrize(
+    ("value", "goal", "reached"),
+    [
+        (1.5, ">= 1.5", True),
+        (1.49, ">= 1.5", False),
+        (9.0, "<= 10 on a small model", True),
+        (11.0, "<= 10 on a small model", False),
+        (11.0, "", None),
+    ],
+)
+def test_a_goal_is_reached_or_not(value: float, goal: str, reached: bool | None) -> None:
+    assert Ratio(name="x", value=value, goal=goal, left=1, right=1, unit="ms").reached is reached
+
+
+def test_a_goal_is_shown_beside_what_was_measured() -> None:
+    *_, goals = (part for part in page.page(whole()) if isinstance(part, terminal.Rows))
+    rows = {str(row[-1]).partition(" (")[0]: row for row in goals.rows}
+    assert rows["decode, over MQTT / bare library"] == (
+        "0.1",
+        ">= 0.93",
+        "missed",
+        "decode, over MQTT / bare library (10 and 100 tokens/s)",
+    )
+    assert rows["memory, daemon"][:3] == ("40", "<= 50", "reached")
+    assert rows["four prompts, at once / one after the other"][:3] == ("1.5", "", "no goal")
+
+
+def test_a_peer_stands_beside_the_agent() -> None:
+    assert whole()["against"] is None
+    result = whole(peer=True)
+    assert shown(result)[1] == "llama.cpp with m.gguf: 5.0 tokens/s; first token 0.5 s at 256 tokens"
+    ratios = {ratio["name"]: (ratio["value"], ratio["reached"]) for ratio in result["ratios"]}
+    assert ratios["decode, over MQTT / llama.cpp"] == (2.0, True)
+    assert ratios["first token at 1,024, over MQTT / llama.cpp"] == (0.8, False)
+    assert ratios["memory, runner / llama.cpp"] == (1.1, False)
+    assert ratios["load, runner / llama.cpp"] == (1.0, True)
+    assert "docs/models.md" in result["notes"][-1], "speed counts at equal quality only"
 
 
 def test_the_bare_side_prefills_and_rounds_as_the_wrapper_does() -> None:

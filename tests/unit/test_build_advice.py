@@ -14,6 +14,7 @@ from edge_agent.errors import ContentError
 from edge_agent.package import onnx_graph
 from edge_agent.package.onnx_graph import OnnxGraph, QuantizedMatMul
 from edge_agent.publishing import build_advice
+from tests.support import onnx_files
 
 GOOD = OnnxGraph(
     matmuls=(QuantizedMatMul(name="q", bits=4, block_size=32, accuracy_level=4),),
@@ -36,6 +37,27 @@ def test_the_sample_models_build_is_read_from_its_graph(sample_model: Path) -> N
     assert graph.embedding_bytes == 1152 * 128 * 4
     assert graph.embedding_quantized is False
     assert not graph.prunes_head
+
+
+@pytest.mark.parametrize(
+    ("head", "shared"),
+    [(("x", "other"), False), (("x", "table"), True), (("x", "turned"), True)],
+    ids=["of its own", "the table", "the table, turned"],
+)
+def test_a_table_of_embeddings_that_is_the_last_matrix_is_read_whole(
+    tmp_path: Path, head: tuple[str, ...], shared: bool
+) -> None:
+    nodes = [
+        onnx_files.node("Gather", ("table", "tokens"), ("x",)),
+        onnx_files.node("MatMul", head, ("logits",)),
+    ]
+    if "turned" in head:
+        nodes.append(onnx_files.node("Transpose", ("table",), ("turned",)))
+    tensors = [onnx_files.tensor(name, (), shape=(64, 8)) for name in ("table", "other")]
+    file = tmp_path / "model.onnx"
+    file.write_bytes(onnx_files.model(nodes, tensors))
+    graph = onnx_graph.read(file)
+    assert (graph.embedding_bytes, graph.embedding_shared) == (64 * 8 * 8, shared)
 
 
 def test_a_good_build_gets_no_advice() -> None:

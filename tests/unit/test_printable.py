@@ -272,7 +272,7 @@ def test_nothing_is_printed_past_the_terminal_module() -> None:
     """Processes of our own print JSON to their parent; the daemon's log has its formatter."""
     own_processes = {
         *("runner/scheduler.py", "runner/capability.py", "host/confinement.py"),
-        *("bench/pyfunc.py", "bench/bandwidth.py", "bench/bare.py"),
+        *("bench/pyfunc.py", "bench/bandwidth.py", "bench/bare.py", "bench/llama_cpp.py"),
     }
     printing = {
         str(path.relative_to(PACKAGE))
