@@ -169,7 +169,7 @@ class Daemon:
         self._await_models()
         code = 0
         if (dead := self._dead_thread(time.monotonic())) is not None:
-            log.critical("thread ended name=%s", dead)
+            log.critical("thread ended code=internal name=%s", dead)
             code = 1
         elif not self._stop.is_set():
             self._status.ready = True
@@ -227,7 +227,7 @@ class Daemon:
             self.step(now_s)
             dead = self._dead_thread(now_s)
             if dead is not None:
-                log.critical("thread ended name=%s", dead)
+                log.critical("thread ended code=internal name=%s", dead)
                 return 1
             self._notifier.watchdog(now_s)
         return 0
@@ -364,7 +364,7 @@ def _logged(name: str, target: Callable[[], None]) -> Callable[[], None]:
         try:
             target()
         except Exception:
-            log.exception("thread failed name=%s", name)
+            log.exception("thread failed code=internal name=%s", name)
 
     return run
 

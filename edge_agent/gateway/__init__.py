@@ -50,7 +50,10 @@ def serve(settings: Settings, *, idle_s: float = IDLE_S) -> int:
     doors = open_doors(settings, passed)
     walls = confine(around_gateway(doors))
     if walls.missing:
-        log.warning("walls missing=%s", "; ".join(f"{wall}: {why}" for wall, why in walls.missing.items()))
+        log.warning(
+            "walls code=unconfined missing=%s",
+            "; ".join(f"{wall}: {why}" for wall, why in walls.missing.items()),
+        )
     app = make_app(settings)
     guards = [(door, Guard(app, hosts=door.hosts, token=door.token)) for door in doors]
     log.info("listening on=%s", ",".join(str(door) for door in doors))

@@ -130,7 +130,7 @@ def _outcome(
                 return outcome
             on_event(event)
         status = _ended(process)
-    log.warning("sync died model=%s status=%s stderr=%r", job.name, status, stderr.text)
+    log.warning("sync died code=internal model=%s status=%s stderr=%r", job.name, status, stderr.text)
     last_line = stderr.text.splitlines()[-1] if stderr.text else "it said nothing"
     raise EdgeAgentError(f"the sync of {job.name} ended with status {status}: {last_line}")
 

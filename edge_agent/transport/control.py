@@ -177,14 +177,14 @@ class ControlServer:
             connection.settimeout(_SEND_TIMEOUT_S)
             user = _user_of(connection)
             if not self._seats.take(user):
+                full = QueueFull(
+                    "too many control connections",
+                    remedy="end some of the other commands",
+                    retry_after_ms=_SEAT_AGAIN_MS,
+                )
+                log.info("control request refused code=%s user=%d", full.code, user)
                 with connection, contextlib.suppress(ClientGone):
-                    Call(connection, {}).fail(
-                        QueueFull(
-                            "too many control connections",
-                            remedy="end some of the other commands",
-                            retry_after_ms=_SEAT_AGAIN_MS,
-                        )
-                    )
+                    Call(connection, {}).fail(full)
                 continue
             threading.Thread(
                 target=self._serve, args=(connection, user), name="control-connection", daemon=True
@@ -217,12 +217,16 @@ class ControlServer:
             if operation is None:
                 raise EdgeAgentError(f"unknown operation {str(request.get('op'))[:80]!r}")
             operation(call)
-        except EdgeAgentError as error:
+        except EdgeAgentError as error:  # its message may quote a prompt
+            op = str(call.request.get("op"))
+            log.info(
+                "control request refused code=%s op=%s", error.code, op if op in self._operations else ""
+            )
             call.fail(error)
         except ClientGone:
             raise
         except Exception:
-            log.exception("control connection failed")
+            log.exception("control connection failed code=internal")
             call.fail(EdgeAgentError("an error that nobody foresaw", remedy="see the daemon's log"))
 
 
