@@ -34,6 +34,7 @@ from edge_agent.device_metrics import DeviceMetrics
 from edge_agent.device_status import DeviceStatus, StatusPublisher
 from edge_agent.errors import DaemonRunning, JournalUnavailable, ModelFailed, StoreError, disk_remedy
 from edge_agent.host.confinement import hide_memory
+from edge_agent.host.memory import ReportedMemory
 from edge_agent.metrics.measurements import Measurements
 from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
@@ -92,6 +93,7 @@ class Daemon:
         budget = budget_of(settings, self._store)
         self._lifecycles = lifecycles_of(settings, self._store, budget)
         self._measurements = Measurements(settings.models)
+        self._gateway_memory = ReportedMemory()
         self._updates = Updates(
             settings,
             self._store,
@@ -146,6 +148,7 @@ class Daemon:
                 metrics=metrics,
                 run_operation=partial(run_operation, operations),
                 note_refusal=self._measurements.note_refusal,
+                note_gateway=self._gateway_memory.note,
             ),
             max_request_bytes=request_bytes(settings.limits.payload_bytes),
         )
@@ -329,6 +332,7 @@ class Daemon:
             updates=self._updates,
             status=self._status.document,
             connected=lambda: self._mqtt.connected,
+            gateway_bytes=self._gateway_memory.resident_bytes,
             counters=self._mqtt.counters,
         )
 

@@ -74,6 +74,11 @@ class Call:
         self.request = request
         self.file = file
 
+    @property
+    def process(self) -> int:
+        """The client's, as the kernel says it; 0 where it has no number here."""
+        return _peer_of(self._connection)[0]
+
     def send(self, event: str, **fields: Any) -> None:
         """Sends one event.
 
@@ -175,7 +180,7 @@ class ControlServer:
                     return
                 raise
             connection.settimeout(_SEND_TIMEOUT_S)
-            user = _user_of(connection)
+            _, user = _peer_of(connection)
             if not self._seats.take(user):
                 full = QueueFull(
                     "too many control connections",
@@ -282,10 +287,11 @@ def _connect(connection: socket.socket, path: Path) -> None:
         time.sleep(_CONNECT_AGAIN_S)
 
 
-def _user_of(connection: socket.socket) -> int:
-    """The user who connected, as the kernel says it."""
+def _peer_of(connection: socket.socket) -> tuple[int, int]:
+    """(process, user) that connected, as the kernel says it."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(credentials)[1])
+    process, user, _ = _CREDENTIALS.unpack(credentials)
+    return int(process), int(user)
 
 
 def _send_request(connection: socket.socket, line: bytes, file: int | None) -> None:
