@@ -148,7 +148,9 @@ class ConsoleConnection:
                     self._connection, self._problem = None, connection.ended
                     self._retry_at_s = time.monotonic() + _GIVES_WAY_S
                     log.warning(
-                        "broker connection lost reason=%r retry_s=%.0f", connection.ended, _GIVES_WAY_S
+                        "broker connection lost code=broker_unreachable reason=%r retry_s=%.0f",
+                        connection.ended,
+                        _GIVES_WAY_S,
                     )
             elif (pause_s := self._retry_at_s - time.monotonic()) > 0:
                 time.sleep(min(pause_s, left_s))
@@ -216,7 +218,9 @@ class ConsoleConnection:
             self._failures += 1
             self._problem = error.message
             self._retry_at_s = time.monotonic() + pause_s
-            log.warning("broker not reached again reason=%r retry_s=%.0f", error.message, pause_s)
+            log.warning(
+                "broker not reached again code=%s reason=%r retry_s=%.0f", error.code, error.message, pause_s
+            )
             return
         log.info("broker connected again")
         for reader in self._readers:

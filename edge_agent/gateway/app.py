@@ -49,9 +49,13 @@ Event = Mapping[str, Any]
 Events = AsyncGenerator[dict[str, Any], None]
 
 
-def make_app(settings: Settings) -> Starlette:
-    """The application of these settings. It reads no file."""
-    gateway = _Gateway(settings)
+def make_app(settings: Settings, *, own_bytes: Callable[[], int] = lambda: 0) -> Starlette:
+    """The application of these settings. It reads no file.
+
+    Args:
+        own_bytes: what this process has in memory, which the daemon is told; 0 where that is not known.
+    """
+    gateway = _Gateway(settings, own_bytes)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", gateway.chat, methods=["POST"]),
@@ -71,8 +75,9 @@ def make_app(settings: Settings) -> Starlette:
 class _Gateway:
     """The endpoints. A request is on its own; only how many there are is known."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, own_bytes: Callable[[], int]) -> None:
         self._settings = settings
+        self._own_bytes = own_bytes
         self._at_work = 0
         self._scraping = asyncio.Lock()
         limits = settings.limits
@@ -185,12 +190,9 @@ class _Gateway:
             return await _said("status", self._ask("status", brief=True))
 
     def _ask(self, op: str, **fields: Any) -> Events:
-        try:
-            path = find_control_socket(self._settings)
-        except PermissionError as error:
-            raise DaemonNotRunning(
-                f"permission denied on {error.filename}", remedy="run this process in the group edge-agent"
-            ) from error
+        path = find_control_socket(self._settings)
+        if own_bytes := self._own_bytes():
+            fields["gateway_memory_bytes"] = own_bytes
         return daemon_line.ask(path, op, **fields)
 
 

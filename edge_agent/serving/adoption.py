@@ -159,7 +159,9 @@ class Adoption:
                 self._check_time(version, before_exchange)
             self._exchange(version, measured, instead)
         except ActivationHeld:
-            log.info("candidate put off model=%s version=%s", self._name, record.key)
+            log.info(
+                "candidate put off code=%s model=%s version=%s", ActivationHeld.code, self._name, record.key
+            )
             raise
         except SyncStopped:
             raise
@@ -220,7 +222,12 @@ class Adoption:
             memory_limit_bytes=self._loading.memory_limit_bytes,
         )
         if self.gate_report:
-            log.warning("gate model=%s version=%s %s", self._name, version.record.key, self.gate_report)
+            log.warning(
+                "gate code=below_settings model=%s version=%s %s",
+                self._name,
+                version.record.key,
+                self.gate_report,
+            )
         return Measured(
             load_ms=round(min(version.reported.load_ms, _MOST_MEASURED)),
             tokens_per_s=round(min(tried.tokens_per_s, _MOST_MEASURED), 2),
@@ -289,7 +296,7 @@ class Adoption:
         """
         key = record.key
         self._states.change(lambda state: state.interrupted(key) if goes_on else state.given_up())
-        log.info("trial stopped model=%s version=%s", self._name, key)
+        log.info("trial stopped code=%s model=%s version=%s", SyncStopped.code, self._name, key)
 
     def _note_refusal(self, record: VersionRecord, error: EdgeAgentError) -> None:
         """Writes down that a candidate failed, and why if that was its own doing."""
@@ -300,4 +307,10 @@ class Adoption:
             self._states.fail(record, fault.code, lambda state: state.refused(record.key, fault))
         else:
             self._states.fail(record, fault.code)
-        log.warning("candidate refused model=%s version=%s reason=%r", self._name, record.key, fault.reason)
+        log.warning(
+            "candidate refused code=%s model=%s version=%s reason=%r",
+            fault.code,
+            self._name,
+            record.key,
+            fault.reason,
+        )

@@ -186,7 +186,9 @@ class VersionLoader:
             try:
                 return measure(version.runner, signature=version.reported.signature)
             except PromptError as error:  # too slow, or no room for a prompt
-                log.warning("speed not measured model=%s reason=%r", self._model.name, str(error))
+                log.warning(
+                    "speed not measured code=%s model=%s reason=%r", error.code, self._model.name, str(error)
+                )
                 return 0.0
 
     def _start(
@@ -222,9 +224,12 @@ class VersionLoader:
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
                 )
-            except RunnerError:
+            except RunnerError as error:
                 if not self._closed:
-                    log.warning("runner output model=%s output=%r", self._model.name, runner.last_output())
+                    output = runner.last_output()
+                    log.warning(
+                        "runner output code=%s model=%s output=%r", error.code, self._model.name, output
+                    )
                 raise
         log.info(
             "model loaded model=%s version=%s flavor=%r pid=%d threads=%d load_ms=%.0f",

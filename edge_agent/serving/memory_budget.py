@@ -171,7 +171,12 @@ class MemoryBudget:
                 is_short=free < limit_bytes,
             )
             if warning:
-                log.warning("memory model=%s version=%s %s", record.name, record.key, admission.warning)
+                log.warning(
+                    "memory code=memory_short model=%s version=%s %s",
+                    record.name,
+                    record.key,
+                    admission.warning,
+                )
             self._reserved[load] = min(need, free)
         try:
             yield admission
