@@ -107,7 +107,7 @@ def publish(
     """
     from edge_agent import publishing
     from edge_agent.cli.read_back import read_back
-    from edge_agent.publishing import build_advice
+    from edge_agent.publishing import build, build_advice
 
     made: Published | Written
     if file is not None and (registry or alias):
@@ -133,11 +133,14 @@ def publish(
                 read_back=read_back,
                 **making,
             )
+    graph = build.read(folder) if flavor == "onnx" else None
     if as_json:
-        terminal.echo(json.dumps(_document(made)))
+        terminal.echo(json.dumps(_document(made) | {"build": build.document(graph)}))
     else:
         _say(made)
-    for line in (*made.limits, *build_advice.of_folder(folder)):
+        if graph:
+            terminal.echo(f"build: {build.text(graph)}")
+    for line in (*made.limits, *(build_advice.advice(graph) if graph else ())):
         terminal.echo(f"edge-agent: {folder.name}: {line} ({page('models.md')})", err=True)
 
 
