@@ -113,9 +113,8 @@ class ModelLifecycle:
         if not isinstance(taken, EmptySeat):
             return taken
         if taken.dead is not None:  # it died while nobody used it, so no prompt can be the cause
-            log.warning(
-                "idle runner died model=%s version=%s code=runner_failed", self.name, taken.dead.record.key
-            )
+            key = taken.dead.record.key
+            log.warning("idle runner died model=%s version=%s code=runner_failed", self.name, key)
             taken.dead.runner.kill()
         elif self._rollback.waiting:
             return None
@@ -147,13 +146,10 @@ class ModelLifecycle:
     def _give_back(self, version: LoadedVersion) -> None:
         self._loader.note_peak(version)
         if self._seat.give_back(version):
-            how = version.runner.exit_text()
             log.warning(
                 "runner died model=%s version=%s code=runner_failed how=%r",
-                self.name,
-                version.record.key,
-                how,
-            )
+                self.name, version.record.key, version.runner.exit_text(),
+            )  # fmt: skip
         if self._seat.unload_requested:  # another model waits for the memory
             self.give_up_memory()
 
