@@ -34,6 +34,20 @@ def read(file: Path) -> Model:
     )
 
 
+def dequantized(model: Model, title: str, bits: int) -> npt.NDArray[np.float64]:
+    """[rows, columns] of a quantized matrix, as the graph's codes, scales and minima say, without rounding."""
+    codes, scales = model.tensors[f"{title}.codes"], model.tensors[f"{title}.scales"].astype(np.float64)
+    rows, groups = scales.shape
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1)
+    found = scales[..., None] * (codes.reshape(rows, groups, -1).astype(np.float64) - (1 << bits - 1))
+    if f"{title}.minima" in model.tensors:
+        minima = model.tensors[f"{title}.minima"]
+        found = found + (minima.T if minima.ndim == 2 else minima[..., 0]).astype(np.float64)[..., None]
+    result: npt.NDArray[np.float64] = found.reshape(rows, -1)
+    return result
+
+
 def _tensor(data: memoryview, folder: Path) -> tuple[str, npt.NDArray[Any]]:
     shape = [value for number, value in fields(data) if number == 1 and isinstance(value, int)]
     (kind,) = (value for number, value in fields(data) if number == 2 and isinstance(value, int))

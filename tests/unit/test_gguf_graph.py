@@ -31,20 +31,6 @@ def converted(file: files.File, folder: Path) -> Path:
     return out
 
 
-def weights(model: onnx_weights.Model, title: str, bits: int) -> npt.NDArray[np.float64]:
-    """[rows, columns] as the graph's parts say, without rounding."""
-    codes, scales = model.tensors[f"{title}.codes"], model.tensors[f"{title}.scales"].astype(np.float64)
-    rows, groups = scales.shape
-    if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1)
-    found = scales[..., None] * (codes.reshape(rows, groups, -1).astype(np.float64) - (1 << bits - 1))
-    if f"{title}.minima" in model.tensors:
-        minima = model.tensors[f"{title}.minima"]
-        found = found + (minima.T if minima.ndim == 2 else minima[..., 0]).astype(np.float64)[..., None]
-    result: npt.NDArray[np.float64] = found.reshape(rows, -1)
-    return result
-
-
 def in_halves(rows: npt.NDArray[np.float64], heads: int) -> npt.NDArray[np.float64]:
     parts = rows.reshape(heads, models.HEAD_SIZE // 2, 2, -1)
     return np.concatenate([parts[:, :, 0], parts[:, :, 1]], axis=1).reshape(rows.shape)
@@ -73,7 +59,7 @@ def test_the_weights_are_those_of_the_file(kind: int, tmp_path: Path) -> None:
             ),
         ),
     ):
-        found = weights(model, title, bits)
+        found = onnx_weights.dequantized(model, title, bits)
         assert np.ptp(found) > 0.1
         if exact:
             assert np.array_equal(found, expected)
