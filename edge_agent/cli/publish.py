@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR|FILE.gguf")
 @click.option("--name", required=True, help="The registered model's name; created if it does not exist.")
 @click.option(
     "--registry", metavar="URI", help="http(s)://… or sqlite:///…; default: registry.uri from the settings."
@@ -83,6 +83,7 @@ def publish(
 ) -> None:
     """Package a folder made by the onnxruntime-genai model builder, or a Hugging Face folder, and register it.
 
+    A GGUF file is made into such a folder first, with its own weights: nothing is rounded again.
     The alias moves last, and only if a device could fetch what was uploaded.
 
     \b
@@ -91,6 +92,7 @@ def publish(
       edge-agent publish ./phi3-int4 --name phi3-mini --registry sqlite:////srv/registry.db \\
           --signature prompt --option max_length=300 --option temperature=0.2
       edge-agent publish ./phi3-hf --name phi3-hf --alias prod --flavor transformers --golden golden.json
+      edge-agent publish ./smollm2.Q4_1.gguf --name smollm2 --alias prod
     Without a registry, for `edge-agent models import` on each device:
       edge-agent publish ./phi3-int4 --name phi3-mini --to /media/stick/phi3-mini.tar
     With a folder that a web server, or a stick, gives to the devices:

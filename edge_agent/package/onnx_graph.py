@@ -34,6 +34,8 @@ _WEIGHT_INPUTS: Mapping[str, range] = {
     **dict.fromkeys(("GroupQueryAttention", "RotaryEmbedding"), _NONE),  # tables of sines
 }
 """Where the model builder's operators have weights."""
+_MINIMA = ".minima"
+"""Ends the name of a tensor that is a part of quantized weights, as their scales are (publishing/gguf)."""
 _ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 10: 2, 11: 8, 16: 2}
 
 
@@ -116,6 +118,7 @@ def _graph(model: memoryview) -> OnnxGraph:
             pruned = _one_token_logits(_bytes(value))
         elif number == 1:
             nodes.append(_Node(_bytes(value)))
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_MINIMA)}
     floats = [
         [tensors[name] for name in node.inputs if name in tensors]
         for node in nodes
