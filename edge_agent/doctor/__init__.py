@@ -63,7 +63,7 @@ def diagnose(load: Callable[[], Settings], *, config: Path | None) -> Iterator[F
     yield from _each("registry", lambda: registry.check(settings))
     yield from _each("mirrors", lambda: mirrors.check(settings))
     yield from _each("cache", lambda: cache.check(settings))
-    yield from _each("models", lambda: models.check(settings))
+    yield from _each("models", lambda: models.check(settings, status.document))
 
 
 def _check_settings(settings: Settings, config: Path | None) -> Iterator[Finding]:
