@@ -20,11 +20,15 @@ from edge_agent import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
+    from rich.table import Table
+    from rich.text import Text
 
 ProgressReport = Callable[[str, float, float], None]
 """Called with (step, bytes done, total bytes)."""
 
 _LINE_EVERY_BYTES = 64 << 20
+_IN_A_PIPE = 10_000
+"""Columns: who searches for a text in what a command prints finds it in one line."""
 
 
 def echo(text: str = "", *, err: bool = False, stream: TextIO | None = None) -> None:
@@ -45,6 +49,24 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def span(seconds: float) -> str:
+    """A time in the largest units that say it, such as `12 min 5 s`."""
+    left, parts = round(seconds), []
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
+def moment(seconds: float) -> str:
+    """A time of this console's zone."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return "?"
 
 
 @contextmanager
@@ -112,11 +134,27 @@ class _PlainProgress:
 
 
 @dataclass(frozen=True)
+class Coloured:
+    """A cell that has a colour where there are colours."""
+
+    text: str
+    colour: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
 class Rows:
-    """A table: its headings, and cells of any type; None is an empty one."""
+    """A table: its headings, and cells of any type; None is an empty one.
+
+    Attributes:
+        notes: for each row what stands below it, over the whole width: (label, text).
+    """
 
     headings: tuple[str, ...]
     rows: Sequence[tuple[object, ...]]
+    notes: Sequence[Sequence[tuple[str, object]]] = ()
 
 
 def print_table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
@@ -126,7 +164,8 @@ def print_table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -
 
 def print_page(page: Sequence[str | Rows]) -> None:
     """Prints lines and tables, one below the other, on stdout."""
-    _console().print(_drawn(page))
+    console = _console()
+    console.print(_drawn(page, console.width))
 
 
 @contextmanager
@@ -134,102 +173,117 @@ def live_page() -> Iterator[Callable[[Sequence[str | Rows]], None]]:
     """Shows each page in place of the one before, on a terminal; the last one stays."""
     from rich.live import Live
 
-    with Live(console=_console(), auto_refresh=False) as live:
-        yield lambda page: live.update(_drawn(page), refresh=True)
+    console = _console()
+    with Live(console=console, auto_refresh=False) as live:
+        yield lambda page: live.update(_drawn(page, console.width), refresh=True)
+
+
+@contextmanager
+def whole_screen(rest: str) -> Iterator[Callable[[Sequence[str | Rows]], None]]:
+    """Shows each page in place of the one before, on a terminal's second screen. Afterwards the first one is as it was.
+
+    Args:
+        rest: stands in the last line where a page is higher than the screen.
+    """
+    from rich.live import Live
+    from rich.segment import SegmentLines
+
+    console = _console()
+
+    def show(page: Sequence[str | Rows]) -> None:
+        lines = console.render_lines(_drawn(page, console.width), pad=False)
+        if len(lines) > console.height:
+            lines = [*lines[: console.height - 1], *console.render_lines(rest)]
+        live.update(SegmentLines(lines, new_lines=True), refresh=True)
+
+    with Live(console=console, auto_refresh=False, screen=True) as live:
+        yield show
 
 
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    return Console(width=None if sys.stdout.isatty() else _IN_A_PIPE, highlight=False, markup=False)
 
 
-def _drawn(page: Sequence[str | Rows]) -> Group:
+def _drawn(page: Sequence[str | Rows], columns: int) -> Group:
     from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
     parts: list[Text | Table] = []
     for block in page:
-        if isinstance(block, str):
-            parts.append(Text(printable.text(block)))
-            continue
-        table = Table(box=None, pad_edge=False, show_edge=False, show_header=any(block.headings))
-        for heading in block.headings:
-            table.add_column(heading, overflow="fold")
-        for row in block.rows:
-            table.add_row(*(Text("" if cell is None else printable.text(str(cell))) for cell in row))
-        parts.append(table)
+        parts.extend([_text(block)] if isinstance(block, str) else _tables(block, columns))
     return Group(*parts)
 
 
-def print_status(status: Mapping[str, Any]) -> None:
-    """Prints the status document for people."""
-    cache, registry, broker = status["cache"], status["registry"], status["broker"]
-    echo(
-        f"state     {status['state']}   (edge-agent {status['agent_version']}, queue {status['queue_depth']})"
-    )
-    for trouble in status.get("troubles", []):
-        echo(f"look at   {printable.line(trouble['text'])}")
-    problem = f": {printable.line(broker['problem'])}" if broker.get("problem") else ""
-    place = f"{broker['host']}:{broker['port']}"
-    echo(f"broker    {place} {'connected' if broker['connected'] else f'not connected{problem}'}")
-    unheard = broker.get("answers_unheard", 0)
-    if count := broker.get("answers_undelivered", 0) - unheard:
-        echo(f"          did not take {count} answers")
-    if unheard:
-        echo(f"          had nobody who listened to {unheard} answers")
-    echo(f"registry  {registry['uri'] or 'none'}   {_reach(registry)}")
-    echo(f"cache     {human_bytes(cache['bytes'])} of {human_bytes(cache['quota_bytes'])}, "
-         f"{human_bytes(cache['free_bytes'])} free on the disk")  # fmt: skip
-    line = status.get("link") or {}
-    if line.get("bytes_per_day"):
-        used = "?" if line["used_bytes"] is None else human_bytes(line["used_bytes"])
-        echo(f"line      {used} of {human_bytes(line['bytes_per_day'])} today")
-    for model in status["models"]:
-        if walls := model.get("walls"):
-            lacks = "".join(f"; no {wall} ({printable.line(why)})" for wall, why in walls["missing"].items())
-            echo(f"walls     {model['name']}: {', '.join(walls['stand'])}{lacks}")
-    rows = [
-        (
-            model["name"],
-            model["state"],
-            model["version"],
-            model["uri"],
-            model["flavor"],
-            _fetching(model.get("progress")) or reason_of(model),
-        )
-        for model in status["models"]
-    ]
-    if rows:
-        echo()
-        print_table(("MODEL", "STATE", "VERSION", "URI", "FLAVOR", "REASON"), rows)
+def _tables(block: Rows, columns: int) -> Iterator[Table]:
+    """One table, or one for each row where notes stand in between; then they share their columns' widths."""
+    if not block.notes:
+        yield _table(block.headings, block.rows)
+        return
+    lines = [[_text(cell) for cell in row] for row in (block.headings, *block.rows)]
+    widths = [max(cell.cell_len for cell in column) for column in zip(*lines, strict=True)]
+    while sum(widths) > columns - 2 * (len(widths) - 1) and max(widths) > 1:
+        widths[widths.index(max(widths))] -= 1
+    for number, (row, notes) in enumerate(zip(block.rows, block.notes, strict=True)):
+        yield _table(block.headings, [row], widths=widths, header=number == 0)
+        if notes:
+            yield _table(("", ""), [(f"  {label}", text) for label, text in notes])
 
 
-def reason_of(model: Mapping[str, Any]) -> str:
-    """Why a model is in its state, and why no other version comes; once, where both are the same."""
+def _table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    widths: Sequence[int] = (),
+    header: bool = True,
+) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_edge=False, show_header=header and any(headings))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", width=widths[number] if widths else None)
+    for row in rows:
+        table.add_row(*map(_text, row))
+    return table
+
+
+def _text(cell: object) -> Text:
+    from rich.text import Text
+
+    text = "" if cell is None else printable.text(str(cell))
+    return Text(text, style=cell.colour if isinstance(cell, Coloured) else "")
+
+
+def reason_of(model: Mapping[str, Any], *, but: str = "") -> str:
+    """Why a model is in its state, and why no other version comes; once, where both are the same.
+
+    Args:
+        but: what is said elsewhere.
+    """
     said = (model.get("reason"), model.get("update_problem"))
-    return "; ".join(dict.fromkeys(text for text in said if text))
+    return "; ".join(dict.fromkeys(text for text in said if text and text != but))
 
 
-def _fetching(progress: Mapping[str, Any] | None) -> str:
-    if not progress:
-        return ""
-    left = "" if progress["eta_s"] is None else f", {progress['eta_s']:.0f} s left"
-    return (
-        f"fetching {human_bytes(progress['bytes'])} of {human_bytes(progress['total_bytes'])}, "
-        f"{human_bytes(progress['bytes_per_s'])}/s{left}"
-    )
+def standing_of(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What keeps a model at its version, or wants another one than its settings, as (what, in words): a pin, a desired
+    state or a version file, a hold. What is rolled out to others first is held.
 
-
-def _reach(registry: Mapping[str, Any]) -> str:
-    if registry["last_check"] is None:
-        return "not asked yet"
-    when = datetime.fromtimestamp(registry["last_check"], UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    answer = "out of reach"
-    if registry["reachable"]:
-        answer = "refuses this device" if registry["problem"] else "reachable"
-    return f"{answer}, last asked {when}"
+    Args:
+        model: an entry of `status --json`, or of `models show --json`.
+    """
+    name, held, wanted = model["name"], model.get("held"), model.get("wanted") or {}
+    version = f"version {wanted['version']}" if wanted.get("version") else "a version"
+    notes = []
+    if pinned := model.get("pinned"):
+        unpin = f"`edge-agent models unpin {name}` lets it follow its reference again"
+        notes.append(("pin", f"pinned to {pinned}; {unpin}"))
+    if wanted.get("via") == "desired":
+        notes.append(("wanted", f"model/desired asks for {version}, whatever the settings say"))
+    elif wanted.get("via") == "import":
+        notes.append(("wanted", f"a version file brought {version}; the registry's next word replaces it"))
+    if held:
+        notes.append(("held", str(held["reason"])))
+    return notes
 
 
 _STYLES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}

@@ -8,19 +8,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from edge_agent import printable, terminal
+from edge_agent import terminal
 from edge_agent.cache import durable
+from edge_agent.cli import inventory
 from edge_agent.cli.command import FAILED, Group, Invocation
 from edge_agent.cli.operation import operate
 from edge_agent.errors import EdgeAgentError, UnknownModel
-from edge_agent.settings import Settings
-
-if TYPE_CHECKING:
-    from edge_agent.cache.store import Store
 
 
 @click.group(cls=Group)
@@ -34,88 +31,8 @@ def models() -> None:
     """
 
 
-@models.command("list")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.pass_obj
-def models_list(invocation: Invocation, as_json: bool) -> None:
-    """List the versions in the cache.
-
-    \b
-    Example:
-      edge-agent models list --json
-    """
-    store = _store(invocation.settings())
-    state = store.state()
-    records = [(record, state.model(record.name).role(record.key)) for record in store.versions()]
-    if as_json:
-        keys = ("name", "version", "digest", "bytes", "state")
-        terminal.echo(
-            json.dumps(
-                [
-                    dict(zip(keys, (r.name, r.version, r.digest, r.total_bytes, role), strict=True))
-                    for r, role in records
-                ]
-            )
-        )
-    elif records:
-        terminal.print_table(
-            ("NAME", "VERSION", "STATE", "SIZE", "DIGEST"),
-            [
-                (r.name, r.version, role, terminal.human_bytes(r.total_bytes), r.digest[:12])
-                for r, role in records
-            ],
-        )
-    else:
-        terminal.echo("the cache has no versions yet; `edge-agent models pull` fetches them")
-
-
-@models.command("show")
-@click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.pass_obj
-def models_show(invocation: Invocation, name: str, as_json: bool) -> None:
-    """Show a model's versions, where they came from and why they may run.
-
-    \b
-    Example:
-      edge-agent models show assistant
-    """
-    settings = invocation.settings()
-    store = _store(settings)
-    state = store.state().model(name)
-    records = store.versions(name)
-    if name not in settings.models and not records:
-        raise EdgeAgentError(f"no model is called {name!r} here", remedy="see `edge-agent models list`")
-    versions = [
-        {
-            "version": record.version,
-            "digest": record.digest,
-            "bytes": record.total_bytes,
-            "files": len(record.files),
-            "state": state.role(record.key),
-            "registered_name": record.registered_name,
-            "registry_uri": record.registry_uri,
-            "run_id": record.run_id,
-            "trust": record.trust.reason,
-        }
-        for record in records
-    ]
-    document = {
-        "name": name,
-        "uri": settings.models[name].uri if name in settings.models else None,
-        "active": state.active,
-        "previous": state.previous,
-        "quarantined": state.reasons,
-        "versions": versions,
-    }
-    if as_json:
-        terminal.echo(json.dumps(document))
-        return
-    terminal.echo(f"model   {name}\nuri     {document['uri']}\nactive  {state.active}")
-    for version in versions:
-        terminal.echo(f"\nversion {version['version']}   {version['state']}")
-        for key in ("digest", "bytes", "files", "registered_name", "registry_uri", "run_id", "trust"):
-            terminal.echo(f"  {key:<16}{printable.line(str(version[key]))}")
+models.add_command(inventory.models_list)
+models.add_command(inventory.models_show)
 
 
 _ALLOW_OLDER = click.option(
@@ -330,12 +247,6 @@ def models_verify(invocation: Invocation, as_json: bool) -> None:
         repaired, damaged = len(document["repaired"]), len(document["damaged"])
         terminal.echo(f"{document['checked']} files checked, {repaired} repaired, {damaged} damaged")
     sys.exit(FAILED if document["damaged"] else 0)
-
-
-def _store(settings: Settings) -> Store:
-    from edge_agent.cache.store import Store
-
-    return Store(settings.state_dir)
 
 
 def _show_operation(document: Mapping[str, Any], as_json: bool) -> None:

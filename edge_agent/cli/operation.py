@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_agent import settings as settings_module
@@ -53,7 +53,7 @@ def operate(
             "now": now,
         }
         try:
-            return _through_daemon(settings, on_event, do=do, **fields)
+            return through_daemon(settings, on_event, do=do, **fields)
         except DaemonNotRunning:
             from edge_agent.updates import operations
 
@@ -66,7 +66,15 @@ def operate(
                         lifecycle.close()
 
 
-def _through_daemon(settings: Settings, on_event: Any, **fields: Any) -> Any:
+def through_daemon(
+    settings: Settings, on_event: Callable[[Mapping[str, Any]], None] = lambda event: None, **fields: Any
+) -> Any:
+    """The daemon's part of `operate`.
+
+    Raises:
+        DaemonNotRunning: nothing answers.
+        EdgeAgentError: it refuses, or the operation failed.
+    """
     for event in control.call(settings_module.find_control_socket(settings), "models", **fields):
         if event.get("event") == "progress":
             on_event(event["progress"])

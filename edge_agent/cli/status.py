@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
 import edge_agent
 from edge_agent import terminal
+from edge_agent.cli import status_page
 from edge_agent.cli.command import NOT_RUNNING, Command, Invocation, said_by_daemon
 from edge_agent.errors import DaemonNotRunning
 from edge_agent.owner import acting_as_owner_of
 from edge_agent.settings import Settings, missing_settings
+
+_EVERY_S = 1.0
+_FROM_DISK = "edge-agent: the daemon is not running; this state is from the disk"
 
 
 @click.command(cls=Command)
@@ -25,6 +30,8 @@ def status(invocation: Invocation, as_json: bool, watch: bool) -> None:
     """Show state, models, queue, cache, registry and broker.
 
     If the daemon is not running, reads the state from the disk and exits with 3.
+    --watch takes the screen until Ctrl-C, which ends it with 130 and leaves the screen as it was; into a pipe it
+    prints one page, or one document, after the other.
 
     \b
     Examples:
@@ -32,33 +39,51 @@ def status(invocation: Invocation, as_json: bool, watch: bool) -> None:
       edge-agent status --json | jq .state
     """
     settings = invocation.settings()
-    while True:
-        try:
-            document, code = said_by_daemon(settings, "status"), 0
-        except DaemonNotRunning:
-            with acting_as_owner_of(settings.state_dir):
-                document, code = _status_on_disk(settings), NOT_RUNNING
-        if watch and not as_json:
-            click.clear()
-        if as_json:
-            terminal.echo(json.dumps(document, ensure_ascii=False))
-        else:
-            if code:
-                terminal.echo("edge-agent: the daemon is not running; this state is from the disk", err=True)
-                if missing := missing_settings(invocation.config):
-                    terminal.echo(f"edge-agent: {missing}", err=True)
-            terminal.print_status(document)
-        if not watch:
-            sys.exit(code)
-        time.sleep(1.0)
+    missing = missing_settings(invocation.config)
+    from_disk = [_FROM_DISK, *([f"edge-agent: {missing}"] if missing else [])]
+    if not watch:
+        document, code = _status(settings)
+        _print(document, from_disk if code else [], as_json=as_json)
+        sys.exit(code)
+    if as_json or not sys.stdout.isatty():
+        while True:
+            document, code = _status(settings)
+            _print(document, from_disk if code else [], as_json=as_json)
+            time.sleep(_EVERY_S)
+    with terminal.whole_screen("… and more: `edge-agent status` prints all of it") as show:
+        while True:
+            document, code = _status(settings)
+            show([*([*from_disk, ""] if code else []), *status_page.page(document, now=time.time())])
+            time.sleep(_EVERY_S)
+
+
+def _print(document: Mapping[str, Any], remarks: Sequence[str], *, as_json: bool) -> None:
+    if as_json:
+        terminal.echo(json.dumps(document, ensure_ascii=False))
+        return
+    for line in remarks:
+        terminal.echo(line, err=True)
+    terminal.print_page(status_page.page(document, now=time.time()))
+
+
+def _status(settings: Settings) -> tuple[dict[str, Any], int]:
+    """The document, and the exit code that goes with it."""
+    try:
+        return said_by_daemon(settings, "status"), 0
+    except DaemonNotRunning:
+        with acting_as_owner_of(settings.state_dir):
+            return _status_on_disk(settings), NOT_RUNNING
 
 
 def _status_on_disk(settings: Settings) -> dict[str, Any]:
     """As much of the status document as the disk has."""
     from edge_agent.cache.store import Store
     from edge_agent.device_status import model_report
+    from edge_agent.updates.choice import wanted_version
+    from edge_agent.updates.heard import Heard
 
     store = Store(settings.state_dir)
+    heard = Heard(settings.registry.uri, store, time.time)
     state = store.state()
     entries = []
     for name, model in settings.models.items():
@@ -77,6 +102,7 @@ def _status_on_disk(settings: Settings) -> dict[str, Any]:
                 "tokens_per_s": None,
                 **known.others(),
                 **model_report.on_disk(model.ref, known),
+                **model_report.held(name, known, wanted_version(model.ref, known), heard),
             }
         )
     return {
@@ -93,6 +119,6 @@ def _status_on_disk(settings: Settings) -> dict[str, Any]:
             "quota_bytes": settings.cache.quota_bytes,
             "free_bytes": store.free_bytes(),
         },
-        "registry": {"uri": settings.registry.uri, "reachable": None, "problem": "", "last_check": None},
+        "registry": {**heard.document(), "asking": False},
         "broker": {"host": settings.mqtt.host, "port": settings.mqtt.port, "connected": False},
     }

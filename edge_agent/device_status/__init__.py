@@ -105,7 +105,10 @@ class DeviceStatus:
         for lifecycle, entry in zip(self._lifecycles.values(), document["models"], strict=True):
             entry.update(lifecycle.state.others())
             entry["update_problem"] = self._problem(lifecycle.name)
-            entry.update(model_report.progressing(lifecycle.state, self._updates.outlook(lifecycle.name)))
+            name, state = lifecycle.name, lifecycle.state
+            outlook = self._updates.outlook(name)
+            entry.update(model_report.progressing(state, outlook))
+            entry.update(model_report.held(name, state, outlook.wanted, self._updates.heard))
         everything = {
             **document,
             "cache": {

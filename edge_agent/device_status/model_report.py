@@ -12,7 +12,8 @@ from edge_agent.cache.record import version_of
 from edge_agent.cache.state import ModelState
 from edge_agent.package.reference import ModelRef
 from edge_agent.updates.check import Outlook
-from edge_agent.updates.choice import wanted_version
+from edge_agent.updates.choice import Wanted, wanted_version
+from edge_agent.updates.heard import Heard
 
 
 def progressing(state: ModelState, outlook: Outlook) -> dict[str, Any]:
@@ -36,6 +37,16 @@ def on_disk(ref: ModelRef, state: ModelState) -> dict[str, Any]:
     """
     wanted = wanted_version(ref, state)
     return progressing(state, Outlook(wanted=wanted, attempt=state.attempt, waiting=None, progress=None))
+
+
+def held(name: str, state: ModelState, wanted: Wanted, heard: Heard) -> dict[str, Any]:
+    """What `edge-agent status` has besides: the version that waits, where one does.
+
+    Args:
+        name: of the settings.
+    """
+    hold = heard.hold(name, state, wanted)
+    return {"held": hold.document() if hold else None}
 
 
 def versions(state: ModelState) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _of_the_settings(load: Callable[[], Settings], config: Path | None) -> Itera
     yield "registry", lambda: registry.check(settings)
     yield "mirrors", lambda: mirrors.check(settings)
     yield "cache", lambda: cache.check(settings)
-    yield "models", lambda: models.check(settings)
+    yield "models", lambda: models.check(settings, status.document)
 
 
 def _check_settings(settings: Settings, config: Path | None) -> Iterator[Finding]:

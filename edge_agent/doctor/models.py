@@ -1,12 +1,15 @@
-"""The configured models: whether they fit into memory, which flavor runs, and on how many threads."""
+"""The configured models: which version runs and what keeps it, whether memory holds them, and on how many threads."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from edge_agent.cache.record import VersionRecord
+from edge_agent import printable
+from edge_agent.cache.record import VersionRecord, version_of
 from edge_agent.cache.store import Store
 from edge_agent.doctor import cache
 from edge_agent.doctor.finding import Finding, ok, warn
@@ -15,13 +18,36 @@ from edge_agent.serving.learned import Learned
 from edge_agent.serving.memory_budget import MemoryBudget
 from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import Settings
-from edge_agent.terminal import human_bytes
+from edge_agent.terminal import human_bytes, standing_of
+from edge_agent.updates.heard import Heard
+from edge_agent.updates.operations import inventory
 
 
-def check(settings: Settings) -> Iterator[Finding]:
+def check(settings: Settings, status: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """
+    Args:
+        status: as the daemon says it; None where none runs.
+    """
+    yield from _check_versions(settings, status)
     yield from _check_memory(settings)
     yield from _check_fallbacks(settings)
     yield from _check_threads(settings)
+
+
+def _check_versions(settings: Settings, status: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """A pin, a desired state, a hold: nothing is wrong, and whoever waits for another version looks for them."""
+    for model in status["models"] if status else _on_disk(settings):
+        runs = f"version {model['version']}" if model["version"] else "no version yet"
+        notes = [printable.line(note) for _, note in standing_of(model)]
+        yield ok("models.version", "; ".join([f"{model['name']}: {runs}", *notes]))
+
+
+def _on_disk(settings: Settings) -> Iterator[Mapping[str, Any]]:
+    store = Store(settings.state_dir)
+    heard = Heard(settings.registry.uri, store, time.time)
+    for model in inventory(settings, store, heard, state=cache.state_or_empty(store)):
+        if model["name"] in settings.models:
+            yield {**model, "version": version_of(model["active"]) if model["active"] else None}
 
 
 def _check_memory(settings: Settings) -> Iterator[Finding]:

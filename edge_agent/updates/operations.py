@@ -7,18 +7,22 @@ the store and the updates do.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from edge_agent.cache import eviction, fsck
 from edge_agent.cache.record import VersionRecord, version_of
+from edge_agent.cache.state import CacheState, ModelState
 from edge_agent.cache.store import Store
 from edge_agent.errors import ActivationHeld, EdgeAgentError, StoreError, UnknownModel, VersionHeld
 from edge_agent.package.reference import MODEL_NAME
 from edge_agent.serving.lifecycle import ModelLifecycle, budget_of, lifecycles_of
 from edge_agent.settings import Settings
+from edge_agent.settings.model import ModelSettings
 from edge_agent.sync import version_file
 from edge_agent.sync.protocol import SyncResult
+from edge_agent.updates import choice
+from edge_agent.updates.heard import Heard
 from edge_agent.updates.updates import Updates
 
 OnEvent = Callable[[Mapping[str, Any]], None]
@@ -40,6 +44,10 @@ class Operations:
         self._store = store
         self._lifecycles = lifecycles
         self._updates = updates
+
+    def inventory(self) -> list[dict[str, Any]]:
+        """See the function."""
+        return inventory(self._settings, self._store, self._updates.heard)
 
     def pull(
         self,
@@ -228,6 +236,65 @@ class Operations:
         return {**lifecycle.status(), **lifecycle.state.others()}
 
 
+def inventory(
+    settings: Settings, store: Store, heard: Heard, *, state: CacheState | None = None
+) -> list[dict[str, Any]]:
+    """What is in the cache, and what should run, for `models list` and `models show`: the same whoever looks.
+
+    Args:
+        state: of the cache; None reads it, and has one that is damaged made again.
+
+    Returns:
+        An entry for each model of the settings, in their order, and then for each that only the cache has.
+
+    Raises:
+        StoreError: the cache cannot be read.
+    """
+    state = state or store.state()
+    records: dict[str, list[VersionRecord]] = {name: [] for name in settings.models}
+    for record in store.versions():
+        records.setdefault(record.name, []).append(record)
+    return [
+        _model(name, settings.models.get(name), state.model(name), versions, heard)
+        for name, versions in records.items()
+    ]
+
+
+def _model(
+    name: str,
+    configured: ModelSettings | None,
+    state: ModelState,
+    versions: Sequence[VersionRecord],
+    heard: Heard,
+) -> dict[str, Any]:
+    wanted = choice.wanted_version(configured.ref, state) if configured else None
+    hold = heard.hold(name, state, wanted) if wanted else None
+    return {
+        "name": name,
+        "uri": configured.uri if configured else None,
+        "active": state.active,
+        **state.others(),
+        "desired": state.desired or None,
+        "wanted": wanted.document() if wanted else None,
+        "held": hold.document() if hold else None,
+        "versions": [
+            {
+                "version": record.version,
+                "digest": record.digest,
+                "bytes": record.total_bytes,
+                "files": len(record.files),
+                "state": state.role(record.key),
+                "pinned": record.key == state.pinned,
+                "registered_name": record.registered_name,
+                "registry_uri": record.registry_uri,
+                "run_id": record.run_id,
+                "trust": record.trust.reason,
+            }
+            for record in versions
+        ],
+    }
+
+
 class _Waits:
     """Hears what must wait for its time, and passes everything on."""
 
@@ -303,6 +370,8 @@ def run_operation(
     """
     if name is not None and not (isinstance(name, str) and MODEL_NAME.fullmatch(name)):
         raise UnknownModel(f"{str(name)[:80]!r} is no name of a model")
+    if do == "list":
+        return operations.inventory()
     if do == "pull":
         return operations.pull(name, on_event, allow_older=allow_older is True, now=now is True)
     if do == "prune":

@@ -53,7 +53,7 @@ def test_a_device_that_works_has_no_failure(agent: Daemon) -> None:
         *("host.cpu", "host.clock", "host.libraries", "host.walls", "host.dns", "settings", "daemon", "unit"),
         *("broker.connect", "broker.subscribe", "broker.publish", "registry.reach", "registry.alias"),
         *("cache.folder", "cache.hard_links", "cache.room", "cache.content", "cache.state"),
-        *("models.memory", "models.threads"),
+        *("models.version", "models.memory", "models.threads"),
     } <= set(found)
     assert "is version 1" in found["registry.alias"]["message"]
     assert "the daemon is connected" in found["broker.connect"]["message"]
@@ -284,7 +284,7 @@ def test_a_state_that_is_damaged_is_said_and_left_for_the_daemon(short_dir: Path
     (models / "state.json").write_text("{")
     found = levels(cache_check.check(settings))
     assert found["cache.state"] is Level.FAIL
-    assert "models.threads" in levels(models_check.check(settings))
+    assert {"models.version", "models.threads"} <= set(levels(models_check.check(settings, None)))
     assert (models / "state.json").read_text() == "{"
 
 

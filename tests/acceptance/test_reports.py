@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.support.client import Client
+from tests.support.lookers import look, without_socket
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon
@@ -59,17 +60,30 @@ def test_a_version_for_others_is_held_and_a_plan_says_what_it_would_take(
     follow: Callable[..., FollowingDevice], mlflow_server: Server
 ) -> None:
     device = follow()
+    took_s = device.model()["attempt"]["took_s"]
+    assert list(took_s) == ["fetch", "verify", "gate", "activate"]
+    assert min(took_s.values()) >= 0 and took_s["gate"] > 0
     device.client.subscribe(f"{device.client.root}/model/reported")
     registry = MlflowClient(mlflow_server.uri, mlflow_server.uri)
     second = register_again(registry, device.name)
     registry.set_model_version_tag(device.name, str(second), "edge_agent.rollout", "0")
     check_held(device, second)
+    check_hold_is_seen(device, f"version {second} is rolled out to 0 % of the devices")
     asked = plan(device, "later", version=second)
     assert (asked["missing_bytes"], asked["fits"], asked["code"]) == (0, True, None), "all blobs are here"
     assert plan(device, "none", version=99)["code"] == "unknown_reference"
     assert plan(device, "wrong", version="1")["code"] == "bad_request"
     assert plan(device, "who", version=1, model="nobody")["code"] == "unknown_model"
     assert [each["version"] for each in device.do("list")] == [1], "nothing was brought"
+
+
+def check_hold_is_seen(device: FollowingDevice, said: str) -> None:
+    """Wherever somebody looks, with the daemon and without; and the version that runs says how it came."""
+    looks = (("status",), ("models", "list"), ("models", "show", "assistant"))
+    files = (device.daemon.config_file, without_socket(device.daemon))
+    by_root, _ = look(*(["--config", str(file), *command] for file in files for command in looks))
+    assert [seen.out.count(said) for seen in by_root] == [1] * len(by_root), by_root
+    assert device.model()["held"]["code"] == "not_in_rollout"
 
 
 @pytest.mark.long

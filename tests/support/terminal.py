@@ -15,9 +15,7 @@ import contextlib
 import os
 import pty
 import select
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +28,8 @@ from tests.support.processes import clean_environment, wait_until
 
 EDGE_AGENT = (sys.executable, "-m", "edge_agent")
 _LIMIT_S = 60.0
+_SHELL = ("sh", "-c", 'trap : INT; file=$1; shift; "$@"; echo $? >"$file.new"; mv "$file.new" "$file"', "sh")
+"""Runs the command, and writes its exit code: tmux itself loses one now and then."""
 _OPTIONS = (
     *("set -g status off", "set -g history-limit 5000", "set -g escape-time 0"),
     *(
@@ -113,6 +113,7 @@ class Screen:
         tmux = shutil.which("tmux")
         assert tmux is not None, "tmux is not on PATH (.ci/programs.sh fetches it)"
         self._folder = Path(tempfile.mkdtemp(prefix="screen-"))
+        self._code = self._folder / "code"
         self._tmux = (tmux, "-u", "-S", str(self._folder / "socket"))
         options = self._folder / "tmux.conf"
         options.write_text("".join(f"{option}\n" for option in _OPTIONS))
@@ -124,7 +125,7 @@ class Screen:
         try:
             wait_until(lambda: (self._folder / "socket").exists(), _LIMIT_S, "the terminal")
             size = ("-x", str(columns), "-y", str(rows))
-            self._do("new-session", "-d", *size, shlex.join(command))
+            self._do("new-session", "-d", *size, "--", *_SHELL, str(self._code), *command)
         except BaseException:
             self.close()
             raise
@@ -184,22 +185,18 @@ class Screen:
         """
         self._do("send-keys", key)
 
-    def resize(self, columns: int, rows: int) -> None:
-        self._do("resize-window", "-x", str(columns), "-y", str(rows))
-
     def wait(self) -> int:
-        """The command's exit code, when it has ended. What it left on the screen stays."""
-        wait_until(self._has_ended, _LIMIT_S, "the end of the command")
-        return int(self._ask("pane_dead_status"))
+        """The command's exit code, when it has ended; that of a signal is 128 more, as a shell says it. What it left on
+        the screen stays."""
 
-    def _has_ended(self) -> bool:
-        if self._ask("pane_dead_status"):
-            return True
-        if (
-            self._ask("pane_dead") == "1"
-        ):  # its terminal is closed; tmux 3.3 misses some signals of its children
-            self._server.send_signal(signal.SIGCHLD)
-        return False
+        def ended() -> bool:
+            return self._code.exists() and self._ask("pane_dead") == "1"
+
+        try:
+            wait_until(ended, _LIMIT_S)
+        except TimeoutError as error:
+            raise AssertionError("\n".join(["waited for the end:", *self.lines()])) from error
+        return int(self._code.read_text())
 
     @property
     def is_as_found(self) -> bool:

@@ -14,7 +14,8 @@ from edge_agent.cache.store import Store
 from edge_agent.errors import ActivationHeld, EdgeAgentError, LinkHeld, StoreError, UnknownModel
 from edge_agent.settings import Settings
 from edge_agent.settings.model import ModelSettings
-from edge_agent.updates.operations import Operations, run_operation, without_daemon
+from edge_agent.updates.heard import Heard
+from edge_agent.updates.operations import Operations, inventory, run_operation, without_daemon
 from tests.support.committed import commit, fault
 
 
@@ -205,3 +206,40 @@ def test_without_a_file_there_is_nothing_to_read_or_write(
     commit(store, 1)
     with pytest.raises(EdgeAgentError, match="no file was given"):
         run_operation(found, do, name="assistant", version=1)
+
+
+# --- What is in the cache -------------------------------------------------------------------------------
+
+
+def test_the_inventory_has_each_model_with_its_versions_and_what_keeps_it(
+    operations: tuple[Operations, Store],
+) -> None:
+    found, store = operations
+    records = [commit(store, version) for version in (3, 4)]
+    store.change_state(
+        "assistant", lambda state: replace(state, active=records[0].key, pinned=records[0].key)
+    )
+    (model,) = run_operation(found, "list", name=None, version=None)
+    assert (model["name"], model["uri"]) == ("assistant", "models:/phi@prod")
+    assert (model["pinned"], model["wanted"]) == (records[0].key, {"version": 3, "via": "pin"})
+    seen = [(version["version"], version["state"], version["pinned"]) for version in model["versions"]]
+    assert seen == [(3, "active", True), (4, "cached", False)]
+
+
+def test_a_model_that_the_settings_lost_is_in_the_inventory_after_the_others(tmp_path: Path) -> None:
+    settings = Settings(
+        device_id="dev",
+        state_dir=tmp_path / "state",
+        control_socket=tmp_path / "c.sock",
+        models={"other": ModelSettings(uri="models:/phi/7")},
+    )
+    store = Store(settings.state_dir)
+    commit(store, 3)
+    empty, lost = inventory(settings, store, Heard("", store, lambda: 0.0))
+    assert (empty["name"], empty["versions"], empty["wanted"]) == (
+        "other",
+        [],
+        {"version": 7, "via": "alias"},
+    )
+    assert (lost["name"], lost["uri"], lost["wanted"], lost["held"]) == ("assistant", None, None, None)
+    assert [version["version"] for version in lost["versions"]] == [3]

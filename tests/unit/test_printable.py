@@ -26,7 +26,7 @@ from edge_agent import logs, printable, terminal
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
 from edge_agent.chat import messages
-from edge_agent.cli import main
+from edge_agent.cli import main, status_page
 from edge_agent.cli.doctor import page
 from edge_agent.device_status import DeviceStatus
 from edge_agent.doctor import support_archive
@@ -146,7 +146,7 @@ def test_status_for_people_has_a_line_for_each_trouble(
         broker={"host": "b", "port": 1, "connected": False, "problem": hostile}
     )
     document["troubles"] = [{"code": "internal", "text": hostile}]
-    terminal.print_status(document)
+    terminal.print_page(status_page.page(document, now=0.0))
     shown = capsys.readouterr().out
     assert controls(shown) == set()
     assert [line for line in shown.splitlines() if line.startswith("state ")] == [shown.splitlines()[0]]

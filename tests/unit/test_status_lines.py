@@ -12,7 +12,9 @@ from edge_agent import terminal
 from edge_agent.cache.attempt import Attempt, Fault, Measured, Step
 from edge_agent.cache.state import ModelState
 from edge_agent.device_status import DeviceStatus
+from edge_agent.doctor import models as models_check
 from edge_agent.doctor import service
+from edge_agent.doctor.finding import Level
 from edge_agent.host import landlock, seccomp
 from edge_agent.serving.seat import Serving
 from edge_agent.settings import Settings
@@ -175,3 +177,22 @@ def test_a_version_that_is_not_for_this_device_yet_makes_it_look_worse_only_wher
     fields = {"uri": "", "version": 6, "digest": "", "flavor": None}
     reported = status.reported({"models": [model(**fields)]})["models"]["assistant"]
     assert (reported["link"], reported["attempt"]["step"]) == (None, "held"), "[link] has no part in it"
+
+
+def test_doctor_says_what_keeps_a_model_at_its_version_and_that_nothing_is_wrong() -> None:
+    pinned = model(version=6, pinned="6-aaaaaaaaaaaa", wanted={"version": 6, "via": "pin"})
+    held = model(version=6, held={"version": 7, "reason": "version 7 is held until 22:00"})
+    found = [
+        list(models_check._check_versions(Settings(), {"models": [each]}))
+        for each in (pinned, held, model(version=None))
+    ]
+    assert [(each.check, each.level, each.message) for (each,) in found] == [
+        (
+            "models.version",
+            Level.OK,
+            "assistant: version 6; pinned to 6-aaaaaaaaaaaa; `edge-agent models unpin assistant` lets it follow "
+            "its reference again",
+        ),
+        ("models.version", Level.OK, "assistant: version 6; version 7 is held until 22:00"),
+        ("models.version", Level.OK, "assistant: no version yet"),
+    ]

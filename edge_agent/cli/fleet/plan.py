@@ -14,7 +14,7 @@ import click
 from edge_agent import terminal
 from edge_agent.cli.command import Command, Invocation
 from edge_agent.cli.fleet import options
-from edge_agent.cli.fleet.status import moment, names
+from edge_agent.cli.fleet.status import names
 from edge_agent.fleet import survey
 from edge_agent.fleet.plan import OUTCOMES, Answer, ask
 from edge_agent.terminal import Rows
@@ -119,5 +119,5 @@ def _when(answers: Sequence[Answer]) -> str:
     )
     if not moments:
         return ""
-    first, last = moment(moments[0]), moment(moments[-1])
+    first, last = terminal.moment(moments[0]), terminal.moment(moments[-1])
     return first if first == last else f"{first} to {last}"

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from edge_agent import terminal
-from edge_agent.cli.fleet.status import moment
 from edge_agent.fleet.rollout.console import Progress
 from edge_agent.fleet.rollout.plan import Plan
 from edge_agent.fleet.rollout.standing import Standing
@@ -52,8 +51,9 @@ def plan_page(plan: Plan) -> list[str | Rows]:
     return [
         f"version {plan.version} of {plan.name} instead of {plan.instead_of} ({plan.uri})",
         Rows(("WAVE", "DEVICES SO FAR"), rows),
-        f"each wave is watched for {span(limits.soak_s)}; the rollout halts if more than {limits.max_failed} devices"
-        f" fail, or one is offline, degraded or slower than {limits.min_speed:.0%} of before after it took the version",
+        f"each wave is watched for {terminal.span(limits.soak_s)}; the rollout halts if more than "
+        f"{limits.max_failed} devices fail, or one is offline, degraded or slower than {limits.min_speed:.0%} of "
+        "before after it took the version",
     ]
 
 
@@ -74,7 +74,7 @@ def page(state: State, *, now: float, note: str = "") -> list[str | Rows]:
         tally(state),
     ]
     if state.phase is Phase.SOAKING:
-        parts.append(f"watched for another {span(max(0.0, state.soak_until - now))}")
+        parts.append(f"watched for another {terminal.span(max(0.0, state.soak_until - now))}")
     if state.speed is not None:
         parts.append(f"median speed {state.speed:.0%} of before")
     if state.suspects:
@@ -120,16 +120,6 @@ def ended(state: State) -> str:
     return state.reason if state.reason.startswith(state.phase) else f"{state.phase}: {state.reason}"
 
 
-def span(seconds: float) -> str:
-    """A time in the largest units that say it, such as `12 min 5 s`."""
-    left, parts = round(seconds), []
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, length)
-        if count:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"
-
-
 def what_next(state: State) -> str:
     """What an operator may do now; empty if nothing."""
     name = state.plan.name
@@ -173,4 +163,4 @@ class _Lines:
         text = progress.note if progress.state is None else line(progress.state, progress.note)
         if text and text != self._last:
             self._last = text
-            terminal.echo(f"{moment(time.time())}  {text}", err=self._err)
+            terminal.echo(f"{terminal.moment(time.time())}  {text}", err=self._err)

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -168,7 +167,7 @@ def line(device: Device, *, now: float) -> str:
         f"{model.name} {model.version or '-'} {model.state} {_next(model)}".rstrip()
         for model in device.models
     )
-    return "  ".join((moment(now), device.device_id, device.state, *models))
+    return "  ".join((terminal.moment(now), device.device_id, device.state, *models))
 
 
 def _next(model: ModelReport) -> str:
@@ -179,7 +178,7 @@ def _next(model: ModelReport) -> str:
     if attempt is None or attempt.step == "active" or (attempt.version == model.version and not attempt.code):
         return ""
     until = model.link.held_until if model.link is not None else None
-    when = "" if until is None else f" until {moment(until)}"
+    when = "" if until is None else f" until {terminal.moment(until)}"
     return " ".join(filter(None, (str(attempt.version or ""), attempt.step, attempt.code or ""))) + when
 
 
@@ -192,11 +191,3 @@ def _ago(moment_s: float | None, now: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def moment(seconds: float) -> str:
-    """A time of this console's zone."""
-    try:
-        return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    except (ValueError, OverflowError, OSError):
-        return "?"

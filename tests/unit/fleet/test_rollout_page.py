@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
+from edge_agent import terminal
 from edge_agent.cli import main
 from edge_agent.cli.fleet import rollout_page
 from edge_agent.fleet.rollout.console import Progress
@@ -85,7 +86,7 @@ def test_the_bar_has_the_taken_the_wave_and_the_rest(taken: int, wave: int, whol
     ("seconds", "said"), [(0, "0 s"), (59.6, "1 min"), (754, "12 min 34 s"), (90_061, "1 d 1 h")]
 )
 def test_a_time_is_said_in_its_largest_units(seconds: float, said: str) -> None:
-    assert rollout_page.span(seconds) == said
+    assert terminal.span(seconds) == said
 
 
 def test_in_a_pipe_there_is_one_line_for_each_change(capsys: pytest.CaptureFixture[str]) -> None:
