@@ -155,12 +155,15 @@ def _without_settings(ctx: click.Context) -> str:
 
 
 def _fail(error: EdgeAgentError, note: str) -> NoReturn:
-    """Further lines of a message are indented: no quoted text looks like a line of ours.
+    """Further lines of a message are indented: no quoted text looks like a line of ours. In the journal the code is
+    one of them, for rules that match it.
 
     Args:
         note: what else may be the reason; empty for nothing.
     """
-    for text, begin in ((error.message, "edge-agent: "), (error.remedy, " " * 12), (note, " " * 12)):
+    code = f"code={error.code}" if environment.logs_to_journal() else ""
+    more = " " * 12
+    for text, begin in ((error.message, "edge-agent: "), (error.remedy, more), (note, more), (code, more)):
         if text:
             terminal.echo(begin + text.replace("\n", "\n" + " " * 12), err=True)
     sys.exit(_EXIT_CODES.get(error.code, FAILED))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.errors import DaemonNotRunning, EdgeAgentError
+from edge_agent.errors import BadRequest, DaemonNotRunning, EdgeAgentError
 from edge_agent.transport import control
 from edge_agent.transport.control import Call, ClientGone, ControlServer
 from tests.support.processes import wait_until
@@ -29,9 +30,13 @@ def stumble(call: Call) -> None:
     raise ValueError("a text that may be a prompt")
 
 
+def refuse(call: Call) -> None:
+    raise BadRequest("'a text that may be a prompt' is no field")
+
+
 @contextmanager
 def serving(path: Path, **bounds: int) -> Iterator[ControlServer]:
-    server = ControlServer(path, {"say": say, "stumble": stumble}, **bounds)
+    server = ControlServer(path, {"say": say, "stumble": stumble, "refuse": refuse}, **bounds)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -55,6 +60,20 @@ def test_a_file_goes_along_with_a_request_and_is_closed_after_it(short_dir: Path
             assert [event["text"] for event in answers] == ["hello"]
         assert [event["text"] for event in control.call(short_dir / "c.sock", "say", timeout_s=60)] == [""]
         wait_until(lambda: open_files() <= before, 60, "the files to be closed")
+
+
+def test_a_refusal_is_in_the_log_with_its_code_and_without_its_words(
+    short_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger=control.__name__)
+    with serving(short_dir / "c.sock"):
+        (refused,) = control.call(short_dir / "c.sock", "refuse", timeout_s=60)
+        (unknown,) = control.call(short_dir / "c.sock", "a text that may be a prompt", timeout_s=60)
+    assert [refused["code"], unknown["code"]] == ["bad_request", "internal"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "control request refused code=bad_request op=refuse",
+        "control request refused code=internal op=",
+    ]
 
 
 def test_a_client_that_sends_files_without_end_is_dropped(short_dir: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pwd
 import socket
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from edge_agent.cli import main
 from edge_agent.errors import EdgeAgentError, SettingsError
 from edge_agent.settings import SYSTEM_CONTROL_SOCKET
 from edge_agent.transport import control
+from tests.support.processes import clean_environment
 
 
 @pytest.fixture
@@ -72,6 +75,21 @@ def test_a_daemon_without_settings_says_which_file_and_which_lines(nowhere: Path
     nowhere.write_text(lines)
     assert set(tomllib.loads(lines)) == {"registry", "models", "mqtt"}
     assert settings.load_for_daemon().default_model == "assistant"
+
+
+def test_a_daemon_that_does_not_start_says_its_code_in_the_journal(tmp_path: Path) -> None:
+    file = tmp_path / "stderr"
+    with file.open("w") as stderr:
+        status = os.fstat(stderr.fileno())
+        environment = {
+            **clean_environment(),
+            "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}",
+            "CONFIGURATION_DIRECTORY": str(tmp_path),
+        }
+        command = [sys.executable, "-m", "edge_agent", "run"]
+        result = subprocess.run(command, stderr=stderr, env=environment, timeout=60, check=False)
+    assert result.returncode == 78
+    assert file.read_text().endswith("\n            code=settings_invalid\n")
 
 
 def test_variables_are_settings_and_so_is_a_file_that_is_named(
