@@ -421,6 +421,7 @@ def test_a_page_in_a_hidden_tab_lets_the_interface_end(
             assert not here.server.should_exit, "one that is looked at keeps it"
             with browser.other_tab():
                 here.wait_end()
+            browser.wait("!document.querySelector('#lost').hidden", "that nothing answers any more")
         finally:
             here.close()
     assert all("ERR_CONNECTION_REFUSED" in message for message in browser.errors())

@@ -21,15 +21,14 @@ def look_at(browser: Browser, size: tuple[int, int], dark: bool) -> None:
 
 
 def barriers(browser: Browser) -> list[str]:
-    """What axe-core finds that keeps people from using the page, serious or worse: its rule and where."""
+    """What axe-core finds that keeps people from using the page: its rule, how bad it is, and where."""
     browser.run(AXE.read_text())
     found: list[dict[str, Any]] = browser.run(
         "return axe.run(document, {resultTypes: ['violations']}).then(found => found.violations)"
     )
     return [
-        f"{each['id']}: {node['html'][:200]} {node['failureSummary'][:300]}"
+        f"{each['id']} ({each['impact']}): {node['html'][:200]} {node['failureSummary'][:300]}"
         for each in found
-        if each["impact"] in ("serious", "critical")
         for node in each["nodes"]
     ]
 

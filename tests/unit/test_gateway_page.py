@@ -148,6 +148,8 @@ def test_a_version_that_failed_is_said_once() -> None:
     )
     assert "Tried last" not in known.words
     assert known.words.count("no signature") == 1
+    other = shown(model(quarantined={"8-cc": ""}, reason="another reason"))
+    assert "another reason" in other.words
 
 
 def test_walls_that_are_missing_are_counted_and_named() -> None:

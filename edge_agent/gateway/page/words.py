@@ -18,7 +18,9 @@ def span(seconds: float) -> str:
 
 
 def ago(seconds: float) -> str:
-    return "now" if seconds < 2 else f"{span(seconds).split(' ', 2)[0]} {span(seconds).split(' ')[1]} ago"
+    """How long ago something was, in one unit."""
+    number, unit, *_ = span(seconds).split()
+    return "now" if seconds < 2 else f"{number} {unit} ago"
 
 
 def took(milliseconds: float | None) -> str:

@@ -40,7 +40,7 @@ const look = {
   },
 
   take(request) {
-    $("lost").hidden = request.status !== 0 || document.hidden;
+    $("lost").hidden = [200, 401].includes(request.status) || document.hidden;
     if (request.status === 401) return askForToken();
     if (request.status !== 200 || !request.response) return;
     enter();
@@ -227,7 +227,7 @@ async function ask(text) {
     await answer(said, performance.now());
   } catch (error) {
     if (error.name === "AbortError") note(said, "stopped");
-    else show($("chat-problem"), error.message);
+    else show($("chat-problem"), error instanceof TypeError ? "The connection to the device was lost." : error.message);
   }
   const words = said.querySelector("p").textContent;
   if (words) messages.push({ role: "assistant", content: words });
