@@ -45,7 +45,8 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   package [OPTION…]    wheel, sdist, and offline bundles as tar.gz and .deb, into dist/; --arch A and --python V choose
                        some, --sign-key PEM signs their sums (a private key on a NIST curve, as for packages);
                        DEBFULLNAME and DEBEMAIL, if set, are the .deb's maintainer
-  boot-test            a signed bundle installed, upgraded, broken and attacked on a Debian that boots (root; minutes)
+  boot-test            a signed bundle installed, upgraded, broken and attacked on a Debian that boots, and then its .deb
+                       (root; minutes)
   fleet-test [ARG…]    twelve devices on one broker and one registry, which break, and the table (minutes); --help
   sample-model         make the sample model and the tests' second model again (fetches torch)
   random-model OUT [ARG…]  a model of random weights and a real size, to measure with; --help lists its shapes
@@ -172,6 +173,7 @@ boot_test() {
     set_up dev
     need_programs debootstrap debootstrap -- debootstrap
     need_programs nspawn systemd-nspawn -- systemd-container libsystemd-shared
+    need_programs lintian lintian -- lintian
     prepare_boot_test "$work" "$arch"
     say "prepared in $((SECONDS - started)) s"
     "$VENV/bin/python" -m tests.boot --root "$TOOLS/debian-12" --work "$work" --model "$work/model.tar" \

@@ -16,6 +16,7 @@ from tests.boot import ANSWER, DEVICE, QUESTION
 from tests.boot.agent import CURRENT, Agent, expect
 from tests.boot.container import STATE, Container, wait_until
 from tests.boot.interface import Interface
+from tests.boot.packages import Packages
 from tests.boot.upgrades import Upgrades
 from tests.boot.walls import Walls
 from tests.support.certificates import Authority
@@ -63,7 +64,7 @@ class Files:
     """What the steps bring into the container.
 
     Attributes:
-        bundle, newer, broken: bundles to install; `broken`'s daemon does not start.
+        bundle, newer, broken: bundles to install, with their packages beside them; `broken`'s daemon does not start.
         release_key: the public key that signed them.
         model: a model version, made by `models export`.
         guest: a version of the package that attacks, in a file.
@@ -88,6 +89,14 @@ class Device:
         self._agent = Agent(container, files.release_key)
         self._upgrades = Upgrades(
             container, self._agent, bundle=files.bundle, newer=files.newer, broken=files.broken
+        )
+        self._packages = Packages(
+            container,
+            self._agent,
+            bundle=files.bundle,
+            newer=files.newer,
+            broken=files.broken,
+            model=files.model,
         )
         self._interface = Interface(container, self._agent, exposure_limit=EXPOSURE_LIMIT)
         self._walls = Walls(container, self._agent, guest=files.guest, newer=files.newer, config=CONFIG)
@@ -116,6 +125,7 @@ class Device:
             ("probe after the reboot", self._agent.probe),
             ("support archive", self.support_archive),
             ("uninstall", self.uninstall),
+            *self._packages.steps(),
         ]
 
     def boot(self) -> str:

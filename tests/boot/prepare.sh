@@ -2,7 +2,7 @@
 # What the boot test needs before it can start: a Debian root, two models in files, and signed bundles. build.sh sources
 # this file, which uses its constants, say and die.
 
-# prepare_boot_test FOLDER ARCH: FOLDER/{model,guest}.tar, three bundles in FOLDER/dist, the key that signed them in
+# prepare_boot_test FOLDER ARCH: FOLDER/{model,guest}.tar, three bundles and their packages in FOLDER/dist, the key that signed them in
 # FOLDER/release.pub, and .tools/debian-12.
 prepare_boot_test() {
     local work=$1 arch=$2
@@ -55,7 +55,7 @@ TEXT
     "${agent[@]}" models export assistant 1 "$work/model.tar"
 }
 
-# make_test_bundle FOLDER ARCH VERSION CODE: a bundle of these sources as VERSION, whose daemon begins with CODE.
+# make_test_bundle FOLDER ARCH VERSION CODE: a bundle and a package of these sources as VERSION, whose daemon begins with CODE.
 make_test_bundle() {
     local work=$1 arch=$2 version=$3 code=$4 source=$1/source-$3
     mkdir -p "$source"
@@ -68,4 +68,6 @@ make_test_bundle() {
     "$VENV/bin/python" -m build --no-isolation --wheel --outdir "$source/dist" "$source" >/dev/null
     SOURCE_DATE_EPOCH=1767225600 "$VENV/bin/python" .ci/bundle.py --arch "$arch" --python 3.11 \
         --sign-key "$work/release.pem" --wheel "$source"/dist/*.whl --cache "$TOOLS/wheelhouse" --out "$work/dist"
+    SOURCE_DATE_EPOCH=1767225600 "$VENV/bin/python" .ci/deb.py --out "$work/dist" \
+        --bundle "$work/dist/edge-agent-$version-linux-$arch.tar.gz"
 }
