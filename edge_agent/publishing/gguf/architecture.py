@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from edge_agent.documents import page
 from edge_agent.errors import PublishError
 from edge_agent.publishing.gguf.reader import GgufFile, Tensor, Value
 
@@ -50,7 +51,7 @@ _MOST_SIZE = 1 << 20
 _TABLES = 1 << 29
 """Bytes of the tables of sines and cosines together: a context of a million tokens with heads of 128."""
 
-OTHERWISE = "take the Hugging Face folder that it was made from, and the model builder (docs/models.md)"
+OTHERWISE = f"take the Hugging Face folder that it was made from, and the model builder ({page('models.md')})"
 ROPE_FACTORS = "rope_freqs.weight"
 
 
