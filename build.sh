@@ -36,13 +36,15 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   long-test [ARG…]     the longer ways through what the tests show in short (minutes)
   broker-test [ARG…]   the whole contract on mosquitto, RabbitMQ and NATS, and a table (minutes)
   http-test [ARG…]     the packages openai, llm and langchain-openai against the OpenAI interface (fetches them)
-  look-test [ARG…]     what people look at: the dashboard on a real Prometheus, the device in Home Assistant (a minute)
+  look-test [ARG…]     what people look at: the dashboard on a real Prometheus, the device in Home Assistant, the page in
+                       Chromium; --pictures docs/pictures makes the pictures of it again (minutes; fetches them)
   chaos [PYTEST ARG…]  1,000 prompts while everything around them breaks, and the table; CHAOS_SEED repeats a run
   powerloss [ARG…]     the power-loss tests with all faults at all points, the daemon too (minutes)
   attack [OPTION…]     input that means harm: what is known, then generated, in at most 10 minutes; --help
   check                ruff, formatting and mypy --strict
-  package [OPTION…]    wheel, sdist and the offline bundles into dist/; --arch A and --python V choose some,
-                       --sign-key PEM signs their sums (a private key on a NIST curve, as for packages)
+  package [OPTION…]    wheel, sdist, and offline bundles as tar.gz and .deb, into dist/; --arch A and --python V choose
+                       some, --sign-key PEM signs their sums (a private key on a NIST curve, as for packages);
+                       DEBFULLNAME and DEBEMAIL, if set, are the .deb's maintainer
   boot-test            a signed bundle installed, upgraded, broken and attacked on a Debian that boots (root; minutes)
   fleet-test [ARG…]    twelve devices on one broker and one registry, which break, and the table (minutes); --help
   sample-model         make the sample model and the tests' second model again (fetches torch)
@@ -136,7 +138,9 @@ http_test() {
 }
 
 look_test() {
+    set_up dev
     need_lookers
+    need_axe
     locked_venv home-assistant "$TOOLS/home-assistant" "$(find_newer_python)"
     run_tests -m look "$@"
 }

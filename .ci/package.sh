@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Makes the wheel and the offline bundles. build.sh sources this file, which uses its constants, say and die, and set_up of
+# Makes the wheel, the offline bundles and their Debian packages. build.sh sources this file, which uses its constants, say and die, and set_up of
 # environment.sh.
 
 # package [--arch A]… [--python V]… [--sign-key PEM]: everything into dist/. The bundles fetch wheels; the first time takes minutes.
@@ -30,6 +30,7 @@ package() {
     for arch in "${archs[@]}"; do
         "$VENV/bin/python" .ci/bundle.py --arch "$arch" "${pythons[@]}" --wheel "$ROOT"/dist/*.whl \
             "${signing[@]}" --cache "$TOOLS/wheelhouse" --out "$ROOT/dist"
+        "$VENV/bin/python" .ci/deb.py --bundle "$ROOT"/dist/edge-agent-*-linux-"$arch".tar.gz --out "$ROOT/dist"
     done
     (cd dist && sha256sum -- * >SHA256SUMS)
     [[ -z $key ]] || openssl dgst -sha256 -sign "$key" -out dist/SHA256SUMS.sig dist/SHA256SUMS

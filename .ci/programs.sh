@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Programs that are not Python, from the system's own package archive into .tools: nothing is installed, and no
-# privilege is needed. build.sh sources this file, which uses its TOOLS, say and die.
+# privilege is needed. build.sh sources this file, which uses its TOOLS, LOCKS, VENV, say and die.
 
 # need_programs GROUP PROGRAM… -- DEBIAN-PACKAGE…: the programs are on PATH afterwards. Missing ones come from
 # the system's own package archive into .tools: installing mosquitto the usual way would start a broker.
@@ -25,6 +25,7 @@ need_test_programs() {
     need_programs systemd systemd-analyze -- systemd
     need_programs strace strace -- strace
     need_programs tmux tmux -- tmux
+    need_programs lintian lintian -- lintian
 }
 
 need_postgres() {
@@ -41,6 +42,22 @@ need_brokers() {
 # Those who look at a device in `look-test`.
 need_lookers() {
     need_programs prometheus prometheus promtool -- prometheus
+    # A host without a screen has no fonts either.
+    need_programs chromium chromium chromedriver -- chromium chromium-common chromium-driver fonts-inter
+}
+
+# need_axe: .tools/axe has axe-core, which looks for what keeps people from using a page; out of a package that carries it,
+# pinned by its digest.
+need_axe() {
+    local folder=$TOOLS/axe wanted
+    wanted=$(sha256sum <"$LOCKS/axe.txt")
+    if [[ -f $folder/axe.min.js && $(cat "$folder/.stamp" 2>/dev/null) == "$wanted" ]]; then return; fi
+    say "fetching axe-core"
+    rm -rf -- "$folder"
+    "$VENV/bin/python" -m pip download --quiet --no-deps --require-hashes --dest "$folder" -r "$LOCKS/axe.txt"
+    "$VENV/bin/python" -m zipfile -e "$folder"/*.whl "$folder"
+    find "$folder" -name axe.min.js -exec mv {} "$folder/axe.min.js" \;
+    printf '%s\n' "$wanted" >"$folder/.stamp"
 }
 
 have_all() {
@@ -48,8 +65,8 @@ have_all() {
     for program in "$@"; do command -v "$program" >/dev/null || return 1; done
 }
 
-# fetch_packages GROUP PACKAGE…: unpacks them, and the libraries they need and the system lacks, into
-# .tools/GROUP.
+# fetch_packages GROUP PACKAGE…: unpacks them, and the libraries they need and the system lacks, into .tools/GROUP. For
+# lintian, whose Perl modules ldd does not see, everything that an installation would bring.
 fetch_packages() {
     local group=$1 folder=$TOOLS/$1 round wanted
     shift
@@ -65,6 +82,10 @@ fetch_packages() {
         # shellcheck disable=SC2086  # a list of package names
         download "$folder/deb" $wanted || return 1
         find "$folder/deb" -name '*.deb' -exec dpkg -x {} "$folder/root" \;
+        if [[ $group == lintian && $round -eq 1 ]]; then
+            wanted=$(everything_for "$@")
+            continue
+        fi
         if ! lacks_libraries "$folder/root"; then break; fi
         # shellcheck disable=SC2086
         wanted=$(missing_dependencies $wanted)
@@ -104,30 +125,43 @@ missing_dependencies() {
         done
 }
 
+# everything_for PACKAGE…: these, and all that they need and that is not installed or older.
+everything_for() {
+    apt-get "${apt_options[@]}" -qq --simulate --no-install-recommends install "$@" | awk '/^Inst / { print $2 }'
+}
+
 lacks_libraries() {
     local root=$1 path program
     path=$(library_path "$root")
     while read -r program; do
         [[ $(LD_LIBRARY_PATH=$path ldd "$program" 2>/dev/null || true) != *'not found'* ]] || return 0
-    done < <(find "$root" -type f -path '*bin/*' -perm -u+x)
+    done < <(find "$root" -type f \( -path '*bin/*' -o -path '*/lib/chromium/chromium' \) -perm -u+x)
     return 1
 }
 
 library_path() {
-    find "$1" -path '*/lib/*' \( -name '*.so' -o -name '*.so.*' \) -printf '%h\n' | sort -u | paste -sd :
+    find "$1" -path '*/lib/*' ! -path '*/auto/*' \( -name '*.so' -o -name '*.so.*' \) -printf '%h\n' | sort -u | paste -sd :
+}
+
+perl_path() {
+    find "$1" -type d \( -path '*/share/perl5' -o -path '*/perl5/5.*' -o -path '*/perl/5.*' \) -prune | sort | paste -sd :
 }
 
 # write_wrapper GROUP PROGRAM: .tools/bin/PROGRAM runs the unpacked one with the unpacked libraries.
 write_wrapper() {
-    local root=$TOOLS/$1/root program libraries
-    program=$(find "$root" -path "*bin/$2" -print -quit)
+    local root=$TOOLS/$1/root program libraries modules
+    program=$(find "$root" -type f -path "*/lib/$2/$2" -print -quit) # what a script on PATH starts by its place
+    [[ -n $program ]] || program=$(find "$root" -path "*bin/$2" -print -quit)
     [[ -n $program ]] || return 0
     libraries=$(library_path "$root")
+    modules=$(perl_path "$root")
+    [[ -z $modules ]] || modules="export PERL5LIB=\"${modules//"$TOOLS"/\$tools}\""
     cat >"$TOOLS/bin/$2" <<TEXT
 #!/bin/sh
 tools=\$(cd -- "\${0%/*}/.." && pwd)
 export LD_LIBRARY_PATH="${libraries//"$TOOLS"/\$tools}"
 export SYSTEMD_UNIT_PATH="\$tools/$1/root/lib/systemd/system:\$tools/$1/root/usr/lib/systemd/system"
+$modules
 exec "${program/#"$TOOLS"/\$tools}" "\$@"
 TEXT
     chmod +x "$TOOLS/bin/$2"

@@ -34,6 +34,7 @@ from edge_agent.device_metrics import DeviceMetrics
 from edge_agent.device_status import DeviceStatus, StatusPublisher
 from edge_agent.errors import DaemonRunning, JournalUnavailable, ModelFailed, StoreError, disk_remedy
 from edge_agent.host.confinement import hide_memory
+from edge_agent.host.memory import ReportedMemory
 from edge_agent.metrics.measurements import Measurements
 from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
@@ -92,6 +93,7 @@ class Daemon:
         budget = budget_of(settings, self._store)
         self._lifecycles = lifecycles_of(settings, self._store, budget)
         self._measurements = Measurements(settings.models)
+        self._gateway_memory = ReportedMemory()
         self._updates = Updates(
             settings,
             self._store,
@@ -148,6 +150,7 @@ class Daemon:
                 recent=measured.recent,
                 run_operation=partial(run_operation, operations),
                 note_refusal=self._measurements.note_refusal,
+                note_gateway=self._gateway_memory.note,
             ),
             max_request_bytes=request_bytes(settings.limits.payload_bytes),
         )
@@ -171,7 +174,7 @@ class Daemon:
         self._await_models()
         code = 0
         if (dead := self._dead_thread(time.monotonic())) is not None:
-            log.critical("thread ended name=%s", dead)
+            log.critical("thread ended code=internal name=%s", dead)
             code = 1
         elif not self._stop.is_set():
             self._status.ready = True
@@ -229,7 +232,7 @@ class Daemon:
             self.step(now_s)
             dead = self._dead_thread(now_s)
             if dead is not None:
-                log.critical("thread ended name=%s", dead)
+                log.critical("thread ended code=internal name=%s", dead)
                 return 1
             self._notifier.watchdog(now_s)
         return 0
@@ -331,6 +334,7 @@ class Daemon:
             updates=self._updates,
             status=self._status.document,
             connected=lambda: self._mqtt.connected,
+            gateway_bytes=self._gateway_memory.resident_bytes,
             counters=self._mqtt.counters,
         )
 
@@ -366,7 +370,7 @@ def _logged(name: str, target: Callable[[], None]) -> Callable[[], None]:
         try:
             target()
         except Exception:
-            log.exception("thread failed name=%s", name)
+            log.exception("thread failed code=internal name=%s", name)
 
     return run
 

@@ -20,6 +20,7 @@ from edge_agent.host import memory
 from edge_agent.metrics.measurements import Measurements
 from edge_agent.serving.lifecycle import ModelLifecycle
 from edge_agent.settings import Settings
+from edge_agent.sync import process
 from edge_agent.updates.updates import Updates
 
 
@@ -29,6 +30,7 @@ class DeviceMetrics:
     Args:
         status: the status topic's object.
         connected: whether the broker is.
+        gateway_bytes: what the gateway has in memory; None where none runs.
         counters: of the connection to the broker.
     """
 
@@ -43,6 +45,7 @@ class DeviceMetrics:
         updates: Updates,
         status: Callable[[], Mapping[str, Any]],
         connected: Callable[[], bool],
+        gateway_bytes: Callable[[], int | None],
         counters: Mapping[str, int],
     ) -> None:
         self._settings = settings
@@ -53,6 +56,7 @@ class DeviceMetrics:
         self._updates = updates
         self._status = status
         self._connected = connected
+        self._gateway_bytes = gateway_bytes
         self._counters = counters
         self._started_at = int(time.time())
 
@@ -69,6 +73,8 @@ class DeviceMetrics:
             "started_at": self._started_at,
             "queue_limit": self._settings.limits.queue_depth,
             "memory_bytes": memory.resident_bytes(os.getpid()),
+            "sync_memory_bytes": process.resident_bytes(),
+            "gateway_memory_bytes": self._gateway_bytes(),
             "answered": {name: sum(model["answers"].values()) for name, model in models.items()},
             "answers_dropped": self._journal.dropped_answers,
             "prompts_damaged": self._journal.damaged_rows,

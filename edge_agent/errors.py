@@ -218,7 +218,7 @@ class RegistryRefused(EdgeAgentError):
 
 
 class SyncStopped(EdgeAgentError):
-    """A check was stopped for something more urgent. The next one continues its downloads."""
+    """A check or a trial was stopped for something more urgent, or with the agent. The next one goes on."""
 
     code = "sync_stopped"
 

@@ -4,6 +4,9 @@ For an unexpected exception they have its class and its traceback, but not its m
 This holds for every logger, and for exceptions that end the process or a thread. An event is one line without control
 characters, whatever it quotes.
 
+What was refused, or went wrong, has `code=` in front of whatever it quotes: the code of an error, or of `EVENT_CODES`.
+Rules over the log match that; words and reasons may change. A test reads every call.
+
 Under systemd a line begins with its priority and has no time, since the journal adds that.
 Source: sd-daemon(3), "SD_ERR" and the others.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,6 +27,23 @@ from edge_agent import printable
 
 log = logging.getLogger(__name__)
 
+EVENT_CODES = frozenset(
+    (
+        "answer_undelivered",
+        "below_settings",
+        "client_invalid",
+        "disk_failed",
+        "file_damaged",
+        "message_unreadable",
+        "mirror_failed",
+        "notify_failed",
+        "retained_request",
+        "state_rebuilt",
+        "store_unreachable",
+    )
+)
+"""What happens to the agent and is no error of anybody's request. docs/operating.md says what to do about each."""
+_CODE = re.compile(r"\bcode=([a-z][a-z0-9_]*)(?= |\Z)")
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 _MAX_CAUSES = 5
 _MAX_PLACES = 30
@@ -75,13 +96,13 @@ def _places(traceback: TracebackType | None) -> list[tuple[Any, int]]:
 def _log_end_of_process(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    log.critical("process failed", exc_info=(kind, error, traceback))
+    log.critical("process failed code=internal", exc_info=(kind, error, traceback))
 
 
 def _log_end_of_thread(ended: threading.ExceptHookArgs) -> None:
     if ended.exc_value is not None and not isinstance(ended.exc_value, SystemExit):
         name = ended.thread.name if ended.thread else ""
-        log.critical("thread failed name=%s", name, exc_info=ended.exc_value)
+        log.critical("thread failed code=internal name=%s", name, exc_info=ended.exc_value)
 
 
 class _Formatter(logging.Formatter):
@@ -115,6 +136,8 @@ class _JsonFormatter(_Formatter):
             "logger": record.name,
             "message": printable.line(record.getMessage()),
         }
+        if code := _CODE.search(record.getMessage()):
+            document["code"] = code[1]
         if record.exc_info:
             document["exception"] = self.formatException(record.exc_info)
         return json.dumps(document, ensure_ascii=False)

@@ -69,7 +69,7 @@ class Notifier:
         except OSError as error:
             if not self._failed:
                 self._failed = True
-                log.warning("sd_notify_failed error=%s", error)
+                log.warning("service manager not told code=notify_failed error=%s", error)
         return False
 
 

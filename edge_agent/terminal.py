@@ -276,7 +276,9 @@ def wrapped(text: str, columns: int | None) -> list[str]:
 
 def answer_line(result: Mapping[str, Any]) -> str:
     """The line of figures below an answer."""
+    queue_ms = result.get("queue_ms", 0.0)
+    queued = f" ({queue_ms:.0f} ms of it in the queue)" if queue_ms >= 1 else ""
     return (
-        f"first token {result['first_token_ms']:.0f} ms, {result['tokens_per_s']:.1f} tokens/s, "
+        f"first token {result['first_token_ms']:.0f} ms{queued}, {result['tokens_per_s']:.1f} tokens/s, "
         f"model {result['model']} version {result['version']} ({result['flavor']})"
     )

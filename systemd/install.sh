@@ -100,7 +100,7 @@ main() {
         return
     fi
     [[ -n $root || $EUID -eq 0 ]] || die "only root can do this: sudo $0 $command"
-    if [[ -z $root ]]; then
+    if [[ -z $root && $command != uninstall ]]; then
         command -v systemctl >/dev/null || die "this host has no systemd"
     fi
     mkdir -p -- "$base"
@@ -119,6 +119,11 @@ absolute() {
     if [[ $1 == /* ]]; then printf '%s\n' "$1"; else printf '%s\n' "$started_in/$1"; fi
 }
 
+# Whether there is a systemd to talk to. There is none where the image of a device is made, and none with --root.
+systemd_runs() {
+    [[ -z $root && -d /run/systemd/system ]]
+}
+
 # --- install ----------------------------------------------------------------------------------------------
 
 install_bundle() {
@@ -128,7 +133,7 @@ install_bundle() {
     if [[ -n $key ]]; then copy_signed; fi
     check_bundle
     python=$(find_python)
-    target=$(folder_for "$version")
+    target=$(folder_for "$version" "$(python_version "$python")")
     if [[ -s $target/.complete ]]; then # and it works: folder_for has tested it
         say "version ${target##*/} is already installed"
     else
@@ -206,8 +211,9 @@ find_python() {
     for name in python3 python3.14 python3.13 python3.12 python3.11; do
         path=$(command -v "$name" || true)
         if [[ -n $path && " $has " == *" $(python_version "$path") "* ]]; then
-            if "$path" -I -c 'import venv, ssl, sqlite3, ctypes' 2>/dev/null; then
-                printf '%s\n' "$path"
+            # Itself, python3.11 for one, and not what today's link python3 leads to.
+            if "$path" -I -c 'import os, sys, venv, ssl, sqlite3, ctypes; print(os.path.realpath(sys.executable))' \
+                2>/dev/null; then
                 return
             fi
             lacking=$path
@@ -225,14 +231,14 @@ python_version() {
     "$1" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
 }
 
-# folder_for VERSION: prints the folder of this build if it is installed and works, else the folder to install it to.
-# Another build of the same version gets a new folder, and so does a build that no longer works, for example because
-# the system's Python has changed: the files of a running version must not change.
+# folder_for VERSION PYTHON: prints the folder of this build if it is installed and works, else the folder to install it to.
+# Another build of the same version gets a new folder, and so does a build that no longer works, or was made with another
+# Python than the system now has and may soon lose: the files of a running version must not change.
 folder_for() {
     local digest folder
     digest=$(sha256sum <"$here/SHA256SUMS" | cut -c 1-12)
     for folder in "$base/$1" "$base/$1-$digest"; do
-        if [[ $(complete "$folder") == "$digest" ]] && works "$folder" >/dev/null 2>&1; then
+        if [[ $(complete "$folder") == "$digest" && -d $folder/lib/python$2 ]] && works "$folder" >/dev/null 2>&1; then
             printf '%s\n' "$folder"
             return
         fi
@@ -353,10 +359,16 @@ switch_to() {
     point_to "${target##*/}"
     write_units "$target"
     if [[ -n $root ]]; then return; fi
-    mkdir -p /usr/local/bin
-    ln -sfn -- "$base/current/bin/edge-agent" /usr/local/bin/edge-agent
+    if [[ ! -L /usr/bin/edge-agent ]]; then # the Debian package's
+        mkdir -p /usr/local/bin
+        ln -sfn -- "$base/current/bin/edge-agent" /usr/local/bin/edge-agent
+    fi
     systemctl --quiet enable edge-agent.service
     if [[ $start == no ]]; then return; fi
+    if ! systemd_runs; then
+        say "no systemd runs here: the service starts at the next boot"
+        return
+    fi
     say "starting the service"
     if systemctl restart edge-agent.service; then
         systemctl --quiet try-restart edge-agent-http.service 2>/dev/null || true # it may be at work, with the old version
@@ -405,11 +417,15 @@ write_units() {
             remove_unit "$name"
         fi
     done
-    [[ -n $root ]] || systemctl daemon-reload
+    if systemd_runs; then systemctl daemon-reload; fi
 }
 
 remove_unit() {
-    [[ -n $root ]] || systemctl --quiet disable --now "$1" 2>/dev/null || true
+    if systemd_runs; then
+        systemctl --quiet disable --now "$1" 2>/dev/null || true
+    elif [[ -z $root ]]; then
+        systemctl --quiet disable "$1" 2>/dev/null || true
+    fi
     rm -f -- "$root/etc/systemd/system/$1"
 }
 
@@ -466,7 +482,7 @@ uninstall() {
         rm -f -- /etc/sysusers.d/edge-agent.conf /usr/local/bin/edge-agent
     fi
     for name in "${units[@]}"; do remove_unit "$name"; done
-    if [[ -z $root ]]; then
+    if systemd_runs; then
         systemctl daemon-reload
         systemctl reset-failed "${units[@]}" 2>/dev/null || true
     fi

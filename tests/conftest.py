@@ -45,6 +45,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--real-model", help="what `./build.sh real-model` made; tests/real runs with it, and only then"
     )
+    parser.addoption("--pictures", help="where tests put the pictures that they make for docs/", type=Path)
+
+
+@pytest.fixture(scope="session")
+def pictures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where to put pictures for docs/: `--pictures docs/pictures` makes those there again."""
+    chosen: Path | None = request.config.getoption("--pictures")
+    folder = chosen.resolve() if chosen else tmp_path_factory.mktemp("pictures")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

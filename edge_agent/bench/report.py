@@ -13,6 +13,7 @@ from typing import Any
 
 from edge_agent.bench.measurements import Measured, Together, percentile
 from edge_agent.bench.timing import summary
+from edge_agent.documents import page
 
 BARE, BARE_DEFAULT, PYFUNC, RUNNER, MQTT = "bare", "bare_default_threads", "pyfunc", "runner", "mqtt"
 LLAMA_CPP = "llama.cpp"
@@ -26,9 +27,7 @@ SIDE_NAMES = {
 }
 HEADLINE_TOKENS = 256
 """Of the prompt whose first token is in the headline."""
-_QUALITY = (
-    "a comparison with llama.cpp is fair between builds that keep as much of the original: docs/models.md"
-)
+_QUALITY = "a comparison with llama.cpp is fair between builds that keep as much of the original"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +104,7 @@ def document(
         if together.http_ms:
             result["memory"]["gateway"] = {"resident_bytes": int(median(together.gateway_bytes))}
     result["ratios"] = [{**asdict(ratio), "reached": ratio.reached} for ratio in _ratios(result)]
-    result["notes"] = [*notes, *([_QUALITY] if against else [])]
+    result["notes"] = [*notes, *([f"{_QUALITY}: {page('models.md')}"] if against else [])]
     return result
 
 

@@ -113,7 +113,7 @@ def set_aside_blob(store: Store, digest: str) -> bool:
         durable.rename(blob, store.damaged_root / digest)
         durable.sync_folder(store.damaged_root)
         durable.sync_folder(store.blobs)
-    log.warning("blob set aside digest=%s", digest)
+    log.warning("blob set aside code=verification_failed digest=%s", digest)
     return True
 
 
@@ -135,7 +135,12 @@ def mend_links(store: Store) -> list[Damage]:
             if file is None or not store.has_blob(file) or damage_of(store.blob(file.sha256), file):
                 continue
             store.relink(record, file)
-            log.warning("link mended model=%s version=%s path=%r", record.name, record.key, file.path)
+            log.warning(
+                "link mended code=verification_failed model=%s version=%s path=%r",
+                record.name,
+                record.key,
+                file.path,
+            )
             mended.append(damage)
     return mended
 
@@ -153,7 +158,7 @@ def look_over(store: Store) -> tuple[Damage, ...]:
         set_aside(store, damaged)
     for damage in damaged:
         log.warning(
-            "damaged model=%s version=%s path=%r reason=%r",
+            "damaged code=verification_failed model=%s version=%s path=%r reason=%r",
             damage.name,
             damage.key,
             damage.path,

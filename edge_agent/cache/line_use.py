@@ -65,5 +65,7 @@ def _read(store: Store) -> Mapping[int, int]:
             raise ValueError("format")
         return {int(quarter): whole(count) for quarter, count in document["quarters"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        log.warning("line use begun anew file=%s reason=%s", store.line_file, type(error).__name__)
+        log.warning(
+            "line use begun anew code=file_damaged file=%s reason=%s", store.line_file, type(error).__name__
+        )
         return {}

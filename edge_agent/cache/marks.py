@@ -112,7 +112,11 @@ def _written(store: Store) -> tuple[Mark, ...] | None:
     try:
         return parse(data)
     except StoreError as error:
-        log.warning("marks made again from the cache file=%s reason=%r", store.marks_file, error.message)
+        log.warning(
+            "marks made again from the cache code=file_damaged file=%s reason=%r",
+            store.marks_file,
+            error.message,
+        )
         return None
 
 

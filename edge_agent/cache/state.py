@@ -95,6 +95,17 @@ class ModelState:
         """The trial did not finish, which says nothing about the candidate."""
         return replace(self, candidate=None, candidate_tries=0)
 
+    def interrupted(self, key: str) -> ModelState:
+        """The agent was stopped during a trial: that counts for nothing, and the next start goes on with it.
+
+        A version in quarantine was tried because an operator wanted that; nobody else does.
+        """
+        if self.candidate != key:
+            return self
+        if key in self.quarantined:
+            return self.given_up()
+        return replace(self.waiting_for(key), candidate_tries=max(0, self.candidate_tries - 1))
+
     def refused(self, key: str, fault: Fault) -> ModelState:
         """A candidate failed. It is not tried again, unless no other version could answer."""
         if self.active in (None, key):

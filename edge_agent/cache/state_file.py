@@ -57,5 +57,5 @@ class StateFile:
             durable.sync_folder(self._damaged_root)
         state = states.rebuild(records, reason=reason)
         self.write(state)
-        log.warning("state rebuilt reason=%r models=%d", reason, len(state.models))
+        log.warning("state rebuilt code=state_rebuilt reason=%r models=%d", reason, len(state.models))
         return state

@@ -324,7 +324,9 @@ class Store:
         try:
             durable.touch(self.record_file(record))
         except OSError as error:
-            log.warning("last use not noted version=%s reason=%r", record.key, error.strerror)
+            log.warning(
+                "last use not noted code=cache_failed version=%s reason=%r", record.key, error.strerror
+            )
 
     @contextmanager
     def _unleased(self, record: VersionRecord) -> Iterator[None]:
@@ -347,9 +349,9 @@ def _read_record(file: Path) -> VersionRecord | None:
     try:
         record = records.parse(data)
     except StoreError as error:
-        log.warning("record unreadable file=%s reason=%r", file, str(error))
+        log.warning("record unreadable code=file_damaged file=%s reason=%r", file, str(error))
         return None
     if (record.name, record.key) != (file.parent.name, file.stem):
-        log.warning("record unreadable file=%s reason='it describes another version'", file)
+        log.warning("record unreadable code=file_damaged file=%s reason='it describes another version'", file)
         return None
     return record

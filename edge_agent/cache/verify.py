@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from edge_agent.cache.record import VersionRecord
@@ -13,24 +14,33 @@ from edge_agent.package.manifest import ManifestFile
 _CHUNK_BYTES = 1 << 20
 
 
-def check_files(folder: Path, record: VersionRecord, *, read: bool = True) -> None:
+def _always() -> None:
+    """Goes on."""
+
+
+def check_files(
+    folder: Path, record: VersionRecord, *, read: bool = True, go_on: Callable[[], None] = _always
+) -> None:
     """Checks every file of a version in its folder, before it is loaded.
 
     Args:
         read: False leaves out the sha256, and takes microseconds.
+        go_on: asked before each MiB is read, which may take minutes together; it may raise.
 
     Raises:
         VerificationError: one is not what was committed; it is named.
     """
     for file in record.files:
-        check_file(folder / file.path, file, read=read)
+        check_file(folder / file.path, file, read=read, go_on=go_on)
 
 
-def check_file(path: Path, file: ManifestFile, *, read: bool = True) -> None:
+def check_file(
+    path: Path, file: ManifestFile, *, read: bool = True, go_on: Callable[[], None] = _always
+) -> None:
     """Checks a file's kind, size and sha256 on disk.
 
     Args:
-        read: False leaves out the sha256, and takes microseconds.
+        read, go_on: see `check_files`.
 
     Raises:
         VerificationError: they are not those of `file`; the path inside the package is named.
@@ -48,6 +58,7 @@ def check_file(path: Path, file: ManifestFile, *, read: bool = True) -> None:
         digest = hashlib.sha256()
         try:
             while chunk := stream.read(_CHUNK_BYTES):
+                go_on()
                 digest.update(chunk)
         except OSError as error:
             raise VerificationError(f"{file.path!r} cannot be read: {error.strerror}") from error

@@ -145,7 +145,7 @@ class Dispatcher:
         self.stop_claiming()
         self._idle.wait(timeout_s)
         for run in self._running():
-            log.warning("prompt put back request=%s model=%s", run.prompt.id, self.model)
+            log.info("prompt put back request=%s model=%s", run.prompt.id, self.model)
             with contextlib.suppress(JournalUnavailable):  # it counts as a death then, and runs again
                 self._journal.release(run.prompt.row)
             run.lease.runner.cancel(run.name)
@@ -286,7 +286,11 @@ class Dispatcher:
         for run in runs:
             if run in suspects:
                 log.warning(
-                    "runner failed request=%s model=%s error=%r", run.prompt.id, self.model, str(error)
+                    "runner failed code=%s request=%s model=%s error=%r",
+                    error.code,
+                    run.prompt.id,
+                    self.model,
+                    str(error),
                 )
                 failed = ModelFailed("the model's process failed while it answered this prompt")
                 run.answer = run.refusal(failed)
@@ -313,7 +317,9 @@ class Dispatcher:
 
     def _fail(self, run: Run, error: Exception) -> Answer:
         """The answer where something happened that nobody foresaw."""
-        log.error("prompt failed request=%s model=%s", run.prompt.id, self.model, exc_info=error)
+        log.error(
+            "prompt failed code=model_failed request=%s model=%s", run.prompt.id, self.model, exc_info=error
+        )
         run.lease.runner.cancel(run.name)
         return run.refusal(ModelFailed("the agent failed on this prompt"))
 
@@ -348,8 +354,8 @@ class Dispatcher:
         )
         status = answer.properties["status"]
         log.info(
-            "prompt %s request=%s model=%s version=%s status=%s ms=%.0f",
-            "answered" if counted else "abandoned", run.prompt.id, self.model, run.lease.version, status,
+            "prompt %s request=%s code=%s model=%s version=%s status=%s ms=%.0f",
+            "answered" if counted else "abandoned", run.prompt.id, answer.code, self.model, run.lease.version, status,
             (self._now().boot_s - run.started_boot_s) * 1000,
         )  # fmt: skip
         if counted:

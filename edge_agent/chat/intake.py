@@ -157,7 +157,7 @@ class Intake:
         if not self._journal.answer(row, answer, moment=moment):
             return False
         self._measurements.note_answer(prompt.model, error.code)
-        log.info("prompt ended request=%s row=%d code=%s", prompt.id, row, error.code)
+        log.info("prompt ended code=%s request=%s row=%d", error.code, prompt.id, row)
         if prompt.model in self._workers:
             self._workers[prompt.model].abandon(row)
         self._on_answer(prompt.source, row)

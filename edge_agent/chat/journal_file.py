@@ -144,7 +144,11 @@ class JournalFile:
                 os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
         except OSError as error:
             if self.trouble is None:
-                log.warning("journal reserve cannot be kept path=%s error=%s", self._reserve, error)
+                log.warning(
+                    "journal reserve cannot be kept code=journal_unavailable path=%s error=%s",
+                    self._reserve,
+                    error,
+                )
             self.trouble = self.trouble or f"no prompts are accepted: {_reason(error)}"
             with contextlib.suppress(OSError):
                 self._reserve.unlink(missing_ok=True)
@@ -181,7 +185,7 @@ class JournalFile:
 
     def _reopen(self, *, removed: bool) -> None:
         if removed:
-            log.warning("journal removed path=%s: what it held is lost", self.path)
+            log.warning("journal removed code=file_damaged path=%s: what it held is lost", self.path)
         try:
             self._db.close()
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -223,7 +227,7 @@ class JournalFile:
     def _note_failure(self, error: sqlite3.Error | OSError) -> None:
         """A full disk gets the reserve, a damaged file is mended by the next `mend`."""
         if self.trouble is None:
-            log.warning("journal failed path=%s error=%s", self.path, error)
+            log.warning("journal failed code=journal_unavailable path=%s error=%s", self.path, error)
         self.trouble = _reason(self._refusal() or error)
         self._try_at_s = self._now_s() + _TRY_INTERVAL_S
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
@@ -308,7 +312,7 @@ def _open_or_salvage(path: Path) -> sqlite3.Connection:
     except sqlite3.OperationalError:
         raise  # locked, full or not permitted: the content is not in doubt
     except sqlite3.DatabaseError as error:
-        log.warning("journal damaged path=%s error=%s", path, error)
+        log.warning("journal damaged code=file_damaged path=%s error=%s", path, error)
     _rebuild(path)
     _put_in_place(path)
     return _connect(path)
@@ -323,7 +327,7 @@ def _put_in_place(path: Path) -> None:
     _sync_folder(path.parent)  # an old write-ahead log beside the new file would be played into it
     new.rename(path)
     _sync_folder(path.parent)
-    log.warning("journal replaced by what it held path=%s damaged_file=%s", path, aside)
+    log.warning("journal replaced by what it held code=file_damaged path=%s damaged_file=%s", path, aside)
 
 
 def _rebuild(path: Path) -> None:
@@ -345,11 +349,11 @@ def _rebuild(path: Path) -> None:
                 )
                 carried += 1
             except sqlite3.IntegrityError:
-                log.warning("journal row lost table=%s row=%s", table, values.get("row"))
+                log.warning("journal row lost code=file_damaged table=%s row=%s", table, values.get("row"))
         db.execute("COMMIT")
     rebuilding.rename(path.with_name(path.name + ".new"))
     _sync_folder(path.parent)
-    log.warning("journal rebuilt rows=%d", carried)
+    log.warning("journal rebuilt code=file_damaged rows=%d", carried)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -395,7 +399,7 @@ def _readable_rows(damaged: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             notes = db.execute("SELECT key, value FROM meta").fetchall()
         except sqlite3.Error as error:
-            log.warning("journal notes lost error=%s", error)
+            log.warning("journal notes lost code=file_damaged error=%s", error)
             return
         for note in notes:
             yield "meta", dict(note)

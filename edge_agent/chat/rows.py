@@ -60,7 +60,7 @@ class Rows:
         if outgoing is not None and row["state"] in FINISHED and _is_known(row):
             return  # the answer is undamaged, and nothing else of the row is needed
         self.damaged += 1
-        log.warning("prompt damaged row=%s state=%r", row["row"], row["state"])
+        log.warning("prompt damaged code=file_damaged row=%s state=%r", row["row"], row["state"])
         try:
             prompt_id, form = _typed(row, "id", str), messages.Form(_typed(row, "form", str))
             _typed(row, "answer_topic", str)

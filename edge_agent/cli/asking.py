@@ -1,6 +1,7 @@
 """One prompt from the command line, with or without the daemon; both ways give the same result.
 
-Result: question, answer, model, version, flavor, finish_reason, usage, first_token_ms, tokens_per_s.
+Result: question, answer, model, version, flavor, finish_reason, usage, queue_ms, first_token_ms, tokens_per_s.
+`first_token_ms` counts from the prompt's acceptance, so the time in the queue is a part of it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from edge_agent import terminal
 from edge_agent.cache.store import Store
 from edge_agent.chat import messages
-from edge_agent.cli.command import reported_error
+from edge_agent.cli import waiting
+from edge_agent.cli.command import reported_error, said_by_daemon, unanswered
 from edge_agent.errors import EdgeAgentError, ModelFailed, NoModel, RunnerError, UnknownModel
 from edge_agent.runner.protocol import Done, with_system
 from edge_agent.serving.lifecycle import budget_of, lifecycle_of
@@ -28,7 +31,7 @@ _GRACE_S = 10.0
 def ask_daemon(
     settings: Settings, question: str, *, model: str | None, timeout_s: float | None, on_text: OnText
 ) -> dict[str, Any]:
-    """Asks the running daemon.
+    """Asks the running daemon. While nothing comes, says on stderr what is waited for.
 
     Args:
         timeout_s: the prompt's deadline; None takes the settings' `limits.deadline_s`.
@@ -38,7 +41,18 @@ def ask_daemon(
         DaemonNotRunning: nothing answers on the control socket.
         PromptError: the daemon refused the prompt; the error has the daemon's code.
     """
-    done = prompt_daemon(settings, {"text": question}, model=model, timeout_s=timeout_s, on_text=on_text)
+    name = model or settings.default_model or "the model"
+
+    def tell(obstacle: str) -> None:
+        terminal.echo(f"edge-agent: {name}: {obstacle}", err=True)
+
+    with waiting.told_while_silent(lambda: waiting.obstacle(_status(settings), model), tell) as heard:
+
+        def take(text: str) -> None:
+            heard()
+            on_text(text)
+
+        done = prompt_daemon(settings, {"text": question}, model=model, timeout_s=timeout_s, on_text=take)
     return _result(question, done["answer"], version=int(done["version"]), flavor=done["flavor"])
 
 
@@ -77,12 +91,38 @@ def prompt_daemon(
             if kind == "delta":
                 on_text(event["text"])
             elif kind == "error":
-                raise reported_error(event)
+                raise _explained(reported_error(event), settings, model)
             elif kind == "done":
                 if "error" in event["answer"]:
                     raise reported_error(event["answer"]["error"])
                 return event
-    raise EdgeAgentError("the daemon closed the connection without an answer")
+    raise unanswered()
+
+
+def _status(settings: Settings) -> dict[str, Any]:
+    return said_by_daemon(settings, "status")
+
+
+def _explained(error: EdgeAgentError, settings: Settings, model: str | None) -> EdgeAgentError:
+    """That there is no model is no last word where one is on its way."""
+    if not isinstance(error, NoModel):
+        return error
+    try:
+        status = _status(settings)
+    except (EdgeAgentError, TimeoutError):
+        return error
+    if not waiting.is_coming(status, model):
+        why = waiting.obstacle(status, model).removeprefix("absent: ")
+        return (
+            error
+            if not why or why in error.message
+            else NoModel(f"{error.message}; {why}", remedy=error.remedy)
+        )
+    name = model or status["models"][0]["name"]
+    return NoModel(
+        f"model {name!r} is not here yet: {waiting.obstacle(status, model)}",
+        remedy="ask again then; `edge-agent status --watch` shows it",
+    )
 
 
 def ask_direct(
@@ -178,6 +218,7 @@ def _result(question: str, answer: dict[str, Any], *, version: int, flavor: str)
         "flavor": flavor,
         "finish_reason": answer["choices"][0]["finish_reason"],
         "usage": answer["usage"],
+        "queue_ms": answer["timings"].get("queue_ms", 0.0),
         "first_token_ms": answer["timings"]["first_token_ms"],
         "tokens_per_s": answer["timings"]["tokens_per_s"],
     }

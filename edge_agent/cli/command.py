@@ -17,6 +17,7 @@ import click
 from edge_agent import environment, terminal
 from edge_agent import settings as settings_module
 from edge_agent.errors import (
+    BrokerUnreachable,
     DaemonNotRunning,
     DeadlineExceeded,
     EdgeAgentError,
@@ -38,6 +39,10 @@ _EXIT_CODES: dict[str, int] = {
     UnknownModel.code: NO_MODEL,
     DeadlineExceeded.code: TIMED_OUT,
 }
+
+
+_NEED_SETTINGS = (DaemonNotRunning.code, BrokerUnreachable.code, NoModel.code)
+"""What comes of it where somebody has forgotten to name the settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +82,15 @@ def said_by_daemon(settings: Settings, op: str) -> dict[str, Any]:
             return dict(event[op])
         if event.get("event") == "error":
             raise reported_error(event)
-    raise EdgeAgentError("the daemon closed the connection without an answer")
+    raise unanswered()
+
+
+def unanswered() -> EdgeAgentError:
+    """The daemon hung up before its last event."""
+    return EdgeAgentError(
+        "the daemon closed the connection without an answer",
+        remedy="it was stopped, or has died: see `edge-agent status` and `journalctl -u edge-agent`",
+    )
 
 
 def paint() -> terminal.Paint:
@@ -92,7 +105,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except EdgeAgentError as error:
-            _fail(error)
+            _fail(error, _without_settings(ctx) if error.code in _NEED_SETTINGS else "")
         except TimeoutError:
             terminal.echo("edge-agent: timed out", err=True)
             sys.exit(TIMED_OUT)
@@ -136,9 +149,18 @@ class Group(click.Group):
             raise
 
 
-def _fail(error: EdgeAgentError) -> NoReturn:
-    """Further lines of a message are indented: no quoted text looks like a line of ours."""
-    for text, begin in ((error.message, "edge-agent: "), (error.remedy, " " * 12)):
+def _without_settings(ctx: click.Context) -> str:
+    invocation = ctx.find_object(Invocation)
+    return settings_module.missing_settings(invocation.config) if invocation else ""
+
+
+def _fail(error: EdgeAgentError, note: str) -> NoReturn:
+    """Further lines of a message are indented: no quoted text looks like a line of ours.
+
+    Args:
+        note: what else may be the reason; empty for nothing.
+    """
+    for text, begin in ((error.message, "edge-agent: "), (error.remedy, " " * 12), (note, " " * 12)):
         if text:
             terminal.echo(begin + text.replace("\n", "\n" + " " * 12), err=True)
     sys.exit(_EXIT_CODES.get(error.code, FAILED))

@@ -17,8 +17,8 @@ from edge_agent.cli.command import Command
 @click.option("--question", default="What is the capital of Spain?", show_default=True, help="What to ask.")
 @click.option(
     "--model",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A folder made by the onnxruntime-genai model builder, instead of the sample model.",
+    type=click.Path(exists=True, path_type=Path),
+    help="A folder made by the onnxruntime-genai model builder, or a GGUF file, instead of the sample model.",
 )
 def demo(once: bool, as_json: bool, question: str, model: Path | None) -> None:
     """Run everything on this machine without any configuration.

@@ -7,8 +7,8 @@ from typing import Any
 
 from edge_agent import settings as settings_module
 from edge_agent import terminal
-from edge_agent.cli.command import reported_error
-from edge_agent.errors import DaemonNotRunning, EdgeAgentError
+from edge_agent.cli.command import reported_error, unanswered
+from edge_agent.errors import DaemonNotRunning
 from edge_agent.owner import acting_as_owner_of
 from edge_agent.settings import Settings
 from edge_agent.transport import control
@@ -74,4 +74,4 @@ def _through_daemon(settings: Settings, on_event: Any, **fields: Any) -> Any:
             return event["result"]
         elif event.get("event") == "error":
             raise reported_error(event)
-    raise EdgeAgentError("the daemon closed the connection without an answer")
+    raise unanswered()

@@ -13,6 +13,7 @@ from edge_agent import terminal
 from edge_agent.cli import library_output
 from edge_agent.cli.command import Command, Invocation
 from edge_agent.cli.progress_line import progress_line
+from edge_agent.documents import page
 
 if TYPE_CHECKING:
     from edge_agent.publishing.register import Published
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR|FILE.gguf")
 @click.option("--name", required=True, help="The registered model's name; created if it does not exist.")
 @click.option(
     "--registry", metavar="URI", help="http(s)://… or sqlite:///…; default: registry.uri from the settings."
@@ -82,6 +83,7 @@ def publish(
 ) -> None:
     """Package a folder made by the onnxruntime-genai model builder, or a Hugging Face folder, and register it.
 
+    A GGUF file is made into such a folder first, with its own weights: nothing is rounded again.
     The alias moves last, and only if a device could fetch what was uploaded.
 
     \b
@@ -90,6 +92,7 @@ def publish(
       edge-agent publish ./phi3-int4 --name phi3-mini --registry sqlite:////srv/registry.db \\
           --signature prompt --option max_length=300 --option temperature=0.2
       edge-agent publish ./phi3-hf --name phi3-hf --alias prod --flavor transformers --golden golden.json
+      edge-agent publish ./smollm2.Q4_1.gguf --name smollm2 --alias prod
     Without a registry, for `edge-agent models import` on each device:
       edge-agent publish ./phi3-int4 --name phi3-mini --to /media/stick/phi3-mini.tar
     With a folder that a web server, or a stick, gives to the devices:
@@ -106,7 +109,7 @@ def publish(
     """
     from edge_agent import publishing
     from edge_agent.cli.read_back import read_back
-    from edge_agent.publishing import build_advice
+    from edge_agent.publishing import build, build_advice
 
     made: Published | Written
     if file is not None and (registry or alias):
@@ -132,12 +135,15 @@ def publish(
                 read_back=read_back,
                 **making,
             )
+    graph = build.read(folder) if flavor == "onnx" else None
     if as_json:
-        terminal.echo(json.dumps(_document(made)))
+        terminal.echo(json.dumps(_document(made) | {"build": build.document(graph)}))
     else:
         _say(made)
-    for line in (*made.limits, *build_advice.of_folder(folder)):
-        terminal.echo(f"edge-agent: {folder.name}: {line} (docs/models.md)", err=True)
+        if graph:
+            terminal.echo(f"build: {build.text(graph)}")
+    for line in (*made.limits, *(build_advice.advice(graph) if graph else ())):
+        terminal.echo(f"edge-agent: {folder.name}: {line} ({page('models.md')})", err=True)
 
 
 def _registry(invocation: Invocation, given: str | None) -> str:

@@ -22,11 +22,11 @@ def run(invocation: Invocation) -> None:
     """
     from edge_agent import daemon, logs
 
-    settings = invocation.settings()
+    settings = settings_module.load_for_daemon(invocation.config)
     logs.configure(settings.log_format, journal=environment.logs_to_journal())
-    if invocation.config is None and settings_module.find_config() is None:
+    if not settings.models:
         terminal.echo(
-            "edge-agent: no settings file found; docs/settings.md says where the agent looks for one",
+            "edge-agent: no model is configured: add a [models.NAME] table with its uri to the settings",
             err=True,
         )
     sys.exit(daemon.run(settings))

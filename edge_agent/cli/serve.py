@@ -17,7 +17,9 @@ def serve(invocation: Invocation) -> None:
     """Serve OpenAI's HTTP interface in the foreground, as systemd does.
 
     Programs on this device reach its models at http://127.0.0.1:8080/v1, or where http.listen in the settings says.
-    The daemon answers: it must be running. docs/http.md says how to open it to a network.
+    The same address without /v1 is a page about this device, for a browser.
+    The daemon answers: it must be running. http.md, among the documents that are installed with it, says how to open
+    it to a network.
 
     \b
     Examples:

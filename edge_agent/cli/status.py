@@ -14,7 +14,7 @@ from edge_agent import terminal
 from edge_agent.cli.command import NOT_RUNNING, Command, Invocation, said_by_daemon
 from edge_agent.errors import DaemonNotRunning
 from edge_agent.owner import acting_as_owner_of
-from edge_agent.settings import Settings
+from edge_agent.settings import Settings, missing_settings
 
 
 @click.command(cls=Command)
@@ -45,6 +45,8 @@ def status(invocation: Invocation, as_json: bool, watch: bool) -> None:
         else:
             if code:
                 terminal.echo("edge-agent: the daemon is not running; this state is from the disk", err=True)
+                if missing := missing_settings(invocation.config):
+                    terminal.echo(f"edge-agent: {missing}", err=True)
             terminal.print_status(document)
         if not watch:
             sys.exit(code)

@@ -29,6 +29,7 @@ from edge_agent.doctor import (
     walls,
 )
 from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
+from edge_agent.documents import page
 from edge_agent.errors import EdgeAgentError, SettingsError
 from edge_agent.settings import Settings
 
@@ -59,7 +60,7 @@ def _of_the_settings(load: Callable[[], Settings], config: Path | None) -> Itera
     try:
         settings = files.with_stored_credentials(load())
     except SettingsError as error:
-        remedy = "correct the key in the settings file; docs/settings.md lists all of them"
+        remedy = f"correct the key in the settings file; {page('settings.md')} lists all of them"
         finding = failed("settings", error, remedy)
         yield "settings", lambda: iter([finding])
         yield "unit", service.check_unit
@@ -85,7 +86,9 @@ def _of_the_settings(load: Callable[[], Settings], config: Path | None) -> Itera
 def _check_settings(settings: Settings, config: Path | None) -> Iterator[Finding]:
     if config is None:
         yield warn(
-            "settings", "no settings file found; every key has its default", "write one; see docs/settings.md"
+            "settings",
+            "no settings file found; every key has its default",
+            f"write one; see {page('settings.md')}",
         )
     elif not settings.models:
         yield warn("settings", "no model is configured", "add a [models.NAME] table to the settings")

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
+from edge_agent.documents import page
 from edge_agent.errors import BrokerUnreachable
 from edge_agent.settings import Settings
 from edge_agent.topics import Topics
@@ -26,7 +27,10 @@ from edge_agent.transport.echo import not_back, other_topic
 from edge_agent.transport.namesake import DeviceIdTaken
 
 _CERTIFICATE_DAYS = 14
-_ACL_REMEDY = "docs/broker.md has the rules that a device needs; the broker's log says what it refused"
+
+
+def _acl_remedy() -> str:
+    return f"{page('broker.md')} has the rules that a device needs; the broker's log says what it refused"
 
 
 def check(settings: Settings, status: Mapping[str, Any] | None) -> Iterator[Finding]:
@@ -65,7 +69,7 @@ def check(settings: Settings, status: Mapping[str, Any] | None) -> Iterator[Find
 def _reported_by_daemon(settings: Settings, broker: Mapping[str, Any]) -> Iterator[Finding]:
     yield ok("broker.connect", f"the daemon is connected to {place(settings.mqtt)}")
     if topics := broker.get("refused_topics"):
-        yield fail("broker.subscribe", f"the broker refused {', '.join(topics)}", _ACL_REMEDY)
+        yield fail("broker.subscribe", f"the broker refused {', '.join(topics)}", _acl_remedy())
     else:
         yield ok("broker.subscribe", "the broker granted the daemon's subscriptions")
     if count := broker.get("answers_refused"):
@@ -74,7 +78,7 @@ def _reported_by_daemon(settings: Settings, broker: Mapping[str, Any]) -> Iterat
             "broker.publish",
             f"the broker has refused an answer {count} times since the daemon started;"
             f" {undelivered} answers stay undelivered",
-            _ACL_REMEDY,
+            _acl_remedy(),
         )
     else:
         unheard = broker.get("answers_unheard", 0)
@@ -94,7 +98,7 @@ def _check_connection(settings: Settings, connection: CommandConnection) -> Iter
         yield warn(
             "broker.tls",
             "prompts and answers cross the network in clear text",
-            "set mqtt.ca_file; see docs/broker.md",
+            f"set mqtt.ca_file; see {page('broker.md')}",
         )
     if sock is not None:
         yield from _check_certificate(sock)
@@ -103,7 +107,7 @@ def _check_connection(settings: Settings, connection: CommandConnection) -> Iter
         yield warn(
             "broker.packet_size",
             f"the broker accepts {limit} bytes a message; limits.payload_bytes is {settings.limits.payload_bytes}",
-            "raise the broker's max_packet_size; see docs/broker.md",
+            f"raise the broker's max_packet_size; see {page('broker.md')}",
         )
 
 
@@ -129,11 +133,11 @@ def _check_subscribe(connection: CommandConnection, topics: Topics) -> Finding:
     connection.until(lambda: mid in connection.granted)
     if mid not in connection.granted:
         return fail(
-            "broker.subscribe", f"no answer: {connection.ended or 'the broker is silent'}", _ACL_REMEDY
+            "broker.subscribe", f"no answer: {connection.ended or 'the broker is silent'}", _acl_remedy()
         )
     refused = [topic for topic, code in zip(wanted, connection.granted[mid], strict=False) if code.is_failure]
     if refused:
-        return fail("broker.subscribe", f"the broker refused {', '.join(refused)}", _ACL_REMEDY)
+        return fail("broker.subscribe", f"the broker refused {', '.join(refused)}", _acl_remedy())
     return ok(
         "broker.subscribe",
         f"granted: {topics.chat} and {len(wanted) - 1} more (mosquitto also grants topics that its ACL forbids)",
@@ -149,10 +153,10 @@ def _check_publish(connection: CommandConnection, topics: Topics) -> Finding:
         return fail(
             "broker.publish",
             f"no answer to a publish: {connection.ended or 'the broker is silent'}",
-            _ACL_REMEDY,
+            _acl_remedy(),
         )
     if is_refusal(code):
-        return fail("broker.publish", f"the broker refused {topic}: {code}", _ACL_REMEDY)
+        return fail("broker.publish", f"the broker refused {topic}: {code}", _acl_remedy())
     if not connection.version5:
         return ok(
             "broker.publish", "accepted; over MQTT 3.1.1 a broker does not say when its ACL refuses a message"
@@ -179,6 +183,7 @@ def _check_echo(connection: CommandConnection, topics: Topics, came: Sequence[tu
     if is_refused():
         return ok(
             "broker.self_test",
-            f"the broker's rules forbid {topics.echo}, so nothing is known; docs/broker.md has the line",
+            f"the broker's rules forbid {topics.echo}, so nothing is known;"
+            f" {page('broker.md', 'The self-test')} has the line",
         )
     return failed("broker.self_test", not_back(topics.echo, version5=connection.version5), "")

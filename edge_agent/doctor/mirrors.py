@@ -13,6 +13,7 @@ from typing import Any
 
 from edge_agent.cache.store import Store
 from edge_agent.doctor.finding import Finding, ok, warn
+from edge_agent.documents import page
 from edge_agent.package.manifest import ManifestFile
 from edge_agent.runner.scratch import scratch_folder
 from edge_agent.settings import Settings
@@ -39,7 +40,8 @@ def check(settings: Settings) -> Iterator[Finding]:
             yield warn(
                 "mirrors.reach",
                 f"{url}: {answer}",
-                "check cache.mirrors and what serves it, see docs/mirrors.md; the registry brings what it does not",
+                f"check cache.mirrors and what serves it, see {page('mirrors.md')};"
+                " the registry brings what it does not",
             )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import edge_agent
 from edge_agent.doctor.finding import Finding, fail, ok, warn
+from edge_agent.documents import page
 from edge_agent.environment import search_path
 from edge_agent.errors import DaemonNotRunning, EdgeAgentError
 from edge_agent.settings import Settings, find_control_socket
@@ -90,7 +91,7 @@ def check_daemon(settings: Settings, status: DaemonStatus) -> Iterator[Finding]:
     troubles = list(_troubles(document))
     if state == "degraded" or troubles:
         said = f"{line}; {'; '.join(troubles)}" if troubles else line
-        yield warn("daemon", said, "docs/operating.md says what to do for each state")
+        yield warn("daemon", said, f"{page('operating.md', 'States')} says what to do for each")
     else:
         yield ok("daemon", line)
     if document["agent_version"] != edge_agent.__version__:

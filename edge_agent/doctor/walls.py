@@ -19,6 +19,7 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.doctor import cache
 from edge_agent.doctor.finding import Finding, Level, fail, ok, warn
+from edge_agent.documents import page
 from edge_agent.errors import EdgeAgentError, Unconfined
 from edge_agent.host.confinement import Walls
 from edge_agent.package import trust
@@ -27,7 +28,10 @@ from edge_agent.settings import Settings
 from edge_agent.terminal import echo
 
 _TIMEOUT_S = 30.0
-_REMEDY = "docs/operating.md, Walls, says what this kernel needs"
+
+
+def _remedy() -> str:
+    return f"{page('operating.md', 'Walls')} says what this kernel needs"
 
 
 def check(settings: Settings, status: Mapping[str, Any] | None = None) -> Iterator[Finding]:
@@ -40,7 +44,7 @@ def check(settings: Settings, status: Mapping[str, Any] | None = None) -> Iterat
     lacking = walls.lacking()
     missing = "; ".join(f"{wall}: {why}" for wall, why in walls.missing.items())
     if lacking:
-        yield warn("host.walls", f"{stand}; missing: {missing}", _REMEDY)
+        yield warn("host.walls", f"{stand}; missing: {missing}", _remedy())
     elif missing:
         yield ok("host.walls", f"{stand}; missing, and supplied by system_calls: {missing}")
     else:
@@ -78,7 +82,7 @@ def _taken(walls: Walls, status: Mapping[str, Any]) -> Iterator[Finding]:
                 f"model {model['name']} runs without {', '.join(taken)}, which this host can build: "
                 "a filter around the service forbids it",
                 "look for it in `systemctl cat edge-agent` and in the container's seccomp profile; "
-                "docs/operating.md, Walls, names the calls",
+                f"{page('operating.md', 'Walls')} names the calls",
             )
 
 
@@ -95,12 +99,12 @@ def _without_walls(record: VersionRecord, settings: Settings, lacking: str) -> F
     what = f"model {record.name}: version {record.version} runs code of its own"
     if settings.trust.unconfined_code:
         return warn(
-            "models.walls", f"{what}, without walls, as trust.unconfined_code says ({lacking})", _REMEDY
+            "models.walls", f"{what}, without walls, as trust.unconfined_code says ({lacking})", _remedy()
         )
     return fail(
         "models.walls",
         f"{what}, which this host cannot confine ({lacking}): it does not run",
-        f"{_REMEDY}; or set trust.unconfined_code = true",
+        f"{_remedy()}; or set trust.unconfined_code = true",
         code=Unconfined.code,
     )
 

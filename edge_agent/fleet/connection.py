@@ -21,6 +21,7 @@ from pathlib import Path
 
 from paho.mqtt.client import topic_matches_sub
 
+from edge_agent.documents import page
 from edge_agent.errors import BrokerRefused, BrokerUnreachable, SettingsError
 from edge_agent.fleet.broker import LIMIT_S, QUIET_S, FleetBroker, Message, Outgoing, Watch
 from edge_agent.fleet.devices import MAX_DEVICES
@@ -46,7 +47,11 @@ _GIVES_WAY_S = 5.0
 always say. A short command is done by then, and two that go on take turns.
 """
 _MAX_CERTIFICATE_BYTES = 1 << 20
-_ACL_REMEDY = "docs/broker.md has the rules for an operator's identity; the broker's log says what it refused"
+
+
+def _acl_remedy() -> str:
+    rules = page("broker.md", "Identities")
+    return f"{rules} has the rules for an operator's; the broker's log says what it refused"
 
 
 class ConsoleConnection:
@@ -74,7 +79,7 @@ class ConsoleConnection:
         if probe.had_session:
             raise BrokerRefused(
                 f"{place(self._settings)} takes this console for another client, whose identity it has",
-                remedy="give the console an identity of its own, and not a device's; see docs/broker.md",
+                remedy=f"give the console an identity of its own, and not a device's; see {page('broker.md')}",
             )
         version = "5" if probe.version5 else "3.1.1"
         self._settings = self._settings.model_copy(update={"protocol": version})
@@ -125,7 +130,7 @@ class ConsoleConnection:
                 raise self._lost(connection)
         if refused:
             more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
-            raise BrokerRefused(f"the broker refuses a message for {refused[0]}{more}", remedy=_ACL_REMEDY)
+            raise BrokerRefused(f"the broker refuses a message for {refused[0]}{more}", remedy=_acl_remedy())
 
     @contextlib.contextmanager
     def watch(self, filters: Sequence[str]) -> Iterator[Watch]:
@@ -143,7 +148,9 @@ class ConsoleConnection:
                     self._connection, self._problem = None, connection.ended
                     self._retry_at_s = time.monotonic() + _GIVES_WAY_S
                     log.warning(
-                        "broker connection lost reason=%r retry_s=%.0f", connection.ended, _GIVES_WAY_S
+                        "broker connection lost code=broker_unreachable reason=%r retry_s=%.0f",
+                        connection.ended,
+                        _GIVES_WAY_S,
                     )
             elif (pause_s := self._retry_at_s - time.monotonic()) > 0:
                 time.sleep(min(pause_s, left_s))
@@ -179,7 +186,7 @@ class ConsoleConnection:
             for each, code in zip(some, connection.granted.pop(mid), strict=False):
                 if code.is_failure:
                     raise BrokerRefused(
-                        f"the broker refuses to be read on {each}: {code}", remedy=_ACL_REMEDY
+                        f"the broker refuses to be read on {each}: {code}", remedy=_acl_remedy()
                     )
 
     def _need(self, limit_s: float = LIMIT_S) -> CommandConnection:
@@ -211,7 +218,9 @@ class ConsoleConnection:
             self._failures += 1
             self._problem = error.message
             self._retry_at_s = time.monotonic() + pause_s
-            log.warning("broker not reached again reason=%r retry_s=%.0f", error.message, pause_s)
+            log.warning(
+                "broker not reached again code=%s reason=%r retry_s=%.0f", error.code, error.message, pause_s
+            )
             return
         log.info("broker connected again")
         for reader in self._readers:

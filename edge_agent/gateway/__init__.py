@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ from edge_agent.gateway.doors import Door, open_doors
 from edge_agent.gateway.guard import Guard
 from edge_agent.gateway.server import Server
 from edge_agent.host.confinement import Confinement, confine
+from edge_agent.host.memory import ProcessMemory
 from edge_agent.host.seccomp import Calls, Network
 from edge_agent.settings import Settings
 
@@ -48,10 +50,14 @@ def serve(settings: Settings, *, idle_s: float = IDLE_S) -> int:
     """
     passed = environment.passed_sockets()
     doors = open_doors(settings, passed)
-    walls = confine(around_gateway(doors))
+    memory = ProcessMemory(os.getpid())  # while it can still be read
+    walls = confine(around_gateway(doors, memory))
     if walls.missing:
-        log.warning("walls missing=%s", "; ".join(f"{wall}: {why}" for wall, why in walls.missing.items()))
-    app = make_app(settings)
+        log.warning(
+            "walls missing code=unconfined walls=%s",
+            "; ".join(f"{wall}: {why}" for wall, why in walls.missing.items()),
+        )
+    app = make_app(settings, own_bytes=memory.resident_bytes)
     guards = [(door, Guard(app, hosts=door.hosts, token=door.token)) for door in doors]
     log.info("listening on=%s", ",".join(str(door) for door in doors))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -62,8 +68,9 @@ def serve(settings: Settings, *, idle_s: float = IDLE_S) -> int:
     return 0
 
 
-def around_gateway(doors: Sequence[Door]) -> Confinement:
-    """What the process keeps: what it listens on, and the way to the control socket."""
+def around_gateway(doors: Sequence[Door], memory: ProcessMemory) -> Confinement:
+    """What the process keeps: what it listens on, the way to the control socket, and the sight of its own memory."""
     return Confinement(
-        calls=Calls(network=Network.SERVER), keep=tuple(door.listener.fileno() for door in doors)
+        calls=Calls(network=Network.SERVER),
+        keep=(*(door.listener.fileno() for door in doors), *memory.descriptors),
     )

@@ -1,4 +1,4 @@
-"""What can be asked: chat, completion, models, health, metrics. Each is one call of the control socket.
+"""What can be asked: chat, completion, models, health, metrics, and the page. Each is a call of the control socket.
 
     body, bounded in bytes and time → chat → accepted → the whole answer, or its stream → done
 
@@ -31,6 +31,7 @@ from edge_agent.errors import (
 )
 from edge_agent.gateway import answers, daemon_line, prometheus
 from edge_agent.gateway.answers import Accepted, Stream
+from edge_agent.gateway.page import Page
 from edge_agent.gateway.refusals import MethodNotAllowed, NotFound, RequestSlow
 from edge_agent.settings import Settings, find_control_socket
 
@@ -48,9 +49,13 @@ Event = Mapping[str, Any]
 Events = AsyncGenerator[dict[str, Any], None]
 
 
-def make_app(settings: Settings) -> Starlette:
-    """The application of these settings. It reads no file."""
-    gateway = _Gateway(settings)
+def make_app(settings: Settings, *, own_bytes: Callable[[], int] = lambda: 0) -> Starlette:
+    """The application of these settings. It reads no file.
+
+    Args:
+        own_bytes: what this process has in memory, which the daemon is told; 0 where that is not known.
+    """
+    gateway = _Gateway(settings, own_bytes)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", gateway.chat, methods=["POST"]),
@@ -59,6 +64,7 @@ def make_app(settings: Settings) -> Starlette:
             Route("/v1/models/{name}", gateway.model),
             Route("/healthz", gateway.health),
             Route("/metrics", gateway.metrics),
+            *Page(gateway.told).routes(),
         ],
         exception_handlers={EdgeAgentError: _refused, HTTPException: _not_here, TimeoutError: _stuck},
     )
@@ -69,8 +75,9 @@ def make_app(settings: Settings) -> Starlette:
 class _Gateway:
     """The endpoints. A request is on its own; only how many there are is known."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, own_bytes: Callable[[], int]) -> None:
         self._settings = settings
+        self._own_bytes = own_bytes
         self._at_work = 0
         self._scraping = asyncio.Lock()
         limits = settings.limits
@@ -108,6 +115,16 @@ class _Gateway:
             document = {}
         body, content_type = prometheus.exposition(document, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
+
+    async def told(self, op: str) -> Mapping[str, Any]:
+        """What the daemon says to an operation with one event of that name.
+
+        Raises:
+            EdgeAgentError: it says that something failed, or nothing.
+            TimeoutError: it says nothing in time.
+        """
+        async with asyncio.timeout(_STATUS_S):
+            return await _said(op, self._ask(op))
 
     async def _generate(self, request: Request, surface: Surface) -> Response:
         try:
@@ -173,12 +190,9 @@ class _Gateway:
             return await _said("status", self._ask("status", brief=True))
 
     def _ask(self, op: str, **fields: Any) -> Events:
-        try:
-            path = find_control_socket(self._settings)
-        except PermissionError as error:
-            raise DaemonNotRunning(
-                f"permission denied on {error.filename}", remedy="run this process in the group edge-agent"
-            ) from error
+        path = find_control_socket(self._settings)
+        if own_bytes := self._own_bytes():
+            fields["gateway_memory_bytes"] = own_bytes
         return daemon_line.ask(path, op, **fields)
 
 
@@ -301,7 +315,9 @@ async def _not_here(request: Request, error: Exception) -> Response:
         response = answers.error(MethodNotAllowed(f"{request.method[:20]} is not allowed here"))
         response.headers.update(error.headers or {})
         return response
-    return answers.error(NotFound(f"{request.url.path[:100]} is not served here; docs/http.md says what is"))
+    return answers.error(
+        NotFound(f"{request.url.path[:100]} is not served here; the agent's http.md says what is")
+    )
 
 
 async def _stuck(request: Request, error: Exception) -> Response:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent import environment
+from edge_agent.documents import page
 from edge_agent.errors import SettingsError
 from edge_agent.gateway.refusals import CannotListen
 from edge_agent.settings import Settings
@@ -102,7 +103,7 @@ def _check_open(host: str, token: str, tls: ssl.SSLContext | None) -> None:
     if missing:
         raise SettingsError(
             f"http.listen: {host} may be reached from a network: {' and '.join(missing)} must be set",
-            remedy="docs/http.md says how to open it safely",
+            remedy=f"{page('http.md')} says how to open it safely",
         )
 
 

@@ -2,7 +2,7 @@
 
 A web page must not reach the interface through its reader's browser. Under a name that the page's author controls (DNS
 rebinding) the `Host` is wrong: 421. From another page the browser says its `Origin`: 403. A door with a token asks for
-it: 401. Nothing of the body has been read by then.
+it: 401, but for the empty page that asks people for the token. Nothing of the body has been read by then.
 
 Source: RFC 9110, 15.5.20 (421); RFC 6454, 7 (Origin); RFC 6750, 2.1 and 3 (bearer tokens).
 """
@@ -17,7 +17,10 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_agent.gateway import answers
+from edge_agent.gateway.page import SHELL, STRANGER
 from edge_agent.gateway.refusals import HostRefused, HttpRefusal, OriginRefused, Unauthorized
+
+_READS = ("GET", "HEAD")
 
 
 class Guard:
@@ -35,6 +38,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self.refusal(scope["headers"])
+        if isinstance(refusal, Unauthorized) and scope["path"] in SHELL and scope["method"] in _READS:
+            scope, refusal = {**scope, STRANGER: True}, None
         await (self._app if refusal is None else answers.error(refusal))(scope, receive, send)
 
     def refusal(self, headers: Collection[tuple[bytes, bytes]]) -> HttpRefusal | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 from pathlib import Path
 
@@ -113,3 +114,53 @@ def children(pid: int) -> list[int]:
         if fields[0] != "Z" and int(fields[1]) == pid:
             found.append(int(status.parent.name))
     return sorted(found)
+
+
+class ReportedMemory:
+    """Memory of a process of another user, which says it itself; nothing once that process has ended. Any thread.
+
+    What comes from outside is bounded, and belongs to the process that the kernel names: another one that gets its
+    process id later has said nothing. Source: pidfd_open(2).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pid, self._process = 0, -1
+        self._bytes = 0
+
+    def note(self, pid: int, resident_bytes: object) -> None:
+        """
+        Args:
+            pid: who says it; it runs.
+            resident_bytes: as it came.
+        """
+        if not isinstance(resident_bytes, int) or not 1 < resident_bytes < _NOT_KNOWN:
+            return
+        with self._lock:
+            if pid != self._pid or not self._runs():
+                self._forget()
+                try:
+                    self._pid, self._process = pid, os.pidfd_open(pid)
+                except OSError:  # it has ended, or lives where its number means nothing here
+                    return
+            self._bytes = resident_bytes
+
+    def resident_bytes(self) -> int | None:
+        """What it said last; None where no such process runs."""
+        with self._lock:
+            if not self._runs():
+                self._forget()
+                return None
+            return self._bytes
+
+    def _runs(self) -> bool:
+        if self._process < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._process, select.POLLIN)
+        return not poll.poll(0)
+
+    def _forget(self) -> None:
+        if self._process >= 0:
+            os.close(self._process)
+        self._pid, self._process = 0, -1

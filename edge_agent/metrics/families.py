@@ -175,6 +175,8 @@ def _model_state(document: Document) -> Readings:
 
 def _memory(document: Document) -> Readings:
     yield {"process": "daemon", MODEL: ""}, document.get("memory_bytes")
+    for process in ("sync", "gateway"):
+        yield {"process": process, MODEL: ""}, document.get(f"{process}_memory_bytes")
     for labels, model in _models(document):
         yield {"process": "runner", **labels}, model.get("memory_bytes")
 
@@ -241,7 +243,7 @@ FAMILIES = (
     Family(
         "edge_agent_memory_resident_bytes",
         "gauge",
-        "Memory of the daemon, and of a model's runners",
+        "Memory of the daemon, of a model's runners, and of sync and gateway while they run",
         _memory,
     ),
     Family("edge_agent_cache_bytes", "gauge", "Bytes of all blobs in the cache", _at("cache", "bytes")),

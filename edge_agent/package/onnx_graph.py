@@ -34,6 +34,8 @@ _WEIGHT_INPUTS: Mapping[str, range] = {
     **dict.fromkeys(("GroupQueryAttention", "RotaryEmbedding"), _NONE),  # tables of sines
 }
 """Where the model builder's operators have weights."""
+_MINIMA = ".minima"
+"""Ends the name of a tensor that is a part of quantized weights, as their scales are (publishing/gguf)."""
 _ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 10: 2, 11: 8, 16: 2}
 
 
@@ -62,6 +64,8 @@ class OnnxGraph:
         embedding_bytes: size of the table of token embeddings.
         embedding_shared: the table is also the last matrix.
         embedding_quantized: None if there is no such table.
+        embedding_bits: of one of its elements; 0 where that is unknown.
+        embedding_block_size: weights that share a scale; 0 where none do.
         prunes_head: the last matrix is applied to the last token only.
         weights: number of weights in the graph; a table of embeddings that is there twice counts twice. 0 where an
             operator holds some that this module does not know.
@@ -76,6 +80,8 @@ class OnnxGraph:
     weights: int = 0
     float_type: str = ""
     embedding_shared: bool = False
+    embedding_bits: int = 0
+    embedding_block_size: int = 0
 
 
 def read(file: Path) -> OnnxGraph:
@@ -112,31 +118,44 @@ def _graph(model: memoryview) -> OnnxGraph:
             pruned = _one_token_logits(_bytes(value))
         elif number == 1:
             nodes.append(_Node(_bytes(value)))
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_MINIMA)}
     floats = [
         [tensors[name] for name in node.inputs if name in tensors]
         for node in nodes
         if node.kind in ("MatMul", "Gemm")
     ]
     float_types = {_FLOATS.get(tensor.type, "") for matrix in floats for tensor in matrix[:1]}
-    embedding, quantized, shared = 0, None, False
+    embedding, table, shared = 0, None, False
     others = {name for node in nodes if node.kind not in _LOOK_UPS for name in node.inputs}
     for node in nodes:
         if node.kind in _LOOK_UPS:
-            table = [name for name in node.inputs if name in tensors]
-            size = sum(tensors[name].size_bytes for name in table)
+            weights = [name for name in node.inputs if name in tensors]
+            size = sum(tensors[name].size_bytes for name in weights)
             if size > embedding:
-                embedding, quantized = size, node.kind == "GatherBlockQuantized"
-                shared = not others.isdisjoint(table)
+                embedding, table = size, node
+                shared = not others.isdisjoint(weights)
     return OnnxGraph(
         matmuls=tuple(node.quantized() for node in nodes if node.kind == "MatMulNBits"),
         float_matmuls=sum(map(bool, floats)),
         embedding_bytes=embedding,
-        embedding_quantized=quantized,
+        embedding_quantized=None if table is None else table.kind == "GatherBlockQuantized",
         prunes_head=pruned,
         weights=_weights(nodes, tensors),
         float_type=float_types.pop() if len(float_types) == 1 else "",
         embedding_shared=shared,
+        **_embedding(table, tensors),
     )
+
+
+def _embedding(table: _Node | None, tensors: Mapping[str, _Tensor]) -> dict[str, int]:
+    """How the elements of the table of embeddings are stored."""
+    if table is None:
+        return {}
+    if table.kind == "GatherBlockQuantized":
+        sizes = table.integers
+        return {"embedding_bits": sizes.get("bits", 4), "embedding_block_size": sizes.get("block_size", 128)}
+    tensor = tensors.get(table.inputs[0])
+    return {"embedding_bits": 8 * _ELEMENT_BYTES[tensor.type]} if tensor and tensor.type in _FLOATS else {}
 
 
 def _weights(nodes: Iterable[_Node], tensors: Mapping[str, _Tensor]) -> int:

@@ -1,8 +1,9 @@
-"""Publishing: packages an ONNX or a Hugging Face folder as an MLflow model, and registers it as a version.
+"""Publishing: packages an ONNX or a Hugging Face folder, or a GGUF file, as an MLflow model, and registers a version.
 
 `publish_folder` does all of it, `write_folder` makes a version file instead; only then MLflow is imported.
 
     kinds.py         says what a folder is that is not what was asked for
+    gguf/            makes an ONNX folder from a GGUF file
     source.py        checks the folder, the options and the golden prompts
     hugging_face.py  chooses the files of a Hugging Face folder
     cleaning.py      leaves out of its configurations what no device reads
@@ -64,10 +65,12 @@ def publish_folder(
     read_back: ReadBack | None = None,
     **making: Unpack[Making],
 ) -> Published:
-    """Packages a folder made by the onnxruntime-genai model builder, or a Hugging Face folder, and registers it.
+    """Packages a folder made by the onnxruntime-genai model builder, a Hugging Face folder or a GGUF file.
+
+    Then it registers that as a version.
 
     Args:
-        source: folder with `genai_config.json`, or with `config.json` and safetensors weights.
+        source: folder with `genai_config.json`, or with `config.json` and safetensors weights; or a GGUF file.
         name: the registered model's name; it is created if it does not exist.
         registry_uri: `http(s)://…` or `sqlite:///…`.
         alias: moved to the new version, as the last step.
@@ -137,8 +140,29 @@ def _packaged(
     if blobs is not None:
         blob_folders.make_folder(blobs)
     with tempfile.TemporaryDirectory(prefix="edge-agent-publish-") as folder:
-        package = build_package(source, Path(folder) / "package", name=name, **making)
+        model = model_folder(source, Path(folder), progress=making.get("progress", no_progress))
+        package = build_package(model, Path(folder) / "package", name=name, **making)
         copied = None
         if blobs is not None:
             copied = blob_folders.write_blobs(package, blobs, progress=making.get("progress", no_progress))
         yield package, copied
+
+
+def model_folder(source: Path, temporary: Path, *, progress: Progress = no_progress) -> Path:
+    """The folder itself, or what is made of a GGUF file, in a temporary folder.
+
+    Raises:
+        PublishError: the GGUF file cannot be converted.
+    """
+    if not kinds.is_gguf(source):
+        return source
+    from edge_agent.publishing import gguf  # with numpy
+
+    progress("convert", 0, 0)
+    made = temporary / "onnx"
+    made.mkdir()
+    try:
+        gguf.convert(source, made)
+    except OSError as error:
+        raise PublishError(f"{source} cannot be converted in {temporary}: {error.strerror}") from error
+    return made

@@ -6,11 +6,7 @@ Pure rules over `OnnxGraph`. docs/models.md has the measurements behind them and
 from __future__ import annotations
 
 import collections
-import json
-from pathlib import Path
 
-from edge_agent.errors import ContentError
-from edge_agent.package import genai_options, onnx_graph
 from edge_agent.package.onnx_graph import OnnxGraph
 
 GOOD_BLOCK_SIZE = 32
@@ -18,24 +14,10 @@ GOOD_BLOCK_SIZE = 32
 INT8_ACCURACY_LEVEL = 4
 _LARGE_TABLE_BYTES = 256 << 20
 """A smaller table is not worth the accuracy that it costs: the whole of it is hardly ever in memory."""
-_MAX_CONFIG_BYTES = 1 << 20
-
-
-def of_folder(folder: Path) -> list[str]:
-    """Advice for a model builder's folder, one sentence for each build option that could be better.
-
-    A folder that cannot be read, or is not a decoder of one graph, gets no advice.
-    """
-    try:
-        with (folder / genai_options.FILE_NAME).open("rb") as stream:
-            name = json.loads(stream.read(_MAX_CONFIG_BYTES + 1))["model"]["decoder"]["filename"]
-        return advice(onnx_graph.read(folder / name))
-    except (ContentError, OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
 
 
 def advice(graph: OnnxGraph) -> list[str]:
-    """The same for a graph."""
+    """One sentence for each build option that could be better."""
     found = []
     if not graph.matmuls:
         return ["its weights are not quantized: build with -p int4"] if graph.float_matmuls else []

@@ -2,7 +2,7 @@
 
 It looks at names and at the first bytes of a file, and reads nothing else. What is published:
 
-    onnx            a model builder's folder: genai_config.json
+    onnx            a model builder's folder: genai_config.json; or a GGUF file, which is made into one
     transformers    a Hugging Face folder: config.json and safetensors
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from edge_agent.documents import page
 from edge_agent.errors import PublishError
 from edge_agent.package import genai_options, mlmodel
 
@@ -20,7 +21,7 @@ BUILD = (
     "--extra_options accuracy_level=4 algo_config=k_quant_mixed block_size=32"
 )
 """The recommended command of docs/models.md."""
-_MANUAL = "docs/models.md has the options, and says how to come from a GGUF file"
+GGUF_MAGIC = b"GGUF"
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z")
 _ARCHIVE_STARTS = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -37,6 +38,8 @@ def check(folder: Path, flavor: str) -> None:
         PublishError: it says what the folder is, and how to publish that.
     """
     try:
+        if flavor == "onnx" and is_gguf(folder):
+            return
         if not folder.is_dir():
             raise _not_a_folder(folder)
         names = {path.name for path in folder.iterdir()}
@@ -55,6 +58,14 @@ def check(folder: Path, flavor: str) -> None:
     except OSError as error:
         raise PublishError(f"{folder} cannot be read: {error.strerror}") from error
     raise _another_kind(folder, names, flavor)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether it is a GGUF file, by its first bytes."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -80,8 +91,8 @@ def _another_kind(folder: Path, names: set[str], flavor: str) -> PublishError:
             f"{folder} is a Hugging Face folder, not one of the model builder",
             remedy=f"build ONNX from it: {build}; or publish it as it is, for larger devices: --flavor transformers",
         )
-    if ".gguf" in suffixes:
-        return _gguf(folder)
+    if found := sorted(name for name in names if name.lower().endswith(".gguf")):
+        return _gguf(folder, folder / found[0])
     if ".onnx" in suffixes:
         return PublishError(
             f"{folder} is an ONNX model without {genai_options.FILE_NAME}: onnxruntime-genai cannot run it",
@@ -110,8 +121,8 @@ def _not_a_folder(path: Path) -> PublishError:
     with path.open("rb") as stream:
         start = stream.read(512)
     place, magic = _TAR_MAGIC
-    if start.startswith(b"GGUF"):
-        return _gguf(path)
+    if start.startswith(GGUF_MAGIC):
+        return _gguf(path, path)
     if start.startswith(_ARCHIVE_STARTS) or start[place:].startswith(magic):
         return PublishError(f"{path} is an archive, not a folder", remedy="unpack it, and give its folder")
     return PublishError(
@@ -119,11 +130,10 @@ def _not_a_folder(path: Path) -> PublishError:
     )
 
 
-def _gguf(path: Path) -> PublishError:
-    build = BUILD.format(source="HF_FOLDER")
+def _gguf(path: Path, file: Path) -> PublishError:
     return PublishError(
-        f"{path} is a GGUF model, for llama.cpp",
-        remedy=f"take the Hugging Face folder that it was made from: {build}; {_MANUAL}",
+        f"{path} is a GGUF model",
+        remedy=f"give the file, without --flavor transformers: {shlex.quote(str(file))}",
     )
 
 
@@ -133,7 +143,7 @@ def _mlflow_package(folder: Path) -> PublishError:
     else:
         remedy = (
             "register it with MLflow itself: MlflowClient().log_artifacts(RUN_ID, DIR, 'model') and "
-            "create_model_version(NAME, SOURCE); devices run it under the rules of docs/security.md"
+            f"create_model_version(NAME, SOURCE); devices run it under the rules of {page('security.md')}"
         )
     return PublishError(f"{folder} is an MLflow package already", remedy=remedy)
 
@@ -142,3 +152,7 @@ def _wanted(flavor: str) -> str:
     if flavor == "transformers":
         return "give a Hugging Face folder: hf download ORGANISATION/NAME --local-dir DIR"
     return f"make the folder with {BUILD.format(source='HF_FOLDER')}"
+
+
+def _manual() -> str:
+    return f"{page('models.md')} has the options, and says how to come from a GGUF file"

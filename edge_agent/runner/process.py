@@ -324,7 +324,7 @@ class RunnerProcess:
                 break
             time.sleep(0.01)
         else:
-            log.warning("runner did not stop model=%s pid=%d", self.model, self.pid)
+            log.warning("runner did not stop code=runner_failed model=%s pid=%d", self.model, self.pid)
         self.kill()
 
     def kill(self) -> None:
@@ -335,7 +335,7 @@ class RunnerProcess:
         try:
             self._process.wait(KILL_WAIT_S)
         except subprocess.TimeoutExpired:
-            log.error("runner cannot be killed model=%s pid=%d", self.model, self.pid)
+            log.error("runner cannot be killed code=runner_failed model=%s pid=%d", self.model, self.pid)
         with self._send_lock:
             if self._socket.fileno() >= 0:  # not killed before
                 self.suspects = decode_turn(os.pread(self._turn, TURN_BYTES, 0))

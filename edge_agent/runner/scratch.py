@@ -34,7 +34,7 @@ def make_scratch() -> Path | None:
         _remove_orphans(Path(tempfile.gettempdir()))
         return Path(tempfile.mkdtemp(prefix=f"{_of_this_host()}{os.getpid()}-"))
     except OSError as error:
-        log.warning("no temporary folder reason=%r", str(error))
+        log.warning("no temporary folder code=disk_failed reason=%r", str(error))
         return None
 
 
@@ -110,7 +110,7 @@ def _remove(folder: Path, is_late: Callable[[], bool]) -> None:
         return  # somebody else has just removed it
     except Exception as error:  # noqa: BLE001 - whatever a child left there, its owner goes on
         reason = f"not within {REMOVAL_S:.0f} s" if isinstance(error, _OutOfTime) else str(error)
-        log.warning("temporary folder stays folder=%s reason=%r", _given_up(folder), reason)
+        log.warning("temporary folder stays code=disk_failed folder=%s reason=%r", _given_up(folder), reason)
 
 
 def _given_up(folder: Path) -> Path:

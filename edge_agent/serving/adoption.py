@@ -3,7 +3,8 @@
 Flow of `adopt`: quarantine and unmet requirements are checked → the candidate is written to the state → its runner
 starts beside the active one (or in its place, if memory holds only one) → it answers its golden prompts → between
 two prompts the state is switched with one rename and the runners are exchanged → the old runner stops. A candidate
-that fails leaves the active version alone, and is quarantined if the failure was its own.
+that fails leaves the active version alone, and is quarantined if the failure was its own. A stop of the agent ends a
+trial and is held against nobody.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import replace
 
 from edge_agent.cache.attempt import Fault, Measured, Step
 from edge_agent.cache.record import VersionRecord
-from edge_agent.errors import ActivationHeld, EdgeAgentError, MemoryShort, StoreError
+from edge_agent.errors import ActivationHeld, EdgeAgentError, MemoryShort, StoreError, SyncStopped
 from edge_agent.serving import verdicts
 from edge_agent.serving.loading import LoadedVersion, Loading, VersionLoader
 from edge_agent.serving.rollback import Rollback
@@ -25,6 +26,7 @@ from edge_agent.serving.verdicts import GateFailed, UnmetRequirement, UnmetRequi
 
 log = logging.getLogger(__name__)
 
+_END_S = 10.0
 _MOST_MEASURED = 1e9
 """A higher number was never measured: what a runner says of itself is input."""
 
@@ -68,6 +70,12 @@ class Adoption:
         """True while a change is being made."""
         return self._operating.locked()
 
+    def wait_for_end(self) -> None:
+        """Returns when no change is being made: its runner is gone, and what becomes of it is on disk. The process may
+        end after that, whichever thread made the change."""
+        if self._operating.acquire(timeout=_END_S):
+            self._operating.release()
+
     def adopt(
         self,
         key: str,
@@ -98,7 +106,11 @@ class Adoption:
                 self._note_refusal(record, error)
                 raise error
             log.info("candidate starts model=%s version=%s", self._name, key)
-            self._try(record, instead, attainable_bytes, before_exchange)
+            try:
+                self._try(record, instead, attainable_bytes, before_exchange)
+            except (SyncStopped, KeyboardInterrupt):
+                self._note_stop(record, goes_on=not (force or record.fallback))
+                raise
             self._states.note_served()
 
     def go_back(self) -> str:
@@ -132,6 +144,7 @@ class Adoption:
             attainable_bytes: of memory, before the attempt.
 
         Raises:
+            SyncStopped: the agent stops.
             EdgeAgentError: it does not load or pass; the active version goes on.
         """
         if (
@@ -146,9 +159,15 @@ class Adoption:
                 self._check_time(version, before_exchange)
             self._exchange(version, measured, instead)
         except ActivationHeld:
-            log.info("candidate put off model=%s version=%s", self._name, record.key)
+            log.info(
+                "candidate put off code=%s model=%s version=%s", ActivationHeld.code, self._name, record.key
+            )
+            raise
+        except SyncStopped:
             raise
         except EdgeAgentError as error:
+            if self._seat.closed:
+                raise SyncStopped("the agent is stopping") from error
             if self._states.active is None:
                 self._seat.open()
                 self._note_no_active(Serving.ABSENT, f"version {record.version} failed: {error}")
@@ -177,7 +196,7 @@ class Adoption:
         """
         try:
             before_exchange()
-        except ActivationHeld:
+        except BaseException:
             version.runner.stop()
             raise
 
@@ -203,7 +222,12 @@ class Adoption:
             memory_limit_bytes=self._loading.memory_limit_bytes,
         )
         if self.gate_report:
-            log.warning("gate model=%s version=%s %s", self._name, version.record.key, self.gate_report)
+            log.warning(
+                "gate code=below_settings model=%s version=%s %s",
+                self._name,
+                version.record.key,
+                self.gate_report,
+            )
         return Measured(
             load_ms=round(min(version.reported.load_ms, _MOST_MEASURED)),
             tokens_per_s=round(min(tried.tokens_per_s, _MOST_MEASURED), 2),
@@ -218,8 +242,8 @@ class Adoption:
         """
         record = version.record
         self._states.begin(record, Step.ACTIVATE)
-        self._seat.drain()
         try:
+            self._seat.drain()
             self._states.begin(
                 record,
                 Step.ACTIVE,
@@ -263,15 +287,30 @@ class Adoption:
     def _note_no_active(self, serving: Serving, reason: str) -> None:
         self._seat.note(serving, reason, still=self._states.still_active(None))
 
+    def _note_stop(self, record: VersionRecord, *, goes_on: bool) -> None:
+        """Writes down that a trial was ended by a stop.
+
+        Args:
+            goes_on: the next start tries the version again: not the fallback, nor what an operator asked for by its
+                number.
+        """
+        key = record.key
+        self._states.change(lambda state: state.interrupted(key) if goes_on else state.given_up())
+        log.info("trial stopped code=%s model=%s version=%s", SyncStopped.code, self._name, key)
+
     def _note_refusal(self, record: VersionRecord, error: EdgeAgentError) -> None:
         """Writes down that a candidate failed, and why if that was its own doing."""
         fault = Fault.of(error)
-        if self._seat.closed:
-            self._states.change(lambda state: state.given_up())
-        elif verdicts.caused_by_host(error):
+        if verdicts.caused_by_host(error):
             self._states.fail(record, fault.code, lambda state: state.given_up())
         elif verdicts.caused_by_candidate(error):
             self._states.fail(record, fault.code, lambda state: state.refused(record.key, fault))
         else:
             self._states.fail(record, fault.code)
-        log.warning("candidate refused model=%s version=%s reason=%r", self._name, record.key, fault.reason)
+        log.warning(
+            "candidate refused code=%s model=%s version=%s reason=%r",
+            fault.code,
+            self._name,
+            record.key,
+            fault.reason,
+        )

@@ -71,7 +71,8 @@ class Learned:
             return [_entry(fields) for fields in document["entries"]]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             log.warning(
-                "learned.json is damaged, everything is measured again reason=%s", type(error).__name__
+                "learned.json is damaged, everything is measured again code=file_damaged reason=%s",
+                type(error).__name__,
             )
             return []
 
@@ -112,7 +113,9 @@ class Learned:
                 document = {"format": 1, "entries": [_fields(each) for each in entries]}
                 durable.write_file(self._path, json.dumps(document, indent=1).encode() + b"\n")
         except OSError as error:  # it is measured again at the next load
-            log.warning("not remembered file=%s reason=%r", self._path, error.strerror or str(error))
+            log.warning(
+                "not remembered code=cache_failed file=%s reason=%r", self._path, error.strerror or str(error)
+            )
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

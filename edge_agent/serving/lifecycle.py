@@ -113,7 +113,8 @@ class ModelLifecycle:
         if not isinstance(taken, EmptySeat):
             return taken
         if taken.dead is not None:  # it died while nobody used it, so no prompt can be the cause
-            log.warning("idle runner died model=%s version=%s", self.name, taken.dead.record.key)
+            key = taken.dead.record.key
+            log.warning("idle runner died model=%s version=%s code=runner_failed", self.name, key)
             taken.dead.runner.kill()
         elif self._rollback.waiting:
             return None
@@ -145,8 +146,10 @@ class ModelLifecycle:
     def _give_back(self, version: LoadedVersion) -> None:
         self._loader.note_peak(version)
         if self._seat.give_back(version):
-            how = version.runner.exit_text()
-            log.warning("runner died model=%s version=%s how=%r", self.name, version.record.key, how)
+            log.warning(
+                "runner died model=%s version=%s code=runner_failed how=%r",
+                self.name, version.record.key, version.runner.exit_text(),
+            )  # fmt: skip
         if self._seat.unload_requested:  # another model waits for the memory
             self.give_up_memory()
 
@@ -238,8 +241,6 @@ class ModelLifecycle:
         """A version was removed from the cache."""
         self._states.change(lambda state: state.without(key))
 
-    # --- Stopping the runner ---------------------------------------------------------------------------
-
     def unload_when_idle(self) -> None:
         """Stops a runner that nobody has used for `idle_unload_s`; the dispatcher calls this between prompts."""
         limit_s = self._loading.settings.idle_unload_s
@@ -268,12 +269,13 @@ class ModelLifecycle:
         return sum(runner.resident_bytes() for runner in runners)
 
     def close(self) -> None:
-        """Stops the runners, and loads nothing any more."""
+        """Stops the runners, and loads nothing any more. A trial that this ends is written down."""
         version = self._seat.close()
         self._loading.budget.leave(self)
         self._loader.close()
         if version is not None:
             version.runner.stop()
+        self._adoption.wait_for_end()
 
     # --- For everybody ---------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 Flow of `load`: [trust] allows the version → it is leased, and memory makes room → a runner starts, and while it
 imports its libraries every byte is read again → loaded; on a host where the version is new, once with each number of
 threads that may be best. Refuses to load what is not verified. A runner that fails, or is closed meanwhile, is dead.
+What fails once it is closed has not failed: it was stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.cache.verify import check_files
-from edge_agent.errors import PromptError, RunnerError
+from edge_agent.errors import EdgeAgentError, PromptError, RunnerError, SyncStopped
 from edge_agent.host.confinement import Walls
 from edge_agent.package import trust
 from edge_agent.runner.protocol import Load, Loaded
@@ -33,6 +34,7 @@ LOAD_TIMEOUT_S = 600.0
 THREADED_FLAVOR = "onnxruntime-genai"
 """The flavor whose number of threads is measured."""
 
+_STOPPING = "the agent is stopping"
 _PEAK_GROWTH = 1.05
 """A peak is written down again when it has grown by this much: a write is not free on a flash card."""
 
@@ -134,6 +136,7 @@ class VersionLoader:
         """Checks a version's bytes and loads them in a new runner.
 
         Raises:
+            SyncStopped: it was closed meanwhile.
             EdgeAgentError: it is damaged, or does not load; no runner is left.
         """
         loading = self._loading
@@ -183,7 +186,9 @@ class VersionLoader:
             try:
                 return measure(version.runner, signature=version.reported.signature)
             except PromptError as error:  # too slow, or no room for a prompt
-                log.warning("speed not measured model=%s reason=%r", self._model.name, str(error))
+                log.warning(
+                    "speed not measured code=%s model=%s reason=%r", error.code, self._model.name, str(error)
+                )
                 return 0.0
 
     def _start(
@@ -200,7 +205,7 @@ class VersionLoader:
         runner = self._start_runner()
         with self.tracked(runner):
             try:
-                check_files(folder, record, read=self._loading.verify)
+                check_files(folder, record, read=self._loading.verify, go_on=self._go_on)
                 reported = runner.load(
                     Load(
                         folder=str(folder),
@@ -219,9 +224,12 @@ class VersionLoader:
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
                 )
-            except RunnerError:
+            except RunnerError as error:
                 if not self._closed:
-                    log.warning("runner output model=%s output=%r", self._model.name, runner.last_output())
+                    output = runner.last_output()
+                    log.warning(
+                        "runner output code=%s model=%s output=%r", error.code, self._model.name, output
+                    )
                 raise
         log.info(
             "model loaded model=%s version=%s flavor=%r pid=%d threads=%d load_ms=%.0f",
@@ -237,20 +245,32 @@ class VersionLoader:
 
     @contextmanager
     def tracked(self, runner: Runner) -> Iterator[None]:
-        """Lets `close` find a runner that answers no prompts yet, while the block runs. Kills it if the block fails."""
+        """Lets `close` find a runner that answers no prompts yet, while the block runs. Kills it if the block fails.
+
+        Raises:
+            SyncStopped: in place of what failed because of `close`.
+        """
         with self._lock:
             self._starting.add(runner)
-            closed = self._closed
         try:
-            if closed:
-                raise RunnerError("the agent is stopping")
+            self._go_on()
             yield
-        except BaseException:
+        except BaseException as error:
             runner.kill()
+            if self._closed and isinstance(error, EdgeAgentError):
+                raise SyncStopped(_STOPPING) from error
             raise
         finally:
             with self._lock:
                 self._starting.discard(runner)
+
+    def _go_on(self) -> None:
+        """
+        Raises:
+            SyncStopped: it was closed.
+        """
+        if self._closed:
+            raise SyncStopped(_STOPPING)
 
     def fits_beside(self, record: VersionRecord) -> bool:
         """Whether memory is likely to hold this version beside everything that is loaded now."""

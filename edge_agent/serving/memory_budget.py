@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edge_agent.cache.record import VersionRecord
-from edge_agent.errors import MemoryShort, RunnerError
+from edge_agent.errors import MemoryShort, SyncStopped
 from edge_agent.host import identity
 from edge_agent.host.memory import available_bytes, total_bytes
 from edge_agent.serving.footprint import LEAST_CONTEXT_TOKENS, Footprint, footprint_of
@@ -171,7 +171,12 @@ class MemoryBudget:
                 is_short=free < limit_bytes,
             )
             if warning:
-                log.warning("memory model=%s version=%s %s", record.name, record.key, admission.warning)
+                log.warning(
+                    "memory code=memory_short model=%s version=%s %s",
+                    record.name,
+                    record.key,
+                    admission.warning,
+                )
             self._reserved[load] = min(need, free)
         try:
             yield admission
@@ -211,12 +216,12 @@ class MemoryBudget:
         """Waits, and has other models unloaded, as long as that may help. Releases the lock while it waits.
 
         Raises:
-            RunnerError: the model was closed.
+            SyncStopped: the model was closed.
         """
         limit_s = self._clock() + WAIT_S
         while need > self._free():
             if model not in self._models:
-                raise RunnerError("the agent is stopping")
+                raise SyncStopped("the agent is stopping")
             others = [each for each in self._models if each is not model and each.resident_bytes()]
             oldest = min(others, key=lambda each: each.last_used_s(), default=None)
             if oldest is not None and oldest.give_up_memory():

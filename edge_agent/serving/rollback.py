@@ -63,7 +63,9 @@ class Rollback:
         reason = str(error)
         if not self._seat.note(Serving.LOADING, reason, still=self._states.still_active(record)):
             return  # another version was seated or chosen meanwhile
-        log.warning("load failed model=%s version=%s reason=%r", self._name, record.key, reason)
+        log.warning(
+            "load failed code=%s model=%s version=%s reason=%r", error.code, self._name, record.key, reason
+        )
         self._failures.add(self._clock())
         verdict = verdicts.on_load_failure(error, self._failures.count)
         stepped_back = False
@@ -73,7 +75,7 @@ class Rollback:
             if verdict.step_back:
                 stepped_back = self._step_back(record, Fault.of(error), quarantine=verdict.quarantine)
         except EdgeAgentError as trouble:
-            log.error("step back failed model=%s reason=%r", self._name, str(trouble))
+            log.error("step back failed code=%s model=%s reason=%r", trouble.code, self._name, str(trouble))
         if not stepped_back:
             self._states.note_load(record, error.code)
             serving = Serving.FAILED if verdict.final else Serving.LOADING
@@ -93,7 +95,7 @@ class Rollback:
         try:
             self._step_back(record, Fault(code=RunnerCrashed.code, reason=reason), quarantine=True)
         except EdgeAgentError as error:
-            log.error("step back failed model=%s reason=%r", self._name, str(error))
+            log.error("step back failed code=%s model=%s reason=%r", error.code, self._name, str(error))
 
     def _step_back(self, record: VersionRecord, fault: Fault, *, quarantine: bool) -> bool:
         """Makes the previous version active, or one of the fallback, if there is one that may run.
@@ -110,7 +112,10 @@ class Rollback:
             fault.code,
             lambda current: current.stepped_back(held_against, to=to, instead=instead),
         )
-        log.warning("rolled back model=%s from=%s to=%s reason=%r", self._name, record.key, to, because)
+        log.warning(
+            "rolled back code=%s model=%s from=%s to=%s reason=%r",
+            fault.code, self._name, record.key, to, because,
+        )  # fmt: skip
         self.clear()
         self._seat.note(
             Serving.LOADING,

@@ -139,7 +139,11 @@ class VersionStates:
             marks.note_active(self._store, self.active)
         except StoreError as error:  # the next look at the registry tries again
             log.warning(
-                "mark not raised model=%s version=%s reason=%r", self._name, self.active.key, str(error)
+                "mark not raised code=%s model=%s version=%s reason=%r",
+                error.code,
+                self._name,
+                self.active.key,
+                str(error),
             )
         if not self.active.served:
             self._note_served(self.active.key, served=True)
@@ -210,7 +214,10 @@ class VersionStates:
         try:
             self._store.note_served(self._name, key, served=served)
         except StoreError as error:  # the state itself is written
-            log.warning("record not changed model=%s version=%s reason=%r", self._name, key, str(error))
+            log.warning(
+                "record not changed code=%s model=%s version=%s reason=%r",
+                error.code, self._name, key, str(error),
+            )  # fmt: skip
 
     def _usable(self) -> list[VersionRecord]:
         return [

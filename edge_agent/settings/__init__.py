@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from edge_agent import environment
+from edge_agent.documents import page
 from edge_agent.errors import SettingsError
 from edge_agent.package.reference import MODEL_NAME
 from edge_agent.settings.cache import CacheSettings
@@ -38,6 +39,15 @@ SYSTEM_CONFIG = Path("/etc/edge-agent/config.toml")
 SYSTEM_CONTROL_SOCKET = Path("/run/edge-agent/control.sock")
 _MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un has 108 with the final NUL
 _MAX_CONFIG_BYTES = 1 << 20
+_NO_HOME = "the user has no home ($HOME)"
+_FIRST_SETTINGS = """write {file} with these lines, each with a value of yours:
+  [registry]
+  uri = "http://mlflow.example:5000"
+  [models.assistant]
+  uri = "models:/phi3-mini@prod"
+  [mqtt]
+  host = "broker.example"
+then `edge-agent doctor` checks them; {page} has all keys. `edge-agent demo` shows it all without any settings"""
 
 
 class Settings(BaseSettings):
@@ -92,7 +102,7 @@ class Settings(BaseSettings):
     @field_validator("state_dir")
     @classmethod
     def _state(cls, path: Path) -> Path:
-        return (_default_state_dir() if path == Path() else path.expanduser()).absolute()
+        return (_default_state_dir() if path == Path() else _at_home(path)).absolute()
 
     @field_validator("models")
     @classmethod
@@ -108,7 +118,7 @@ class Settings(BaseSettings):
         if path == Path():
             runtime = environment.directory("RUNTIME_DIRECTORY")
             path = (runtime or self.state_dir) / "control.sock"
-        path = path.expanduser().absolute()
+        path = _at_home(path).absolute()
         if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
             raise ValueError(
                 f"control_socket {str(path)!r} has more than {_MAX_SOCKET_PATH_BYTES} bytes; set a shorter path"
@@ -155,22 +165,69 @@ def load(config: Path | None = None) -> Settings:
 
 
 def find_config() -> Path | None:
-    """`$CONFIGURATION_DIRECTORY/config.toml`, else the user's file, else the system's; None if there is none."""
+    """`$CONFIGURATION_DIRECTORY/config.toml`, else the user's file, else the system's; None if there is none.
+
+    One that this user may not look at is given, too: reading it says so.
+    """
+    return next((path for path in config_candidates() if _sees(path) is not False), None)
+
+
+def config_candidates() -> list[Path]:
+    """Where a settings file is looked for, the first that is there counts."""
     directory = environment.directory("CONFIGURATION_DIRECTORY")
     if directory:
-        candidates = [directory / "config.toml"]
-    elif os.geteuid() == 0:
-        candidates = [SYSTEM_CONFIG]
-    else:
-        candidates = [platformdirs.user_config_path(APPLICATION) / "config.toml", SYSTEM_CONFIG]
-    return next((path for path in candidates if path.is_file()), None)
+        return [directory / "config.toml"]
+    if os.geteuid() == 0:
+        return [SYSTEM_CONFIG]
+    try:
+        return [platformdirs.user_config_path(APPLICATION) / "config.toml", SYSTEM_CONFIG]
+    except RuntimeError:  # the user has no home
+        return [SYSTEM_CONFIG]
+
+
+def load_for_daemon(config: Path | None = None) -> Settings:
+    """As `load`, for a daemon: without any settings there is nothing that it could do.
+
+    Raises:
+        SettingsError: there are none, or what `load` says.
+    """
+    if missing := missing_settings(config):
+        file = config_candidates()[0]
+        raise SettingsError(missing, remedy=_FIRST_SETTINGS.format(file=file, page=page("settings.md")))
+    return load(config)
+
+
+def missing_settings(config: Path | None) -> str:
+    """Where settings were looked for and not found, for people; empty if there are any."""
+    if config is not None or find_config() is not None or environment.names(ENV_PREFIX):
+        return ""
+    places = " and no ".join(map(str, config_candidates()))
+    return f"there are no settings: no {places}, and no {ENV_PREFIX}* variable"
 
 
 def find_control_socket(settings: Settings) -> Path:
-    """The socket on which a command reaches the daemon: the configured one, else the system service's."""
-    if not settings.control_socket.exists() and SYSTEM_CONTROL_SOCKET.exists():
-        return SYSTEM_CONTROL_SOCKET
+    """The socket on which a command reaches the daemon: the configured one, else the system service's.
+
+    One that this user may not look at is given where no other is there: connecting to it says so.
+    """
+    places = (settings.control_socket, SYSTEM_CONTROL_SOCKET)
+    seen = {path: _sees(path) for path in places}
+    for wanted in (True, None):
+        for path in places:
+            if seen[path] is wanted:
+                return path
     return settings.control_socket
+
+
+def _sees(path: Path) -> bool | None:
+    """Whether something is there; None where this user may not know."""
+    try:
+        path.stat()
+    except PermissionError:
+        return None
+    except OSError:
+        return False
+    return True
 
 
 def _default_state_dir() -> Path:
@@ -179,7 +236,18 @@ def _default_state_dir() -> Path:
         return directory
     if os.geteuid() == 0:
         return Path("/var/lib") / APPLICATION
-    return platformdirs.user_state_path(APPLICATION)
+    try:
+        return platformdirs.user_state_path(APPLICATION)
+    except RuntimeError as error:
+        raise ValueError(f"{_NO_HOME}: set it to a folder of the agent's own") from error
+
+
+def _at_home(path: Path) -> Path:
+    """With the user's home in place of `~`."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{str(path)!r}: {_NO_HOME}") from error
 
 
 def _host_name() -> str:
@@ -193,7 +261,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
             raise SettingsError(f"{path} has more than {_MAX_CONFIG_BYTES} bytes")
         return tomllib.loads(data.decode("utf-8"))
     except OSError as error:
-        raise SettingsError(f"settings file {path} cannot be read: {error.strerror}") from error
+        denied = isinstance(error, PermissionError)
+        raise SettingsError(
+            f"settings file {path} cannot be read: {error.strerror}",
+            remedy="use sudo, or let this user read it" if denied else "",
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"settings file {path} is not TOML: {error}") from error
 

@@ -382,7 +382,7 @@ def _is_whole(store: Store, file: ManifestFile) -> bool:
     if not store.has_blob(file):
         return False
     if reason := damage_of(store.blob(file.sha256), file):
-        log.warning("blob damaged digest=%s reason=%r", file.sha256, reason)
+        log.warning("blob damaged code=verification_failed digest=%s reason=%r", file.sha256, reason)
         with store.lock():
             fsck.set_aside_blob(store, file.sha256)
         return False

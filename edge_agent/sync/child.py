@@ -45,7 +45,7 @@ def main() -> int:
     except BrokenPipeError:
         return 1  # nobody listens any more
     except Exception as error:  # the process's top: the daemon must hear of it
-        log.exception("sync failed")
+        log.exception("sync failed code=internal")
         reason = " ".join(logs.describe(error).split())
         emit(protocol.failed(EdgeAgentError(f"unforeseen: {reason}")))
         return 1

@@ -65,7 +65,9 @@ class PresignedStore:
         try:
             return self._answer(self._address(path), path, headers)
         except _Unusable as why:
-            log.warning("files come through the registry from now on reason=%r", str(why))
+            log.warning(
+                "files come through the registry from now on code=store_unreachable reason=%r", str(why)
+            )
             self._offered = False
             return None
 

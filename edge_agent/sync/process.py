@@ -21,6 +21,7 @@ from typing import IO
 from edge_agent import environment
 from edge_agent.errors import EdgeAgentError, SettingsError, SyncStopped, TransportError
 from edge_agent.host.clock import CLOCK, Clock
+from edge_agent.host.memory import ProcessMemory
 from edge_agent.runner.lines import LineReader
 from edge_agent.runner.scratch import scratch_folder
 from edge_agent.sync.protocol import (
@@ -36,6 +37,8 @@ from edge_agent.sync.protocol import (
 
 log = logging.getLogger(__name__)
 
+_RUNNING: set[ProcessMemory] = set()
+"""The sync processes of this one. There may be two: a plan is made while a version is fetched."""
 _STEP_S = 0.2
 _EXIT_WAIT_S = 5.0
 _STDERR_TAIL_BYTES = 4_000
@@ -95,6 +98,11 @@ def run_sync(
     return outcome
 
 
+def resident_bytes() -> int | None:
+    """What the running sync processes have in memory; None where none runs. Any thread."""
+    return sum(process.resident_bytes() for process in running) if (running := _RUNNING.copy()) else None
+
+
 def run_outline(
     job: SyncJob, *, timeout_s: float, should_stop: Callable[[], bool] = lambda: False, clock: Clock = CLOCK
 ) -> Outline:
@@ -130,7 +138,7 @@ def _outcome(
                 return outcome
             on_event(event)
         status = _ended(process)
-    log.warning("sync died model=%s status=%s stderr=%r", job.name, status, stderr.text)
+    log.warning("sync died code=internal model=%s status=%s stderr=%r", job.name, status, stderr.text)
     last_line = stderr.text.splitlines()[-1] if stderr.text else "it said nothing"
     raise EdgeAgentError(f"the sync of {job.name} ended with status {status}: {last_line}")
 
@@ -188,11 +196,15 @@ def _started(job: SyncJob) -> Iterator[subprocess.Popen[bytes]]:
             pass_fds=() if job.version_file is None else (job.version_file,),
             start_new_session=True,
         )
+        memory = ProcessMemory(process.pid)
+        _RUNNING.add(memory)
         try:
             yield process
         finally:
             process.kill()
             process.wait()
+            _RUNNING.discard(memory)
+            memory.close()
             for pipe in (process.stdout, process.stderr):
                 if pipe:
                     pipe.close()

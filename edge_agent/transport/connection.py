@@ -137,7 +137,7 @@ class Connection:
             if self.connected and not self.ended:
                 send_due(self)
         except Exception as error:  # noqa: BLE001 - paho raises on malformed packets; the connection is at fault
-            log.warning("mqtt connection failed error=%r", error)
+            log.warning("mqtt connection failed code=broker_unreachable error=%r", error)
             self.ended = f"protocol error: {error!r}"
         if not self.connected and time.monotonic() - self.started_s > _CONNACK_S:
             self.silent = True

@@ -74,6 +74,11 @@ class Call:
         self.request = request
         self.file = file
 
+    @property
+    def process(self) -> int:
+        """The client's, as the kernel says it; 0 where it has no number here."""
+        return _peer_of(self._connection)[0]
+
     def send(self, event: str, **fields: Any) -> None:
         """Sends one event.
 
@@ -175,16 +180,16 @@ class ControlServer:
                     return
                 raise
             connection.settimeout(_SEND_TIMEOUT_S)
-            user = _user_of(connection)
+            _, user = _peer_of(connection)
             if not self._seats.take(user):
+                full = QueueFull(
+                    "too many control connections",
+                    remedy="end some of the other commands",
+                    retry_after_ms=_SEAT_AGAIN_MS,
+                )
+                log.info("control request refused code=%s user=%d", full.code, user)
                 with connection, contextlib.suppress(ClientGone):
-                    Call(connection, {}).fail(
-                        QueueFull(
-                            "too many control connections",
-                            remedy="end some of the other commands",
-                            retry_after_ms=_SEAT_AGAIN_MS,
-                        )
-                    )
+                    Call(connection, {}).fail(full)
                 continue
             threading.Thread(
                 target=self._serve, args=(connection, user), name="control-connection", daemon=True
@@ -217,12 +222,16 @@ class ControlServer:
             if operation is None:
                 raise EdgeAgentError(f"unknown operation {str(request.get('op'))[:80]!r}")
             operation(call)
-        except EdgeAgentError as error:
+        except EdgeAgentError as error:  # its message may quote a prompt
+            op = str(call.request.get("op"))
+            log.info(
+                "control request refused code=%s op=%s", error.code, op if op in self._operations else ""
+            )
             call.fail(error)
         except ClientGone:
             raise
         except Exception:
-            log.exception("control connection failed")
+            log.exception("control connection failed code=internal")
             call.fail(EdgeAgentError("an error that nobody foresaw", remedy="see the daemon's log"))
 
 
@@ -278,10 +287,11 @@ def _connect(connection: socket.socket, path: Path) -> None:
         time.sleep(_CONNECT_AGAIN_S)
 
 
-def _user_of(connection: socket.socket) -> int:
-    """The user who connected, as the kernel says it."""
+def _peer_of(connection: socket.socket) -> tuple[int, int]:
+    """(process, user) that connected, as the kernel says it."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(credentials)[1])
+    process, user, _ = _CREDENTIALS.unpack(credentials)
+    return int(process), int(user)
 
 
 def _send_request(connection: socket.socket, line: bytes, file: int | None) -> None:

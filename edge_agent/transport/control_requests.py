@@ -38,6 +38,7 @@ def control_operations(
     recent: Callable[[], Mapping[str, Any]],
     run_operation: RunOperation,
     note_refusal: Callable[[str], None],
+    note_gateway: Callable[[int, object], None],
 ) -> dict[str, Operation]:
     """All operations, for the control server.
 
@@ -47,6 +48,7 @@ def control_operations(
         metrics: their document.
         recent: what the last prompts took.
         note_refusal: told the code of each prompt that is not accepted.
+        note_gateway: told the process of each request of the gateway, and what it says that it has in memory.
     """
 
     def refusals_noted(ask: Callable[[Call, Intake], None]) -> Operation:
@@ -76,11 +78,19 @@ def control_operations(
         )
         call.send("done", result=result)
 
+    def gateway_noted(operation: Operation) -> Operation:
+        def run(call: Call) -> None:
+            if (resident_bytes := call.request.get("gateway_memory_bytes")) is not None:
+                note_gateway(call.process, resident_bytes)
+            operation(call)
+
+        return run
+
     return {
         "probe": refusals_noted(prompts.probe),
-        "chat": refusals_noted(prompts.chat),
-        "status": on_status,
-        "metrics": lambda call: call.send("done", metrics=metrics()),
-        "recent": lambda call: call.send("done", recent=recent()),
+        "chat": gateway_noted(refusals_noted(prompts.chat)),
+        "status": gateway_noted(on_status),
+        "metrics": gateway_noted(lambda call: call.send("done", metrics=metrics())),
+        "recent": gateway_noted(lambda call: call.send("done", recent=recent())),
         "models": on_models,
     }

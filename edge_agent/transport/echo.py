@@ -18,6 +18,7 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING
 
+from edge_agent.documents import page
 from edge_agent.errors import EdgeAgentError
 from edge_agent.transport.connection import Connection, Sent
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 PATIENCE_S = 10.0
 AGAIN_S, AGAIN_DEAF_S = 300.0, 30.0
 _HANG_UPS = 2
-_REMEDY = "see docs/broker.md, 'The self-test'"
 _DOT_REMEDY = (
     "it takes the dot in device_id for a separator: give the device an id without dots, or use mosquitto"
 )
@@ -128,13 +128,14 @@ class Echo:
 
 def not_back(topic: str, *, version5: bool) -> SelfTestFailed:
     """The message that was sent to this topic has not come."""
+    place = page("broker.md", "The self-test")
     either = "" if version5 else ", or its rules forbid the test (MQTT 3.1.1 does not tell)"
     return SelfTestFailed(
         f"what this device sends to itself ({topic}) does not come back: the broker would not bring it requests"
         f" either{either}",
-        remedy=f"{_REMEDY}; some brokers take a dot in device_id for a separator"
+        remedy=f"see {place}; some brokers take a dot in device_id for a separator"
         if "." in topic
-        else _REMEDY,
+        else f"see {place}",
     )
 
 

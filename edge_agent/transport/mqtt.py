@@ -25,7 +25,7 @@ from edge_agent.chat import clock
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Delivery, Prompt
-from edge_agent.errors import EdgeAgentError, JournalUnavailable, SettingsError
+from edge_agent.errors import BrokerUnreachable, EdgeAgentError, JournalUnavailable, SettingsError
 from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.topics import Topics
 from edge_agent.transport.connection import Connection, Dialling
@@ -219,7 +219,8 @@ class MqttTransport:
         try:
             return self._dialling.dial(self, version5=self._choice.version5)
         except (OSError, ValueError, SettingsError) as error:
-            self._note_failure(f"broker {self._place} not reached: {error}")
+            code = error.code if isinstance(error, SettingsError) else BrokerUnreachable.code
+            self._note_failure(f"broker {self._place} not reached: {error}", code)
             return None
 
     def _turn(self, connection: Connection) -> None:
@@ -245,8 +246,8 @@ class MqttTransport:
         now_s = time.monotonic()
         ending = None
         if connection is not None:
-            self._note_failure(connection.ended)
             ending = connection.ending(now_s)
+            self._note_failure(connection.ended, ending.code)
         offered_5 = self._choice.version5
         if ending is not None:
             self._note_protocol(ending)
@@ -278,14 +279,16 @@ class MqttTransport:
         self._namesake.ended(ending, now_s=now_s)
         if self._namesake.takeovers > before:
             log.warning(
-                "session taken over client_id=%s remedy='has another device this device_id?'",
+                "session taken over code=device_id_taken client_id=%s remedy='has another device this device_id?'",
                 self._dialling.client_id,
             )
 
-    def _note_failure(self, reason: str) -> None:
+    def _note_failure(self, reason: str, code: str) -> None:
         self.counters["failed_connections"] += 1
         self.problem = reason
-        log.warning("broker disconnected reason=%r retry_s=%.1f", reason, self._reconnect.retry_s)
+        log.warning(
+            "broker disconnected code=%s reason=%r retry_s=%.1f", code, reason, self._reconnect.retry_s
+        )
 
     def _remembered_choice(self) -> ProtocolChoice:
         older_until_s = 0.0
@@ -346,4 +349,4 @@ class MqttTransport:
 
     def on_unreadable(self, error: Exception) -> None:
         self.counters["unreadable"] += 1
-        log.warning("message unreadable error=%s", type(error).__name__)
+        log.warning("message unreadable code=message_unreadable error=%s", type(error).__name__)

@@ -78,6 +78,6 @@ def guarded(callback: Callable[..., None]) -> Callable[..., None]:
         try:
             callback(*arguments)
         except Exception:
-            log.exception("mqtt callback failed")
+            log.exception("mqtt callback failed code=internal")
 
     return call

@@ -70,20 +70,20 @@ class PlanRequests:
         counters = self._replies.counters
         if message.retained:
             counters["retained_requests"] += 1
-            log.warning("retained request dropped topic=%s", message.topic)
+            log.warning("retained request dropped code=retained_request topic=%s", message.topic)
             return
         document = _object(message.payload)
         asker = self._asker(message, document)
         if asker is None:
             counters["plans_malformed"] += 1
-            log.info("plan not understood: nobody to answer bytes=%d", len(message.payload))
+            log.info("plan not understood: nobody to answer code=bad_request bytes=%d", len(message.payload))
             return
         try:
             name, version = _question(message, document)
             self._ask(name, version, lambda plan: self._answer(asker, plan.document()))
         except EdgeAgentError as error:
             counters["plans_malformed" if isinstance(error, BadRequest) else "plans_refused"] += 1
-            log.info("plan refused request=%s code=%s", asker.id, error.code)
+            log.info("plan refused code=%s request=%s", error.code, asker.id)
             self._answer(asker, {**_NOTHING_KNOWN, "code": error.code, "reason": str(error)})
 
     def _answer(self, asker: _Asker, plan: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from edge_agent.errors import BrokerRefused, BrokerUnreachable
+
 RETRY_FIRST_S, RETRY_LAST_S = 0.5, 60.0
 TAKEN_OVER_FIRST_S, TAKEN_OVER_S = 15.0, 120.0
 """The first wait is short: coming back once tells the other device of this one."""
@@ -42,6 +44,13 @@ class Ending:
     hung_up: bool = False
     taken_over: bool = False
     over_an_answer: bool = False
+
+    @property
+    def code(self) -> str:
+        """For the log."""
+        if self.taken_over:
+            return "device_id_taken"  # `namesake.py` knows this file
+        return BrokerRefused.code if self.refused else BrokerUnreachable.code
 
 
 class Reconnect:

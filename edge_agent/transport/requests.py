@@ -89,7 +89,7 @@ class Requests:
         counters = self._replies.counters
         if message.retained:
             counters["retained_requests"] += 1
-            log.warning("retained request dropped topic=%s", message.topic)
+            log.warning("retained request dropped code=retained_request topic=%s", message.topic)
             return
         client = self._client(message.topic, self._topics.chat)
         if client is None:
@@ -112,7 +112,9 @@ class Requests:
             self._refuse(message, body.form, request_id, topic, error)
             return
         except Exception:
-            log.exception("prompt failed request=%s bytes=%d", request_id, len(message.payload))
+            log.exception(
+                "prompt failed code=model_failed request=%s bytes=%d", request_id, len(message.payload)
+            )
             failed = ModelFailed("the agent failed on this request")
             self._refuse(message, body.form, request_id, topic, failed)
             return
@@ -152,7 +154,9 @@ class Requests:
         if ID_PATTERN.fullmatch(name):
             return name
         self._replies.counters["unknown_topic"] += 1
-        log.warning("message dropped: its client's name is no id bytes=%d", len(name.encode()))
+        log.warning(
+            "message dropped: its client's name is no id code=client_invalid bytes=%d", len(name.encode())
+        )
         return None
 
     def _answer_topic(
@@ -222,7 +226,7 @@ class Requests:
             try:
                 request_id, reply_to = messages.parse_cancel(message.payload)
             except BadRequest as error:
-                log.info("cancel not understood reason=%r", str(error))
+                log.info("cancel not understood code=%s reason=%r", error.code, str(error))
                 return None
             topic = topic or reply_to or (self._topics.response(request_id) if request_id else None)
         if client != ANONYMOUS:

@@ -72,7 +72,7 @@ class Retries:
         wait_s = RETRY_WAITS_S[sent.tries]
         self._postpone(sent.row, wait_s, tries=sent.tries + 1, unheard=sent.unheard)
         log.info(
-            "answer refused by the broker request=%s row=%d retry_s=%.0f reason=%s",
+            "answer refused by the broker code=broker_refused request=%s row=%d retry_s=%.0f reason=%s",
             sent.id, sent.row, wait_s, reason,
         )  # fmt: skip
 
@@ -82,7 +82,7 @@ class Retries:
         self._counters["answers_undelivered"] += 1
         self._deliveries.give_up(sent.row)
         log.warning(
-            "answer undelivered request=%s row=%d tries=%d reason=%s",
+            "answer undelivered code=answer_undelivered request=%s row=%d tries=%d reason=%s",
             sent.id, sent.row, sent.tries + sent.unheard + 1, reason,
         )  # fmt: skip
 
@@ -100,7 +100,12 @@ class Retries:
         wait_s = UNHEARD_WAITS_S[sent.unheard]
         self._postpone(sent.row, wait_s, tries=sent.tries, unheard=sent.unheard + 1)
         if not sent.unheard:
-            log.info("answer unheard request=%s row=%d retry_s=%.0f", sent.id, sent.row, wait_s)
+            log.info(
+                "answer unheard code=answer_undelivered request=%s row=%d retry_s=%.0f",
+                sent.id,
+                sent.row,
+                wait_s,
+            )
 
     def _delivered(self, sent: Sent) -> bool:
         if sent.row is not None:

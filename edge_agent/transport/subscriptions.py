@@ -66,7 +66,9 @@ class Subscriptions:
             if code.is_failure:
                 self._counters["subscribe_refused"] += 1
                 log.error(
-                    "subscription refused topic=%s reason=%s remedy='check the broker ACL'", topic, code
+                    "subscription refused code=broker_refused topic=%s reason=%s remedy='check the broker ACL'",
+                    topic,
+                    code,
                 )
 
     def handle(self, connection: Connection, message: MQTTMessage) -> None:
@@ -85,7 +87,9 @@ class Subscriptions:
                 handler(inbound(connection, message))
         except Exception:
             self._counters["handler_errors"] += 1
-            log.exception("message handler failed topic=%s bytes=%d", message.topic, len(message.payload))
+            log.exception(
+                "message handler failed code=internal topic=%s bytes=%d", message.topic, len(message.payload)
+            )
             self.ack_later = False
         if not self.ack_later:
             connection.client.ack(message.mid, message.qos)

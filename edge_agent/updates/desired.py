@@ -36,7 +36,7 @@ class DesiredState:
             desired = choice.parse_desired(payload, refs=self._refs)
         except choice.BadDesired as error:
             self.problem = str(error)
-            log.warning("desired state refused reason=%r", str(error))
+            log.warning("desired state refused code=%s reason=%r", error.code, str(error))
             return
         self.problem = ""
         self._desire(desired.uris, desired.within_s)
@@ -57,6 +57,6 @@ class SyncRequests:
         try:
             within_s = choice.parse_sync(payload)
         except choice.BadDesired as error:
-            log.warning("request to check refused reason=%r", str(error))
+            log.warning("request to check refused code=%s reason=%r", error.code, str(error))
             return
         self._check(within_s)

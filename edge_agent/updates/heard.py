@@ -124,7 +124,10 @@ class Heard:
         problem = error.code if isinstance(error, TransportError | RegistryRefused) else ""
         with self._changing:
             if self.reachable is not None and self.reachable != reachable:
-                log.info("registry %s uri=%s", "reachable" if reachable else "unreachable", self._uri)
+                if reachable:
+                    log.info("registry reachable uri=%s", self._uri)
+                else:
+                    log.info("registry unreachable code=%s uri=%s", TransportError.code, self._uri)
             self.reachable, self.problem, self.asked_at = reachable, problem, self._clock()
             self._write()
 

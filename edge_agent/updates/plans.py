@@ -163,10 +163,10 @@ class Plans:
         try:
             plan = self.plan(question.name, question.version)
         except Exception:  # whatever a question was: the next one is answered
-            log.exception("plan failed model=%s version=%d", question.name, question.version)
+            log.exception("plan failed code=internal model=%s version=%d", question.name, question.version)
             plan = Plan().because(EdgeAgentError("the agent failed on this question"))
         log.info(
-            "plan model=%s version=%d fits=%s code=%s", question.name, question.version, plan.fits, plan.code
+            "plan code=%s model=%s version=%d fits=%s", plan.code, question.name, question.version, plan.fits
         )
         question.answer(plan)
         return True

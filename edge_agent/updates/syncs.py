@@ -357,7 +357,7 @@ def _tidy(store: Store) -> None:
         with store.lock():
             fsck.prune(store)
     except EdgeAgentError as error:
-        log.warning("cache not tidied reason=%r", str(error))
+        log.warning("cache not tidied code=%s reason=%r", error.code, str(error))
 
 
 def job_of(

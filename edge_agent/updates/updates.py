@@ -125,7 +125,7 @@ class Updates:
             if fsck.look_over(self._store):
                 self._due.set()  # to be fetched again
         except EdgeAgentError as error:
-            log.warning("cache not looked over reason=%r", str(error))
+            log.warning("cache not looked over code=%s reason=%r", error.code, str(error))
         while not self._closing.is_set():
             self.step(time.monotonic())
             self._due.wait(_WAIT_S)
@@ -302,7 +302,7 @@ class Updates:
             for name, uri in (desired or {}).items():
                 self._lifecycles[name].set_desired(uri)
         except EdgeAgentError as error:
-            log.warning("desired state not written down reason=%r", str(error))
+            log.warning("desired state not written down code=%s reason=%r", error.code, str(error))
             self._desired = self._desired or desired  # the next poll tries again
 
     def _poll(self, name: str, *, asks: bool) -> bool:
@@ -328,11 +328,11 @@ class Updates:
             except EdgeAgentError as error:  # the registry may have a version that does run
                 if not self._registry.uri or self._closing.is_set():
                     raise
-                log.warning("cached version refused model=%s reason=%r", name, str(error))
+                log.warning("cached version refused code=%s model=%s reason=%r", error.code, name, str(error))
             if asks and self._registry.uri:
                 self.check(name)
         except SyncStopped as stop:
-            log.info("check put off model=%s reason=%r", name, str(stop))
+            log.info("check put off code=%s model=%s reason=%r", stop.code, name, str(stop))
             if not self._changed.is_set():  # else it was said when to check
                 self._due.set()
         except VersionHeld as error:  # `outlook` has it, but for why a fallback is fetched

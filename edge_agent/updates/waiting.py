@@ -117,8 +117,8 @@ class Waits:
             waiting = replace(waiting, at_s=self.now.at_s)
         else:
             log.info(
-                "version held model=%s version=%d code=%s reason=%r",
-                self._name, waiting.version, waiting.code, waiting.reason,
+                "version held code=%s model=%s version=%d reason=%r",
+                waiting.code, self._name, waiting.version, waiting.reason,
             )  # fmt: skip
         self.now = waiting
         self._note(waiting)

@@ -1,6 +1,5 @@
 """Releases that a device must not take, or must give up again; and a host whose memory holds one model only."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,12 @@ from tests.support.processes import wait_until
 from tests.support.versions import (
     MADRID,
     FollowingDevice,
+    add_golden,
     asking,
     bad_release,
     check_switched_once,
+    expect_lisbon,
+    rewrite,
 )
 
 CRASH_AFTER_10 = """
@@ -41,25 +43,9 @@ def truncate_weights(folder: Path) -> None:
     file.write_bytes(data[: len(data) // 2])
 
 
-def expect_lisbon(folder: Path) -> None:
-    add_golden(folder, "Lisbon")
-
-
-def add_golden(folder: Path, pattern: str) -> None:
-    """Golden prompts that this model cannot answer, put in after publish has tried the package."""
-    question = "<|user|>What is the capital of Spain?<|end|><|assistant|>"
-    entry = json.dumps({"edge_agent.golden": [{"prompt": question, "expect": pattern}]})
-    rewrite(folder / "MLmodel", f"{(folder / 'MLmodel').read_text()}\nmetadata: {entry}\n")
-
-
 def add_code(folder: Path, code: str) -> None:
     file = folder / "genai_pyfunc.py"
     rewrite(file, f"{file.read_text()}\n\n{code}\n")
-
-
-def rewrite(file: Path, text: str) -> None:
-    file.unlink()  # it may be a link to something else's
-    file.write_text(text)
 
 
 def search_without_end(folder: Path) -> None:

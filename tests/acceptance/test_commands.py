@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from edge_agent.demo import SAMPLE_MODEL
+from edge_agent.publishing.register import Published
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
-from tests.support.processes import Daemon
+from tests.support.processes import Daemon, wait_until
+from tests.support.proxy import running_proxy
 from tests.support.sample_device import settings_for
 from tests.support.terminal import Terminal
 
@@ -36,11 +38,26 @@ def test_probe_json_is_one_document(agent: Daemon) -> None:
     document = json.loads(agent.cli("probe", "-", "--json", stdin=JAPAN).stdout)
     assert set(document) == {
         *("question", "answer", "model", "version", "flavor", "finish_reason", "usage"),
-        *("first_token_ms", "tokens_per_s"),
+        *("queue_ms", "first_token_ms", "tokens_per_s"),
     }
     assert document["answer"] == TOKYO
     assert document["version"] == 1
     assert document["flavor"].startswith("onnxruntime-genai")
+
+
+def test_probe_says_how_far_a_model_is_that_is_still_being_fetched(
+    new_daemon: Callable[..., Daemon], broker: Broker, mlflow_server: Server, published: Published
+) -> None:
+    host, port = mlflow_server.uri.removeprefix("http://").split(":")
+    with running_proxy(host, int(port)) as proxy:
+        proxy.slow(20_000)
+        device = new_daemon(settings_for(broker, f"http://{proxy.host}:{proxy.port}", device="newcomer"))
+        device.start()
+        wait_until(lambda: device.status()["models"][0]["progress"], 60, "the fetch")
+        probe = device.cli("probe", JAPAN, "--json")
+    assert (probe.returncode, probe.stdout) == (4, "")
+    said = r"model 'assistant' is not here yet: fetching, \d+ % of [\d.]+ [kM]B(, \d+ (s|min) left)?\n"
+    assert re.search(said, probe.stderr), probe.stderr
 
 
 def test_probe_direct_needs_no_daemon(agent: Daemon) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -73,7 +74,22 @@ def test_a_completion_is_the_prompt_as_it_stands(gateway: Gateway) -> None:
 def test_models_health_and_metrics(gateway: Gateway) -> None:
     assert [model["id"] for model in gateway.request("GET", "/v1/models").json["data"]] == ["assistant"]
     assert gateway.request("GET", "/healthz", unix=True).status == 200
-    assert b'edge_agent_model_info{digest="' in gateway.request("GET", "/metrics").body, "behind all walls"
+    metrics = gateway.request("GET", "/metrics").body.decode()
+    assert 'edge_agent_model_info{digest="' in metrics, "behind all walls"
+    held = dict(re.findall(r'^edge_agent_memory_resident_bytes{.*process="(\w+)"} (\S+)$', metrics, re.M))
+    assert held.keys() == {"daemon", "runner", "gateway"}, "no sync runs"
+    assert min(map(float, held.values())) > 10_000_000
+
+
+def test_the_page_shows_the_device_behind_all_walls(gateway: Gateway) -> None:
+    """Also what makes it is imported behind them."""
+    assert gateway.chat().status == 200
+    wait_until(lambda: b"assistant" in (body := gateway.request("GET", "/").body) and b"answered" in body, 60)
+    page = gateway.request("GET", "/")
+    for said in (b"<h1>dev</h1>", b"Ready", b"version 1", b"walls stand around it", b"<svg"):
+        assert said in page.body
+    assert gateway.request("GET", "/page/script.js").body.startswith(b"// The page's script")
+    assert "walls missing" not in gateway.child.log_text()
 
 
 def test_an_answer_in_a_schema_fits_it(gateway: Gateway) -> None:
@@ -262,7 +278,9 @@ import json, os, socket, sys
 from edge_agent import gateway
 from edge_agent.gateway.doors import Door
 from edge_agent.host.confinement import confine
+from edge_agent.host.memory import ProcessMemory
 
+memory = ProcessMemory(os.getpid())
 listener = socket.create_server(("127.0.0.1", 0))
 client = socket.create_connection(listener.getsockname())
 other = socket.create_server(("127.0.0.1", 0))
@@ -276,9 +294,10 @@ def attempt(name, action):
     except OSError as error:
         found[name] = error.errno
 
-walls = gateway.around_gateway([Door(listener=listener, hosts=frozenset())])
+walls = gateway.around_gateway([Door(listener=listener, hosts=frozenset())], memory)
 walls = confine(walls)
 found["missing"] = sorted(walls.missing)
+found["memory"] = memory.resident_bytes() > 10_000_000
 attempt("accept", listener.accept)
 attempt("control socket", lambda: socket.socket(socket.AF_UNIX).connect(sys.argv[1]))
 attempt("settings", lambda: open(sys.argv[2]))
@@ -299,6 +318,7 @@ def test_behind_its_walls_are_its_listening_sockets_and_the_daemon_only(agent: D
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
     found = json.loads(result.stdout)
     assert found.pop("missing") == []
+    assert found.pop("memory") is True, "its own is still seen"
     assert {name for name, outcome in found.items() if outcome == "done"} == {"accept", "control socket"}
 
 

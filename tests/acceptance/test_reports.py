@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from tests.acceptance.test_bad_releases import expect_lisbon
 from tests.support.client import Client
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import Daemon
 from tests.support.sample_device import settings_for
-from tests.support.versions import FollowingDevice, bad_release
+from tests.support.versions import FollowingDevice, bad_release, expect_lisbon
 
 Model = dict[str, Any]
 

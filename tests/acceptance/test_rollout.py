@@ -13,7 +13,6 @@ import pytest
 from mlflow import MlflowClient
 
 from edge_agent.publishing import publish_folder
-from tests.acceptance.test_bad_releases import expect_lisbon
 from tests.support.client import Client, connected
 from tests.support.fleet_operator import MODEL, Operator
 from tests.support.mlflow_server import Server
@@ -21,6 +20,7 @@ from tests.support.mosquitto import Broker
 from tests.support.packages import publish_broken
 from tests.support.processes import Daemon, short_folder, wait_until
 from tests.support.sample_device import settings_for, wait_for_state
+from tests.support.versions import expect_lisbon
 
 PREFIX = "rollouts"
 REGISTERED = "rolled"

@@ -79,7 +79,9 @@ def test_what_a_broker_does_not_take_is_given_up_and_everybody_else_is_answered(
         assert [state_of(agent, prompt.row) for prompt in others] == [State.DELIVERED] * 5
         assert agent.transport.status()["answers_undelivered"] == 1
         if keeper is not None:
-            assert keeper.ended <= TRIES + 2, "an end counts for nobody before anything worked, and beside others"
+            assert keeper.ended <= TRIES + 2, (
+                "an end counts for nobody before anything worked, and beside others"
+            )
         last = agent.accept(client.replies)
         agent.answer(last, b"last")
         client.wait(lambda message: message.payload == b"last")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.boot import ANSWER, DEVICE, QUESTION
-from tests.boot.agent import Agent, expect
+from tests.boot.agent import CURRENT, Agent, expect
 from tests.boot.container import STATE, Container, wait_until
 from tests.boot.interface import Interface
 from tests.boot.upgrades import Upgrades
@@ -96,6 +96,7 @@ class Device:
         return [
             ("boot", self.boot),
             ("install without a network", self.install),
+            ("documents that messages name", self.documents),
             ("a conversation with a real model, straight from its folder", self.converse),
             ("exposure of the unit", self.exposure),
             ("broker, settings, credentials", self.configure),
@@ -133,6 +134,17 @@ class Device:
         user = self._in.run("id", "edge-agent").stdout.strip()
         version = self._in.run("edge-agent", "--version").stdout.strip()
         return f"{version}; devices: lo; ensurepip here: {ensurepip}; {user}; unit enabled and active"
+
+    def documents(self) -> str:
+        """Whoever reads a message can read the document that it names."""
+        name = "from edge_agent.documents import page; print(page('operating.md'))"
+        named = self._in.run(f"{CURRENT}/bin/python", "-I", "-c", name).stdout.strip()
+        expect(named == f"{CURRENT}/share/doc/edge-agent/operating.md", named)
+        shown = self._in.run("systemctl", "show", "--value", "-p", "Documentation", "edge-agent").stdout
+        for path in (named, shown.strip().removeprefix("file:")):
+            self._in.run("runuser", "-u", "nobody", "--", "test", "-r", path)
+        count = len(self._in.run("find", Path(named).parent.as_posix(), "-name", "*.md").stdout.split())
+        return f"{named} and the unit's Documentation= are there for everybody; {count} documents"
 
     def converse(self) -> str:
         """README's shortest way from a bundle to a conversation: nothing is configured yet."""

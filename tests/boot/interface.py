@@ -23,6 +23,12 @@ connection.request("POST", "/v1/chat/completions", body, {"Host": "localhost", *
 response = connection.getresponse()
 print(json.dumps([response.status, json.loads(response.read())]))
 """
+_LOOK = """
+import urllib.request
+with urllib.request.urlopen("http://127.0.0.1:8080/", timeout=120) as response:
+    print(response.headers["Content-Security-Policy"])
+    print(response.read().decode())
+"""
 
 
 class Interface:
@@ -50,6 +56,8 @@ class Interface:
             expect(status == 200, f"over {way}: {document}")
             text = document["choices"][0]["message"]["content"]
             expect(text == ANSWER, text)
+        page = self._in.run("python3", "-c", _LOOK).stdout
+        expect(page.startswith("default-src 'none'") and "walls stand around it" in page, page[:3000])
         status, document = self._ask("tcp", Host="evil.test")
         expect(status == 421, str(document))
         status_file = self._in.run("cat", f"/proc/{self._of('MainPID')}/status").stdout
@@ -62,7 +70,7 @@ class Interface:
         exposure = self._in.run("systemd-analyze", "security", "--no-pager", UNIT).stdout
         found = re.search(r"Overall exposure level for \S+: (\d+\.\d+)", exposure)
         expect(found is not None and float(found[1]) <= self._exposure_limit, exposure[-300:])
-        return f"off at first; then 200 over TCP and the socket, 421 for another Host; user {user}, all walls"
+        return f"off at first; then 200 over TCP and the socket, a page, 421 for another Host; user {user}, all walls"
 
     def refuse_a_network(self) -> str:
         """A socket that a network may reach, without a token and TLS."""

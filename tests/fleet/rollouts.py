@@ -22,7 +22,6 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from edge_agent.publishing import publish_folder
-from tests.acceptance.test_bad_releases import expect_lisbon
 from tests.support.client import chat, connected
 from tests.support.fleet_operator import MODEL, Operator
 from tests.support.mlflow_server import Server
@@ -30,6 +29,7 @@ from tests.support.mosquitto import Broker
 from tests.support.packages import publish_broken
 from tests.support.processes import Daemon, wait_until
 from tests.support.sample_device import SAMPLE
+from tests.support.versions import expect_lisbon
 
 AWAY_S = 20.0
 SHARES = (5, 25, 100)

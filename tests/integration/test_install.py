@@ -1,146 +1,30 @@
 """`install.sh` as an operator uses it: real Pythons, real pip, real environments, below a folder of the test.
 
-The bundles are real, and small: their one package is named as the agent, and answers `--version`. The agent
-itself, with systemd and as root, is installed by `./build.sh boot-test`.
+The bundles are real, and small. The agent itself, with systemd and as root, is installed by `./build.sh boot-test`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pip
 import pytest
 
+from tests.support.installing import PYTHON, Host
 from tests.support.keys import KeyPair, make_keys
 from tests.support.processes import clean_environment, short_folder
-from tests.support.wheels import make_wheel
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / ".ci"))
 
 import bundle  # noqa: E402
-from wheels import Wheel  # noqa: E402
 
 UNITS = {"edge-agent.service", "edge-agent-http.socket", "edge-agent-http.service"}
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
-class Host:
-    """A folder that stands for a device's root, and bundles for it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.root = folder / "root"
-        self.base = self.root / "opt" / "edge-agent"
-        self.config = self.root / "etc" / "edge-agent" / "config.toml"
-        self.root.mkdir()
-        programs = folder / "bin"
-        programs.mkdir()
-        (programs / "python3").symlink_to(Path(sys.base_prefix) / "bin" / f"python{PYTHON}")
-        self.path = f"{programs}:/usr/bin:/bin:/usr/sbin:/sbin"
-
-    def bundle(
-        self, version: str, *, program: str = "print('edge-agent, version {version}')", **changes: str
-    ) -> Path:
-        """A bundle whose `edge-agent` runs `program`.
-
-        Args:
-            changes: `python`, `arch`; `stops`: what its check of the walls says.
-        """
-        stage = self.folder / f"bundle-{version}-{len(list(self.folder.iterdir()))}"
-        (stage / "wheels").mkdir(parents=True)
-        code = f"def main():\n    {program.format(version=version)}\n"
-        files = {
-            "edge_agent.py": code,
-            "onnxruntime_genai.py": "",
-            "mlflow/__init__.py": "",
-            "mlflow/pyfunc.py": "",
-        }
-        if stops := changes.get("stops"):
-            files["edge_agent/__init__.py"] = files.pop("edge_agent.py")
-            files["edge_agent/doctor/__init__.py"] = ""
-            files["edge_agent/doctor/walls.py"] = (
-                f"import os, sys\nprint({stops!r}, sys.argv[1], os.environ['STATE_DIRECTORY'], os.getcwd())\n"
-            )
-        wheel = Wheel(
-            make_wheel(
-                stage / "wheels", "edge_agent", version, files, scripts={"edge-agent": "edge_agent:main"}
-            )
-        )
-        shutil.copy(pip_wheel(self.folder), stage / "wheels")
-        python = changes.get("python", PYTHON)
-        (stage / f"requirements-{python}.txt").write_text(
-            f"edge-agent=={version} --hash=sha256:{wheel.sha256}\n"
-        )
-        bundle.write_files(stage, version, changes.get("arch", platform.machine()))
-        return stage
-
-    def run(
-        self,
-        folder: Path,
-        *arguments: str,
-        user: int | None = None,
-        cwd: Path | None = None,
-        variables: Mapping[str, str] | None = None,
-    ) -> subprocess.CompletedProcess[str]:
-        """
-        Args:
-            cwd: start the script there, by a relative path.
-            variables: of its environment.
-        """
-        script = folder / "install.sh"
-        return subprocess.run(
-            [os.path.relpath(script, cwd) if cwd else str(script), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            env=clean_environment({"PATH": self.path, **(variables or {})}),
-            user=user,
-            cwd=cwd,
-        )
-
-    def install(self, folder: Path) -> str:
-        """Installs, and gives the current version's own word."""
-        result = self.run(folder, "--root", str(self.root))
-        assert result.returncode == 0, result.stdout + result.stderr
-        return self.version()
-
-    def refuse(self, folder: Path) -> str:
-        """Tries to install, and gives what it said when it did not."""
-        result = self.run(folder, "--root", str(self.root))
-        assert result.returncode == 1, result.stdout + result.stderr
-        return result.stderr
-
-    def version(self) -> str:
-        command = [str(self.base / "current" / "bin" / "edge-agent"), "--version"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
-
-    def units(self) -> set[str]:
-        return {path.name for path in (self.root / "etc/systemd/system").iterdir()}
-
-    def versions(self) -> list[str]:
-        return sorted(path.name for path in self.base.iterdir() if path.is_dir() and not path.is_symlink())
-
-
-def pip_wheel(folder: Path) -> Path:
-    """pip as a wheel, from the one that runs here."""
-    wheel = folder / f"pip-{pip.__version__}-py3-none-any.whl"
-    if not wheel.exists():
-        source = Path(pip.__file__).parent
-        with zipfile.ZipFile(wheel, "w") as archive:
-            for path in source.rglob("*.*"):
-                if "__pycache__" not in path.parts:
-                    archive.write(path, f"pip/{path.relative_to(source)}")
-    return wheel
 
 
 @pytest.fixture
@@ -467,6 +351,11 @@ def test_installing_a_version_again_mends_it(host: Host) -> None:
     first = host.bundle("1.0.0")
     host.install(first)
     assert "is already installed" in host.run(first, "--root", str(host.root)).stdout
+    link = host.folder / "bin" / "python3"
+    python = link.readlink()
+    link.unlink()
+    assert host.version() == "edge-agent, version 1.0.0", "it holds on to its Python, not to today's link"
+    link.symlink_to(python)
     broken = (host.base / "current").resolve()
     next(broken.glob("lib/*/site-packages/edge_agent.py")).unlink()
     shutil.rmtree(next(broken.glob("lib/*/site-packages/__pycache__")))

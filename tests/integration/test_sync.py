@@ -468,12 +468,18 @@ def test_a_stopped_sync_ends_at_once_and_leaves_no_process(device: Device) -> No
     slow = replace(device.job, cache=CacheJob(min_free_bytes=0, max_bytes_per_s=100_000))
     stop = threading.Event()
 
+    held: list[int | None] = [sync_process.resident_bytes()]
+
     def on_event(event: Mapping[str, Any]) -> None:
         if event["event"] == "progress":
+            held.append(sync_process.resident_bytes())
             stop.set()
 
     with pytest.raises(SyncStopped, match="stopped"):
         run_sync(slow, timeout_s=60, on_event=on_event, should_stop=stop.is_set)
+    before, *during = held
+    assert (before, sync_process.resident_bytes()) == (None, None)
+    assert min(number or 0 for number in during) > 10_000_000
 
 
 def test_a_sync_over_its_time_is_ended(device: Device) -> None:

@@ -153,6 +153,7 @@ class ScriptedDaemon:
         asked: every request, as it came.
         script: what to send for a `chat`; by itself an answer in two pieces.
         status: what `status` says.
+        recent: what `recent` says.
         gone: one item for each call whose client has left.
     """
 
@@ -161,6 +162,7 @@ class ScriptedDaemon:
         self.asked: list[dict[str, Any]] = []
         self.script: Callable[[Call], None] = answer
         self.status: dict[str, Any] = {"state": "ready", "models": [{"name": "assistant"}, {"name": "b"}]}
+        self.recent: dict[str, Any] = {"device_id": "dev", "started_at": 1_790_000_000, "prompts": []}
         self.gone: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._server = ControlServer(
             path,
@@ -168,6 +170,7 @@ class ScriptedDaemon:
                 "chat": self._chat,
                 "status": self._status,
                 "metrics": lambda call: call.send("done", metrics={"queue_depth": 3}),
+                "recent": lambda call: call.send("done", recent=self.recent),
             },
         )
         self._thread = threading.Thread(target=self._server.run)

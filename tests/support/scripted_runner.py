@@ -41,6 +41,7 @@ class Script:
         system_refused: why it takes no chat with the settings' system prompt.
         walls, missing_walls: what the runner says of its walls.
         load_waits: a load does not end before `ScriptedHost.let_load`.
+        gate_waits: a gate does not end by itself.
         golden: how many golden prompts there are.
         golden_failures: what they got wrong.
         gate_error: how the gate ends instead of with an answer.
@@ -49,6 +50,7 @@ class Script:
 
     load_error: EdgeAgentError | None = None
     load_waits: bool = False
+    gate_waits: bool = False
     signature: str = "chat"
     system_refused: str = ""
     system_too_long: bool = False
@@ -175,6 +177,10 @@ class ScriptedRunner:
         self._host.note(f"try {self.version}")
         for prompt in range(1, self._script.golden + 1):
             on_prompt(prompt, self._script.golden)
+        if self._script.gate_waits:
+            with self._host.changed:
+                assert self._host.changed.wait_for(lambda: not self._alive, _LIMIT_S), "nobody ended the gate"
+            raise RunnerError("runner died (signal 9)")
         if error := self._script.gate_error:
             self.kill()
             raise type(error)(error.message)

@@ -195,7 +195,9 @@ class Screen:
     def _has_ended(self) -> bool:
         if self._ask("pane_dead_status"):
             return True
-        if self._ask("pane_dead") == "1":  # its terminal is closed; tmux 3.3 misses some signals of its children
+        if (
+            self._ask("pane_dead") == "1"
+        ):  # its terminal is closed; tmux 3.3 misses some signals of its children
             self._server.send_signal(signal.SIGCHLD)
         return False
 

@@ -80,6 +80,22 @@ def bad_release(device: FollowingDevice, source: Path, edit: Callable[[Path], No
     return published.version
 
 
+def expect_lisbon(folder: Path) -> None:
+    add_golden(folder, "Lisbon")
+
+
+def add_golden(folder: Path, pattern: str) -> None:
+    """Golden prompts that this model cannot answer, put in after publish has tried the package."""
+    question = "<|user|>What is the capital of Spain?<|end|><|assistant|>"
+    entry = json.dumps({"edge_agent.golden": [{"prompt": question, "expect": pattern}]})
+    rewrite(folder / "MLmodel", f"{(folder / 'MLmodel').read_text()}\nmetadata: {entry}\n")
+
+
+def rewrite(file: Path, text: str) -> None:
+    file.unlink()  # it may be a link to something else's
+    file.write_text(text)
+
+
 @contextlib.contextmanager
 def asking(device: FollowingDevice) -> Iterator[list[Message]]:
     """Asks one prompt after the other while the block runs; gives the answers, which go on coming."""

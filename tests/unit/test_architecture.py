@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "edge_agent"
 HEAVY = {
     *("mlflow", "numpy", "pandas", "onnxruntime", "onnxruntime_genai", "torch", "transformers"),
-    *("starlette", "uvicorn", "prometheus_client"),
+    *("starlette", "uvicorn", "prometheus_client", "jinja2"),
 }
 
 
@@ -59,7 +59,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "host",
         "metrics",
         "wrapper environment topics errors logs terminal sd_notify",
-        "printable",
+        "printable documents",
     )
 )
 """From the top down: a room imports what stands below it. Rooms in one line do not know each other."""
@@ -156,7 +156,11 @@ def test_no_room_is_overcrowded() -> None:
         ),
         ("torch", {"runner/transformers_flavor.py"}),
         ("sqlite3", {"chat/journal_file.py"}),
-        ("starlette", {"gateway/app.py", "gateway/answers.py", "gateway/guard.py"}),
+        (
+            "starlette",
+            {"gateway/app.py", "gateway/answers.py", "gateway/guard.py", "gateway/page/__init__.py"},
+        ),
+        ("jinja2", {"gateway/page/rendering.py"}),
         ("uvicorn", {"gateway/server.py", "gateway/connection.py"}),
         ("h11", {"gateway/connection.py"}),
         ("prometheus_client", {"gateway/prometheus.py"}),
@@ -185,6 +189,17 @@ def test_the_environment_is_read_in_one_place() -> None:
 def test_the_daemon_imports_nothing_heavy() -> None:
     parts = "edge_agent.cli, edge_agent.daemon, edge_agent.doctor"
     program = f"import sys, {parts}; print(sorted(set(sys.modules) & {HEAVY!r}))"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_gateway_imports_what_makes_its_page_when_that_is_asked_for() -> None:
+    program = (
+        "import sys, edge_agent.gateway;"
+        "print(sorted(name for name in sys.modules if 'jinja' in name or 'gateway.page.' in name))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )

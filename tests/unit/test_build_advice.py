@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,15 +78,6 @@ def test_a_good_build_gets_no_advice() -> None:
 def test_each_slow_or_lossy_way_has_its_advice(graph: OnnxGraph, word: str) -> None:
     (line,) = build_advice.advice(graph)
     assert word in line
-
-
-def test_a_folder_is_read_by_its_configuration(sample_model: Path, tmp_path: Path) -> None:
-    assert ["prune_lm_head" in line for line in build_advice.of_folder(sample_model)] == [True]
-    folder = tmp_path / "model"
-    shutil.copytree(sample_model, folder)
-    (folder / "model.onnx").write_bytes(b"not a model")
-    assert build_advice.of_folder(folder) == []
-    assert build_advice.of_folder(tmp_path) == []
 
 
 @settings(max_examples=200, deadline=None)

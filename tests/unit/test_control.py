@@ -186,7 +186,7 @@ def test_idle_connections_of_a_user_lock_out_nobody_else(
     short_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caller = {"user": 1000}
-    monkeypatch.setattr(control, "_user_of", lambda connection: caller["user"])
+    monkeypatch.setattr(control, "_peer_of", lambda connection: (1, caller["user"]))
     with serving(short_dir / "c.sock"), contextlib.ExitStack() as idle:
         for _ in range(control.MAX_OF_ONE_USER):
             idle.enter_context(connected(short_dir / "c.sock"))
@@ -210,7 +210,8 @@ def test_idle_connections_of_a_user_lock_out_nobody_else(
 def test_the_kernel_says_who_connected() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert control._user_of(ours) == os.geteuid()
+        assert control._peer_of(ours) == (os.getpid(), os.geteuid())
+        assert control.Call(ours, {}).process == os.getpid()
 
 
 def test_a_daemon_whose_queue_is_full_is_waited_for_and_is_not_one_that_is_not_running(

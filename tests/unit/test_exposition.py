@@ -142,6 +142,8 @@ def whole_document() -> dict[str, Any]:
         **dict.fromkeys(("queue_depth", "queue_limit", "answers_dropped", "prompts_damaged"), 1),
         started_at=1_790_000_000,
         memory_bytes=50_000_000,
+        sync_memory_bytes=None,
+        gateway_memory_bytes=60_000_000,
         agent_version="0.1.0",
         state="ready",
         counters={"repeated": 2},
@@ -157,6 +159,12 @@ def whole_document() -> dict[str, Any]:
 
 def test_every_family_has_samples_where_the_daemon_says_everything() -> None:
     assert [family.name for family in FAMILIES if not list(family.samples(whole_document()))] == []
+
+
+def test_a_process_that_does_not_run_has_no_memory_and_none_of_zero() -> None:
+    (family,) = [family for family in FAMILIES if family.name == "edge_agent_memory_resident_bytes"]
+    held = {sample.labels["process"]: sample.value for sample in family.samples(whole_document())}
+    assert held == {"daemon": 50_000_000, "gateway": 60_000_000, "runner": 9}
 
 
 def test_the_gateway_says_what_the_file_says() -> None:

@@ -306,7 +306,7 @@ def test_no_daemon_is_503(short_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "not_found"),
+        ("GET", "/v1", 404, "not_found"),
         ("POST", "/v1/embeddings", 404, "not_found"),
         ("GET", "/v1/models/", 404, "not_found"),
         ("GET", "/v1/chat/completions", 405, "method_not_allowed"),

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from edge_agent.cli import main
+from edge_agent.cli import main, waiting
+from edge_agent.errors import EdgeAgentError, NoModel, TransportError
 from edge_agent.transport.control import Call, ControlServer
 from tests.support.processes import to_toml
 
@@ -24,26 +25,43 @@ class Daemon:
     Attributes:
         asked: the prompts, as they came.
         finish_reason: of the next answers.
+        queue_ms: of the next answers.
+        refusal: in place of the next answers.
+        status: what is said of the models.
+        waits: the next answers begin when somebody has asked for the status.
     """
 
     def __init__(self, folder: Path) -> None:
         self.asked: list[str] = []
         self.finish_reason = "stop"
+        self.queue_ms = 0.0
+        self.refusal: EdgeAgentError | None = None
+        self.status: dict[str, Any] = {"models": [], "queue_depth": 1}
+        self.waits = False
+        self._looked = threading.Event()
         socket = folder / "c.sock"
         self.config = folder / "config.toml"
         self.config.write_text(to_toml({"state_dir": str(folder / "state"), "control_socket": str(socket)}))
-        self.server = ControlServer(socket, {"probe": self._answer})
+        self.server = ControlServer(socket, {"probe": self._answer, "status": self._look})
 
     def _answer(self, call: Call) -> None:
         self.asked.append(call.request["text"])
+        if self.refusal:
+            raise self.refusal
+        if self.waits:
+            assert self._looked.wait(60), "nobody looked"
         call.send("delta", text=TEXT)
         answer: dict[str, Any] = {
             "model": "assistant",
             "choices": [{"message": {"content": TEXT}, "finish_reason": self.finish_reason}],
             "usage": {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16},
-            "timings": {"first_token_ms": 3.0, "tokens_per_s": 100.0},
+            "timings": {"queue_ms": self.queue_ms, "first_token_ms": 3003.0, "tokens_per_s": 100.0},
         }
         call.send("done", answer=answer, version="1", flavor="scripted")
+
+    def _look(self, call: Call) -> None:
+        call.send("done", status=self.status)
+        self._looked.set()
 
     def probe(self, *arguments: str, stdin: bytes = b"") -> Result:
         return CliRunner().invoke(main, ["--config", str(self.config), "probe", *arguments], input=stdin)
@@ -108,3 +126,97 @@ def test_one_document_says_it_in_its_own_field(daemon: Daemon) -> None:
     result = daemon.probe("Hello", "--json")
     assert json.loads(result.stdout)["finish_reason"] == "length"
     assert result.stderr == ""
+
+
+def test_the_time_in_the_queue_is_told_from_the_first_token(daemon: Daemon) -> None:
+    assert "first token 3003 ms, 100.0 tokens/s" in daemon.probe("Hello").stdout
+    daemon.queue_ms = 2500.0
+    assert "first token 3003 ms (2500 ms of it in the queue), 100.0 tokens/s" in daemon.probe("Hello").stdout
+    document = json.loads(daemon.probe("Hello", "--json").stdout)
+    assert (document["queue_ms"], document["first_token_ms"]) == (2500.0, 3003.0)
+
+
+# --- A model that is not there yet ----------------------------------------------------------------------
+
+PROGRESS = {"bytes": 940_000_000, "total_bytes": 2_350_000_000, "bytes_per_s": 1e7, "eta_s": 141.0}
+
+
+def entry(state: str, **more: Any) -> dict[str, Any]:
+    return {"name": "assistant", "state": state, "reason": "", "update_problem": "", "progress": None, **more}
+
+
+def attempt(step: str, code: str | None = None) -> dict[str, Any]:
+    return {"version": 7, "digest": "", "step": step, "code": code, "at": 0}
+
+
+@pytest.mark.parametrize(
+    ("model", "queue", "said"),
+    [
+        (entry("absent", progress=PROGRESS), 1, "fetching, 40 % of 2.4 GB, 2 min left"),
+        (entry("absent", progress={**PROGRESS, "eta_s": None}), 1, "fetching, 40 % of 2.4 GB"),
+        (entry("absent", progress={**PROGRESS, "total_bytes": 0, "eta_s": None}), 1, "fetching"),
+        (entry("loading", progress=PROGRESS, reason="it loads"), 1, "fetching, 40 % of 2.4 GB, 2 min left"),
+        (entry("absent", attempt=attempt("verify")), 1, "verifying version 7"),
+        (entry("loading", attempt=attempt("gate")), 1, "trying version 7"),
+        (entry("loading", attempt=attempt("gate", "gate_failed"), reason="why"), 1, "loading: why"),
+        (entry("loading", attempt=attempt("active")), 1, "loading"),
+        (entry("absent", update_problem="no registry answers"), 1, "absent: no registry answers"),
+        (entry("ready", progress=PROGRESS), 1, ""),
+        (entry("ready"), 4, "3 other prompts wait or run"),
+    ],
+)
+def test_what_a_prompt_waits_for_is_said_in_words(model: dict[str, Any], queue: int, said: str) -> None:
+    status = {"models": [{**entry("ready"), "name": "other"}, model], "queue_depth": queue}
+    assert waiting.obstacle(status, "assistant") == said
+    assert waiting.obstacle({**status, "models": [model]}, None) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"), (9000, "2.5 h")]
+)
+def test_a_time_is_rounded_for_people(seconds: float, said: str) -> None:
+    assert waiting.duration(seconds) == said
+
+
+def test_a_device_without_the_model_yet_says_how_far_it_is(daemon: Daemon) -> None:
+    daemon.refusal = NoModel("model 'assistant' cannot answer now: no version is in the cache")
+    daemon.status["models"] = [entry("absent", progress=PROGRESS, attempt=attempt("fetch"))]
+    result = daemon.probe("Hello", "--json")
+    assert (result.exit_code, result.stdout) == (4, "")
+    first, second = result.stderr.splitlines()
+    assert first == "edge-agent: model 'assistant' is not here yet: fetching, 40 % of 2.4 GB, 2 min left"
+    assert "status --watch" in second
+
+
+def test_a_device_whose_model_does_not_come_says_why(daemon: Daemon) -> None:
+    daemon.refusal = NoModel("model 'assistant' cannot answer now: no version is in the cache")
+    daemon.status["models"] = [entry("absent", update_problem="the registry cannot be reached")]
+    result = daemon.probe("Hello")
+    assert result.exit_code == 4
+    assert "no version is in the cache; the registry cannot be reached" in result.stderr
+
+
+def test_a_command_that_hears_nothing_says_what_it_waits_for(daemon: Daemon) -> None:
+    daemon.waits = True
+    daemon.status["models"] = [entry("loading", reason="version 7 is being loaded")]
+    result = daemon.probe("Hello")
+    assert result.stdout.startswith(TEXT)
+    assert result.stderr == "edge-agent: the model: loading: version 7 is being loaded\n"
+
+
+def test_what_is_waited_for_is_told_when_it_changes_and_not_after_the_first_word() -> None:
+    told: list[str] = []
+    looks = iter(["", "fetching, 40 %", "fetching, 40 %"])
+    looked = threading.Event()
+
+    def look() -> str:
+        text = next(looks, None)
+        if text is None:
+            looked.set()
+            raise TransportError("gone")
+        return text
+
+    with waiting.told_while_silent(look, told.append, silent_s=0.001, again_s=0.0) as heard:
+        assert looked.wait(60)
+        heard()
+    assert told == ["fetching, 40 %"]

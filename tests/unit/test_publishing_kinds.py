@@ -47,8 +47,13 @@ def test_a_folder_of_the_right_kind_passes(tmp_path: Path, flavor: str, names: t
         ),
         ("onnx", ("config.json", "pytorch_model.bin"), "is a Hugging Face folder", "build ONNX from it"),
         ("transformers", ("genai_config.json", "model.onnx"), "model builder's folder", "without --flavor"),
-        ("onnx", ("model.Q4_1.gguf",), "is a GGUF model, for llama.cpp", "take the Hugging Face folder"),
-        ("transformers", ("model.gguf", "README.md"), "is a GGUF model", "builder -i HF_FOLDER"),
+        (
+            "onnx",
+            ("b.gguf", "a.Q4_1.gguf"),
+            "is a GGUF model",
+            "give the file, without --flavor transformers: {folder}/a",
+        ),
+        ("transformers", ("model.gguf", "README.md"), "is a GGUF model", "{folder}/model.gguf"),
         ("onnx", ("model.onnx", "tokenizer.json"), "ONNX model without genai_config.json", "build it again"),
         ("onnx", ("model.safetensors",), "has weights, and no config.json", "hf download"),
         ("transformers", ("model.safetensors", "tokenizer.json"), "no config.json", "hf download"),
@@ -99,11 +104,10 @@ def _tar() -> bytes:
         (_zip(), "is an archive, not a folder", "unpack it"),
         (_tar(), "is an archive, not a folder", "unpack it"),
         (gzip.compress(b"x"), "is an archive, not a folder", "unpack it"),
-        (b"GGUF\x03\x00", "is a GGUF model", "take the Hugging Face folder"),
         (b"{}", "is a file, not a folder", "give its folder: {folder}"),
         (b"", "is a file, not a folder", "give its folder: {folder}"),
     ],
-    ids=["zip", "tar", "gz", "gguf", "text", "nothing"],
+    ids=["zip", "tar", "gz", "text", "nothing"],
 )
 def test_a_file_is_told_by_its_first_bytes(tmp_path: Path, content: bytes, what: str, remedy: str) -> None:
     file = tmp_path / "thing"
@@ -112,6 +116,15 @@ def test_a_file_is_told_by_its_first_bytes(tmp_path: Path, content: bytes, what:
         kinds.check(file, "onnx")
     assert what in caught.value.message
     assert remedy.format(folder=tmp_path) in caught.value.remedy
+
+
+def test_a_gguf_file_passes_as_onnx_only(tmp_path: Path) -> None:
+    file = tmp_path / "it's a model"
+    file.write_bytes(b"GGUF\x03\x00")
+    kinds.check(file, "onnx")
+    with pytest.raises(PublishError, match="is a GGUF model") as caught:
+        kinds.check(file, "transformers")
+    assert "without --flavor transformers" in caught.value.remedy
 
 
 def test_what_is_not_there_is_said_so(tmp_path: Path) -> None:

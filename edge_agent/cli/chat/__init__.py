@@ -24,8 +24,8 @@ from edge_agent.cli.command import Command, Invocation
     "--direct",
     "folder",
     type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Talk to the model in this folder, without daemon, registry and settings.",
+    metavar="DIR|FILE.gguf",
+    help="Talk to the model in this folder or file, without daemon, registry and settings.",
 )
 @click.pass_obj
 def chat(invocation: Invocation, model: str | None, system: str | None, folder: Path | None) -> None:
@@ -35,7 +35,8 @@ def chat(invocation: Invocation, model: str | None, system: str | None, folder: 
     message, and an error ends the command.
 
     DIR is what the onnxruntime-genai model builder made, or a Hugging Face folder (which needs
-    edge-agent[transformers]). The model runs behind the same walls as on a device; nothing is kept of it.
+    edge-agent[transformers]); a GGUF file is converted first. The model runs behind the same walls as on a
+    device; nothing is kept of it.
 
     \b
     Examples:

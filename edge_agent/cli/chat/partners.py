@@ -163,14 +163,14 @@ def of_daemon(settings: Settings, model: str | None) -> DaemonPartner:
 
 @contextlib.contextmanager
 def of_folder(folder: Path) -> Iterator[RunnerPartner]:
-    """Loads the model in a folder for the time of the block.
+    """Loads the model in a folder, or in a GGUF file, for the time of the block.
 
     Raises:
         PublishError: it is no model's folder, or a device would refuse it.
         MemoryShort: the model does not fit this host's memory.
         RunnerError: it does not load.
     """
-    from edge_agent.publishing import kinds
+    from edge_agent.publishing import kinds, model_folder
     from edge_agent.publishing.package import Flavor, assemble
 
     flavor: Flavor = "transformers" if kinds.is_checkpoint(folder) else "onnx"
@@ -179,6 +179,7 @@ def of_folder(folder: Path) -> Iterator[RunnerPartner]:
     with tempfile.TemporaryDirectory(prefix="edge-agent-chat-") as temporary:
         package = Path(temporary) / "package"
         terminal.echo(f"edge-agent: loading {folder}", err=True)
+        folder = model_folder(folder, Path(temporary))
         assemble(folder, package, name="chat", flavor=flavor)
         request = _load_of(package, folder / genai_options.FILE_NAME if flavor == "onnx" else None)
         runner = RunnerProcess(model=name, environment=child_environment(Path(temporary)))

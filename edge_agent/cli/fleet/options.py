@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from edge_agent.cli.command import Invocation
+from edge_agent.documents import page
 from edge_agent.fleet import survey
 from edge_agent.fleet.broker import FleetBroker
 from edge_agent.fleet.devices import Fleet
@@ -49,5 +50,5 @@ def why_empty(fleet: Fleet, topics: FleetTopics) -> str:
         return ""
     return (
         f"the broker has nothing on {topics.statuses}: no device has connected, mqtt.prefix is another, this identity"
-        " may not read it (docs/broker.md), or the broker sends nothing retained for a wildcard (--devices)"
+        f" may not read it ({page('broker.md')}), or the broker sends nothing retained for a wildcard (--devices)"
     )

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Any
 
 from edge_agent import printable
+from edge_agent.documents import page
 from edge_agent.errors import EdgeAgentError
 from edge_agent.fleet.rollout.plan import (
     MAX_CANARIES,
@@ -207,7 +208,7 @@ def parse(body: bytes) -> State:
     except (ValueError, TypeError, KeyError, RecursionError, EdgeAgentError) as error:
         raise StateUnreadable(
             f"the retained state of the rollout cannot be read ({type(error).__name__}: {error})",
-            remedy="use the newest edge-agent that writes there, and see who else may (docs/fleet.md)",
+            remedy=f"use the newest edge-agent that writes there, and see who else may ({page('broker.md')})",
         ) from error
 
 

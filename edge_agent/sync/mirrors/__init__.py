@@ -182,5 +182,5 @@ class Mirrors:
         return wait_s
 
     def _leave(self, url: str, for_s: float, reason: str) -> None:
-        log.warning("mirror left alone url=%s for_s=%d reason=%r", url, for_s, reason)
+        log.warning("mirror left alone code=mirror_failed url=%s for_s=%d reason=%r", url, for_s, reason)
         self._left_alone.add(url, for_s)

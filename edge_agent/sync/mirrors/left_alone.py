@@ -48,7 +48,7 @@ class LeftAlone:
         try:
             durable.write_hint(self._file, json.dumps(self._until).encode())
         except OSError as error:
-            log.warning("mirror not noted reason=%r", error.strerror)
+            log.warning("mirror not noted code=cache_failed reason=%r", error.strerror)
 
     def _read(self) -> dict[str, float]:
         with suppress(StoreError, ValueError, RecursionError):

@@ -19,6 +19,7 @@ from edge_agent.errors import (
     RunnerCrashed,
     RunnerError,
     StoreError,
+    SyncStopped,
     VerificationError,
 )
 from edge_agent.package import trust
@@ -524,7 +525,7 @@ def test_closing_ends_a_candidate_that_is_being_loaded_and_holds_nothing_against
     adoption = InBackground(lambda: life.adopt(2))
     host.wait_for("load 2")
     life.lifecycle.close()
-    with pytest.raises(RunnerError):
+    with pytest.raises(SyncStopped):
         adoption.result()
     assert (host.running(), life.quarantined, life.active) == ([], {}, 1)
     assert life.store.state().model("assistant").candidate_tries == 0

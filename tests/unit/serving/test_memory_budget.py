@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.cache.record import VersionRecord
-from edge_agent.errors import MemoryShort, RunnerError
+from edge_agent.errors import MemoryShort, SyncStopped
 from edge_agent.host import identity
 from edge_agent.package.manifest import ManifestFile
 from edge_agent.package.manifest import make as make_manifest
@@ -248,7 +248,7 @@ def test_a_closed_model_waits_no_longer(tmp_path: Path, folder: Path) -> None:
     leaver = threading.Thread(target=leave)
     leaver.start()
     with (
-        pytest.raises(RunnerError, match="stopping"),
+        pytest.raises(SyncStopped, match="stopping"),
         shared.admit(new, version(), folder, CONTEXT),
     ):
         raise AssertionError("it was admitted")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.errors import RunnerError
+from edge_agent.errors import SyncStopped
 from edge_agent.serving.seat import Serving
 from tests.support.processes import wait_until
 from tests.support.scripted_runner import (
@@ -153,7 +153,7 @@ def test_a_closed_model_loads_nothing_any_more(life: Life, host: ScriptedHost) -
     life.lifecycle.close()
     assert (host.running(), life.ask()) == ([], None)
     life.commit(2)
-    with pytest.raises(RunnerError, match="stopping"):
+    with pytest.raises(SyncStopped, match="stopping"):
         life.adopt(2)
     assert (host.running(), life.active, life.quarantined) == ([], 1, {})
 

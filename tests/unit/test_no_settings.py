@@ -1,0 +1,162 @@
+"""Commands without settings, without a home, or with files that their user may not look at: each says what to do."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edge_agent import settings
+from edge_agent.cli import main
+from edge_agent.errors import EdgeAgentError, SettingsError
+from edge_agent.settings import SYSTEM_CONTROL_SOCKET
+from edge_agent.transport import control
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which settings are looked for; the state, which is not there either, is beside it."""
+    for name in [name for name in os.environ if name.startswith("EDGE_AGENT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CONFIGURATION_DIRECTORY", str(tmp_path / "conf"))
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
+    monkeypatch.setattr(settings, "SYSTEM_CONTROL_SOCKET", tmp_path / "run" / "control.sock")
+    return tmp_path / "conf" / "config.toml"
+
+
+def invoke(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def denying(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This user may not look at what is there."""
+    real = Path.stat
+
+    def stat(self: Path, **options: Any) -> os.stat_result:
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+
+
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home who is in no list of users, as containers have them."""
+
+    def unknown(uid: int) -> Any:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "CONFIGURATION_DIRECTORY", "STATE_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_daemon_without_settings_says_which_file_and_which_lines(nowhere: Path) -> None:
+    result = invoke("run")
+    assert result.exit_code == 78
+    assert result.stderr.startswith(f"edge-agent: there are no settings: no {nowhere}, and no EDGE_AGENT_*")
+    assert f"write {nowhere} with these lines" in result.stderr
+    assert "edge-agent doctor" in result.stderr
+    assert "settings.md" in result.stderr
+    lines = result.stderr.partition("with a value of yours:\n")[2].partition("            then")[0]
+    nowhere.parent.mkdir()
+    nowhere.write_text(lines)
+    assert set(tomllib.loads(lines)) == {"registry", "models", "mqtt"}
+    assert settings.load_for_daemon().default_model == "assistant"
+
+
+def test_variables_are_settings_and_so_is_a_file_that_is_named(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = nowhere.parent.parent / "named.toml"
+    named.write_text("")
+    assert settings.load_for_daemon(named).models == {}
+    monkeypatch.setenv("EDGE_AGENT_MQTT__HOST", "broker.example")
+    assert settings.load_for_daemon().mqtt.host == "broker.example"
+    assert settings.missing_settings(None) == ""
+
+
+@pytest.mark.parametrize("arguments", [("probe", "hi"), ("status",), ("chat",), ("bench",)])
+def test_commands_that_find_nothing_say_that_there_are_no_settings(
+    nowhere: Path, arguments: tuple[str, ...]
+) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code in (3, 4)
+    assert f"there are no settings: no {nowhere}, and no EDGE_AGENT_* variable" in result.stderr
+
+
+def test_a_console_that_reaches_no_broker_says_that_there_are_no_settings(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> Any:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    result = invoke("fleet", "status")
+    assert result.exit_code == 1
+    assert "localhost:1883 cannot be reached" in result.stderr
+    assert f"there are no settings: no {nowhere}" in result.stderr
+
+
+def test_a_settings_file_that_may_not_be_looked_at_is_no_missing_one(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denying(nowhere, monkeypatch)
+    monkeypatch.setattr(Path, "read_bytes", lambda self: self.stat() and b"")
+    for command in ("run", "status", "models list", "fleet status"):
+        result = invoke(*command.split())
+        assert result.exit_code == 78
+        assert f"settings file {nowhere} cannot be read: Permission denied" in result.stderr
+        assert "use sudo, or let this user read it" in result.stderr
+
+
+def test_a_user_without_a_home_is_told_which_key_to_set(
+    nowhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "SYSTEM_CONFIG", tmp_path / "none.toml")
+    homeless(monkeypatch)
+    assert settings.find_config() is None
+    with pytest.raises(SettingsError, match=r"state_dir: the user has no home \(\$HOME\)"):
+        settings.load()
+    for key in ("state_dir", "control_socket"):
+        file = tmp_path / "config.toml"
+        file.write_text(
+            f'state_dir = "/var/lib/x"\n{key} = "~/here"\n' if key != "state_dir" else f'{key} = "~/x"\n'
+        )
+        with pytest.raises(SettingsError, match="the user has no home"):
+            settings.load(file)
+
+
+def test_a_socket_that_may_not_be_looked_at_is_asked_and_says_so(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = settings.load()
+    system = settings.SYSTEM_CONTROL_SOCKET
+    assert system != SYSTEM_CONTROL_SOCKET
+    assert settings.find_control_socket(loaded) == loaded.control_socket
+    denying(loaded.control_socket, monkeypatch)
+    assert settings.find_control_socket(loaded) == loaded.control_socket
+    system.parent.mkdir()
+    system.touch()
+    assert settings.find_control_socket(loaded) == system, "the one that is there"
+    system.unlink()
+    denying(system, monkeypatch)
+    connected: list[object] = []
+
+    def connect(connection: socket.socket, path: str) -> None:
+        connected.append(path)
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.raises(EdgeAgentError, match="permission denied on control socket"):
+        list(control.call(settings.find_control_socket(loaded), "status"))
+    assert connected == [str(system)] or connected == [str(loaded.control_socket)]

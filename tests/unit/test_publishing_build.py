@@ -1,0 +1,159 @@
+"""Where a folder stands: read from its graph, whatever that says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent import publishing
+from edge_agent.cli import main
+from edge_agent.publishing import build
+from edge_agent.publishing.build import Part
+from edge_agent.publishing.register import Published
+from tests.support.onnx_files import attribute, message, model, node, number
+
+FLOAT, FLOAT16, UINT8 = 1, 10, 2
+Sizes = Sequence[int]
+
+
+def matmul(name: str, bits: int = 4, block_size: int = 32) -> bytes:
+    sizes = {"bits": bits, "block_size": block_size, "accuracy_level": 4}
+    attributes = [attribute(key, number(3, value)) for key, value in sizes.items()]
+    return node("MatMulNBits", ["x", "w"], ["y"], *attributes) + message(3, name)
+
+
+def layer(at: int, kind: str, **sizes: int) -> bytes:
+    return matmul(f"/model/layers.{at}/mlp/{kind}/MatMul_Q4", **sizes)
+
+
+def tensor(name: str, sizes: Sizes, kind: int) -> bytes:
+    return b"".join(number(1, size) for size in sizes) + number(2, kind) + message(8, name)
+
+
+def folder_of(place: Path, nodes: Sequence[bytes], tensors: Sequence[bytes] = ()) -> Path:
+    place.mkdir(exist_ok=True)
+    (place / "model.onnx").write_bytes(model(nodes, tensors))
+    config = {"model": {"decoder": {"filename": "model.onnx"}}}
+    (place / "genai_config.json").write_text(json.dumps(config))
+    return place
+
+
+def line(place: Path, nodes: Sequence[bytes], tensors: Sequence[bytes] = ()) -> str:
+    graph = build.read(folder_of(place, nodes, tensors))
+    assert graph is not None
+    return build.text(graph)
+
+
+def test_the_sample_model_stands_where_its_builder_left_it(sample_model: Path) -> None:
+    graph = build.read(sample_model)
+    assert graph is not None
+    assert build.text(graph) == "int4 in blocks of 32; float32: embeddings"
+    document = build.document(graph)
+    assert document is not None
+    assert {"part": "lm_head", "bits": 4, "block_size": 32, "matrices": 1} in document
+    assert sum(part["matrices"] for part in document) == 22
+
+
+def test_what_most_matrices_have_comes_first_and_the_rest_is_named(tmp_path: Path) -> None:
+    nodes = [layer(at, kind) for at in range(4) for kind in ("gate_proj", "down_proj")]
+    nodes[1] = layer(0, "down_proj", bits=8)
+    nodes += [matmul("/lm_head/MatMul_Q8", bits=8, block_size=128)]
+    table = [attribute("bits", number(3, 8)), attribute("block_size", number(3, 32))]
+    nodes += [node("GatherBlockQuantized", ["table", "ids", "scales"], ["e"], *table)]
+    assert line(tmp_path, nodes, [tensor("table", [9, 9], UINT8)]) == (
+        "int4 in blocks of 32; int8 in blocks of 32: 1 of 4 down_proj; int8 in blocks of 128: lm_head; int8: embeddings"
+    )
+
+
+def test_matrices_that_are_not_quantized_are_named_too(tmp_path: Path) -> None:
+    weights = [tensor("w1", [8, 8], FLOAT16), tensor("table", [9, 9], FLOAT16)]
+    nodes = [node("Gather", ["table", "ids"]), node("MatMul", ["x", "w1"])]
+    assert line(tmp_path, nodes, weights) == "float16; float16: embeddings"
+    assert line(tmp_path, [layer(0, "up_proj"), layer(1, "up_proj"), *nodes], weights) == (
+        "int4 in blocks of 32; float16: other; float16: embeddings"
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "/" * 100_000,
+        "\x1b[2J/MatMul",
+        "/model/layers.0/mlp/" + "a" * 33 + "/MatMul",
+        "a/MatMul",
+        "/A/MatMul",
+    ],
+)
+def test_a_name_that_is_no_plain_word_is_not_repeated(tmp_path: Path, name: str) -> None:
+    graph = build.read(folder_of(tmp_path, [matmul(name)]))
+    assert graph is not None
+    assert build.parts(graph) == [Part(part="other", bits=4, block_size=32, matrices=1)]
+
+
+def test_a_graph_of_many_kinds_has_a_short_line(tmp_path: Path) -> None:
+    words = [f"{a}{b}{c}" for a in "abcdefghij" for b in "abcdefghij" for c in "abcdefghij"]
+    graph = build.read(folder_of(tmp_path, [layer(0, word, bits=at) for at, word in enumerate(words)]))
+    assert graph is not None
+    assert len(build.parts(graph)) <= 32
+    assert len(build.text(graph)) < 4000
+
+
+def test_numbers_beyond_all_measure_are_told_as_they_are(tmp_path: Path) -> None:
+    assert line(tmp_path, [layer(0, "up_proj", bits=1 << 63, block_size=0)]) == f"int{1 << 63}"
+
+
+def test_a_graph_without_matrices_is_no_error(tmp_path: Path) -> None:
+    assert line(tmp_path, []) == "no matrices"
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["", "[]", '{"model": {"decoder": {"filename": 3}}}', '{"model": {"decoder": {"filename": "x"}}}'],
+)
+def test_a_folder_that_cannot_be_read_stands_nowhere(tmp_path: Path, config: str) -> None:
+    assert build.read(tmp_path) is None
+    folder_of(tmp_path, [])
+    (tmp_path / "genai_config.json").write_text(config)
+    assert build.read(tmp_path) is None
+    assert build.document(None) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(cut=st.integers(0, 10_000), at=st.integers(0, 10_000), byte=st.integers(0, 255))
+def test_a_damaged_graph_has_a_line_or_none(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, at: int, byte: int
+) -> None:
+    nodes = [layer(0, "up_proj", bits=8), matmul("/lm_head/MatMul"), node("Gather", ["table", "ids"])]
+    place = folder_of(
+        tmp_path_factory.getbasetemp() / "damaged-build", nodes, [tensor("table", [9, 9], FLOAT)]
+    )
+    data = bytearray((place / "model.onnx").read_bytes())
+    data[at % len(data)] = byte
+    (place / "model.onnx").write_bytes(data[: cut % (len(data) + 1)])
+    graph = build.read(place)
+    if graph is not None:
+        assert build.text(graph)
+        assert json.loads(json.dumps(build.document(graph))) == build.document(graph)
+
+
+def test_the_command_says_where_the_folder_stands(
+    monkeypatch: pytest.MonkeyPatch, sample_model: Path
+) -> None:
+    published = Published(name="m", version=3, alias=None, digest="d", run_id="r")
+    monkeypatch.setattr(publishing, "publish_folder", lambda *_, **__: published)
+    arguments = ["publish", str(sample_model), "--name", "m", "--registry", "sqlite:///r.db"]
+    said = CliRunner().invoke(main, arguments).stdout
+    assert said.splitlines()[-1] == "build: int4 in blocks of 32; float32: embeddings"
+    graph = build.read(sample_model)
+    assert json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)["build"] == build.document(
+        graph
+    )
+    hugging_face = CliRunner().invoke(main, [*arguments, "--json", "--flavor", "transformers"])
+    assert json.loads(hugging_face.stdout)["build"] is None
