@@ -9,6 +9,7 @@ import click
 
 from edge_agent import terminal
 from edge_agent.cli.command import Command, Invocation
+from edge_agent.cli.progress_line import progress_line
 from edge_agent.owner import acting_as_owner_of
 
 
@@ -57,17 +58,14 @@ def bench(
 
     end_in_order()
 
-    def say(line: str) -> None:
-        terminal.echo(f"bench: {line}", err=True)
-
     settings = invocation.settings()
-    with acting_as_owner_of(settings.state_dir):
+    with progress_line() as report, acting_as_owner_of(settings.state_dir):
         result = run_bench(
             settings,
             model=model,
             launches=launches,
             tokens=tokens,
-            say=say,
+            say=lambda step: report(f"bench: {step}", 0, 0),
             peer=against[1].absolute() if against else None,
         )
     if as_json:

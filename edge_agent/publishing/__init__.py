@@ -158,7 +158,7 @@ def model_folder(source: Path, temporary: Path, *, progress: Progress = no_progr
         return source
     from edge_agent.publishing import gguf  # with numpy
 
-    progress("convert", 0, 0)
+    progress("converting", 0, 0)
     made = temporary / "onnx"
     made.mkdir()
     try:

@@ -26,7 +26,7 @@ def test_a_gguf_file_becomes_a_version_that_a_device_takes(tmp_path: Path) -> No
         file=tmp_path / "small.tar",
         progress=lambda step, done, total: steps.append(step),
     )
-    assert steps[0] == "convert"
+    assert list(dict.fromkeys(steps))[:2] == ["checking", "converting"]
     assert written.limits == ()
     store = Store(tmp_path / "device")
     record = bring_in(store, written.file, ref=f"models:/small/{written.version}", policy=TrustJob())
