@@ -264,7 +264,7 @@ class Journal:
             error = ModelFailed(f"the agent died {MAX_ATTEMPTS} times while this prompt was running")
             self.answer(prompt.row, Answer.of_error(prompt.id, prompt.form, error), moment=moment)
             self.given_up.append(prompt.model)
-            log.warning("prompt given up code=model_failed request=%s attempts=%d", prompt.id, MAX_ATTEMPTS)
+            log.warning("prompt given up request=%s code=model_failed attempts=%d", prompt.id, MAX_ATTEMPTS)
 
 
 def _find_repeated(db: sqlite3.Connection, arrival: Arrival) -> tuple[int, bytes, State] | None:

@@ -137,7 +137,7 @@ def test_what_is_not_removed_in_time_is_named_and_left_to_the_next(
         (made / "a" / str(number)).mkdir(parents=True)
     remove_scratch(made, clock=Clock(now_s=lambda: float(next(seconds))))
     (left,) = folder.iterdir()
-    assert f"temporary folder stays folder={left} reason='not within 3 s'" in caplog.text
+    assert f"temporary folder stays code=disk_failed folder={left} reason='not within 3 s'" in caplog.text
     assert next(seconds) == 4, "it began at 0, and looked for the last time at 3"
     monkeypatch.setattr(scratch, "REMOVAL_S", 60.0)
     assert left_by_the_next(folder) == set()
