@@ -265,27 +265,8 @@ def test_a_script_without_its_bundle_says_where_it_belongs(host: Host) -> None:
 # --- Cut half way ---------------------------------------------------------------------------------------
 
 
-def cut_at(host: Host, program: str, pattern: str, before: str = ":") -> Path:
-    """From now on the install ends as by a power cut where it starts `program` with arguments like `pattern`.
-
-    Args:
-        before: shell for what of the step is done all the same.
-
-    Returns:
-        the file that tells that it happened.
-    """
-    fired = host.folder / f"cut-{program}"
-    script = host.folder / "bin" / program
-    real = shutil.which(program, path="/usr/bin:/bin")
-    script.write_text(
-        f'#!/bin/sh\ncase "$*" in {pattern}) {before}; : >"{fired}"; kill -KILL 0 ;; esac\nexec {real} "$@"\n'
-    )
-    script.chmod(0o755)
-    return fired
-
-
 def cut_install(host: Host, folder: Path, program: str, pattern: str, before: str = ":") -> None:
-    fired = cut_at(host, program, pattern, before)
+    fired = host.cut_at(program, pattern, before)
     result = subprocess.run(
         [str(folder / "install.sh"), "--root", str(host.root)],
         capture_output=True,
