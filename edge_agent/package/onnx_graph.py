@@ -24,7 +24,7 @@ _MAX_CONSTANT = 16
 _ALL = range(1 << 10)
 _NONE = range(0)
 _WEIGHT_INPUTS: Mapping[str, range] = {
-    **dict.fromkeys(("MatMul", "Gemm", "Add", "Transpose", "Cast"), _ALL),
+    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "Add", "Transpose", "Cast"), _ALL),
     **dict.fromkeys(("LayerNormalization", "SkipLayerNormalization"), _ALL),
     **dict.fromkeys(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"), _ALL),
     **dict.fromkeys(("Gather", "GatherBlockQuantized"), range(1)),
@@ -114,7 +114,7 @@ def _graph(model: memoryview) -> OnnxGraph:
     floats = [
         [tensors[name] for name in node.inputs if name in tensors]
         for node in nodes
-        if node.kind in ("MatMul", "Gemm")
+        if node.kind in ("MatMul", "Gemm", "FusedMatMul")
     ]
     float_types = {_FLOATS.get(tensor.type, "") for matrix in floats for tensor in matrix[:1]}
     embedding, quantized = 0, None

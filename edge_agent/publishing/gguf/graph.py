@@ -58,7 +58,7 @@ class _Decoder:
         self._constants: set[str] = set()
         self._tied = "output.weight" not in tensors
         self._table = Matrix.of(tensors["token_embd.weight"])
-        self._stored_table: tuple[Stored, Stored] | None = None
+        self._stored_table: tuple[Stored, ...] = ()
 
     def write(self, *, every_token: bool) -> None:
         sizes, onnx = self._sizes, self._onnx
@@ -161,8 +161,8 @@ class _Decoder:
     def _embed(self, ids: str) -> str:
         onnx, table = self._onnx, self._table
         if table.format.floats:
-            stored = onnx.store(table.floats())
-            onnx.tensor("token_embd.weight", FLOAT, (table.rows, table.columns), stored)
+            self._stored_table = (onnx.store(table.floats()),)
+            onnx.tensor("token_embd.weight", FLOAT, (table.rows, table.columns), *self._stored_table)
             return onnx.node("Gather", ["token_embd.weight", ids], "/embed/Gather", axis=0)
         codes, scales = onnx.store(table.codes()), onnx.store(table.scales())
         self._stored_table = codes, scales
@@ -188,7 +188,7 @@ class _Decoder:
             "token_embd.minima",
             FLOAT,
             (table.rows, table.groups, 1),
-            onnx.store([table.minima().T]),
+            onnx.store(table.minima()),
         )
         groups = self._numbers("groups", 0, 0, table.groups, table.format.group)
         flat = self._numbers("flat", 0, 0, table.columns)
@@ -235,19 +235,19 @@ class _Decoder:
         value: str,
         *,
         result: str = "",
-        stored: tuple[Stored, Stored] | None = None,
+        stored: tuple[Stored, ...] = (),
     ) -> str:
         """The product of a value's last dimension with the rows of a matrix.
 
         Args:
             result: the name of what is computed.
-            stored: codes and scales, if they are in the data file already.
+            stored: codes and scales, or floats, if they are in the data file already.
         """
         onnx, form = self._onnx, matrix.format
         if form.floats:
-            weights = onnx.store([np.concatenate(list(matrix.floats())).T])
-            onnx.tensor(f"{title}.weight", FLOAT, (matrix.columns, matrix.rows), weights)
-            return onnx.node("MatMul", [value, f"{title}.weight"], result or f"/{title}/MatMul")
+            (weights,) = stored or (onnx.store(matrix.floats()),)
+            onnx.tensor(f"{title}.weight", FLOAT, (matrix.rows, matrix.columns), weights)
+            return self._rows_product(value, f"{title}.weight", result or f"/{title}/MatMul")
         codes, scales = stored or (onnx.store(matrix.codes()), onnx.store(matrix.scales()))
         onnx.tensor(f"{title}.codes", UINT8, (matrix.rows, matrix.groups, form.group * form.bits // 8), codes)
         onnx.tensor(f"{title}.scales", FLOAT, (matrix.rows, matrix.groups), scales)
@@ -264,11 +264,14 @@ class _Decoder:
         )
         if not form.minima:
             return product
-        onnx.tensor(f"{title}.minima", FLOAT, (matrix.groups, matrix.rows), onnx.store([matrix.minima()]))
-        added = onnx.node(
-            "MatMul", [self._group_sums(value, matrix), f"{title}.minima"], f"/{title}/minima/MatMul"
-        )
+        onnx.tensor(f"{title}.minima", FLOAT, (matrix.rows, matrix.groups), onnx.store(matrix.minima()))
+        sums = self._group_sums(value, matrix)
+        added = self._rows_product(sums, f"{title}.minima", f"/{title}/minima/MatMul")
         return onnx.node("Add", [product, added], result or f"/{title}/minima/Add")
+
+    def _rows_product(self, value: str, matrix: str, name: str) -> str:
+        """The product of a value's last dimension with the rows of a float32 matrix."""
+        return self._onnx.node("FusedMatMul", [value, matrix], name, domain=MICROSOFT, transB=1)
 
     def _group_sums(self, value: str, matrix: Matrix) -> str:
         """[batch, tokens, groups] float32: sums over the groups of a value's last dimension, made once."""
