@@ -155,7 +155,7 @@ def test_the_graph_is_the_model_builders(tmp_path: Path, sample_model: Path) -> 
 
 def test_a_tied_table_lies_in_the_file_once(tmp_path: Path) -> None:
     """As embeddings and as the last matrix, quantized and of floats."""
-    for kind in (Q8_0, F32):
+    for kind in (Q8_0, Q4_1, F32):
         (tmp_path / str(kind)).mkdir()
         folder = converted(models.small_model(kind), tmp_path / str(kind))
         model = onnx_weights.read(folder / "model.onnx")
@@ -164,8 +164,8 @@ def test_a_tied_table_lies_in_the_file_once(tmp_path: Path) -> None:
         )
         stored = (folder / "model.onnx.data").stat().st_size
         named = sum(tensor.nbytes for tensor in model.tensors.values())
-        assert table > models.VOCABULARY * models.HIDDEN
-        assert stored < named - table / 2
+        assert table > models.VOCABULARY * models.HIDDEN / 2
+        assert stored < named - table * 0.9
 
 
 def test_a_model_of_floats_is_described_as_one(tmp_path: Path) -> None:
