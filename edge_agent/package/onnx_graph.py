@@ -26,7 +26,7 @@ _LOOK_UPS = ("Gather", "GatherBlockQuantized")
 _ALL = range(1 << 10)
 _NONE = range(0)
 _WEIGHT_INPUTS: Mapping[str, range] = {
-    **dict.fromkeys(("MatMul", "Gemm", "Add", "Transpose", "Cast"), _ALL),
+    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "Add", "Transpose", "Cast"), _ALL),
     **dict.fromkeys(("LayerNormalization", "SkipLayerNormalization"), _ALL),
     **dict.fromkeys(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"), _ALL),
     **dict.fromkeys(_LOOK_UPS, range(1)),
@@ -122,7 +122,7 @@ def _graph(model: memoryview) -> OnnxGraph:
     floats = [
         [tensors[name] for name in node.inputs if name in tensors]
         for node in nodes
-        if node.kind in ("MatMul", "Gemm")
+        if node.kind in ("MatMul", "Gemm", "FusedMatMul")
     ]
     float_types = {_FLOATS.get(tensor.type, "") for matrix in floats for tensor in matrix[:1]}
     embedding, table, shared = 0, None, False

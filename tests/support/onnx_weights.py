@@ -42,8 +42,7 @@ def dequantized(model: Model, title: str, bits: int) -> npt.NDArray[np.float64]:
         codes = np.stack([codes & 15, codes >> 4], axis=-1)
     found = scales[..., None] * (codes.reshape(rows, groups, -1).astype(np.float64) - (1 << bits - 1))
     if f"{title}.minima" in model.tensors:
-        minima = model.tensors[f"{title}.minima"]
-        found = found + (minima.T if minima.ndim == 2 else minima[..., 0]).astype(np.float64)[..., None]
+        found = found + model.tensors[f"{title}.minima"].astype(np.float64).reshape(rows, groups, 1)
     result: npt.NDArray[np.float64] = found.reshape(rows, -1)
     return result
 

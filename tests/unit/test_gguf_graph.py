@@ -144,13 +144,34 @@ def test_the_graph_is_the_model_builders(tmp_path: Path, sample_model: Path) -> 
     """The operators of its folders, and of it those for minima, which it does not know."""
     known = {kind for kind, _, _ in onnx_weights.read(sample_model / "model.onnx").nodes}
     known |= {"GatherBlockQuantized", "Unsqueeze", "Reshape"}  # of a quantized table, and of prune_lm_head
-    for kind, more in ((Q4_0, set[str]()), (Q4_1, {"MatMul", "Add", "ReduceSum"})):
+    for kind, more in ((Q4_0, set[str]()), (Q4_1, {"FusedMatMul", "Add", "ReduceSum"})):
         (tmp_path / str(kind)).mkdir()
         folder = converted(models.small_model(kind), tmp_path / str(kind))
         nodes = [each for each, _, _ in onnx_weights.read(folder / "model.onnx").nodes]
         assert set(nodes) - known <= more
         assert nodes.count("MatMulNBits") == models.LAYERS * 5 + 1
         assert nodes.count("GroupQueryAttention") == models.LAYERS
+
+
+def test_a_tied_table_lies_in_the_file_once(tmp_path: Path) -> None:
+    """As embeddings and as the last matrix, quantized and of floats."""
+    for kind in (Q8_0, Q4_1, F32):
+        (tmp_path / str(kind)).mkdir()
+        folder = converted(models.small_model(kind), tmp_path / str(kind))
+        model = onnx_weights.read(folder / "model.onnx")
+        table = sum(
+            model.tensors[name].nbytes for name in model.tensors if name.startswith("token_embd.head.")
+        )
+        stored = (folder / "model.onnx.data").stat().st_size
+        named = sum(tensor.nbytes for tensor in model.tensors.values())
+        assert table > models.VOCABULARY * models.HIDDEN / 2
+        assert stored < named - table * 0.9
+
+
+def test_a_model_of_floats_is_described_as_one(tmp_path: Path) -> None:
+    graph = onnx_graph.read(converted(models.small_model(F16), tmp_path) / "model.onnx")
+    assert (graph.float_matmuls, graph.float_type, graph.matmuls) == (models.LAYERS * 5 + 1, "float32", ())
+    assert graph.weights > 0
 
 
 def test_the_folder_is_what_devices_take(tmp_path: Path) -> None:

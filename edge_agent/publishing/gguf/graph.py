@@ -58,7 +58,7 @@ class _Decoder:
         self._constants: set[str] = set()
         self._tied = "output.weight" not in tensors
         self._table = Matrix.of(tensors["token_embd.weight"])
-        self._stored_table: tuple[Stored, Stored] | None = None
+        self._stored_table = _store(onnx, self._table)
 
     def write(self, *, every_token: bool) -> None:
         sizes, onnx = self._sizes, self._onnx
@@ -161,11 +161,9 @@ class _Decoder:
     def _embed(self, ids: str) -> str:
         onnx, table = self._onnx, self._table
         if table.format.floats:
-            stored = onnx.store(table.floats())
-            onnx.tensor("token_embd.weight", FLOAT, (table.rows, table.columns), stored)
+            onnx.tensor("token_embd.weight", FLOAT, (table.rows, table.columns), *self._stored_table)
             return onnx.node("Gather", ["token_embd.weight", ids], "/embed/Gather", axis=0)
-        codes, scales = onnx.store(table.codes()), onnx.store(table.scales())
-        self._stored_table = codes, scales
+        codes, scales, *minima = self._stored_table
         row_bytes = table.columns * table.format.bits // 8
         onnx.tensor("token_embd.codes", UINT8, (table.rows, row_bytes), codes)
         onnx.tensor("token_embd.scales", FLOAT, (table.rows, table.groups), scales)
@@ -179,17 +177,12 @@ class _Decoder:
             gather_axis=0,
             quantize_axis=1,
         )
-        return self._embed_minima(ids, found) if table.format.minima else found
+        return self._embed_minima(ids, found, *minima) if minima else found
 
-    def _embed_minima(self, ids: str, found: str) -> str:
+    def _embed_minima(self, ids: str, found: str, stored: Stored) -> str:
         """Adds each group's minimum to its weights."""
         onnx, table = self._onnx, self._table
-        onnx.tensor(
-            "token_embd.minima",
-            FLOAT,
-            (table.rows, table.groups, 1),
-            onnx.store([table.minima().T]),
-        )
+        onnx.tensor("token_embd.minima", FLOAT, (table.rows, table.groups, 1), stored)
         groups = self._numbers("groups", 0, 0, table.groups, table.format.group)
         flat = self._numbers("flat", 0, 0, table.columns)
         minima = onnx.node("Gather", ["token_embd.minima", ids], "/embed/minima/Gather", axis=0)
@@ -235,20 +228,20 @@ class _Decoder:
         value: str,
         *,
         result: str = "",
-        stored: tuple[Stored, Stored] | None = None,
+        stored: tuple[Stored, ...] = (),
     ) -> str:
         """The product of a value's last dimension with the rows of a matrix.
 
         Args:
             result: the name of what is computed.
-            stored: codes and scales, if they are in the data file already.
+            stored: its parts, if they are in the data file already.
         """
         onnx, form = self._onnx, matrix.format
+        stored = stored or _store(onnx, matrix)
         if form.floats:
-            weights = onnx.store([np.concatenate(list(matrix.floats())).T])
-            onnx.tensor(f"{title}.weight", FLOAT, (matrix.columns, matrix.rows), weights)
-            return onnx.node("MatMul", [value, f"{title}.weight"], result or f"/{title}/MatMul")
-        codes, scales = stored or (onnx.store(matrix.codes()), onnx.store(matrix.scales()))
+            onnx.tensor(f"{title}.weight", FLOAT, (matrix.rows, matrix.columns), *stored)
+            return self._rows_product(value, f"{title}.weight", result or f"/{title}/MatMul")
+        codes, scales, *minima = stored
         onnx.tensor(f"{title}.codes", UINT8, (matrix.rows, matrix.groups, form.group * form.bits // 8), codes)
         onnx.tensor(f"{title}.scales", FLOAT, (matrix.rows, matrix.groups), scales)
         product = onnx.node(
@@ -262,13 +255,16 @@ class _Decoder:
             block_size=form.group,
             accuracy_level=_INT8_ACCURACY,
         )
-        if not form.minima:
+        if not minima:
             return product
-        onnx.tensor(f"{title}.minima", FLOAT, (matrix.groups, matrix.rows), onnx.store([matrix.minima()]))
-        added = onnx.node(
-            "MatMul", [self._group_sums(value, matrix), f"{title}.minima"], f"/{title}/minima/MatMul"
-        )
+        onnx.tensor(f"{title}.minima", FLOAT, (matrix.rows, matrix.groups), *minima)
+        sums = self._group_sums(value, matrix)
+        added = self._rows_product(sums, f"{title}.minima", f"/{title}/minima/MatMul")
         return onnx.node("Add", [product, added], result or f"/{title}/minima/Add")
+
+    def _rows_product(self, value: str, matrix: str, name: str) -> str:
+        """The product of a value's last dimension with the rows of a float32 matrix."""
+        return self._onnx.node("FusedMatMul", [value, matrix], name, domain=MICROSOFT, transB=1)
 
     def _group_sums(self, value: str, matrix: Matrix) -> str:
         """[batch, tokens, groups] float32: sums over the groups of a value's last dimension, made once."""
@@ -319,3 +315,11 @@ class _Decoder:
 
     def _norm(self, name: str) -> str:
         return self._onnx.constant(f"{name}.weight", matrices.vector(self._tensors[f"{name}.weight"]))
+
+
+def _store(onnx: OnnxFile, matrix: Matrix) -> tuple[Stored, ...]:
+    """Writes a matrix: codes, scales and, where the format has them, minima; or floats."""
+    if matrix.format.floats:
+        return (onnx.store(matrix.floats()),)
+    parts = onnx.store(matrix.codes()), onnx.store(matrix.scales())
+    return (*parts, onnx.store(matrix.minima())) if matrix.format.minima else parts

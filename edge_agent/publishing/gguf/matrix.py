@@ -64,9 +64,9 @@ class Matrix:
         """[rows of a piece, groups] float32."""
         return self._numbers(_there(self.format.scales), self.groups)
 
-    def minima(self) -> Floats:
-        """[groups, rows] float32."""
-        return np.concatenate(list(self._numbers(_there(self.format.minima), self.groups))).T
+    def minima(self) -> Iterator[Floats]:
+        """The same of minima."""
+        return self._numbers(_there(self.format.minima), self.groups)
 
     def floats(self) -> Iterator[Floats]:
         """[rows of a piece, columns] float32, of a format of plain floats."""
