@@ -135,13 +135,14 @@ class _PlainProgress:
 
 @dataclass(frozen=True)
 class Coloured:
-    """A cell that has a colour where there are colours."""
+    """A cell whose text has a colour where there are colours, and goes on without one."""
 
     text: str
     colour: str
+    rest: str = ""
 
     def __str__(self) -> str:
-        return self.text
+        return self.text + self.rest
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,13 @@ def print_table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -
 def print_page(page: Sequence[str | Rows]) -> None:
     """Prints lines and tables, one below the other, on stdout."""
     console = _console()
-    console.print(_drawn(page, console.width))
+    drawn = _drawn(page, console.width)
+    if sys.stdout.isatty():
+        console.print(drawn)
+        return
+    with console.capture() as captured:
+        console.print(drawn)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()), flush=True)
 
 
 @contextmanager
@@ -250,8 +257,9 @@ def _table(
 def _text(cell: object) -> Text:
     from rich.text import Text
 
-    text = "" if cell is None else printable.text(str(cell))
-    return Text(text, style=cell.colour if isinstance(cell, Coloured) else "")
+    if isinstance(cell, Coloured):
+        return Text.assemble((printable.text(cell.text), cell.colour), printable.text(cell.rest))
+    return Text("" if cell is None else printable.text(str(cell)))
 
 
 def reason_of(model: Mapping[str, Any], *, but: str = "") -> str:

@@ -55,7 +55,7 @@ def page(status: Mapping[str, Any], *, now: float) -> Page:
 def _device(status: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
     cache, registry, broker = status["cache"], status["registry"], status["broker"]
     of = f"edge-agent {status['agent_version']}, queue {status['queue_depth']}"
-    yield "state", Coloured(f"{status['state']}   ({of})", _COLOURS.get(status["state"], ""))
+    yield "state", Coloured(status["state"], _COLOURS.get(status["state"], ""), f"   ({of})")
     for trouble in status.get("troubles", []):
         yield "look at", Coloured(printable.line(trouble["text"]), "yellow")
     problem = f": {printable.line(broker['problem'])}" if broker.get("problem") else ""
@@ -118,7 +118,7 @@ def _update(model: Mapping[str, Any], now: float) -> str:
         return f"{which} failed {where}, {terminal.moment(attempt['at'])}: {code}{done}"
     if step == "active":
         return f"{which} is active since {terminal.moment(attempt['at'])}{done}" if done else ""
-    doing = f"fetching {_bytes(progress)}" if progress else _DOING[step]
+    doing = f"fetching {_bytes(progress)}" if progress else _DOING.get(step, step)
     if golden := attempt.get("golden"):
         doing = f"trying, golden prompt {golden['asking']} of {golden['of']}"
     return f"{which}: {doing}, for {_span(max(0.0, now - attempt['at']))}{done}"

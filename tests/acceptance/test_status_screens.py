@@ -96,7 +96,7 @@ def test_without_colours_the_words_are_the_same(scripted: tuple[Path, ScriptedSt
         assert not re.search(r"\x1b\[[0-9;]*3[1-7]m", screen.coloured())
     piped = subprocess.run(status_of(folder), capture_output=True, text=True, timeout=60, check=True)
     assert "\x1b" not in piped.stdout
-    assert [line.rstrip() for line in piped.stdout.rstrip().splitlines()] == lines
+    assert piped.stdout.splitlines() == lines, "and no blanks at their ends"
 
 
 def test_a_page_that_is_higher_than_the_screen_says_so(scripted: tuple[Path, ScriptedStatus]) -> None:
