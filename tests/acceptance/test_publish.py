@@ -37,7 +37,7 @@ def test_a_folder_with_an_empty_file_goes_to_a_registry_and_is_pulled(
     done = device.cli("publish", str(folder), *how, timeout_s=300)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert set(made) == {"name", "version", "digest", "run_id", "alias"}
+    assert set(made) == {"name", "version", "digest", "run_id", "alias", "build"}
     assert steps_in(done.stderr) == [
         *("checking", "copying", "trying in a runner", "hashing", "uploading"),
         *("registering", "reading back", "moving the alias"),
@@ -63,7 +63,7 @@ def test_a_folder_goes_to_a_running_device_in_a_signed_file(
     assert steps_in(done.stderr) == [
         *("checking", "copying", "trying in a runner", "hashing", "writing blobs", "writing the file"),
     ]
-    assert set(made) == {"name", "version", "digest", "file", "bytes", "blobs"}
+    assert set(made) == {"name", "version", "digest", "file", "bytes", "blobs", "build"}
     assert made["bytes"] == file.stat().st_size
     imported = device.cli("models", "import", str(file), "--json", timeout_s=120)
     assert imported.returncode == 0, imported.stderr
