@@ -111,18 +111,13 @@ def _explained(error: EdgeAgentError, settings: Settings, model: str | None) -> 
         status = _status(settings)
     except (EdgeAgentError, TimeoutError):
         return error
-    if not waiting.is_coming(status, model):
-        why = waiting.obstacle(status, model).removeprefix("absent: ")
-        return (
-            error
-            if not why or why in error.message
-            else NoModel(f"{error.message}; {why}", remedy=error.remedy)
-        )
-    name = model or status["models"][0]["name"]
-    return NoModel(
-        f"model {name!r} is not here yet: {waiting.obstacle(status, model)}",
-        remedy="ask again then; `edge-agent status --watch` shows it",
-    )
+    why = waiting.obstacle(status, model)
+    if waiting.is_coming(status, model):
+        name = model or status["models"][0]["name"]
+        remedy = "ask again then; `edge-agent status --watch` shows it"
+        return NoModel(f"model {name!r} is not here yet: {why}", remedy=remedy)
+    why = why.removeprefix("absent: ")
+    return error if why in error.message else NoModel(f"{error.message}; {why}", remedy=error.remedy)
 
 
 def ask_direct(
