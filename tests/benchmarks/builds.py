@@ -1,183 +1,153 @@
-"""What the model builder's options cost and bring: speed on a random-weight model, right answers on the sample.
+"""What the model builder's options cost and bring: quality and speed of each, and llama.cpp beside them.
 
-    .tools/train-venv/bin/python -m tests.benchmarks.builds WORK [--shape 270m] [--launches 3]
+    ./build.sh real-model                                      makes the original that is built from
+    PYTHONPATH=.tools/llama-cpp .tools/train-venv/bin/python -m tests.benchmarks.builds WORK --real .tools/real-model
+    .tools/train-venv/bin/python -m tests.benchmarks.builds WORK --shape 1b        random weights: speed only
 
-Runs in the training environment (`./build.sh random-model --help` makes it). Every build is made once and kept
-in WORK. Speed: a process for each launch, the builds in turn, so that what else the machine does meets all of
-them alike; medians. On a shared machine `--threads 1` and CPU time a token say most. Accuracy: the sample
-model's own weights, built with the same options, and its own questions; a wrong answer is one that is not
-exact. Prints one line for each build, and JSON at the end.
+Every build is made once and kept in WORK, and so is its quality. Options that the builder, or the library that
+runs the folder, cannot do are named, and left out. `--only k_quant` chooses builds by a part of their names. Speed is
+measured as tools/real_model/speed.py says; on a shared machine `--threads 1` and the CPU time of a token, in the JSON
+on standard error, say most.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
-import statistics
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tests.benchmarks import make_random_model as random_model
+from tools.real_model import gguf_builds, report, speed
+from tools.real_model.__main__ import add_limits
+from tools.real_model.building import build, made
+from tools.real_model.progress import say
+from tools.real_model.table import table
 
-ROOT = Path(__file__).parents[2]
-HF_SAMPLE = ROOT / "tests" / "models" / "sample_hf"
-SAMPLE_SCRIPT = ROOT / "tools" / "make_sample_model.py"
-GATHER = "op_types_to_quantize=MatMul/Gather"
-PRUNE = "prune_lm_head=true"
-BUILDS: dict[str, tuple[str, ...]] = {
-    "block 32": (),
-    "block 64": ("block_size=64",),
-    "block 128": ("block_size=128",),
-    "block 32, pruned": (PRUNE,),
-    "block 64, pruned": ("block_size=64", PRUNE),
-    "block 128, pruned": ("block_size=128", PRUNE),
-    "block 32, pruned, Gather": (PRUNE, GATHER),
-    "block 64, pruned, Gather": ("block_size=64", PRUNE, GATHER),
-    "block 128, pruned, Gather": ("block_size=128", PRUNE, GATHER),
-    "accuracy level 1": ("accuracy_level=1",),
+LEVEL = ("accuracy_level=4",)
+ASYMMETRIC = "is_symmetric=false"
+UNTIED = "shared_embeddings=false"
+MIXED = "matmul_mixed_precision=last_matmul:int8,mixed_layers:int8"
+BUILDS: dict[str, tuple[str, Sequence[str]]] = {
+    **{f"block {size}": ("int4", (f"block_size={size}",)) for size in (16, 32, 64, 128)},
+    **{
+        f"{method} {size}": ("int4", (f"algo_config={method}", f"block_size={size}"))
+        for method in ("k_quant", "k_quant_last", "k_quant_mixed")
+        for size in (16, 32, 64, 128)
+    },
+    **{
+        f"{method} 32": ("int4", (f"algo_config={method}", "block_size=32")) for method in ("rtn", "rtn_last")
+    },
+    "rtn 32 asymmetric": ("int4", ("algo_config=rtn", "block_size=32", ASYMMETRIC)),
+    "rtn_last 32 asymmetric": ("int4", ("algo_config=rtn_last", "block_size=32", ASYMMETRIC)),
+    "rtn 32 asymmetric, mixed": ("int4", ("algo_config=rtn", "block_size=32", ASYMMETRIC, MIXED)),
+    "block 32 asymmetric": ("int4", ("block_size=32", ASYMMETRIC)),
+    "block 32 asymmetric, untied": ("int4", ("block_size=32", ASYMMETRIC, UNTIED)),
+    "block 32, mixed": ("int4", ("block_size=32", MIXED)),
+    "k_quant_mixed 32, untied": ("int4", ("algo_config=k_quant_mixed", "block_size=32", UNTIED)),
+    "k_quant_mixed 32, level 0": (
+        "int4",
+        ("algo_config=k_quant_mixed", "block_size=32", "accuracy_level=0"),
+    ),
+    "k_quant_mixed 32, level 1": (
+        "int4",
+        ("algo_config=k_quant_mixed", "block_size=32", "accuracy_level=1"),
+    ),
+    "int8, block 32": ("int8", ("block_size=32",)),
+    "int8, block 128": ("int8", ("block_size=128",)),
+    "int8, k_quant 32": ("int8", ("algo_config=k_quant", "block_size=32")),
+    "int8, rtn 32": ("int8", ("algo_config=rtn", "block_size=32")),
+    "block 32, pruned": ("int4", ("block_size=32", "prune_lm_head=true")),
+    "block 32, Gather": ("int4", ("block_size=32", "op_types_to_quantize=MatMul/Gather")),
 }
-PROMPT_TOKENS, NEW_TOKENS, SLICE_TOKENS = 512, 64, 64
+"""Name → precision, and options of the model builder beside `LEVEL`."""
 
 
-def speed(folder: Path, threads: int) -> dict[str, float]:
-    """In a process of its own: load, prefill in slices, decode, peak memory."""
-    program = ["-m", "tests.benchmarks.builds", "--measure", str(folder), "--threads", str(threads)]
-    done = subprocess.run([sys.executable, *program], capture_output=True, text=True, check=True, timeout=900)
-    measured: dict[str, float] = json.loads(done.stdout)
-    return measured
-
-
-def measure(folder: Path, threads: int) -> None:
-    import time
-
-    import numpy as np
-    import onnxruntime_genai as og
-
-    config = og.Config(str(folder))
-    options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
-    config.overlay(json.dumps(options))
-    started = time.perf_counter()
-    model = og.Model(config)
-    loaded = time.perf_counter()
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=PROMPT_TOKENS + NEW_TOKENS, do_sample=False)
-    generator = og.Generator(model, params)
-    tokens = np.random.default_rng(1).integers(10, 1000, PROMPT_TOKENS, dtype=np.int32)
-    prefill, prefill_cpu = time.perf_counter(), time.process_time()
-    for start in range(0, PROMPT_TOKENS, SLICE_TOKENS):
-        generator.append_tokens(tokens[start : start + SLICE_TOKENS])
-    generator.generate_next_token()
-    decode, decode_cpu = time.perf_counter(), time.process_time()
-    count = 0
-    while not generator.is_done():
-        generator.generate_next_token()
-        count += 1
-    ended, ended_cpu = time.perf_counter(), time.process_time()
-    print(
-        json.dumps(
-            {
-                "load_s": loaded - started,
-                "prefill_tokens_per_s": PROMPT_TOKENS / (decode - prefill),
-                "decode_tokens_per_s": count / (ended - decode),
-                "prefill_cpu_ms": (decode_cpu - prefill_cpu) / PROMPT_TOKENS * 1e3,
-                "decode_cpu_ms": (ended_cpu - decode_cpu) / count * 1e3,
-                "peak_mb": _peak_mb(),
-            }
-        )
-    )
-
-
-def _peak_mb() -> float:
-    """Source: proc(5) VmHWM; getrusage would count what the parent had when it forked."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:"))
-
-
-def right_answers(folder: Path) -> float:
-    """Share of the sample model's questions, in both forms, that a build answers exactly."""
-    import onnxruntime_genai as og
-    from transformers import AutoTokenizer
-
-    # The package itself needs libraries that the training environment does not have; this file does not.
-    sys.path.insert(0, str(SAMPLE_SCRIPT.parent))
-    sample = importlib.import_module(SAMPLE_SCRIPT.stem)
-    tokenizer = AutoTokenizer.from_pretrained(HF_SAMPLE)
-    model = og.Model(str(folder))
-    chats = [[pair] for pair in sample.pairs()]
-    wrong = [line for form in sample.Form for line in sample._wrong_answers(model, tokenizer, chats, form)]
-    return 1 - len(wrong) / (2 * len(chats))
-
-
-def made(work: Path, name: str, options: Sequence[str], shape: str, precision: str = "int4") -> Path:
-    """The random-weight model of this build; made when it is not there."""
-    folder = work / f"{shape}-{name.replace(', ', '-').replace(' ', '')}"
-    if not folder.exists():
-        print(f"making {folder.name}", file=sys.stderr, flush=True)
-        with contextlib.redirect_stdout(sys.stderr):
-            random_model.make(
-                folder,
-                shape=random_model.SHAPES[shape],
-                architecture="llama",
-                precision=precision,
-                options=random_model.merged(random_model.BUILDER_OPTIONS, options),
-                seed=1,
+def of_real_model(work: Path, real: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Every build of the real model that can be made, and llama.cpp's that `./build.sh real-model` made."""
+    sides = {}
+    for name in names:
+        precision, options = BUILDS[name]
+        options = random_model.merged(LEVEL, options)
+        recipe = f"{precision} {' '.join(options)}"
+        with _named_when_it_fails(name):
+            sides[name] = made(
+                work / _file_name(name),
+                recipe,
+                lambda folder, p=precision, o=options: build(real / "hf", folder, p, o),  # type: ignore[misc]
             )
-    return folder
+    peers = {"llama.cpp Q4_1": next(iter((real / "gguf").glob("*.gguf")), None)}
+    peers |= {f"llama.cpp {name}": real / f"gguf-{name}" / f"{name}.gguf" for name in gguf_builds.FORMATS}
+    return sides | {name: file for name, file in peers.items() if file and file.is_file()}
 
 
-def sample_built(work: Path, name: str, options: Sequence[str], precision: str = "int4") -> Path:
-    folder = work / f"sample-{name.replace(', ', '-').replace(' ', '')}"
-    if not folder.exists():
-        defaults = random_model.BUILDER_OPTIONS if precision == "int4" else ()
-        random_model.build(
-            HF_SAMPLE, folder, work / "cache", precision, random_model.merged(defaults, options)
-        )
-    return folder
+def of_random_weights(work: Path, shape: str, names: Sequence[str]) -> dict[str, Path]:
+    """Every build of a random-weight model of this shape that can be made."""
+    sides = {}
+    for name in names:
+        precision, options = BUILDS[name]
+        with _named_when_it_fails(name), contextlib.redirect_stdout(sys.stderr):
+            sides[name] = made(
+                work / f"{shape}-{_file_name(name)}",
+                f"{precision} {' '.join(options)}",
+                lambda folder, p=precision, o=options: random_model.make(  # type: ignore[misc]
+                    folder,
+                    shape=random_model.SHAPES[shape],
+                    architecture="llama",
+                    precision=p,
+                    options=random_model.merged(LEVEL, o),
+                    seed=1,
+                ),
+            )
+    return sides
 
 
-def run(work: Path, shape: str, launches: int, threads: int) -> None:
-    folders = {name: made(work, name, options, shape) for name, options in BUILDS.items()}
-    right = {name: right_answers(sample_built(work, name, options)) for name, options in BUILDS.items()}
-    print(f"right answers: {right}", file=sys.stderr, flush=True)
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in BUILDS}
-    for launch in range(launches):
-        for name, folder in folders.items():
-            results[name].append(speed(folder, threads))
-            print(f"{launch + 1} of {launches}: {name} {results[name][-1]}", file=sys.stderr, flush=True)
-    table: dict[str, dict[str, Any]] = {}
-    for name in BUILDS:
-        keys = results[name][0]
-        table[name] = {key: statistics.median(each[key] for each in results[name]) for key in keys}
-        table[name]["mb"] = sum(file.stat().st_size for file in folders[name].iterdir()) / 1e6
-        table[name]["right"] = right[name]
-        print(f"{name:28s} " + "  ".join(f"{key} {value:.4g}" for key, value in table[name].items()))
-    print(f"float32: right {right_answers(sample_built(work, 'float32', (), 'fp32')):.4f}")
-    print(json.dumps(table))
+@contextlib.contextmanager
+def _named_when_it_fails(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ChildProcessError, SystemExit) as error:
+        say(f"{name} cannot be built: {str(error).strip().splitlines()[-1]}")
+
+
+def _file_name(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-")
+
+
+def _print_speed(found: Mapping[str, speed.Figures]) -> None:
+    for name, figures in found.items():
+        print(f"{name:28s} " + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure builds of one model.")
-    parser.add_argument("work", type=Path, nargs="?", help="folder for the builds")
-    parser.add_argument("--shape", choices=random_model.SHAPES, default="270m")
-    parser.add_argument("--launches", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("work", type=Path, help="folder for the builds")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--real", type=Path, metavar="OUT", help="what ./build.sh real-model made")
+    what.add_argument("--shape", choices=random_model.SHAPES)
+    parser.add_argument("--only", default="", metavar="TEXT", help="builds with this in their names")
+    add_limits(parser)
     given = parser.parse_args(arguments)
     os.environ.update(HF_HUB_OFFLINE="1", ORT_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
     os.environ.update(TQDM_DISABLE="1")
-    if given.measure:
-        measure(given.measure, given.threads)
-    elif given.work is None:
-        parser.error("give WORK")
+    work = given.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    names = [name for name in BUILDS if given.only in name]
+    limits = {"launches": given.launches, "threads": given.threads, "limit_s": given.limit_s}
+    if given.real:
+        sides = of_real_model(work, given.real, names)
+        found = report.measure(given.real / "hf", sides, work / "quality.json", **limits)
+        print(table(found))
+        print(json.dumps(found), file=sys.stderr)
     else:
-        given.work.mkdir(parents=True, exist_ok=True)
-        run(given.work.absolute(), given.shape, given.launches, given.threads)
+        tokens = range(10, 10 + max(speed.PROMPT_TOKENS))
+        measured = speed.measure(of_random_weights(work, given.shape, names), tokens, say=say, **limits)
+        _print_speed(measured)
 
 
 if __name__ == "__main__":

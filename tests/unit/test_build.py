@@ -20,7 +20,7 @@ import tests.conftest
 from tests.conftest import *
 tests.conftest.LEFT_PROCESSES_GRACE_S = 0.5
 """
-LOCKS = ("runtime", "dev", "train", "device", "http-clients", "axe")
+LOCKS = ("runtime", "dev", "train", "device", "http-clients", "axe", "llama-cpp")
 
 _PIN = re.compile(r"^([a-z0-9][a-z0-9.-]*)==(\S+)", re.MULTILINE)
 

