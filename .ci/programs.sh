@@ -24,7 +24,8 @@ need_test_programs() {
     need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
     need_programs systemd systemd-analyze -- systemd
     need_programs strace strace -- strace
-    need_programs lintian lintian -- lintian
+    # A hundred packages with it, and one test needs it: that one says that it is not there, the others run.
+    (need_programs lintian lintian -- lintian) || true
 }
 
 need_postgres() {
