@@ -128,9 +128,7 @@ run_tests() {
 }
 
 long_test() {
-    need_programs nginx nginx -- nginx nginx-common
-    need_programs acl setfacl -- acl
-    need_postgres
+    need_long_test_programs
     run_tests -m long "$@"
 }
 

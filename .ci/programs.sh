@@ -25,7 +25,13 @@ need_test_programs() {
     need_programs systemd systemd-analyze -- systemd
     need_programs strace strace -- strace
     need_programs tmux tmux -- tmux
-    need_programs lintian lintian -- lintian
+}
+
+need_long_test_programs() {
+    need_programs nginx nginx -- nginx nginx-common
+    need_programs acl setfacl -- acl
+    need_programs lintian lintian -- lintian # some hundred packages come with it, for one test
+    need_postgres
 }
 
 need_postgres() {

@@ -185,6 +185,7 @@ def test_the_same_bundle_gives_the_same_package_and_whoever_builds_it_is_its_mai
     assert package.stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.long
 def test_lintian_finds_no_error(device: Debian) -> None:
     package = device.package("1.0.0")
     command = ["lintian", "--no-cfg", "--allow-root", "--fail-on", "error", str(package)]
