@@ -23,6 +23,7 @@ readonly TRAINING=("${TRANSFORMERS[@]}" onnx onnx-ir onnxruntime-genai==0.18.0 g
 . .ci/locks.sh          # lock
 . .ci/package.sh        # package
 . tests/boot/prepare.sh # prepare_boot_test
+. tests/machine/prepare.sh # machine_test
 
 usage() {
     cat <<'TEXT'
@@ -44,6 +45,8 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   package [OPTION…]    wheel, sdist and the offline bundles into dist/; --arch A and --python V choose some,
                        --sign-key PEM signs their sums (a private key on a NIST curve, as for packages)
   boot-test            a signed bundle installed, upgraded, broken and attacked on a Debian that boots (root; minutes)
+  machine-test [OPTION…]  the same on a machine that is emulated: --arch A, --debian V; its power cut off: --cuts N,
+                       --seed S; on a worn disk: --worn (root; an hour); --help
   fleet-test [ARG…]    twelve devices on one broker and one registry, which break, and the table (minutes); --help
   sample-model         make the sample model and the tests' second model again (fetches torch)
   random-model OUT [ARG…]  a model of random weights and a real size, to measure with; --help lists its shapes
@@ -78,6 +81,7 @@ main() {
         check) check ;;
         package) package "$@" ;;
         boot-test) boot_test ;;
+        machine-test) machine_test "$@" ;;
         fleet-test) fleet_test "$@" ;;
         sample-model) sample_model ;;
         random-model) random_model "$@" ;;
