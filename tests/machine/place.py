@@ -74,12 +74,15 @@ class Place:
         mark = self.image.folder / ".configured"
         if mark.exists():
             return
-        disk = f"file={self.image.disk},cache=unsafe"
-        with contextlib.closing(Machine(hardware, self.image, disk, self.work)) as machine:
+        new = self.image.disk.with_suffix(".configured")  # what is left half-way is of no use
+        self._copy(self.image.disk, new)
+        drive = f"file={new},cache=unsafe"
+        with contextlib.closing(Machine(hardware, self.image, drive, self.work)) as machine:
             machine.start(wait=False)
             machine.wait_off(_CONFIGURE_TIMEOUT_S)
             if "machine: packages configured" not in machine.kernel_log:
                 raise MachineError(f"the packages were not configured:\n{machine.kernel_log[-4000:]}")
+        new.rename(self.image.disk)
         mark.touch()
 
     @staticmethod
