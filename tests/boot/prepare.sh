@@ -9,14 +9,19 @@ prepare_boot_test() {
     make_debian_root "$TOOLS/debian-12"
     rm -rf -- "$work"
     mkdir -p "$work/dist"
-    export_sample_model "$work"
+    export_models "$work" edge_agent/demo/sample_model=model.tar
     "$VENV/bin/python" -W ignore -m tests.boot.guest "$work/guest.tar"
-    openssl ecparam -name prime256v1 -genkey -noout -out "$work/release.pem"
-    openssl pkey -in "$work/release.pem" -pubout -out "$work/release.pub"
+    make_release_key "$work"
     # The version to install, a higher one, and one whose daemon ends at once.
     make_test_bundle "$work" "$arch" 0.1.0 ''
     make_test_bundle "$work" "$arch" 0.1.1 ''
     make_test_bundle "$work" "$arch" 0.1.2 'raise SystemExit("this version does not start")'
+}
+
+# make_release_key FOLDER: FOLDER/release.{pem,pub}, which signs bundles.
+make_release_key() {
+    openssl ecparam -name prime256v1 -genkey -noout -out "$1/release.pem"
+    openssl pkey -in "$1/release.pem" -pubout -out "$1/release.pub"
 }
 
 # make_debian_root FOLDER: Debian 12 with systemd, Python (without ensurepip, as on a device), mosquitto, and openssl for
@@ -42,22 +47,27 @@ debian_mirror() {
         head -n 1 | grep . || die "this host's package sources have no Debian 12"
 }
 
-# export_sample_model FOLDER: FOLDER/model.tar, what a USB stick would carry.
-export_sample_model() {
-    local work=$1 agent=("$VENV/bin/python" -m edge_agent --config "$1/publish.toml")
+# export_models FOLDER SOURCE=FILE…: FOLDER/FILE, what a USB stick would carry; versions 1, 2, … of one registered model.
+export_models() {
+    local work=$1 agent=("$VENV/bin/python" -m edge_agent --config "$1/publish.toml") version=0 each
+    shift
     cat >"$work/publish.toml" <<TEXT
 state_dir = "$work/state"
 registry.uri = "sqlite:///$work/registry.db"
 models.assistant.uri = "models:/sample@prod"
 TEXT
-    "${agent[@]}" publish edge_agent/demo/sample_model --name sample --alias prod
-    "${agent[@]}" models pull
-    "${agent[@]}" models export assistant 1 "$work/model.tar"
+    for each in "$@"; do
+        version=$((version + 1))
+        "${agent[@]}" publish "${each%%=*}" --name sample --alias prod
+        "${agent[@]}" models pull
+        "${agent[@]}" models export assistant "$version" "$work/${each#*=}"
+    done
 }
 
-# make_test_bundle FOLDER ARCH VERSION CODE: a bundle and a package of these sources as VERSION, whose daemon begins with CODE.
+# make_test_bundle FOLDER ARCH VERSION CODE [PYTHON]: a bundle and a package of these sources as VERSION, whose daemon
+# begins with CODE.
 make_test_bundle() {
-    local work=$1 arch=$2 version=$3 code=$4 source=$1/source-$3
+    local work=$1 arch=$2 version=$3 code=$4 python=${5:-3.11} source=$1/source-$3
     mkdir -p "$source"
     cp -a edge_agent systemd pyproject.toml README.md LICENSE "$source/"
     sed -i "s/^__version__ = .*/__version__ = \"$version\"/" "$source/edge_agent/__init__.py"
@@ -66,7 +76,7 @@ make_test_bundle() {
         grep -qxF -- "$code" "$source/edge_agent/daemon.py" || die "daemon.py has no place for the test's code"
     fi
     "$VENV/bin/python" -m build --no-isolation --wheel --outdir "$source/dist" "$source" >/dev/null
-    SOURCE_DATE_EPOCH=1767225600 "$VENV/bin/python" .ci/bundle.py --arch "$arch" --python 3.11 \
+    SOURCE_DATE_EPOCH=1767225600 "$VENV/bin/python" .ci/bundle.py --arch "$arch" --python "$python" \
         --sign-key "$work/release.pem" --wheel "$source"/dist/*.whl --cache "$TOOLS/wheelhouse" --out "$work/dist"
     SOURCE_DATE_EPOCH=1767225600 "$VENV/bin/python" .ci/deb.py --out "$work/dist" \
         --bundle "$work/dist/edge-agent-$version-linux-$arch.tar.gz"

@@ -50,6 +50,7 @@ def test_help_has_a_line_for_each_command() -> None:
         "check",
         "package",
         "boot-test",
+        "machine-test",
         "fleet-test",
         "sample-model",
         "random-model",

@@ -1,0 +1,114 @@
+"""A Debian that boots in an emulated machine: `python -m tests.machine --help`. Called by `./build.sh machine-test`.
+
+Without more, a device's life: the bundle installed without a network, a model imported, prompts from outside, what
+onnxruntime takes of the CPU, upgrade, rollback, reboot, uninstall. With `--cuts`, its power is cut off again and again
+at moments drawn from the seed; with `--worn`, its disk, its memory and its clock are bad. Each step prints what it saw,
+and fails when what should happen did not. What was installed is kept for the next run, as long as the bundles are the
+same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tests.machine.console import MachineError
+from tests.machine.device import QUESTIONS
+from tests.machine.life import Life
+from tests.machine.machine import Hardware
+from tests.machine.models import reference
+from tests.machine.place import Place
+from tests.machine.power import Options, PowerCuts
+from tests.machine.worn import Worn
+
+Step = tuple[str, Callable[[], str]]
+
+
+def main() -> int:
+    options = _options()
+    # A machine is in a session of its own, and would go on without this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    hardware = Hardware(arch=options.arch, mount=options.mount)
+    started_s = time.monotonic()
+    print(f"Debian {options.debian} on {options.arch}, emulated", flush=True)
+    place = Place(options.image, options.bundles, options.work)
+    failed = 0 if place.installed.exists() else _install(place, hardware)
+    if not failed and options.cuts:
+        failed = _cut(options, hardware)
+    elif not failed and options.worn:
+        with contextlib.closing(Worn(place, hardware)) as worn:
+            failed = take(worn.steps(), worn.trouble)
+    elif not failed:
+        with contextlib.closing(Life(place, hardware)) as life:
+            failed = take(life.steps(), life.trouble)
+    if not failed:
+        print(f"passed in {time.monotonic() - started_s:.0f} s")
+    return failed
+
+
+def _install(place: Place, hardware: Hardware) -> int:
+    with contextlib.closing(Life(place, hardware)) as life:
+        return take(life.installation(), life.trouble)
+
+
+def _cut(options: argparse.Namespace, hardware: Hardware) -> int:
+    seed = random.randrange(1 << 32) if options.seed is None else options.seed
+    kind = "-".join(filter(None, (str(seed), options.mount.replace("=", "-"), "lying" * options.lying_disk)))
+    place = Place(options.image, options.bundles, options.work / f"cuts-{kind}")
+    print(f"{options.cuts} cuts with --seed {seed}: the same seed goes on where this run ends", flush=True)
+    wanted = Options(seed=seed, count=options.cuts, lying=options.lying_disk)
+    right = [str(reference(QUESTIONS[:1], version)[0]["text"]) for version in (1, 2)]
+    report = functools.partial(print, flush=True)
+    try:
+        with contextlib.closing(PowerCuts(place, hardware, wanted, right=right, report=report)) as power:
+            return power.run()
+    except (MachineError, AssertionError, TimeoutError, OSError) as error:
+        print(f"FAIL  {error or repr(error)}", flush=True)
+        return 1
+
+
+def take(steps: Iterable[Step], trouble: Callable[[], str]) -> int:
+    """Takes the steps until one fails; the exit code."""
+    step = "start"
+    try:
+        for step, do in steps:
+            began_s = time.monotonic()
+            line = do()
+            print(f"ok    {step} ({time.monotonic() - began_s:.0f} s): {line}", flush=True)
+    except (MachineError, AssertionError, subprocess.SubprocessError, OSError, ValueError, KeyError) as error:
+        print(f"FAIL  {step}: {error or repr(error)}\n{trouble()}", flush=True)
+        return 1
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", default="x86_64", choices=["x86_64", "aarch64"])
+    parser.add_argument("--debian", default="12", choices=["12", "13"])
+    parser.add_argument("--cuts", type=int, default=0, metavar="N", help="cut its power off so often")
+    parser.add_argument("--seed", type=int, help="of the cuts; one is drawn and printed without it")
+    parser.add_argument(
+        "--mount", default="", help="more options for its file system, such as data=writeback"
+    )
+    parser.add_argument(
+        "--lying-disk", action="store_true", help="a disk that answers flushes and does nothing"
+    )
+    parser.add_argument("--worn", action="store_true", help="the steps on a worn device")
+    parser.add_argument("--image", required=True, type=Path, help="a folder made by prepare.sh")
+    parser.add_argument("--bundles", required=True, type=Path, help="bundles, their key, a model; the same")
+    parser.add_argument("--work", required=True, type=Path, help="a folder for disks and logs")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
