@@ -18,12 +18,12 @@ readonly TORCH='torch==2.13.0'
 readonly TRANSFORMERS=(transformers==5.23.0 safetensors) # the extra of that name without torch
 readonly TRAINING=("${TRANSFORMERS[@]}" onnx onnx-ir onnxruntime-genai==0.18.0 gguf)
 
-. .ci/environment.sh    # set_up, need_torch, make_venv, …
-. .ci/programs.sh       # need_programs, need_test_programs, need_postgres
-. .ci/locks.sh          # lock
-. .ci/package.sh        # package
-. .ci/real_model.sh     # real_model, need_real_model
-. tests/boot/prepare.sh # prepare_boot_test
+. .ci/environment.sh       # set_up, need_torch, make_venv, …
+. .ci/programs.sh          # need_programs, need_test_programs, need_postgres
+. .ci/locks.sh             # lock
+. .ci/package.sh           # package
+. .ci/real_model.sh        # real_model, need_real_model
+. tests/boot/prepare.sh    # prepare_boot_test
 . tests/machine/prepare.sh # machine_test
 
 usage() {

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Makes the wheel, the offline bundles and their Debian packages. build.sh sources this file, which uses its constants, say and die, and set_up of
-# environment.sh.
+# Makes the wheel, the offline bundles and their Debian packages. build.sh sources this file, which uses its constants,
+# say and die, and set_up of environment.sh.
 
 # package [--arch A]… [--python V]… [--sign-key PEM]: everything into dist/. The bundles fetch wheels; the first time takes minutes.
 package() {

@@ -1,4 +1,6 @@
-# The real language model: where it comes from, and its builds. Sourced by build.sh.
+# shellcheck shell=bash
+# The real language model: where it comes from, and its builds. build.sh sources this file, which uses its constants, say
+# and die, and training_venv.
 
 # real-model [OUT] [OPTION…]: SmolLM2-135M-Instruct, its builds and llama.cpp's, and what each is worth.
 real_model() {
