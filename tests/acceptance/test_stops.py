@@ -21,6 +21,9 @@ from tests.support.processes import Daemon, alive, clean_environment, wait_until
 from tests.support.proxy import running_proxy
 from tests.support.versions import KATHMANDU, SPAIN, FollowingDevice, bad_release
 
+pytestmark = pytest.mark.long
+"""`tests/unit/serving/test_stop.py` has the same with scripted runners, in milliseconds."""
+
 QUICK = {"drain_s": 0.5}
 """For prompts that stand still, nobody has to wait long."""
 
@@ -104,7 +107,6 @@ def test_a_stop_during_a_load_is_no_failure_of_the_candidate(
     assert device.ask() == KATHMANDU
 
 
-@pytest.mark.long
 def test_stops_at_every_other_step_are_failures_of_nobody(
     follow: Callable[..., FollowingDevice],
     mlflow_server: Server,
