@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,19 @@ def test_a_gguf_file_becomes_a_version_that_a_device_takes(tmp_path: Path) -> No
     graph = onnx_graph.read(folder / "model.onnx")
     assert {matmul.bits for matmul in graph.matmuls} == {4}
     assert json.loads((folder / "genai_config.json").read_text())["model"]["type"] == "llama"
+
+
+def test_a_conversation_is_held_straight_with_a_gguf_file(tmp_path: Path) -> None:
+    source = models.small_model(Q4_1).write(tmp_path / "small.gguf")
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_agent", "chat", "--direct", str(source)],
+        input=b"hello\n",
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.strip()
 
 
 def test_a_gguf_file_that_cannot_be_converted_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
