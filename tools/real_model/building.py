@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from tools.real_model.progress import say
-
-BUILDER_TIMEOUT_S = 3600
 
 
 def made(folder: Path, recipe: str, make: Callable[[Path], None]) -> Path:
@@ -28,18 +24,3 @@ def made(folder: Path, recipe: str, make: Callable[[Path], None]) -> Path:
     unfinished.rename(folder)
     stamp.write_text(recipe)
     return folder
-
-
-def build(hf: Path, folder: Path, precision: str, options: Sequence[str]) -> None:
-    """Runs onnxruntime-genai's model builder, in a process of its own.
-
-    Raises:
-        ChildProcessError: it failed; the message ends with what it said last.
-    """
-    cache = folder.with_name(f"{folder.name}.cache")
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(hf), "-o", str(folder)]
-    command += ["-p", precision, "-e", "cpu", "-c", str(cache), "--extra_options", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=BUILDER_TIMEOUT_S, check=False)
-    shutil.rmtree(cache, ignore_errors=True)
-    if done.returncode != 0:
-        raise ChildProcessError(f"the model builder failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

@@ -10,19 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf  # type: ignore[import-not-found]
 import numpy as np
-from gguf import GGMLQuantizationType as Type
 
 from tools.real_model import llama_cpp
 
 FORMATS = ("Q4_0", "Q4_K_M")
-_WITHOUT_SUPERBLOCKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
+_WITHOUT_SUPERBLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 _SUPERBLOCK = 256
 
 
-def format_of(build: str, tensor: str, columns: int, layers: int) -> Type:
-    """The format of one matrix of a llama architecture with tied embeddings.
+def format_of(build: str, tensor: str, columns: int, layers: int) -> str:
+    """The name of the format of one matrix of a llama architecture with tied embeddings.
 
     Args:
         build: one of `FORMATS`.
@@ -30,14 +28,14 @@ def format_of(build: str, tensor: str, columns: int, layers: int) -> Type:
         columns: elements of a row.
         layers: of the model.
     """
-    wanted = Type.Q4_0 if build == "Q4_0" else Type.Q4_K
+    wanted = "Q4_0" if build == "Q4_0" else "Q4_K"
     if tensor == "token_embd.weight":
-        wanted = Type.Q6_K  # it is the head as well
+        wanted = "Q6_K"  # it is the head as well
     elif build == "Q4_K_M" and tensor.endswith(("attn_v.weight", "ffn_down.weight")):
         layer = int(tensor.split(".")[1])
         eighth = layers // 8
         if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2:
-            wanted = Type.Q6_K
+            wanted = "Q6_K"
     return (
         _WITHOUT_SUPERBLOCKS[wanted] if columns % _SUPERBLOCK and wanted in _WITHOUT_SUPERBLOCKS else wanted
     )
@@ -45,6 +43,8 @@ def format_of(build: str, tensor: str, columns: int, layers: int) -> Type:
 
 def write(source: Path, build: str, target: Path) -> None:
     """Writes the file `target` from a GGUF file."""
+    import gguf  # type: ignore[import-not-found]
+
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     layers = reader.fields[f"{architecture}.block_count"].contents()
@@ -56,7 +56,7 @@ def write(source: Path, build: str, target: Path) -> None:
             writer.add_tensor(tensor.name, tensor.data)
             continue
         weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        kind = format_of(build, tensor.name, weights.shape[1], layers)
+        kind = gguf.GGMLQuantizationType[format_of(build, tensor.name, weights.shape[1], layers)]
         elements, size = gguf.GGML_QUANT_SIZES[kind]
         data = llama_cpp.quantize(weights, kind.value, weights.shape[1] // elements * size)
         writer.add_tensor(tensor.name, data, raw_dtype=kind)
@@ -66,7 +66,7 @@ def write(source: Path, build: str, target: Path) -> None:
     writer.close()
 
 
-def _copy(writer: gguf.GGUFWriter, name: str, field: Any) -> None:
+def _copy(writer: Any, name: str, field: Any) -> None:
     """One entry of the metadata; the file's own counts, and what the writer has written, are not."""
     if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
         return

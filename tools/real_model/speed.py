@@ -90,7 +90,7 @@ def _launch(model: Path, tokens: Sequence[int], threads: int) -> Figures:
 
 def _last_line(error: subprocess.SubprocessError) -> str:
     text = error.stderr if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
-    return str(text).strip().splitlines()[-1][:200]
+    return (str(text).strip().splitlines() or ["no message"])[-1][:200]
 
 
 def _short(figures: Figures) -> str:
