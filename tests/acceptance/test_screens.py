@@ -57,8 +57,6 @@ def test_an_update_is_watched_from_its_first_byte_to_its_first_answer(
         screen.wait_for("pinned to 6-aaaaaaaaaaaa")
         daemon.document = document(model(attempt=attempt("verify", took_s={"fetch": 71.4})))
         screen.wait_for("version 7: verifying, for ")
-        daemon.document = document(model(attempt=attempt("gate", took_s=TOOK)))
-        screen.wait_for("version 7: loading, for ")
         daemon.document = document(model(attempt=attempt("gate", took_s=TOOK, golden={"asking": 3, "of": 8})))
         screen.wait_for("version 7: trying, golden prompt 3 of 8, for ")
         daemon.document = document(
