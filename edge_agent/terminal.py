@@ -27,6 +27,8 @@ ProgressReport = Callable[[str, float, float], None]
 """Called with (step, bytes done, total bytes)."""
 
 _LINE_EVERY_BYTES = 64 << 20
+_LABEL = len("update")
+"""Columns of the longest label of a note."""
 _IN_A_PIPE = 10_000
 """Columns: who searches for a text in what a command prints finds it in one line."""
 
@@ -234,7 +236,7 @@ def _tables(block: Rows, columns: int) -> Iterator[Table]:
     for number, (row, notes) in enumerate(zip(block.rows, block.notes, strict=True)):
         yield _table(block.headings, [row], widths=widths, header=number == 0)
         if notes:
-            yield _table(("", ""), [(f"  {label}", text) for label, text in notes])
+            yield _table(("", ""), [(f"  {label:<{_LABEL}}", text) for label, text in notes])
 
 
 def _table(

@@ -77,7 +77,11 @@ def models_show(invocation: Invocation, name: str, as_json: bool) -> None:
     if as_json:
         terminal.echo(json.dumps(model))
         return
-    rows: list[tuple[object, ...]] = [("model", name), ("uri", model["uri"]), ("active", model["active"])]
+    rows: list[tuple[object, ...]] = [
+        ("model", name),
+        ("uri", model["uri"]),
+        ("active", model["active"] or "none"),
+    ]
     rows += terminal.standing_of(model)
     terminal.print_page([Rows(("", ""), rows)])
     for version in model["versions"]:

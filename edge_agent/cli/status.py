@@ -14,7 +14,7 @@ import edge_agent
 from edge_agent import terminal
 from edge_agent.cli import status_page
 from edge_agent.cli.command import NOT_RUNNING, Command, Invocation, said_by_daemon
-from edge_agent.errors import DaemonNotRunning
+from edge_agent.errors import DaemonNotRunning, EdgeAgentError
 from edge_agent.owner import acting_as_owner_of
 from edge_agent.settings import Settings, missing_settings
 
@@ -52,9 +52,23 @@ def status(invocation: Invocation, as_json: bool, watch: bool) -> None:
             time.sleep(_EVERY_S)
     with terminal.whole_screen("… and more: `edge-agent status` prints all of it") as show:
         while True:
-            document, code = _status(settings)
-            show([*([*from_disk, ""] if code else []), *status_page.page(document, now=time.time())])
+            show(_watched(settings, from_disk))
             time.sleep(_EVERY_S)
+
+
+def _watched(settings: Settings, from_disk: Sequence[str]) -> status_page.Page:
+    """A page of `--watch`, which goes on where nothing can be seen for a moment: a daemon that is being restarted.
+
+    Args:
+        from_disk: what is said of a state that the daemon did not say.
+    """
+    try:
+        document, code = _status(settings)
+    except TimeoutError:
+        return ["edge-agent: timed out"]
+    except EdgeAgentError as error:
+        return [f"edge-agent: {error}"]
+    return [*([*from_disk, ""] if code else []), *status_page.page(document, now=time.time())]
 
 
 def _print(document: Mapping[str, Any], remarks: Sequence[str], *, as_json: bool) -> None:

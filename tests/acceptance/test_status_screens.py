@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.errors import EdgeAgentError
 from tests.support.lookers import GROUP, look, without_socket
 from tests.support.processes import Daemon, short_folder
 from tests.support.scripted_status import (
@@ -57,8 +58,6 @@ def test_an_update_is_watched_from_its_first_byte_to_its_first_answer(
         screen.wait_for("pinned to 6-aaaaaaaaaaaa")
         daemon.document = document(model(attempt=attempt("verify", took_s={"fetch": 71.4})))
         screen.wait_for("version 7: verifying, for ")
-        daemon.document = document(model(attempt=attempt("gate", took_s=TOOK)))
-        screen.wait_for("version 7: loading, for ")
         daemon.document = document(model(attempt=attempt("gate", took_s=TOOK, golden={"asking": 3, "of": 8})))
         screen.wait_for("version 7: trying, golden prompt 3 of 8, for ")
         daemon.document = document(
@@ -99,13 +98,19 @@ def test_without_colours_the_words_are_the_same(scripted: tuple[Path, ScriptedSt
     assert piped.stdout.splitlines() == lines, "and no blanks at their ends"
 
 
-def test_a_page_that_is_higher_than_the_screen_says_so(scripted: tuple[Path, ScriptedStatus]) -> None:
+def test_a_page_that_is_higher_than_the_screen_says_so_and_a_moment_without_one_ends_nothing(
+    scripted: tuple[Path, ScriptedStatus],
+) -> None:
     folder, daemon = scripted
     daemon.document = document(*(model(name=f"model-{number}") for number in range(30)))
     with Screen(status_of(folder, "--watch"), rows=12) as screen:
         lines = screen.wait_for("… and more")
         assert lines[0].startswith("state ")
         assert len(lines) == 12
+        daemon.failure = EdgeAgentError("the daemon closed the connection")
+        assert screen.wait_for("edge-agent: ") == ["edge-agent: the daemon closed the connection"]
+        daemon.failure = None
+        screen.wait_for("… and more")
         screen.press("C-c")
         assert screen.wait() == 130
 

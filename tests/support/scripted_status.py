@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edge_agent.errors import EdgeAgentError
 from edge_agent.transport.control import Call, ControlServer
 
 NOW = 1_790_000_000
@@ -78,10 +79,12 @@ class ScriptedStatus:
 
     Attributes:
         document: of the status.
+        failure: what it says instead.
     """
 
     def __init__(self, path: Path) -> None:
         self.document = document()
+        self.failure: EdgeAgentError | None = None
         self._server = ControlServer(path, {"status": self._answer})
         self._thread = threading.Thread(target=self._server.run, name="scripted-status")
         self._thread.start()
@@ -91,6 +94,8 @@ class ScriptedStatus:
         self._thread.join(60)
 
     def _answer(self, call: Call) -> None:
+        if failure := self.failure:
+            raise failure
         call.send("done", status=self.document)
 
 
