@@ -69,7 +69,7 @@ BUILDS: dict[str, tuple[str, Sequence[str]]] = {
 
 def of_real_model(work: Path, real: Path, names: Sequence[str]) -> dict[str, Path]:
     """What `./build.sh real-model` made, llama.cpp's builds too, and every build here that can be made."""
-    sides = {name: real / name for name in ("onnx", "onnx-small")}
+    sides = {name: real / name for name in ("onnx", "onnx-int8")}
     for name in names:
         precision, given = BUILDS[name]
         options = random_model.merged(LEVEL, given)
