@@ -45,7 +45,7 @@ BUILDS: dict[str, Callable[[Mapping[str, Any]], Sequence[str]]] = {
 }
 """Folder → the model builder's arguments for a config.json.
 
-The first two are what docs/models.md recommends; the first, the smaller one, is for `demo --real`, `chat` and the tests.
+The first two are what docs/models.md recommends; the first, the smaller, is for `demo --real`, `chat` and the tests.
 """
 
 
