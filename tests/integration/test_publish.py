@@ -143,10 +143,19 @@ def test_progress_is_told_in_bytes_up_to_the_end(sample_model: Path, tmp_path: P
         alias="prod",
         progress=lambda step, done, total: calls.append((step, done, total)),
     )
-    assert list(dict.fromkeys(step for step, _, _ in calls)) == ["copy", "try", "hash", "upload", "alias"]
+    steps = [
+        "checking",
+        "copying",
+        "trying in a runner",
+        "hashing",
+        "uploading",
+        "registering",
+        "moving the alias",
+    ]
+    assert list(dict.fromkeys(step for step, _, _ in calls)) == steps
     last = {step: (done, total) for step, done, total in calls}
     assert all(done == total for done, total in last.values())
-    assert last["upload"][1] > last["copy"][1] > 1_000_000
+    assert last["uploading"][1] > last["copying"][1] > 1_000_000
 
 
 def test_a_registry_that_is_not_there_is_an_error_within_seconds(sample_model: Path, tmp_path: Path) -> None:

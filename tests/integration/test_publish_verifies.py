@@ -70,7 +70,8 @@ def test_what_arrived_whole_gets_the_alias_and_a_device_pulls_it(
         registry_uri=proxy.uri,
         progress=lambda step, done, total: steps.append(step),
     )
-    assert list(dict.fromkeys(steps)) == ["copy", "try", "hash", "upload", "verify", "alias"]
+    shown = list(dict.fromkeys(steps))
+    assert shown[-4:] == ["uploading", "registering", "reading back", "moving the alias"]
     assert device.sync().digest == published.digest
 
 

@@ -118,6 +118,8 @@ class Screen:
         options = self._folder / "tmux.conf"
         options.write_text("".join(f"{option}\n" for option in _OPTIONS))
         variables = {**clean_environment(), "LANG": "C.UTF-8", "COLORTERM": "", "NO_COLOR": "", **environment}
+        # A terminal tells its size by itself; the variables, if this process has them, are of another one.
+        variables |= dict.fromkeys(("LINES", "COLUMNS"), "")
         variables = {name: value for name, value in variables.items() if value}
         self._server = subprocess.Popen(
             [*self._tmux, "-D", "-f", str(options)], env={**variables, "TERM": "xterm-256color"}
