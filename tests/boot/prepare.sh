@@ -69,7 +69,7 @@ TEXT
 make_test_bundle() {
     local work=$1 arch=$2 version=$3 code=$4 python=${5:-3.11} source=$1/source-$3
     mkdir -p "$source"
-    cp -a edge_agent systemd pyproject.toml README.md LICENSE "$source/"
+    cp -a edge_agent systemd docs pyproject.toml README.md LICENSE "$source/"
     sed -i "s/^__version__ = .*/__version__ = \"$version\"/" "$source/edge_agent/__init__.py"
     if [[ -n $code ]]; then
         sed -i "s/^from __future__ import annotations$/&\n$code/" "$source/edge_agent/daemon.py"
