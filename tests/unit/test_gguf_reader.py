@@ -185,6 +185,24 @@ def test_what_is_not_known_is_refused_by_name(
     assert reason in refusal(file.write(tmp_path / "m.gguf"))
 
 
+@pytest.mark.parametrize(
+    ("scaling", "factor"),
+    [
+        ({}, 1.0),
+        ({"factor": 4.0}, 4.0),
+        ({"type": "linear", "factor": 4.0}, 4.0),
+        ({"type": "none", "factor": 4.0}, 1.0),
+    ],
+)
+def test_a_factor_without_a_type_scales_positions_as_in_llama_cpp(
+    tmp_path: Path, scaling: dict[str, object], factor: float
+) -> None:
+    file = models.small_model(Q4_1)
+    file.metadata |= {f"llama.rope.scaling.{key}": content for key, content in scaling.items()}
+    found = reader.read(file.write(tmp_path / "m.gguf"))
+    assert architecture.read(found).rope_factor == factor
+
+
 @pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "token_embd.weight"])
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, name: str) -> None:
     file = models.small_model(Q4_0)
