@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import struct
 from collections.abc import Callable
@@ -122,6 +123,11 @@ def tensor(name: str, weights: files.Weights) -> Callable[[File], None]:
     return lambda file: file.tensors.__setitem__(name, weights)
 
 
+def in_one_row(kind: int, length: int) -> files.Weights:
+    """A quantized tensor of one dimension."""
+    return dataclasses.replace(files.random(np.random.default_rng(1), kind, 1, length, 1), shape=(length,))
+
+
 GGML = "tokenizer.ggml"
 
 
@@ -163,6 +169,18 @@ GGML = "tokenizer.ggml"
         (
             tensor("output_norm.weight", files.random(np.random.default_rng(1), Q8_0, 1, 256, 1)),
             "'output_norm.weight' has sizes of (1, 256)",
+        ),
+        (
+            tensor("blk.0.attn_norm.weight", in_one_row(Q8_0, 256)),
+            "'blk.0.attn_norm.weight' has the format Q8_0; norms and biases are read as floats",
+        ),
+        (
+            tensor("blk.1.attn_k.bias", in_one_row(Q4_0, 128)),
+            "'blk.1.attn_k.bias' has the format Q4_0; norms",
+        ),
+        (
+            tensor("rope_freqs.weight", in_one_row(Q8_0, 32)),
+            "'rope_freqs.weight' has the format Q8_0; norms",
         ),
         (change(f"{GGML}.model", "bert"), "its kind is 'bert'; gpt2 and llama are known"),
         (change(f"{GGML}.pre", "tekken"), "its way to split a text is 'tekken'"),

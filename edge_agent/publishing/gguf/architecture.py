@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from edge_agent.documents import page
 from edge_agent.errors import PublishError
+from edge_agent.publishing.gguf.formats import FORMATS
 from edge_agent.publishing.gguf.reader import GgufFile, Tensor, Value
 
 LLAMA, QWEN2 = "llama", "qwen2"
@@ -188,6 +189,10 @@ def _check_tensors(sizes: Architecture, tensors: Mapping[str, Tensor]) -> None:
         elif tensors[name].shape != shape:
             raise _Unknown(
                 f"the tensor {name!r} has sizes of {tensors[name].shape}, and {shape} are expected"
+            )
+        elif len(shape) == 1 and FORMATS[tensors[name].type].floats is None:
+            raise _Unknown(
+                f"the tensor {name!r} has the format {tensors[name].format_name}; norms and biases are read as floats"
             )
     if unknown := sorted(tensors.keys() - expected.keys()):
         raise _Unknown(f"it has the tensor {unknown[0]!r}, which is not known here")

@@ -91,7 +91,7 @@ class Matrix:
 
 
 def vector(tensor: Tensor) -> Floats:
-    """[length] float32 of a tensor of plain floats with one dimension.
+    """[length] float32 of a tensor of plain floats with one dimension (`architecture.read` refuses another one).
 
     Raises:
         PublishError: one of them is no number.
