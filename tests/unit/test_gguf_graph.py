@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,25 @@ def test_rotary_positions_are_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert np.abs(plain - expected).max() > 0.05 * np.std(expected)
     found = Running(converted(file, tmp_path), monkeypatch).logits(IDS)
     assert np.abs(found - expected).max() < 1e-3 * np.std(expected)
+
+
+def test_rotary_positions_of_a_long_context_are_written_in_pieces(tmp_path: Path) -> None:
+    """The whole tables in float64 would take 48 MiB here, and 1.5 GiB at the longest context."""
+    file = models.small_model(Q4_0)
+    context = file.metadata["llama.context_length"] = (1 << 16) + 1
+    tracemalloc.start()
+    try:
+        folder = converted(file, tmp_path)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 24 << 20
+    tensors = onnx_weights.read(folder / "model.onnx").tensors
+    half = models.HEAD_SIZE // 2
+    angles = np.arange(context)[:, None] * models.ROPE_BASE ** (-np.arange(half) / half)
+    for name, right in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
+        assert tensors[name].shape == right.shape
+        assert np.abs(tensors[name] - right).max() < 2.0**-24
 
 
 @pytest.mark.parametrize("kind", QUANTIZED.values(), ids=QUANTIZED.keys())

@@ -156,9 +156,8 @@ def _sizes(name: str, file: GgufFile) -> Architecture:
 
 
 def _rope_factor(keys: Mapping[str, Value]) -> float:
-    kind = keys.get(
-        "rope.scaling.type", "linear" if "rope.scaling.factor" in keys else "none"
-    )  # as llama.cpp
+    default = "linear" if "rope.scaling.factor" in keys else "none"  # as in llama.cpp
+    kind = keys.get("rope.scaling.type", default)
     if kind == "none":
         return 1.0
     if kind != "linear":
