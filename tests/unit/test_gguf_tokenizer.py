@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from edge_agent.errors import PublishError
 from edge_agent.publishing import gguf
+from edge_agent.publishing.gguf import tokenizer
+from edge_agent.publishing.gguf.reader import GgufFile
 from edge_agent.wrapper.genai_pyfunc import TokenizerFiles
 from tests.support import gguf_models as models
 from tests.support.gguf_files import Q4_0, File
@@ -125,6 +128,29 @@ def test_sentence_pieces_are_merged_by_their_scores(tmp_path: Path, library: Any
         assert [each for each in ours.encode(text).tolist() if each != 1] == ids
         assert theirs.decode(ids) == text
     assert TokenizerFiles.read(folder).end_ids == {2}
+
+
+def runs(letters: str) -> list[str]:
+    """Each of so many a and then so many b is two others in as many ways as it has places between letters."""
+    first, second = tuple(letters)
+    return [first * a + second * b for a in range(128) for b in range(129 - a) if a + b]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model": "llama", "tokens": sorted({*runs("ab"), *runs("ac")})},
+        {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b"], "merges": ["a b"] * ((1 << 20) + 1)},
+    ],
+    ids=lambda keys: str(keys["model"]),
+)
+def test_merges_without_number_are_refused_before_they_are_written(keys: dict[str, Any]) -> None:
+    """A file of half a MB would be millions of merges, and gigabytes."""
+    count = len(keys["tokens"])
+    keys = {"scores": [0.0] * count, "token_type": [3] + [1] * (count - 1), "eos_token_id": 0, **keys}
+    metadata = {f"tokenizer.ggml.{key}": content for key, content in keys.items()}
+    with pytest.raises(PublishError, match="has more than 1048576 merges"):
+        tokenizer.read(GgufFile(path=Path("m.gguf"), metadata=metadata, tensors={}), count)
 
 
 def test_a_llama_3_tokenizer_begins_with_its_bos_token(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ _ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"})
 _SPACE = "▁"
 _MAX_PIECE = 128
 """Characters of a SentencePiece token that is looked at for merges."""
+MAX_MERGES = 1 << 20
+"""Gemma's 256,000 pieces have 580,000. In memory a merge takes some hundred bytes, and in the file it may take none."""
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -130,6 +132,9 @@ class _Unknown(Exception):
     """Says what is not understood."""
 
 
+_TOO_MANY = f"it has more than {MAX_MERGES} merges"
+
+
 def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokenizer:
     tokens = _texts(keys, "tokens")
     if len(tokens) != vocabulary or len(set(tokens)) != len(tokens):
@@ -178,7 +183,10 @@ def _byte_pairs(keys: Mapping[str, Value], tokens: Sequence[str]) -> dict[str, A
     if way is None:
         known = ", ".join(sorted((*_WAYS, *_SAME)))
         raise _Unknown(f"its way to split a text is {name[:32]!r} (tokenizer.ggml.pre); known are {known}")
-    merges = [merge.split(" ") for merge in _texts(keys, "merges")]
+    merged = _texts(keys, "merges")
+    if len(merged) > MAX_MERGES:
+        raise _Unknown(_TOO_MANY)
+    merges = [merge.split(" ") for merge in merged]
     if not all(len(merge) == 2 for merge in merges):
         raise _Unknown("a merge is not of two parts")
     return {
@@ -239,6 +247,8 @@ def _merges(
             left, right = numbers.get(token[:cut]), numbers.get(token[cut:])
             if left is not None and right is not None:
                 found.append((-float(scores[number]), number, left, right))
+        if len(found) > MAX_MERGES:
+            raise _Unknown(_TOO_MANY)
     return ((tokens[left], tokens[right]) for _, _, left, right in sorted(found))
 
 
@@ -298,4 +308,5 @@ def _token(keys: Mapping[str, Value], key: str, tokens: Sequence[str]) -> int | 
 
 
 def _write_json(file: Path, document: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(document, ensure_ascii=False, indent=1), "utf-8")
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        json.dump(document, stream, ensure_ascii=False, indent=1)  # never as one text: it has a million parts
