@@ -214,4 +214,8 @@ def test_the_folder_is_what_devices_take(tmp_path: Path) -> None:
         graph.weights == models.LAYERS * layer + models.HIDDEN + 2 * table
     )  # once as embeddings, once as the head
     model = json.loads((folder / genai_options.FILE_NAME).read_text())["model"]
-    assert (model["type"], model["context_length"], model["eos_token_id"]) == ("llama", models.CONTEXT, [2])
+    assert (model["type"], model["context_length"], model["eos_token_id"]) == (
+        "llama",
+        models.CONTEXT,
+        [2, 0],
+    )

@@ -168,3 +168,30 @@ def test_a_turn_ends_where_the_file_forgot_to_say_so(tmp_path: Path) -> None:
     config = json.loads((folder / "genai_config.json").read_text())
     assert config["model"]["eos_token_id"] == [0, 2], "<|endoftext|>, and <|im_end|> as llama.cpp has it"
     assert (folder / "chat_template.jinja").read_text() == models.TEMPLATE
+
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+
+
+@pytest.mark.parametrize("kind", [NORMAL, CONTROL, USER_DEFINED])
+def test_tokens_that_llama_cpp_knows_end_an_answer_whatever_their_type(
+    kind: int, tmp_path: Path, library: Any
+) -> None:
+    """Qwen 2.5 has two of them and names one; converters have typed others as plain text."""
+    file = models.small_model(Q4_0)
+    tokens, types = (file.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
+    assert isinstance(tokens, list)
+    assert isinstance(types, list)
+    texts = ["<|end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>", "<end_of_utterance>"]
+    texts += ["<EOT>", "<｜end▁of▁sentence｜>"]
+    first = len(tokens) - len(texts)
+    tokens[first:] = texts
+    types[:] = [*(kind for _ in models.SPECIAL), *types[len(models.SPECIAL) : first], *(kind for _ in texts)]
+    types[tokens.index("<|im_start|>")] = CONTROL
+    folder = converted(file, tmp_path)
+    config = json.loads((folder / "genai_config.json").read_text())
+    assert config["model"]["eos_token_id"] == [2, 0, *range(first, len(tokens))]
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    assert {each["id"] for each in added if each["special"]} == {0, 1, 2, *range(first, len(tokens))}
+    encoded = library.Tokenizer(str(folder)).encode("he<|im_end|>" + "".join(texts)).tolist()
+    assert encoded[-1 - len(texts) :] == [2, *range(first, len(tokens))]

@@ -21,8 +21,13 @@ from edge_agent.publishing.gguf.reader import GgufFile, Value
 
 _PREFIX = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-_ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"})
-"""Control tokens that end a turn, whether the file says so or not."""
+_ENDS = frozenset(
+    (
+        *("<|im_end|>", "<|endoftext|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
+        *("<end_of_turn>", "<end_of_utterance>", "<EOT>", "<｜end▁of▁sentence｜>"),
+    )
+)
+"""Tokens that end an answer and are control tokens, whatever the file says: llama.cpp knows them by their texts."""
 _SPACE = "▁"
 _MAX_PIECE = 128
 """Characters of a SentencePiece token that is looked at for merges."""
@@ -139,9 +144,10 @@ def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokeni
     tokens = _texts(keys, "tokens")
     if len(tokens) != vocabulary or len(set(tokens)) != len(tokens):
         raise _Unknown(f"it has {len(set(tokens))} different tokens, and the model {vocabulary}")
-    types = keys.get("token_type", [_NORMAL] * len(tokens))
-    if not isinstance(types, list) or len(types) != len(tokens):
+    given = keys.get("token_type", [_NORMAL] * len(tokens))
+    if not isinstance(given, list) or len(given) != len(tokens):
         raise _Unknown("its tokens have no types")
+    types = [_CONTROL if token in _ENDS else kind for token, kind in zip(tokens, given, strict=True)]
     eos = _token(keys, "eos_token_id", tokens)
     if eos is None:
         raise _Unknown("no token ends an answer (tokenizer.ggml.eos_token_id)")
@@ -162,7 +168,7 @@ def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokeni
     if begins and bos is not None:
         document["post_processor"] = _beginning(bos, tokens[bos])
     named = (eos, _token(keys, "eot_token_id", tokens), _token(keys, "eom_token_id", tokens))
-    others = (n for n, token in enumerate(tokens) if types[n] == _CONTROL and token in _ENDS)
+    others = (number for number, token in enumerate(tokens) if token in _ENDS)
     ends = tuple(dict.fromkeys(each for each in (*named, *others) if each is not None))
     pad = _token(keys, "padding_token_id", tokens)
     if not isinstance(template, str):
