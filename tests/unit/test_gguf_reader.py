@@ -119,6 +119,15 @@ def drop(key: str) -> Callable[[File], None]:
     return lambda file: file.metadata.pop(key)  # type: ignore[return-value]
 
 
+def typed(token: int, kind: int) -> Callable[[File], None]:
+    def changed(file: File) -> None:
+        types = file.metadata[f"{GGML}.token_type"]
+        assert isinstance(types, list)
+        types[token] = kind
+
+    return changed
+
+
 def tensor(name: str, weights: files.Weights) -> Callable[[File], None]:
     return lambda file: file.tensors.__setitem__(name, weights)
 
@@ -189,6 +198,14 @@ GGML = "tokenizer.ggml"
         (change(f"{GGML}.tokens", ["a"] * 1024), "it has 1 different tokens"),
         (change(f"{GGML}.tokens", 7), "tokens is no list of texts"),
         (change(f"{GGML}.token_type", [1]), "its tokens have no types"),
+        (drop(f"{GGML}.token_type"), "its tokens have no types (tokenizer.ggml.token_type)"),
+        (change(f"{GGML}.token_type", [3.0] * 1024), "a token has a type that is not known here"),
+        (typed(500, 0), "a token has a type that is not known here"),
+        (typed(500, 7), "a token has a type that is not known here"),
+        (typed(1, 1), "'<|im_start|>' frames a turn"),
+        (typed(1, 5), "'<|im_start|>' frames a turn"),
+        (change(f"{GGML}.eos_token_id", 300), "frames a turn"),
+        (change(f"{GGML}.eot_token_id", 300), "frames a turn"),
         (change(f"{GGML}.merges", ["a b c"]), "a merge is not of two parts"),
         (change(f"{GGML}.eos_token_id", 1024), "eos_token_id is 1024"),
         (drop(f"{GGML}.eos_token_id"), "no token ends an answer"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,12 @@ from edge_agent.publishing.gguf.architecture import OTHERWISE
 from edge_agent.publishing.gguf.reader import GgufFile, Value
 
 _PREFIX = "tokenizer.ggml."
+_TYPES = frozenset(range(1, 7))
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_WHOLE = frozenset((_CONTROL, _USER_DEFINED))
+"""Types of tokens that are found in a text before it is split."""
+_FRAME = re.compile(r"<[|｜][^<>|｜]*[|｜]>")
+"""What a chat template puts around messages, where it is one token."""
 _ENDS = frozenset(
     (
         *("<|im_end|>", "<|endoftext|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
@@ -144,10 +150,7 @@ def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokeni
     tokens = _texts(keys, "tokens")
     if len(tokens) != vocabulary or len(set(tokens)) != len(tokens):
         raise _Unknown(f"it has {len(set(tokens))} different tokens, and the model {vocabulary}")
-    given = keys.get("token_type", [_NORMAL] * len(tokens))
-    if not isinstance(given, list) or len(given) != len(tokens):
-        raise _Unknown("its tokens have no types")
-    types = [_CONTROL if token in _ENDS else kind for token, kind in zip(tokens, given, strict=True)]
+    types = _types(keys, tokens)
     eos = _token(keys, "eos_token_id", tokens)
     if eos is None:
         raise _Unknown("no token ends an answer (tokenizer.ggml.eos_token_id)")
@@ -160,10 +163,11 @@ def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokeni
     else:
         raise _Unknown(f"its kind is {str(kind)[:32]!r}; gpt2 and llama are known")
     begins = keys.get("add_bos_token", document.pop("begins"))
+    added = _WHOLE | {_UNKNOWN} if kind == "llama" else _WHOLE
     document["added_tokens"] = [
         _added(number, token, special=kind_of != _USER_DEFINED)
         for number, (token, kind_of) in enumerate(zip(tokens, types, strict=True))
-        if kind_of in (_CONTROL, _USER_DEFINED) or (kind_of == _UNKNOWN and kind == "llama")
+        if kind_of in added
     ]
     if begins and bos is not None:
         document["post_processor"] = _beginning(bos, tokens[bos])
@@ -173,6 +177,10 @@ def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokeni
     pad = _token(keys, "padding_token_id", tokens)
     if not isinstance(template, str):
         raise _Unknown("its chat template is no text")
+    frame = set(_FRAME.findall(template))
+    for number, token in enumerate(tokens):
+        if types[number] not in _WHOLE and (number in ends or token in frame):
+            raise _Unknown(f"{token[:32]!r} frames a turn, and is no control token ({_PREFIX}token_type)")
     return Tokenizer(
         document=document,
         tokens=tokens,
@@ -181,6 +189,17 @@ def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokeni
         ends=ends,
         template=template,
     )
+
+
+def _types(keys: Mapping[str, Value], tokens: Sequence[str]) -> list[int]:
+    """What each token is: without it the frame of a turn would be plain text."""
+    types = keys.get("token_type")
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise _Unknown(f"its tokens have no types ({_PREFIX}token_type)")
+    found = [kind for kind in types if isinstance(kind, int) and not isinstance(kind, bool)]
+    if len(found) != len(tokens) or not set(found) <= _TYPES:
+        raise _Unknown(f"a token has a type that is not known here ({_PREFIX}token_type)")
+    return [_CONTROL if token in _ENDS else kind for token, kind in zip(tokens, found, strict=True)]
 
 
 def _byte_pairs(keys: Mapping[str, Value], tokens: Sequence[str]) -> dict[str, Any]:
@@ -205,7 +224,7 @@ def _byte_pairs(keys: Mapping[str, Value], tokens: Sequence[str]) -> dict[str, A
 
 
 def _sentence_pieces(
-    keys: Mapping[str, Value], tokens: Sequence[str], types: Sequence[object]
+    keys: Mapping[str, Value], tokens: Sequence[str], types: Sequence[int]
 ) -> dict[str, Any]:
     scores = keys.get("scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
