@@ -209,6 +209,15 @@ GGML = "tokenizer.ggml"
         (change(f"{GGML}.merges", ["a b c"]), "a merge is not of two parts"),
         (change(f"{GGML}.eos_token_id", 1024), "eos_token_id is 1024"),
         (drop(f"{GGML}.eos_token_id"), "no token ends an answer"),
+        (change(f"{GGML}.add_eos_token", True), "a token behind each text (tokenizer.ggml.add_eos_token)"),
+        (change(f"{GGML}.add_sep_token", True), "a token behind each text (tokenizer.ggml.add_sep_token)"),
+        (change(f"{GGML}.add_eos_token", 1), "tokenizer.ggml.add_eos_token is 1"),
+        (change(f"{GGML}.add_bos_token", "no"), "tokenizer.ggml.add_bos_token is no"),
+        (change(f"{GGML}.add_space_prefix", 0), "tokenizer.ggml.add_space_prefix is 0"),
+        (
+            change(f"{GGML}.precompiled_charsmap", [1, 2]),
+            "it has tokenizer.ggml.precompiled_charsmap, which is not known here",
+        ),
         (change("tokenizer.chat_template", 1), "its chat template is no text"),
     ],
 )
@@ -218,6 +227,16 @@ def test_what_is_not_known_is_refused_by_name(
     file = models.small_model(Q4_1)
     changed(file)
     assert reason in refusal(file.write(tmp_path / "m.gguf"))
+
+
+def test_a_files_usual_keys_are_known(tmp_path: Path) -> None:
+    """Those that name tokens for other tasks, and those that say what is so anyway."""
+    file = models.small_model(Q4_1)
+    others = ("seperator", "mask", "cls", "unknown", "prefix", "suffix", "middle", "fim_pre", "fim_rep")
+    file.metadata |= {f"{GGML}.{each}_token_id": 0 for each in others}
+    file.metadata |= {f"{GGML}.add_eos_token": False, f"{GGML}.add_sep_token": False}
+    file.metadata |= {f"{GGML}.add_space_prefix": False, "tokenizer.chat_template.tool_use": "x"}
+    look(file.write(tmp_path / "m.gguf"))
 
 
 @pytest.mark.parametrize(

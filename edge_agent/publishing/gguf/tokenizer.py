@@ -21,6 +21,20 @@ from edge_agent.publishing.gguf.architecture import OTHERWISE
 from edge_agent.publishing.gguf.reader import GgufFile, Value
 
 _PREFIX = "tokenizer.ggml."
+_NAMED = frozenset(
+    (
+        *("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "mask", "cls"),
+        *("prefix", "suffix", "middle", "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep"),
+    )
+)
+"""Tokens with a key of their own, as files spell it. Those of other tasks change no token of a conversation."""
+_MAY_HAVE = frozenset(
+    (
+        *("model", "pre", "tokens", "token_type", "scores", "merges"),
+        *("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix"),
+        *(f"{name}_token_id" for name in _NAMED),
+    )
+)
 _TYPES = frozenset(range(1, 7))
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _WHOLE = frozenset((_CONTROL, _USER_DEFINED))
@@ -147,6 +161,7 @@ _TOO_MANY = f"it has more than {MAX_MERGES} merges"
 
 
 def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokenizer:
+    _check_keys(keys)
     tokens = _texts(keys, "tokens")
     if len(tokens) != vocabulary or len(set(tokens)) != len(tokens):
         raise _Unknown(f"it has {len(set(tokens))} different tokens, and the model {vocabulary}")
@@ -189,6 +204,18 @@ def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokeni
         ends=ends,
         template=template,
     )
+
+
+def _check_keys(keys: Mapping[str, Value]) -> None:
+    """Refuses what would give other tokens than this conversion does."""
+    if unknown := sorted(keys.keys() - _MAY_HAVE):
+        raise _Unknown(f"it has {_PREFIX}{unknown[0]}, which is not known here")
+    for key in ("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix"):
+        if not isinstance(keys.get(key, False), bool):
+            raise _Unknown(f"{_PREFIX}{key} is {str(keys[key])[:32]}")
+    for key in ("add_eos_token", "add_sep_token"):
+        if keys.get(key):
+            raise _Unknown(f"it puts a token behind each text ({_PREFIX}{key})")
 
 
 def _types(keys: Mapping[str, Value], tokens: Sequence[str]) -> list[int]:
