@@ -14,6 +14,7 @@ import pytest
 
 from edge_agent.package import genai_files, genai_options, onnx_graph
 from edge_agent.publishing import gguf
+from edge_agent.publishing.gguf import matrix
 from tests.support import gguf_files as files
 from tests.support import gguf_models as models
 from tests.support import onnx_weights
@@ -67,6 +68,19 @@ def test_the_weights_are_those_of_the_file(kind: int, tmp_path: Path) -> None:
         else:
             largest = np.abs(expected).max(axis=1, keepdims=True)
             assert (np.abs(found - expected) <= largest * 2.0**-23).all()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 100])
+def test_weights_are_read_in_pieces_that_end_anywhere(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = models.small_model(Q4_1, biases=True)
+    (tmp_path / "pieces").mkdir()
+    whole = converted(file, tmp_path)
+    monkeypatch.setattr(matrix, "PIECE_BYTES", rows * models.HIDDEN // 32 * 20)
+    pieces = converted(file, tmp_path / "pieces")
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (pieces / name).read_bytes() == (whole / name).read_bytes()
 
 
 class Running:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from edge_agent.errors import PublishError
 from edge_agent.publishing import gguf
-from edge_agent.publishing.gguf import architecture, reader, tokenizer
+from edge_agent.publishing.gguf import architecture, graph, reader, tokenizer
 from tests.support import gguf_files as files
 from tests.support import gguf_models as models
 from tests.support.gguf_files import Q4_0, Q4_1, Q8_0, File
@@ -30,9 +31,9 @@ def good() -> bytes:
 
 def look(path: Path) -> None:
     """All that is read before weights are."""
-    found = reader.read(path)
-    sizes = architecture.read(found)
-    tokenizer.read(found, sizes.vocabulary)
+    with reader.opened(path) as found:
+        sizes = architecture.read(found)
+        tokenizer.read(found, sizes.vocabulary)
 
 
 def refusal(path: Path) -> str:
@@ -108,7 +109,30 @@ def test_a_file_that_was_not_copied_to_its_end_is_refused(tmp_path: Path) -> Non
     (tmp_path / "m.gguf").write_bytes(good()[:-1])
     assert "it is not complete" in refusal(tmp_path / "m.gguf")
     (tmp_path / "empty.gguf").write_bytes(b"")
-    assert "cannot be read" in refusal(tmp_path / "empty.gguf")
+    assert "ends in its header" in refusal(tmp_path / "empty.gguf")
+    assert "cannot be read" in refusal(tmp_path / "missing.gguf")
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """Read through a map, it would end the process with SIGBUS."""
+    path = models.small_model(Q4_1).write(tmp_path / "m.gguf")
+    with (
+        pytest.raises(PublishError, match=r"m\.gguf was changed while it was read"),
+        reader.opened(path) as file,
+    ):
+        sizes = architecture.read(file)
+        os.truncate(path, file.tensors["token_embd.weight"].offset)
+        graph.write(sizes, file.tensors, tmp_path)
+
+
+def test_a_file_that_was_written_to_while_it_was_read_is_an_error(tmp_path: Path) -> None:
+    """Not one whose name is another file's now: what was read is whole."""
+    path = models.small_model(Q4_1).write(tmp_path / "m.gguf")
+    with pytest.raises(PublishError, match="was changed while it was read"), reader.opened(path):
+        os.utime(path, ns=(0, 0))
+    with reader.opened(path):
+        (tmp_path / "other").write_bytes(b"another")
+        (tmp_path / "other").replace(path)
 
 
 def change(key: str, content: object) -> Callable[[File], None]:
@@ -253,8 +277,8 @@ def test_a_factor_without_a_type_scales_positions_as_in_llama_cpp(
 ) -> None:
     file = models.small_model(Q4_1)
     file.metadata |= {f"llama.rope.scaling.{key}": content for key, content in scaling.items()}
-    found = reader.read(file.write(tmp_path / "m.gguf"))
-    assert architecture.read(found).rope_factor == factor
+    with reader.opened(file.write(tmp_path / "m.gguf")) as found:
+        assert architecture.read(found).rope_factor == factor
 
 
 @pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "token_embd.weight"])
