@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from edge_agent.package import genai_files, genai_options, onnx_graph
 from edge_agent.publishing import gguf
+from edge_agent.publishing.gguf import matrix
 from tests.support import gguf_files as files
 from tests.support import gguf_models as models
 from tests.support import onnx_weights
@@ -68,6 +70,19 @@ def test_the_weights_are_those_of_the_file(kind: int, tmp_path: Path) -> None:
             assert (np.abs(found - expected) <= largest * 2.0**-23).all()
 
 
+@pytest.mark.parametrize("rows", [1, 7, 64, 100])
+def test_weights_are_read_in_pieces_that_end_anywhere(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = models.small_model(Q4_1, biases=True)
+    (tmp_path / "pieces").mkdir()
+    whole = converted(file, tmp_path)
+    monkeypatch.setattr(matrix, "PIECE_BYTES", rows * models.HIDDEN // 32 * 20)
+    pieces = converted(file, tmp_path / "pieces")
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (pieces / name).read_bytes() == (whole / name).read_bytes()
+
+
 class Running:
     """The folder in the real library."""
 
@@ -120,6 +135,25 @@ def test_rotary_positions_are_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert np.abs(plain - expected).max() > 0.05 * np.std(expected)
     found = Running(converted(file, tmp_path), monkeypatch).logits(IDS)
     assert np.abs(found - expected).max() < 1e-3 * np.std(expected)
+
+
+def test_rotary_positions_of_a_long_context_are_written_in_pieces(tmp_path: Path) -> None:
+    """The whole tables in float64 would take 48 MiB here, and 1.5 GiB at the longest context."""
+    file = models.small_model(Q4_0)
+    context = file.metadata["llama.context_length"] = (1 << 16) + 1
+    tracemalloc.start()
+    try:
+        folder = converted(file, tmp_path)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 24 << 20
+    tensors = onnx_weights.read(folder / "model.onnx").tensors
+    half = models.HEAD_SIZE // 2
+    angles = np.arange(context)[:, None] * models.ROPE_BASE ** (-np.arange(half) / half)
+    for name, right in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
+        assert tensors[name].shape == right.shape
+        assert np.abs(tensors[name] - right).max() < 2.0**-24
 
 
 @pytest.mark.parametrize("kind", QUANTIZED.values(), ids=QUANTIZED.keys())
@@ -194,4 +228,8 @@ def test_the_folder_is_what_devices_take(tmp_path: Path) -> None:
         graph.weights == models.LAYERS * layer + models.HIDDEN + 2 * table
     )  # once as embeddings, once as the head
     model = json.loads((folder / genai_options.FILE_NAME).read_text())["model"]
-    assert (model["type"], model["context_length"], model["eos_token_id"]) == ("llama", models.CONTEXT, [2])
+    assert (model["type"], model["context_length"], model["eos_token_id"]) == (
+        "llama",
+        models.CONTEXT,
+        [2, 0],
+    )

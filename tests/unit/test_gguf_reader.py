@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from edge_agent.errors import PublishError
 from edge_agent.publishing import gguf
-from edge_agent.publishing.gguf import architecture, reader, tokenizer
+from edge_agent.publishing.gguf import architecture, graph, reader, tokenizer
 from tests.support import gguf_files as files
 from tests.support import gguf_models as models
 from tests.support.gguf_files import Q4_0, Q4_1, Q8_0, File
@@ -29,9 +31,9 @@ def good() -> bytes:
 
 def look(path: Path) -> None:
     """All that is read before weights are."""
-    found = reader.read(path)
-    sizes = architecture.read(found)
-    tokenizer.read(found, sizes.vocabulary)
+    with reader.opened(path) as found:
+        sizes = architecture.read(found)
+        tokenizer.read(found, sizes.vocabulary)
 
 
 def refusal(path: Path) -> str:
@@ -107,7 +109,30 @@ def test_a_file_that_was_not_copied_to_its_end_is_refused(tmp_path: Path) -> Non
     (tmp_path / "m.gguf").write_bytes(good()[:-1])
     assert "it is not complete" in refusal(tmp_path / "m.gguf")
     (tmp_path / "empty.gguf").write_bytes(b"")
-    assert "cannot be read" in refusal(tmp_path / "empty.gguf")
+    assert "ends in its header" in refusal(tmp_path / "empty.gguf")
+    assert "cannot be read" in refusal(tmp_path / "missing.gguf")
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """Read through a map, it would end the process with SIGBUS."""
+    path = models.small_model(Q4_1).write(tmp_path / "m.gguf")
+    with (
+        pytest.raises(PublishError, match=r"m\.gguf was changed while it was read"),
+        reader.opened(path) as file,
+    ):
+        sizes = architecture.read(file)
+        os.truncate(path, file.tensors["token_embd.weight"].offset)
+        graph.write(sizes, file.tensors, tmp_path)
+
+
+def test_a_file_that_was_written_to_while_it_was_read_is_an_error(tmp_path: Path) -> None:
+    """Not one whose name is another file's now: what was read is whole."""
+    path = models.small_model(Q4_1).write(tmp_path / "m.gguf")
+    with pytest.raises(PublishError, match="was changed while it was read"), reader.opened(path):
+        os.utime(path, ns=(0, 0))
+    with reader.opened(path):
+        (tmp_path / "other").write_bytes(b"another")
+        (tmp_path / "other").replace(path)
 
 
 def change(key: str, content: object) -> Callable[[File], None]:
@@ -118,8 +143,22 @@ def drop(key: str) -> Callable[[File], None]:
     return lambda file: file.metadata.pop(key)  # type: ignore[return-value]
 
 
+def typed(token: int, kind: int) -> Callable[[File], None]:
+    def changed(file: File) -> None:
+        types = file.metadata[f"{GGML}.token_type"]
+        assert isinstance(types, list)
+        types[token] = kind
+
+    return changed
+
+
 def tensor(name: str, weights: files.Weights) -> Callable[[File], None]:
     return lambda file: file.tensors.__setitem__(name, weights)
+
+
+def in_one_row(kind: int, length: int) -> files.Weights:
+    """A quantized tensor of one dimension."""
+    return dataclasses.replace(files.random(np.random.default_rng(1), kind, 1, length, 1), shape=(length,))
 
 
 GGML = "tokenizer.ggml"
@@ -164,6 +203,18 @@ GGML = "tokenizer.ggml"
             tensor("output_norm.weight", files.random(np.random.default_rng(1), Q8_0, 1, 256, 1)),
             "'output_norm.weight' has sizes of (1, 256)",
         ),
+        (
+            tensor("blk.0.attn_norm.weight", in_one_row(Q8_0, 256)),
+            "'blk.0.attn_norm.weight' has the format Q8_0; norms and biases are read as floats",
+        ),
+        (
+            tensor("blk.1.attn_k.bias", in_one_row(Q4_0, 128)),
+            "'blk.1.attn_k.bias' has the format Q4_0; norms",
+        ),
+        (
+            tensor("rope_freqs.weight", in_one_row(Q8_0, 32)),
+            "'rope_freqs.weight' has the format Q8_0; norms",
+        ),
         (change(f"{GGML}.model", "bert"), "its kind is 'bert'; gpt2 and llama are known"),
         (change(f"{GGML}.pre", "tekken"), "its way to split a text is 'tekken'"),
         (drop(f"{GGML}.pre"), "its way to split a text is 'not named'"),
@@ -171,9 +222,26 @@ GGML = "tokenizer.ggml"
         (change(f"{GGML}.tokens", ["a"] * 1024), "it has 1 different tokens"),
         (change(f"{GGML}.tokens", 7), "tokens is no list of texts"),
         (change(f"{GGML}.token_type", [1]), "its tokens have no types"),
+        (drop(f"{GGML}.token_type"), "its tokens have no types (tokenizer.ggml.token_type)"),
+        (change(f"{GGML}.token_type", [3.0] * 1024), "a token has a type that is not known here"),
+        (typed(500, 0), "a token has a type that is not known here"),
+        (typed(500, 7), "a token has a type that is not known here"),
+        (typed(1, 1), "'<|im_start|>' frames a turn"),
+        (typed(1, 5), "'<|im_start|>' frames a turn"),
+        (change(f"{GGML}.eos_token_id", 300), "frames a turn"),
+        (change(f"{GGML}.eot_token_id", 300), "frames a turn"),
         (change(f"{GGML}.merges", ["a b c"]), "a merge is not of two parts"),
         (change(f"{GGML}.eos_token_id", 1024), "eos_token_id is 1024"),
         (drop(f"{GGML}.eos_token_id"), "no token ends an answer"),
+        (change(f"{GGML}.add_eos_token", True), "a token behind each text (tokenizer.ggml.add_eos_token)"),
+        (change(f"{GGML}.add_sep_token", True), "a token behind each text (tokenizer.ggml.add_sep_token)"),
+        (change(f"{GGML}.add_eos_token", 1), "tokenizer.ggml.add_eos_token is 1"),
+        (change(f"{GGML}.add_bos_token", "no"), "tokenizer.ggml.add_bos_token is no"),
+        (change(f"{GGML}.add_space_prefix", 0), "tokenizer.ggml.add_space_prefix is 0"),
+        (
+            change(f"{GGML}.precompiled_charsmap", [1, 2]),
+            "it has tokenizer.ggml.precompiled_charsmap, which is not known here",
+        ),
         (change("tokenizer.chat_template", 1), "its chat template is no text"),
     ],
 )
@@ -183,6 +251,34 @@ def test_what_is_not_known_is_refused_by_name(
     file = models.small_model(Q4_1)
     changed(file)
     assert reason in refusal(file.write(tmp_path / "m.gguf"))
+
+
+def test_a_files_usual_keys_are_known(tmp_path: Path) -> None:
+    """Those that name tokens for other tasks, and those that say what is so anyway."""
+    file = models.small_model(Q4_1)
+    others = ("seperator", "mask", "cls", "unknown", "prefix", "suffix", "middle", "fim_pre", "fim_rep")
+    file.metadata |= {f"{GGML}.{each}_token_id": 0 for each in others}
+    file.metadata |= {f"{GGML}.add_eos_token": False, f"{GGML}.add_sep_token": False}
+    file.metadata |= {f"{GGML}.add_space_prefix": False, "tokenizer.chat_template.tool_use": "x"}
+    look(file.write(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "factor"),
+    [
+        ({}, 1.0),
+        ({"factor": 4.0}, 4.0),
+        ({"type": "linear", "factor": 4.0}, 4.0),
+        ({"type": "none", "factor": 4.0}, 1.0),
+    ],
+)
+def test_a_factor_without_a_type_scales_positions_as_in_llama_cpp(
+    tmp_path: Path, scaling: dict[str, object], factor: float
+) -> None:
+    file = models.small_model(Q4_1)
+    file.metadata |= {f"llama.rope.scaling.{key}": content for key, content in scaling.items()}
+    with reader.opened(file.write(tmp_path / "m.gguf")) as found:
+        assert architecture.read(found).rope_factor == factor
 
 
 @pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "token_embd.weight"])

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from edge_agent.errors import PublishError
 from edge_agent.publishing import gguf
+from edge_agent.publishing.gguf import tokenizer
+from edge_agent.publishing.gguf.reader import GgufFile
 from edge_agent.wrapper.genai_pyfunc import TokenizerFiles
 from tests.support import gguf_models as models
 from tests.support.gguf_files import Q4_0, File
@@ -127,6 +130,29 @@ def test_sentence_pieces_are_merged_by_their_scores(tmp_path: Path, library: Any
     assert TokenizerFiles.read(folder).end_ids == {2}
 
 
+def runs(letters: str) -> list[str]:
+    """Each of so many a and then so many b is two others in as many ways as it has places between letters."""
+    first, second = tuple(letters)
+    return [first * a + second * b for a in range(128) for b in range(129 - a) if a + b]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model": "llama", "tokens": sorted({*runs("ab"), *runs("ac")})},
+        {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b"], "merges": ["a b"] * ((1 << 20) + 1)},
+    ],
+    ids=lambda keys: str(keys["model"]),
+)
+def test_merges_without_number_are_refused_before_they_are_written(keys: dict[str, Any]) -> None:
+    """A file of half a MB would be millions of merges, and gigabytes."""
+    count = len(keys["tokens"])
+    keys = {"scores": [0.0] * count, "token_type": [3] + [1] * (count - 1), "eos_token_id": 0, **keys}
+    metadata = {f"tokenizer.ggml.{key}": content for key, content in keys.items()}
+    with pytest.raises(PublishError, match="has more than 1048576 merges"):
+        tokenizer.read(GgufFile(path=Path("m.gguf"), metadata=metadata, tensors={}), count)
+
+
 def test_a_llama_3_tokenizer_begins_with_its_bos_token(tmp_path: Path) -> None:
     file = models.small_model(Q4_0)
     file.metadata["tokenizer.ggml.pre"] = "llama-bpe"
@@ -142,3 +168,30 @@ def test_a_turn_ends_where_the_file_forgot_to_say_so(tmp_path: Path) -> None:
     config = json.loads((folder / "genai_config.json").read_text())
     assert config["model"]["eos_token_id"] == [0, 2], "<|endoftext|>, and <|im_end|> as llama.cpp has it"
     assert (folder / "chat_template.jinja").read_text() == models.TEMPLATE
+
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+
+
+@pytest.mark.parametrize("kind", [NORMAL, CONTROL, USER_DEFINED])
+def test_tokens_that_llama_cpp_knows_end_an_answer_whatever_their_type(
+    kind: int, tmp_path: Path, library: Any
+) -> None:
+    """Qwen 2.5 has two of them and names one; converters have typed others as plain text."""
+    file = models.small_model(Q4_0)
+    tokens, types = (file.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
+    assert isinstance(tokens, list)
+    assert isinstance(types, list)
+    texts = ["<|end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>", "<end_of_utterance>"]
+    texts += ["<EOT>", "<｜end▁of▁sentence｜>"]
+    first = len(tokens) - len(texts)
+    tokens[first:] = texts
+    types[:] = [*(kind for _ in models.SPECIAL), *types[len(models.SPECIAL) : first], *(kind for _ in texts)]
+    types[tokens.index("<|im_start|>")] = CONTROL
+    folder = converted(file, tmp_path)
+    config = json.loads((folder / "genai_config.json").read_text())
+    assert config["model"]["eos_token_id"] == [2, 0, *range(first, len(tokens))]
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    assert {each["id"] for each in added if each["special"]} == {0, 1, 2, *range(first, len(tokens))}
+    encoded = library.Tokenizer(str(folder)).encode("he<|im_end|>" + "".join(texts)).tolist()
+    assert encoded[-1 - len(texts) :] == [2, *range(first, len(tokens))]

@@ -33,15 +33,16 @@ def convert(path: Path, folder: Path, *, every_token: bool = False) -> None:
         every_token: logits of every token, to measure with; otherwise of the last one only.
 
     Raises:
-        PublishError: the file is damaged, or holds something that this conversion does not know.
+        PublishError: the file is damaged, was changed meanwhile, or holds something that this conversion does not
+            know.
     """
-    file = reader.read(path)
-    sizes = architecture.read(file)
-    tokenizer = tokenizers.read(file, sizes.vocabulary)
-    tokenizer.write(folder, sizes.context_tokens)
-    config = json.dumps(_options(sizes, tokenizer), indent=1)
-    (folder / genai_options.FILE_NAME).write_text(config, "utf-8")
-    graph.write(sizes, file.tensors, folder, every_token=every_token)
+    with reader.opened(path) as file:
+        sizes = architecture.read(file)
+        tokenizer = tokenizers.read(file, sizes.vocabulary)
+        tokenizer.write(folder, sizes.context_tokens)
+        config = json.dumps(_options(sizes, tokenizer), indent=1)
+        (folder / genai_options.FILE_NAME).write_text(config, "utf-8")
+        graph.write(sizes, file.tensors, folder, every_token=every_token)
 
 
 def _options(sizes: Architecture, tokenizer: Tokenizer) -> dict[str, Any]:

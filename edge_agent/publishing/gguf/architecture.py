@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from edge_agent.documents import page
 from edge_agent.errors import PublishError
+from edge_agent.publishing.gguf.formats import FORMATS
 from edge_agent.publishing.gguf.reader import GgufFile, Tensor, Value
 
 LLAMA, QWEN2 = "llama", "qwen2"
@@ -155,7 +156,8 @@ def _sizes(name: str, file: GgufFile) -> Architecture:
 
 
 def _rope_factor(keys: Mapping[str, Value]) -> float:
-    kind = keys.get("rope.scaling.type", "none")
+    default = "linear" if "rope.scaling.factor" in keys else "none"  # as in llama.cpp
+    kind = keys.get("rope.scaling.type", default)
     if kind == "none":
         return 1.0
     if kind != "linear":
@@ -186,6 +188,10 @@ def _check_tensors(sizes: Architecture, tensors: Mapping[str, Tensor]) -> None:
         elif tensors[name].shape != shape:
             raise _Unknown(
                 f"the tensor {name!r} has sizes of {tensors[name].shape}, and {shape} are expected"
+            )
+        elif len(shape) == 1 and FORMATS[tensors[name].type].floats is None:
+            raise _Unknown(
+                f"the tensor {name!r} has the format {tensors[name].format_name}; norms and biases are read as floats"
             )
     if unknown := sorted(tensors.keys() - expected.keys()):
         raise _Unknown(f"it has the tensor {unknown[0]!r}, which is not known here")

@@ -14,10 +14,11 @@ weights, which is many times slower.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_agent import __version__
 from edge_agent.errors import PublishError
@@ -31,6 +32,9 @@ from edge_agent.publishing.gguf.reader import Tensor
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 _INT8_ACCURACY = 4
+_TABLE_PIECE = 1 << 18
+"""Sines or cosines that are computed at a time."""
+Doubles = npt.NDArray[np.float64]
 
 
 def write(
@@ -153,10 +157,9 @@ class _Decoder:
             if (factors <= 0).any():
                 raise PublishError(f"the tensor {ROPE_FACTORS!r} has factors that are not positive")
             turns /= factors
-        angles = np.arange(sizes.context_tokens, dtype=np.float64)[:, None] * turns
-        for name, table in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
-            stored = self._onnx.store([table.astype(np.float32)])
-            self._onnx.tensor(name, FLOAT, table.shape, stored)
+        for name, function in (("cos", np.cos), ("sin", np.sin)):
+            stored = self._onnx.store(_rotary_table(function, turns, sizes.context_tokens))
+            self._onnx.tensor(name, FLOAT, (sizes.context_tokens, half), stored)
 
     def _embed(self, ids: str) -> str:
         onnx, table = self._onnx, self._table
@@ -315,6 +318,14 @@ class _Decoder:
 
     def _norm(self, name: str) -> str:
         return self._onnx.constant(f"{name}.weight", matrices.vector(self._tensors[f"{name}.weight"]))
+
+
+def _rotary_table(function: np.ufunc, turns: Doubles, context_tokens: int) -> Iterator[Floats]:
+    """[positions of a piece, head_size / 2] float32: a table of a long context is many times a small file."""
+    step = max(1, _TABLE_PIECE // len(turns))
+    for start in range(0, context_tokens, step):
+        positions = np.arange(start, min(start + step, context_tokens), dtype=np.float64)
+        yield function(positions[:, None] * turns).astype(np.float32)
 
 
 def _store(onnx: OnnxFile, matrix: Matrix) -> tuple[Stored, ...]:

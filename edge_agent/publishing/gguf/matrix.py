@@ -16,7 +16,7 @@ from edge_agent.errors import PublishError
 from edge_agent.publishing.gguf.formats import FORMATS, Bytes, Floats, Format
 from edge_agent.publishing.gguf.reader import Tensor
 
-_PIECE_BYTES = 16 << 20
+PIECE_BYTES = 16 << 20
 Order = npt.NDArray[np.intp]
 _Numbers = TypeVar("_Numbers", Bytes, Floats)
 
@@ -79,25 +79,28 @@ class Matrix:
     def _pieces(self) -> Iterator[tuple[Bytes, int]]:
         """(blocks, [blocks, block_bytes] uint8; how many rows they are)."""
         for tensor, order in zip(self.tensors, self.orders, strict=True):
-            rows, row_bytes = tensor.data.shape
-            step = max(1, _PIECE_BYTES // row_bytes)
-            for start in range(0, rows, step):
-                piece = (
-                    tensor.data[start : start + step]
-                    if order is None
-                    else tensor.data[order[start : start + step]]
-                )
-                yield piece.reshape(-1, self.format.block_bytes), len(piece)
+            step = max(1, PIECE_BYTES // tensor.row_bytes)
+            for start in range(0, tensor.rows, step):
+                end = min(start + step, tensor.rows)
+                piece = tensor.read(start, end) if order is None else _in_order(tensor, order[start:end])
+                yield piece.reshape(-1, self.format.block_bytes), end - start
+
+
+def _in_order(tensor: Tensor, order: Order) -> Bytes:
+    """Those rows, of which the order puts none into another head: no more than a head is read beside them."""
+    first = int(order.min())
+    return tensor.read(first, int(order.max()) + 1)[order - first]
 
 
 def vector(tensor: Tensor) -> Floats:
-    """[length] float32 of a tensor of plain floats with one dimension.
+    """[length] float32 of a tensor of plain floats with one dimension (`architecture.read` refuses another one).
 
     Raises:
         PublishError: one of them is no number.
     """
     form = FORMATS[tensor.type]
-    return _finite(_there(form.floats)(tensor.data.reshape(-1, form.block_bytes)), tensor.name).reshape(-1)
+    blocks = tensor.read(0, tensor.rows).reshape(-1, form.block_bytes)
+    return _finite(_there(form.floats)(blocks), tensor.name).reshape(-1)
 
 
 def halves_order(heads: int, head_size: int) -> Order:

@@ -1,7 +1,8 @@
 """Reads a GGUF file's metadata and its table of tensors. The file is untrusted input.
 
 Every count, length, size and offset is bounded, and held against the file's size, before anything is allocated or
-read by it. What is not understood is an error, not a guess. The file is mapped; weights are read when they are used.
+read by it. What is not understood is an error, not a guess. Weights are read when they are used, a piece at a time. The
+file is not mapped: one that becomes shorter, or lies on a medium that fails, would end the process instead.
 
     header      magic, version, number of tensors, number of keys
     metadata    key, type, value; a list has elements of one plain type
@@ -13,18 +14,19 @@ Source: ggml, docs/gguf.md (versions 2 and 3).
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_agent.errors import PublishError
 from edge_agent.publishing import kinds
-from edge_agent.publishing.gguf.formats import FORMATS, NAMES
+from edge_agent.publishing.gguf.formats import FORMATS, NAMES, Bytes
 
 MAX_HEADER_BYTES = 128 << 20
 MAX_TENSORS = 20_000
@@ -44,6 +46,49 @@ Plain = int | float | bool | str
 Value = Plain | list[Plain]
 
 
+class Source:
+    """The open file, from which weights are read while it is open."""
+
+    def __init__(self, path: Path, stream: BufferedReader) -> None:
+        self._path = path
+        self._stream = stream
+        self._before = self._state()
+
+    @property
+    def size_bytes(self) -> int:
+        return self._before[0]
+
+    def read(self, offset: int, size: int) -> Bytes:
+        """[size] uint8.
+
+        Raises:
+            PublishError: the file has become shorter, or cannot be read.
+        """
+        data = np.empty(size, np.uint8)
+        try:
+            self._stream.seek(offset)
+            found = self._stream.readinto(data.data)
+        except OSError as error:
+            raise PublishError(f"{self._path} cannot be read: {error}") from error
+        if found != size:
+            raise self._changed()
+        return data
+
+    def check_unchanged(self) -> None:
+        """Raises a PublishError if it was written to since it was opened."""
+        if self._state() != self._before:
+            raise self._changed()
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._stream.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def _changed(self) -> PublishError:
+        return PublishError(
+            f"{self._path} was changed while it was read", remedy="publish it again when it is complete"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
     """One tensor as it lies in the file.
@@ -51,44 +96,65 @@ class Tensor:
     Attributes:
         shape: rows first: `(rows, columns)`, or `(length,)`. The file has it the other way round.
         type: number of its format, a key of `formats.FORMATS`.
-        data: [rows, bytes of a row] uint8, a view of the mapped file.
+        offset: of its first byte in the file.
     """
 
     name: str
     shape: tuple[int, ...]
     type: int
-    data: npt.NDArray[np.uint8]
+    offset: int
+    row_bytes: int
+    source: Source
 
     @property
     def format_name(self) -> str:
         return NAMES[self.type]
 
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    def read(self, start: int, end: int) -> Bytes:
+        """[rows, bytes of a row] uint8 of the rows from `start` to `end`.
+
+        Raises:
+            PublishError: they are not there any more, or cannot be read.
+        """
+        size = (end - start) * self.row_bytes
+        return self.source.read(self.offset + start * self.row_bytes, size).reshape(-1, self.row_bytes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GgufFile:
-    """A file whose metadata and table have been checked."""
+    """A file whose metadata and table have been checked; its tensors can be read while it is open."""
 
     path: Path
     metadata: Mapping[str, Value]
     tensors: Mapping[str, Tensor]
 
 
-def read(path: Path) -> GgufFile:
-    """Maps a file and reads what stands before its data.
+@contextmanager
+def opened(path: Path) -> Iterator[GgufFile]:
+    """Opens a file and reads what stands before its data.
 
     Raises:
-        PublishError: it is no GGUF file, is damaged, or has tensors of a format that is not known here.
+        PublishError: it is no GGUF file, is damaged, or has tensors of a format that is not known here; or, at the
+            end, it was changed meanwhile.
     """
     try:
-        with path.open("rb") as stream:
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)  # closes with the last view of it
-    except (OSError, ValueError) as error:
+        stream = path.open("rb")
+    except OSError as error:
         raise PublishError(f"{path} cannot be read: {error}") from error
-    header = _Header(data)
-    try:
-        return header.read(path)
-    except _Damaged as error:
-        raise PublishError(f"{path} is not a GGUF file that can be read: {error}") from error
+    with stream:
+        source = Source(path, stream)
+        try:
+            file = _Header(stream, source).read(path)
+        except OSError as error:
+            raise PublishError(f"{path} cannot be read: {error}") from error
+        except _Damaged as error:
+            raise PublishError(f"{path} is not a GGUF file that can be read: {error}") from error
+        yield file
+        source.check_unchanged()
 
 
 class _Damaged(Exception):
@@ -116,15 +182,14 @@ class _Entry:
 class _Header:
     """What stands before the data, read from its beginning to its end."""
 
-    def __init__(self, file: mmap.mmap) -> None:
-        self._file = file
-        self._file_bytes = len(file)
-        self._data = memoryview(file)[:MAX_HEADER_BYTES]
+    def __init__(self, stream: BufferedReader, source: Source) -> None:
+        self._stream = stream
+        self._source = source
         self._at = 0
         self._items_left = MAX_ITEMS
 
     def read(self, path: Path) -> GgufFile:
-        if bytes(self._take(len(kinds.GGUF_MAGIC))) != kinds.GGUF_MAGIC:
+        if self._take(len(kinds.GGUF_MAGIC)) != kinds.GGUF_MAGIC:
             raise _Damaged("it does not begin with GGUF")
         version = self._number("I")
         if version not in (2, 3):
@@ -183,13 +248,17 @@ class _Header:
                     f"{name!r} lies at {entry.offset}, over another tensor or at no multiple of {alignment}"
                 )
             end = entry.offset + entry.size_bytes
-            if start + end > self._file_bytes:
+            if start + end > self._source.size_bytes:
                 raise _Damaged(f"{name!r} ends behind the end of the file: it is not complete")
 
     def _tensor(self, name: str, entry: _Entry, start: int) -> Tensor:
-        whole = np.frombuffer(self._file, np.uint8, entry.size_bytes, start + entry.offset)
         return Tensor(
-            name=name, shape=entry.shape, type=entry.type, data=whole.reshape(entry.rows, entry.row_bytes)
+            name=name,
+            shape=entry.shape,
+            type=entry.type,
+            offset=start + entry.offset,
+            row_bytes=entry.row_bytes,
+            source=self._source,
         )
 
     def _value(self, kind: int, key: str) -> Value:
@@ -232,10 +301,13 @@ class _Header:
         except UnicodeDecodeError as error:
             raise _Damaged("a text in it is not UTF-8") from error
 
-    def _take(self, size: int) -> memoryview:
-        if size > len(self._data) - self._at:
-            raise _Damaged(
-                "it ends in its header" if len(self._data) == self._file_bytes else "its header is too long"
-            )
+    def _take(self, size: int) -> bytes:
         self._at += size
-        return self._data[self._at - size : self._at]
+        if self._at > self._source.size_bytes:
+            raise _Damaged("it ends in its header")
+        if self._at > MAX_HEADER_BYTES:
+            raise _Damaged("its header is too long")
+        data = self._stream.read(size)
+        if len(data) != size:
+            raise _Damaged("it became shorter while it was read")
+        return data

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,38 @@ from edge_agent.publishing.gguf.architecture import OTHERWISE
 from edge_agent.publishing.gguf.reader import GgufFile, Value
 
 _PREFIX = "tokenizer.ggml."
+_NAMED = frozenset(
+    (
+        *("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "mask", "cls"),
+        *("prefix", "suffix", "middle", "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep"),
+    )
+)
+"""Tokens with a key of their own, as files spell it. Those of other tasks change no token of a conversation."""
+_MAY_HAVE = frozenset(
+    (
+        *("model", "pre", "tokens", "token_type", "scores", "merges"),
+        *("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix"),
+        *(f"{name}_token_id" for name in _NAMED),
+    )
+)
+_TYPES = frozenset(range(1, 7))
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-_ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"})
-"""Control tokens that end a turn, whether the file says so or not."""
+_WHOLE = frozenset((_CONTROL, _USER_DEFINED))
+"""Types of tokens that are found in a text before it is split."""
+_FRAME = re.compile(r"<[|｜][^<>|｜]*[|｜]>")
+"""What a chat template puts around messages, where it is one token."""
+_ENDS = frozenset(
+    (
+        *("<|im_end|>", "<|endoftext|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
+        *("<end_of_turn>", "<end_of_utterance>", "<EOT>", "<｜end▁of▁sentence｜>"),
+    )
+)
+"""Tokens that end an answer and are control tokens, whatever the file says: llama.cpp knows them by their texts."""
 _SPACE = "▁"
 _MAX_PIECE = 128
 """Characters of a SentencePiece token that is looked at for merges."""
+MAX_MERGES = 1 << 20
+"""Gemma's 256,000 pieces have 580,000. In memory a merge takes some hundred bytes, and in the file it may take none."""
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -130,13 +157,15 @@ class _Unknown(Exception):
     """Says what is not understood."""
 
 
+_TOO_MANY = f"it has more than {MAX_MERGES} merges"
+
+
 def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokenizer:
+    _check_keys(keys)
     tokens = _texts(keys, "tokens")
     if len(tokens) != vocabulary or len(set(tokens)) != len(tokens):
         raise _Unknown(f"it has {len(set(tokens))} different tokens, and the model {vocabulary}")
-    types = keys.get("token_type", [_NORMAL] * len(tokens))
-    if not isinstance(types, list) or len(types) != len(tokens):
-        raise _Unknown("its tokens have no types")
+    types = _types(keys, tokens)
     eos = _token(keys, "eos_token_id", tokens)
     if eos is None:
         raise _Unknown("no token ends an answer (tokenizer.ggml.eos_token_id)")
@@ -149,19 +178,24 @@ def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokeni
     else:
         raise _Unknown(f"its kind is {str(kind)[:32]!r}; gpt2 and llama are known")
     begins = keys.get("add_bos_token", document.pop("begins"))
+    added = _WHOLE | {_UNKNOWN} if kind == "llama" else _WHOLE
     document["added_tokens"] = [
         _added(number, token, special=kind_of != _USER_DEFINED)
         for number, (token, kind_of) in enumerate(zip(tokens, types, strict=True))
-        if kind_of in (_CONTROL, _USER_DEFINED) or (kind_of == _UNKNOWN and kind == "llama")
+        if kind_of in added
     ]
     if begins and bos is not None:
         document["post_processor"] = _beginning(bos, tokens[bos])
     named = (eos, _token(keys, "eot_token_id", tokens), _token(keys, "eom_token_id", tokens))
-    others = (n for n, token in enumerate(tokens) if types[n] == _CONTROL and token in _ENDS)
+    others = (number for number, token in enumerate(tokens) if token in _ENDS)
     ends = tuple(dict.fromkeys(each for each in (*named, *others) if each is not None))
     pad = _token(keys, "padding_token_id", tokens)
     if not isinstance(template, str):
         raise _Unknown("its chat template is no text")
+    frame = set(_FRAME.findall(template))
+    for number, token in enumerate(tokens):
+        if types[number] not in _WHOLE and (number in ends or token in frame):
+            raise _Unknown(f"{token[:32]!r} frames a turn, and is no control token ({_PREFIX}token_type)")
     return Tokenizer(
         document=document,
         tokens=tokens,
@@ -172,13 +206,39 @@ def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokeni
     )
 
 
+def _check_keys(keys: Mapping[str, Value]) -> None:
+    """Refuses what would give other tokens than this conversion does."""
+    if unknown := sorted(keys.keys() - _MAY_HAVE):
+        raise _Unknown(f"it has {_PREFIX}{unknown[0]}, which is not known here")
+    for key in ("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix"):
+        if not isinstance(keys.get(key, False), bool):
+            raise _Unknown(f"{_PREFIX}{key} is {str(keys[key])[:32]}")
+    for key in ("add_eos_token", "add_sep_token"):
+        if keys.get(key):
+            raise _Unknown(f"it puts a token behind each text ({_PREFIX}{key})")
+
+
+def _types(keys: Mapping[str, Value], tokens: Sequence[str]) -> list[int]:
+    """What each token is: without it the frame of a turn would be plain text."""
+    types = keys.get("token_type")
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise _Unknown(f"its tokens have no types ({_PREFIX}token_type)")
+    found = [kind for kind in types if isinstance(kind, int) and not isinstance(kind, bool)]
+    if len(found) != len(tokens) or not set(found) <= _TYPES:
+        raise _Unknown(f"a token has a type that is not known here ({_PREFIX}token_type)")
+    return [_CONTROL if token in _ENDS else kind for token, kind in zip(tokens, found, strict=True)]
+
+
 def _byte_pairs(keys: Mapping[str, Value], tokens: Sequence[str]) -> dict[str, Any]:
     name = str(keys.get("pre", "not named"))
     way = _WAYS.get(_SAME.get(name, name))
     if way is None:
         known = ", ".join(sorted((*_WAYS, *_SAME)))
         raise _Unknown(f"its way to split a text is {name[:32]!r} (tokenizer.ggml.pre); known are {known}")
-    merges = [merge.split(" ") for merge in _texts(keys, "merges")]
+    merged = _texts(keys, "merges")
+    if len(merged) > MAX_MERGES:
+        raise _Unknown(_TOO_MANY)
+    merges = [merge.split(" ") for merge in merged]
     if not all(len(merge) == 2 for merge in merges):
         raise _Unknown("a merge is not of two parts")
     return {
@@ -191,7 +251,7 @@ def _byte_pairs(keys: Mapping[str, Value], tokens: Sequence[str]) -> dict[str, A
 
 
 def _sentence_pieces(
-    keys: Mapping[str, Value], tokens: Sequence[str], types: Sequence[object]
+    keys: Mapping[str, Value], tokens: Sequence[str], types: Sequence[int]
 ) -> dict[str, Any]:
     scores = keys.get("scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
@@ -239,6 +299,8 @@ def _merges(
             left, right = numbers.get(token[:cut]), numbers.get(token[cut:])
             if left is not None and right is not None:
                 found.append((-float(scores[number]), number, left, right))
+        if len(found) > MAX_MERGES:
+            raise _Unknown(_TOO_MANY)
     return ((tokens[left], tokens[right]) for _, _, left, right in sorted(found))
 
 
@@ -298,4 +360,5 @@ def _token(keys: Mapping[str, Value], key: str, tokens: Sequence[str]) -> int | 
 
 
 def _write_json(file: Path, document: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(document, ensure_ascii=False, indent=1), "utf-8")
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        json.dump(document, stream, ensure_ascii=False, indent=1)  # never as one text: it has a million parts
