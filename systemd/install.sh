@@ -93,8 +93,7 @@ main() {
         shift
     done
     here=${from:-$(dirname -- "$(readlink -f -- "$script")")}
-    base=$root/opt/edge-agent
-    units=(edge-agent.service edge-agent-http.socket edge-agent-http.service)
+    set_places
     if [[ $command == list ]]; then
         list
         return
@@ -103,15 +102,26 @@ main() {
     if [[ -z $root && $command != uninstall ]]; then
         command -v systemctl >/dev/null || die "this host has no systemd"
     fi
-    mkdir -p -- "$base"
-    exec 9>"$base/.lock"
-    flock -w 60 9 || die "another install.sh is running"
-    [[ $base/.lock -ef /dev/fd/9 ]] || die "another install.sh has just uninstalled edge-agent: run this one again"
+    lock
     case $command in
         install) install_bundle ;;
         use) use_version "$wanted" ;;
         uninstall) uninstall ;;
     esac
+}
+
+# What is where below the root.
+set_places() {
+    base=$root/opt/edge-agent
+    units=(edge-agent.service edge-agent-http.socket edge-agent-http.service)
+}
+
+# One script at a time changes what is installed.
+lock() {
+    mkdir -p -- "$base"
+    exec 9>"$base/.lock"
+    flock -w 60 9 || die "another install.sh is running"
+    [[ $base/.lock -ef /dev/fd/9 ]] || die "another install.sh has just uninstalled edge-agent: run this one again"
 }
 
 # absolute PATH: prints the path as it was meant where the script was started.
@@ -488,23 +498,31 @@ uninstall() {
     fi
     rm -f -- "$base"/*/.complete # first: leftovers of a power cut must not count as versions
     rm -rf -- "$base"
+    # What comes after this, dpkg's note of it for one, must not outlive it in a power cut.
+    [[ -n $root ]] || sync
     if [[ $purge == yes ]]; then
-        # If the state is a mounted file system, empty it and leave it mounted.
-        if mountpoint -q "$root/var/lib/edge-agent"; then
-            find "$root/var/lib/edge-agent" -xdev -mindepth 1 -delete
-        else
-            rm -rf -- "$root/var/lib/edge-agent"
-        fi
-        rm -rf -- "$root/etc/edge-agent"
-        for name in "${units[@]}"; do rm -rf -- "$root/etc/systemd/system/$name.d"; done
-        if [[ -z $root ]]; then
-            userdel edge-agent 2>/dev/null || true
-            groupdel edge-agent 2>/dev/null || true
-        fi
-        say "removed everything except the secrets in $root/etc/credstore"
+        purge_data
     else
         say "removed; $root/var/lib/edge-agent and $root/etc/edge-agent stay (--purge removes them, too)"
     fi
+}
+
+# What outlives the program: models, prompts, settings and the user.
+purge_data() {
+    local name
+    # If the state is a mounted file system, empty it and leave it mounted.
+    if mountpoint -q "$root/var/lib/edge-agent"; then
+        find "$root/var/lib/edge-agent" -xdev -mindepth 1 -delete
+    else
+        rm -rf -- "$root/var/lib/edge-agent"
+    fi
+    rm -rf -- "$root/etc/edge-agent"
+    for name in "${units[@]}"; do rm -rf -- "$root/etc/systemd/system/$name.d"; done
+    if [[ -z $root ]]; then
+        userdel edge-agent 2>/dev/null || true
+        groupdel edge-agent 2>/dev/null || true
+    fi
+    say "removed everything except the secrets in $root/etc/credstore"
 }
 
 main "$@"

@@ -301,6 +301,33 @@ def test_a_version_that_does_not_work_is_not_configured_and_the_old_one_goes_on(
     assert device.versions() == ["1.0.0"]
 
 
+def test_a_purge_takes_what_a_removal_left_that_failed_and_was_cut(device: Debian) -> None:
+    device.dpkg("-i", device.package("1.0.0"))
+    removal = "*-rf*opt/edge-agent"
+    device.cut_at("rm", removal, "exit 1")
+    assert device.dpkg("-r", "edge-agent").returncode == 1
+    device.cut("rm", removal, "-r", "edge-agent")
+    assert (device.state(), (device.base / "current").is_symlink()) == ("1.0.0 half-installed", True)
+    assert device.dpkg("-P", "edge-agent").returncode == 0
+    assert (device.state(), device.left()) == ("", [])
+
+
+def test_a_purge_spares_what_was_installed_without_the_package_since_it_was_removed(device: Debian) -> None:
+    device.dpkg("--unpack", device.package("1.0.0"))
+    device.dpkg("-r", "edge-agent")
+    assert device.state() == "1.0.0 config-files"
+    bundle = device.bundle("1.1.0")
+    device.install(bundle)
+    before = device.left()
+    purged = device.dpkg("-P", "edge-agent")
+    said = f"attention: {device.base} was not installed by this package"
+    assert (purged.returncode, said in purged.stdout) == (0, True), purged.stdout + purged.stderr
+    assert (device.state(), device.version()) == ("", "edge-agent, version 1.1.0")
+    assert (device.left(), "etc/edge-agent/config.toml" in before) == (before, True)
+    assert device.run(bundle, "uninstall", "--purge", "--root", str(device.root)).returncode == 0
+    assert device.left() == []
+
+
 def test_a_python_that_it_has_no_wheels_for_is_dpkgs_to_refuse(device: Debian) -> None:
     device.python("3.10.1-1")
     refused = device.dpkg("-i", device.package("1.0.0"))
