@@ -236,6 +236,7 @@ def test_dpkg_orders_versions_as_python_does(ordered: list[str]) -> None:
 def test_from_the_first_package_to_the_next_and_away(device: Debian) -> None:
     assert device.dpkg("-i", device.package("1.0.0")).returncode == 0
     assert (device.version(), device.state()) == ("edge-agent, version 1.0.0", "1.0.0 installed")
+    assert device.enabled() == "enabled"
     command = device.root / "usr/bin/edge-agent"
     assert command.readlink() == Path("/opt/edge-agent/current/bin/edge-agent")
     device.config.write_text('device_id = "mine"\n')
@@ -275,6 +276,7 @@ def test_from_the_first_package_to_the_next_and_away(device: Debian) -> None:
 
 def test_an_upgrade_that_is_cut_leaves_a_whole_version_and_is_finished_by_dpkg(device: Debian) -> None:
     device.dpkg("-i", device.package("1.0.0"))
+    device.systemctl("disable")
     second = device.package("1.1.0")
     half = '/usr/bin/dpkg-deb "$@" | head -c 300000'
     device.cut("dpkg-deb", "*--fsys-tarfile*", "-i", second, before=half)
@@ -285,8 +287,12 @@ def test_an_upgrade_that_is_cut_leaves_a_whole_version_and_is_finished_by_dpkg(d
     assert (device.version(), device.state()) == ("edge-agent, version 1.0.0", "1.1.0 half-configured")
     device.cut("mv", "*.current*", "--configure", "--pending")
     assert (device.version(), device.state()) == ("edge-agent, version 1.0.0", "1.1.0 half-configured")
+    device.cut("cmp", "*edge-agent-http.service*", "--configure", "--pending")
+    assert (device.version(), device.state()) == ("edge-agent, version 1.1.0", "1.1.0 half-configured")
+    assert device.enabled() == "disabled", "it does not start at the boot"
     assert device.dpkg("--configure", "--pending").returncode == 0
     assert (device.version(), device.state()) == ("edge-agent, version 1.1.0", "1.1.0 installed")
+    assert device.enabled() == "disabled"
     assert device.versions() == ["1.0.0", "1.1.0"]
 
 
