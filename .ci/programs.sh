@@ -22,7 +22,7 @@ need_programs() {
 
 need_test_programs() {
     need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
-    need_programs systemd systemd-analyze -- systemd
+    need_programs systemd systemd-analyze systemctl -- systemd
     need_programs strace strace -- strace
     need_programs tmux tmux -- tmux
 }

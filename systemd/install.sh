@@ -33,8 +33,10 @@ usage: ./install.sh [install] [--from DIR] [--verify-key FILE] [--no-start] [--r
   --verify-key FILE
                 first check that the bundle was signed with this public key (PEM), and install a copy of it that only
                 root can change. The script in a forged bundle would not check: start the installed one, with --from
-  --no-start    enable the service, but leave it as it is: stopped, or running the old version
-  --root DIR    for tests: install below DIR, as any user, without service and user
+  --no-start    leave the service as it is: stopped, or running the old version
+  --root DIR    for tests: install below DIR, as any user; no service is started, no user created
+
+The first installation enables the service. One that was disabled since stays disabled, and stopped if it is.
 
 An installed version contains this script: /opt/edge-agent/current/install.sh uninstall
 
@@ -93,8 +95,7 @@ main() {
         shift
     done
     here=${from:-$(dirname -- "$(readlink -f -- "$script")")}
-    base=$root/opt/edge-agent
-    units=(edge-agent.service edge-agent-http.socket edge-agent-http.service)
+    set_places
     if [[ $command == list ]]; then
         list
         return
@@ -103,15 +104,26 @@ main() {
     if [[ -z $root && $command != uninstall ]]; then
         command -v systemctl >/dev/null || die "this host has no systemd"
     fi
-    mkdir -p -- "$base"
-    exec 9>"$base/.lock"
-    flock -w 60 9 || die "another install.sh is running"
-    [[ $base/.lock -ef /dev/fd/9 ]] || die "another install.sh has just uninstalled edge-agent: run this one again"
+    lock
     case $command in
         install) install_bundle ;;
         use) use_version "$wanted" ;;
         uninstall) uninstall ;;
     esac
+}
+
+# What is where below the root.
+set_places() {
+    base=$root/opt/edge-agent
+    units=(edge-agent.service edge-agent-http.socket edge-agent-http.service)
+}
+
+# One script at a time changes what is installed.
+lock() {
+    mkdir -p -- "$base"
+    exec 9>"$base/.lock"
+    flock -w 60 9 || die "another install.sh is running"
+    [[ $base/.lock -ef /dev/fd/9 ]] || die "another install.sh has just uninstalled edge-agent: run this one again"
 }
 
 # absolute PATH: prints the path as it was meant where the script was started.
@@ -122,6 +134,12 @@ absolute() {
 # Whether there is a systemd to talk to. There is none where the image of a device is made, and none with --root.
 systemd_runs() {
     [[ -z $root && -d /run/systemd/system ]]
+}
+
+# unit_files ARGUMENT…: systemctl on what it needs no running systemd for; with --root, if there is a systemctl here.
+unit_files() {
+    [[ -z $root ]] || command -v systemctl >/dev/null || return 0
+    systemctl ${root:+"--root=$root"} "$@"
 }
 
 # --- install ----------------------------------------------------------------------------------------------
@@ -353,17 +371,25 @@ write_settings() {
 # switch_to FOLDER: makes a complete version the current one. If the service does not start with it, the old version
 # is restored.
 switch_to() {
-    local target=$1 old=''
+    local target=$1 old='' disabled=no
     if [[ -L $base/current ]]; then old=$(readlink -- "$base/current"); fi
     say_what_stops "$target"
+    if operator_disabled; then disabled=yes; fi
     point_to "${target##*/}"
     write_units "$target"
+    if [[ $disabled == no ]]; then
+        enable_service
+    elif service_stopped; then
+        say "the service is disabled and stopped, and stays so; to start it: systemctl enable --now edge-agent"
+        start=no
+    else
+        say "the service is disabled, and stays so"
+    fi
     if [[ -n $root ]]; then return; fi
     if [[ ! -L /usr/bin/edge-agent ]]; then # the Debian package's
         mkdir -p /usr/local/bin
         ln -sfn -- "$base/current/bin/edge-agent" /usr/local/bin/edge-agent
     fi
-    systemctl --quiet enable edge-agent.service
     if [[ $start == no ]]; then return; fi
     if ! systemd_runs; then
         say "no systemd runs here: the service starts at the next boot"
@@ -387,6 +413,28 @@ switch_to() {
     show_trouble
     die "neither version ${target##*/} nor version $old, which is current again, starts: see above" \
         "correct this, then: systemctl restart edge-agent"
+}
+
+# Whether the service is disabled, and not because its first installation, or an uninstallation, was cut half way: from
+# before its unit comes until it is enabled, and from before it is disabled to go, there is the mark .enable.
+operator_disabled() {
+    if [[ ! -e $root/etc/systemd/system/edge-agent.service ]]; then
+        : >"$base/.enable"
+        flush
+    fi
+    [[ ! -e $base/.enable && $(unit_files is-enabled edge-agent.service 2>/dev/null || true) == disabled ]]
+}
+
+enable_service() {
+    unit_files --quiet enable edge-agent.service
+    if [[ -e $base/.enable ]]; then
+        [[ -n $root ]] || sync # the link first: it may be on another file system than the mark
+        rm -f -- "$base/.enable"
+    fi
+}
+
+service_stopped() {
+    ! systemd_runs || [[ $(systemctl is-active edge-agent.service || true) == @(inactive|failed) ]]
 }
 
 # say_what_stops FOLDER: names the models that this version will not run, because this kernel cannot confine their code.
@@ -423,8 +471,8 @@ write_units() {
 remove_unit() {
     if systemd_runs; then
         systemctl --quiet disable --now "$1" 2>/dev/null || true
-    elif [[ -z $root ]]; then
-        systemctl --quiet disable "$1" 2>/dev/null || true
+    else
+        unit_files --quiet disable "$1" 2>/dev/null || true
     fi
     rm -f -- "$root/etc/systemd/system/$1"
 }
@@ -481,6 +529,8 @@ uninstall() {
     if [[ -z $root ]]; then
         rm -f -- /etc/sysusers.d/edge-agent.conf /usr/local/bin/edge-agent
     fi
+    : >"$base/.enable" || true # a full disk can be emptied
+    flush
     for name in "${units[@]}"; do remove_unit "$name"; done
     if systemd_runs; then
         systemctl daemon-reload
@@ -488,23 +538,31 @@ uninstall() {
     fi
     rm -f -- "$base"/*/.complete # first: leftovers of a power cut must not count as versions
     rm -rf -- "$base"
+    # What comes after this, dpkg's note of it for one, must not outlive it in a power cut.
+    [[ -n $root ]] || sync
     if [[ $purge == yes ]]; then
-        # If the state is a mounted file system, empty it and leave it mounted.
-        if mountpoint -q "$root/var/lib/edge-agent"; then
-            find "$root/var/lib/edge-agent" -xdev -mindepth 1 -delete
-        else
-            rm -rf -- "$root/var/lib/edge-agent"
-        fi
-        rm -rf -- "$root/etc/edge-agent"
-        for name in "${units[@]}"; do rm -rf -- "$root/etc/systemd/system/$name.d"; done
-        if [[ -z $root ]]; then
-            userdel edge-agent 2>/dev/null || true
-            groupdel edge-agent 2>/dev/null || true
-        fi
-        say "removed everything except the secrets in $root/etc/credstore"
+        purge_data
     else
         say "removed; $root/var/lib/edge-agent and $root/etc/edge-agent stay (--purge removes them, too)"
     fi
+}
+
+# What outlives the program: models, prompts, settings and the user.
+purge_data() {
+    local name
+    # If the state is a mounted file system, empty it and leave it mounted.
+    if mountpoint -q "$root/var/lib/edge-agent"; then
+        find "$root/var/lib/edge-agent" -xdev -mindepth 1 -delete
+    else
+        rm -rf -- "$root/var/lib/edge-agent"
+    fi
+    rm -rf -- "$root/etc/edge-agent"
+    for name in "${units[@]}"; do rm -rf -- "$root/etc/systemd/system/$name.d"; done
+    if [[ -z $root ]]; then
+        userdel edge-agent 2>/dev/null || true
+        groupdel edge-agent 2>/dev/null || true
+    fi
+    say "removed everything except the secrets in $root/etc/credstore"
 }
 
 main "$@"

@@ -236,6 +236,7 @@ def test_dpkg_orders_versions_as_python_does(ordered: list[str]) -> None:
 def test_from_the_first_package_to_the_next_and_away(device: Debian) -> None:
     assert device.dpkg("-i", device.package("1.0.0")).returncode == 0
     assert (device.version(), device.state()) == ("edge-agent, version 1.0.0", "1.0.0 installed")
+    assert device.enabled() == "enabled"
     command = device.root / "usr/bin/edge-agent"
     assert command.readlink() == Path("/opt/edge-agent/current/bin/edge-agent")
     device.config.write_text('device_id = "mine"\n')
@@ -275,6 +276,7 @@ def test_from_the_first_package_to_the_next_and_away(device: Debian) -> None:
 
 def test_an_upgrade_that_is_cut_leaves_a_whole_version_and_is_finished_by_dpkg(device: Debian) -> None:
     device.dpkg("-i", device.package("1.0.0"))
+    device.systemctl("disable")
     second = device.package("1.1.0")
     half = '/usr/bin/dpkg-deb "$@" | head -c 300000'
     device.cut("dpkg-deb", "*--fsys-tarfile*", "-i", second, before=half)
@@ -285,8 +287,12 @@ def test_an_upgrade_that_is_cut_leaves_a_whole_version_and_is_finished_by_dpkg(d
     assert (device.version(), device.state()) == ("edge-agent, version 1.0.0", "1.1.0 half-configured")
     device.cut("mv", "*.current*", "--configure", "--pending")
     assert (device.version(), device.state()) == ("edge-agent, version 1.0.0", "1.1.0 half-configured")
+    device.cut("cmp", "*edge-agent-http.service*", "--configure", "--pending")
+    assert (device.version(), device.state()) == ("edge-agent, version 1.1.0", "1.1.0 half-configured")
+    assert device.enabled() == "disabled", "it does not start at the boot"
     assert device.dpkg("--configure", "--pending").returncode == 0
     assert (device.version(), device.state()) == ("edge-agent, version 1.1.0", "1.1.0 installed")
+    assert device.enabled() == "disabled"
     assert device.versions() == ["1.0.0", "1.1.0"]
 
 
@@ -299,6 +305,33 @@ def test_a_version_that_does_not_work_is_not_configured_and_the_old_one_goes_on(
     assert device.dpkg("-i", first).returncode == 0, "the way back"
     assert (device.version(), device.state()) == ("edge-agent, version 1.0.0", "1.0.0 installed")
     assert device.versions() == ["1.0.0"]
+
+
+def test_a_purge_takes_what_a_removal_left_that_failed_and_was_cut(device: Debian) -> None:
+    device.dpkg("-i", device.package("1.0.0"))
+    removal = "*-rf*opt/edge-agent"
+    device.cut_at("rm", removal, "exit 1")
+    assert device.dpkg("-r", "edge-agent").returncode == 1
+    device.cut("rm", removal, "-r", "edge-agent")
+    assert (device.state(), (device.base / "current").is_symlink()) == ("1.0.0 half-installed", True)
+    assert device.dpkg("-P", "edge-agent").returncode == 0
+    assert (device.state(), device.left()) == ("", [])
+
+
+def test_a_purge_spares_what_was_installed_without_the_package_since_it_was_removed(device: Debian) -> None:
+    device.dpkg("--unpack", device.package("1.0.0"))
+    device.dpkg("-r", "edge-agent")
+    assert device.state() == "1.0.0 config-files"
+    bundle = device.bundle("1.1.0")
+    device.install(bundle)
+    before = device.left()
+    purged = device.dpkg("-P", "edge-agent")
+    said = f"attention: {device.base} was not installed by this package"
+    assert (purged.returncode, said in purged.stdout) == (0, True), purged.stdout + purged.stderr
+    assert (device.state(), device.version()) == ("", "edge-agent, version 1.1.0")
+    assert (device.left(), "etc/edge-agent/config.toml" in before) == (before, True)
+    assert device.run(bundle, "uninstall", "--purge", "--root", str(device.root)).returncode == 0
+    assert device.left() == []
 
 
 def test_a_python_that_it_has_no_wheels_for_is_dpkgs_to_refuse(device: Debian) -> None:

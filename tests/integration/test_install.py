@@ -265,10 +265,12 @@ def test_a_script_without_its_bundle_says_where_it_belongs(host: Host) -> None:
 # --- Cut half way ---------------------------------------------------------------------------------------
 
 
-def cut_install(host: Host, folder: Path, program: str, pattern: str, before: str = ":") -> None:
+def cut_install(
+    host: Host, folder: Path, program: str, pattern: str, before: str = ":", command: str = "install"
+) -> None:
     fired = host.cut_at(program, pattern, before)
     result = subprocess.run(
-        [str(folder / "install.sh"), "--root", str(host.root)],
+        [str(folder / "install.sh"), command, "--root", str(host.root)],
         capture_output=True,
         timeout=120,
         check=False,
@@ -305,6 +307,29 @@ def test_an_install_that_is_cut_at_any_step_leaves_a_whole_version_and_goes_on_t
     assert host.install(second) == "edge-agent, version 1.1.0"
     assert unit.read_text() == units[1]
     assert host.versions() == ["1.0.0", "1.1.0"]
+
+
+def test_only_an_operator_disables_the_service_for_good_and_no_cut_does(host: Host) -> None:
+    bundle = host.bundle("1.0.0")
+    cut_install(host, bundle, "systemctl", r"*\ enable\ *")
+    assert host.enabled() == "disabled", "its unit is there, and no more"
+    host.install(bundle)
+    assert host.enabled() == "enabled"
+
+    host.systemctl("disable")
+    for arguments in (("install",), ("use", "1.0.0")):
+        result = host.run(bundle, *arguments, "--root", str(host.root))
+        said = [line for line in result.stdout.splitlines() if "disabled" in line]
+        assert (result.returncode, len(said), host.enabled()) == (0, 1, "disabled"), result.stdout
+    host.systemctl("enable")
+    assert "disabled" not in host.run(bundle, "--root", str(host.root)).stdout
+    assert host.enabled() == "enabled"
+
+    cut_install(host, bundle, "rm", "*system/edge-agent.service", command="uninstall")
+    assert (host.enabled(), "edge-agent.service" in host.units()) == ("disabled", True)
+    host.install(bundle)
+    assert host.enabled() == "enabled", "installed anew"
+    assert not list(host.base.glob(".enable"))
 
 
 def test_a_version_that_does_not_know_a_unit_yet_runs_without_it(host: Host) -> None:

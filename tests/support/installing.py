@@ -25,6 +25,8 @@ sys.path.insert(0, str(ROOT / ".ci"))
 import bundle  # noqa: E402
 from wheels import Wheel  # noqa: E402
 
+# And what .ci/programs.sh has fetched, systemctl for one, where the system has none.
+_SYSTEM = f"/usr/bin:/bin:/usr/sbin:/sbin:{ROOT / '.tools' / 'bin'}"
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -40,7 +42,7 @@ class Host:
         programs = folder / "bin"
         programs.mkdir()
         (programs / "python3").symlink_to(Path(sys.base_prefix) / "bin" / f"python{PYTHON}")
-        self.path = f"{programs}:/usr/bin:/bin:/usr/sbin:/sbin"
+        self.path = f"{programs}:{_SYSTEM}"
 
     def bundle(
         self, version: str, *, program: str = "print('edge-agent, version {version}')", **changes: str
@@ -114,7 +116,7 @@ class Host:
         """
         fired = self.folder / f"cut-{program}"
         script = self.folder / "bin" / program
-        real = shutil.which(program, path="/usr/bin:/bin")
+        real = shutil.which(program, path=_SYSTEM)
         script.write_text(
             f'#!/bin/sh\ncase "$*" in {pattern}) {before}; : >"{fired}"; kill -KILL 0 ;; esac\nexec {real} "$@"\n'
         )
@@ -138,7 +140,22 @@ class Host:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
 
     def units(self) -> set[str]:
-        return {path.name for path in (self.root / "etc/systemd/system").iterdir()}
+        return {path.name for path in (self.root / "etc/systemd/system").iterdir() if path.is_file()}
+
+    def enabled(self) -> str:
+        return self.systemctl("is-enabled")
+
+    def systemctl(self, command: str) -> str:
+        """What the real one says of the service, or does with its links, below the root."""
+        words = ["systemctl", f"--root={self.root}", command, "edge-agent.service"]
+        return subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env=clean_environment({"PATH": self.path}),
+        ).stdout.strip()
 
     def versions(self) -> list[str]:
         return sorted(path.name for path in self.base.iterdir() if path.is_dir() and not path.is_symlink())
