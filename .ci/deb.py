@@ -3,7 +3,7 @@
     bundle.tar.gz → /usr/lib/edge-agent/bundle, unchanged → control, maintainer scripts → dpkg-deb
 
 The package owns the bundle; `/opt/edge-agent` belongs to the bundle's own install.sh, which the maintainer scripts call
-(docs/adr/0023-a-debian-package-around-the-bundle.md). It refuses nothing by itself: what fits a host stands in the
+(docs/adr/0022-a-debian-package-around-the-bundle.md). It refuses nothing by itself: what fits a host stands in the
 fields. The same bundle gives the same bytes: times are SOURCE_DATE_EPOCH, the owner is root. Called by
 `./build.sh package`.
 """
