@@ -28,7 +28,7 @@ class Daemon:
         queue_ms: of the next answers.
         refusal: in place of the next answers.
         status: what is said of the models.
-        waits: the next answers begin when somebody has asked for the status.
+        waits: the next answers begin when somebody has asked for the status again: the first one has been told by then.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,7 @@ class Daemon:
         self.refusal: EdgeAgentError | None = None
         self.status: dict[str, Any] = {"models": [], "queue_depth": 1}
         self.waits = False
-        self._looked = threading.Event()
+        self._looks = threading.Semaphore(0)
         socket = folder / "c.sock"
         self.config = folder / "config.toml"
         self.config.write_text(to_toml({"state_dir": str(folder / "state"), "control_socket": str(socket)}))
@@ -49,7 +49,7 @@ class Daemon:
         if self.refusal:
             raise self.refusal
         if self.waits:
-            assert self._looked.wait(60), "nobody looked"
+            assert self._looks.acquire(timeout=60) and self._looks.acquire(timeout=60), "nobody looked twice"
         call.send("delta", text=TEXT)
         answer: dict[str, Any] = {
             "model": "assistant",
@@ -61,7 +61,7 @@ class Daemon:
 
     def _look(self, call: Call) -> None:
         call.send("done", status=self.status)
-        self._looked.set()
+        self._looks.release()
 
     def probe(self, *arguments: str, stdin: bytes = b"") -> Result:
         return CliRunner().invoke(main, ["--config", str(self.config), "probe", *arguments], input=stdin)
