@@ -155,13 +155,13 @@ def test_every_field_of_openais_schema_is_taken_or_refused_by_name(
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_cancels_its_prompt(gateway: Gateway, agent: Daemon, stream: bool) -> None:
     (runner,) = agent.runners()
-    before = agent.log.count("code=cancelled")
+    before = agent.log.count("prompt ended code=cancelled")
     with standing_still(runner):  # it cannot end by itself
         connection = gateway.connection()
         connection.request("POST", "/v1/chat/completions", json.dumps(long(stream=stream)))
         wait_until(lambda: agent.status()["queue_depth"] == 1, 60, "the prompt")
         connection.close()
-        wait_until(lambda: agent.log.count("code=cancelled") == before + 1, 60, "its cancel")
+        wait_until(lambda: agent.log.count("prompt ended code=cancelled") == before + 1, 60, "its cancel")
         wait_until(lambda: agent.status()["queue_depth"] == 0, 60, "the queue")
     assert gateway.chat().json["choices"][0]["message"]["content"] == MADRID
 

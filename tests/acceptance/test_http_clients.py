@@ -137,7 +137,7 @@ def test_openais_other_calls_and_errors(gateway: Gateway) -> None:
 
 
 def test_a_stream_that_openai_closes_cancels_its_prompt(gateway: Gateway, agent: Daemon) -> None:
-    before = agent.log.count("code=cancelled")
+    before = agent.log.count("prompt ended code=cancelled")
     run(
         gateway,
         OPENAI
@@ -149,7 +149,7 @@ def test_a_stream_that_openai_closes_cancels_its_prompt(gateway: Gateway, agent:
         print("null")
         """),
     )
-    wait_until(lambda: agent.log.count("code=cancelled") == before + 1, 60, "its cancel")
+    wait_until(lambda: agent.log.count("prompt ended code=cancelled") == before + 1, 60, "its cancel")
 
 
 def test_langchain_whole_and_in_a_stream_synchronous_and_not(gateway: Gateway) -> None:

@@ -108,12 +108,12 @@ def test_it_chats_with_the_device_and_stops(
     browser.wait("document.querySelector('.said.model .note')", "the whole answer")
     assert answers(browser) == [MADRID]
     (runner,) = daemon.runners()
-    before = daemon.log.count("code=cancelled")
+    before = daemon.log.count("prompt ended code=cancelled")
     with standing_still(runner):  # it cannot end by itself
         say(browser, "And of Nepal?")
         wait_until(lambda: daemon.status()["queue_depth"] == 1, 60, "the prompt")
         browser.press(ESCAPE)
-        wait_until(lambda: daemon.log.count("code=cancelled") == before + 1, 60, "its cancel")
+        wait_until(lambda: daemon.log.count("prompt ended code=cancelled") == before + 1, 60, "its cancel")
         browser.wait("document.querySelector('#stop').hidden", "the end")
     assert browser.run("return document.querySelector('#text').value") == "And of Nepal?", (
         "it can be sent again"
