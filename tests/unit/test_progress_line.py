@@ -50,6 +50,9 @@ def test_without_a_terminal_each_step_is_a_line_and_a_long_one_has_several() -> 
     ]
 
 
+_END = "the end of what is shown"
+
+
 @contextlib.contextmanager
 def on_a_terminal() -> Iterator[list[str]]:
     """stdout and stderr are one; gives what was shown on it."""
@@ -58,7 +61,12 @@ def on_a_terminal() -> Iterator[list[str]]:
     with os.fdopen(theirs, "w") as screen:
         with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
             yield shown
-        shown.append(os.read(ours, 100_000).decode())  # before the other end closes, which would discard it
+        screen.write(_END)
+        screen.flush()
+        said = ""
+        while not said.endswith(_END):  # a terminal hands on what it has so far
+            said += os.read(ours, 100_000).decode()
+        shown.append(said.removesuffix(_END))  # before the other end closes, which would discard it
     os.close(ours)
 
 
