@@ -115,7 +115,7 @@ class _Unknown(Exception):
 
 def _sizes(name: str, file: GgufFile) -> Architecture:
     prefix = f"{name}."
-    keys = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    keys = file.keys_under(prefix)
     if unknown := sorted(keys.keys() - _MAY_HAVE):
         raise _Unknown(f"it has {prefix}{unknown[0]}, which is not known here")
     if missing := [key for key in _NEED if key not in keys]:

@@ -18,7 +18,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 
@@ -114,6 +114,10 @@ class Tensor:
     def rows(self) -> int:
         return math.prod(self.shape[:-1])
 
+    @property
+    def size_bytes(self) -> int:
+        return self.rows * self.row_bytes
+
     def read(self, start: int, end: int) -> Bytes:
         """[rows, bytes of a row] uint8 of the rows from `start` to `end`.
 
@@ -131,6 +135,11 @@ class GgufFile:
     path: Path
     metadata: Mapping[str, Value]
     tensors: Mapping[str, Tensor]
+
+    def keys_under(self, prefix: str) -> dict[str, Value]:
+        """Those that begin with it, without it."""
+        found = ((key, value) for key, value in self.metadata.items() if key.startswith(prefix))
+        return {key.removeprefix(prefix): value for key, value in found}
 
 
 @contextmanager
@@ -161,24 +170,6 @@ class _Damaged(Exception):
     """Says what is wrong with the file."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """A tensor in the table, before its place in the file is known."""
-
-    shape: tuple[int, ...]
-    type: int
-    offset: int
-    row_bytes: int
-
-    @property
-    def rows(self) -> int:
-        return math.prod(self.shape[:-1])
-
-    @property
-    def size_bytes(self) -> int:
-        return self.rows * self.row_bytes
-
-
 class _Header:
     """What stands before the data, read from its beginning to its end."""
 
@@ -202,24 +193,22 @@ class _Header:
             if key in metadata:
                 raise _Damaged(f"the key {key!r} stands in it twice")
             metadata[key] = self._value(self._number("I"), key)
-        entries: dict[str, _Entry] = {}
+        tensors: dict[str, Tensor] = {}
         for _ in range(tensor_count):
             name = self._text(MAX_NAME_BYTES)
-            if name in entries:
+            if name in tensors:
                 raise _Damaged(f"the tensor {name!r} stands in it twice")
-            entries[name] = self._entry(name)
+            tensors[name] = self._tensor(name)
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 8 <= alignment <= _MAX_ALIGNMENT or alignment % 8:
             raise _Damaged(f"general.alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
-        self._check_places(entries, start, alignment)
-        return GgufFile(
-            path=path,
-            metadata=metadata,
-            tensors={name: self._tensor(name, entry, start) for name, entry in entries.items()},
-        )
+        self._check_places(tensors, start, alignment)
+        placed = {name: replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()}
+        return GgufFile(path=path, metadata=metadata, tensors=placed)
 
-    def _entry(self, name: str) -> _Entry:
+    def _tensor(self, name: str) -> Tensor:
+        """An entry of the table, whose offset counts from the beginning of the data yet."""
         count = self._number("I")
         if not 1 <= count <= MAX_DIMENSIONS:
             raise _Damaged(f"{name!r} has {count} dimensions")
@@ -233,33 +222,25 @@ class _Header:
         form = FORMATS[kind]
         if sizes[0] % form.block_weights:
             raise _Damaged(f"{name!r} has rows of {sizes[0]}, no multiple of {form.block_weights}")
-        return _Entry(
+        return Tensor(
+            name=name,
             shape=tuple(reversed(sizes)),
             type=kind,
             offset=offset,
             row_bytes=sizes[0] // form.block_weights * form.block_bytes,
-        )
-
-    def _check_places(self, entries: Mapping[str, _Entry], start: int, alignment: int) -> None:
-        end = 0
-        for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
-            if entry.offset % alignment or entry.offset < end:
-                raise _Damaged(
-                    f"{name!r} lies at {entry.offset}, over another tensor or at no multiple of {alignment}"
-                )
-            end = entry.offset + entry.size_bytes
-            if start + end > self._source.size_bytes:
-                raise _Damaged(f"{name!r} ends behind the end of the file: it is not complete")
-
-    def _tensor(self, name: str, entry: _Entry, start: int) -> Tensor:
-        return Tensor(
-            name=name,
-            shape=entry.shape,
-            type=entry.type,
-            offset=start + entry.offset,
-            row_bytes=entry.row_bytes,
             source=self._source,
         )
+
+    def _check_places(self, tensors: Mapping[str, Tensor], start: int, alignment: int) -> None:
+        end = 0
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+            if tensor.offset % alignment or tensor.offset < end:
+                raise _Damaged(
+                    f"{name!r} lies at {tensor.offset}, over another tensor or at no multiple of {alignment}"
+                )
+            end = tensor.offset + tensor.size_bytes
+            if start + end > self._source.size_bytes:
+                raise _Damaged(f"{name!r} ends behind the end of the file: it is not complete")
 
     def _value(self, kind: int, key: str) -> Value:
         if kind == _LIST:

@@ -141,9 +141,7 @@ def read(file: GgufFile, vocabulary: int) -> Tokenizer:
     Raises:
         PublishError: it is of a kind that is not known here, or its parts do not fit each other.
     """
-    keys = {
-        key.removeprefix(_PREFIX): value for key, value in file.metadata.items() if key.startswith(_PREFIX)
-    }
+    keys = file.keys_under(_PREFIX)
     try:
         return _read(keys, file.metadata.get("tokenizer.chat_template", ""), vocabulary)
     except _Unknown as error:
@@ -172,19 +170,18 @@ def _read(keys: Mapping[str, Value], template: Value, vocabulary: int) -> Tokeni
     bos = _token(keys, "bos_token_id", tokens)
     kind = keys.get("model")
     if kind == "gpt2":
-        document = _byte_pairs(keys, tokens)
+        document, begins = _byte_pairs(keys, tokens)
     elif kind == "llama":
-        document = _sentence_pieces(keys, tokens, types)
+        document, begins = _sentence_pieces(keys, tokens, types), True
     else:
         raise _Unknown(f"its kind is {str(kind)[:32]!r}; gpt2 and llama are known")
-    begins = keys.get("add_bos_token", document.pop("begins"))
     added = _WHOLE | {_UNKNOWN} if kind == "llama" else _WHOLE
     document["added_tokens"] = [
         _added(number, token, special=kind_of != _USER_DEFINED)
         for number, (token, kind_of) in enumerate(zip(tokens, types, strict=True))
         if kind_of in added
     ]
-    if begins and bos is not None:
+    if keys.get("add_bos_token", begins) and bos is not None:
         document["post_processor"] = _beginning(bos, tokens[bos])
     named = (eos, _token(keys, "eot_token_id", tokens), _token(keys, "eom_token_id", tokens))
     others = (number for number, token in enumerate(tokens) if token in _ENDS)
@@ -229,7 +226,8 @@ def _types(keys: Mapping[str, Value], tokens: Sequence[str]) -> list[int]:
     return [_CONTROL if token in _ENDS else kind for token, kind in zip(tokens, found, strict=True)]
 
 
-def _byte_pairs(keys: Mapping[str, Value], tokens: Sequence[str]) -> dict[str, Any]:
+def _byte_pairs(keys: Mapping[str, Value], tokens: Sequence[str]) -> tuple[dict[str, Any], bool]:
+    """tokenizer.json, and whether a text begins with the BOS token where the file does not say."""
     name = str(keys.get("pre", "not named"))
     way = _WAYS.get(_SAME.get(name, name))
     if way is None:
@@ -241,13 +239,13 @@ def _byte_pairs(keys: Mapping[str, Value], tokens: Sequence[str]) -> dict[str, A
     merges = [merge.split(" ") for merge in merged]
     if not all(len(merge) == 2 for merge in merges):
         raise _Unknown("a merge is not of two parts")
-    return {
+    document = {
         **_document(tokens, merges, ignore_merges=way.whole),
         "normalizer": way.normalizer,
         "pre_tokenizer": way.splits,
         "decoder": _byte_level(regex=True),
-        "begins": way.begins,
     }
+    return document, way.begins
 
 
 def _sentence_pieces(
@@ -282,7 +280,6 @@ def _sentence_pieces(
                 *strip,
             ],
         },
-        "begins": True,
     }
 
 
