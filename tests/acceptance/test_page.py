@@ -179,12 +179,8 @@ def test_an_update_that_goes_on_is_shown_and_the_four_pictures_are_made(
 
 @pytest.fixture
 def pair() -> Iterator[tuple[ScriptedDaemon, ServedHere]]:
-    with short_folder() as folder:
-        daemon = ScriptedDaemon(folder / "c.sock")
-        here = ServedHere(folder / "c.sock", folder)
-        yield daemon, here
-        here.close()
-        daemon.close()
+    with gateway.served_here() as made:
+        yield made
 
 
 @pytest.fixture

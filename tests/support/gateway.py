@@ -23,7 +23,7 @@ from edge_agent.gateway.doors import open_doors
 from edge_agent.gateway.guard import Guard
 from edge_agent.gateway.server import Server
 from edge_agent.transport.control import Call, ClientGone, ControlServer
-from tests.support.processes import Child, accepts, free_port, serving, to_toml, wait_until
+from tests.support.processes import Child, accepts, free_port, serving, short_folder, to_toml, wait_until
 
 QUESTION = "What is the capital of Spain?"
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": QUESTION}]}
@@ -278,3 +278,14 @@ class ServedHere(Interface):
     def wait_end(self) -> None:
         self._thread.join(60)
         assert not self._thread.is_alive()
+
+
+@contextlib.contextmanager
+def served_here() -> Iterator[tuple[ScriptedDaemon, ServedHere]]:
+    """A scripted daemon, and the gateway before it."""
+    with short_folder() as folder:
+        daemon = ScriptedDaemon(folder / "c.sock")
+        served = ServedHere(daemon.path, folder)
+        yield daemon, served
+        served.close()
+        daemon.close()

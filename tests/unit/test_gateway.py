@@ -26,17 +26,13 @@ from edge_agent.gateway import app, connection
 from edge_agent.transport.control import Call
 from tests.support import gateway
 from tests.support.gateway import CHAT, ScriptedDaemon, ServedHere, accept, done, fail, say
-from tests.support.processes import short_folder, wait_until
+from tests.support.processes import wait_until
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[ScriptedDaemon, ServedHere]]:
-    with short_folder() as folder:
-        daemon = ScriptedDaemon(folder / "c.sock")
-        served = ServedHere(folder / "c.sock", folder)
-        yield daemon, served
-        served.close()
-        daemon.close()
+    with gateway.served_here() as made:
+        yield made
 
 
 @pytest.fixture
