@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 ProgressReport = Callable[[str, float, float], None]
 """Called with (step, bytes done, total bytes)."""
 
-_LINE_EVERY_BYTES = 64 << 20
+LINE_EVERY_BYTES = 64 << 20
+"""Of a long step, where each line stays."""
 _LABEL = len("update")
 """Columns of the longest label of a note."""
 _IN_A_PIPE = 10_000
@@ -130,7 +131,7 @@ class _PlainProgress:
         if not total:
             return  # the total is not known yet
         last = self._printed.get(what)
-        if last is None or done - last >= _LINE_EVERY_BYTES or (done >= total and last < done):
+        if last is None or done - last >= LINE_EVERY_BYTES or (done >= total and last < done):
             self._printed[what] = done
             echo(f"{what}: {human_bytes(done)} of {human_bytes(total)}", err=True)
 
@@ -158,11 +159,6 @@ class Rows:
     headings: tuple[str, ...]
     rows: Sequence[tuple[object, ...]]
     notes: Sequence[Sequence[tuple[str, object]]] = ()
-
-
-def print_table(headings: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
-    """Prints a table on stdout."""
-    print_page([Rows(headings, rows)])
 
 
 def print_page(page: Sequence[str | Rows]) -> None:

@@ -19,8 +19,6 @@ from edge_agent import printable, terminal
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_LINE_EVERY_BYTES = 64 << 20
-
 
 @contextmanager
 def progress_line(*, plain: bool = True) -> Iterator[terminal.ProgressReport]:
@@ -94,7 +92,7 @@ class PlainLines:
 
     def __call__(self, step: str, done: float, total: float) -> None:
         begins = step != self._step
-        goes_on = done - self._said_bytes >= _LINE_EVERY_BYTES
+        goes_on = done - self._said_bytes >= terminal.LINE_EVERY_BYTES
         ends = 0 < total <= done and self._said_bytes < done
         if begins or goes_on or ends:
             self._step, self._said_bytes = step, done

@@ -101,12 +101,13 @@ class DeviceStatus:
 
     def full(self, *, broker: Mapping[str, Any]) -> dict[str, Any]:
         """The status topic's object and what only the CLI shows."""
-        document = self.document()
+        document, asking = self.document(), False
         for lifecycle, entry in zip(self._lifecycles.values(), document["models"], strict=True):
-            entry.update(lifecycle.state.others())
-            entry["update_problem"] = self._problem(lifecycle.name)
             name, state = lifecycle.name, lifecycle.state
             outlook = self._updates.outlook(name)
+            asking = asking or outlook.asks
+            entry.update(state.others())
+            entry["update_problem"] = self._problem(name)
             entry.update(model_report.progressing(state, outlook))
             entry.update(model_report.held(name, state, outlook.wanted, self._updates.heard))
         everything = {
@@ -116,7 +117,7 @@ class DeviceStatus:
                 "quota_bytes": self._settings.cache.quota_bytes,
                 "free_bytes": self._store.free_bytes(),
             },
-            "registry": {**self._updates.heard.document(), "asking": self._asks()},
+            "registry": {**self._updates.heard.document(), "asking": asking},
             "link": self._updates.link.document(),
             "broker": dict(broker),
         }
@@ -169,10 +170,6 @@ class DeviceStatus:
         if waiting is None or waiting.reason in problem:
             return problem
         return "; ".join(filter(None, (waiting.reason, problem)))
-
-    def _asks(self) -> bool:
-        """Whether the registry is asked in this moment."""
-        return any(self._updates.outlook(name).asks for name in self._lifecycles)
 
     def _depth(self) -> int:
         try:

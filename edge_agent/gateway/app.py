@@ -116,7 +116,7 @@ class _Gateway:
         body, content_type = prometheus.exposition(document, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
-    async def told(self, op: str) -> Mapping[str, Any]:
+    async def told(self, op: str, **fields: Any) -> Mapping[str, Any]:
         """What the daemon says to an operation with one event of that name.
 
         Raises:
@@ -124,7 +124,7 @@ class _Gateway:
             TimeoutError: it says nothing in time.
         """
         async with asyncio.timeout(_STATUS_S):
-            return await _said(op, self._ask(op))
+            return await _said(op, self._ask(op, **fields))
 
     async def _generate(self, request: Request, surface: Surface) -> Response:
         try:
@@ -186,8 +186,7 @@ class _Gateway:
             self._at_work -= 1
 
     async def _status(self) -> Mapping[str, Any]:
-        async with asyncio.timeout(_STATUS_S):
-            return await _said("status", self._ask("status", brief=True))
+        return await self.told("status", brief=True)
 
     def _ask(self, op: str, **fields: Any) -> Events:
         path = find_control_socket(self._settings)

@@ -152,7 +152,3 @@ def _wanted(flavor: str) -> str:
     if flavor == "transformers":
         return "give a Hugging Face folder: hf download ORGANISATION/NAME --local-dir DIR"
     return f"make the folder with {BUILD.format(source='HF_FOLDER')}"
-
-
-def _manual() -> str:
-    return f"{page('models.md')} has the options, and says how to come from a GGUF file"

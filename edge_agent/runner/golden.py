@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from edge_agent.package.mlmodel import GOLDEN_TOKENS, MAX_GOLDEN_TOKENS
-from edge_agent.runner.protocol import MAX_GOLDEN
+from edge_agent.runner.protocol import MAX_GOLDEN, OnPrompt
 
 PATTERN_LIMIT_S = 5.0
 _SPEED_TOKENS = 32
@@ -29,7 +29,7 @@ def try_out(
     *,
     signature: str,
     ask: Ask,
-    on_prompt: Callable[[int, int], None] = lambda prompt, of: None,
+    on_prompt: OnPrompt = lambda prompt, of: None,
 ) -> tuple[list[str], int, float]:
     """Answers every golden prompt, and measures the speed.
 

@@ -57,6 +57,7 @@ from edge_agent.runner.protocol import (
     Generate,
     Load,
     Loaded,
+    OnPrompt,
     Refused,
     Stop,
     Tried,
@@ -94,9 +95,6 @@ _COMPUTING = 0.75
 _SEND_TIMEOUT_S = 30.0
 _SEND_BYTES = 1 << 16
 
-
-OnPrompt = Callable[[int, int], None]
-"""Told before each golden prompt which one it is, from 1, and of how many."""
 
 _ENVIRONMENT_NAMES = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
 

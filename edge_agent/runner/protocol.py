@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
@@ -29,6 +29,8 @@ TURN_BYTES = 4096
 """Size of the shared memory in which a runner notes whose turn it is."""
 MAX_GOLDEN = 64
 """Golden prompts that a gate asks."""
+OnPrompt = Callable[[int, int], None]
+"""Told before each golden prompt which one it is, from 1, and of how many."""
 
 _MAX_CHARACTERS = 4096
 _MAX_ITEMS = 256

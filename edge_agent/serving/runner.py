@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from edge_agent.runner.protocol import Called, Delta, Done, Load, Loaded, Refused, Tried
+from edge_agent.runner.protocol import Called, Delta, Done, Load, Loaded, OnPrompt, Refused, Tried
 
 
 class Runner(Protocol):
@@ -84,8 +84,6 @@ class Runner(Protocol):
         ...
 
 
-OnPrompt = Callable[[int, int], None]
-"""Told before each golden prompt which one it is, from 1, and of how many."""
 StartRunner = Callable[[], Runner]
 """Makes a runner that has not loaded anything yet.
 

@@ -16,7 +16,7 @@ from typing import Any
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, RunnerError
-from edge_agent.runner.protocol import Delta, Done, Load, Loaded, Refused, Tried
+from edge_agent.runner.protocol import Delta, Done, Load, Loaded, OnPrompt, Refused, Tried
 from edge_agent.serving.footprint import RUNNER_BYTES
 from edge_agent.serving.learned import Learned
 from edge_agent.serving.lifecycle import ModelLifecycle
@@ -171,9 +171,7 @@ class ScriptedRunner:
     def _may_end_loading(self) -> bool:
         return not (self._alive and self._script.load_waits)
 
-    def try_out(
-        self, *, timeout_s: float, on_prompt: Callable[[int, int], None] = lambda prompt, of: None
-    ) -> Tried:
+    def try_out(self, *, timeout_s: float, on_prompt: OnPrompt = lambda prompt, of: None) -> Tried:
         self._host.note(f"try {self.version}")
         for prompt in range(1, self._script.golden + 1):
             on_prompt(prompt, self._script.golden)

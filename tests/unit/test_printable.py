@@ -196,7 +196,7 @@ def test_an_event_is_one_line_of_the_log(
 def test_a_finding_and_a_table_show_it_escaped(hostile: str, capsys: pytest.CaptureFixture[str]) -> None:
     finding = warn("cache", f"seen {hostile}\nok  forged", f"do {hostile}")
     terminal.echo_painted(page.lines([finding], terminal.Paint(colours=False), columns=80))
-    terminal.print_table(("NAME",), [(f"cell {hostile}",)])
+    terminal.print_page([terminal.Rows(("NAME",), [(f"cell {hostile}",)])])
     terminal.echo(hostile, err=True)
     seen = capsys.readouterr()
     assert controls(seen.out + seen.err) == set()
