@@ -2,13 +2,15 @@
 
 A web page must not reach the interface through its reader's browser. Under a name that the page's author controls (DNS
 rebinding) the `Host` is wrong: 421. From another page the browser says its `Origin`: 403. A door with a token asks for
-it: 401, but for the empty page that asks people for the token. Nothing of the body has been read by then.
+it: 401, but for the empty page that asks people for the token. Nothing of the body has been read by then. Each refusal
+is in the log (`refused.py`).
 
 Source: RFC 9110, 15.5.20 (421); RFC 6454, 7 (Origin); RFC 6750, 2.1 and 3 (bearer tokens).
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 from collections.abc import Collection
@@ -19,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from edge_agent.gateway import answers
 from edge_agent.gateway.page import SHELL, STRANGER
 from edge_agent.gateway.refusals import HostRefused, HttpRefusal, OriginRefused, Unauthorized
+from edge_agent.gateway.refused import RefusedRequests
 
 _READS = ("GET", "HEAD")
 
@@ -29,9 +32,13 @@ class Guard:
     Args:
         hosts: names, in lower case and without port.
         token: empty where none is asked for.
+
+    Attributes:
+        refused: what it let not through.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Collection[str], token: str = "") -> None:
+        self.refused = RefusedRequests()
         self._app = app
         self._hosts = hosts
         self._digest = _digest(token.encode()) if token else b""
@@ -40,7 +47,12 @@ class Guard:
         refusal = self.refusal(scope["headers"])
         if isinstance(refusal, Unauthorized) and scope["path"] in SHELL and scope["method"] in _READS:
             scope, refusal = {**scope, STRANGER: True}, None
-        await (self._app if refusal is None else answers.error(refusal))(scope, receive, send)
+        if refusal is None:
+            await self._app(scope, receive, send)
+            return
+        peer = scope.get("client")
+        self.refused.add(refusal, peer[0] if peer else None, asyncio.get_running_loop().time())
+        await answers.error(refusal)(scope, receive, send)
 
     def refusal(self, headers: Collection[tuple[bytes, bytes]]) -> HttpRefusal | None:
         """Why a request goes no further; None where it may.

@@ -36,6 +36,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, doors: Sequence[tuple[Door, Guard]], *, idle_s: float | None) -> None:
         self._doors = [(door, _config(guard)) for door, guard in doors]
+        self._guards = [guard for _, guard in doors]
         super().__init__(self._doors[0][1])
         self._idle_s = idle_s
         self._looked_s = self._busy_s = 0.0
@@ -65,7 +66,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or self.step(asyncio.get_running_loop().time())
 
     def step(self, now_s: float) -> bool:
-        """Looks at all connections. True when there is nobody to serve any more.
+        """Looks at all connections, and says what was refused. True when there is nobody to serve any more.
 
         Args:
             now_s: of the loop's clock.
@@ -76,6 +77,8 @@ class Server(uvicorn.Server):
             for connection in list(state.connections):
                 if isinstance(connection, Connection):
                     connection.check(now_s)
+            for guard in self._guards:
+                guard.refused.step(now_s)
         if state.connections or state.tasks:
             self._busy_s = now_s
         return self._idle_s is not None and now_s - self._busy_s >= self._idle_s

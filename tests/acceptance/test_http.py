@@ -227,6 +227,9 @@ def test_a_web_page_does_not_get_in(gateway: Gateway) -> None:
     elsewhere = gateway.chat(Origin="http://evil.test")
     assert (elsewhere.status, elsewhere.error["code"]) == (403, "origin_refused")
     assert gateway.chat(Origin="http://localhost:3000").status == 200
+    log = gateway.child.log_text()
+    assert "code=host_refused peer=127.0.0.1 " in log and "code=origin_refused peer=127.0.0.1 " in log
+    assert "evil.test" not in log
 
 
 def test_open_to_a_network_it_takes_tls_and_the_token(agent: Daemon) -> None:
@@ -250,7 +253,9 @@ def test_open_to_a_network_it_takes_tls_and_the_token(agent: Daemon) -> None:
             with opened.raw() as plain:
                 plain.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert not plain.recv(1 << 16).startswith(b"HTTP/1.1 200")
-            assert TOKEN not in opened.child.log_text()
+            log = opened.child.log_text()
+            assert "requests refused code=unauthorized peer=127.0.0.1 times=1" in log
+            assert TOKEN not in log and "wrong" not in log
             assert TOKEN not in " ".join(psutil.Process(opened.child.pid).cmdline())
 
 

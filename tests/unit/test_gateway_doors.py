@@ -13,9 +13,10 @@ import pytest
 from edge_agent import settings as settings_module
 from edge_agent.doctor import certificates
 from edge_agent.errors import ControlSocketError, SettingsError
+from edge_agent.gateway import refused
 from edge_agent.gateway.doors import LOCAL_HOSTS, Door, open_doors
 from edge_agent.gateway.guard import Guard
-from edge_agent.gateway.refusals import CannotListen
+from edge_agent.gateway.refusals import CannotListen, HostRefused, Unauthorized
 from edge_agent.settings import Settings
 from edge_agent.settings.http import Address
 from tests.support.certificates import Authority
@@ -112,6 +113,32 @@ def test_a_token_is_asked_for_after_host_and_origin(authorization: str | None, s
     assert code(guard, [*given, *headers(authorization=f"Bearer {TOKEN}")]) in (200, 401)
     if authorization is not None:
         assert code(guard, [*given, *headers(authorization=f"Bearer {TOKEN}")]) == 401, "two of them"
+
+
+# --- What was refused, in the log -----------------------------------------------------------------------
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    lines = [record.getMessage() for record in caplog.records if record.name == refused.__name__]
+    caplog.clear()
+    return lines
+
+
+def test_a_flood_of_refusals_is_a_line_each_minute(caplog: pytest.LogCaptureFixture) -> None:
+    seen = refused.RefusedRequests()
+    for number in range(1000):
+        seen.add(Unauthorized("no"), f"192.0.2.{number % 10}", now_s=100.0)
+    assert told(caplog) == ["requests refused code=unauthorized peer=192.0.2.0 times=1"]
+    seen.add(HostRefused("no"), None, now_s=101.0)
+    assert told(caplog) == ["requests refused code=host_refused peer=unix times=1"], "each kind by itself"
+    seen.step(159.9)
+    assert told(caplog) == []
+    seen.step(160.0)
+    assert told(caplog) == ["requests refused code=unauthorized peer=192.0.2.9 times=999"]
+    seen.step(300.0)
+    assert told(caplog) == [], "nothing came since"
+    seen.add(Unauthorized("no"), "192.0.2.1", now_s=400.0)
+    assert told(caplog) == ["requests refused code=unauthorized peer=192.0.2.1 times=1"]
 
 
 # --- Doors ----------------------------------------------------------------------------------------------
