@@ -1,6 +1,7 @@
 """uvicorn's server on several doors, each with its own TLS and its own guard, and its end when nobody comes.
 
-Owns the bounds of all connections together: it looks at each of them once a second.
+Owns the bounds of all connections together: it looks at each of them once a second. Those of a handshake are in
+`handshakes.py`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from edge_agent.gateway.connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, Connection
+from edge_agent.gateway.handshakes import TlsServer
 
 if TYPE_CHECKING:
     from edge_agent.gateway.doors import Door
     from edge_agent.gateway.guard import Guard
 
 _BACKLOG = 128
-_HANDSHAKE_S = 10.0
 _DRAIN_S = 20
 """At SIGTERM, for the answers that are on their way; as the daemon's `inference.drain_s`."""
 _LOOK_S = 1.0
@@ -38,6 +39,7 @@ class Server(uvicorn.Server):
         self._doors = [(door, _config(guard)) for door, guard in doors]
         self._guards = [guard for _, guard in doors]
         super().__init__(self._doors[0][1])
+        self._tls: list[TlsServer] = []
         self._idle_s = idle_s
         self._looked_s = self._busy_s = 0.0
 
@@ -49,18 +51,16 @@ class Server(uvicorn.Server):
             make = functools.partial(
                 Connection, config=config, server_state=self.server_state, app_state={}, _loop=loop
             )
-            handshake_s = _HANDSHAKE_S if door.tls else None
-            self.servers.append(
-                await loop.create_server(
-                    make,
-                    sock=door.listener,
-                    ssl=door.tls,
-                    backlog=_BACKLOG,
-                    ssl_handshake_timeout=handshake_s,
-                    ssl_shutdown_timeout=handshake_s,
-                )
-            )
+            if door.tls:
+                self._tls.append(TlsServer(door.listener, door.tls, make))
+            else:
+                self.servers.append(await loop.create_server(make, sock=door.listener, backlog=_BACKLOG))
         self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self._tls:
+            server.close()
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self.step(asyncio.get_running_loop().time())
@@ -79,7 +79,7 @@ class Server(uvicorn.Server):
                     connection.check(now_s)
             for guard in self._guards:
                 guard.refused.step(now_s)
-        if state.connections or state.tasks:
+        if state.connections or state.tasks or any(server.handshakes for server in self._tls):
             self._busy_s = now_s
         return self._idle_s is not None and now_s - self._busy_s >= self._idle_s
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from edge_agent.errors import (
     QueueFull,
     UnknownModel,
 )
-from edge_agent.gateway import app, connection
+from edge_agent.gateway import app, connection, handshakes
 from edge_agent.transport.control import Call
 from tests.support import gateway
+from tests.support.certificates import Authority
 from tests.support.gateway import CHAT, ScriptedDaemon, ServedHere, accept, done, fail, say
-from tests.support.processes import wait_until
+from tests.support.processes import short_folder, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -457,6 +459,30 @@ def test_connections_that_idle_give_way_to_new_ones(served: ServedHere) -> None:
         assert [served.request("GET", "/healthz").status for _ in range(3)] == [200] * 3
         assert ended(idle[0])
         wait_until(lambda: len(served.server.server_state.connections) <= connection.MAX_CONNECTIONS, 60)
+
+
+def test_handshakes_that_say_nothing_give_way_to_new_ones(
+    daemon: ScriptedDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshakes, "HANDSHAKE_S", 600.0)
+    authority = Authority(tmp_path)
+    pair = authority.server()
+    with short_folder() as folder, contextlib.ExitStack() as stack:
+        served = ServedHere(daemon.path, folder, cert_file=str(pair.certificate), key_file=str(pair.key))
+        stack.callback(served.close)
+        served.tls = ssl.create_default_context(cafile=str(authority.file))
+        silent = [stack.enter_context(served.raw()) for _ in range(handshakes.MAX_HANDSHAKES + 8)]
+        assert all(ended(client) for client in silent[:8]), "the oldest"
+        assert [served.chat().status for _ in range(3)] == [200] * 3
+        assert served.chat(unix=True).status == 200
+        assert sum(server.handshakes for server in served.server._tls) <= handshakes.MAX_HANDSHAKES
+        silent[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent[-1].recv(1)
+        silent[-1].setblocking(True)
+        silent[-1].sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert ended(silent[-1]), "what is no TLS"
+        assert served.chat().status == 200
 
 
 def test_a_client_cannot_say_who_it_is_through_a_proxys_headers(
