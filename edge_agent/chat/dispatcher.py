@@ -352,12 +352,16 @@ class Dispatcher:
         counted = self._journal.answer(
             run.prompt.row, answer, moment=self._now(), attempt=run.prompt.attempts
         )
-        status = answer.properties["status"]
+        ms = (self._now().boot_s - run.started_boot_s) * 1000
+        if not counted:  # why, whoever answered it has said: this says when the model had ended it
+            log.info(
+                "prompt abandoned request=%s model=%s version=%s ms=%.0f",
+                run.prompt.id, self.model, run.lease.version, ms,
+            )  # fmt: skip
+            return
         log.info(
-            "prompt %s request=%s code=%s model=%s version=%s status=%s ms=%.0f",
-            "answered" if counted else "abandoned", run.prompt.id, answer.code, self.model, run.lease.version, status,
-            (self._now().boot_s - run.started_boot_s) * 1000,
+            "prompt answered request=%s code=%s model=%s version=%s status=%s ms=%.0f",
+            run.prompt.id, answer.code, self.model, run.lease.version, answer.properties["status"], ms,
         )  # fmt: skip
-        if counted:
-            self._measurements.note_answer(self.model, answer.code, run.took)
-            self._outlets[run.prompt.source].answered(run.prompt.row)
+        self._measurements.note_answer(self.model, answer.code, run.took)
+        self._outlets[run.prompt.source].answered(run.prompt.row)

@@ -306,7 +306,10 @@ def test_a_prompt_that_was_cancelled_in_the_queue_never_runs(desk: Desk) -> None
     assert desk.outlet.rows == [], "who cancelled it told the outlet"
 
 
-def test_a_prompt_that_was_cancelled_while_it_ran_is_stopped_and_what_it_says_is_void(desk: Desk) -> None:
+def test_a_prompt_that_was_cancelled_while_it_ran_is_stopped_and_what_it_says_is_void(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     (name,) = desk.start("r1", stream=True)
     desk.end(1, 499)
     assert desk.runner.cancelled == [name]
@@ -317,6 +320,8 @@ def test_a_prompt_that_was_cancelled_while_it_ran_is_stopped_and_what_it_says_is
     assert desk.outlet.rows == []
     assert desk.counted == {"ok": 0}
     assert desk.host.leases == 0
+    (line,) = [each for each in caplog.messages if each.startswith("prompt abandoned ")]
+    assert "code=" not in line, "whoever cancelled it has said why, and counts it"
 
 
 def test_a_cancelled_prompt_keeps_its_runner_until_the_runner_has_ended_it(desk: Desk) -> None:
