@@ -3,6 +3,9 @@
 Owned by all who ask the registry; any thread may read it. A copy is on the disk, so that a restart, and a command
 without a daemon, say the same: a hint, which the next check replaces. A file of another registry, or a damaged one,
 says nothing.
+
+Flash wears out with what is written, and a registry is asked for years: the copy's time is renewed every ten minutes,
+and when the daemon ends; everything else at once.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _MAX_BYTES = 1 << 20
 _MAX_REASON = 1_000
+RESOLUTION_S = 600.0
+"""How far "last asked" may be off after a crash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +122,7 @@ class Heard:
         self._holds: dict[str, Hold] = {}
         self._changing = threading.Lock()
         self._read()
+        self._written_at: float | None = self.asked_at
 
     def note_registry(self, error: EdgeAgentError | None) -> None:
         """It was asked: it answered, or with which error that ended. One that refuses was reached."""
@@ -128,8 +134,16 @@ class Heard:
                     log.info("registry reachable uri=%s", self._uri)
                 else:
                     log.info("registry unreachable code=%s uri=%s", TransportError.code, self._uri)
+            is_new = (self.reachable, self.problem) != (reachable, problem)
             self.reachable, self.problem, self.asked_at = reachable, problem, self._clock()
-            self._write()
+            if is_new or self._written_at is None or abs(self.asked_at - self._written_at) >= RESOLUTION_S:
+                self._write()
+
+    def close(self) -> None:
+        """The daemon ends: writes down what is not on the disk yet."""
+        with self._changing:
+            if self.asked_at != self._written_at:
+                self._write()
 
     def note_hold(self, name: str, waiting: Waiting | None) -> None:
         """
@@ -173,6 +187,7 @@ class Heard:
             "at": self.asked_at,
             "holds": {name: hold.document() for name, hold in self._holds.items()},
         }
+        self._written_at = self.asked_at  # where that fails, the next one is soon enough
         try:
             durable.write_hint(self._file, json.dumps(document).encode() + b"\n")
         except OSError as error:  # it is shown as long as this process lives

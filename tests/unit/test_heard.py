@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from edge_agent.cache import durable
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
 from edge_agent.errors import EdgeAgentError, RegistryRefused, StoreError, SyncStopped, TransportError
@@ -82,6 +83,44 @@ def test_a_long_fetch_was_asked_for_when_it_began(tmp_path: Path) -> None:
     device.sync.amid = lambda ref: asked.append(device.updates.heard.asked_at)
     step(device)
     assert asked == [NOW], "not only when it has ended"
+
+
+def test_a_check_that_finds_nothing_new_is_written_down_every_ten_minutes_and_at_the_end(
+    tmp_path: Path,
+) -> None:
+    device = make_device(tmp_path, RUNNING)
+    device.sync.offers[OWN] = ONE
+    written: list[float | None] = []
+    for number in range(5):
+        device.time.now_s = NOW + 300 * number
+        step(device)
+        assert device.updates.heard.asked_at == device.time.now_s
+        written.append(after_a_restart(device).asked_at)
+    assert written == [NOW, NOW, NOW + 600, NOW + 600, NOW + 1200]
+    device.time.now_s += 5
+    device.sync.offers[OWN] = TransportError("timed out")
+    step(device)
+    assert (after_a_restart(device).reachable, after_a_restart(device).asked_at) == (False, NOW + 1205)
+    device.time.now_s += 5
+    step(device)
+    assert after_a_restart(device).asked_at == NOW + 1205
+    device.updates.close()
+    assert after_a_restart(device).asked_at == NOW + 1210
+
+
+def test_a_check_is_written_down_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = make_device(tmp_path, RUNNING)
+    device.sync.offers[OWN] = ONE
+    writes: list[Path] = []
+    write = durable.write_hint
+
+    def counted(path: Path, data: bytes) -> None:
+        writes.append(path)
+        write(path, data)
+
+    monkeypatch.setattr(durable, "write_hint", counted)
+    step(device)
+    assert writes.count(device.store.heard_file) == 1
 
 
 def test_another_registry_has_not_been_asked(tmp_path: Path) -> None:
