@@ -103,7 +103,9 @@ class Life:
         version = device.run("edge-agent --version").text.strip()
         device.network("up")
         python = device.run("python3 --version").text.strip()
-        return f"{version} on {python}, ensurepip here: {ensurepip}; unit enabled and active: {'; '.join(steps)}"
+        return (
+            f"{version} on {python}, ensurepip here: {ensurepip}; unit enabled and active: {'; '.join(steps)}"
+        )
 
     def connect(self) -> str:
         device = self._slot.device
