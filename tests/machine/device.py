@@ -26,7 +26,8 @@ QUESTIONS = (
     "What is the capital of Japan?",
     "What is 2 plus 3?",
 )
-_INSTALL_TIMEOUT_S = 2400.0
+_INSTALL_TIMEOUT_S = 5400.0
+_STAMPS = """while IFS= read -r line; do printf '%d %s\\n' $EPOCHSECONDS "$line"; done; printf '%d\\n' $EPOCHSECONDS"""
 
 
 def settings(port: int, *, registry: str = "") -> str:
@@ -71,9 +72,9 @@ class Device:
         return f"{script} install --from {folder} --verify-key {PAYLOAD}/release.pub"
 
     def install(self, bundle: str) -> list[str]:
-        """Gives the lines that install.sh said."""
-        said = self.run(self.start_install(bundle), timeout_s=_INSTALL_TIMEOUT_S).text
-        return said.strip().splitlines()
+        """Gives the lines that install.sh said, each with the seconds until the next one."""
+        command = f"{self.start_install(bundle)} 2>&1 | {_STAMPS}; exit ${{PIPESTATUS[0]}}"
+        return durations(self.run(command, timeout_s=_INSTALL_TIMEOUT_S).text)
 
     def installed(self) -> bool:
         return self.run(f"test -L {CURRENT}", check=False).code == 0
@@ -173,6 +174,20 @@ class Slot:
         machine, self._machine = self._machine, None
         if machine is not None:
             machine.close()
+
+
+def durations(said: str) -> list[str]:
+    """`line (SECONDS s)` for each of install.sh's lines.
+
+    Args:
+        said: each line with the second in which it came before it; the last second alone.
+    """
+    stamped = [line.partition(" ") for line in said.splitlines() if line.strip()]
+    times = [int(second) for second, _, _ in stamped]
+    return [
+        f"{text.removeprefix('install.sh: ')} ({after - before} s)"
+        for (_, _, text), before, after in zip(stamped, times, times[1:], strict=False)
+    ]
 
 
 def payload(files: dict[str, Path], target: Path) -> Path:

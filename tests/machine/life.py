@@ -97,13 +97,15 @@ class Life:
         device.network("down")
         device.unpack_payload()
         ensurepip = device.run("python3 -c 'import ensurepip'", check=False).code == 0
-        device.install(self._place.bundle)
+        steps = device.install(self._place.bundle)
         enabled = device.run("systemctl is-enabled edge-agent").text.strip()
         expect(enabled == "enabled" and device.unit("ActiveState") == "active", enabled)
         version = device.run("edge-agent --version").text.strip()
         device.network("up")
         python = device.run("python3 --version").text.strip()
-        return f"{version} on {python}, ensurepip here: {ensurepip}; unit enabled and active"
+        return (
+            f"{version} on {python}, ensurepip here: {ensurepip}; unit enabled and active: {'; '.join(steps)}"
+        )
 
     def connect(self) -> str:
         device = self._slot.device

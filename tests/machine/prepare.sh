@@ -7,6 +7,7 @@ readonly MACHINE_DISK_MB=6000
 # What finds a root file system on a virtio disk. Some are in the kernel of one release and a module of another.
 readonly MACHINE_MODULES='virtio virtio_ring virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_mmio virtio_blk
     crc16 crc32c_generic libcrc32c crc32c-intel crc32c_cryptoapi mbcache jbd2 ext4'
+readonly BINFMT=/proc/sys/fs/binfmt_misc # where Linux is told which program runs those of another architecture
 
 # need_machine_programs: qemu, which emulates both architectures, and what makes a Debian.
 need_machine_programs() {
@@ -16,8 +17,8 @@ need_machine_programs() {
     need_programs mosquitto mosquitto mosquitto_pub mosquitto_sub mosquitto_rr -- mosquitto mosquitto-clients
 }
 
-# make_machine FOLDER ARCH DEBIAN: FOLDER/{disk.raw,kernel,initrd}. The disk has what debootstrap unpacks; where the
-# architecture is another one, the machine configures its packages itself when it boots for the first time.
+# make_machine FOLDER ARCH DEBIAN: FOLDER/{disk.raw,kernel,initrd}. Where this host cannot run programs of the architecture,
+# the disk has what debootstrap unpacks, and the machine configures its packages itself when it boots for the first time.
 make_machine() {
     local folder=$1 arch suite foreign=() archive mirror new
     arch=$(debian_arch "$2")
@@ -28,13 +29,16 @@ make_machine() {
     rm -rf -- "$folder" "$new"
     mkdir -p "$new/deb"
     say "making a machine: Debian $3 on $2"
-    [[ $arch == "$(dpkg --print-architecture)" ]] || foreign=(--foreign)
-    DEBOOTSTRAP_DIR=$(find "$TOOLS/debootstrap" /usr/share/debootstrap -name functions -printf '%h\n' 2>/dev/null |
+    fetch_kernel "$new" "$arch" "$suite" "$mirror"
+    lend_emulator "$2" "$new/busybox" || foreign=(--foreign)
+    DEBOOTSTRAP_DIR=$(find "$TOOLS/debootstrap/" /usr/share/debootstrap -name functions -printf '%h\n' 2>/dev/null |
         head -n 1) debootstrap "${foreign[@]}" --variant=minbase --arch="$arch" --include="$MACHINE_PACKAGES" \
         "$suite" "$new/root" "$mirror" >"$new/debootstrap.log" 2>&1 || die "debootstrap failed: see $new/debootstrap.log"
-    fetch_kernel "$new" "$arch" "$suite" "$mirror"
     rm -f -- "$new/root/var/cache/apt/archives"/linux-*.deb
+    mkdir -p "$new/root/usr/lib/modules"
+    cp -a -- "$(find "$new/kernel-root" -type d -path '*lib/modules/*' -prune -print -quit)" "$new/root/usr/lib/modules/"
     [[ ${#foreign[@]} -gt 0 ]] || chroot "$new/root" /sbin/depmod "$(basename -- "$new/root/usr/lib/modules"/*)"
+    give_emulator_back
     cp -a tests/machine/root/. "$new/root/"
     set_up_machine "$new/root"
     make_initrd "$new" "$arch"
@@ -45,6 +49,32 @@ make_machine() {
     [[ ${#foreign[@]} -gt 0 ]] || touch "$new/.configured"
     machine_key >"$new/.complete"
     mv -- "$new" "$folder"
+}
+
+# lend_emulator ARCH ROOT: until give_emulator_back, this host runs programs of the architecture, below any root: by what it
+# has for that already, or by qemu-user. ROOT has a busybox of that architecture, to try it with.
+lend_emulator() {
+    local arch=$1 root=$2 program from='' line
+    program=/$(find "$root" -path '*bin/busybox' -printf '%P' -quit)
+    if chroot "$root" "$program" true 2>/dev/null; then return; fi
+    need_programs qemu-user "qemu-$arch-static" -- qemu-user-static
+    [[ ! -d $TOOLS/qemu-user/root ]] || from=$TOOLS/qemu-user/root
+    line=$(cat "$from/usr/lib/binfmt.d/qemu-$arch.conf" 2>/dev/null) || return
+    if [[ ! -e $BINFMT/register ]]; then
+        mount -t binfmt_misc none "$BINFMT" 2>/dev/null || return
+        lent_mount=yes
+    fi
+    trap give_emulator_back EXIT # the kernel would go on with it
+    # :name:type:offset:magic:mask:interpreter:flags, as Debian has it, under another name; F opens the interpreter at once.
+    printf ':%s:%s:%s:F\n' machine-test "$(cut -d : -f 3-6 <<<"$line")" "$(realpath "$from/usr/bin/qemu-$arch-static")" \
+        2>/dev/null >"$BINFMT/register" || return
+    chroot "$root" "$program" true 2>/dev/null
+}
+
+give_emulator_back() {
+    if [[ -e $BINFMT/machine-test ]]; then echo -1 >"$BINFMT/machine-test"; fi
+    if [[ -n ${lent_mount:-} ]]; then umount "$BINFMT"; fi
+    lent_mount=''
 }
 
 debian_arch() { case $1 in x86_64) echo amd64 ;; aarch64) echo arm64 ;; *) die "machine-test: no such --arch: $1" ;; esac }
@@ -71,8 +101,6 @@ fetch_kernel() {
     dpkg -x "$new/deb"/linux-image-*.deb "$new/kernel-root"
     dpkg -x "$new/deb"/busybox-static_*.deb "$new/busybox"
     cp -- "$new/kernel-root/boot"/vmlinuz-* "$new/kernel"
-    mkdir -p "$new/root/usr/lib/modules"
-    cp -a -- "$(find "$new/kernel-root" -type d -path '*lib/modules/*' -prune -print -quit)" "$new/root/usr/lib/modules/"
 }
 
 # set_up_machine ROOT: the units of tests/machine/root, a static address without a way to anywhere but this host.

@@ -60,6 +60,7 @@ class Host:
             "onnxruntime_genai.py": "",
             "mlflow/__init__.py": "",
             "mlflow/pyfunc.py": "",
+            "mlflow/tests/test_pyfunc.py": "",
         }
         if stops := changes.get("stops"):
             files["edge_agent/__init__.py"] = files.pop("edge_agent.py")

@@ -17,6 +17,7 @@ import pytest
 from edge_agent.chat.journal_file import JournalFile
 from tests.machine import cpio, disk
 from tests.machine.console import Ready, Replies, Reply, command_line
+from tests.machine.device import durations
 from tests.machine.disk import BLOCK_BYTES, ForgetfulDisk, Temper
 from tests.machine.inside import damage_index, damaged_files
 from tests.machine.instructions import kernels
@@ -287,6 +288,14 @@ def test_a_device_that_is_as_promised_has_no_damage() -> None:
 def test_each_broken_promise_is_named(changes: dict[str, Any], said: str) -> None:
     (found,) = damage(sound(**changes), ["Madrid"])
     assert found.startswith(said)
+
+
+# --- An installation ---------------------------------------------------------------------------------------
+
+
+def test_each_line_of_an_installation_has_the_seconds_until_the_next_one() -> None:
+    said = "100 install.sh: checking the bundle\n103 install.sh: compiling\n110 a warning\n110\n"
+    assert durations(said) == ["checking the bundle (3 s)", "compiling (7 s)", "a warning (0 s)"]
 
 
 # --- What the machine's own Python does -------------------------------------------------------------------
