@@ -91,7 +91,7 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         Raises:
             RequestError: the request is at fault. One that asks for a stream is: there is none here.
-            GuidanceError: the library cannot follow its response_format or its tools to the end.
+            GuidanceError: the library cannot follow its response_format or its tools.
         """
         rows = _rows(model_input)
         jobs = [self._engine.read(row, params, number) for number, row in enumerate(rows)]
@@ -116,7 +116,8 @@ class GenaiModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         Raises:
             RequestError: the request is at fault; raised before the first item with text.
-            GuidanceError: the library cannot follow its response_format or its tools to the end.
+            GuidanceError: the library cannot follow its response_format or its tools. What can be known of that before
+                the first token is raised before it.
         """
         rows = _rows(model_input)
         if len(rows) != 1:
@@ -220,8 +221,8 @@ class RequestError(MlflowException, ValueError):  # type: ignore[misc]
 
 
 class GuidanceError(MlflowException, RuntimeError):  # type: ignore[misc]
-    """The library cannot follow a response_format or a tool to its end, or not with this model: no part of the
-    request can be named. The message starts with the code.
+    """The library cannot follow a right response_format, or a right tool; the request is not at fault. The message
+    starts with the code.
 
     Attributes:
         code: `model_failed`.
@@ -724,7 +725,7 @@ class _Lane:
 
         Raises:
             RequestError: the request is at fault.
-            GuidanceError: the library cannot follow its response_format or its tools to the end.
+            GuidanceError: the library cannot follow its response_format or its tools.
         """
         try:
             return next(self._steps)
@@ -2105,11 +2106,14 @@ def _refusal(error: Exception, guidance: _Guidance | None) -> RequestError | Gui
     return None
 
 
-def _grammar_refusal(reason: str, what: str) -> RequestError:
-    for pattern, words in {**_UNSUPPORTED, **_WRONG}.items():
+def _grammar_refusal(reason: str, what: str) -> RequestError | GuidanceError:
+    for pattern, words in _UNSUPPORTED.items():
         if found := re.search(pattern, reason):
-            return RequestError("bad_request", f"{what}: {words.format(*found.groups())}")
-    return RequestError("bad_request", f"{what}: this schema or regular expression is not supported")
+            return GuidanceError(f"{what}: {words.format(*found.groups())}")
+    for pattern, words in _WRONG.items():
+        if re.search(pattern, reason):
+            return RequestError("bad_request", f"{what}: {words}")
+    return GuidanceError(f"{what}: this schema or regular expression is not supported")
 
 
 # MLflow loads model code as a top-level module; an import from the edge_agent package must not set a model.

