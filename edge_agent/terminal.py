@@ -270,6 +270,19 @@ def reason_of(model: Mapping[str, Any], *, but: str = "") -> str:
     return "; ".join(dict.fromkeys(text for text in said if text and text != but))
 
 
+def troubles_of(status: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(code, text) of what the daemon says of itself. The first release said texts only, and runs on after an upgrade
+    until it is restarted.
+
+    Args:
+        status: as `status --json` prints it.
+    """
+    return [
+        (each["code"], each["text"]) if isinstance(each, Mapping) else ("", str(each))
+        for each in status.get("troubles", ())
+    ]
+
+
 def standing_of(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What keeps a model at its version, or wants another one than its settings, as (what, in words): a pin, a desired
     state or a version file, a hold. What is rolled out to others first is held.

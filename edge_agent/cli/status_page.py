@@ -56,8 +56,8 @@ def _device(status: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
     cache, registry, broker = status["cache"], status["registry"], status["broker"]
     of = f"edge-agent {status['agent_version']}, queue {status['queue_depth']}"
     yield "state", Coloured(status["state"], _COLOURS.get(status["state"], ""), f"   ({of})")
-    for trouble in status.get("troubles", []):
-        yield "look at", Coloured(printable.line(trouble["text"]), "yellow")
+    for _, text in terminal.troubles_of(status):
+        yield "look at", Coloured(printable.line(text), "yellow")
     problem = f": {printable.line(broker['problem'])}" if broker.get("problem") else ""
     connected = "connected" if broker["connected"] else f"not connected{problem}"
     yield "broker", f"{broker['host']}:{broker['port']} {connected}"
@@ -88,7 +88,7 @@ def _reach(registry: Mapping[str, Any]) -> str:
         return f"{asking}not asked yet"
     answer = "out of reach"
     if registry["reachable"]:
-        answer = "refuses this device" if registry["problem"] else "reachable"
+        answer = "refuses this device" if registry.get("problem") else "reachable"
     return f"{asking}{answer}, last asked {terminal.moment(registry['last_check'])}"
 
 
