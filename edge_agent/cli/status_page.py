@@ -118,10 +118,15 @@ def _update(model: Mapping[str, Any], now: float) -> str:
         return f"{which} failed {where}, {terminal.moment(attempt['at'])}: {code}{done}"
     if step == "active":
         return f"{which} is active since {terminal.moment(attempt['at'])}{done}" if done else ""
-    doing = f"fetching {_bytes(progress)}" if progress else _DOING.get(step, step)
-    if golden := attempt.get("golden"):
-        doing = f"trying, golden prompt {golden['asking']} of {golden['of']}"
+    doing = f"fetching {_bytes(progress)}" if progress else step_of(attempt)
     return f"{which}: {doing}, for {_span(max(0.0, now - attempt['at']))}{done}"
+
+
+def step_of(attempt: Mapping[str, Any]) -> str:
+    """What is done with a version now; `attempt` is that of a model in the status, and has not ended."""
+    if golden := attempt.get("golden"):
+        return f"trying, golden prompt {golden['asking']} of {golden['of']}"
+    return _DOING.get(step := str(attempt["step"]), step)
 
 
 def _bytes(progress: Mapping[str, Any]) -> str:

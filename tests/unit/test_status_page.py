@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from edge_agent import terminal
-from edge_agent.cli import status_page
+from edge_agent.cli import operation, status_page
 from edge_agent.doctor import service
 from edge_agent.settings import Settings
 from tests.support.scripted_status import NOW, WEIGHTS, attempt, document, model
@@ -66,6 +66,28 @@ def test_each_step_of_an_update_is_said_with_its_time(fields: dict[str, Any], sa
     found = one_text(document(model(**fields)))
     assert said in found
     assert "update " in found
+
+
+@pytest.mark.parametrize(
+    ("tried", "said"),
+    [
+        (attempt("fetch"), ""),  # its bytes are shown
+        (attempt("verify"), "assistant version 7: verifying"),
+        (attempt("gate"), "assistant version 7: loading"),
+        (
+            attempt("gate", golden={"asking": 3, "of": 8}),
+            "assistant version 7: trying, golden prompt 3 of 8",
+        ),
+        (attempt("activate"), "assistant version 7: waiting for the running prompts to end"),
+        (attempt("active"), ""),
+        (attempt("gate", code="gate_failed"), ""),
+        (None, ""),
+    ],
+)
+def test_a_pull_says_each_step_after_the_bytes_once(tried: Any, said: str) -> None:
+    status = document(model(attempt=tried), model(name="b", attempt=None))
+    assert operation.steps_in(status, "assistant") == operation.steps_in(status, None) == said
+    assert operation.steps_in(status, "b") == ""
 
 
 @pytest.mark.parametrize("tried", [None, attempt("active"), attempt("held", code="link_held")])
