@@ -54,14 +54,25 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+_UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+
+
 def span(seconds: float) -> str:
-    """A time in the largest units that say it, such as `12 min 5 s`."""
-    left, parts = round(seconds), []
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+    """How long something takes, in its two largest units, such as `12 min 5 s` and `2.4 s`. On every screen."""
+    if 0 < seconds < 9.95:
+        return f"{seconds:.1f} s"
+    left, parts = round(max(0.0, seconds)), []
+    for unit, length in _UNITS:
         count, left = divmod(left, length)
         if count:
             parts.append(f"{count} {unit}")
     return " ".join(parts[:2]) or "0 s"
+
+
+def age(seconds: float) -> str:
+    """How long ago something was, in whole ones of its largest unit: `3 min`."""
+    whole = max(0, int(seconds))
+    return next((f"{whole // length} {unit}" for unit, length in _UNITS if whole >= length), "0 s")
 
 
 def moment(seconds: float) -> str:

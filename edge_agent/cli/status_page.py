@@ -109,7 +109,7 @@ def _update(model: Mapping[str, Any], now: float) -> str:
         return ""
     which, step, code = f"version {attempt['version']}", attempt["step"], attempt["code"]
     done = "".join(
-        f"; {_DONE[known]} in {_span(took)}"
+        f"; {_DONE[known]} in {terminal.span(took)}"
         for known, took in attempt.get("took_s", {}).items()
         if known in _DONE
     )
@@ -119,7 +119,7 @@ def _update(model: Mapping[str, Any], now: float) -> str:
     if step == "active":
         return f"{which} is active since {terminal.moment(attempt['at'])}{done}" if done else ""
     doing = f"fetching {_bytes(progress)}" if progress else step_of(attempt)
-    return f"{which}: {doing}, for {_span(max(0.0, now - attempt['at']))}{done}"
+    return f"{which}: {doing}, for {terminal.span(max(0.0, now - attempt['at']))}{done}"
 
 
 def step_of(attempt: Mapping[str, Any]) -> str:
@@ -132,13 +132,9 @@ def step_of(attempt: Mapping[str, Any]) -> str:
 def _bytes(progress: Mapping[str, Any]) -> str:
     done, total = progress["bytes"], progress["total_bytes"]
     percent = f" ({100 * done // total} %)" if total else ""
-    left = "" if progress["eta_s"] is None else f", {_span(progress['eta_s'])} left"
+    left = "" if progress["eta_s"] is None else f", {terminal.span(progress['eta_s'])} left"
     return f"{human_bytes(done)} of {human_bytes(total)}{percent}, {human_bytes(progress['bytes_per_s'])}/s{left}"
 
 
 def _state(state: str) -> Coloured:
     return Coloured(state, _COLOURS.get(state, ""))
-
-
-def _span(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 10 else terminal.span(seconds)
