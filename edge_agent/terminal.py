@@ -54,14 +54,25 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+_UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+
+
 def span(seconds: float) -> str:
-    """A time in the largest units that say it, such as `12 min 5 s`."""
-    left, parts = round(seconds), []
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+    """How long something takes, in its two largest units, such as `12 min 5 s` and `2.4 s`. On every screen."""
+    if 0 < seconds < 9.95:
+        return f"{seconds:.1f} s"
+    left, parts = round(max(0.0, seconds)), []
+    for unit, length in _UNITS:
         count, left = divmod(left, length)
         if count:
             parts.append(f"{count} {unit}")
     return " ".join(parts[:2]) or "0 s"
+
+
+def age(seconds: float) -> str:
+    """How long ago something was, in whole ones of its largest unit: `3 min`."""
+    whole = max(0, int(seconds))
+    return next((f"{whole // length} {unit}" for unit, length in _UNITS if whole >= length), "0 s")
 
 
 def moment(seconds: float) -> str:
@@ -268,6 +279,19 @@ def reason_of(model: Mapping[str, Any], *, but: str = "") -> str:
     """
     said = (model.get("reason"), model.get("update_problem"))
     return "; ".join(dict.fromkeys(text for text in said if text and text != but))
+
+
+def troubles_of(status: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(code, text) of what the daemon says of itself. The first release said texts only, and runs on after an upgrade
+    until it is restarted.
+
+    Args:
+        status: as `status --json` prints it.
+    """
+    return [
+        (each["code"], each["text"]) if isinstance(each, Mapping) else ("", str(each))
+        for each in status.get("troubles", ())
+    ]
 
 
 def standing_of(model: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -25,7 +25,6 @@ from edge_agent.errors import (
     PromptError,
     SettingsError,
     UnknownModel,
-    error_of,
 )
 from edge_agent.settings import Settings
 from edge_agent.transport import control
@@ -60,13 +59,7 @@ def reported_error(event: Mapping[str, Any]) -> EdgeAgentError:
 
     Never `DaemonNotRunning`: a command that meets that one does the work by itself.
     """
-    return error_of(
-        event.get("code"),
-        event.get("message"),
-        remedy=event.get("remedy") or "",
-        among=(PromptError, SettingsError),
-        otherwise=EdgeAgentError,
-    )
+    return control.reported(event, among=(PromptError, SettingsError))
 
 
 def said_by_daemon(settings: Settings, op: str) -> dict[str, Any]:

@@ -1,17 +1,26 @@
-"""One operation on the cache, carried out by the running daemon, or by this process if there is none."""
+"""One operation on the cache, carried out by the running daemon, or by this process if there is none.
+
+Bytes come as its events. What the daemon does with a version after them it says in its status, where this looks while
+nothing else comes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from edge_agent import settings as settings_module
 from edge_agent import terminal
-from edge_agent.cli.command import reported_error, unanswered
+from edge_agent.cli import status_page, waiting
+from edge_agent.cli.command import reported_error, said_by_daemon, unanswered
 from edge_agent.errors import DaemonNotRunning
 from edge_agent.owner import acting_as_owner_of
 from edge_agent.settings import Settings
 from edge_agent.transport import control
+
+_BRINGS_A_VERSION = frozenset({"pull", "import", "activate", "rollback", "pin", "unpin"})
+_AFTER_ITS_BYTES = frozenset({"verify", "gate", "activate"})
 
 
 def operate(
@@ -53,7 +62,8 @@ def operate(
             "now": now,
         }
         try:
-            return through_daemon(settings, on_event, do=do, **fields)
+            with _steps_told(settings, name) if do in _BRINGS_A_VERSION else nullcontext():
+                return through_daemon(settings, on_event, do=do, **fields)
         except DaemonNotRunning:
             from edge_agent.updates import operations
 
@@ -64,6 +74,40 @@ def operate(
                 finally:
                     for lifecycle in lifecycles.values():
                         lifecycle.close()
+
+
+@contextmanager
+def _steps_told(settings: Settings, name: str | None) -> Iterator[None]:
+    """Says on stderr what the daemon does with a model's version, each step once.
+
+    Args:
+        name: of the model; None for all.
+    """
+
+    def tell(steps: str) -> None:
+        terminal.echo(steps, err=True)
+
+    with waiting.told_while_silent(
+        lambda: steps_in(said_by_daemon(settings, "status"), name), tell, again_s=0
+    ):
+        yield
+
+
+def steps_in(status: Mapping[str, Any], name: str | None) -> str:
+    """What is done with versions whose bytes are here, in one line; empty for nothing.
+
+    Args:
+        status: as `status --json` prints it.
+        name: of one model; None for all.
+    """
+    doing = [
+        f"{model['name']} version {attempt['version']}: {status_page.step_of(attempt)}"
+        for model in status["models"]
+        if name in (None, model["name"])
+        and (attempt := model.get("attempt") or {}).get("step") in _AFTER_ITS_BYTES
+        and attempt["code"] is None
+    ]
+    return "; ".join(doing)
 
 
 def through_daemon(

@@ -56,8 +56,8 @@ def _device(status: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
     cache, registry, broker = status["cache"], status["registry"], status["broker"]
     of = f"edge-agent {status['agent_version']}, queue {status['queue_depth']}"
     yield "state", Coloured(status["state"], _COLOURS.get(status["state"], ""), f"   ({of})")
-    for trouble in status.get("troubles", []):
-        yield "look at", Coloured(printable.line(trouble["text"]), "yellow")
+    for _, text in terminal.troubles_of(status):
+        yield "look at", Coloured(printable.line(text), "yellow")
     problem = f": {printable.line(broker['problem'])}" if broker.get("problem") else ""
     connected = "connected" if broker["connected"] else f"not connected{problem}"
     yield "broker", f"{broker['host']}:{broker['port']} {connected}"
@@ -88,7 +88,7 @@ def _reach(registry: Mapping[str, Any]) -> str:
         return f"{asking}not asked yet"
     answer = "out of reach"
     if registry["reachable"]:
-        answer = "refuses this device" if registry["problem"] else "reachable"
+        answer = "refuses this device" if registry.get("problem") else "reachable"
     return f"{asking}{answer}, last asked {terminal.moment(registry['last_check'])}"
 
 
@@ -109,7 +109,7 @@ def _update(model: Mapping[str, Any], now: float) -> str:
         return ""
     which, step, code = f"version {attempt['version']}", attempt["step"], attempt["code"]
     done = "".join(
-        f"; {_DONE[known]} in {_span(took)}"
+        f"; {_DONE[known]} in {terminal.span(took)}"
         for known, took in attempt.get("took_s", {}).items()
         if known in _DONE
     )
@@ -118,22 +118,23 @@ def _update(model: Mapping[str, Any], now: float) -> str:
         return f"{which} failed {where}, {terminal.moment(attempt['at'])}: {code}{done}"
     if step == "active":
         return f"{which} is active since {terminal.moment(attempt['at'])}{done}" if done else ""
-    doing = f"fetching {_bytes(progress)}" if progress else _DOING.get(step, step)
+    doing = f"fetching {_bytes(progress)}" if progress else step_of(attempt)
+    return f"{which}: {doing}, for {terminal.span(max(0.0, now - attempt['at']))}{done}"
+
+
+def step_of(attempt: Mapping[str, Any]) -> str:
+    """What is done with a version now; `attempt` is that of a model in the status, and has not ended."""
     if golden := attempt.get("golden"):
-        doing = f"trying, golden prompt {golden['asking']} of {golden['of']}"
-    return f"{which}: {doing}, for {_span(max(0.0, now - attempt['at']))}{done}"
+        return f"trying, golden prompt {golden['asking']} of {golden['of']}"
+    return _DOING.get(step := str(attempt["step"]), step)
 
 
 def _bytes(progress: Mapping[str, Any]) -> str:
     done, total = progress["bytes"], progress["total_bytes"]
     percent = f" ({100 * done // total} %)" if total else ""
-    left = "" if progress["eta_s"] is None else f", {_span(progress['eta_s'])} left"
+    left = "" if progress["eta_s"] is None else f", {terminal.span(progress['eta_s'])} left"
     return f"{human_bytes(done)} of {human_bytes(total)}{percent}, {human_bytes(progress['bytes_per_s'])}/s{left}"
 
 
 def _state(state: str) -> Coloured:
     return Coloured(state, _COLOURS.get(state, ""))
-
-
-def _span(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 10 else terminal.span(seconds)

@@ -58,14 +58,7 @@ def is_coming(status: Mapping[str, Any], model: str | None) -> bool:
 def _fetching(progress: Mapping[str, Any]) -> str:
     total, left_s = progress.get("total_bytes") or 0, progress.get("eta_s")
     share = f", {100 * progress['bytes'] // total} % of {terminal.human_bytes(total)}" if total else ""
-    return f"fetching{share}{'' if left_s is None else f', {duration(left_s)} left'}"
-
-
-def duration(seconds: float) -> str:
-    """For people: `40 s`, `12 min`, `3.5 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return f"fetching{share}{'' if left_s is None else f', {terminal.span(left_s)} left'}"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from edge_agent.documents import page
 from edge_agent.environment import search_path
 from edge_agent.errors import DaemonNotRunning, EdgeAgentError
 from edge_agent.settings import Settings, find_control_socket
-from edge_agent.terminal import reason_of
+from edge_agent.terminal import reason_of, troubles_of
 from edge_agent.transport import control
 
 UNIT = "edge-agent.service"
@@ -145,7 +145,7 @@ def unit_properties() -> dict[str, str]:
 
 def _troubles(document: Mapping[str, Any]) -> Iterator[str]:
     """What the daemon says of itself. A check of its own finds the same thing for some of it: that one is named."""
-    found = [(trouble["code"], trouble["text"]) for trouble in document.get("troubles", ())]
+    found = troubles_of(document)
     of_broker = [trouble["code"] for trouble in document.get("broker", {}).get("troubles", ())]
     elsewhere = {**_CHECKED_ELSEWHERE, **dict.fromkeys(of_broker, "the broker")}
     yield from (text for code, text in found if code not in elsewhere)

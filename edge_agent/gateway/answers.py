@@ -15,8 +15,9 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from edge_agent.chat.surfaces import Surface
-from edge_agent.errors import BadRequest, DaemonNotRunning, EdgeAgentError, PromptError, error_of
+from edge_agent.errors import BadRequest, DaemonNotRunning, EdgeAgentError, PromptError
 from edge_agent.gateway.refusals import HttpRefusal
+from edge_agent.transport import control
 
 UNAVAILABLE_RETRY_MS = 2000
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -69,13 +70,7 @@ def error_document(failure: EdgeAgentError) -> dict[str, Any]:
 
 def reported(event: Mapping[str, Any]) -> EdgeAgentError:
     """The error in an event of the control socket, or in an answer."""
-    failure = error_of(
-        event.get("code"),
-        event.get("message"),
-        remedy=event.get("remedy") or "",
-        among=(PromptError, DaemonNotRunning),
-        otherwise=EdgeAgentError,
-    )
+    failure = control.reported(event, among=(PromptError, DaemonNotRunning))
     if isinstance(failure, PromptError):
         failure.retry_after_ms = event.get("retry_after_ms")
     if isinstance(failure, BadRequest):

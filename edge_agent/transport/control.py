@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from edge_agent.errors import (
     EdgeAgentError,
     PromptError,
     QueueFull,
+    error_of,
 )
 from edge_agent.runner.lines import LineReader
 
@@ -45,6 +46,8 @@ MAX_CONNECTIONS = 96
 MAX_OF_ONE_USER = 40
 """The OpenAI interface is one user, and each prompt of it a connection: the usual queue has room for 32."""
 _SEAT_AGAIN_MS = 1000
+_UNKNOWN_OPERATION = "unknown operation "
+"""How daemons of all releases begin to say it."""
 SOCKET_MODE = 0o660
 _REQUEST_TIMEOUT_S = 10.0
 """For the whole of it: a client that sends a byte now and then has no more time than one that sends nothing."""
@@ -220,7 +223,7 @@ class ControlServer:
             call = Call(connection, request, files[0] if files else None)
             operation = self._operations.get(str(request.get("op")))
             if operation is None:
-                raise EdgeAgentError(f"unknown operation {str(request.get('op'))[:80]!r}")
+                raise EdgeAgentError(f"{_UNKNOWN_OPERATION}{str(request.get('op'))[:80]!r}")
             operation(call)
         except EdgeAgentError as error:  # its message may quote a prompt
             op = str(call.request.get("op"))
@@ -271,6 +274,23 @@ def call(
             _send_request(connection, encode({"op": op, **fields}), file)
         connection.settimeout(timeout_s)
         yield from _lines(connection)
+
+
+def reported(event: Mapping[str, Any], *, among: Iterable[type[EdgeAgentError]]) -> EdgeAgentError:
+    """The error that the daemon reported in an event, or in an answer.
+
+    Where it does not know what it was asked, it is of another release: it was not restarted after an upgrade.
+
+    Args:
+        among: the families that are told apart.
+    """
+    code, message = event.get("code"), str(event.get("message"))
+    if code == EdgeAgentError.code and message.startswith(_UNKNOWN_OPERATION):
+        return EdgeAgentError(
+            f"the daemon that runs is of another release and does not know {message.removeprefix(_UNKNOWN_OPERATION)}",
+            remedy="`sudo systemctl restart edge-agent` starts the one that is installed",
+        )
+    return error_of(code, message, remedy=event.get("remedy") or "", among=among, otherwise=EdgeAgentError)
 
 
 def _connect(connection: socket.socket, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.errors import BadRequest, DaemonNotRunning, EdgeAgentError
+from edge_agent.errors import BadRequest, DaemonNotRunning, EdgeAgentError, PromptError
 from edge_agent.transport import control
 from edge_agent.transport.control import Call, ClientGone, ControlServer
 from tests.support.processes import wait_until
@@ -130,6 +130,13 @@ def test_every_malformed_call_gets_one_error_event(short_dir: Path, line: bytes)
     assert event["event"] == "error"
     assert event["message"]
     assert "prompt" not in event["message"], "what nobody foresaw may quote one"
+
+
+def test_an_unknown_operation_is_told_from_other_errors(short_dir: Path) -> None:
+    """So do daemons to come: the command that asks may be the newer one."""
+    with serving(short_dir / "c.sock"):
+        (event,) = control.call(short_dir / "c.sock", "explode", timeout_s=60)
+        assert "does not know 'explode'" in str(control.reported(event, among=(PromptError,)))
 
 
 def test_a_request_over_the_bound_is_refused_while_it_comes(short_dir: Path) -> None:

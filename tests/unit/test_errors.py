@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from edge_agent import errors
@@ -21,6 +24,7 @@ from edge_agent.errors import (
     by_code,
     error_of,
 )
+from edge_agent.gateway import answers
 
 
 @pytest.mark.parametrize("kind", by_code(EdgeAgentError).values(), ids=lambda kind: kind.code)
@@ -68,3 +72,15 @@ def test_a_daemon_that_answers_is_never_taken_for_one_that_is_not_running() -> N
     assert type(reported_error({"code": DaemonNotRunning.code, "message": "x"})) is EdgeAgentError
     error = reported_error({"code": NoModel.code, "message": "none is here", "remedy": None})
     assert (type(error), str(error)) == (NoModel, "none is here")
+
+
+@pytest.mark.parametrize("read", [reported_error, answers.reported])
+@pytest.mark.parametrize("operation", ["'list'", "'recent'"])
+def test_a_daemon_of_another_release_is_to_be_restarted(
+    read: Callable[[dict[str, Any]], EdgeAgentError], operation: str
+) -> None:
+    """As the first release said it, which had no code of its own for that, and no remedy."""
+    error = read({"event": "error", "code": "internal", "message": f"unknown operation {operation}"})
+    assert error.message == f"the daemon that runs is of another release and does not know {operation}"
+    assert "systemctl restart edge-agent" in error.remedy
+    assert str(read({"code": "bad_request", "message": "unknown operation 'x'"})) == "unknown operation 'x'"

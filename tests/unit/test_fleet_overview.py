@@ -160,9 +160,9 @@ def test_a_small_fleet_is_listed() -> None:
         now=NOW,
     )
     assert tables(page)["DEVICE"].rows == [
-        ("a", "ready", "2 min", "0.2.0", "assistant", 7, "ready", None, "8 held link_held"),
-        ("b", "ready", "2 min", "0.2.0", "assistant", 7, "ready", None, ""),
-        ("c", "ready", "2 min", "0.2.0", "assistant", 7, "ready", None, "9 wanted"),
+        ("a", "ready", "1 min", "0.2.0", "assistant", 7, "ready", None, "8 held link_held"),
+        ("b", "ready", "1 min", "0.2.0", "assistant", 7, "ready", None, ""),
+        ("c", "ready", "1 min", "0.2.0", "assistant", 7, "ready", None, "9 wanted"),
     ]
 
 

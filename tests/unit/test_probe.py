@@ -152,10 +152,14 @@ def attempt(step: str, code: str | None = None) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model", "queue", "said"),
     [
-        (entry("absent", progress=PROGRESS), 1, "fetching, 40 % of 2.4 GB, 2 min left"),
+        (entry("absent", progress=PROGRESS), 1, "fetching, 40 % of 2.4 GB, 2 min 21 s left"),
         (entry("absent", progress={**PROGRESS, "eta_s": None}), 1, "fetching, 40 % of 2.4 GB"),
         (entry("absent", progress={**PROGRESS, "total_bytes": 0, "eta_s": None}), 1, "fetching"),
-        (entry("loading", progress=PROGRESS, reason="it loads"), 1, "fetching, 40 % of 2.4 GB, 2 min left"),
+        (
+            entry("loading", progress=PROGRESS, reason="it loads"),
+            1,
+            "fetching, 40 % of 2.4 GB, 2 min 21 s left",
+        ),
         (entry("absent", attempt=attempt("verify")), 1, "verifying version 7"),
         (entry("loading", attempt=attempt("gate")), 1, "trying version 7"),
         (entry("loading", attempt=attempt("gate", "gate_failed"), reason="why"), 1, "loading: why"),
@@ -171,20 +175,13 @@ def test_what_a_prompt_waits_for_is_said_in_words(model: dict[str, Any], queue: 
     assert waiting.obstacle({**status, "models": [model]}, None) == said
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"), (9000, "2.5 h")]
-)
-def test_a_time_is_rounded_for_people(seconds: float, said: str) -> None:
-    assert waiting.duration(seconds) == said
-
-
 def test_a_device_without_the_model_yet_says_how_far_it_is(daemon: Daemon) -> None:
     daemon.refusal = NoModel("model 'assistant' cannot answer now: no version is in the cache")
     daemon.status["models"] = [entry("absent", progress=PROGRESS, attempt=attempt("fetch"))]
     result = daemon.probe("Hello", "--json")
     assert (result.exit_code, result.stdout) == (4, "")
     first, second = result.stderr.splitlines()
-    assert first == "edge-agent: model 'assistant' is not here yet: fetching, 40 % of 2.4 GB, 2 min left"
+    assert first == "edge-agent: model 'assistant' is not here yet: fetching, 40 % of 2.4 GB, 2 min 21 s left"
     assert "status --watch" in second
 
 

@@ -9,7 +9,9 @@ import pytest
 from rich.console import Console
 
 from edge_agent import terminal
-from edge_agent.cli import status_page
+from edge_agent.cli import operation, status_page
+from edge_agent.doctor import service
+from edge_agent.settings import Settings
 from tests.support.scripted_status import NOW, WEIGHTS, attempt, document, model
 
 TOOK = {"fetch": 71.4, "verify": 2.0}
@@ -66,9 +68,69 @@ def test_each_step_of_an_update_is_said_with_its_time(fields: dict[str, Any], sa
     assert "update " in found
 
 
+@pytest.mark.parametrize(
+    ("tried", "said"),
+    [
+        (attempt("fetch"), ""),  # its bytes are shown
+        (attempt("verify"), "assistant version 7: verifying"),
+        (attempt("gate"), "assistant version 7: loading"),
+        (
+            attempt("gate", golden={"asking": 3, "of": 8}),
+            "assistant version 7: trying, golden prompt 3 of 8",
+        ),
+        (attempt("activate"), "assistant version 7: waiting for the running prompts to end"),
+        (attempt("active"), ""),
+        (attempt("gate", code="gate_failed"), ""),
+        (None, ""),
+    ],
+)
+def test_a_pull_says_each_step_after_the_bytes_once(tried: Any, said: str) -> None:
+    status = document(model(attempt=tried), model(name="b", attempt=None))
+    assert operation.steps_in(status, "assistant") == operation.steps_in(status, None) == said
+    assert operation.steps_in(status, "b") == ""
+
+
 @pytest.mark.parametrize("tried", [None, attempt("active"), attempt("held", code="link_held")])
 def test_where_no_version_comes_there_is_no_line_of_one(tried: Any) -> None:
     assert "update" not in one_text(document(model(attempt=tried)))
+
+
+def test_what_a_daemon_of_the_first_release_says_can_be_shown() -> None:
+    """It runs on after an upgrade, until somebody restarts it."""
+    entry: dict[str, Any] = {
+        "name": "assistant",
+        "uri": "models:/phi3-mini@prod",
+        "version": "3",
+        "digest": "d" * 64,
+        "flavor": "onnx",
+        "state": "ready",
+        "reason": "",
+        "tokens_per_s": 5.0,
+        "previous": None,
+        "candidate": None,
+        "pinned": None,
+        "quarantined": [],
+        "update_problem": "",
+        "progress": None,
+    }
+    status = {
+        "state": "degraded",
+        "time": NOW,
+        "boot_id": "b",
+        "seq": 1,
+        "agent_version": "0.1.0",
+        "queue_depth": 0,
+        "models": [entry],
+        "troubles": ["trust.allow_unsigned_code is on"],
+        "cache": {"bytes": 1, "quota_bytes": 2, "free_bytes": 3},
+        "registry": {"uri": "http://mlflow.example", "reachable": True, "last_check": NOW - 60},
+        "broker": {"host": "localhost", "port": 1883, "connected": True, "problem": "", "answers_refused": 0},
+    }
+    said = one_text(status)
+    assert "edge-agent 0.1.0, queue 0" in said and "reachable, last asked" in said
+    assert "look at trust.allow_unsigned_code is on" in said
+    first, *_ = service.check_daemon(Settings(), service.DaemonStatus(document=status))
+    assert "trust.allow_unsigned_code is on" in first.message
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,8 @@ def names(devices: Sequence[str]) -> str:
 
 
 def _rows(device: Device, now: float) -> list[tuple[object, ...]]:
-    first = (device.device_id, device.state, _ago(device.seen_at, now), device.agent_version)
+    seen = "" if device.seen_at is None else terminal.age(now - device.seen_at)
+    first = (device.device_id, device.state, seen, device.agent_version)
     if not device.models:
         return [(*first, "", "", "", "", "")]
     return [
@@ -180,14 +181,3 @@ def _next(model: ModelReport) -> str:
     until = model.link.held_until if model.link is not None else None
     when = "" if until is None else f" until {terminal.moment(until)}"
     return " ".join(filter(None, (str(attempt.version or ""), attempt.step, attempt.code or ""))) + when
-
-
-def _ago(moment_s: float | None, now: float) -> str:
-    """How long ago, in one unit."""
-    if moment_s is None:
-        return ""
-    seconds = max(0.0, now - moment_s)
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from edge_agent.gateway.page import words
 from edge_agent.gateway.page.signs import BAD, BUSY, OK, QUIET, WARN, Document, Fact, Sign
-from edge_agent.terminal import human_bytes
+from edge_agent.terminal import human_bytes, span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def _fetch(progress: Document | None, attempt: Document) -> Fetch | None:
     if not progress:
         return None
     have, total = progress["bytes"], progress["total_bytes"]
-    left = "" if progress["eta_s"] is None else f", {words.span(progress['eta_s'])} left"
+    left = "" if progress["eta_s"] is None else f", {span(progress['eta_s'])} left"
     return Fetch(
         title=f"Fetching {_version_of(attempt)}",
         bytes=min(have, total) if total else 0,

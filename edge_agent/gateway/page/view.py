@@ -16,7 +16,7 @@ from edge_agent.gateway.page import Look, picture, words
 from edge_agent.gateway.page.models import Model, model_of
 from edge_agent.gateway.page.picture import Picture
 from edge_agent.gateway.page.signs import BAD, BUSY, OK, PLAIN, QUIET, WARN, Document, Fact, Sign
-from edge_agent.terminal import human_bytes
+from edge_agent.terminal import age, human_bytes, span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def _about(status: Document, recent: Document, now: int) -> Iterator[str]:
     if version := status.get("agent_version"):
         yield f"edge-agent {version}"
     if started := recent.get("started_at"):
-        yield f"up {words.span(now - started)}"
+        yield f"up {_in_minutes(now - started)}"
     if (waiting := status.get("queue_depth")) is not None:
         yield (
             f"{waiting} {'prompt' if waiting == 1 else 'prompts'} at work"
@@ -134,6 +134,11 @@ def _facts(status: Document, now: int) -> Iterator[Fact]:
         seccomp = "seccomp" if walls["seccomp"] else "no seccomp"
         whole = bool(walls["landlock"] and walls["seccomp"])
         yield Fact("Walls", f"{landlock}, {seccomp}", "what this host can build", "" if whole else WARN)
+
+
+def _in_minutes(seconds: float) -> str:
+    """Not in seconds, where it would change at each look."""
+    return span(seconds - seconds % 60) if seconds >= 60 else age(seconds)
 
 
 def _registry(registry: Document, now: int) -> Fact:

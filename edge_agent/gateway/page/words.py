@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-_MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
-
-
-def span(seconds: float) -> str:
-    """How long something lasts, in its two largest units: `3 d 4 h`."""
-    whole = max(0, int(seconds))
-    if whole < _MINUTE_S:
-        return f"{whole} s"
-    if whole < _HOUR_S:
-        return f"{whole // _MINUTE_S} min"
-    if whole < _DAY_S:
-        return f"{whole // _HOUR_S} h {whole % _HOUR_S // _MINUTE_S} min"
-    return f"{whole // _DAY_S} d {whole % _DAY_S // _HOUR_S} h"
+from edge_agent.terminal import age, span
 
 
 def ago(seconds: float) -> str:
     """How long ago something was, in one unit."""
-    number, unit, *_ = span(seconds).split()
-    return "now" if seconds < 2 else f"{number} {unit} ago"
+    return "now" if seconds < 2 else f"{age(seconds)} ago"
 
 
 def took(milliseconds: float | None) -> str:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from edge_agent import terminal
 from edge_agent.cli import main
 from edge_agent.cli.fleet import rollout_page
 from edge_agent.fleet.rollout.console import Progress
@@ -80,13 +79,6 @@ def test_the_page_says_where_it_is_who_has_it_and_how_long_it_is_watched() -> No
 )
 def test_the_bar_has_the_taken_the_wave_and_the_rest(taken: int, wave: int, whole: int, drawn: str) -> None:
     assert rollout_page.bar(taken, wave, whole) == drawn
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(0, "0 s"), (59.6, "1 min"), (754, "12 min 34 s"), (90_061, "1 d 1 h")]
-)
-def test_a_time_is_said_in_its_largest_units(seconds: float, said: str) -> None:
-    assert terminal.span(seconds) == said
 
 
 def test_in_a_pipe_there_is_one_line_for_each_change(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,58 @@
+"""`models pull` before a scripted daemon: what it says while it waits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edge_agent.cli import main
+from edge_agent.transport.control import Call, ControlServer
+from tests.support.scripted_status import attempt, document, model
+
+PULLED = {
+    "name": "assistant",
+    "version": 7,
+    "digest": "b" * 64,
+    "state": "active",
+    "bytes_fetched": 10,
+    "bytes_reused": 0,
+    "bytes_mirrored": 0,
+    "instead": "",
+}
+
+
+@pytest.fixture
+def config(short_dir: Path) -> Iterator[Path]:
+    """Settings of a device whose daemon is at the gate for as long as nobody has asked for its status twice."""
+    file = short_dir / "config.toml"
+    file.write_text(
+        f'device_id = "dev"\nstate_dir = "{short_dir}/state"\ncontrol_socket = "{short_dir}/c.sock"\n'
+        '[registry]\nuri = "http://localhost:1"\n[models.assistant]\nuri = "models:/phi3-mini@prod"\n'
+    )
+    looks = threading.Semaphore(0)
+
+    def pull(call: Call) -> None:
+        assert looks.acquire(timeout=60) and looks.acquire(timeout=60)
+        call.send("done", result=[PULLED])
+
+    def status(call: Call) -> None:
+        call.send("done", status=document(model(attempt=attempt("gate", golden={"asking": 3, "of": 8}))))
+        looks.release()
+
+    server = ControlServer(short_dir / "c.sock", {"models": pull, "status": status})
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield file
+    server.close()
+    thread.join(60)
+
+
+def test_a_pull_says_what_becomes_of_a_version_after_its_bytes(config: Path) -> None:
+    result = CliRunner().invoke(main, ["--config", str(config), "models", "pull", "assistant"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "assistant version 7: 10 B fetched, 0 B already here\n"
+    assert result.stderr == "assistant version 7: trying, golden prompt 3 of 8\n", "once"
