@@ -12,11 +12,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edge_agent.chat.journal_file import JournalFile
 from tests.machine import cpio, disk
-from tests.machine.console import Ready, Replies, Reply, command_line
+from tests.machine.agreement import agreement
+from tests.machine.console import MachineError, Ready, Replies, Reply, command_line
 from tests.machine.device import durations
 from tests.machine.disk import BLOCK_BYTES, ForgetfulDisk, Temper
 from tests.machine.inside import damage_index, damaged_files
@@ -288,6 +290,37 @@ def test_a_device_that_is_as_promised_has_no_damage() -> None:
 def test_each_broken_promise_is_named(changes: dict[str, Any], said: str) -> None:
     (found,) = damage(sound(**changes), ["Madrid"])
     assert found.startswith(said)
+
+
+# --- The same answers elsewhere ---------------------------------------------------------------------------
+
+
+def computed(*rows: list[float]) -> list[dict[str, Any]]:
+    """One greedy answer from these logits, as tokens.py prints it."""
+    logits = np.array(rows, dtype=np.float32)
+    encoded = base64.b64encode(logits.tobytes()).decode()
+    return [{"tokens": [int(row.argmax()) for row in logits], "logits": encoded}]
+
+
+def test_the_same_tokens_are_told_with_what_is_between_their_logits() -> None:
+    here, there = computed([0, 8, 2], [0, 1, 9]), computed([0, 8.5, 2], [0.25, 1, 9])
+    assert agreement(there, here) == "2 tokens the same, logits at most 0.5 apart, the best two at least 6"
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (computed([0, 8, 2], [0, 5.1, 5]), "rounding: answer 1 has another token 2"),
+        (computed([0, 8, 2], [0, 9, 5]), "more than rounding: answer 1 has another token 2"),
+        (computed([0, 8, 2]), "answer 1 ends elsewhere"),
+    ],
+)
+def test_another_token_is_told_with_whether_it_may_be_rounding(
+    there: list[dict[str, Any]], said: str
+) -> None:
+    with pytest.raises(MachineError) as raised:
+        agreement(there, computed([0, 8, 2], [0, 5, 5.1]))
+    assert str(raised.value).startswith(said)
 
 
 # --- An installation ---------------------------------------------------------------------------------------
