@@ -34,7 +34,7 @@ from edge_agent.device_metrics import DeviceMetrics
 from edge_agent.device_status import DeviceStatus, StatusPublisher
 from edge_agent.errors import DaemonRunning, JournalUnavailable, ModelFailed, StoreError, disk_remedy
 from edge_agent.host.confinement import hide_memory
-from edge_agent.host.memory import ReportedMemory
+from edge_agent.host.memory import ReportedMemory, share_one_heap
 from edge_agent.metrics.measurements import Measurements
 from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
@@ -378,5 +378,6 @@ def _logged(name: str, target: Callable[[], None]) -> Callable[[], None]:
 def run(settings: Settings) -> int:
     """Builds and runs the daemon of these settings. Returns the process's exit code."""
     hide_memory()  # it has credentials, and everybody's prompts
+    share_one_heap()
     address, watchdog_interval_s = environment.service_manager()
     return Daemon(settings, Notifier(address, watchdog_interval_s)).run()

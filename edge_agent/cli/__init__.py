@@ -6,29 +6,36 @@ codes are in `command.py`. Heavy modules are imported by the commands that need 
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import click
 
 import edge_agent
-from edge_agent.cli import (
-    bench,
-    chat,
-    demo,
-    doctor,
-    fleet,
-    metrics,
-    models,
-    probe,
-    publish,
-    run,
-    serve,
-    status,
-)
 from edge_agent.cli.command import Group, Invocation
 
+COMMANDS = (
+    *("run", "serve", "probe", "chat", "status", "metrics", "models"),
+    *("publish", "doctor", "fleet", "bench", "demo"),
+)
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+
+class _Commands(Group):
+    """Imports the file of a command when that command is asked for: the daemon has no use for those of a fleet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for name in (
+            (cmd_name,) if cmd_name in COMMANDS else COMMANDS
+        ):  # click compares a misspelt one with all
+            if name not in self.commands:
+                self.add_command(getattr(importlib.import_module(f"edge_agent.cli.{name}"), name))
+        return self.commands.get(cmd_name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings file (TOML).")
 @click.version_option(edge_agent.__version__, prog_name="edge-agent")
 @click.pass_context
@@ -47,17 +54,3 @@ def main(context: click.Context, config: Path | None) -> None:
       edge-agent probe "What is the capital of Nepal?"
     """
     context.obj = Invocation(config=config)
-
-
-main.add_command(run.run)
-main.add_command(serve.serve)
-main.add_command(probe.probe)
-main.add_command(chat.chat)
-main.add_command(status.status)
-main.add_command(metrics.metrics)
-main.add_command(models.models)
-main.add_command(publish.publish)
-main.add_command(doctor.doctor)
-main.add_command(fleet.fleet)
-main.add_command(bench.bench)
-main.add_command(demo.demo)

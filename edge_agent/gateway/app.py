@@ -29,7 +29,7 @@ from edge_agent.errors import (
     QueueFull,
     UnknownModel,
 )
-from edge_agent.gateway import answers, daemon_line, prometheus
+from edge_agent.gateway import answers, daemon_line
 from edge_agent.gateway.answers import Accepted, Stream
 from edge_agent.gateway.page import Page
 from edge_agent.gateway.refusals import MethodNotAllowed, NotFound, RequestSlow
@@ -113,6 +113,8 @@ class _Gateway:
                 document = await _said("metrics", self._ask("metrics"))
         except (DaemonNotRunning, TimeoutError):
             document = {}
+        from edge_agent.gateway import prometheus  # its library is for those that are scraped
+
         body, content_type = prometheus.exposition(document, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
-import pydantic_settings
-from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edge_agent import environment
 from edge_agent.documents import page
@@ -32,9 +30,9 @@ from edge_agent.settings.model import ModelSettings
 from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.settings.registry import RegistrySettings
 from edge_agent.settings.section import Section
+from edge_agent.settings.variables import ENV_PREFIX, from_variables, over
 
 APPLICATION = "edge-agent"
-ENV_PREFIX = "EDGE_AGENT_"
 SYSTEM_CONFIG = Path("/etc/edge-agent/config.toml")
 SYSTEM_CONTROL_SOCKET = Path("/run/edge-agent/control.sock")
 _MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un has 108 with the final NUL
@@ -50,16 +48,10 @@ _FIRST_SETTINGS = """write {file} with these lines, each with a value of yours:
 then `edge-agent doctor` checks them; {page} has all keys. `edge-agent demo` shows it all without any settings"""
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """All settings, frozen. Build them with `load`."""
 
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        env_prefix=ENV_PREFIX,
-        env_nested_delimiter="__",
-        nested_model_default_partial_update=True,
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     device_id: str = Field(default="", description="default: the host name, made valid")
     state_dir: Path = Field(default=Path(), description="default: $STATE_DIRECTORY, else platformdirs")
@@ -78,18 +70,6 @@ class Settings(BaseSettings):
     inference: InferenceSettings = InferenceSettings()
     homeassistant: HomeAssistantSettings = HomeAssistantSettings()
     fleet: Section = Section()  # an operator's file may say with it what it is; it has no keys
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Variables override the file, whose content arrives as `init_settings`."""
-        return env_settings, init_settings
 
     @field_validator("device_id")
     @classmethod
@@ -151,17 +131,11 @@ def load(config: Path | None = None) -> Settings:
         SettingsError: the file cannot be read, or keys are unknown or invalid; the message names each.
     """
     path = config or find_config()
-    content = _read_toml(path) if path else {}
-    _refuse_unknown_variables()
-    if nested := [key for key in ("device_id", "state_dir", "control_socket") if content.get(key) is None]:
-        # Validators fill in these three, and pydantic runs them only for keys that are present.
-        content = {**{key: "" if key == "device_id" else Path() for key in nested}, **content}
+    content = over(_read_toml(path) if path else {}, from_variables(Settings))
     try:
-        return Settings(**content)
+        return Settings.model_validate(content)
     except ValidationError as error:
         raise SettingsError(_describe(error, path)) from error
-    except pydantic_settings.SettingsError as error:
-        raise SettingsError(f"environment: {error}") from error
 
 
 def find_config() -> Path | None:
@@ -268,14 +242,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"settings file {path} is not TOML: {error}") from error
-
-
-def _refuse_unknown_variables() -> None:
-    """Refuses misspelt variables, which pydantic-settings would ignore."""
-    for variable in environment.names(ENV_PREFIX):
-        key = variable.removeprefix(ENV_PREFIX).lower().split("__")[0]
-        if key not in Settings.model_fields:
-            raise SettingsError(f"variable {variable} does not name a setting: {key!r} is unknown")
 
 
 def _describe(error: ValidationError, path: Path | None) -> str:

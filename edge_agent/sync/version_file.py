@@ -29,7 +29,6 @@ from edge_agent.cache.version_file import BLOB_PREFIX, BLOCK, HEADER_NAME, paddi
 from edge_agent.errors import ContentError, ManifestError, StoreError, VerificationError
 from edge_agent.package import manifest as manifests
 from edge_agent.package.reference import ModelRef, ModelVersion
-from edge_agent.sync.bring import bring
 from edge_agent.sync.files import Listed, PastTheEnd, RequestRefused, Stream
 from edge_agent.sync.pace import CHUNK_BYTES
 from edge_agent.sync.protocol import Emit, SyncJob, SyncResult
@@ -98,6 +97,10 @@ def import_version(job: SyncJob, descriptor: int, emit: Emit = lambda event: Non
         ContentError: the file, or the package in it, breaks a rule; nothing of it gets into the cache.
         StoreError: the file cannot be read, or the cache cannot take it.
     """
+    from edge_agent.sync.bring import (
+        bring,
+    )  # the daemon exports and looks into files, and never brings one in
+
     with _opened(descriptor) as stream:
         package = read_package(stream)
         version = package.version

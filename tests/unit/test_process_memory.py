@@ -72,3 +72,30 @@ def test_the_memory_of_a_child_is_read_until_it_ends(process: subprocess.Popen[b
     process.wait()
     assert memory.resident_bytes() == 0
     memory.close()
+
+
+@pytest.mark.parametrize(("before", "heaps"), [("", 4), ("share_one_heap()", 1)])
+def test_the_threads_of_a_process_can_share_one_heap(before: str, heaps: int) -> None:
+    program = f"""
+import ctypes, threading
+from edge_agent.host.memory import share_one_heap
+{before}
+libc = ctypes.CDLL(None)
+all_there, written = threading.Barrier(4), threading.Event()
+
+def allocate():
+    libc.malloc(100)
+    all_there.wait()
+    written.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(3)]
+for thread in threads:
+    thread.start()
+all_there.wait()
+libc.malloc_stats()
+written.set()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert ended.stderr.count("Arena ") == heaps

@@ -36,6 +36,57 @@ def test_the_environment_is_stronger_than_the_file(tmp_path: Path, monkeypatch: 
     assert (loaded.mqtt.host, loaded.mqtt.port) == ("from-environment", 1884)
 
 
+@pytest.mark.parametrize(
+    ("variables", "path", "value"),
+    [
+        ({"mqtt__port": "1885"}, ("mqtt", "port"), 1885),
+        ({"MQTT": '{"port": 1885}'}, ("mqtt", "port"), 1885),
+        ({"MQTT": '{"port": 1885}', "MQTT__PORT": "1886"}, ("mqtt", "port"), 1886),
+        ({"MQTT__REPLY_PREFIXES": '["a/", "b/"]'}, ("mqtt", "reply_prefixes"), ("a/", "b/")),
+        ({"MODELS__A__CONTEXT_TOKENS": "64"}, ("models", "a", "context_tokens"), 64),
+        ({"MODELS__B__URI": "models:/b@prod"}, ("models", "b", "uri"), "models:/b@prod"),
+        ({"MODELS": '{"B": {"uri": "models:/b@prod"}}'}, ("models", "B", "uri"), "models:/b@prod"),
+        ({"MODELS__A__SANDBOX__READ": '["/data"]'}, ("models", "a", "sandbox", "read"), (Path("/data"),)),
+        ({"INFERENCE__SHARE_PREFIXES": "true"}, ("inference", "share_prefixes"), True),
+        ({"DEVICE_ID": "other"}, ("device_id",), "other"),
+    ],
+)
+def test_a_variable_sets_any_key_and_leaves_the_others(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    path: tuple[str, ...],
+    value: object,
+) -> None:
+    file = {"device_id": "dev", "mqtt": {"host": "broker"}, "models": {"a": {"uri": "models:/a/3"}}}
+    for name, text in variables.items():
+        monkeypatch.setenv(f"EDGE_AGENT_{name}", text)
+    loaded: Any = load(tmp_path, **file)
+    assert (loaded.mqtt.host, loaded.models["a"].uri) == ("broker", "models:/a/3")
+    for key in path:
+        loaded = loaded[key] if isinstance(loaded, dict) else getattr(loaded, key)
+    assert loaded == value
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "named"),
+    [
+        ("EDGE_AGENT_MQT__PORT", "1", "EDGE_AGENT_MQT__PORT"),
+        ("EDGE_AGENT_MQTT__SURPRISE", "1", "mqtt.surprise"),
+        ("EDGE_AGENT_MQTT__PORT", "x", "mqtt.port"),
+        ("EDGE_AGENT_MQTT__REPLY_PREFIXES", "a/", "mqtt"),
+        ("EDGE_AGENT_MODELS", "{", "models"),
+        ("EDGE_AGENT_MQTT", "1", "mqtt"),
+    ],
+)
+def test_a_wrong_variable_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, text: str, named: str
+) -> None:
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(SettingsError, match=named):
+        load(tmp_path, mqtt={"host": "broker"})
+
+
 def test_systemds_directories_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATE_DIRECTORY", f"{tmp_path}/state:{tmp_path}/other")
     monkeypatch.setenv("RUNTIME_DIRECTORY", f"{tmp_path}/run")
