@@ -25,6 +25,7 @@ readonly TRAINING=("${TRANSFORMERS[@]}" onnx onnx-ir onnxruntime-genai==0.18.0 g
 . .ci/real_model.sh        # real_model, need_real_model
 . tests/boot/prepare.sh    # prepare_boot_test
 . tests/machine/prepare.sh # machine_test
+. tests/machine/container.sh # container_test
 
 usage() {
     cat <<'TEXT'
@@ -50,7 +51,7 @@ usage: ./build.sh COMMAND [ARGUMENT…]
   boot-test            a signed bundle installed, upgraded, broken and attacked on a Debian that boots, and then its .deb
                        (root; minutes)
   machine-test [OPTION…]  the same on a machine that is emulated: --arch A, --debian V; its power cut off: --cuts N,
-                       --seed S; on a worn disk: --worn (root; an hour); --help
+                       --seed S, quicker with --container; on a worn disk: --worn (root; an hour); --help
   fleet-test [ARG…]    twelve devices on one broker and one registry, which break, and the table (minutes); --help
   sample-model         make the sample model and the tests' second model again (fetches torch)
   random-model OUT [ARG…]  a model of random weights and a real size, to measure with; --help lists its shapes

@@ -2,9 +2,9 @@
 
 Without more, a device's life: the bundle installed without a network, a model imported, prompts from outside, what
 onnxruntime takes of the CPU, upgrade, rollback, reboot, uninstall. With `--cuts`, its power is cut off again and again
-at moments drawn from the seed; with `--worn`, its disk, its memory and its clock are bad. Each step prints what it saw,
-and fails when what should happen did not. What was installed is kept for the next run, as long as the bundles are the
-same.
+at moments drawn from the seed; with `--container`, that of a container on a real ext4, at the speed of this host; with
+`--worn`, its disk, its memory and its clock are bad. Each step prints what it saw, and fails when what should happen
+did not. What was installed is kept for the next run, as long as the bundles are the same.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.machine.console import MachineError
+from tests.machine.container import ContainerRig
 from tests.machine.device import QUESTIONS
+from tests.machine.emulated import EmulatedRig
 from tests.machine.life import Life
 from tests.machine.machine import Hardware
 from tests.machine.models import reference
 from tests.machine.place import Place
 from tests.machine.power import Options, PowerCuts
+from tests.machine.rig import Rig
 from tests.machine.worn import Worn
 
 Step = tuple[str, Callable[[], str]]
@@ -38,9 +41,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     hardware = Hardware(arch=options.arch, mount=options.mount)
     started_s = time.monotonic()
-    print(f"Debian {options.debian} on {options.arch}, emulated", flush=True)
+    where = "in a container" if options.container else f"on {options.arch}, emulated"
+    print(f"Debian {options.debian} {where}", flush=True)
     place = Place(options.image, options.bundles, options.work)
-    failed = 0 if place.installed.exists() else _install(place, hardware)
+    failed = 0 if options.container or place.installed.exists() else _install(place, hardware)
     if not failed and options.cuts:
         failed = _cut(options, hardware)
     elif not failed and options.worn:
@@ -68,11 +72,19 @@ def _cut(options: argparse.Namespace, hardware: Hardware) -> int:
     right = [str(reference(QUESTIONS[:1], version)[0]["text"]) for version in (1, 2)]
     report = functools.partial(print, flush=True)
     try:
-        with contextlib.closing(PowerCuts(place, hardware, wanted, right=right, report=report)) as power:
-            return power.run()
-    except (MachineError, AssertionError, TimeoutError, OSError) as error:
+        with contextlib.closing(_rig(options, place, hardware)) as rig:
+            rig.install()
+            with contextlib.closing(PowerCuts(place, rig, wanted, right=right, report=report)) as power:
+                return power.run()
+    except (MachineError, AssertionError, subprocess.SubprocessError, OSError, ValueError) as error:
         print(f"FAIL  {error or repr(error)}", flush=True)
         return 1
+
+
+def _rig(options: argparse.Namespace, place: Place, hardware: Hardware) -> Rig:
+    if options.container:
+        return ContainerRig(place, options.bundles, options.mount)
+    return EmulatedRig(place, hardware)
 
 
 def take(steps: Iterable[Step], trouble: Callable[[], str]) -> int:
@@ -103,11 +115,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--lying-disk", action="store_true", help="a disk that answers flushes and does nothing"
     )
+    parser.add_argument(
+        "--container", action="store_true", help="cut the power of a container, not of a machine"
+    )
     parser.add_argument("--worn", action="store_true", help="the steps on a worn device")
     parser.add_argument("--image", required=True, type=Path, help="a folder made by prepare.sh")
     parser.add_argument("--bundles", required=True, type=Path, help="bundles, their key, a model; the same")
     parser.add_argument("--work", required=True, type=Path, help="a folder for disks and logs")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.container and not options.cuts:
+        parser.error("--container is for --cuts")
+    return options
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from tests.machine.console import MachineError
+from tests.machine.console import MachineError, Reply
 from tests.machine.machine import HOST, Machine
 from tests.support.processes import wait_until
 
@@ -30,10 +30,11 @@ _INSTALL_TIMEOUT_S = 5400.0
 _STAMPS = """while IFS= read -r line; do printf '%d %s\\n' $EPOCHSECONDS "$line"; done; printf '%d\\n' $EPOCHSECONDS"""
 
 
-def settings(port: int, *, registry: str = "") -> str:
+def settings(port: int, *, registry: str = "", host: str = HOST) -> str:
     """Of a device whose broker is on this host.
 
     Args:
+        host: this host, as the device sees it.
         registry: its URI; without one, versions come from files.
     """
     lines = [
@@ -41,7 +42,7 @@ def settings(port: int, *, registry: str = "") -> str:
         "[models.assistant]",
         'uri = "models:/sample@prod"',
         "[mqtt]",
-        f'host = "{HOST}"',
+        f'host = "{host}"',
         f"port = {port}",
         "[cache]",
         "min_free_bytes = 0",
@@ -51,11 +52,18 @@ def settings(port: int, *, registry: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
+class Shell(Protocol):
+    """What runs commands on a device, as root."""
+
+    def run(self, *command: str, check: bool = True, timeout_s: float = 300.0) -> Reply:
+        """As `Console.run`."""
+        ...
+
+
 class Device:
     """One machine's agent. One thread."""
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    def __init__(self, machine: Shell) -> None:
         self.run = machine.run
 
     # --- As root does it ------------------------------------------------------------------------------
@@ -116,6 +124,11 @@ class Device:
             wait_until(holds, timeout_s, what)
         except TimeoutError as error:
             raise MachineError(f"{error}: {seen()}") from error
+
+    def versions(self) -> list[int]:
+        """Those of the model that are in the cache and may run."""
+        said = self.run("edge-agent models list --json 2>/dev/null", check=False, timeout_s=120).text
+        return [each["version"] for each in json.loads(said) if each["state"] != "quarantined"]
 
     def unit(self, name: str) -> str:
         return self.run("systemctl", "show", "edge-agent", "--value", f"--property={name}").text.strip()

@@ -6,7 +6,8 @@ the platters have. It can be slow, too, and it can lie about flushes. `serve` sp
 qemu: no other command than READ, WRITE with FUA, FLUSH and DISC is offered. Source: doc/proto.md of NBD.
 
 How many bytes were told and not made durable is in a small file beside the socket, so that who cuts the power can tell
-that something was lost.
+that something was lost. In the same file it can be told to stall: to take so many writes more, and then to say nothing
+until the power is cut, so that the cut comes between a write and its flush.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _ACK, _INFO, _UNSUPPORTED = 1, 3, 0x80000001
 _READ, _WRITE, _DISCONNECT, _FLUSH = 0, 1, 2, 3
 _FUA = 1
 _EINVAL = 22
+_GAUGE = struct.Struct("<Qq")
+_STALLED = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +163,17 @@ def serve(disk: ForgetfulDisk, path: Path) -> None:
 
 def forgotten_bytes(path: Path) -> int:
     """What the disk behind a socket had not made durable when it was killed, or has not now."""
-    content = gauge_of(path).read_bytes()
-    return int(struct.unpack_from("<Q", content)[0])
+    return int(_GAUGE.unpack(gauge_of(path).read_bytes())[0])
+
+
+def stall_after(path: Path, writes: int) -> None:
+    """Lets the disk behind a socket say nothing any more after so many writes from now, 1 or more."""
+    with gauge_of(path).open("r+b") as file, mmap.mmap(file.fileno(), _GAUGE.size) as gauge:
+        struct.pack_into("<q", gauge, 8, writes)
+
+
+def stalled(path: Path) -> bool:
+    return bool(_GAUGE.unpack(gauge_of(path).read_bytes())[1] == _STALLED)
 
 
 def gauge_of(path: Path) -> Path:
@@ -171,9 +183,9 @@ def gauge_of(path: Path) -> Path:
 def _gauge(path: Path) -> mmap.mmap:
     """Shared memory: it says what it said last when this process has been killed, and costs no call for each block."""
     gauge = gauge_of(path)
-    gauge.write_bytes(bytes(8))
+    gauge.write_bytes(bytes(_GAUGE.size))
     with gauge.open("r+b") as file:
-        return mmap.mmap(file.fileno(), 8)
+        return mmap.mmap(file.fileno(), _GAUGE.size)
 
 
 def _negotiate(client: socket.socket, size: int) -> bool:
@@ -219,7 +231,20 @@ def _answer_requests(client: socket.socket, disk: ForgetfulDisk, gauge: mmap.mma
         except ValueError:
             error = _EINVAL
         struct.pack_into("<Q", gauge, 0, disk.forgotten_bytes)
+        if kind == _WRITE and _stalls(gauge):
+            while client.recv(1 << 16):
+                pass
+            return
         client.sendall(struct.pack(">IIQ", _REPLY, error, handle) + content)
+
+
+def _stalls(gauge: mmap.mmap) -> bool:
+    """Counts a write; True for the last one that it takes."""
+    (left,) = struct.unpack_from("<q", gauge, 8)
+    if left <= 0:
+        return False
+    struct.pack_into("<q", gauge, 8, left - 1 or _STALLED)
+    return bool(left == 1)
 
 
 def _receive(client: socket.socket, length: int) -> bytes:

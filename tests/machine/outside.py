@@ -20,7 +20,6 @@ from tests.support.processes import wait_until
 ANSWER_TIMEOUT_S = 900.0
 READY_TIMEOUT_S = 1200.0
 _DEADLINE_MS = 3_500_000
-_PAUSE_S = 3.0
 _MOST_WAITING = 12
 """Fewer than the 32 that a device takes: a device that comes back gets them all at once."""
 
@@ -83,10 +82,17 @@ class Outside:
 
 
 class Prompts:
-    """Prompts, one after the other, from `start` to `stop`; each with all that was answered."""
+    """Prompts, one after the other, from `start` to `stop`; each with all that was answered.
 
-    def __init__(self, outside: Outside) -> None:
+    Args:
+        pause_s: from one to the next.
+        answer_s: what their answers may take after a boot.
+    """
+
+    def __init__(self, outside: Outside, *, pause_s: float, answer_s: float) -> None:
         self._outside = outside
+        self._pause_s = pause_s
+        self._answer_s = answer_s
         self._sent: list[bytes] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -113,14 +119,14 @@ class Prompts:
         """Those that were sent since the last time, once all are answered or the time is over."""
         sent, self._sent = self._sent, []
         with contextlib.suppress(TimeoutError):
-            wait_until(lambda: all(self._outside.answers(each) for each in sent), ANSWER_TIMEOUT_S, "answers")
+            wait_until(lambda: all(self._outside.answers(each) for each in sent), self._answer_s, "answers")
         return [
             Prompt(name=each.decode(), answers=[_outcome(came) for came in self._outside.answers(each)])
             for each in sent
         ]
 
     def _send(self) -> None:
-        while not self._stop.wait(_PAUSE_S):
+        while not self._stop.wait(self._pause_s):
             if self.waiting < _MOST_WAITING:
                 self._sent.append(self._outside.send(QUESTIONS[len(self._sent) % len(QUESTIONS)]))
 

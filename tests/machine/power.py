@@ -5,39 +5,41 @@
 The boot after a cut is the one in which the next activity begins, on the same disk, which stays in the work folder with
 the number of cuts that it has lived through: the same seed goes on from there. Each cut writes a mark to a second disk
 without a flush, and one with; a cut after which the first is still there, or the second is not, has not been a power
-cut, and the run fails.
+cut, and the run fails. The machine is a `Rig`: emulated, or a container.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import sys
+import os
+import shlex
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.machine import inside, models
 from tests.machine.console import MachineError
-from tests.machine.device import CURRENT, NAME, PAYLOAD, QUESTIONS, STATE, Device, Slot, settings
-from tests.machine.disk import BLOCK_BYTES, forgotten_bytes
-from tests.machine.machine import HOST, Hardware, Machine
+from tests.machine.device import CURRENT, NAME, PAYLOAD, QUESTIONS, STATE, Device, settings
+from tests.machine.disk import BLOCK_BYTES
 from tests.machine.outside import Outside, Prompts
 from tests.machine.place import Place
-from tests.machine.schedule import Activity, Cut, Seen, cuts, damage
+from tests.machine.rig import ACTIVITY_OVER, Loss, Rig, was_cut
+from tests.machine.schedule import Activity, Cut, Moment, Reported, Seen, cuts, damage
+from tests.machine.table import HEADER, Row, summary
 from tests.support.client import connected
 from tests.support.mlflow_server import Server, running_mlflow_server
 from tests.support.mosquitto import running_broker
-from tests.support.processes import Child, wait_until
 
 _INSIDE = "/root/inside.py"
 _SCRATCH_BYTES = 256 * BLOCK_BYTES
-_KEPT, _LOST = b"kept", b"lost"
-HEADER = " cut  activity          after  early  lost KiB  prompts  waiting  again  ready  found"
+_POLL_S = 0.001
+_PATIENCE = 4
+"""An activity may take so many times as long as it should, on a host that has more to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,42 +56,19 @@ class Options:
     lying: bool = False
 
 
-class ServedDisk:
-    """One file behind a `ForgetfulDisk` in a process of its own, which a cut ends with the machine."""
-
-    def __init__(self, file: Path, socket: Path, log: Path, arguments: Sequence[str] = ()) -> None:
-        self._socket = socket
-        socket.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "tests.machine.disk", "--file", str(file), "--socket", str(socket)]
-        self._child = Child([*command, *arguments], log, {"PYTHONPATH": str(Path(__file__).parents[2])})
-        wait_until(lambda: socket.exists() or not self._child.running, 60, "the disk")
-
-    @property
-    def drive(self) -> str:
-        return f"file.driver=nbd,file.server.type=unix,file.server.path={self._socket},cache=writeback"
-
-    def cut(self) -> int:
-        """Gives how many bytes are lost."""
-        self._child.kill()
-        return forgotten_bytes(self._socket)
-
-    def wait_off(self) -> None:
-        """Its machine was switched off in order, and it ends by itself."""
-        wait_until(lambda: not self._child.running, 60, "the end of the disk")
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Cost:
     """What a cut took.
 
     Attributes:
-        lost_bytes: what the disk had been told and had not made durable.
         prompts: those that the broker had taken since the boot; `waiting` of them had no answer.
+        reported: what must have outlived it.
     """
 
-    lost_bytes: int
+    loss: Loss
     prompts: int
     waiting: int
+    reported: Reported
 
 
 class PowerCuts:
@@ -101,28 +80,23 @@ class PowerCuts:
     """
 
     def __init__(
-        self,
-        place: Place,
-        hardware: Hardware,
-        options: Options,
-        *,
-        right: Sequence[str],
-        report: Callable[[str], None],
+        self, place: Place, rig: Rig, options: Options, *, right: Sequence[str], report: Callable[[str], None]
     ) -> None:
         self._place = place
-        self._hardware = hardware
+        self._rig = rig
         self._options = options
         self._right = right
         self._report = report
+        self._rows: list[Row] = []
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ea-")))
-        broker = self._stack.enter_context(running_broker(self._folder, persistence=True))
-        self._outside = Outside(self._stack.enter_context(connected(broker, device=NAME)))
+        self._broker = self._stack.enter_context(running_broker(self._folder, persistence=True))
+        self._outside = Outside(self._stack.enter_context(connected(self._broker, device=NAME)))
         self._registry: Server = self._stack.enter_context(running_mlflow_server(self._folder))
-        self._settings = settings(broker.port, registry=f"http://{HOST}:{self._registry.port}")
-        self._prompts = Prompts(self._outside)
-        self._slot = Slot()
-        self._disks: list[ServedDisk] = []
+        self._settings = settings(
+            self._broker.port, host=rig.host, registry=f"http://{rig.host}:{self._registry.port}"
+        )
+        self._prompts = Prompts(self._outside, pause_s=rig.pace.prompts_s, answer_s=rig.pace.answer_s)
         self._scratch = self._folder / "scratch.raw"
         self._progress = place.work / "progress.json"
 
@@ -132,28 +106,25 @@ class PowerCuts:
         models.publish(self._registry)
         self._report(HEADER)
         last: tuple[Cut, _Cost] | None = None
-        for cut in cuts(self._options.seed, first, self._options.count + 1):
+        for cut in cuts(self._options.seed, first, self._options.count + 1, self._rig.pace):
             began_s = time.monotonic()
-            self._boot(cut)
+            device = self._boot(cut)
             booted_s = time.monotonic() - began_s
             if last is None:
-                self._set_up(self._slot.device)
-                self._outside.wait_ready(seen=self._slot.device.journal)
-            elif not self._verdict(*last, booted_s):
+                self._set_up(device)
+                self._outside.wait_ready(self._rig.pace.ready_s, seen=device.journal)
+            elif not self._verdict(device, *last, booted_s):
                 return 1
             if cut.number == first + self._options.count:
                 break
-            last = cut, self._cut(cut)
-        self._slot.switch_off()
-        for each in self._disks:
-            each.wait_off()
+            last = cut, self._cut(device, cut)
+        self._rig.switch_off()
+        for line in summary(self._rows):
+            self._report(line)
         return 0
 
     def close(self) -> None:
         self._prompts.stop()
-        self._slot.close()
-        for each in self._disks:
-            each.cut()
         self._stack.close()
 
     # --- One cut ----------------------------------------------------------------------------------------
@@ -172,58 +143,68 @@ class PowerCuts:
         noted = {"seed": self._options.seed, "bundles": self._place.installed.name, "cuts": done}
         self._progress.write_text(json.dumps(noted))
 
-    def _boot(self, cut: Cut) -> None:
-        """Switches it on with new, empty caches in front of what is durable."""
-        seed = f"{self._options.seed} disk {cut.number}"
-        root = ["--seed", seed, "--early", str(cut.early), *(["--lies"] if self._options.lying else [])]
+    def _boot(self, cut: Cut) -> Device:
         self._scratch.write_bytes(bytes(_SCRATCH_BYTES))
-        self._disks = [
-            ServedDisk(self._place.disk, self._folder / "root", self._folder / "disk.log", root),
-            ServedDisk(self._scratch, self._folder / "scratch", self._folder / "disk.log"),
-        ]
-        stick = f"file={self._place.payload()},readonly=on"
-        more = [stick, self._disks[1].drive]
-        drive = self._disks[0].drive
-        self._slot.start(Machine(self._hardware, self._place.image, drive, self._place.work, more=more))
+        arguments = ["--seed", f"{self._options.seed} disk {cut.number}", "--early", str(cut.early)]
+        arguments += ["--latency", str(cut.latency_s), *(["--lies"] if self._options.lying else [])]
+        return self._rig.boot(self._scratch, arguments)
 
-    def _cut(self, cut: Cut) -> _Cost:
+    def _cut(self, device: Device, cut: Cut) -> _Cost:
         """Lets the activity begin, and ends the power."""
-        device = self._slot.device
-        self._mark(device)
+        self._rig.mark()
         self._prompts.start()
-        self._begin_activity(device, cut.activity)
-        # The seed's moment, not a condition: whatever is going on then is what is cut off.
-        threading.Event().wait(cut.delay_s)
+        if_done = self._begin_activity(device, cut.activity)
+        self._wait_for(cut)
         self._outside.forget()
-        self._slot.close()
-        lost, _ = (disk.cut() for disk in self._disks)
+        loss = self._rig.cut()
         self._prompts.stop()
         self._note(cut.number + 1)
         mark = self._scratch.read_bytes()
-        if mark[: len(_KEPT)] != _KEPT or _LOST in mark:
+        if not was_cut(mark):
             raise MachineError(
                 f"this was no power cut: the disk has {mark[:4]!r}, {mark[BLOCK_BYTES:][:4]!r}"
             )
-        return _Cost(lost_bytes=lost, prompts=self._prompts.count, waiting=self._prompts.waiting)
+        return _Cost(
+            loss=loss,
+            prompts=self._prompts.count,
+            waiting=self._prompts.waiting,
+            reported=if_done if loss.over == 0 else Reported(),
+        )
 
-    def _mark(self, device: Device) -> None:
-        """What must be there after the cut, and what must not."""
-        for number, (mark, flags) in enumerate(((_KEPT, "direct conv=fsync"), (_LOST, "direct"))):
-            device.run(
-                f"printf %-{BLOCK_BYTES}s {mark.decode()} | dd of=/dev/vdc bs={BLOCK_BYTES} seek={number} "
-                f"iflag=fullblock oflag={flags} 2>&1"
-            )
+    def _wait_for(self, cut: Cut) -> None:
+        """The seed's moment. Where what it comes after does not happen for long, it is then."""
+        longest_s = _PATIENCE * self._rig.pace.longest_s[cut.activity]
+        pause, deadline_s = threading.Event(), time.monotonic() + longest_s
+        if cut.moment is Moment.WRITTEN:
+            self._rig.stall_after(cut.count)
+        with self._broker.log.open() as log:
+            log.seek(0, os.SEEK_END)
+            happened = 0
+            while not self._has_come(cut, happened) and time.monotonic() < deadline_s:
+                pause.wait(_POLL_S)
+                happened += sum(moment is cut.moment for moment in steps(log))
+        # Not a condition: whatever is going on then is what is cut off.
+        pause.wait(cut.delay_s)
 
-    def _begin_activity(self, device: Device, activity: Activity) -> None:
+    def _has_come(self, cut: Cut, happened: int) -> bool:
+        if cut.moment is Moment.WRITTEN:
+            return self._rig.stalled()
+        if cut.moment is Moment.OVER:
+            return self._rig.over() is not None
+        return cut.moment is Moment.BEGUN or happened >= cut.count
+
+    def _begin_activity(self, device: Device, activity: Activity) -> Reported:
+        """Gives what it will have done when it has reported its end."""
         if activity is Activity.UPDATE:
-            self._remove_other(device)
-            models.move_alias(self._registry, self._other())
+            other = self._remove_other(device)
+            models.move_alias(self._registry, other)
             _background(device, "edge-agent models pull")
-        elif activity is Activity.IMPORT:
-            other = self._other()
-            self._remove_other(device)
+            return Reported(model=other)
+        if activity is Activity.IMPORT:
+            other = self._remove_other(device)
             _background(device, f"edge-agent models import {PAYLOAD}/{models.file(other)}")
-        elif activity is Activity.JOURNAL:
+            return Reported(model=other)
+        if activity is Activity.JOURNAL:
             journal = f"{STATE}/journal.db"
             device.run("systemctl stop edge-agent", timeout_s=600)
             device.run(f"python3 {_INSIDE} damage {journal}")
@@ -233,55 +214,61 @@ class PowerCuts:
             current = device.current()
             bundles = (self._place.bundle, self._place.newer)
             (bundle,) = [each for each in bundles if self._place.version(each) != current]
-            device.run(f"rm -rf /opt/edge-agent/{self._place.version(bundle)}*", timeout_s=600)
+            version = self._place.version(bundle)
+            device.run(f"rm -rf /opt/edge-agent/{version}*", timeout_s=600)
             _background(device, device.start_install(bundle))
+            return Reported(program=version)
+        return Reported()
 
-    def _other(self) -> int:
-        """The version that is not active."""
-        return 3 - int(self._outside.status()["models"][0]["version"])
-
-    def _remove_other(self, device: Device) -> None:
-        """So that there is something to fetch."""
-        device.run(f"edge-agent models rm assistant {self._other()}", check=False)
+    def _remove_other(self, device: Device) -> int:
+        """So that there is something to fetch: the version that is not active."""
+        other = 3 - int(self._outside.status()["models"][0]["version"])
+        device.run(f"edge-agent models rm assistant {other}", check=False)
+        return other
 
     # --- What it left -----------------------------------------------------------------------------------
 
-    def _verdict(self, cut: Cut, cost: _Cost, boot_s: float) -> bool:
+    def _verdict(self, device: Device, cut: Cut, cost: _Cost, boot_s: float) -> bool:
         """Looks at the device that has booted after a cut, and prints a row."""
         began_s = time.monotonic()
-        seen = self._look(cut)
+        seen = self._look(device, cut)
         ready_s = boot_s + time.monotonic() - began_s
+        found = damage(seen, self._right, cost.reported)
+        wrong = found
         if self._options.lying:  # only that it starts
-            found = damage(seen, self._right)
             wrong = [] if seen.state == "ready" else ["the agent has not started"]
-        else:
-            wrong = found = damage(seen, self._right)
         repeated = sum(len(each.answers) - 1 for each in seen.prompts if each.answers)
-        row = (
-            f"{cut.number:>4}  {cut.activity:<16} {cut.delay_s:>6.1f}  {cut.early:>5.0%} {cost.lost_bytes // 1024:>9}"
-            f" {cost.prompts:>8} {cost.waiting:>8} {repeated:>7} {ready_s:>6.0f}  "
-            f"{'as promised' if not found else '; '.join(found)}"
+        row = Row(
+            cut=cut,
+            loss=cost.loss,
+            prompts=cost.prompts,
+            waiting=cost.waiting,
+            repeated=repeated,
+            ready_s=ready_s,
+            found=found,
         )
-        self._report(row)
+        self._rows.append(row)
+        self._report(str(row))
         if wrong:
-            self._report(self._slot.device.journal(200))
+            self._report(device.journal(200))
         return not wrong
 
-    def _look(self, cut: Cut) -> Seen:
-        device, seen = self._slot.device, Seen()
+    def _look(self, device: Device, cut: Cut) -> Seen:
+        seen = Seen()
         mounts = device.run("grep ' / ext4 ' /proc/mounts").text.split()
         seen.mounted = mounts[3] if len(mounts) > 3 else ""
-        said = device.run("dmesg | grep -E 'EXT4-fs (error|warning)|I/O error'", check=False).text
-        seen.complaints = said.splitlines()
+        seen.complaints = self._rig.complaints()
         try:
-            seen.state = str(self._outside.wait_ready(seen=device.journal)["state"])
+            ready = self._outside.wait_ready(self._rig.pace.ready_s, seen=device.journal)
         except MachineError as error:
             seen.state = str(error)
             return seen
+        seen.state = str(ready["state"])
         seen.prompts = self._prompts.take()
         (seen.answer,) = self._outside.ask(QUESTIONS[:1])
         verified = device.run("edge-agent models verify 2>&1", check=False)
         seen.verified = (verified.code, verified.text)
+        seen.models = device.versions()
         seen.current = device.current()
         seen.versions = device.run(f"{CURRENT}/install.sh list", check=False).text.split()
         if cut.activity is Activity.UPGRADE:
@@ -302,6 +289,18 @@ class PowerCuts:
         device.run("systemctl restart edge-agent", check=False, timeout_s=600)
 
 
+def steps(lines: Iterable[str]) -> Iterator[Moment]:
+    """What the device does, by the log of the broker."""
+    for line in lines:
+        if f"Received PUBACK from edge-agent-{NAME} " in line:
+            yield Moment.TAKEN
+        elif f"Received PUBLISH from edge-agent-{NAME} " in line:
+            yield Moment.SAID
+
+
 def _background(device: Device, command: str) -> None:
     """Begins what the power's end will find going on."""
-    device.run(f"setsid sh -c {command!r} >/root/activity.log 2>&1 </dev/null & true")
+    line = f"{command}; echo $? >{ACTIVITY_OVER}.new; mv {ACTIVITY_OVER}.new {ACTIVITY_OVER}"
+    device.run(
+        f"rm -f {ACTIVITY_OVER}; setsid sh -c {shlex.quote(line)} >/root/activity.log 2>&1 </dev/null & true"
+    )

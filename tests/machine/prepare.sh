@@ -164,6 +164,10 @@ make_machine_bundles() {
 # machine_test [OPTION…]: makes what is missing, and hands over to tests/machine.
 machine_test() {
     local arch=x86_64 debian=12 options=() machines=$TOOLS/machine python
+    if [[ " $* " == *' --container '* && " $* " != *' --help '* ]]; then
+        container_test "$@"
+        return
+    fi
     while [[ $# -gt 0 ]]; do
         case $1 in
             --arch) arch=${2:?--arch needs x86_64 or aarch64} ;;

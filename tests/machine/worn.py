@@ -20,7 +20,7 @@ from tests.machine.machine import Hardware, Machine
 from tests.machine.models import reference
 from tests.machine.outside import Outside
 from tests.machine.place import Place
-from tests.machine.power import ServedDisk
+from tests.machine.served import ServedDisk
 from tests.support.client import connected
 from tests.support.mosquitto import running_broker
 

@@ -23,7 +23,6 @@ from tests.machine.device import durations
 from tests.machine.disk import BLOCK_BYTES, ForgetfulDisk, Temper
 from tests.machine.inside import damage_index, damaged_files
 from tests.machine.instructions import kernels
-from tests.machine.schedule import EARLY, LONGEST_S, Activity, Prompt, Seen, cuts, damage
 
 BLOCKS = 16
 
@@ -184,6 +183,35 @@ def test_qemu_is_served_and_the_gauge_says_what_a_cut_would_take(file: Path, tmp
     gauge.close()
 
 
+def test_a_disk_that_was_told_to_stall_takes_so_many_writes_and_says_nothing_then(
+    file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "socket"
+    ours, theirs = socket.socketpair()
+    gauge = disk._gauge(path)
+    plain = ForgetfulDisk(file, Temper())
+    thread = threading.Thread(target=disk._answer_requests, args=(theirs, plain, gauge))
+    thread.start()
+    disk.stall_after(path, 2)
+    with ours, theirs:
+        for block in range(2):
+            header = bytes.fromhex("25609513 0000 0001") + bytes(8) + (block * BLOCK_BYTES).to_bytes(8, "big")
+            ours.sendall(header + (4).to_bytes(4, "big") + b"data")
+            if block == 0:
+                assert len(ours.recv(16, socket.MSG_WAITALL)) == 16
+                assert not disk.stalled(path)
+        ours.sendall(bytes.fromhex("25609513 0000 0003") + bytes(20))  # FLUSH
+        ours.shutdown(socket.SHUT_WR)
+        thread.join(10)
+        assert not thread.is_alive()
+        theirs.shutdown(socket.SHUT_WR)
+        assert ours.recv(16) == b""
+    assert disk.stalled(path)
+    assert disk.forgotten_bytes(path) == 2 * BLOCK_BYTES
+    assert durable(file, 0) == durable(file, 1) == bytes(4)
+    gauge.close()
+
+
 # --- What ran ---------------------------------------------------------------------------------------------
 
 
@@ -228,68 +256,6 @@ def test_an_archive_has_its_files_where_linux_looks_for_them(tmp_path: Path) -> 
         at += -(-fields[6] // 4) * 4
     assert [name for name, _, _ in names] == ["bin", "init", "TRAILER!!!"]
     assert names[1][1:] == ("755", b"#!/bin/sh\n")
-
-
-# --- Power cuts -------------------------------------------------------------------------------------------
-
-
-def test_a_cut_depends_on_the_seed_and_its_number_alone() -> None:
-    whole = list(cuts(7, 0, 40))
-    assert [*cuts(7, 0, 13), *cuts(7, 13, 27)] == whole
-    assert list(cuts(8, 0, 40)) != whole
-    assert [each.number for each in whole] == list(range(40))
-
-
-def test_each_activity_has_its_turn_and_every_moment_may_come() -> None:
-    whole = list(cuts(1, 0, 500))
-    assert {each.early for each in whole} == set(EARLY)
-    for activity in Activity:
-        moments = [each.delay_s for each in whole if each.activity is activity]
-        assert len(moments) == 100
-        assert 0 <= min(moments) < 0.1 * LONGEST_S[activity]
-        assert 0.9 * LONGEST_S[activity] < max(moments) <= LONGEST_S[activity]
-    assert all(len({each.activity for each in whole[at : at + 5]}) == 5 for at in range(0, 500, 5))
-
-
-def sound(**changes: Any) -> Seen:
-    prompts = [Prompt(name="p1", answers=[(200, "a")]), Prompt(name="p2", answers=[(200, "b"), (200, "b")])]
-    fields = {
-        "mounted": "rw,relatime,errors=remount-ro",
-        "state": "ready",
-        "answer": "Madrid",
-        "versions": ["0.1.0", "0.1.1"],
-        "current": "0.1.1",
-        "prompts": prompts,
-    }
-    return Seen(**{**fields, **changes})
-
-
-def test_a_device_that_is_as_promised_has_no_damage() -> None:
-    assert damage(sound(), ["Madrid", "Kathmandu"]) == []
-    given_up = Prompt(name="p", answers=[(500, "it was running at two ends")])
-    assert damage(sound(prompts=[given_up]), ["Madrid"]) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"mounted": "ro,relatime"}, "the root file system is mounted ro,relatime"),
-        ({"mounted": ""}, "the root file system is mounted nowhere"),
-        ({"complaints": ["EXT4-fs error (device vda)"]}, "the file system: EXT4-fs error (device vda)"),
-        ({"state": "degraded"}, "the agent is degraded"),
-        ({"state": ""}, "the agent is not there"),
-        ({"answer": "Paris"}, "the active version answers 'Paris'"),
-        ({"verified": (1, "1 damaged")}, "models verify: 1 damaged"),
-        ({"current": "0.1.2"}, "the current version is 0.1.2, whole are 0.1.0 0.1.1"),
-        ({"damaged": ["0.1.1: a.py"]}, "installed and damaged: 0.1.1: a.py"),
-        ({"prompts": [Prompt(name="p", answers=[])]}, "lost: p"),
-        ({"prompts": [Prompt(name="p", answers=[(200, "a"), (200, "b")])]}, "two answers: p"),
-        ({"prompts": [Prompt(name="p", answers=[(503, "no")])]}, "refused: p"),
-    ],
-)
-def test_each_broken_promise_is_named(changes: dict[str, Any], said: str) -> None:
-    (found,) = damage(sound(**changes), ["Madrid"])
-    assert found.startswith(said)
 
 
 # --- The same answers elsewhere ---------------------------------------------------------------------------

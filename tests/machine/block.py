@@ -1,0 +1,84 @@
+"""A `ForgetfulDisk` as a block device of this host's kernel: `BlockDevice`.
+
+    file system → /dev/loopN → a file that nbdfuse mounts → NBD → ForgetfulDisk → file
+
+The loop device has a write-back cache for the file system above it (`queue/write_cache`), and turns a flush into fsync
+of its file, which nbdfuse turns into a flush of the disk; a write with FUA is a write and a flush. What was written
+goes through at once, so nothing is kept between the file system and the disk. Each device is a new file in a new mount:
+no page of an earlier one can be read. Source: drivers/block/loop.c, nbdfuse(1).
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from tests.machine.served import ServedDisk
+from tests.support.processes import Child, wait_until
+
+_TIMEOUT_S = 60.0
+BOUND_TO_US = ("setpriv", "--pdeathsig", "KILL")
+"""Before a command that must not outlive this process."""
+
+
+class BlockDevice:
+    """One device, from one boot to the next. One thread.
+
+    Args:
+        file: where nbdfuse mounts it; made.
+
+    Attributes:
+        path: the loop device.
+    """
+
+    def __init__(self, disk: ServedDisk, file: Path, log: Path) -> None:
+        self.disk = disk
+        self._file = file
+        file.write_bytes(b"")
+        self._fuse = Child([*BOUND_TO_US, "nbdfuse", str(file), "--unix", str(disk.socket)], log)
+        try:
+            wait_until(lambda: not self._fuse.running or file.stat().st_size, _TIMEOUT_S, "nbdfuse")
+            assert self._fuse.running, self._fuse.log_text()
+            self.path = Path(_said("losetup", "--find", "--show", str(file)))
+        except BaseException:
+            self.cut()
+            raise
+
+    @property
+    def unwritten_bytes(self) -> int:
+        """What the kernel has in memory for it and has not written, or is writing."""
+        major_minor = Path(f"/sys/block/{self.path.name}/dev").read_text().strip()
+        lines = Path(f"/sys/kernel/debug/bdi/{major_minor}/stats").read_text().splitlines()
+        values = dict(line.split(":", 1) for line in lines if ":" in line)
+        return sum(int(values[name].split()[0]) << 10 for name in ("BdiWriteback", "BdiReclaimable"))
+
+    def cut(self) -> int:
+        """The end of the power; gives how many bytes the disk loses. The device gives errors from now on."""
+        lost = self.disk.cut()
+        self._fuse.kill()
+        return lost
+
+    def close(self) -> None:
+        """After `cut`, or when nobody uses it: takes the device away."""
+        if hasattr(self, "path"):
+            detach(self.path)
+        subprocess.run(["umount", "--lazy", self._file], check=False, stderr=subprocess.DEVNULL)
+        self._fuse.stop()
+        self.disk.cut()
+
+
+def detach(device: Path) -> None:
+    """Returns when nothing is behind it any more: what a killed container had mounted goes a moment after it.
+
+    Raises:
+        TimeoutError: somebody still uses it.
+    """
+    subprocess.run(["losetup", "--detach", device], check=False, stderr=subprocess.DEVNULL)
+    backing = Path(f"/sys/block/{device.name}/loop/backing_file")
+    wait_until(lambda: not backing.exists(), _TIMEOUT_S, f"the end of {device}")
+
+
+def _said(*command: str) -> str:
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S
+    ).stdout.strip()
