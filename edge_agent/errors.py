@@ -223,6 +223,13 @@ class SyncStopped(EdgeAgentError):
     code = "sync_stopped"
 
 
+class AgentStopping(SyncStopped):
+    """What is under way ends with the agent."""
+
+    def __init__(self) -> None:
+        super().__init__("the agent is stopping")
+
+
 class VersionHeld(EdgeAgentError):
     """A version waits, to be fetched or to take over. That is a state, not a failure."""
 

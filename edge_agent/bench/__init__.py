@@ -27,6 +27,7 @@ from edge_agent.errors import ContentError, NoModel, UnknownModel
 from edge_agent.host import cpus, identity, memory
 from edge_agent.package import genai_options, onnx_graph, trust
 from edge_agent.private_broker import BrokerMissing
+from edge_agent.runner.process import child_environment
 from edge_agent.serving.learned import Learned
 from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import Settings
@@ -61,7 +62,7 @@ def run_bench(
         EdgeAgentError: the version is not an ONNX package, or a side does not run; the peer is not installed.
     """
     if peer is not None:
-        peers.check(peer)
+        peers.check(peer, child_environment(settings.state_dir))
     store = Store(settings.state_dir)
     record = _active(settings, store, model)
     policy = settings.trust

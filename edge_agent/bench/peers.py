@@ -5,32 +5,69 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import shlex
+import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from edge_agent.bench.line_child import BenchError
 
 LIBRARY = "xllamacpp"
-_MAGIC = b"GGUF"
+_IMPORT_S = 120.0
+_MAX_REASON = 300
 
 
-def check(gguf: Path) -> None:
+def check(gguf: Path, environment: Mapping[str, str]) -> None:
     """
+    Args:
+        environment: of the process that will run it.
+
     Raises:
-        BenchError: the library is not installed, or the file is no GGUF file; the remedy says what to do.
+        BenchError: the file is no GGUF file, or that process would not find the library; the remedy says what to do.
     """
-    if importlib.util.find_spec(LIBRARY) is None:
-        raise BenchError(
-            f"llama.cpp is measured through the Python package {LIBRARY}, which is not installed",
-            remedy=f"{shlex.quote(sys.executable)} -m pip install {LIBRARY}",
-        )
+    from edge_agent.publishing.kinds import GGUF_MAGIC  # a second, which no other benchmark has to wait for
+
     try:
         with gguf.open("rb") as stream:
-            begin = stream.read(len(_MAGIC))
+            begin = stream.read(len(GGUF_MAGIC))
     except OSError as error:
         raise BenchError(f"{gguf} cannot be read: {error.strerror}") from error
-    if begin != _MAGIC:
+    if begin != GGUF_MAGIC:
         raise BenchError(f"{gguf} is no GGUF file", remedy="llama.cpp runs GGUF files only")
+    _check_library(environment)
+
+
+def _check_library(environment: Mapping[str, str]) -> None:
+    """Imports it as its process will. It may be seen here only (PYTHONPATH), or be there and not load."""
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", f"import {LIBRARY}"],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            timeout=_IMPORT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BenchError(f"{LIBRARY} does not load within {_IMPORT_S:.0f} s") from error
+    if found.returncode == 0:
+        return
+    install = f"{shlex.quote(sys.executable)} -m pip install {LIBRARY}"
+    (last,) = found.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ("it says nothing",)
+    if last != f"ModuleNotFoundError: No module named '{LIBRARY}'":
+        raise BenchError(
+            f"{LIBRARY}, through which llama.cpp is measured, cannot be loaded: {last[:_MAX_REASON]}",
+            remedy=install,
+        )
+    where = (
+        "is not installed in the agent's environment, and the processes that are measured get no PYTHONPATH"
+        if importlib.util.find_spec(LIBRARY)
+        else "is not installed"
+    )
+    raise BenchError(
+        f"llama.cpp is measured through the Python package {LIBRARY}, which {where}", remedy=install
+    )
 
 
 def described(gguf: Path) -> dict[str, str]:

@@ -130,9 +130,7 @@ def check(file: Path, path: str) -> None:
     Raises:
         PolicyError: a key is not allowed, a size is more than any model has, or the file is not plain JSON.
     """
-    if file.stat().st_size > _MAX_BYTES:
-        raise PolicyError(f"{path!r} has more than {_MAX_BYTES} bytes")
-    data = file.read_bytes()
+    data = _read(file, path)
     # The library has its own JSON reader. Without escapes and repeated keys, both readers see the same keys.
     if b"\\" in data:
         raise PolicyError(f"{path!r} has escaped characters")
@@ -144,8 +142,20 @@ def check(file: Path, path: str) -> None:
 
 
 def graphs(file: Path, path: str) -> frozenset[str]:
-    """The graphs that a checked `genai_config.json` names, relative to its folder."""
-    return frozenset(_file_names(parse(file.read_bytes(), path)))
+    """The graphs that a `genai_config.json` names, relative to its folder.
+
+    Raises:
+        PolicyError: it is too long, or not plain JSON.
+    """
+    return frozenset(_file_names(parse(_read(file, path), path)))
+
+
+def _read(file: Path, path: str) -> bytes:
+    with file.open("rb") as stream:
+        data = stream.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise PolicyError(f"{path!r} has more than {_MAX_BYTES} bytes")
+    return data
 
 
 def _file_names(value: object) -> Iterator[str]:

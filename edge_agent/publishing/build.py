@@ -6,7 +6,6 @@ input: what is no plain word, or one kind too many, is `other`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ EMBEDDINGS = "embeddings"
 HEAD = "lm_head"
 OTHER = "other"
 _MAX_PARTS = 32
-_MAX_CONFIG_BYTES = 1 << 20
 _FLOAT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 _NODE = re.compile(r"(?:/model/layers\.\d{1,6})?/(?:[a-z_]{1,32}/){0,3}?([a-z_]{1,32})/MatMul(?:_Q\d)?")
 
@@ -47,10 +45,9 @@ class Part:
 def read(folder: Path) -> OnnxGraph | None:
     """The graph of a model builder's folder; None if it cannot be read, or is not a decoder of one graph."""
     try:
-        with (folder / genai_options.FILE_NAME).open("rb") as stream:
-            name = json.loads(stream.read(_MAX_CONFIG_BYTES + 1))["model"]["decoder"]["filename"]
+        (name,) = genai_options.graphs(folder / genai_options.FILE_NAME, genai_options.FILE_NAME)
         return onnx_graph.read(folder / name)
-    except (ContentError, OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ContentError, OSError, ValueError):
         return None
 
 

@@ -16,7 +16,14 @@ from dataclasses import replace
 
 from edge_agent.cache.attempt import Fault, Measured, Step
 from edge_agent.cache.record import VersionRecord
-from edge_agent.errors import ActivationHeld, EdgeAgentError, MemoryShort, StoreError, SyncStopped
+from edge_agent.errors import (
+    ActivationHeld,
+    AgentStopping,
+    EdgeAgentError,
+    MemoryShort,
+    StoreError,
+    SyncStopped,
+)
 from edge_agent.serving import verdicts
 from edge_agent.serving.loading import LoadedVersion, Loading, VersionLoader
 from edge_agent.serving.rollback import Rollback
@@ -167,7 +174,7 @@ class Adoption:
             raise
         except EdgeAgentError as error:
             if self._seat.closed:
-                raise SyncStopped("the agent is stopping") from error
+                raise AgentStopping from error
             if self._states.active is None:
                 self._seat.open()
                 self._note_no_active(Serving.ABSENT, f"version {record.version} failed: {error}")

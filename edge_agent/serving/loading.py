@@ -18,7 +18,7 @@ from pathlib import Path
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.cache.verify import check_files
-from edge_agent.errors import EdgeAgentError, PromptError, RunnerError, SyncStopped
+from edge_agent.errors import AgentStopping, EdgeAgentError, PromptError, RunnerError
 from edge_agent.host.confinement import Walls
 from edge_agent.package import trust
 from edge_agent.runner.protocol import Load, Loaded
@@ -34,7 +34,6 @@ LOAD_TIMEOUT_S = 600.0
 THREADED_FLAVOR = "onnxruntime-genai"
 """The flavor whose number of threads is measured."""
 
-_STOPPING = "the agent is stopping"
 _PEAK_GROWTH = 1.05
 """A peak is written down again when it has grown by this much: a write is not free on a flash card."""
 
@@ -136,7 +135,7 @@ class VersionLoader:
         """Checks a version's bytes and loads them in a new runner.
 
         Raises:
-            SyncStopped: it was closed meanwhile.
+            AgentStopping: it was closed meanwhile.
             EdgeAgentError: it is damaged, or does not load; no runner is left.
         """
         loading = self._loading
@@ -248,7 +247,7 @@ class VersionLoader:
         """Lets `close` find a runner that answers no prompts yet, while the block runs. Kills it if the block fails.
 
         Raises:
-            SyncStopped: in place of what failed because of `close`.
+            AgentStopping: in place of what failed because of `close`.
         """
         with self._lock:
             self._starting.add(runner)
@@ -258,7 +257,7 @@ class VersionLoader:
         except BaseException as error:
             runner.kill()
             if self._closed and isinstance(error, EdgeAgentError):
-                raise SyncStopped(_STOPPING) from error
+                raise AgentStopping from error
             raise
         finally:
             with self._lock:
@@ -267,10 +266,10 @@ class VersionLoader:
     def _go_on(self) -> None:
         """
         Raises:
-            SyncStopped: it was closed.
+            AgentStopping: it was closed.
         """
         if self._closed:
-            raise SyncStopped(_STOPPING)
+            raise AgentStopping
 
     def fits_beside(self, record: VersionRecord) -> bool:
         """Whether memory is likely to hold this version beside everything that is loaded now."""

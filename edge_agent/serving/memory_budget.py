@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edge_agent.cache.record import VersionRecord
-from edge_agent.errors import MemoryShort, SyncStopped
+from edge_agent.errors import AgentStopping, MemoryShort
 from edge_agent.host import identity
 from edge_agent.host.memory import available_bytes, total_bytes
 from edge_agent.serving.footprint import LEAST_CONTEXT_TOKENS, Footprint, footprint_of
@@ -216,12 +216,12 @@ class MemoryBudget:
         """Waits, and has other models unloaded, as long as that may help. Releases the lock while it waits.
 
         Raises:
-            SyncStopped: the model was closed.
+            AgentStopping: the model was closed.
         """
         limit_s = self._clock() + WAIT_S
         while need > self._free():
             if model not in self._models:
-                raise SyncStopped("the agent is stopping")
+                raise AgentStopping
             others = [each for each in self._models if each is not model and each.resident_bytes()]
             oldest = min(others, key=lambda each: each.last_used_s(), default=None)
             if oldest is not None and oldest.give_up_memory():

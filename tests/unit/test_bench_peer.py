@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edge_agent.bench import llama_cpp
+from edge_agent import bench as bench_module
+from edge_agent.bench import llama_cpp, peers
 from edge_agent.bench.line_child import BenchError, LineChild
 from edge_agent.cli import main
 
@@ -100,20 +103,58 @@ def bench(folder: Path, file: Path) -> Any:
     return CliRunner().invoke(main, ["--config", str(config), "bench", "--against", "llama.cpp", str(file)])
 
 
-def test_the_command_says_how_to_get_the_library(tmp_path: Path) -> None:
-    done = bench(tmp_path, tmp_path / "m.gguf")
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF\x03")
+    return file
+
+
+def test_the_command_says_how_to_get_the_library(tmp_path: Path, gguf: Path) -> None:
+    done = bench(tmp_path, gguf)
     assert done.exit_code == 1
     assert "xllamacpp, which is not installed" in done.stderr
     assert f"{sys.executable} -m pip install xllamacpp" in done.stderr
 
 
-def test_a_file_that_is_no_gguf_is_refused_before_anything_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+def test_a_file_that_is_no_gguf_is_refused_before_anything_runs(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     assert "No such file" in bench(tmp_path, file).stderr
     file.write_bytes(b"PK\x03\x04")
     assert "is no GGUF file" in bench(tmp_path, file).stderr
-    file.write_bytes(b"GGUF\x03")
-    assert bench(tmp_path, file).exit_code == 4, "no model is in the cache"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is not installed$"),
+        ("", ""),
+        ("import a_part_of_it", "cannot be loaded: ModuleNotFoundError: No module named 'a_part_of_it'$"),
+        ("import os; os.abort()", "cannot be loaded: it says nothing$"),
+    ],
+)
+def test_the_library_is_looked_for_as_its_process_will_find_it(
+    tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, said: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    if content is not None:
+        (tmp_path / "here" / "xllamacpp.py").write_text(content)
+    environment = {"PYTHONPATH": str(tmp_path / "here")}
+    with pytest.raises(BenchError) if said else contextlib.nullcontext() as caught:
+        peers.check(gguf, environment)
+    assert caught is None or re.search(said, caught.value.message)
+    if content == "":
+        monkeypatch.setattr(bench_module, "child_environment", lambda state_dir: environment)
+        assert bench(tmp_path, gguf).exit_code == 4, "no model is in the cache"
+
+
+def test_a_library_that_only_this_process_sees_is_missing(
+    tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "xllamacpp.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    said = bench(tmp_path, gguf).stderr
+    assert (
+        "not installed in the agent's environment, and the processes that are measured get no PYTHONPATH"
+        in said
+    )

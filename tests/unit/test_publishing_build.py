@@ -50,6 +50,24 @@ def line(place: Path, nodes: Sequence[bytes], tensors: Sequence[bytes] = ()) -> 
     return build.text(graph)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        json.dumps({"model": {"decoder": {"filename": "model.onnx"}, "embedding": {"filename": "b.onnx"}}}),
+        json.dumps({"model": {"decoder": {"filename": "model.onnx"}}}) + " " * (1 << 20),
+        '{"model": {"decoder": {"filename": "model.onnx", "filename": "model.onnx"}}}',
+        "{",
+        "{}",
+    ],
+    ids=["several graphs", "too long", "a key twice", "no JSON", "none"],
+)
+def test_what_is_no_folder_of_one_graph_says_nothing(tmp_path: Path, config: str) -> None:
+    folder = folder_of(tmp_path, [layer(0, "down_proj")])
+    assert build.read(folder) is not None
+    (folder / "genai_config.json").write_text(config)
+    assert build.read(folder) is None
+
+
 def test_the_sample_model_stands_where_its_builder_left_it(sample_model: Path) -> None:
     graph = build.read(sample_model)
     assert graph is not None

@@ -11,7 +11,7 @@ import pytest
 
 from edge_agent.cache import verify
 from edge_agent.cache.state import ModelState
-from edge_agent.errors import SyncStopped
+from edge_agent.errors import AgentStopping, SyncStopped
 from edge_agent.serving.verdicts import MAX_TRIES
 from tests.support.committed import fault
 from tests.support.processes import wait_until
@@ -32,7 +32,7 @@ def stop_in(life: Life, host: ScriptedHost, version: int, at: str, script: Scrip
     trial = InBackground(lambda: life.adopt(version, **options))
     host.wait_for(f"{at} {version}")
     life.lifecycle.close()
-    with pytest.raises(SyncStopped, match="the agent is stopping"):
+    with pytest.raises(AgentStopping, match="the agent is stopping"):
         trial.result()
     host.script(version, Script())
 
