@@ -39,4 +39,6 @@ def test_a_runner_asks_for_huge_pages_where_the_kernel_gives_them_on_request(tmp
     flags = flags_of_a_large_allocation(child_environment(tmp_path))
     assert {"rd", "wr"} <= flags
     assert "hg" in flags or not on_request
-    assert "hg" not in flags_of_a_large_allocation({"PATH": os.environ["PATH"]}), "it is this variable's doing"
+    assert "hg" not in flags_of_a_large_allocation({"PATH": os.environ["PATH"]}), (
+        "it is this variable's doing"
+    )
