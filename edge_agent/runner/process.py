@@ -103,9 +103,13 @@ def child_environment(state_dir: Path) -> dict[str, str]:
     """A runner's whole environment: an allow-list of the daemon's variables, no credentials, no telemetry.
 
     A runner behind its walls has another home, and another folder for temporary files: its own.
+
+    Each token reads all weights, and in pages of 4 KiB looking up where they are costs about a tenth of the time. So
+    glibc (2.35 or newer) asks the kernel for huge pages, where the kernel gives them to who asks (`madvise`).
     """
     return {
         **environment.inherited_environment(*_ENVIRONMENT_NAMES),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "HOME": str(state_dir),
         "ORT_DISABLE_TELEMETRY": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
