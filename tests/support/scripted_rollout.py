@@ -14,7 +14,7 @@ from typing import Any
 from edge_agent.errors import TransportError
 from edge_agent.fleet.broker import Outgoing, Watch
 from edge_agent.fleet.rollout import desired
-from edge_agent.fleet.rollout.console import Clocks, Console, Progress
+from edge_agent.fleet.rollout.console import Clocks, Console, Progress, check_nothing_active
 from edge_agent.fleet.rollout.plan import Limits, Plan, RolloutRefused, check_devices, make_plan
 from edge_agent.fleet.rollout.state import State, parse
 from edge_agent.fleet.rollout.view import View, names_of
@@ -187,7 +187,7 @@ class World:
         """A console that has begun a rollout to all devices."""
         console = self.console(skew_s=skew_s)
         console.collect()
-        console.check_nothing_active()
+        check_nothing_active(console.view)
         assert str(check_devices(console.view.devices(), NAME)) == URI
         console.begin(plan_of(names_of(console.view.devices(), NAME), **planning))
         return console

@@ -10,7 +10,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from edge_agent.cli.fleet import options, rollout_page
 from edge_agent.errors import BrokerUnreachable
 from edge_agent.fleet.broker import FleetBroker
 from edge_agent.fleet.devices import Device
-from edge_agent.fleet.rollout.console import Clocks, Console, no_rollout
+from edge_agent.fleet.rollout.console import Clocks, Console, check_nothing_active, no_rollout
 from edge_agent.fleet.rollout.plan import (
     MAX_FAILED,
     MAX_SOAK_S,
@@ -157,7 +156,7 @@ def start(
         registry = _registry(invocation)
         console = _console(broker, topics, name, devices_file, registry)
         console.collect()
-        console.check_nothing_active()
+        check_nothing_active(console.view)
         devices = console.view.devices()
         ref = check_devices(devices, name)
         plan = make_plan(
@@ -341,8 +340,11 @@ def _drive(console: Console, is_over: Callable[[State], bool], *, as_json: bool)
         with rollout_page.shown(as_json=as_json) as console.tell:
             return console.run(is_over)
     except KeyboardInterrupt:
-        with suppress(BrokerUnreachable):
-            console.leave()
+        try:
+            if console.leave():
+                terminal.echo("nobody has answered yet: what was asked is taken back", err=True)
+        except BrokerUnreachable:
+            terminal.echo("the broker cannot be reached: what was asked may still be done", err=True)
         if console.state is not None:
             terminal.echo(
                 f"the rollout is {console.state.phase}; {rollout_page.what_next(console.state)}", err=True

@@ -79,7 +79,7 @@ def page(state: State, *, now: float, note: str = "") -> list[str | Rows]:
         parts.append(f"median speed {state.speed:.0%} of before")
     if state.suspects:
         parts.append(f"in trouble since they took it: {len(state.suspects)}")
-    parts += [text for text in (state.reason, note) if text]
+    parts += [text for text in (_why(state), note) if text]
     if state.listed:
         rows: list[tuple[object, ...]] = [
             (entry.device, entry.standing, entry.code) for entry in state.listed[:_LISTED]
@@ -111,8 +111,13 @@ def tally(state: State) -> str:
 def line(state: State, note: str) -> str:
     """Where a rollout is, in a pipe."""
     where = f"wave {state.wave + 1} of {len(state.plan.waves)} ({state.plan.waves[state.wave].title})"
-    told = "; ".join(filter(None, (state.reason, note if note != state.reason else "")))
+    told = "; ".join(filter(None, (_why(state), note if note != state.reason else "")))
     return f"{state.phase}, {where}: {tally(state)}" + (f": {told}" if told else "")
+
+
+def _why(state: State) -> str:
+    """The reason, where the phase has just been named: not `aborted: aborted by an operator`."""
+    return state.reason.removeprefix(f"{state.phase} ")
 
 
 def ended(state: State) -> str:

@@ -175,24 +175,13 @@ class Console:
         self.view.take_all(self.broker.collect(self.view.filters))
         self.hear()
 
-    def check_nothing_active(self) -> None:
-        """
-        Raises:
-            RolloutRefused: there is a rollout that is not over.
-            StateUnreadable: there is something that this console does not understand.
-        """
-        if self.view.problem is not None:
-            raise self.view.problem
-        if self.view.heard is not None and self.view.heard.phase not in OVER:
-            raise active(self.view.heard)
-
     def begin(self, plan: Plan) -> None:
         """Makes a new rollout this console's state; the next turns claim it.
 
         Raises:
             RolloutRefused, StateUnreadable: as `check_nothing_active`.
         """
-        self.check_nothing_active()
+        check_nothing_active(self.view)
         old, now = self.view.heard, self._clocks.wall_s()
         self._rollout = secrets.token_hex(8)
         self.state = State(id=self._rollout, plan=plan, at=now, since=now, seq=old.seq if old else 0)
@@ -230,14 +219,18 @@ class Console:
             self._hear_answer(self._asked)
         self._say(self._note)
 
-    def leave(self) -> None:
-        """Gives the lease back, so that the next console need not wait for its end."""
+    def leave(self) -> bool:
+        """Gives the lease back, so that the next console need not wait for its end, and takes back what it has asked
+        and nobody has answered. True where there was that."""
+        asked, self._asked = self._asked, None
+        if asked is not None and (self.view.request is None or self.view.request.id == asked.id):
+            self.broker.publish(self.view.request_topic, b"", retain=True)
         if self.state is not None and self._claim.holds(self._clocks.mono_s()):
             if self.state.phase in OVER:
-                pages = map(self.view.page_topic, range(self.state.pages))
-                self.broker.publish_all([Outgoing(topic=page, body=b"", retain=True) for page in pages])
+                self.broker.publish_all(_no_pages(self.view, self.state))
             self.state = self._claim.releases(self.state, self._clocks.wall_s())
             self.broker.publish(self.view.state_topic, self.state.encode(), retain=True)
+        return asked is not None
 
     def _send(self, request: Request) -> None:
         self._asked, self._asked_s = request, self._clocks.mono_s()
@@ -379,6 +372,18 @@ class Console:
         self.tell(Progress(state=self.state, leads=self._claim.holds(self._clocks.mono_s()), note=note))
 
 
+def check_nothing_active(view: View) -> None:
+    """
+    Raises:
+        RolloutRefused: there is a rollout that is not over.
+        StateUnreadable: there is something that this console does not understand.
+    """
+    if view.problem is not None:
+        raise view.problem
+    if view.heard is not None and view.heard.phase not in OVER:
+        raise active(view.heard)
+
+
 def _read(watch: Watch, view: View, mono_s: Callable[[], float]) -> None:
     """What has come, for a moment: a large fleet is never quiet."""
     until_s = mono_s() + _READING_S
@@ -412,6 +417,10 @@ def _obeyed(state: State, verb: Verb, view: View, now: float) -> State:
     if verb is Verb.PAUSE:
         return rules.pause(state, now)
     return rules.abort(state, now) if verb is Verb.ABORT else rules.resume(state, view.seen(state), now)
+
+
+def _no_pages(view: View, state: State) -> list[Outgoing]:
+    return [Outgoing(topic=view.page_topic(page), body=b"", retain=True) for page in range(state.pages)]
 
 
 def _before(devices: Iterable[Device], plan: Plan) -> Mapping[str, Before]:

@@ -410,6 +410,29 @@ def test_what_was_asked_is_asked_again_where_nobody_can_find_it(lost: str) -> No
     assert aborting.run(lambda state: state.phase is Phase.ABORTED).phase is Phase.ABORTED
 
 
+def test_who_goes_before_the_answer_takes_back_what_was_asked() -> None:
+    """Nobody has the lease, or another console is busy; then somebody presses Ctrl-C."""
+    world = World(TWELVE)
+    leading = world.begun()
+    world.run(leading, lambda state: state.phase is Phase.SOAKING)
+    pausing, aborting = world.console(), world.console()
+    pausing.collect()
+    pausing.ask(Verb.PAUSE)
+    assert retained(world, "/request")
+    assert pausing.leave() is True
+    assert not retained(world, "/request")
+    assert pausing.leave() is False, "nothing is left"
+    pausing.ask(Verb.PAUSE)
+    aborting.collect()
+    aborting.ask(Verb.ABORT)
+    with watching(pausing) as watch:
+        pausing.look(watch)
+    assert pausing.leave() is True
+    assert retained(world, "/request"), "it is another console's now"
+    within(world, 300)
+    assert world.run(leading, ended).phase is Phase.ABORTED
+
+
 def test_a_console_whose_rollout_is_gone_does_not_go_on_with_the_next_one() -> None:
     world = World(TWELVE)
     console = world.begun()

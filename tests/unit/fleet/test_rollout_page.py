@@ -55,6 +55,13 @@ def test_an_end_is_said_once(phase: Phase, reason: str, said: str) -> None:
     assert rollout_page.ended(replace(STATE, phase=phase, reason=reason)) == said
 
 
+@pytest.mark.parametrize("phase", [Phase.PAUSED, Phase.ABORTED])
+def test_a_phase_and_its_reason_are_no_word_twice(phase: Phase) -> None:
+    state = replace(STATE, phase=phase, reason=f"{phase} by an operator; it was soaking")
+    assert rollout_page.line(state, "").endswith(": by an operator; it was soaking")
+    assert text_of(rollout_page.page(state, now=NOW)).count(phase) == 1
+
+
 def text_of(page: Sequence[object]) -> str:
     return "\n".join(str(part) for part in page)
 
