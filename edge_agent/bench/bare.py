@@ -68,6 +68,8 @@ class Bare:
             count += 1
             first = first or time.perf_counter()
         ended = time.perf_counter()
+        if generator.is_done() and count < max_tokens:
+            count -= 1  # an end token is no token of the answer, here as in the agent's usage
         return {
             "prompt_tokens": len(tokens),
             "completion_tokens": count,
