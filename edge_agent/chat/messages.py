@@ -284,6 +284,23 @@ def encode_answer(document: dict[str, Any], form: Form) -> bytes:
     return (f"{text}\n\n[{note}]" if note else text).encode("utf-8", "replace")
 
 
+def result(question: str, answer: Mapping[str, Any], *, version: int, flavor: str) -> dict[str, Any]:
+    """What `probe --json` and `demo --json` print of an answer."""
+    (choice,), timings = answer["choices"], answer["timings"]
+    return {
+        "question": question,
+        "answer": choice["message"]["content"],
+        "model": answer["model"],
+        "version": version,
+        "flavor": flavor,
+        "finish_reason": choice["finish_reason"],
+        "usage": answer["usage"],
+        "queue_ms": timings.get("queue_ms", 0.0),
+        "first_token_ms": timings["first_token_ms"],
+        "tokens_per_s": timings["tokens_per_s"],
+    }
+
+
 def cut_note(finish_reason: str, usage: Mapping[str, int]) -> str:
     """What to tell a person whose answer ended at its limit; empty for one that is whole."""
     if finish_reason != "length":

@@ -53,7 +53,7 @@ def ask_daemon(
             on_text(text)
 
         done = prompt_daemon(settings, {"text": question}, model=model, timeout_s=timeout_s, on_text=take)
-    return _result(question, done["answer"], version=int(done["version"]), flavor=done["flavor"])
+    return messages.result(question, done["answer"], version=int(done["version"]), flavor=done["flavor"])
 
 
 def prompt_daemon(
@@ -158,7 +158,7 @@ def ask_direct(
                 )
             except RunnerError as error:
                 raise type(error)(f"{error.message}; it printed: {lease.runner.last_output()}") from error
-            return _result(question, answer, version=lease.version, flavor=lease.flavor)
+            return messages.result(question, answer, version=lease.version, flavor=lease.flavor)
     finally:
         lifecycle.close()
 
@@ -202,18 +202,3 @@ def timings_now(done: Done, *, started_s: float, first_s: float | None) -> dict[
         tokens=done.usage.get("completion_tokens", 0),
         measured=done.timings,
     )
-
-
-def _result(question: str, answer: dict[str, Any], *, version: int, flavor: str) -> dict[str, Any]:
-    return {
-        "question": question,
-        "answer": answer["choices"][0]["message"]["content"],
-        "model": answer["model"],
-        "version": version,
-        "flavor": flavor,
-        "finish_reason": answer["choices"][0]["finish_reason"],
-        "usage": answer["usage"],
-        "queue_ms": answer["timings"].get("queue_ms", 0.0),
-        "first_token_ms": answer["timings"]["first_token_ms"],
-        "tokens_per_s": answer["timings"]["tokens_per_s"],
-    }

@@ -156,18 +156,8 @@ def _ask(port: int, question: str, flavor: str) -> dict[str, Any]:
     answer = json.loads(message.payload)
     if "error" in answer:
         raise DemoError(f"the agent answered with an error: {answer['error']['message']}")
-    user_properties = dict(message.properties.UserProperty)
-    return {
-        "question": question,
-        "answer": answer["choices"][0]["message"]["content"],
-        "model": answer["model"],
-        "version": int(user_properties["version"]),
-        "flavor": flavor,
-        "finish_reason": answer["choices"][0]["finish_reason"],
-        "usage": answer["usage"],
-        "first_token_ms": answer["timings"]["first_token_ms"],
-        "tokens_per_s": answer["timings"]["tokens_per_s"],
-    }
+    version = int(dict(message.properties.UserProperty)["version"])
+    return messages.result(question, answer, version=version, flavor=flavor)
 
 
 def _print_result(result: dict[str, Any]) -> None:

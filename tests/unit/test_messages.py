@@ -333,6 +333,30 @@ def test_a_plain_text_answer_that_was_cut_says_so_and_a_json_answer_keeps_its_te
     assert json.loads(messages.encode_answer(answer, Form.JSON)) == answer
 
 
+def test_probe_and_demo_print_the_same_of_an_answer() -> None:
+    answer = messages.completion(
+        request_id="a",
+        created_s=0,
+        model="m",
+        text="Olá",
+        finish_reason="stop",
+        usage={"completion_tokens": 2},
+        timings={"queue_ms": 1.0, "first_token_ms": 2.0, "total_ms": 3.0, "tokens_per_s": 4.0},
+    )
+    assert messages.result("Olá?", answer, version=3, flavor="onnxruntime-genai 0.18.0") == {
+        "question": "Olá?",
+        "answer": "Olá",
+        "model": "m",
+        "version": 3,
+        "flavor": "onnxruntime-genai 0.18.0",
+        "finish_reason": "stop",
+        "usage": {"completion_tokens": 2},
+        "queue_ms": 1.0,
+        "first_token_ms": 2.0,
+        "tokens_per_s": 4.0,
+    }
+
+
 def test_timings_leave_the_first_token_out_of_the_rate() -> None:
     moments = {"queued_s": 1.0, "started_s": 1.5, "first_s": 2.0, "ended_s": 3.0}
     timings = messages.timings(**moments, tokens=11, measured={})
