@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -31,7 +30,7 @@ from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Delivery
 from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.transport.inbound import Inbound
-from edge_agent.transport.paho_client import Client, disable_nagle, guarded
+from edge_agent.transport.paho_client import Client, disable_nagle, guarded, paho
 from edge_agent.transport.reconnect import Ending
 
 log = logging.getLogger(__name__)
