@@ -5,6 +5,8 @@ daemon ends with 1 and systemd starts a whole one.
 
     cache and journal → runners load → READY → broker and registry → step, step, … → drain → journal closed
 
+A step comes often while something goes on, and seldom while nothing does: a device may live from a battery.
+
 READY waits for no connection to anything: a device boots without a network. Where the models load for long, the broker
 comes before READY: the status is `starting` then, and prompts that come wait in the queue.
 """
@@ -30,11 +32,13 @@ from edge_agent.chat.fairness import owner_names
 from edge_agent.chat.intake import Intake
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.prompt import Source
+from edge_agent.chat.wake import Wake
 from edge_agent.device_metrics import DeviceMetrics
 from edge_agent.device_status import DeviceStatus, StatusPublisher
 from edge_agent.errors import DaemonRunning, JournalUnavailable, ModelFailed, StoreError, disk_remedy
 from edge_agent.host.confinement import hide_memory
 from edge_agent.host.memory import ReportedMemory, share_one_heap
+from edge_agent.host.thread_name import name_this_thread
 from edge_agent.metrics.measurements import Measurements
 from edge_agent.runner import protocol
 from edge_agent.sd_notify import Notifier
@@ -56,7 +60,9 @@ from edge_agent.updates.updates import Updates
 
 log = logging.getLogger(__name__)
 
-STEP_S = 0.2
+STEP_S, REST_S = 0.2, 1.0
+"""From one step to the next, while something goes on, and while nothing does. A prompt that comes ends a rest, so that
+its deadline is not missed by one."""
 PRUNE_INTERVAL_S = 60.0
 SLOW_START_S = 10.0
 """Whoever loads longer than this says so to the broker. Others call nobody before they are ready."""
@@ -78,7 +84,8 @@ class Daemon:
     def __init__(self, settings: Settings, notifier: Notifier) -> None:
         self._settings = settings
         self._notifier = notifier
-        self._stop = threading.Event()
+        self._stopping = self._rests = False
+        self._wake = Wake()
         self._threads: list[threading.Thread] = []
         self._topics = Topics(
             prefix=settings.mqtt.prefix,
@@ -167,7 +174,7 @@ class Daemon:
     def run(self) -> int:
         """Runs until SIGTERM or SIGINT. Returns the process's exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stop.set())
+            signal.signal(number, self._on_signal)
         self._start("control", self._control.run)
         for name, dispatcher in self._dispatchers.items():
             self._start(f"dispatcher-{name}", dispatcher.run)
@@ -176,7 +183,7 @@ class Daemon:
         if (dead := self._dead_thread(time.monotonic())) is not None:
             log.critical("thread ended code=internal name=%s", dead)
             code = 1
-        elif not self._stop.is_set():
+        elif not self._stopping:
             self._status.ready = True
             self._notifier.ready(self._status.headline())
             log.info("started device=%s models=%d", self._settings.device_id, len(self._lifecycles))
@@ -187,8 +194,8 @@ class Daemon:
         self._shut_down()
         return code
 
-    def step(self, now_s: float) -> None:
-        """One turn of the main thread.
+    def step(self, now_s: float) -> bool:
+        """One turn of the main thread. True while something goes on: the next one should come soon.
 
         Args:
             now_s: monotonic seconds.
@@ -199,7 +206,7 @@ class Daemon:
             if now_s >= self._prune_at_s:
                 self._prune_at_s = now_s + PRUNE_INTERVAL_S
                 self._journal.prune(moment=clock.now(), ttl_s=self._settings.mqtt.answer_ttl_s)
-        self._publisher.step(now_s)
+        return self._publisher.step(now_s)
 
     # --- Start, watch, stop ----------------------------------------------------------------------------
 
@@ -216,7 +223,7 @@ class Daemon:
     def _await_models(self) -> None:
         """READY waits until each preloaded model is loaded, or has failed to."""
         slow_s = time.monotonic() + SLOW_START_S
-        while not self._stop.is_set() and not all(life.settled() for life in self._lifecycles.values()):
+        while not self._stopping and not all(life.settled() for life in self._lifecycles.values()):
             self._notifier.extend_timeout(30)
             self._notifier.watchdog(time.monotonic())
             if self._dead_thread(time.monotonic()) is not None:
@@ -224,18 +231,29 @@ class Daemon:
             self.step(time.monotonic())
             if time.monotonic() > slow_s:
                 self._connect()
-            self._stop.wait(STEP_S)
+            self._wake.wait(STEP_S)
 
     def _supervise(self) -> int:
-        while not self._stop.wait(STEP_S):
+        while not self._stopping:
             now_s = time.monotonic()
-            self.step(now_s)
+            self._rests = True  # what comes from here on is not lost
+            self._rests = not self.step(now_s)
             dead = self._dead_thread(now_s)
             if dead is not None:
                 log.critical("thread ended code=internal name=%s", dead)
                 return 1
             self._notifier.watchdog(now_s)
+            self._wake.wait(REST_S if self._rests else STEP_S)
         return 0
+
+    def _on_signal(self, *_: object) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    def _end_rest(self) -> None:
+        """From any thread: something begins that the main thread has to look after."""
+        if self._rests:
+            self._wake.set()
 
     def _dead_thread(self, now_s: float) -> str | None:
         for thread in self._threads:
@@ -307,6 +325,7 @@ class Daemon:
             deadline_s=self._settings.limits.deadline_s,
             max_deadline_s=self._settings.limits.max_deadline_s,
             on_answer=lambda source, row: self._outlets[source].answered(row),
+            on_accepted=self._end_rest,
             measurements=self._measurements,
         )
 
@@ -367,6 +386,7 @@ def _logged(name: str, target: Callable[[], None]) -> Callable[[], None]:
     """A thread's top: what ends it is logged; the main thread sees that it ended."""
 
     def run() -> None:
+        name_this_thread(name)
         try:
             target()
         except Exception:

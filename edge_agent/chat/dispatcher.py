@@ -37,7 +37,7 @@ from edge_agent.runner.protocol import Called, Delta, Done, Refused
 
 log = logging.getLogger(__name__)
 
-_WAIT_S = 0.5
+_WAIT_S = 1.0
 _MAX_FRAMES = 64
 _JOURNAL_RETRY_S = 1.0
 

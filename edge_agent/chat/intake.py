@@ -53,6 +53,7 @@ class Intake:
         deadline_s: for prompts without one.
         max_deadline_s: the longest that a client may ask for.
         on_answer: told when a row gets its answer here (cancelled, or too late).
+        on_accepted: told of each new prompt: `expire` is due at its deadline.
         measurements: where such an answer is counted; one of its own where nobody looks.
     """
 
@@ -66,6 +67,7 @@ class Intake:
         deadline_s: float,
         max_deadline_s: float,
         on_answer: Callable[[Source, int], None],
+        on_accepted: Callable[[], None] = lambda: None,
         measurements: Measurements | None = None,
     ) -> None:
         self._journal = journal
@@ -75,6 +77,7 @@ class Intake:
         self._deadline_s = deadline_s
         self._max_deadline_s = max_deadline_s
         self._on_answer = on_answer
+        self._on_accepted = on_accepted
         self._measurements = measurements or Measurements(models)
 
     def take(
@@ -132,6 +135,7 @@ class Intake:
         )
         if acceptance.new:
             self._workers[model].notify()
+            self._on_accepted()
         return acceptance
 
     def cancel(self, wanted: bytes, *, moment: Moment) -> bool:

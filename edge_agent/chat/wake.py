@@ -16,8 +16,8 @@ class Wake:
     def set(self) -> None:
         os.eventfd_write(self._descriptor, 1)
 
-    def wait(self, timeout_s: float, *others: int) -> None:
-        """Clears the flag once it is set, another descriptor is readable, or `timeout_s` has passed."""
+    def wait(self, timeout_s: float | None, *others: int) -> None:
+        """Clears the flag once it is set, another descriptor is readable, or `timeout_s` has passed, if it is given."""
         with contextlib.suppress(OSError, ValueError):  # another descriptor was closed: its owner finds out
             select.select([self._descriptor, *others], [], [], timeout_s)
         with contextlib.suppress(BlockingIOError):

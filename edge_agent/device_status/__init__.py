@@ -234,48 +234,62 @@ class StatusPublisher:
         self._published = self._reported = self._discovered = ""
         self._status_at_s = self._reported_at_s = self._metrics_at_s = 0.0
 
-    def step(self, now_s: float) -> None:
-        """Publishes what is due.
+    def step(self, now_s: float) -> bool:
+        """Publishes what is due. True while something goes on: it may soon be something else.
 
         Args:
             now_s: monotonic seconds.
         """
         document = self._status.document()
-        self._report(now_s, document)
-        self._publish(now_s, document)
+        goes_on = self._report(now_s, document)
+        goes_on |= self._publish(now_s, document)
         if now_s >= self._metrics_at_s:
             self._metrics_at_s = now_s + METRICS_INTERVAL_S
             self._outlet.set_metrics(messages.encode(self._metrics()))
+        loads = any(model["state"] == Serving.LOADING for model in document["models"])
+        return goes_on or loads or document["queue_depth"] > 0
 
     def say_offline(self) -> None:
         """The last status, as the last will would say it."""
         self._outlet.set_retained(self._topics.status, messages.encode(self._status.offline()))
 
-    def _publish(self, now_s: float, document: dict[str, Any]) -> None:
-        """The status: at each change of what people act on. Numbers that always change come along at intervals."""
+    def _publish(self, now_s: float, document: dict[str, Any]) -> bool:
+        """The status: at each change of what people act on. Numbers that always change come along at intervals.
+
+        Returns:
+            True at a change.
+        """
         lasting = {**document, "time": 0, "seq": 0, "queue_depth": 0}
         lasting["models"] = [{**model, "tokens_per_s": 0} for model in document["models"]]
         text = repr(lasting)
-        if text == self._published and now_s < self._status_at_s:
-            return
-        if text != self._published:
+        changed = text != self._published
+        if not changed and now_s < self._status_at_s:
+            return False
+        if changed:
             log.info("status %s %s", document["state"], self._status.headline())
             self._notifier.status(self._status.headline())
         self._published, self._status_at_s = text, now_s + STATUS_INTERVAL_S
         self._status.number(document)
         self._outlet.set_retained(self._topics.status, messages.encode(document))
+        return changed
 
-    def _report(self, now_s: float, document: dict[str, Any]) -> None:
+    def _report(self, now_s: float, document: dict[str, Any]) -> bool:
         """What runs: at each change. The progress of a fetch, and of the golden prompts, comes along at intervals, and
-        once it has ended."""
+        once it has ended.
+
+        Returns:
+            True at a change, and while something progresses.
+        """
         reported = self._status.reported(document)
         models = reported["models"].values()
         moving = any(model["progress"] or (model["attempt"] or {}).get("golden") for model in models)
         text = repr([_lasting(model) for model in models])
-        if text != self._reported or (moving and now_s >= self._reported_at_s):
+        changed = text != self._reported
+        if changed or (moving and now_s >= self._reported_at_s):
             self._reported, self._reported_at_s = text, now_s + PROGRESS_INTERVAL_S
             self._outlet.set_retained(self._topics.reported, messages.encode(reported))
             self._discover(reported["models"])
+        return changed or moving
 
     def _discover(self, models: Mapping[str, Mapping[str, Any]]) -> None:
         """What Home Assistant has to know: at the start, and whenever another version is the one to ask for."""

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from edge_agent import printable
@@ -61,7 +62,7 @@ class Manifest:
     def total_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of the canonical JSON: the package's identity. Lower-case hex."""
         return hashlib.sha256(self.encode()).hexdigest()

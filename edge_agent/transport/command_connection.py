@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -28,7 +27,7 @@ from edge_agent.environment import credential_path
 from edge_agent.errors import BrokerUnreachable
 from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.transport.credentials import read_password, tls_context
-from edge_agent.transport.paho_client import Client, disable_nagle, guarded
+from edge_agent.transport.paho_client import Client, disable_nagle, guarded, paho
 
 STEP_TIMEOUT_S = 10.0
 

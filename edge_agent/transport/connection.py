@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -31,7 +30,7 @@ from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Delivery
 from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.transport.inbound import Inbound
-from edge_agent.transport.paho_client import Client, disable_nagle, guarded
+from edge_agent.transport.paho_client import Client, disable_nagle, guarded, paho
 from edge_agent.transport.reconnect import Ending
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ MAX_IN_FLIGHT = 16
 PACKET_OVERHEAD_BYTES = 128
 
 _CONNECT_TIMEOUT_S = 10.0
-_TURN_S = 1.0
+TURN_S = 1.0
 _CONNACK_S = 15.0
 _TAKEN_OVER = 0x8E
 _NO_MESSAGES_FAULT = (0x00, 0x89, 0x8B, 0x8D, _TAKEN_OVER, 0x98, 0x9C, 0x9D, 0x9F, 0xA0)
@@ -123,7 +122,9 @@ class Connection:
     ack_after: dict[int, int] = field(default_factory=dict)
     chunked: dict[str, float] = field(default_factory=dict)
 
-    def turn(self, wake: socket.socket, send_due: Callable[[Connection], None]) -> None:
+    def turn(
+        self, wake: socket.socket, send_due: Callable[[Connection], None], *, timeout_s: float = TURN_S
+    ) -> None:
         """Waits for the socket or for `wake`, reads, writes, and then sends what is due.
 
         Args:
@@ -131,7 +132,7 @@ class Connection:
             send_due: called while the broker listens.
         """
         try:
-            if not self.client.turn(_TURN_S, wake):
+            if not self.client.turn(timeout_s, wake):
                 self.ended = self.ended or "connection lost"
                 return
             if self.connected and not self.ended:

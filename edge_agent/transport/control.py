@@ -23,6 +23,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from edge_agent.chat.wake import Wake
 from edge_agent.errors import (
     BadRequest,
     ControlSocketError,
@@ -51,7 +52,6 @@ _UNKNOWN_OPERATION = "unknown operation "
 SOCKET_MODE = 0o660
 _REQUEST_TIMEOUT_S = 10.0
 """For the whole of it: a client that sends a byte now and then has no more time than one that sends nothing."""
-_ACCEPT_S = 0.5
 _SEND_TIMEOUT_S = 30.0
 _CONNECT_S = 5.0
 _CONNECT_AGAIN_S = 0.05
@@ -168,15 +168,17 @@ class ControlServer:
         self._max_request_bytes = max_request_bytes
         self._seats = _Seats()
         self._closing = threading.Event()
+        self._wake = Wake()
         self._listener = listen(path, key="control_socket")
-        self._listener.settimeout(_ACCEPT_S)  # here, so that `run` may begin after `close`
+        self._listener.setblocking(False)  # a client that is counted may have left
 
     def run(self) -> None:
         """The thread: accepts until `close`."""
         while not self._closing.is_set():
+            self._wake.wait(None, self._listener.fileno())
             try:
                 connection, _ = self._listener.accept()
-            except TimeoutError:
+            except BlockingIOError:
                 continue
             except OSError:
                 if self._closing.is_set():
@@ -201,6 +203,7 @@ class ControlServer:
     def close(self) -> None:
         """Ends `run` and removes the socket."""
         self._closing.set()
+        self._wake.set()
         self._listener.close()
         self._path.unlink(missing_ok=True)
 

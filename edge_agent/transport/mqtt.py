@@ -28,7 +28,7 @@ from edge_agent.chat.prompt import Answer, Delivery, Prompt
 from edge_agent.errors import BrokerUnreachable, EdgeAgentError, JournalUnavailable, SettingsError
 from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.topics import Topics
-from edge_agent.transport.connection import Connection, Dialling
+from edge_agent.transport.connection import TURN_S, Connection, Dialling
 from edge_agent.transport.credentials import tls_context
 from edge_agent.transport.echo import Echo
 from edge_agent.transport.inbound import Handler
@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 _MIN_PACKET_BYTES = 1 << 20
 _GOODBYE_S = 3.0
 _LOOK_S = 1.0
+_REST_S = 5.0
+"""A turn while nothing is due: the self-test and paho's pings are less than so much late."""
 _SPEAKS_5, _SPEAKS_OLDER = "broker_speaks_5", "broker_speaks_older"
 """The journal's notes of what a broker speaks."""
 _HEARD = "broker_heard"
@@ -225,7 +227,9 @@ class MqttTransport:
 
     def _turn(self, connection: Connection) -> None:
         self.turned_s = time.monotonic()
-        connection.turn(self._wake_read, self._send_due)
+        rests = connection.connected and self._outbox.rests
+        timeout_s = min(_REST_S, self._settings.keepalive_s / 4) if rests else TURN_S
+        connection.turn(self._wake_read, self._send_due, timeout_s=timeout_s)
 
     def _send_due(self, connection: Connection) -> None:
         self._outbox.send_due(connection)

@@ -40,7 +40,8 @@ MAX_BACKLOG = 4
 """Answers of a backlog under way at once: a new one does not wait behind many of them at the broker."""
 MAX_RETRIES = 16
 """Postponed answers that are tried again at one look: thousands of them take little of the device's time."""
-_LOOK_S = 1.0
+_LOOK_S, _REST_S = 1.0, 60.0
+"""Between two looks at the answers in the journal: while some wait there, and while none does."""
 _PATIENCE_S = 2.0
 
 
@@ -92,12 +93,14 @@ class Outbox:
         self._suspicion = Suspicion()
         self._retries = Retries(journal=journal, counters=counters, now=now)
         self._answers_due = True
+        self._some_wait = True
         self._looked_s = self._began_s = 0.0
 
     # --- From any thread -------------------------------------------------------------------------------
 
     def answered(self, row: int) -> None:
         """An answer waits in the journal. With many of them, the oldest are found there."""
+        self._some_wait = True
         self._new.append(row)
 
     def chunk(self, prompt: Prompt, document: dict[str, Any]) -> None:
@@ -132,7 +135,7 @@ class Outbox:
 
     def begin(self) -> None:
         """A connection was accepted: answers and retained documents are due again."""
-        self._answers_due = True
+        self._answers_due = self._some_wait = True
         self._began_s = self._now().boot_s
         self._retained_due.update(self._retained)
 
@@ -163,6 +166,11 @@ class Outbox:
     def unsaid(self, connection: Connection) -> bool:
         """True while the broker does not have the last status, or has not taken something that was sent."""
         return bool(self._retained_due or connection.in_flight)
+
+    @property
+    def rests(self) -> bool:
+        """True while nothing waits that becomes due by itself."""
+        return not (self._some_wait or self._refusals or self._suspicion.active)
 
     def send_due(self, connection: Connection) -> None:
         """Hands paho what waits, as far as the socket takes it: nothing piles up in its memory."""
@@ -197,6 +205,7 @@ class Outbox:
         """The broker has a message of QoS 1, or says why not."""
         sent = connection.in_flight.pop(mid, None)
         connection.worked = True
+        self._some_wait = True
         if (refused_mid := connection.ack_after.pop(mid, None)) is not None:
             connection.ack(refused_mid)
         if sent is None or not sent.topic:
@@ -241,13 +250,14 @@ class Outbox:
         with contextlib.suppress(JournalUnavailable):  # they wait there
             self._send_new(connection)
             now_s = self._now().boot_s
-            look = now_s - self._looked_s > _LOOK_S
+            look = now_s - self._looked_s > (_REST_S if self.rests else _LOOK_S)
             if look:
                 self._looked_s = now_s
             if (look or self._answers_due) and self._has_room(connection, now_s):
                 self._answers_due = self._send_backlog(connection, now_s)
             if look and not self._answers_due and self._has_room(connection, now_s):
                 self._send_postponed(connection, now_s)
+                self._some_wait = self._journal.deliveries.pending() > 0
 
     def _send_new(self, connection: Connection) -> None:
         """Answers since the last look, in the order in which they were given."""

@@ -1,4 +1,8 @@
-"""paho's client as this project uses it: no message ends a connection, and no callback ends a thread in silence."""
+"""paho's client as this project uses it: no message ends a connection, and no callback ends a thread in silence.
+
+Owns the import of `paho.mqtt.client`. Where somebody else has installed dnspython (the signatures' libraries do), paho
+imports that, too, for SRV records, which nobody asks for here: 3 MB of the daemon, and a quarter of a second.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,33 @@ import logging
 import select
 import socket
 import ssl
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from paho.mqtt import client as paho
 from paho.mqtt.enums import MQTTErrorCode
+
+
+@contextlib.contextmanager
+def _as_if_missing(package: str) -> Iterator[None]:
+    """In the block, who imports this package finds that it is not installed, unless it is there already.
+
+    Source: Python's reference, 5.3.1, on None in `sys.modules`.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+with _as_if_missing("dns"):
+    from paho.mqtt import client as paho
+
+__all__ = ["Client", "disable_nagle", "guarded", "paho"]
 
 log = logging.getLogger(__name__)
 

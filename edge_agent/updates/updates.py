@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 SPREAD_S = 60.0
 """A fleet that waits for the same minute comes in the course of this."""
-_WAIT_S = 0.5
+_WAIT_S = 1.0
 
 
 class Updates:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.client import Client, chat
+from tests.support.client import Client, chat, connected
 from tests.support.mosquitto import Broker, tool
-from tests.support.processes import Daemon, standing_still, wait_until
+from tests.support.processes import Daemon, short_folder, standing_still, wait_until
+from tests.support.sample_device import copy_cache, settings_for, wait_for_state
 
 SPAIN = "What is the capital of Spain?"
 MADRID = "The capital of Spain is Madrid."
@@ -333,3 +334,28 @@ def test_status_is_retained_and_complete(client: Client) -> None:
     }
     assert (model["name"], model["version"], model["state"]) == ("assistant", 1, "ready")
     assert len(model["digest"]) == 64
+
+
+class Resting(Daemon):
+    """One whose main thread rests for an hour where nothing goes on."""
+
+    def _command(self, *arguments: str) -> list[str]:
+        program = "from edge_agent import cli, daemon; daemon.REST_S = 3600.0; cli.main()"
+        return [self.python, "-c", program, *super()._command(*arguments)[3:]]
+
+
+def test_what_comes_ends_the_main_threads_rest(agent: Daemon, broker: Broker) -> None:
+    with short_folder() as folder:
+        copy_cache(agent, folder / "state")
+        daemon = Resting(folder, settings_for(broker, "", device="resting"))
+        try:
+            daemon.start()
+            wait_for_state(daemon, "ready")
+            with connected(broker, device="resting") as client:
+                assert client.ask(chat(SPAIN)).text == MADRID
+                (runner,) = daemon.runners()
+                with standing_still(runner):
+                    assert client.ask(chat(SPAIN, deadline_ms=500)).status == 408
+            assert daemon.stop() == 0
+        finally:
+            daemon.close()

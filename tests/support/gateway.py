@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import queue
+import signal
 import socket
 import ssl
 import sys
@@ -272,7 +273,7 @@ class ServedHere(Interface):
         wait_until(lambda: self.server.started, 60, "the gateway")
 
     def close(self) -> None:
-        self.server.should_exit = True
+        self.server.handle_exit(signal.SIGTERM, None)
         self.wait_end()
 
     def wait_end(self) -> None:

@@ -186,11 +186,14 @@ def test_the_environment_is_read_in_one_place() -> None:
     assert users - own_processes - {"bench/bandwidth.py"} == {"environment.py"}
 
 
-def imported(*modules: str) -> set[str]:
-    """The packages that a process has once it has imported these: without dnspython, which paho takes where somebody
-    else has installed it."""
+def imported(*modules: str, path: str = "") -> set[str]:
+    """What a process has once it has imported these: modules, and the packages that they are of.
+
+    Args:
+        path: a folder with more packages.
+    """
     program = (
-        f"import sys; sys.modules['dns'] = None; import {', '.join(modules)};"
+        f"import sys; sys.path.append({path!r}); import {', '.join(modules)};"
         "print(*{name.split('.')[0] for name in sys.modules}, *(n for n in sys.modules if '.' in n))"
     )
     result = subprocess.run(
@@ -218,6 +221,17 @@ def test_the_daemon_imports_neither_an_event_loop_nor_the_other_commands() -> No
     assert names & {"asyncio", "pydantic_settings", "rich", "prompt_toolkit", "cryptography", "yaml"} == set()
     of_commands = {name for name in names if name.startswith(("edge_agent.cli.", "edge_agent.fleet"))}
     assert of_commands == {"edge_agent.cli.command", "edge_agent.cli.run"}
+
+
+def test_the_daemon_imports_no_dns_library_where_there_is_one(tmp_path: Path) -> None:
+    (tmp_path / "dns").mkdir()
+    for file in ("__init__.py", "resolver.py"):
+        (tmp_path / "dns" / file).touch()
+    names = imported("edge_agent.daemon", path=str(tmp_path))
+    assert "paho.mqtt.client" in names
+    assert "dns" not in names, "paho would"
+    assert "dns" in imported("edge_agent.daemon", "dns.resolver", path=str(tmp_path)), "others may"
+    assert "dns.resolver" in imported("paho.mqtt.client", path=str(tmp_path)), "and paho by itself does"
 
 
 def test_the_gateway_imports_what_makes_its_page_when_that_is_asked_for() -> None:

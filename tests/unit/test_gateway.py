@@ -23,7 +23,7 @@ from edge_agent.errors import (
     QueueFull,
     UnknownModel,
 )
-from edge_agent.gateway import app, connection, handshakes
+from edge_agent.gateway import app, connection, handshakes, server
 from edge_agent.transport.control import Call
 from tests.support import gateway
 from tests.support.certificates import Authority
@@ -501,3 +501,10 @@ def test_it_ends_when_nobody_comes(short_dir: Path) -> None:
         wait_until(lambda: served.server._busy_s > busy + 0.5, 60, "a connection that counts")
         assert not served.server.should_exit
     served.wait_end()
+
+
+def test_a_signal_ends_it_however_seldom_it_looks(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_LOOK_S", 3600.0)
+    served = ServedHere(short_dir / "c.sock", short_dir)
+    assert served.request("GET", "/healthz").status == 503
+    served.close()

@@ -346,3 +346,35 @@ def test_a_repeat_of_the_request_begins_the_tries_anew(room: Room) -> None:
     assert room.states() == [State.ANSWERED]
     outgoing = room.journal.deliveries.of(row)
     assert outgoing is not None and (outgoing.tries, outgoing.unheard) == (0, 1)
+
+
+def rests(room: Room) -> bool:
+    return room.outbox.rests
+
+
+def test_it_rests_while_no_answer_waits(room: Room) -> None:
+    room.pass_by(10)
+    assert rests(room)
+    room.answer(NEW)
+    assert not rests(room)
+    room.pass_by(10)
+    assert room.log == [NEW]
+    assert rests(room)
+    room.outbox.begin()
+    assert not rests(room), "a new connection may be to a broker that takes what the last one did not"
+
+
+@pytest.mark.parametrize("way", [NOT_AUTHORIZED, NOBODY_LISTENS, HANGS_UP])
+def test_it_does_not_rest_while_an_answer_is_to_be_tried_again(room: Room, way: str) -> None:
+    room.rule = forbids(way)  # type: ignore[assignment]
+    room.answer("replies/bad/1")
+    while room.states() != [State.UNDELIVERED]:
+        assert not rests(room)
+        room.pass_by(1)
+
+
+def test_a_rest_is_no_longer_than_a_minute_for_an_answer_that_nobody_told_of(room: Room) -> None:
+    room.pass_by(10)
+    room.answer(NEW, told=False)
+    room.pass_by(65)
+    assert room.log == [NEW]
