@@ -28,7 +28,7 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
 from edge_agent.errors import DaemonNotRunning
 from edge_agent.host import memory
-from edge_agent.package.trust import runs_own_code
+from edge_agent.package.trust import runs_own_code, runs_shipped_wrapper
 from edge_agent.private_broker import child_process, private_broker, tail
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Delta, Done, Load
@@ -111,6 +111,7 @@ class RunnerSide:
             network=sandbox.network,
             read=[str(path) for path in sandbox.read],
             confined=runs_own_code(subject.record.trust) and not subject.settings.trust.unconfined_code,
+            shipped_wrapper=runs_shipped_wrapper(subject.record.trust),
         )
         self.load_ms = runner.load(request, timeout_s=LOAD_TIMEOUT_S).load_ms
         self.pid = runner.pid

@@ -175,6 +175,11 @@ def runs_own_code(decision: TrustDecision) -> bool:
     return decision.rule not in (Rule.NO_CODE, Rule.SHIPPED_WRAPPER)
 
 
+def runs_shipped_wrapper(decision: TrustDecision) -> bool:
+    """True if the package's only code is a wrapper that this agent ships or has shipped."""
+    return decision.rule == Rule.SHIPPED_WRAPPER
+
+
 def check_signature(tree: Path, manifest: Manifest, public_keys: Sequence[str]) -> str:
     """Checks the OpenSSF Model Signing signature: one of the keys must have signed every file of the package.
 

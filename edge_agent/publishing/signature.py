@@ -67,11 +67,9 @@ def _chat(message: Object) -> ModelSignature:
 
 def _params() -> ParamSchema:
     """Every option of a request; None, an empty list and the form `text` mean not given."""
+    # Of any type: of a text MLflow makes a series to check it, even of the default, so each load would import pandas.
     form = Object(
-        [
-            Property("type", _STRING),
-            *(Property(name, AnyType(), required=False) for name in ("json_schema", "schema", "regex")),
-        ]
+        [Property(name, AnyType(), required=False) for name in ("type", "json_schema", "schema", "regex")]
     )
     return ParamSchema(
         [

@@ -27,7 +27,7 @@ from edge_agent.errors import CannotRun, EdgeAgentError, LoadFailed, PolicyError
 from edge_agent.host import memory
 from edge_agent.host.confinement import Confinement, Walls, confine
 from edge_agent.host.seccomp import Calls, Network
-from edge_agent.runner import bounds, golden, loader
+from edge_agent.runner import bounds, golden, libraries, loader
 from edge_agent.runner.model import TOO_LONG
 from edge_agent.runner.protocol import (
     MAX_FRAME_BYTES,
@@ -104,6 +104,8 @@ class Runner:
         try:
             bounds.limit_memory(request.memory_bytes)
             walls = self._confine(request)
+            if request.shipped_wrapper:
+                libraries.lighten()
             with bounds.panics_caught():
                 model = loader.load(
                     Path(request.folder),

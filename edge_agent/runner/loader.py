@@ -225,8 +225,10 @@ def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Mode
         _need("onnxruntime_genai", package="onnxruntime-genai")
     else:  # whatever else it needs, it finds by itself
         _import_quietly("onnxruntime_genai")
-    _distrust_bytecode()
+    # Both may import more of the libraries.
     signature = foreign_pyfunc.signature_of(mlflow.models.Model.load(str(folder)))
+    flavor = f"onnxruntime-genai {importlib.metadata.version('onnxruntime-genai')}" if ours else ""
+    _distrust_bytecode()
     own = package.pyfunc.get("config")
     if ours:
         try:
@@ -235,7 +237,6 @@ def _load_pyfunc(folder: Path, package: MLmodel, config: dict[str, Any]) -> Mode
             if UNKNOWN_ARCHITECTURE in str(error):  # the library tells its faults apart by text only
                 raise CannotRun(f"onnxruntime-genai: {' '.join(str(error).split())[:200]}") from error
             raise
-        flavor = f"onnxruntime-genai {importlib.metadata.version('onnxruntime-genai')}"
         return WrapperModel(
             pyfunc,
             flavor=flavor,

@@ -61,6 +61,7 @@ class Load:
         confined: it is not loaded where a wall of the minimum cannot be built around it.
         memory_bytes: the most that the runner may map for itself, which no package of this size needs; 0 for no limit.
         memory_is_short: the host has less than that, so a refused allocation may be the host's doing.
+        shipped_wrapper: its only code is a wrapper of this agent, which needs a part of the libraries only.
     """
 
     type: ClassVar[str] = "load"
@@ -77,6 +78,7 @@ class Load:
     confined: bool = True
     memory_bytes: Bytes = 0
     memory_is_short: bool = False
+    shipped_wrapper: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

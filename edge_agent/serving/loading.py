@@ -220,6 +220,7 @@ class VersionLoader:
                         confined=trust.runs_own_code(record.trust) and not self._loading.unconfined_code,
                         memory_bytes=admission.limit_bytes + kv_bytes,
                         memory_is_short=admission.is_short,
+                        shipped_wrapper=trust.runs_shipped_wrapper(record.trust),
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
                 )

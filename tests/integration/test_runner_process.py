@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+import yaml  # type: ignore[import-untyped]
 
 from edge_agent.errors import PromptTooLong, RunnerError
 from edge_agent.publishing.package import build_package
@@ -18,6 +22,8 @@ from edge_agent.runner import process
 from edge_agent.runner.process import RunnerProcess, child_environment
 from edge_agent.runner.protocol import Delta, Done, Load, Refused
 from tests.support.processes import wait_until
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +37,9 @@ def runner(package: Path, tmp_path: Path) -> Iterator[RunnerProcess]:
     running = RunnerProcess(model="assistant", environment=child_environment(tmp_path))
     try:
         load = Load(
-            folder=str(package), context_tokens=2048, max_tokens=64, threads=1, parallel=4, kv_bytes=8 << 20
-        )
+            folder=str(package), context_tokens=2048, max_tokens=64, threads=1, parallel=4, kv_bytes=8 << 20,
+            shipped_wrapper=True,
+        )  # fmt: skip
         assert running.load(load, timeout_s=120).parallel == 4
         yield running
     finally:
@@ -169,3 +176,39 @@ def test_a_runner_that_does_not_do_what_a_cancel_says_is_killed_after_its_grace(
     wait_until(killed, 60, "the end of the process")
     assert not runner.alive
     assert runner.suspects == {"hangs"}
+
+
+LIGHT = """
+import sys
+from pathlib import Path
+from edge_agent.runner import libraries, loader
+libraries.lighten()
+model = loader.load(Path(sys.argv[1]), context_tokens=256, max_tokens=8, threads=1)
+model.warm_up("Be brief.")
+print(model.ask({"messages": [{"role": "user", "content": "What is the capital of Spain?"}]})[0])
+print("pandas.core" in sys.modules)
+"""
+TEXT_FORM = '"type": {"type": "string", "required": true}'
+"""Of `response_format`, in packages up to now: MLflow makes a series of its default."""
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_runner_of_the_wrapper_imports_pandas_for_an_earlier_package_only(
+    package: Path, tmp_path: Path, earlier: bool
+) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(package, folder)
+    if earlier:
+        described = yaml.safe_load((folder / "MLmodel").read_text())
+        params = described["signature"]["params"]
+        described["signature"]["params"] = params.replace(
+            '"type": {"type": "any", "required": false}', TEXT_FORM
+        )
+        assert described["signature"]["params"] != params
+        (folder / "MLmodel").write_text(yaml.safe_dump(described))
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LIGHT, str(folder)],
+        env={**child_environment(tmp_path), "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, timeout=300, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.stdout.splitlines() == ["The capital of Spain is Madrid.", str(earlier)], ended.stderr

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 from edge_agent.host.confinement import Walls
-from edge_agent.runner import bounds, child, loader
+from edge_agent.runner import bounds, child, libraries, loader
 from edge_agent.runner.loader import WrapperModel
 from edge_agent.runner.model import TOO_LONG, End, Model
 from edge_agent.runner.protocol import (
@@ -387,3 +389,16 @@ def test_what_is_no_refusal_goes_on_as_it_is() -> None:
     )
     with pytest.raises(ValueError, match="broken"):
         model.ask({"messages": []})
+
+
+@pytest.mark.parametrize("shipped", [False, True])
+def test_only_for_a_wrapper_of_this_agent_are_libraries_deferred(
+    shipped: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(libraries, "LEFT_OUT", ())  # of what other tests import
+    before = len(sys.meta_path)
+    (loaded,) = served(
+        ScriptedModel(), replace(load(""), shipped_wrapper=shipped), monkeypatch=monkeypatch, folder=tmp_path
+    )
+    assert isinstance(loaded, Loaded) and len(sys.meta_path) == before + shipped

@@ -15,6 +15,7 @@ from tests.support.scripted_runner import Script, ScriptedHost
 from tests.unit.serving.conftest import NewLife
 
 CODE = replace(DECISION, rule=Rule.UNSIGNED_CODE_ALLOWED, unsigned_code=True)
+WRAPPER = replace(DECISION, rule=Rule.SHIPPED_WRAPPER)
 NO_LANDLOCK = {"files": "this kernel has no Landlock", "tcp": "this kernel has no Landlock"}
 
 
@@ -25,9 +26,9 @@ def test_only_code_that_this_agent_does_not_ship_is_a_packages_own() -> None:
 
 @pytest.mark.parametrize(
     ("decision", "unconfined", "confined"),
-    [(DECISION, False, False), (CODE, False, True), (CODE, True, False)],
+    [(DECISION, False, False), (WRAPPER, False, False), (CODE, False, True), (CODE, True, False)],
 )
-def test_only_a_packages_own_code_must_be_confined(
+def test_only_a_packages_own_code_must_be_confined_and_only_the_wrapper_is_taken_for_it(
     decision: TrustDecision, unconfined: bool, confined: bool, new_life: NewLife
 ) -> None:
     life = new_life(
@@ -39,6 +40,7 @@ def test_only_a_packages_own_code_must_be_confined(
     request = life.newest_runner(1).request
     assert request is not None
     assert (request.confined, request.network, request.read) == (confined, True, ["/srv/table"])
+    assert request.shipped_wrapper == (decision is WRAPPER)
 
 
 def test_the_status_says_which_walls_stand_while_it_is_loaded(new_life: NewLife, host: ScriptedHost) -> None:
