@@ -13,7 +13,7 @@ Flow of a request:
     _CallForm        how this model is shown tools and writes calls; a grammar holds it to their schemas
     _budget          prompt and new tokens against the context, before anything is allocated
     _Sessions        a kept generator rewound to the longest common prefix, or room for a new one
-    _Lane            prefill in slices, decode; one step for each `next`
+    _Lane            prefill in slices (small ones of a long prompt beside answers), decode; one step for each `next`
 
 Greedy is greedy: the same request gets the same tokens, whatever was asked before or is asked beside it. So no prompt
 token is ever run alone, and no two requests share a generator: both take another path through the arithmetic.
@@ -30,7 +30,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,6 +44,8 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 ARTIFACT = "onnx"
 SLICE_TOKENS = 64  # a cancel is seen between two slices; smaller ones prefill slower
+LONG_TOKENS = 128  # more to prefill than this is done in smaller slices while others are answered
+BESIDE_TOKENS = 8  # of such a slice for each of those answers: it stops them for about two of their tokens
 LEAST_TOKENS = 2  # one prompt token alone takes another path through the arithmetic than two or more
 ROUND_TOKENS = 256  # a kept generator takes memory in such steps, so that the next prompt fits in, too
 COMMON_TOKENS = 16  # a shorter beginning of a chat is not worth another owner's generator
@@ -561,7 +563,11 @@ class _Sessions:
 
 
 class _Engine:
-    """One loaded model; turns requests into lanes."""
+    """One loaded model; turns requests into lanes.
+
+    Attributes:
+        answering: lanes whose prompts are through: what a slice of another prompt holds up.
+    """
 
     def __init__(self, folder: Path, options: _Options) -> None:
         self.options = options
@@ -586,6 +592,7 @@ class _Engine:
         self.context_tokens = min(context_tokens, options.context_tokens or context_tokens)
         kv_tokens = options.kv_bytes // _kv_token_bytes(described["decoder"])
         self.sessions = _Sessions(max(self.context_tokens, kv_tokens))
+        self.answering: set[_Lane] = set()
 
     def share(self, system: str) -> None:
         """See `GenaiModel.share`."""
@@ -662,6 +669,15 @@ class _Engine:
         if job.guidance is not None:
             generator_params.set_guidance("lark_grammar", job.guidance.grammar)
         return og.Generator(self._model, generator_params)
+
+    def slices(self, tokens: Sequence[int]) -> Iterator[list[int]]:
+        """What is to be prefilled, in parts as large as those who are answered meanwhile bear."""
+
+        def size() -> int:
+            answers = len(self.answering) if len(tokens) > LONG_TOKENS else 0
+            return min(SLICE_TOKENS, BESIDE_TOKENS * answers) or SLICE_TOKENS
+
+        return _slices(tokens, size)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of a whole answer."""
@@ -745,6 +761,7 @@ class _Lane:
         self._steps.close()
         if not self._closed:
             self._closed = True
+            self._engine.answering.discard(self)
             if not self._job.answer and len(self._session.tokens) <= len(self._engine.sessions.common):
                 self._session.reusable = False  # it ends within what is common as a whole or not at all
             self._engine.sessions.give_back(self._session)
@@ -754,6 +771,7 @@ class _Lane:
         job.prefill_started = time.perf_counter()
         yield from self._prefill()
         job.decode_started = time.perf_counter()
+        self._engine.answering.add(self)
         while not job.finish_reason:
             yield [(job.row, item) for item in self._decode()]
 
@@ -762,7 +780,7 @@ class _Lane:
         session, job = self._session, self._job
         if session.generator is None:
             session.generator = self._engine.generator(job, session.max_length)
-        for part in _slices(job.prompt[len(session.tokens) :]):
+        for part in self._engine.slices(job.prompt[len(session.tokens) :]):
             session.generator.append_tokens(np.array(part, dtype=np.int32))
             session.tokens += part
             yield []
@@ -805,11 +823,15 @@ def _common(one: Sequence[Any], other: Sequence[Any]) -> Iterator[Any]:
     return (item for item, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _slices(tokens: Sequence[int]) -> Iterator[list[int]]:
-    """A prompt in parts of `SLICE_TOKENS`; a last part of fewer than `LEAST_TOKENS` joins the one before it."""
+def _slices(tokens: Sequence[int], size: Callable[[], int]) -> Iterator[list[int]]:
+    """A prompt in parts; a last part of fewer than `LEAST_TOKENS` joins the one before it.
+
+    Args:
+        size: of the next part, asked when its turn has come.
+    """
     start = 0
     while start < len(tokens):
-        end = start + SLICE_TOKENS
+        end = start + size()
         if len(tokens) - end < LEAST_TOKENS:
             end = len(tokens)
         yield list(tokens[start:end])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,33 +103,96 @@ def test_each_of_several_requests_has_a_lane_and_gets_what_it_gets_alone(model: 
     assert re.fullmatch("(Madrid|Paris), [0-9]{3}", answers[6].text)
 
 
-def test_no_prompt_token_is_run_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the model has run in each call: tokens of a prompt, or 0 for a token of an answer."""
     engine = model.unwrap_python_model()._engine
-    parts: list[int] = []
+    runs: list[int] = []
     make = engine.generator
 
     class Watched:
-        """A generator whose prompt parts are counted."""
+        """A generator whose calls are written down."""
 
         def __init__(self, generator: Any) -> None:
             self._generator = generator
 
         def append_tokens(self, tokens: Any) -> None:
-            parts.append(len(tokens))
+            runs.append(len(tokens))
             self._generator.append_tokens(tokens)
+
+        def generate_next_token(self) -> None:
+            runs.append(0)
+            self._generator.generate_next_token()
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._generator, name)
 
     monkeypatch.setattr(engine, "generator", lambda *given: Watched(make(*given)))
+    return runs
+
+
+def test_no_prompt_token_is_run_alone(model: Any, runs: list[int]) -> None:
     for words in range(40, 140):
         long = user("Nepal " * words)
         forget(model)
         for _ in range(2):  # the second time all but the least is known
             ask(model, long, max_tokens=2)
+    parts = [tokens for tokens in runs if tokens]
     assert len(parts) >= 200
     assert min(parts) == 2
     assert max(parts) == 65, "a last part of one token joins the one before it"
+
+
+@pytest.fixture
+def answering(model: Any) -> Iterator[Callable[[int], list[Any]]]:
+    """Opens so many lanes that are in the middle of a long answer."""
+    open_lanes: list[Any] = []
+
+    def begin(count: int) -> list[Any]:
+        open_lanes.extend(lanes_of(model, [(COUNT, {"max_tokens": 200})] * count))
+        for lane in open_lanes * 2:  # the prompt, then the first token
+            next(lane)
+        return open_lanes
+
+    yield begin
+    for lane in open_lanes:
+        lane.close()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_long_prompt_holds_answers_up_by_eight_tokens_for_each(
+    model: Any, runs: list[int], answering: Callable[[int], list[Any]], count: int
+) -> None:
+    others = answering(count)
+    (long,) = lanes_of(model, [(user("What is the capital of Nepal? " * 60), {"max_tokens": 4})])
+    with contextlib.closing(long):
+        runs.clear()
+        for lane in (long, *others) * 5:
+            next(lane)
+        assert runs == [8 * count, *[0] * count] * 5
+        for lane in others:
+            lane.close()
+        next(long)
+        assert runs[-1] == 64, "nobody is held up any longer"
+
+
+def test_a_short_prompt_is_run_as_fast_as_alone(
+    model: Any, runs: list[int], answering: Callable[[int], list[Any]]
+) -> None:
+    answering(1)
+    (short,) = lanes_of(model, [(user("Nepal " * 80), {"max_tokens": 4})])
+    with contextlib.closing(short):
+        runs.clear()
+        next(short)
+        assert runs == [64]
+
+
+def test_how_a_prompt_is_cut_changes_no_answer(model: Any, runs: list[int]) -> None:
+    long = user("What is the capital of Nepal? " * 60)
+    beside = in_turns(lanes_of(model, [(QUESTIONS[0], {}), (long, {"max_tokens": 30})]))[1]
+    assert {8, 64} <= {*runs}
+    forget(model)
+    assert beside.text == ask(model, long, max_tokens=30).text
 
 
 def test_a_request_at_fault_is_refused_alone(model: Any) -> None:

@@ -96,7 +96,7 @@ def test_after_a_restart(client: Client, device: Daemon, right: Alone) -> None:
     right.assert_equals("after a restart", answers)
 
 
-@pytest.mark.parametrize("slice_tokens", [37, 16, 4096])
+@pytest.mark.parametrize("slice_tokens", [37, 16, 8, 4096])
 def test_in_other_slices(
     wrapper: Any, right: Alone, slice_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
