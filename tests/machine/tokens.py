@@ -1,4 +1,4 @@
-"""What the bare library answers, as tokens and their logits: `python tokens.py MODEL-FOLDER QUESTION…`, one JSON list.
+"""What the bare library answers, as tokens with their best logits: `python tokens.py FOLDER QUESTION…`, one JSON list.
 
 The same file runs on this host and in a machine, where there is nothing but what the bundle installed. Greedy, so the
 same tokens are promised by nothing but the same arithmetic.
@@ -6,7 +6,6 @@ same tokens are promised by nothing but the same arithmetic.
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
 
@@ -14,10 +13,12 @@ import numpy as np
 import onnxruntime_genai as og
 
 MOST_TOKENS = 48
+BEST = 8
 
 
 def answers(folder: str, questions: list[str]) -> list[dict[str, object]]:
-    """The answer to each question: its tokens, the logits that each was chosen from (float32, base64), its text."""
+    """The answer to each question: its tokens, its text, and for each token the best that it was chosen from, as
+    [token, logit] from the best one down: few enough for a serial line."""
     model = og.Model(folder)
     tokenizer = og.Tokenizer(model)
     ends = {int(token) for token in tokenizer.eos_token_ids}
@@ -30,14 +31,17 @@ def answers(folder: str, questions: list[str]) -> list[dict[str, object]]:
         generator = og.Generator(model, params)
         generator.append_tokens(np.array(prompt, dtype=np.int32))
         tokens: list[int] = []
-        logits = b""
+        best: list[list[tuple[int, float]]] = []
         while not generator.is_done() and len(tokens) < MOST_TOKENS:
-            logits += np.asarray(generator.get_logits(), dtype=np.float32)[0, -1].tobytes()
+            row = np.asarray(generator.get_logits(), dtype=np.float32)[0, -1]
+            best.append(
+                [(int(token), round(float(row[token]), 5)) for token in row.argsort()[: -BEST - 1 : -1]]
+            )
             generator.generate_next_token()
             tokens.append(int(generator.get_next_tokens()[0]))
         spoken = [token for token in tokens if token not in ends]
         text = str(tokenizer.decode(np.array(spoken, dtype=np.int32)))
-        found.append({"tokens": tokens, "logits": base64.b64encode(logits).decode(), "text": text})
+        found.append({"tokens": tokens, "best": best, "text": text})
     return found
 
 
