@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -79,15 +78,6 @@ def child_process(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def end_in_order() -> None:
-    """Makes SIGTERM and SIGHUP end this process like `sys.exit`, so that it stops its child processes first.
-
-    Call it in the main thread.
-    """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def tail(log: Path) -> str:

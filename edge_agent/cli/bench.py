@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edge_agent import terminal
-from edge_agent.cli.command import Command, Invocation
+from edge_agent.cli.command import Command, Invocation, end_in_order
 from edge_agent.cli.progress_line import progress_line
 from edge_agent.owner import acting_as_owner_of
 
@@ -54,7 +54,6 @@ def bench(
       edge-agent bench --against llama.cpp ./model.Q4_K_M.gguf
     """
     from edge_agent.bench import page, run_bench
-    from edge_agent.private_broker import end_in_order
 
     end_in_order()
 

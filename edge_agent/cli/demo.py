@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edge_agent import terminal
-from edge_agent.cli.command import Command
+from edge_agent.cli.command import Command, end_in_order
 
 
 @click.command(cls=Command)
@@ -33,7 +33,6 @@ def demo(once: bool, as_json: bool, question: str, model: Path | None) -> None:
       edge-agent demo --model ./phi3-mini-int4 --question "What is a gateway?"
     """
     from edge_agent.demo import SAMPLE_MODEL, run_demo
-    from edge_agent.private_broker import end_in_order
 
     end_in_order()
     result = run_demo(question, stay=not (once or as_json), quiet=as_json, model=model or SAMPLE_MODEL)

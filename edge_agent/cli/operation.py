@@ -13,7 +13,7 @@ from typing import Any
 from edge_agent import settings as settings_module
 from edge_agent import terminal
 from edge_agent.cli import status_page, waiting
-from edge_agent.cli.command import reported_error, said_by_daemon, unanswered
+from edge_agent.cli.command import end_in_order, reported_error, said_by_daemon, unanswered
 from edge_agent.errors import DaemonNotRunning
 from edge_agent.owner import acting_as_owner_of
 from edge_agent.settings import Settings
@@ -67,6 +67,7 @@ def operate(
         except DaemonNotRunning:
             from edge_agent.updates import operations
 
+            end_in_order()  # a version that is tried here is not one whose agent died
             with acting_as_owner_of(settings.state_dir):
                 local, lifecycles = operations.without_daemon(settings)
                 try:

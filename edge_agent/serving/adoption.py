@@ -115,7 +115,7 @@ class Adoption:
             log.info("candidate starts model=%s version=%s", self._name, key)
             try:
                 self._try(record, instead, attainable_bytes, before_exchange)
-            except (SyncStopped, KeyboardInterrupt):
+            except (SyncStopped, KeyboardInterrupt, SystemExit):
                 self._note_stop(record, goes_on=not (force or record.fallback))
                 raise
             self._states.note_served()

@@ -6,6 +6,7 @@ Each step is held where it is by a process that stands still, or by work without
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,6 +94,15 @@ def runners(daemon: Daemon) -> set[int]:
     return {runner.pid for runner in daemon.runners()}
 
 
+def runners_of(pid: int) -> list[psutil.Process]:
+    """Those that a process has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [
+            each for each in psutil.Process(pid).children() if "edge_agent.runner.child" in each.cmdline()
+        ]
+    return []
+
+
 def test_a_stop_during_a_load_is_no_failure_of_the_candidate(
     follow: Callable[..., FollowingDevice], swapped_model: Path
 ) -> None:
@@ -163,6 +173,14 @@ def test_stops_at_every_other_step_are_failures_of_nobody(
         )
         with stopped_quietly(daemon):
             assert daemon.stop() == 0
+        assert state_of(daemon) == {**CLEAN, "active": "2"}
+
+        with command(daemon, "models", "pull", "assistant") as pull:  # by itself: there is no daemon
+            candidate = wait_until(lambda: runners_of(pull.pid), 120, "the candidate's runner")[0]
+            candidate.suspend()
+            pull.terminate()
+            assert pull.wait(60) == 128 + signal.SIGTERM
+        assert not alive(candidate.pid)
         assert state_of(daemon) == {**CLEAN, "active": "2"}
 
 

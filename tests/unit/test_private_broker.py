@@ -14,7 +14,8 @@ from tests.support.processes import alive, clean_environment, wait_until
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from edge_agent.private_broker import child_process, end_in_order
+from edge_agent.cli.command import end_in_order
+from edge_agent.private_broker import child_process
 end_in_order()
 with child_process(["sleep", "600"], Path(sys.argv[1])) as child:
     print(child.pid, flush=True)
