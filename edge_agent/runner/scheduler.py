@@ -5,6 +5,8 @@ memory. Knows nothing of tokens. Why it is this policy: docs/adr/0006.
 
     add → waits → model.start: lanes → step, step, … → Delta …, Called …, Done | Refused
 
+- The first text of an answer goes at once. While nobody else has a turn, later text waits for `TEXT_INTERVAL_S`: each
+  frame wakes the daemon on a processor that the model computes on, and a client gets no more chunks than that.
 - A newcomer has the next turn, and then one in each round: it waits for a step of each lane, never for an answer.
 - Memory goes in the order in which prompts came: a small one does not overtake a large one for ever.
 - A cancelled prompt has ended when the model computes nothing more for it, and not before: the daemon, which waits for
@@ -14,7 +16,9 @@ memory. Knows nothing of tokens. Why it is this policy: docs/adr/0006.
 from __future__ import annotations
 
 import collections
+import math
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,15 +29,24 @@ from edge_agent.runner.model import End, Lane, Model, ToolCall
 from edge_agent.runner.protocol import MAX_DELTA_CHARACTERS, Called, Delta, Done, Generate, Refused
 
 MAX_MESSAGE = 500
+TEXT_INTERVAL_S = 0.055
+"""A little more than the daemon leaves between two chunks: what came before one is due would wait for the next."""
 _TICK_S = 0.05
 
 
 @dataclass(kw_only=True)
 class _Running:
-    """A prompt that is answered, and its lane."""
+    """A prompt that is answered, and its lane.
+
+    Attributes:
+        held: text that no frame has carried yet.
+        due_s: when the next frame may go.
+    """
 
     lane: Lane
     request: Generate
+    held: str = ""
+    due_s: float = -math.inf
 
 
 class Scheduler:
@@ -43,6 +56,7 @@ class Scheduler:
         limit: prompts that run at once, at most.
         send: takes the frames for the daemon.
         announce: told before each turn whose turn it is: they are the suspects if the process dies in it.
+        now: monotonic, in seconds.
     """
 
     def __init__(
@@ -52,11 +66,13 @@ class Scheduler:
         limit: int,
         send: Callable[[Delta | Called | Done | Refused], None],
         announce: Callable[[Sequence[str]], None],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._limit = limit
         self._send = send
         self._announce = announce
+        self._now = now
         self._waiting: collections.deque[Generate] = collections.deque()
         self._lanes: collections.deque[_Running] = collections.deque()
         self._stopping: list[Generate] = []
@@ -69,6 +85,8 @@ class Scheduler:
 
     def add(self, request: Generate) -> None:
         """A prompt came."""
+        for running in self._lanes:  # its turn may be long
+            self._send_text(running)
         self._waiting.append(request)
         self._may_start = True
 
@@ -109,6 +127,7 @@ class Scheduler:
             return
         for item in items:
             if isinstance(item, End):
+                self._send_text(running)
                 self._send_calls(request.id, item.tool_calls)
                 self._send(
                     Done(
@@ -120,9 +139,17 @@ class Scheduler:
                 )
                 self._close(running)
                 return
-            for start in range(0, len(item), MAX_DELTA_CHARACTERS):
-                self._send(Delta(id=request.id, text=item[start : start + MAX_DELTA_CHARACTERS]))
+            running.held += item
+        if self._lanes or self._waiting or self._now() >= running.due_s:
+            self._send_text(running)
         self._lanes.append(running)
+
+    def _send_text(self, running: _Running) -> None:
+        text, running.held = running.held, ""
+        for start in range(0, len(text), MAX_DELTA_CHARACTERS):
+            self._send(Delta(id=running.request.id, text=text[start : start + MAX_DELTA_CHARACTERS]))
+        if text:
+            running.due_s = self._now() + TEXT_INTERVAL_S
 
     def _send_calls(self, prompt_id: str, calls: Sequence[ToolCall]) -> None:
         for index, call in enumerate(calls):
@@ -165,6 +192,7 @@ class Scheduler:
         return True
 
     def _end(self, running: _Running, error: PromptError) -> None:
+        self._send_text(running)
         self._refuse(running.request, error)
         self._close(running)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from edge_agent.runner.model import End, Lane, Model, ToolCall
 from edge_agent.runner.protocol import MAX_DELTA_CHARACTERS, Called, Delta, Done, Generate, Refused
-from edge_agent.runner.scheduler import Scheduler, refusal_of
+from edge_agent.runner.scheduler import TEXT_INTERVAL_S, Scheduler, refusal_of
 
 Steps = Callable[[dict[str, Any]], Iterator[str | End]]
 
@@ -68,13 +69,22 @@ class Script(Model):
 
 
 class Bench:
-    """A scheduler, what it sent, and whose turns it announced."""
+    """A scheduler, what it sent, and whose turns it announced.
 
-    def __init__(self, model: Model, limit: int = 8) -> None:
+    Args:
+        step_s: that each look at the clock takes.
+    """
+
+    def __init__(self, model: Model, limit: int = 8, step_s: float = 1.0) -> None:
+        clock = itertools.count()
         self.frames: list[Delta | Called | Done | Refused] = []
         self.turns: list[list[str]] = []
         self.scheduler = Scheduler(
-            model, limit=limit, send=self.frames.append, announce=lambda ids: self.turns.append(list(ids))
+            model,
+            limit=limit,
+            send=self.frames.append,
+            announce=lambda ids: self.turns.append(list(ids)),
+            now=lambda: next(clock) * step_s,
         )
 
     def add(self, *ids: str, **document: Any) -> None:
@@ -116,6 +126,36 @@ def test_a_text_that_is_too_long_for_a_frame_comes_in_several() -> None:
     texts = [frame.text for frame in bench.frames if isinstance(frame, Delta)]
     assert texts == ["x" * MAX_DELTA_CHARACTERS, "y"]
     assert bench.ends() == [("a", "done")]
+
+
+def test_the_first_text_comes_at_once_and_later_text_in_few_frames() -> None:
+    bench = Bench(Script(), step_s=TEXT_INTERVAL_S / 4)
+    bench.add("a", text="abcdefghij")
+    bench.run(2)
+    assert bench.text("a") == "a"
+    bench.run()
+    texts = [frame.text for frame in bench.frames if isinstance(frame, Delta)]
+    assert texts == ["a", "bcde", "fghi", "j"]
+    assert bench.ends() == [("a", "done")]
+
+
+def test_text_waits_for_nobody_elses_turn() -> None:
+    bench = Bench(Script(), step_s=0.0)
+    bench.add("a", text="abcdef")
+    bench.run(4)
+    assert bench.text("a") == "a"
+    bench.add("b", text="xyz")
+    assert bench.text("a") == "abc", "before the newcomer is read"
+    bench.run(3)
+    assert bench.text("a") == "abcd", "and with each of its own turns, while there are others"
+
+
+def test_what_an_answer_had_comes_before_its_refusal() -> None:
+    bench = Bench(Script(), step_s=0.0)
+    bench.add("a", text="abc!")
+    bench.run()
+    assert [frame.type for frame in bench.frames] == ["delta", "delta", "refused"]
+    assert bench.text("a") == "abc"
 
 
 def test_calls_come_before_the_end_and_long_arguments_in_several_frames() -> None:
