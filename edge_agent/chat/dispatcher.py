@@ -37,7 +37,10 @@ from edge_agent.runner.protocol import Called, Delta, Done, Refused
 
 log = logging.getLogger(__name__)
 
-_WAIT_S = 1.0
+_WAIT_S = 0.5
+_REST_S = 2.0
+"""While nothing runs and nothing waits: a prompt that comes ends it, and what it is late for is a runner that has died
+meanwhile, or has idled for long enough."""
 _MAX_FRAMES = 64
 _JOURNAL_RETRY_S = 1.0
 
@@ -160,7 +163,7 @@ class Dispatcher:
         """While nothing runs: starts what waits, or waits a little for a prompt or a runner."""
         if not self._host.wanted_now() and not self._waiting():
             self._host.unload_when_idle()
-            self._wake.wait(_WAIT_S)
+            self._wake.wait(_REST_S)
             return
         started = self._start_next()
         if started:
@@ -169,7 +172,7 @@ class Dispatcher:
             self._host.wait_for_change(_WAIT_S)
         else:
             self._host.unload_when_idle()
-            self._wake.wait(_WAIT_S)
+            self._wake.wait(_REST_S)
 
     def _fill(self) -> None:
         """Starts prompts while the runner has room for more."""
