@@ -195,6 +195,17 @@ def test_the_daemon_imports_nothing_heavy() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_a_side_of_the_benchmark_does_not_carry_the_benchmark() -> None:
+    program = (
+        "import sys, edge_agent.bench.confined, edge_agent.bench.llama_cpp;"
+        "print(sorted({'pydantic', 'edge_agent.settings', 'edge_agent.runner'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.strip() == "[]"
+
+
 def test_the_gateway_imports_what_makes_its_page_when_that_is_asked_for() -> None:
     program = (
         "import sys, edge_agent.gateway;"
