@@ -168,7 +168,7 @@ def _ratios(result: Mapping[str, Any]) -> list[Ratio]:
     found: list[Ratio | None] = [
         _divided("decode, these threads / the library's own", "tokens/s", ">= 1.5",
                  short[BARE]["decode_tokens_per_s"], short[BARE_DEFAULT]["decode_tokens_per_s"]),
-        _subtracted("memory, runner - bare library", "MB", "<= 130",
+        _subtracted("memory, runner - bare library", "MB", "<= 80",
                     memory[RUNNER]["resident_bytes"] / 1e6, memory[BARE]["resident_bytes"] / 1e6),
     ]  # fmt: skip
     if MQTT in sides:

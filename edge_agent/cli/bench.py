@@ -53,7 +53,8 @@ def bench(
       edge-agent bench --model assistant --launches 5 --json
       edge-agent bench --against llama.cpp ./model.Q4_K_M.gguf
     """
-    from edge_agent.bench import page, run_bench
+    from edge_agent.bench import page
+    from edge_agent.bench.run import run_bench
 
     end_in_order()
 

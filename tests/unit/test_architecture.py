@@ -234,6 +234,17 @@ def test_the_daemon_imports_no_dns_library_where_there_is_one(tmp_path: Path) ->
     assert "dns.resolver" in imported("paho.mqtt.client", path=str(tmp_path)), "and paho by itself does"
 
 
+def test_a_side_of_the_benchmark_does_not_carry_the_benchmark() -> None:
+    program = (
+        "import sys, edge_agent.bench.confined, edge_agent.bench.llama_cpp;"
+        "print(sorted({'pydantic', 'edge_agent.settings', 'edge_agent.runner'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.strip() == "[]"
+
+
 def test_the_gateway_imports_what_makes_its_page_when_that_is_asked_for() -> None:
     names = imported("edge_agent.cli.serve", "edge_agent.gateway")
     assert {"starlette", "uvicorn", "edge_agent.gateway.page"} <= names
