@@ -135,14 +135,13 @@ def publish(
                 read_back=read_back,
                 **making,
             )
-    graph = build.read(folder) if flavor == "onnx" else None
     if as_json:
-        terminal.echo(json.dumps(_document(made) | {"build": build.document(graph)}))
+        terminal.echo(json.dumps(_document(made) | {"build": build.document(made.graph)}))
     else:
         _say(made)
-        if graph:
-            terminal.echo(f"build: {build.text(graph)}")
-    for line in (*made.limits, *(build_advice.advice(graph) if graph else ())):
+        if made.graph:
+            terminal.echo(f"build: {build.text(made.graph)}")
+    for line in (*made.limits, *(build_advice.advice(made.graph) if made.graph else ())):
         terminal.echo(f"edge-agent: {folder.name}: {line} ({page('models.md')})", err=True)
 
 

@@ -2,13 +2,14 @@
 
 It reads the graph's structure from the protobuf, never the weights: the file is mapped, not loaded. The file is
 untrusted input: anything unknown is an error, not a guess.
-Source: onnx.proto3 (field numbers); com.microsoft.MatMulNBits and GatherBlockQuantized of onnxruntime.
+Source: onnx.proto3 (field numbers); com.microsoft.MatMulNBits and GatherBlockQuantized of onnxruntime; ONNX's
+DequantizeLinear before a MatMul, which onnxruntime makes into MatMulNBits when it loads the graph.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,21 +22,27 @@ _UINT8 = 2
 _FLOATS = {1: "float32", 10: "float16", 16: "bfloat16"}
 _MAX_CONSTANT = 16
 """Elements: a smaller tensor is a number of the computation."""
+_PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
 _LOOK_UPS = ("Gather", "GatherBlockQuantized")
 """They read a few rows of a table."""
 _ALL = range(1 << 10)
 _NONE = range(0)
 _WEIGHT_INPUTS: Mapping[str, range] = {
-    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "Add", "Transpose", "Cast"), _ALL),
+    **dict.fromkeys((*_PRODUCTS, "Add", "Transpose", "Cast"), _ALL),
     **dict.fromkeys(("LayerNormalization", "SkipLayerNormalization"), _ALL),
     **dict.fromkeys(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"), _ALL),
     **dict.fromkeys(_LOOK_UPS, range(1)),
     "MatMulNBits": range(5, 6),  # its bias; the matrix counts by its two sizes
+    "DequantizeLinear": range(1),
     **dict.fromkeys(("GroupQueryAttention", "RotaryEmbedding"), _NONE),  # tables of sines
 }
 """Where the model builder's operators have weights."""
 _MINIMA = ".minima"
 """Ends the name of a tensor that is a part of quantized weights, as their scales are (publishing/gguf)."""
+_INTEGER_BITS = {2: 8, 3: 8, 21: 4, 22: 4}
+"""Element type → bits, of a quantized tensor."""
+_QDQ_ACCURACY_LEVEL = 4
+"""onnxruntime's own choice for DequantizeLinear and MatMul (session.qdq_matmulnbits_accuracy_level)."""
 _ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 10: 2, 11: 8, 16: 2}
 
 
@@ -119,10 +126,10 @@ def _graph(model: memoryview) -> OnnxGraph:
         elif number == 1:
             nodes.append(_Node(_bytes(value)))
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_MINIMA)}
+    matmuls = [node.quantized() for node in nodes if node.kind == "MatMulNBits"]
+    matmuls += _dequantized_matmuls(nodes, tensors)
     floats = [
-        [tensors[name] for name in node.inputs if name in tensors]
-        for node in nodes
-        if node.kind in ("MatMul", "Gemm", "FusedMatMul")
+        [tensors[name] for name in node.inputs if name in tensors] for node in nodes if node.kind in _PRODUCTS
     ]
     float_types = {_FLOATS.get(tensor.type, "") for matrix in floats for tensor in matrix[:1]}
     embedding, table, shared = 0, None, False
@@ -135,7 +142,7 @@ def _graph(model: memoryview) -> OnnxGraph:
                 embedding, table = size, node
                 shared = not others.isdisjoint(weights)
     return OnnxGraph(
-        matmuls=tuple(node.quantized() for node in nodes if node.kind == "MatMulNBits"),
+        matmuls=tuple(matmuls),
         float_matmuls=sum(map(bool, floats)),
         embedding_bytes=embedding,
         embedding_quantized=None if table is None else table.kind == "GatherBlockQuantized",
@@ -145,6 +152,28 @@ def _graph(model: memoryview) -> OnnxGraph:
         embedding_shared=shared,
         **_embedding(table, tensors),
     )
+
+
+def _dequantized_matmuls(nodes: Sequence[_Node], tensors: Mapping[str, _Tensor]) -> Iterator[QuantizedMatMul]:
+    """Matrices that are stored quantized, and given to a MatMul by DequantizeLinear, turned or not."""
+    stored: dict[str, tuple[_Tensor, int]] = {}
+    for node in nodes:
+        source = node.inputs[0] if node.inputs else ""
+        if node.kind == "DequantizeLinear":
+            tensor = tensors.get(source)
+            if tensor and tensor.type in _INTEGER_BITS:
+                stored |= dict.fromkeys(node.outputs, (tensor, node.integers.get("block_size", 0)))
+        elif node.kind == "Transpose" and source in stored:
+            stored |= dict.fromkeys(node.outputs, stored[source])
+        elif node.kind in _PRODUCTS:
+            for tensor, block_size in (stored[name] for name in node.inputs if name in stored):
+                yield QuantizedMatMul(
+                    name=node.name,
+                    bits=_INTEGER_BITS[tensor.type],
+                    block_size=block_size,
+                    accuracy_level=_QDQ_ACCURACY_LEVEL,
+                    weights=tensor.elements,
+                )
 
 
 def _embedding(table: _Node | None, tensors: Mapping[str, _Tensor]) -> dict[str, int]:
@@ -173,6 +202,8 @@ def _weights(nodes: Iterable[_Node], tensors: Mapping[str, _Tensor]) -> int:
             if node.kind == "GatherBlockQuantized":
                 packed = 8 // max(1, node.integers.get("bits", 4)) if tensor.type == _UINT8 else 1
                 total += tensor.elements * packed
+            elif node.kind == "DequantizeLinear" and tensor.type in _INTEGER_BITS:
+                total += tensor.elements
             elif tensor.type not in _FLOATS or tensor.elements <= _MAX_CONSTANT:
                 continue
             elif node.kind not in _WEIGHT_INPUTS:
@@ -189,10 +220,13 @@ class _Node:
     def __init__(self, data: memoryview) -> None:
         self.kind, self.name = "", ""
         self.inputs: list[str] = []
+        self.outputs: list[str] = []
         self._attributes: list[memoryview] = []
         for number, value in fields(data):
             if number == 1:
                 self.inputs.append(_text(value))
+            elif number == 2:
+                self.outputs.append(_text(value))
             elif number == 3:
                 self.name = _text(value)
             elif number == 4:

@@ -22,7 +22,17 @@ HEAD = "lm_head"
 OTHER = "other"
 _MAX_PARTS = 32
 _FLOAT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
-_NODE = re.compile(r"(?:/model/layers\.\d{1,6})?/(?:[a-z_]{1,32}/){0,3}?([a-z_]{1,32})/MatMul(?:_Q\d)?")
+_NODE = re.compile(
+    r"(?:/model/layers\.\d{1,6})?/(?:[a-z_]{1,32}/){0,3}?([a-z_]{1,32})/MatMul(?:_matmul)?(?:_Q\d)?"
+)
+_NODE_OF_GGUF = re.compile(r"/blk\.\d{1,6}\.([a-z_]{1,32})/MatMul(?:NBits)?|(logits)")
+_WORDS_OF_GGUF = {
+    **{f"attn_{each}": f"{each}_proj" for each in ("qkv", "q", "k", "v")},
+    **{f"ffn_{each}": f"{each}_proj" for each in ("gate", "up", "down")},
+    "attn_output": "o_proj",
+    "logits": HEAD,
+}
+"""Where a node of publishing/gguf is → the builder's word for that matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +66,7 @@ def parts(graph: OnnxGraph) -> list[Part]:
     counted: Counter[tuple[str, int, int]] = Counter()
     kinds: set[str] = set()
     for matmul in graph.matmuls:
-        named = _NODE.fullmatch(matmul.name)
-        kind = named[1] if named else OTHER
+        kind = _kind(matmul.name)
         if kind not in kinds and len(kinds) >= _MAX_PARTS:
             kind = OTHER
         kinds.add(kind)
@@ -93,6 +102,13 @@ def text(graph: OnnxGraph) -> str:
     lines += [f"{_stored(*built)}: {_names(members, totals)}" for built, members in groups[1:]]
     lines += [f"{_stored(part.bits, 0)}: {EMBEDDINGS}" for part in found if part.part == EMBEDDINGS]
     return "; ".join(lines) or "no matrices"
+
+
+def _kind(node: str) -> str:
+    if named := _NODE.fullmatch(node):
+        return named[1]
+    named = _NODE_OF_GGUF.fullmatch(node)
+    return _WORDS_OF_GGUF.get(named[1] or named[2], OTHER) if named else OTHER
 
 
 def _stored(bits: int, block_size: int) -> str:

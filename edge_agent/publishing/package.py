@@ -27,7 +27,8 @@ from edge_agent.errors import ContentError, PublishError
 from edge_agent.package import genai_tokenizer, trust
 from edge_agent.package import manifest as manifests
 from edge_agent.package.manifest import Manifest, ManifestFile
-from edge_agent.publishing import cleaning, hugging_face, trial
+from edge_agent.package.onnx_graph import OnnxGraph
+from edge_agent.publishing import build, cleaning, hugging_face, trial
 from edge_agent.publishing import source as sources
 from edge_agent.publishing.description import Description, describe
 
@@ -62,12 +63,14 @@ class Package:
     Attributes:
         limits: what does not make it useless, and its publisher should know; one sentence each.
         description: what it is, for a person; None for a package that was not built and tried here.
+        graph: how its decoder was built; None for a Hugging Face folder, and where that cannot be read.
     """
 
     manifest: Manifest
     folder: Path
     limits: tuple[str, ...] = ()
     description: Description | None = None
+    graph: OnnxGraph | None = None
 
     @property
     def attached(self) -> tuple[ManifestFile, ...]:
@@ -137,6 +140,7 @@ def build_package(
         folder=destination,
         limits=tuple(limits),
         description=describe(destination, manifest),
+        graph=build.read(source_dir) if flavor == "onnx" else None,
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from edge_agent.errors import EdgeAgentError, PublishError, SettingsError
 from edge_agent.package import registry_uri as registry_uris
 from edge_agent.package.manifest import MANIFEST_NAME, Manifest, ManifestFile
+from edge_agent.package.onnx_graph import OnnxGraph
 from edge_agent.package.reference import MANIFEST_TAG, ModelRef
 from edge_agent.publishing.blobs import Blobs
 from edge_agent.publishing.failures import failed, shown
@@ -45,7 +46,7 @@ class Published:
         version: its number.
         digest: sha256 of `manifest.json`, the package's identity on devices.
         run_id: MLflow run that holds the files.
-        limits: see `Package`.
+        limits, graph: see `Package`.
         blobs: what `write_blobs` did; None if nobody asked for it.
     """
 
@@ -55,6 +56,7 @@ class Published:
     digest: str
     run_id: str
     limits: tuple[str, ...] = ()
+    graph: OnnxGraph | None = None
     blobs: Blobs | None = None
 
 
@@ -173,6 +175,7 @@ def publish(
         digest=package.manifest.digest,
         run_id=registration.run_id,
         limits=package.limits,
+        graph=package.graph,
     )
 
 

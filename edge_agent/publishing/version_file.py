@@ -17,6 +17,7 @@ from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.version_file import write_version
 from edge_agent.errors import ContentError, PublishError, StoreError
 from edge_agent.package import mlmodel, trust
+from edge_agent.package.onnx_graph import OnnxGraph
 from edge_agent.package.reference import MODEL_NAME
 from edge_agent.publishing.blobs import Blobs
 from edge_agent.publishing.package import Package, Progress, no_progress
@@ -32,7 +33,7 @@ class Written:
         version: its number.
         digest: sha256 of `manifest.json`, the package's identity on devices.
         bytes: of the file.
-        limits: see `Package`.
+        limits, graph: see `Package`.
         blobs: what `write_blobs` did; None if nobody asked for it.
     """
 
@@ -42,6 +43,7 @@ class Written:
     file: Path
     bytes: int
     limits: tuple[str, ...] = ()
+    graph: OnnxGraph | None = None
     blobs: Blobs | None = None
 
 
@@ -102,4 +104,5 @@ def write_file(
         file=file,
         bytes=size_bytes,
         limits=package.limits,
+        graph=package.graph,
     )

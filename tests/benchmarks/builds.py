@@ -23,7 +23,7 @@ from pathlib import Path
 from tests.benchmarks import make_random_model as random_model
 from tools.build_model import build
 from tools.real_model import report, speed
-from tools.real_model.__main__ import add_limits
+from tools.real_model.__main__ import NAMES, SMALL, add_limits
 from tools.real_model.building import made
 from tools.real_model.progress import say
 from tools.real_model.table import table
@@ -69,7 +69,7 @@ BUILDS: dict[str, tuple[str, Sequence[str]]] = {
 
 def of_real_model(work: Path, real: Path, names: Sequence[str]) -> dict[str, Path]:
     """What `./build.sh real-model` made, llama.cpp's builds too, and every build here that can be made."""
-    sides = {name: real / name for name in ("onnx", "onnx-int8")}
+    sides = {NAMES[folder]: real / folder for folder in ("onnx-int8", SMALL, "onnx-gguf")}
     for name in names:
         precision, given = BUILDS[name]
         options = random_model.merged(LEVEL, given)
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what.add_argument("--real", type=Path, metavar="OUT", help="what ./build.sh real-model made")
     what.add_argument("--shape", choices=random_model.SHAPES)
     parser.add_argument("--only", default="", metavar="TEXT", help="builds with this in their names")
-    add_limits(parser)
+    add_limits(parser, limit_s=900)
     given = parser.parse_args(arguments)
     os.environ.update(HF_HUB_OFFLINE="1", ORT_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
     os.environ.update(TQDM_DISABLE="1")

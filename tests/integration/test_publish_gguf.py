@@ -38,6 +38,7 @@ def test_a_gguf_file_becomes_a_version_that_a_device_takes(tmp_path: Path) -> No
     folder = store.folder(record) / "artifacts" / "onnx"
     graph = onnx_graph.read(folder / "model.onnx")
     assert {matmul.bits for matmul in graph.matmuls} == {4}
+    assert written.graph == graph, "`publish` says where it stands"
     assert json.loads((folder / "genai_config.json").read_text())["model"]["type"] == "llama"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edge_agent.publishing import gguf, write_folder
+from edge_agent.publishing import build, gguf, write_folder
 from tests.support import onnx_weights
 
 ROOT = Path(__file__).parents[2]
@@ -147,4 +147,6 @@ def test_it_is_published_as_any_other(source: Path, tmp_path: Path) -> None:
     golden = [{"messages": [{"role": "user", "content": "What is 12 times 12?"}], "expect": "12"}]
     written = write_folder(source, name="smollm2", file=tmp_path / "smollm2.tar", golden=golden)
     assert written.limits == ()
+    assert written.graph is not None
+    assert build.text(written.graph) == "int4 in blocks of 32; int8 in blocks of 32: lm_head; int8: embeddings"
     assert written.bytes < 1.3 * source.stat().st_size

@@ -75,6 +75,17 @@ def test_an_int8_head_and_small_blocks_are_not_lossy() -> None:
     assert build_advice.advice(with_matmul(bits=8, block_size=128)) == []
 
 
+@pytest.mark.parametrize("kind", ["qkv_proj", "v_proj", "down_proj"])
+def test_int4_where_a_small_model_loses_most_is_lossy(kind: str) -> None:
+    layer = replace(HEAD, name=f"/model/layers.3/x/{kind}/MatMul_Q4")
+    (line,) = build_advice.advice(replace(GOOD, matmuls=(layer, *GOOD.matmuls)))
+    assert f"int4 in {kind}," in line
+    assert "1.11" in line
+    assert build_advice.advice(replace(GOOD, matmuls=(replace(layer, bits=8), *GOOD.matmuls))) == []
+    for unharmed in ("/model/layers.3/mlp/up_proj/MatMul_Q4", f"/blk.3.{kind}/MatMulNBits"):
+        assert build_advice.advice(replace(GOOD, matmuls=(replace(layer, name=unharmed),))) == []
+
+
 def test_of_a_large_model_nothing_was_measured() -> None:
     assert build_advice.advice(replace(GOOD, matmuls=(replace(HEAD, weights=1_000_000_000),))) == []
 

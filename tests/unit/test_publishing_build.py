@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from edge_agent.publishing.build import Part
 from edge_agent.publishing.register import Published
 from tests.support.onnx_files import attribute, message, model, node, number
 
-FLOAT, FLOAT16, UINT8 = 1, 10, 2
+FLOAT, FLOAT16, UINT8, INT8, UINT4, INT4 = 1, 10, 2, 3, 21, 22
 Sizes = Sequence[int]
 
 
@@ -87,6 +88,44 @@ def test_what_most_matrices_have_comes_first_and_the_rest_is_named(tmp_path: Pat
     assert line(tmp_path, nodes, [tensor("table", [9, 9], UINT8)]) == (
         "int4 in blocks of 32; int8 in blocks of 32: 1 of 4 down_proj; int8 in blocks of 128: lm_head; int8: embeddings"
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "turned"), [(INT4, 4, False), (UINT4, 4, True), (INT8, 8, False), (UINT8, 8, True)]
+)
+def test_matrices_that_are_dequantized_beside_their_product_are_quantized(
+    tmp_path: Path, kind: int, bits: int, turned: bool
+) -> None:
+    """The builder's `use_qdq=true`, and what other exporters write."""
+    nodes = [node("DequantizeLinear", ["w", "s"], ["d"], attribute("block_size", number(3, 64)))]
+    if turned:
+        nodes.append(node("Transpose", ["d"], ["t"]))
+    product = node("MatMul", ["x", "t" if turned else "d"], ["y"])
+    nodes.append(product + message(3, "/model/layers.0/mlp/up_proj/MatMul_matmul_Q4"))
+    graph = build.read(
+        folder_of(tmp_path, nodes, [tensor("w", [128, 32], kind), tensor("s", [2, 32], FLOAT)])
+    )
+    assert graph is not None
+    assert build.parts(graph) == [Part(part="up_proj", bits=bits, block_size=64, matrices=1)]
+    assert (graph.weights, graph.matmuls[0].weights) == (128 * 32, 128 * 32)
+    assert build.text(graph) == f"int{bits} in blocks of 64"
+
+
+def test_numbers_of_a_computation_that_are_dequantized_are_no_matrix(tmp_path: Path) -> None:
+    nodes = [node("DequantizeLinear", ["x", "s"], ["d"]), node("MatMul", ["d", "d"])]
+    assert line(tmp_path, nodes, [tensor("s", [1], FLOAT)]) == "no matrices"
+
+
+def test_a_folder_from_a_gguf_file_is_told_in_the_builders_words(tmp_path: Path) -> None:
+    names = ("attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    nodes = [matmul(f"/blk.{at}.{name}/MatMulNBits") for at in range(2) for name in names]
+    nodes[4] = matmul("/blk.0.ffn_down/MatMulNBits", bits=8)
+    assert line(tmp_path, [*nodes, matmul("logits", bits=8)]) == (
+        "int4 in blocks of 32; int8 in blocks of 32: 1 of 2 down_proj, lm_head"
+    )
+    assert line(
+        tmp_path, [matmul("/blk.0.ffn_norm/MatMulNBits"), matmul("/blk.0.attn_q/MatMulNBits", bits=8)]
+    ) == ("int4 in blocks of 32; int8 in blocks of 32: q_proj")
 
 
 def test_matrices_that_are_not_quantized_are_named_too(tmp_path: Path) -> None:
@@ -164,14 +203,14 @@ def test_a_damaged_graph_has_a_line_or_none(
 def test_the_command_says_where_the_folder_stands(
     monkeypatch: pytest.MonkeyPatch, sample_model: Path
 ) -> None:
-    published = Published(name="m", version=3, alias=None, digest="d", run_id="r")
+    graph = build.read(sample_model)
+    published = Published(name="m", version=3, alias=None, digest="d", run_id="r", graph=graph)
     monkeypatch.setattr(publishing, "publish_folder", lambda *_, **__: published)
     arguments = ["publish", str(sample_model), "--name", "m", "--registry", "sqlite:///r.db"]
     said = CliRunner().invoke(main, arguments).stdout
     assert said.splitlines()[-1] == "build: int4 in blocks of 32; float32: embeddings"
-    graph = build.read(sample_model)
-    assert json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)["build"] == build.document(
-        graph
-    )
-    hugging_face = CliRunner().invoke(main, [*arguments, "--json", "--flavor", "transformers"])
-    assert json.loads(hugging_face.stdout)["build"] is None
+    told = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)["build"]
+    assert told == build.document(graph)
+    monkeypatch.setattr(publishing, "publish_folder", lambda *_, **__: replace(published, graph=None))
+    assert json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)["build"] is None
+    assert "build:" not in CliRunner().invoke(main, arguments).stdout

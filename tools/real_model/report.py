@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tools.real_model import logits, quality, speed
+from tools.real_model import logits, machine, quality, speed
 from tools.real_model.progress import say
 
 Report = dict[str, Any]
@@ -30,7 +29,7 @@ def measure(
     """
     report = _quality(hf, sides, kept)
     if launches:
-        report["load_average"] = os.getloadavg()
+        report |= {"threads": threads, "machine": machine.described()}
         runnable = {name: sides[name] for name in report["builds"]}
         measured = speed.measure(
             runnable, logits.text_tokens(hf), launches=launches, threads=threads, limit_s=limit_s, say=say

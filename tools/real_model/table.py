@@ -1,4 +1,7 @@
-"""The figures of all builds as one Markdown table, for docs/models.md: quality beside speed, always."""
+"""The figures of all builds as Markdown, for docs/models.md as it stands: quality beside speed, always.
+
+A table, and below it how its speed was measured. Nothing else goes to standard output.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ UNKNOWN = "–"
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """A line for the original and for each build.
+    """A line for the original and for each build; where speed was measured, an empty line and a paragraph.
 
     Args:
         report: `tokens`; `original`, with `perplexity` and `bytes`; `builds`, name → `perplexity`, `same_next_token`,
-            `divergence`, `bytes` and, where it was measured, `speed` (`speed.Figures`).
+            `divergence`, `bytes` and, where it was measured, `speed` (`speed.Figures`). Of the latter also `threads`,
+            and `machine`, a phrase.
     """
     original = report["original"]
     lengths = " / ".join(f"{length:,}" for length in PROMPT_TOKENS)
@@ -35,7 +39,7 @@ def table(report: Mapping[str, Any]) -> str:
         _line(
             name,
             f"{each['perplexity']:.1f}",
-            f"{each['perplexity'] / original['perplexity']:.2f}",
+            f"{each['perplexity'] / original['perplexity']:.3f}",
             f"{each['same_next_token']:.2f}",
             f"{each['divergence']:.3f}",
             _mb(each),
@@ -43,7 +47,22 @@ def table(report: Mapping[str, Any]) -> str:
         )
         for name, each in report["builds"].items()
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_how(report)])
+
+
+def _how(report: Mapping[str, Any]) -> Sequence[str]:
+    launches = sorted(
+        {int(each["speed"]["launches"]) for each in report["builds"].values() if "speed" in each}
+    )
+    if not launches:
+        return ()
+    counts = f"{launches[0]}" if len(launches) == 1 else f"{launches[0]} to {launches[-1]}"
+    threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
+    return (
+        "",
+        f"Speed and memory: the bare libraries with {threads} each, a process for each launch, all builds in turns;",
+        f"medians of {counts} launches. {report['machine']}.",
+    )
 
 
 def _line(*cells: str) -> str:
