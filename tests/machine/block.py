@@ -10,6 +10,7 @@ no page of an earlier one can be read. Source: drivers/block/loop.c, nbdfuse(1).
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -34,14 +35,19 @@ class BlockDevice:
     def __init__(self, disk: ServedDisk, file: Path, log: Path) -> None:
         self.disk = disk
         self._file = file
+        self._held: int | None = None
         file.write_bytes(b"")
         self._fuse = Child([*BOUND_TO_US, "nbdfuse", str(file), "--unix", str(disk.socket)], log)
         try:
             wait_until(lambda: not self._fuse.running or file.stat().st_size, _TIMEOUT_S, "nbdfuse")
             assert self._fuse.running, self._fuse.log_text()
             self.path = Path(_said("losetup", "--find", "--show", str(file)))
+            # In use, it goes away with its last user instead of now: however this process ends.
+            self._held = os.open(self.path, os.O_RDONLY)
+            _said("losetup", "--detach", str(self.path))
         except BaseException:
             self.cut()
+            self.close()
             raise
 
     @property
@@ -59,23 +65,27 @@ class BlockDevice:
         return lost
 
     def close(self) -> None:
-        """After `cut`, or when nobody uses it: takes the device away."""
-        if hasattr(self, "path"):
-            detach(self.path)
+        """After `cut`, or when nobody uses it. Returns when nothing is behind the device any more.
+
+        Raises:
+            TimeoutError: somebody still uses it.
+        """
+        held, self._held = self._held, None
+        if held is not None:
+            os.close(held)
+            # What a killed container had mounted goes a moment after it.
+            wait_until(lambda: not self._is_behind(), _TIMEOUT_S, f"the end of {self.path}")
         subprocess.run(["umount", "--lazy", self._file], check=False, stderr=subprocess.DEVNULL)
         self._fuse.stop()
         self.disk.cut()
 
-
-def detach(device: Path) -> None:
-    """Returns when nothing is behind it any more: what a killed container had mounted goes a moment after it.
-
-    Raises:
-        TimeoutError: somebody still uses it.
-    """
-    subprocess.run(["losetup", "--detach", device], check=False, stderr=subprocess.DEVNULL)
-    backing = Path(f"/sys/block/{device.name}/loop/backing_file")
-    wait_until(lambda: not backing.exists(), _TIMEOUT_S, f"the end of {device}")
+    def _is_behind(self) -> bool:
+        """Whether the device is still this one: another process may have taken its number."""
+        backing = Path(f"/sys/block/{self.path.name}/loop/backing_file")
+        try:
+            return backing.read_text().startswith(str(self._file))
+        except OSError:
+            return False
 
 
 def _said(*command: str) -> str:
