@@ -41,7 +41,7 @@ def agreement(found: Answers, expected: Answers) -> str:
     return f"{count} tokens the same, best logits at most {furthest:.2g} apart, the best two at least {narrowest:.2g}"
 
 
-def _apart(left: list[list[float]], right: list[list[float]]) -> float:
+def _apart(left: Sequence[tuple[int, float]], right: Sequence[tuple[int, float]]) -> float:
     """The most that the logit of a token differs by that is among the best on both sides; infinite without one."""
-    ours = {int(token): logit for token, logit in left}
+    ours = dict(left)
     return max((abs(ours[token] - logit) for token, logit in right if token in ours), default=float("inf"))
