@@ -148,5 +148,7 @@ def test_it_is_published_as_any_other(source: Path, tmp_path: Path) -> None:
     written = write_folder(source, name="smollm2", file=tmp_path / "smollm2.tar", golden=golden)
     assert written.limits == ()
     assert written.graph is not None
-    assert build.text(written.graph) == "int4 in blocks of 32; int8 in blocks of 32: lm_head; int8: embeddings"
+    assert (
+        build.text(written.graph) == "int4 in blocks of 32; int8 in blocks of 32: lm_head; int8: embeddings"
+    )
     assert written.bytes < 1.3 * source.stat().st_size
