@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import edge_agent
@@ -84,7 +84,8 @@ class DeviceStatus:
 
     def document(self) -> dict[str, Any]:
         """The status topic's object. Its `seq` is that of the last message."""
-        state = self._state()
+        troubles = list(self._troubles())
+        state = self._state(troubles)
         stamp = self.stamp()
         models = [self._of_model(name, lifecycle) for name, lifecycle in self._lifecycles.items()]
         return {
@@ -95,7 +96,7 @@ class DeviceStatus:
             "agent_version": edge_agent.__version__,
             "queue_depth": stamp["queue_depth"],
             "models": printable.document(models),
-            "troubles": [trouble.document() for trouble in self._troubles()],
+            "troubles": [trouble.document() for trouble in troubles],
             "walls": self._walls,
         }
 
@@ -177,11 +178,11 @@ class DeviceStatus:
         except JournalUnavailable:  # it is in the status
             return 0
 
-    def _state(self) -> str:
+    def _state(self, troubles: Sequence[Trouble]) -> str:
         default = next(iter(self._lifecycles.values()), None)
         if not self.ready:
             return "starting"
-        if default is None or default.serving is Serving.FAILED or next(self._troubles(), None):
+        if default is None or default.serving is Serving.FAILED or troubles:
             return "degraded"
         if default.serving is Serving.ABSENT and self._problem(default.name):
             return "degraded"
