@@ -2,6 +2,7 @@
 
 Owns one loaded model and the socket to the daemon. Before it reads a byte of the package, or imports a library that
 starts threads, it builds the walls around itself that this host can build, and tells the daemon which ones stand.
+It reads none before the daemon has said that it is what it should be, and imports the wrapper's libraries meanwhile.
 SCRATCH is the only folder where it may write.
 
 One thread does everything: it looks for frames between two steps of an answer, so it sees a cancel within one decode
@@ -9,7 +10,8 @@ step or one prefill slice, and notices at the end of the socket that the daemon 
 daemon by code. Whose turn it is stands in the memory behind TURN_FD, where the daemon finds it even if this process is
 killed in the middle of a turn.
 
-    Load → confined → Loaded | Failed;  Try → Trying …, Tried;  Generate → Delta …, Called …, Done | Refused
+    Load → confined → libraries → Checked → Loaded | Failed
+    Try → Trying …, Tried;  Generate → Delta …, Called …, Done | Refused
     Stop or end of file → exit
 """
 
@@ -32,6 +34,7 @@ from edge_agent.runner.model import TOO_LONG
 from edge_agent.runner.protocol import (
     MAX_FRAME_BYTES,
     Cancel,
+    Checked,
     Failed,
     Frame,
     FrameReader,
@@ -106,6 +109,8 @@ class Runner:
             walls = self._confine(request)
             if request.shipped_wrapper:
                 libraries.lighten()
+                loader.import_libraries()
+            started_s += self._await_check()
             with bounds.panics_caught():
                 model = loader.load(
                     Path(request.folder),
@@ -116,6 +121,8 @@ class Runner:
                     repetition_penalty=request.repetition_penalty,
                 )
                 system_refused = model.warm_up(request.system)
+        except _Ended:
+            raise
         except Exception as error:
             print_frames(error)
             self._send(_failed(error, request))
@@ -138,6 +145,17 @@ class Runner:
         )
         self._system = "" if system_refused == TOO_LONG else request.system
         return model, limit
+
+    def _await_check(self) -> float:
+        """Returns when the model's files may be read, and gives the seconds until then."""
+        since_s = time.monotonic()
+        try:
+            frame = self._next()
+        except EOFError as error:  # not one of the model's
+            raise _Ended from error
+        if not isinstance(frame, Checked):
+            raise RunnerError("the frame after a load does not say that its files are checked")
+        return time.monotonic() - since_s
 
     def _confine(self, request: Load) -> Walls:
         """

@@ -88,6 +88,17 @@ def load(
         return _load_pyfunc(folder, package, config)
 
 
+def import_libraries() -> None:
+    """Imports what a package with our wrapper needs, before anything of it is read.
+
+    Raises:
+        CannotRun: this host lacks it.
+    """
+    import mlflow.pyfunc  # noqa: F401
+
+    _need("onnxruntime_genai", package="onnxruntime-genai")
+
+
 class WrapperModel(Model):
     """A package with this agent's own wrapper over onnxruntime-genai: it answers several prompts at once."""
 

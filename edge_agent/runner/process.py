@@ -49,6 +49,7 @@ from edge_agent.runner.protocol import (
     TURN_BYTES,
     Called,
     Cancel,
+    Checked,
     Delta,
     Done,
     Failed,
@@ -168,9 +169,9 @@ class RunnerProcess:
         self._turn = _turn_memory()
         self._scratch = make_scratch()
         numbers = (theirs.fileno(), self._turn)
-        command = [sys.executable, "-m", "edge_agent.runner.child", *map(str, numbers)]
+        scratch = [str(self._scratch)] if self._scratch else []
+        command = [sys.executable, "-m", "edge_agent.runner.child", *map(str, numbers), *scratch]
         if self._scratch:
-            command.append(str(self._scratch))
             environment = {**environment, "HOME": str(self._scratch), "TMPDIR": str(self._scratch)}
         try:
             with theirs:
@@ -202,13 +203,17 @@ class RunnerProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def load(self, request: Load, *, timeout_s: float) -> Loaded:
-        """Loads the model; blocks until it answers.
+    def load(self, request: Load, *, timeout_s: float, check: Callable[[], None] = lambda: None) -> Loaded:
+        """Loads the model; blocks until it answers. The child reads none of its files before `check` of them has
+        returned, and imports its libraries meanwhile.
 
         Raises:
             RunnerError: it failed, died, or took longer than `timeout_s`; the child is dead then.
         """
         self._write(encode(request))
+        check()
+        with contextlib.suppress(RunnerError):  # a child that is gone has said why
+            self._write(encode(Checked()))
         frame = self._receive(time.monotonic() + timeout_s)
         if isinstance(frame, Loaded):
             return frame
@@ -244,12 +249,11 @@ class RunnerProcess:
         return self._socket.fileno()
 
     def start(self, prompt_id: str, document: dict[str, Any], *, timeout_s: float, owner: str = "") -> None:
-        """Gives the child a prompt. `receive` tells what becomes of it.
+        """Gives the child a prompt of an owner, as in `Generate`. `receive` tells what becomes of it.
 
         Args:
             prompt_id: not given before.
             timeout_s: until the prompt is stopped.
-            owner: see `Generate`.
 
         Raises:
             PromptTooLong: the prompt does not fit a frame.
@@ -283,10 +287,7 @@ class RunnerProcess:
     def generate(
         self, prompt_id: str, document: dict[str, Any], *, timeout_s: float
     ) -> Iterator[Delta | Done]:
-        """Streams the text of an answer to a prompt while no other is running. The last item is `Done`.
-
-        Args:
-            timeout_s: until the prompt is stopped.
+        """Streams the text of an answer to a prompt while no other is running. The last item is `Done`. See `start`.
 
         Raises:
             PromptError: the model refused the prompt, it was cancelled, or `timeout_s` passed.
@@ -331,8 +332,8 @@ class RunnerProcess:
 
     def kill(self) -> None:
         """Kills the child and everything it started, at once. May be called again."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self._process.returncode is None:  # not reaped: its number, and its group's, are still its own
+        if self._process.returncode is None:  # not reaped: its number, and its group's, are still its own
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         try:
             self._process.wait(KILL_WAIT_S)

@@ -1,6 +1,6 @@
 """The frames between the daemon and a runner: JSON, one a line, bounded. Pure but for `FrameReader.read`.
 
-    daemon → runner   Load, Try, Generate, Cancel, Stop
+    daemon → runner   Load, Checked; Try, Generate, Cancel, Stop
     runner → daemon   Loaded or Failed; Trying …, Tried for Try; then, for each Generate and by its id, Delta …,
                      Called …, Done or Refused
 
@@ -79,6 +79,13 @@ class Load:
     memory_bytes: Bytes = 0
     memory_is_short: bool = False
     shipped_wrapper: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """The files of the model that `Load` named are what they should be: from here on they may be read."""
+
+    type: ClassVar[str] = "checked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,13 +230,27 @@ class Refused:
 
 _Reply = Loaded | Failed | Trying | Tried | Delta | Called | Done | Refused
 Frame = (
-    Load | Try | Trying | Tried | Generate | Cancel | Stop | Loaded | Failed | Delta | Called | Done | Refused
+    Load
+    | Checked
+    | Try
+    | Trying
+    | Tried
+    | Generate
+    | Cancel
+    | Stop
+    | Loaded
+    | Failed
+    | Delta
+    | Called
+    | Done
+    | Refused
 )
 
 _KINDS: dict[str, type[Any]] = {
     kind.type: kind
     for kind in (
         Load,
+        Checked,
         Try,
         Trying,
         Tried,

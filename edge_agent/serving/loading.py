@@ -204,7 +204,6 @@ class VersionLoader:
         runner = self._start_runner()
         with self.tracked(runner):
             try:
-                check_files(folder, record, read=self._loading.verify, go_on=self._go_on)
                 reported = runner.load(
                     Load(
                         folder=str(folder),
@@ -223,6 +222,7 @@ class VersionLoader:
                         shipped_wrapper=trust.runs_shipped_wrapper(record.trust),
                     ),
                     timeout_s=LOAD_TIMEOUT_S,
+                    check=lambda: check_files(folder, record, read=self._loading.verify, go_on=self._go_on),
                 )
             except RunnerError as error:
                 if not self._closed:

@@ -26,8 +26,11 @@ class Runner(Protocol):
     @property
     def alive(self) -> bool: ...
 
-    def load(self, request: Load, *, timeout_s: float) -> Loaded:
+    def load(self, request: Load, *, timeout_s: float, check: Callable[[], None] = ...) -> Loaded:
         """Loads a version.
+
+        Args:
+            check: of its files; the process reads none of them before it has returned.
 
         Raises:
             RunnerError: it failed, died, or took longer than `timeout_s`; the process is dead then.

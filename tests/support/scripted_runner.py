@@ -146,7 +146,8 @@ class ScriptedRunner:
     def _script(self) -> Script:
         return self._host.scripts.get(self.version, Script())
 
-    def load(self, request: Load, *, timeout_s: float) -> Loaded:
+    def load(self, request: Load, *, timeout_s: float, check: Callable[[], None] = lambda: None) -> Loaded:
+        check()
         self.request = request
         self.version = int(Path(request.folder).name.partition("-")[0])
         self._host.note(f"load {self.version}")

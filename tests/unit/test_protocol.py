@@ -11,6 +11,7 @@ from edge_agent.errors import RunnerError
 from edge_agent.runner import process, protocol
 from edge_agent.runner.protocol import (
     Cancel,
+    Checked,
     Delta,
     Done,
     Frame,
@@ -30,6 +31,7 @@ FRAMES: list[Frame] = [
         folder="/m", context_tokens=64, max_tokens=8, threads=0, parallel=4, kv_bytes=1 << 20, system="Sing."
     ),
     Loaded(flavor="f", signature="chat", load_ms=1.5, parallel=4, system_refused="no such role"),
+    Checked(),
     Generate(id="1.1", document={"prompt": "é\n\U0001f34e"}),
     Cancel(id="1.1"),
     Stop(),

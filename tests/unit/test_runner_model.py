@@ -20,6 +20,7 @@ from edge_agent.runner.loader import WrapperModel
 from edge_agent.runner.model import TOO_LONG, End, Model
 from edge_agent.runner.protocol import (
     MAX_REPLY_BYTES,
+    Checked,
     Failed,
     Frame,
     FrameReader,
@@ -149,7 +150,7 @@ def served(model: Model, *frames: Frame, monkeypatch: pytest.MonkeyPatch, folder
     try:
         with ours:
             for frame in (*frames, Stop()):
-                ours.sendall(encode(frame))
+                ours.sendall(encode(frame) + (encode(Checked()) if isinstance(frame, Load) else b""))
             with theirs:
                 child.Runner(theirs, turn, None).run()
             return list(frames_of(ours))
@@ -397,8 +398,25 @@ def test_only_for_a_wrapper_of_this_agent_are_libraries_deferred(
 ) -> None:
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setattr(libraries, "LEFT_OUT", ())  # of what other tests import
+    monkeypatch.setattr(loader, "import_libraries", lambda: None)
     before = len(sys.meta_path)
     (loaded,) = served(
         ScriptedModel(), replace(load(""), shipped_wrapper=shipped), monkeypatch=monkeypatch, folder=tmp_path
     )
     assert isinstance(loaded, Loaded) and len(sys.meta_path) == before + shipped
+
+
+@pytest.mark.parametrize("said", [None, Stop(), load(""), Try()])
+def test_nothing_of_a_model_is_read_before_its_files_are_checked(
+    said: Frame | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loader, "load", lambda *_, **__: pytest.fail("it was read"))
+    monkeypatch.setattr(child, "confine", lambda _: Walls())
+    ours, theirs = socket.socketpair()
+    with ours, (tmp_path / "turn").open("w+b") as turn:
+        ours.sendall(encode(load("")) + (encode(said) if said else b""))
+        ours.shutdown(socket.SHUT_WR)
+        with theirs:
+            child.Runner(theirs, turn.fileno(), None).run()
+        ended = list(frames_of(ours))
+    assert [type(frame) for frame in ended] == ([Failed] if isinstance(said, Load | Try) else [])
