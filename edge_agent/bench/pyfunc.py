@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edge_agent.host import memory
 from edge_agent.runner import loader
 
 
@@ -39,6 +40,7 @@ if __name__ == "__main__":
     loaded = loader.load(
         Path(sys.argv[1]), context_tokens=int(sys.argv[2]), max_tokens=64, threads=int(sys.argv[3])
     )
+    memory.end_huge_pages()  # as a runner does
     print(json.dumps({"load_ms": (time.perf_counter() - began) * 1000}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -129,6 +129,7 @@ class Runner:
             raise _Ended from error
         gc.collect()
         gc.freeze()  # what a load leaves behind stays; later collections need not walk it
+        memory.end_huge_pages()  # the weights have theirs
         load_ms = (time.monotonic() - started_s) * 1000
         limit = request.parallel if model.answers_several else 1
         self._send(

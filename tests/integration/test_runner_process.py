@@ -123,6 +123,10 @@ def test_a_child_can_neither_grow_nor_shrink_the_memory_that_it_shares(runner: R
         os.close(descriptor)
 
 
+def test_a_loaded_runner_takes_no_more_huge_pages(runner: RunnerProcess) -> None:
+    assert "THP_enabled:\t0" in Path(f"/proc/{runner.pid}/status").read_text()
+
+
 def test_a_runner_that_waits_for_its_reader_stops_in_order(
     runner: RunnerProcess, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edge_agent.runner.process import child_environment
 
+ROOT = Path(__file__).parents[2]
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 FLAGS_OF_A_LARGE_ALLOCATION = """
 import ctypes
@@ -23,6 +24,14 @@ for line in open("/proc/self/smaps"):
         inside = start <= address < end
     elif inside and first == "VmFlags:":
         print(line)
+"""
+
+
+END = """
+from pathlib import Path
+from edge_agent.host import memory
+memory.end_huge_pages()
+print([line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("THP_enabled")])
 """
 
 
@@ -42,3 +51,10 @@ def test_a_runner_asks_for_huge_pages_where_the_kernel_gives_them_on_request(tmp
     assert "hg" not in flags_of_a_large_allocation({"PATH": os.environ["PATH"]}), (
         "it is this variable's doing"
     )
+
+
+def test_a_process_gets_no_more_huge_pages_once_it_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", END], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == r"['THP_enabled:\t0']"
