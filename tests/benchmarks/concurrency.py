@@ -1,4 +1,5 @@
-"""Several prompts in one runner: throughput, what a newcomer waits, and what a known prefix saves.
+"""Several prompts in one runner: throughput, what a newcomer waits, what a known prefix saves, and how long a stream is
+held up by a long prompt.
 
     python -m tests.benchmarks.concurrency MODEL_FOLDER [--threads N] [--rounds N]
 
@@ -15,7 +16,7 @@ import select
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,40 @@ class Bench:
         self._drain(others)
         return took
 
+    def held_up(self, words: int) -> tuple[float, float, float]:
+        """A stream's (usual, median, longest) seconds between two texts: usual alone, the others while a long prompt is
+        prefilled beside it."""
+        stream = self.start(f"Write a long story about {self.question(12)}.", 1000)
+        self.wait([stream], first=True)
+        alone, _ = self._gaps(stream, lambda count: count < 24)
+        long = self.start(self.question(words), 4)
+        beside, ended = self._gaps(stream, lambda _: True, until=long)
+        assert beside, "the stream goes on beside the prompt"
+        self._runner.cancel(stream)
+        self._runner.cancel(long)
+        self._drain([name for name in (stream, long) if name not in ended])
+        return statistics.median(alone), statistics.median(beside), max(beside)
+
+    def _gaps(
+        self, name: str, more: Callable[[int], bool], *, until: str = ""
+    ) -> tuple[list[float], set[str]]:
+        """Seconds between texts of `name`, up to the first frame of `until`; and who has ended meanwhile."""
+        gaps: list[float] = []
+        ended: set[str] = set()
+        at = time.perf_counter()
+        while more(len(gaps)) and name not in ended:
+            frame = self._runner.receive(1.0)
+            if frame is None:
+                continue
+            if not isinstance(frame, Delta):
+                ended.add(frame.id)
+            if frame.id == until:
+                break
+            if isinstance(frame, Delta):
+                gaps.append(time.perf_counter() - at)
+                at = time.perf_counter()
+        return gaps, ended
+
     def known_prefix(self, words: int) -> tuple[float, float, int]:
         """(cold, known) seconds to the first text after a long prefix, and the tokens that were known."""
         prefix = self.question(words)
@@ -173,10 +208,13 @@ def report(bench: Bench, rounds: int, words: int) -> None:
             bench.newcomer(words, run_s, together=True),
             bench.newcomer(words, run_s, together=False),
             *bench.known_prefix(words * 17),
+            *bench.held_up(words * 17),
         )
         for _ in range(rounds)
     ]
-    apart, at_once, alone, batch, singles, cold, known, cached = map(list, zip(*turns, strict=True))
+    apart, at_once, alone, batch, singles, cold, known, cached, usual, held, longest = map(
+        list, zip(*turns, strict=True)
+    )
     rate = 4 * NEW_TOKENS / statistics.median(apart)
     print(f"four one after the other   {rate:7.1f} tokens/s   (medians of {rounds})")
     print(f"four at once               {4 * NEW_TOKENS / statistics.median(at_once):7.1f} tokens/s   "
@@ -189,6 +227,10 @@ def report(bench: Bench, rounds: int, words: int) -> None:
     print(f"first token, cold          {statistics.median(cold) * 1000:7.0f} ms")
     print(f"… {statistics.median(cached):.0f} tokens known          {statistics.median(known) * 1000:7.0f} ms   "
           f"ratio {statistics.median(known) / statistics.median(cold):.3f}")  # fmt: skip
+    token = statistics.median(usual)
+    print(f"a token of a stream        {token * 1000:7.0f} ms")
+    print(f"… beside a long prompt     {statistics.median(held) * 1000:7.0f} ms   "
+          f"ratio {statistics.median(held) / token:.2f}, longest {statistics.median(longest) / token:.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":
