@@ -20,12 +20,15 @@ need_machine_programs() {
 # make_machine FOLDER ARCH DEBIAN: FOLDER/{disk.raw,kernel,initrd}. Where this host cannot run programs of the architecture,
 # the disk has what debootstrap unpacks, and the machine configures its packages itself when it boots for the first time.
 make_machine() {
-    local folder=$1 arch suite foreign=() archive mirror new
+    local folder=$1 arch suite foreign=() archive mirror mounted new
     arch=$(debian_arch "$2")
     suite=$(debian_suite "$3")
     if [[ -f $folder/.complete && $(<"$folder/.complete") == "$(machine_key)" ]]; then return; fi
     mirror=$(debian_mirror)
     new=$folder.new
+    for mounted in "$new"/root/{proc,sys}; do # of a debootstrap that was stopped
+        if mountpoint -q "$mounted"; then umount "$mounted"; fi
+    done
     rm -rf -- "$folder" "$new"
     mkdir -p "$new/deb"
     say "making a machine: Debian $3 on $2"
