@@ -38,7 +38,7 @@ from tests.support.mosquitto import running_broker
 _INSIDE = "/root/inside.py"
 _SCRATCH_BYTES = 256 * BLOCK_BYTES
 _POLL_S = 0.001
-_PATIENCE = 4
+_PATIENCE = 8
 """An activity may take so many times as long as it should, on a host that has more to do."""
 
 
