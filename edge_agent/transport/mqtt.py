@@ -112,6 +112,7 @@ class MqttTransport:
         self._turned_away = 0
         self._heard_noted = self._echo.others_heard
         self._connection: Connection | None = None
+        self._begun = False
         self._closing = threading.Event()
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
@@ -193,11 +194,14 @@ class MqttTransport:
         """Ends `run` after what is due has been sent, within a few seconds."""
         self._closing.set()
         self._wake()
+        if not self._begun:  # nobody else closes them
+            _close(self._wake_read, self._wake_write)
 
     # --- The network thread ----------------------------------------------------------------------------
 
     def run(self) -> None:
         """The thread: connects, turns, waits, until `close`."""
+        self._begun = True
         while not self._closing.is_set():
             connection = self._connect()
             if connection is not None:
@@ -212,8 +216,7 @@ class MqttTransport:
                 connection.close()
             if not self._closing.is_set():
                 self._wait_to_reconnect(connection)
-        for end in (self._wake_read, self._wake_write):
-            end.close()
+        _close(self._wake_read, self._wake_write)
 
     def _connect(self) -> Connection | None:
         self.turned_s = time.monotonic()
@@ -354,3 +357,8 @@ class MqttTransport:
     def on_unreadable(self, error: Exception) -> None:
         self.counters["unreadable"] += 1
         log.warning("message unreadable code=message_unreadable error=%s", type(error).__name__)
+
+
+def _close(*ends: socket.socket) -> None:
+    for end in ends:
+        end.close()

@@ -60,6 +60,26 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
     opened.close()
 
 
+def test_a_transport_that_never_ran_leaves_no_socket_behind(journal: Journal) -> None:
+    """As where the daemon ends before its threads have begun."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        transport = MqttTransport(
+            MqttSettings(host="127.0.0.1", port=1),
+            topics=Topics(prefix="edge", device_id="dev", reply_prefixes=("replies/",)),
+            journal=journal,
+            max_payload_bytes=1024,
+            password=lambda: None,
+            handlers={},
+            will=lambda: b"{}",
+        )
+        transport.close()
+        transport.close()
+        del transport
+        gc.collect()
+    assert [str(warning.message) for warning in caught if "unclosed <socket" in str(warning.message)] == []
+
+
 def test_a_broker_that_cannot_prove_who_it_is_leaves_no_socket_behind(
     tmp_path: Path, journal: Journal
 ) -> None:
