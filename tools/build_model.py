@@ -1,10 +1,11 @@
 """Builds a Hugging Face folder for a CPU, as docs/models.md recommends: `as the original`, or `small`.
 
-    python -m tools.build_model HF_FOLDER OUT [--small]
+    python -m tools.build_model HF_FOLDER OUT [--small [--calibrate TEXT…]]
 
 It runs onnxruntime-genai's model builder with options that name matrices one by one, which its short options cannot:
 all in int8; or int4 with int8 for what a language model loses most by (the head, the matrix in front of the attention,
-the second feed-forward matrix). Tied embeddings share the head's int8 weights. For decoders whose layers the builder
+the second feed-forward matrix). With texts, the int4 matrices are rounded again (calibrated.py).
+Tied embeddings share the head's int8 weights. For decoders whose layers the builder
 makes of qkv_proj, o_proj, gate_proj, up_proj and down_proj: Llama, Mistral, Qwen, SmolLM, Phi-3 and their like.
 """
 
@@ -76,12 +77,28 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="a fifth smaller, and a little less of the original"
     )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="TEXT",
+        help="with --small: files of a few thousand words or more, by which the int4 matrices are rounded again; "
+        "closer to the original at the same size",
+    )
     given = parser.parse_args()
+    if given.calibrate and not given.small:
+        parser.error("--calibrate is for --small: int8 needs no text")
+    texts = [file.read_text("utf-8") for file in given.calibrate]
     config = json.loads((given.hf / "config.json").read_text("utf-8"))
     given.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
         build(given.hf, given.out.absolute(), arguments(config, small=given.small))
-    except ChildProcessError as error:
+        if texts:
+            from tools.calibrated import improve  # with torch
+
+            improve(given.out, given.hf, texts)
+    except (ChildProcessError, ValueError) as error:
         raise SystemExit(str(error)) from error
 
 
