@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edge_agent import bench as bench_module
 from edge_agent.bench import llama_cpp, peers
+from edge_agent.bench import run as bench_module
 from edge_agent.bench.line_child import BenchError, LineChild
 from edge_agent.cli import main
 
