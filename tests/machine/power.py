@@ -110,8 +110,9 @@ class PowerCuts:
             began_s = time.monotonic()
             device = self._boot(cut)
             booted_s = time.monotonic() - began_s
+            if last is None or self._options.lying:
+                self._set_up(device)  # a disk that lies may have lost it with the last cut
             if last is None:
-                self._set_up(device)
                 self._outside.wait_ready(self._rig.pace.ready_s, seen=device.journal)
             elif not self._verdict(device, *last, booted_s):
                 return 1
