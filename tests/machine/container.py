@@ -152,14 +152,22 @@ class Container:
     @property
     def leader(self) -> int | None:
         """Its PID 1, seen from here."""
-        folder = Path(f"/proc/{self._process.pid}/task/{self._process.pid}")
-        with contextlib.suppress(OSError):
-            children = (folder / "children").read_text().split()
-            return int(children[-1]) if children else None
-        return None
+        return leader_of(self._process.pid)
 
     def _tail(self) -> str:
         return "\n".join(self._console.read_text(errors="replace").splitlines()[-30:])
+
+
+def leader_of(process: int) -> int | None:
+    """The last child of a process that has process numbers of its own; None where there is none yet.
+
+    What nspawn starts first has this host's still, and this host's files: a command in there would be one on this host.
+    """
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        if children and not Path(f"/proc/{children[-1]}/ns/pid").samefile("/proc/self/ns/pid"):
+            return int(children[-1])
+    return None
 
 
 class ContainerRig:
