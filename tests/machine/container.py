@@ -35,7 +35,7 @@ from tests.machine.block import BOUND_TO_US, BlockDevice
 from tests.machine.cgroup import Cgroup
 from tests.machine.console import MachineError, Reply
 from tests.machine.device import PAYLOAD, Device, settings
-from tests.machine.kernel_log import KernelLog
+from tests.machine.kernel_log import KernelLog, names
 from tests.machine.place import Place
 from tests.machine.rig import ACTIVITY_OVER, Loss, marks
 from tests.machine.schedule import Activity, Pace
@@ -278,7 +278,7 @@ class ContainerRig:
         return any("recovery complete" in line for line in self._lines())
 
     def _lines(self) -> list[str]:
-        return [line for line in self._kernel.lines() if self._disks[0].path.name in line]
+        return [line for line in self._kernel.lines() if names(line, self._disks[0].path.name)]
 
     def _end(self) -> None:
         """Kills what still runs, and takes mount and devices away."""

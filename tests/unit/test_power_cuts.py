@@ -13,6 +13,7 @@ import pytest
 
 from tests.machine.container import leader_of
 from tests.machine.disk import BLOCK_BYTES
+from tests.machine.kernel_log import names
 from tests.machine.power import steps
 from tests.machine.rig import Loss, marks, was_cut
 from tests.machine.schedule import (
@@ -223,3 +224,9 @@ def test_the_first_process_of_a_container_is_found() -> None:
         if not children(process):
             pytest.skip("no namespace of processes can be had here")
         assert leader_of(process) == int(children(process))
+
+
+def test_a_line_of_the_kernel_about_another_device_is_left_out() -> None:
+    assert names("EXT4-fs (loop1): recovery complete", "loop1")
+    assert names("I/O error, dev loop1, sector 8 op 0x1:(WRITE)", "loop1")
+    assert not names("EXT4-fs (loop10): recovery complete", "loop1")
