@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.machine.__main__ import main
 from tests.machine.container import leader_of
 from tests.machine.disk import BLOCK_BYTES
 from tests.machine.kernel_log import names
@@ -230,3 +232,14 @@ def test_a_line_of_the_kernel_about_another_device_is_left_out() -> None:
     assert names("EXT4-fs (loop1): recovery complete", "loop1")
     assert names("I/O error, dev loop1, sector 8 op 0x1:(WRITE)", "loop1")
     assert not names("EXT4-fs (loop10): recovery complete", "loop1")
+
+
+@pytest.mark.parametrize("option", [("--arch", "aarch64"), ("--debian", "13")])
+def test_a_container_is_not_said_to_be_another_machine(
+    option: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = ("--image", "i", "--bundles", "b", "--work", "w", "--cuts", "1")
+    monkeypatch.setattr(sys, "argv", ["machine", "--container", *needed, *option])
+    with pytest.raises(SystemExit):
+        main()
+    assert "leave --arch and --debian out" in capsys.readouterr().err
