@@ -14,6 +14,7 @@ _NOT_KNOWN = 1 << 62
 _STATUS_BYTES = 1 << 14
 _M_ARENA_MAX = -8
 _PR_SET_THP_DISABLE = 41
+_HUGE_PAGE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 
 
 def available_bytes() -> int:
@@ -54,6 +55,18 @@ def share_one_heap() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
+
+
+def huge_page_bytes(file: Path = _HUGE_PAGE) -> int:
+    """Size of a huge page; 0 where the kernel has none.
+
+    It has 2 MiB where a page has 4 KiB; 32 MiB with pages of 16 KiB, and 512 MiB with 64 KiB, as some kernels for
+    aarch64 have them. Source: Documentation/admin-guide/mm/transhuge.rst.
+    """
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def end_huge_pages() -> None:

@@ -97,6 +97,8 @@ _SEND_TIMEOUT_S = 30.0
 _SEND_BYTES = 1 << 16
 
 
+_LARGEST_HUGE_PAGE_BYTES = 32 << 20
+
 _ENVIRONMENT_NAMES = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
 
 
@@ -106,11 +108,13 @@ def child_environment(state_dir: Path) -> dict[str, str]:
     A runner behind its walls has another home, and another folder for temporary files: its own.
 
     Each token reads all weights, and in pages of 4 KiB looking up where they are costs about a tenth of the time. So
-    glibc (2.35 or newer) asks the kernel for huge pages, where the kernel gives them to who asks (`madvise`).
+    glibc (2.35 or newer) asks the kernel for huge pages, where the kernel gives them to who asks (`madvise`). It then
+    takes memory in whole ones, so not where one alone is as large as a model.
     """
+    worth_it = memory.huge_page_bytes() <= _LARGEST_HUGE_PAGE_BYTES
     return {
         **environment.inherited_environment(*_ENVIRONMENT_NAMES),
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        **({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if worth_it else {}),
         "HOME": str(state_dir),
         "ORT_DISABLE_TELEMETRY": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -99,6 +99,7 @@ class Scheduler:
         for running in list(self._lanes):
             if running.request.id == prompt_id:
                 self._lanes.remove(running)
+                self._send_text(running)
                 self._close(running)
                 self._stopping.append(running.request)
                 self._refuse_stopped(0)

@@ -33,6 +33,7 @@ from tests.machine.rig import Rig
 from tests.machine.worn import Worn
 
 Step = tuple[str, Callable[[], str]]
+_ARCH, _DEBIAN = "x86_64", "12"
 
 
 def main() -> int:
@@ -105,8 +106,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", default="x86_64", choices=["x86_64", "aarch64"])
-    parser.add_argument("--debian", default="12", choices=["12", "13"])
+    parser.add_argument("--arch", default=_ARCH, choices=["x86_64", "aarch64"])
+    parser.add_argument("--debian", default=_DEBIAN, choices=["12", "13"])
     parser.add_argument("--cuts", type=int, default=0, metavar="N", help="cut its power off so often")
     parser.add_argument("--seed", type=int, help="of the cuts; one is drawn and printed without it")
     parser.add_argument(
@@ -125,6 +126,10 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.container and not options.cuts:
         parser.error("--container is for --cuts")
+    if options.container and (options.arch, options.debian) != (_ARCH, _DEBIAN):
+        parser.error(
+            f"--container is Debian {_DEBIAN} on this host's own processor: leave --arch and --debian out"
+        )
     return options
 
 

@@ -35,7 +35,7 @@ from tests.machine.block import BOUND_TO_US, BlockDevice
 from tests.machine.cgroup import Cgroup
 from tests.machine.console import MachineError, Reply
 from tests.machine.device import PAYLOAD, Device, settings
-from tests.machine.kernel_log import KernelLog
+from tests.machine.kernel_log import KernelLog, names
 from tests.machine.place import Place
 from tests.machine.rig import ACTIVITY_OVER, Loss, marks
 from tests.machine.schedule import Activity, Pace
@@ -155,14 +155,22 @@ class Container:
     @property
     def leader(self) -> int | None:
         """Its PID 1, seen from here."""
-        folder = Path(f"/proc/{self._process.pid}/task/{self._process.pid}")
-        with contextlib.suppress(OSError):
-            children = (folder / "children").read_text().split()
-            return int(children[-1]) if children else None
-        return None
+        return leader_of(self._process.pid)
 
     def _tail(self) -> str:
         return "\n".join(self._console.read_text(errors="replace").splitlines()[-30:])
+
+
+def leader_of(process: int) -> int | None:
+    """The last child of a process that has process numbers of its own; None where there is none yet.
+
+    What nspawn starts first has this host's still, and this host's files: a command in there would be one on this host.
+    """
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        if children and not Path(f"/proc/{children[-1]}/ns/pid").samefile("/proc/self/ns/pid"):
+            return int(children[-1])
+    return None
 
 
 class ContainerRig:
@@ -275,7 +283,7 @@ class ContainerRig:
         return any("recovery complete" in line for line in self._lines())
 
     def _lines(self) -> list[str]:
-        return [line for line in self._kernel.lines() if self._disks[0].path.name in line]
+        return [line for line in self._kernel.lines() if names(line, self._disks[0].path.name)]
 
     def _end(self) -> None:
         """Kills what still runs, and takes mount and devices away."""

@@ -1,9 +1,13 @@
-"""What this host's kernel says from a moment on: `KernelLog`. Source: Documentation/ABI/testing/dev-kmsg."""
+"""What this host's kernel says from a moment on: `KernelLog`; about which device: `names`.
+
+Source: Documentation/ABI/testing/dev-kmsg.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 
 
 class KernelLog:
@@ -30,3 +34,8 @@ class KernelLog:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def names(line: str, device: str) -> bool:
+    """Whether a line is about a device: loop1 is in `loop10` as well, which may be anybody's."""
+    return re.search(rf"\b{re.escape(device)}\b", line) is not None

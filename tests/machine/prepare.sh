@@ -69,13 +69,14 @@ lend_emulator() {
     fi
     trap give_emulator_back EXIT # the kernel would go on with it
     # :name:type:offset:magic:mask:interpreter:flags, as Debian has it, under another name; F opens the interpreter at once.
-    printf ':%s:%s:%s:F\n' machine-test "$(cut -d : -f 3-6 <<<"$line")" "$(realpath "$from/usr/bin/qemu-$arch-static")" \
+    printf ':%s:%s:%s:F\n' "machine-test-$$" "$(cut -d : -f 3-6 <<<"$line")" "$(realpath "$from/usr/bin/qemu-$arch-static")" \
         2>/dev/null >"$BINFMT/register" || return
     chroot "$root" "$program" true 2>/dev/null
 }
 
 give_emulator_back() {
-    if [[ -e $BINFMT/machine-test ]]; then echo -1 >"$BINFMT/machine-test"; fi
+    # Its own only: another machine may be made at the same time.
+    if [[ -e $BINFMT/machine-test-$$ ]]; then echo -1 >"$BINFMT/machine-test-$$"; fi
     if [[ -n ${lent_mount:-} ]]; then umount "$BINFMT"; fi
     lent_mount=''
 }

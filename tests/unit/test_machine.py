@@ -8,6 +8,7 @@ import hashlib
 import io
 import socket
 import sqlite3
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.machine.inside import damage_index, damaged_files
 from tests.machine.instructions import kernels
 
 BLOCKS = 16
+ROOT = Path(__file__).parents[2]
 
 
 def reply(number: int, code: int, text: str) -> bytes:
@@ -286,6 +288,22 @@ def test_another_token_is_told_with_whether_it_may_be_rounding(
     with pytest.raises(MachineError) as raised:
         agreement(there, computed([0, 8, 2], [0, 5, 5.1]))
     assert str(raised.value).startswith(said)
+
+
+# --- An emulator that is lent ------------------------------------------------------------------------------
+
+
+def test_an_emulator_that_another_process_was_lent_stays(tmp_path: Path) -> None:
+    script = (ROOT / "tests/machine/prepare.sh").read_text()
+    begun = script.replace("readonly BINFMT=/proc/sys/fs/binfmt_misc", f"BINFMT={tmp_path}")
+    assert begun != script
+    (tmp_path / "machine-test-1").touch()
+    (tmp_path / "machine-test").touch()
+    command = f'{begun}\n: >"$BINFMT/machine-test-$$"\ngive_emulator_back'
+    subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True, timeout=60)
+    told = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert sorted(told.values()) == ["", "", "-1\n"]
+    assert told["machine-test"] == told["machine-test-1"] == ""
 
 
 # --- An installation ---------------------------------------------------------------------------------------

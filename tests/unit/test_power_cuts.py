@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.machine.__main__ import main
+from tests.machine.container import leader_of
 from tests.machine.disk import BLOCK_BYTES
+from tests.machine.kernel_log import names
 from tests.machine.power import steps
 from tests.machine.rig import Loss, marks, was_cut
 from tests.machine.schedule import (
@@ -27,6 +34,7 @@ from tests.machine.schedule import (
     damage,
 )
 from tests.machine.table import Row, summary
+from tests.support.processes import wait_until
 
 PACE = Pace(
     longest_s={activity: 10.0 * number for number, activity in enumerate(Activity, 1)},
@@ -188,3 +196,50 @@ def test_a_summary_has_a_line_for_each_activity_and_one_for_all() -> None:
         ["import", "1", "1", "300,", "300", "12,", "12", "9", "2", "1", "12,", "12", "1"],
         ["all", "4", "4", "300,", "300", "12,", "12", "36", "8", "4", "7,", "30", "1"],
     ]
+
+
+@contextlib.contextmanager
+def parent(*command: str) -> Iterator[int]:
+    """A process with one child."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        try:
+            yield process.pid
+        finally:
+            process.communicate()
+
+
+def children(process: int) -> str:
+    return Path(f"/proc/{process}/task/{process}/children").read_text()
+
+
+def test_what_still_has_this_hosts_processes_is_no_container() -> None:
+    with parent("sh", "-c", "cat; :") as process:
+        wait_until(lambda: children(process), 10)
+        assert leader_of(process) is None
+
+
+def test_the_first_process_of_a_container_is_found() -> None:
+    user = [] if os.geteuid() == 0 else ["--map-root-user"]
+    with parent("unshare", *user, "--pid", "--fork", "cat") as process:
+        with contextlib.suppress(TimeoutError, FileNotFoundError):
+            wait_until(lambda: children(process), 10)
+        if not children(process):
+            pytest.skip("no namespace of processes can be had here")
+        assert leader_of(process) == int(children(process))
+
+
+def test_a_line_of_the_kernel_about_another_device_is_left_out() -> None:
+    assert names("EXT4-fs (loop1): recovery complete", "loop1")
+    assert names("I/O error, dev loop1, sector 8 op 0x1:(WRITE)", "loop1")
+    assert not names("EXT4-fs (loop10): recovery complete", "loop1")
+
+
+@pytest.mark.parametrize("option", [("--arch", "aarch64"), ("--debian", "13")])
+def test_a_container_is_not_said_to_be_another_machine(
+    option: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = ("--image", "i", "--bundles", "b", "--work", "w", "--cuts", "1")
+    monkeypatch.setattr(sys, "argv", ["machine", "--container", *needed, *option])
+    with pytest.raises(SystemExit):
+        main()
+    assert "leave --arch and --debian out" in capsys.readouterr().err

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from edge_agent.host import memory
 from edge_agent.runner.process import child_environment
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +54,20 @@ def test_a_runner_asks_for_huge_pages_where_the_kernel_gives_them_on_request(tmp
     assert "hg" not in flags_of_a_large_allocation({"PATH": os.environ["PATH"]}), (
         "it is this variable's doing"
     )
+
+
+@pytest.mark.parametrize(
+    "huge_page, asks", [("2097152\n", True), ("33554432\n", True), ("536870912\n", False)]
+)
+def test_a_runner_asks_for_no_page_that_is_as_large_as_a_model(
+    huge_page: str, asks: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "hpage_pmd_size"
+    file.write_text(huge_page)
+    size_bytes = memory.huge_page_bytes(file)
+    assert size_bytes == int(huge_page) and memory.huge_page_bytes(tmp_path / "absent") == 0
+    monkeypatch.setattr(memory, "huge_page_bytes", lambda: size_bytes)
+    assert ("GLIBC_TUNABLES" in child_environment(tmp_path)) is asks
 
 
 def test_a_process_gets_no_more_huge_pages_once_it_says_so() -> None:

@@ -158,6 +158,16 @@ def test_what_an_answer_had_comes_before_its_refusal() -> None:
     assert bench.text("a") == "abc"
 
 
+def test_what_an_answer_had_when_it_was_cancelled_is_not_lost() -> None:
+    bench = Bench(Script(), step_s=0.0)
+    bench.add("a", text="abcdef")
+    bench.run(4)
+    assert bench.text("a") == "a"
+    bench.scheduler.cancel("a")
+    assert [frame.type for frame in bench.frames] == ["delta", "delta", "refused"]
+    assert bench.text("a") == "abc"
+
+
 def test_calls_come_before_the_end_and_long_arguments_in_several_frames() -> None:
     long = "x" * MAX_DELTA_CHARACTERS
 
