@@ -90,10 +90,11 @@ def unanswered() -> EdgeAgentError:
 def end_in_order() -> None:
     """Makes SIGTERM and SIGHUP end this process like `sys.exit`, so that it stops its child processes first.
 
-    Call it in the main thread.
+    One that is ignored stays so: `nohup` is for that. Call it in the main thread.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def paint() -> terminal.Paint:

@@ -6,6 +6,8 @@ nothing else comes.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -44,9 +46,16 @@ def operate(
     Raises:
         EdgeAgentError: the operation failed, here or in the daemon.
     """
+    heard_s = -math.inf
+
+    def is_silent() -> bool:
+        return time.monotonic() - heard_s >= waiting.SILENT_S
+
     with terminal.progress_bar() as report:
 
         def on_event(event: Mapping[str, Any]) -> None:
+            nonlocal heard_s
+            heard_s = time.monotonic()
             if event.get("event") == "progress":
                 report(doing, event["bytes"], event["total_bytes"])
             elif event.get("event") == "waiting":
@@ -62,7 +71,7 @@ def operate(
             "now": now,
         }
         try:
-            with _steps_told(settings, name) if do in _BRINGS_A_VERSION else nullcontext():
+            with _steps_told(settings, name, is_silent) if do in _BRINGS_A_VERSION else nullcontext():
                 return through_daemon(settings, on_event, do=do, **fields)
         except DaemonNotRunning:
             from edge_agent.updates import operations
@@ -73,24 +82,27 @@ def operate(
                 try:
                     return operations.run_operation(local, do, **fields, on_event=on_event)
                 finally:
+                    local.close()
                     for lifecycle in lifecycles.values():
                         lifecycle.close()
 
 
 @contextmanager
-def _steps_told(settings: Settings, name: str | None) -> Iterator[None]:
+def _steps_told(settings: Settings, name: str | None, is_silent: Callable[[], bool]) -> Iterator[None]:
     """Says on stderr what the daemon does with a model's version, each step once.
 
     Args:
         name: of the model; None for all.
+        is_silent: nothing has come for a moment; the daemon is not asked before.
     """
+
+    def look() -> str:
+        return steps_in(said_by_daemon(settings, "status"), name) if is_silent() else ""
 
     def tell(steps: str) -> None:
         terminal.echo(steps, err=True)
 
-    with waiting.told_while_silent(
-        lambda: steps_in(said_by_daemon(settings, "status"), name), tell, again_s=0
-    ):
+    with waiting.told_while_silent(look, tell, again_s=0):
         yield
 
 

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 _MIN_PACKET_BYTES = 1 << 20
 _GOODBYE_S = 3.0
 _LOOK_S = 1.0
-_REST_S = 5.0
+REST_S = 5.0
 """A turn while nothing is due: the self-test and paho's pings are less than so much late."""
 _SPEAKS_5, _SPEAKS_OLDER = "broker_speaks_5", "broker_speaks_older"
 """The journal's notes of what a broker speaks."""
@@ -230,8 +230,8 @@ class MqttTransport:
 
     def _turn(self, connection: Connection) -> None:
         self.turned_s = time.monotonic()
-        rests = connection.connected and self._outbox.rests
-        timeout_s = min(_REST_S, self._settings.keepalive_s / 4) if rests else TURN_S
+        rests = connection.connected and self._outbox.rests and not self._closing.is_set()
+        timeout_s = min(REST_S, self._settings.keepalive_s / 4) if rests else TURN_S
         connection.turn(self._wake_read, self._send_due, timeout_s=timeout_s)
 
     def _send_due(self, connection: Connection) -> None:

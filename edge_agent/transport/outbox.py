@@ -247,7 +247,7 @@ class Outbox:
     # --- Answers ---------------------------------------------------------------------------------------
 
     def _send_answers(self, connection: Connection) -> None:
-        with contextlib.suppress(JournalUnavailable):  # they wait there
+        try:
             self._send_new(connection)
             now_s = self._now().boot_s
             look = now_s - self._looked_s > (_REST_S if self.rests else _LOOK_S)
@@ -257,7 +257,11 @@ class Outbox:
                 self._answers_due = self._send_backlog(connection, now_s)
             if look and not self._answers_due and self._has_room(connection, now_s):
                 self._send_postponed(connection, now_s)
-                self._some_wait = self._journal.deliveries.pending() > 0
+                self._some_wait = False  # before the journal is asked: what comes later sets it again
+                if self._journal.deliveries.pending():
+                    self._some_wait = True
+        except JournalUnavailable:
+            self._some_wait = True  # they wait there
 
     def _send_new(self, connection: Connection) -> None:
         """Answers since the last look, in the order in which they were given."""

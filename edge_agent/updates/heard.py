@@ -5,7 +5,7 @@ without a daemon, say the same: a hint, which the next check replaces. A file of
 says nothing.
 
 Flash wears out with what is written, and a registry is asked for years: the copy's time is renewed every ten minutes,
-and when the daemon ends; everything else at once.
+and when the process ends, a daemon or a command; everything else at once.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Heard:
                 self._write()
 
     def close(self) -> None:
-        """The daemon ends: writes down what is not on the disk yet."""
+        """The process ends: writes down what is not on the disk yet."""
         with self._changing:
             if self.asked_at != self._written_at:
                 self._write()

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from edge_agent.chat.messages import Form
-from edge_agent.chat.prompt import Answer, State
+from edge_agent.chat.prompt import Answer, Outgoing, State
+from edge_agent.errors import JournalUnavailable
 from edge_agent.transport.outbox import Refusal
 from edge_agent.transport.retries import RETRY_WAITS_S, UNHEARD_WAITS_S
 from edge_agent.transport.suspicion import LAST_WAIT_S, REFUSALS_LOST
@@ -377,4 +378,30 @@ def test_a_rest_is_no_longer_than_a_minute_for_an_answer_that_nobody_told_of(roo
     room.pass_by(10)
     room.answer(NEW, told=False)
     room.pass_by(65)
+    assert room.log == [NEW]
+
+
+def test_an_answer_that_comes_while_the_journal_is_asked_for_others_ends_the_rest(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told of by another thread; then the journal cannot even be read for a moment."""
+    deliveries = room.journal.deliveries
+    pending, unsent = deliveries.pending, deliveries.unsent
+
+    def overtaken() -> int:
+        found = pending()
+        monkeypatch.setattr(deliveries, "pending", pending)
+        room.answer(NEW)
+        return found
+
+    def fails(row: int) -> Outgoing | None:
+        monkeypatch.setattr(deliveries, "unsent", unsent)
+        raise JournalUnavailable("a disk that fails")
+
+    room.turn(2.0)
+    monkeypatch.setattr(deliveries, "pending", overtaken)
+    room.turn(2.0)
+    assert not rests(room)
+    monkeypatch.setattr(deliveries, "unsent", fails)
+    room.pass_by(5)
     assert room.log == [NEW]

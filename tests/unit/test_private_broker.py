@@ -36,3 +36,17 @@ def test_a_command_that_is_told_to_end_takes_its_children_along(
         process.send_signal(number)
         assert process.wait(30) == 128 + number
     wait_until(lambda: not alive(child), 10, "the child's end")
+
+
+def test_a_command_under_nohup_outlives_its_terminal() -> None:
+    program = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from edge_agent.cli.command import end_in_order
+end_in_order()
+signal.raise_signal(signal.SIGHUP)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program], env=clean_environment(), timeout=60, check=False
+    )
+    assert process.returncode == 0

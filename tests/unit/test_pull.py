@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,25 @@ PULLED = {
 }
 
 
+@contextmanager
+def served(folder: Path, pull: Callable[[Call], None], status: Callable[[Call], None]) -> Iterator[Path]:
+    """The settings of a device whose daemon answers so."""
+    file = folder / "config.toml"
+    file.write_text(
+        f'device_id = "dev"\nstate_dir = "{folder}/state"\ncontrol_socket = "{folder}/c.sock"\n'
+        '[registry]\nuri = "http://localhost:1"\n[models.assistant]\nuri = "models:/phi3-mini@prod"\n'
+    )
+    server = ControlServer(folder / "c.sock", {"models": pull, "status": status})
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield file
+    server.close()
+    thread.join(60)
+
+
 @pytest.fixture
 def config(short_dir: Path) -> Iterator[Path]:
     """Settings of a device whose daemon is at the gate for as long as nobody has asked for its status twice."""
-    file = short_dir / "config.toml"
-    file.write_text(
-        f'device_id = "dev"\nstate_dir = "{short_dir}/state"\ncontrol_socket = "{short_dir}/c.sock"\n'
-        '[registry]\nuri = "http://localhost:1"\n[models.assistant]\nuri = "models:/phi3-mini@prod"\n'
-    )
     looks = threading.Semaphore(0)
 
     def pull(call: Call) -> None:
@@ -43,12 +55,8 @@ def config(short_dir: Path) -> Iterator[Path]:
         call.send("done", status=document(model(attempt=attempt("gate", golden={"asking": 3, "of": 8}))))
         looks.release()
 
-    server = ControlServer(short_dir / "c.sock", {"models": pull, "status": status})
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    yield file
-    server.close()
-    thread.join(60)
+    with served(short_dir, pull, status) as file:
+        yield file
 
 
 def test_a_pull_says_what_becomes_of_a_version_after_its_bytes(config: Path) -> None:
@@ -56,3 +64,19 @@ def test_a_pull_says_what_becomes_of_a_version_after_its_bytes(config: Path) -> 
     assert result.exit_code == 0, result.output
     assert result.stdout == "assistant version 7: 10 B fetched, 0 B already here\n"
     assert result.stderr == "assistant version 7: trying, golden prompt 3 of 8\n", "once"
+
+
+def test_a_daemon_that_says_how_far_it_is_is_not_asked(short_dir: Path) -> None:
+    """A fetch may take hours, and the whole status makes the daemon look at its disk."""
+    asked: list[Call] = []
+    ticks = threading.Event()
+
+    def pull(call: Call) -> None:
+        for done in range(15):
+            ticks.wait(0.1)
+            call.send("progress", progress={"event": "progress", "bytes": done, "total_bytes": 15})
+        call.send("done", result=[PULLED])
+
+    with served(short_dir, pull, asked.append) as config:
+        result = CliRunner().invoke(main, ["--config", str(config), "models", "pull", "assistant"])
+    assert (result.exit_code, asked) == (0, [])

@@ -10,6 +10,8 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -17,7 +19,8 @@ from edge_agent.chat.clock import Moment
 from edge_agent.chat.journal import Journal
 from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.topics import Topics
-from edge_agent.transport.mqtt import MqttTransport
+from edge_agent.transport.connection import TURN_S, Connection
+from edge_agent.transport.mqtt import REST_S, MqttTransport
 from tests.support.certificates import Authority
 from tests.support.processes import wait_until
 
@@ -43,6 +46,18 @@ def tls_server(context: ssl.SSLContext) -> Iterator[int]:
         thread.join(5)
 
 
+def transport_to(port: int, journal: Journal, **settings: Any) -> MqttTransport:
+    return MqttTransport(
+        MqttSettings(host="127.0.0.1", port=port, **settings),
+        topics=Topics(prefix="edge", device_id="dev", reply_prefixes=("replies/",)),
+        journal=journal,
+        max_payload_bytes=1024,
+        password=lambda: None,
+        handlers={},
+        will=lambda: b"{}",
+    )
+
+
 @contextlib.contextmanager
 def running(transport: MqttTransport) -> Iterator[None]:
     thread = threading.Thread(target=transport.run, name="mqtt")
@@ -64,20 +79,33 @@ def test_a_transport_that_never_ran_leaves_no_socket_behind(journal: Journal) ->
     """As where the daemon ends before its threads have begun."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)
-        transport = MqttTransport(
-            MqttSettings(host="127.0.0.1", port=1),
-            topics=Topics(prefix="edge", device_id="dev", reply_prefixes=("replies/",)),
-            journal=journal,
-            max_payload_bytes=1024,
-            password=lambda: None,
-            handlers={},
-            will=lambda: b"{}",
-        )
+        transport = transport_to(1, journal)
         transport.close()
         transport.close()
         del transport
         gc.collect()
     assert [str(warning.message) for warning in caught if "unclosed <socket" in str(warning.message)] == []
+
+
+def test_a_goodbye_does_not_rest_where_the_broker_says_nothing(journal: Journal) -> None:
+    """A rest is longer than a goodbye may be."""
+    waited: list[float] = []
+
+    def turn(timeout_s: float, wake: object) -> bool:
+        waited.append(timeout_s)
+        return True
+
+    client = SimpleNamespace(
+        turn=turn, publish=lambda *_, **__: SimpleNamespace(mid=1), want_write=lambda: False
+    )
+    connection = Connection(client=cast(Any, client), version5=True, started_s=0.0, connected=True)
+    transport = transport_to(1, journal)
+    transport.set_retained("status", b"{}")
+    transport._turn(connection)
+    transport._turn(connection)
+    transport.close()
+    transport._turn(connection)
+    assert waited == [TURN_S, REST_S, TURN_S]
 
 
 def test_a_broker_that_cannot_prove_who_it_is_leaves_no_socket_behind(
@@ -88,15 +116,7 @@ def test_a_broker_that_cannot_prove_who_it_is_leaves_no_socket_behind(
     context.load_cert_chain(served.certificate, served.key)
     with warnings.catch_warnings(record=True) as caught, tls_server(context) as port:
         warnings.simplefilter("always", ResourceWarning)
-        transport = MqttTransport(
-            MqttSettings(host="127.0.0.1", port=port, ca_file=str(Authority(tmp_path, "ours").file)),
-            topics=Topics(prefix="edge", device_id="dev", reply_prefixes=("replies/",)),
-            journal=journal,
-            max_payload_bytes=1024,
-            password=lambda: None,
-            handlers={},
-            will=lambda: b"{}",
-        )
+        transport = transport_to(port, journal, ca_file=str(Authority(tmp_path, "ours").file))
         with running(transport):
             wait_until(lambda: transport.problem, 10, "a failed connection")
         gc.collect()
