@@ -82,7 +82,6 @@ def operate(
                 try:
                     return operations.run_operation(local, do, **fields, on_event=on_event)
                 finally:
-                    local.close()
                     for lifecycle in lifecycles.values():
                         lifecycle.close()
 

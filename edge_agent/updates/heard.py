@@ -4,8 +4,7 @@ Owned by all who ask the registry; any thread may read it. A copy is on the disk
 without a daemon, say the same: a hint, which the next check replaces. A file of another registry, or a damaged one,
 says nothing.
 
-Flash wears out with what is written, and a registry is asked for years: the copy's time is renewed every ten minutes,
-and when the process ends, a daemon or a command; everything else at once.
+Flash wears out with what is written, and a registry is asked for years: what a check notes twice is written once.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ log = logging.getLogger(__name__)
 
 _MAX_BYTES = 1 << 20
 _MAX_REASON = 1_000
-RESOLUTION_S = 600.0
-"""How far "last asked" may be off after a crash."""
+SAME_CHECK_S = 2.0
+"""A check notes the registry when that answers and when the check ends: one time, if there is no download between."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +121,6 @@ class Heard:
         self._holds: dict[str, Hold] = {}
         self._changing = threading.Lock()
         self._read()
-        self._written_at: float | None = self.asked_at
 
     def note_registry(self, error: EdgeAgentError | None) -> None:
         """It was asked: it answered, or with which error that ended. One that refuses was reached."""
@@ -135,14 +133,9 @@ class Heard:
                 else:
                     log.info("registry unreachable code=%s uri=%s", TransportError.code, self._uri)
             is_new = (self.reachable, self.problem) != (reachable, problem)
-            self.reachable, self.problem, self.asked_at = reachable, problem, self._clock()
-            if is_new or self._written_at is None or abs(self.asked_at - self._written_at) >= RESOLUTION_S:
-                self._write()
-
-    def close(self) -> None:
-        """The process ends: writes down what is not on the disk yet."""
-        with self._changing:
-            if self.asked_at != self._written_at:
+            now = self._clock()
+            if is_new or self.asked_at is None or abs(now - self.asked_at) >= SAME_CHECK_S:
+                self.reachable, self.problem, self.asked_at = reachable, problem, now
                 self._write()
 
     def note_hold(self, name: str, waiting: Waiting | None) -> None:
@@ -187,7 +180,6 @@ class Heard:
             "at": self.asked_at,
             "holds": {name: hold.document() for name, hold in self._holds.items()},
         }
-        self._written_at = self.asked_at  # where that fails, the next one is soon enough
         try:
             durable.write_hint(self._file, json.dumps(document).encode() + b"\n")
         except OSError as error:  # it is shown as long as this process lives

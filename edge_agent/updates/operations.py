@@ -45,10 +45,6 @@ class Operations:
         self._lifecycles = lifecycles
         self._updates = updates
 
-    def close(self) -> None:
-        """This process ends: what is only known here is written down."""
-        self._updates.close()
-
     def inventory(self) -> list[dict[str, Any]]:
         """See the function."""
         return inventory(self._settings, self._store, self._updates.heard)
@@ -401,7 +397,7 @@ def run_operation(
 
 
 def without_daemon(settings: Settings) -> tuple[Operations, Mapping[str, ModelLifecycle]]:
-    """The same operations in this process, which acts as the cache's owner; the caller closes both."""
+    """The same operations in this process, which acts as the cache's owner; the caller closes the lifecycles."""
     store = Store(settings.state_dir)
     store.create()
     lifecycles = lifecycles_of(settings, store, budget_of(settings, store))

@@ -191,7 +191,6 @@ class Updates:
         """Ends `run`; a running sync is killed (the next one goes on from what it has)."""
         self._closing.set()
         self._due.set()
-        self.heard.close()
 
     def check(
         self,

@@ -165,9 +165,20 @@ def test_a_runner_that_does_not_do_what_a_cancel_says_is_killed_after_its_grace(
 ) -> None:
     """Not only at the deadline: the next prompt waits for it."""
     monkeypatch.setattr(process, "CANCEL_GRACE_S", 0.5)
-    runner.start("hangs", long(), timeout_s=3600)
-    wait_until(lambda: isinstance(runner.receive(1.0), Delta), 60, "a part of the answer")
-    psutil.Process(runner.pid).suspend()
+    child = psutil.Process(runner.pid)
+
+    def suspended_in_the_middle() -> bool:
+        """A test that is slow itself may come when the answer is through."""
+        runner.start("hangs", long(), timeout_s=3600)
+        wait_until(lambda: isinstance(runner.receive(1.0), Delta), 60, "a part of the answer")
+        child.suspend()
+        while frame := runner.receive(0.0):
+            if isinstance(frame, Done):
+                child.resume()
+                return False
+        return True
+
+    wait_until(suspended_in_the_middle, 60, "an answer that has not ended")
     runner.cancel("hangs")
 
     def killed() -> bool:

@@ -6,21 +6,17 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from edge_agent.cache import durable
 from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
-from edge_agent.cli import operation
 from edge_agent.errors import EdgeAgentError, RegistryRefused, StoreError, SyncStopped, TransportError
-from edge_agent.settings import Settings
 from edge_agent.settings.link import LinkSettings
-from edge_agent.updates import operations
 from edge_agent.updates.choice import Wanted
 from edge_agent.updates.heard import Heard, Hold
-from edge_agent.updates.operations import Operations
 from edge_agent.updates.waiting import Waiting
 from tests.support.scripted_sync import Offer
 from tests.support.scripted_updates import NOW, OWN, UpdatingDevice, make_device
@@ -87,43 +83,6 @@ def test_a_long_fetch_was_asked_for_when_it_began(tmp_path: Path) -> None:
     device.sync.amid = lambda ref: asked.append(device.updates.heard.asked_at)
     step(device)
     assert asked == [NOW], "not only when it has ended"
-
-
-def test_a_check_that_finds_nothing_new_is_written_down_every_ten_minutes_and_at_the_end(
-    tmp_path: Path,
-) -> None:
-    device = make_device(tmp_path, RUNNING)
-    device.sync.offers[OWN] = ONE
-    written: list[float | None] = []
-    for number in range(5):
-        device.time.now_s = NOW + 300 * number
-        step(device)
-        assert device.updates.heard.asked_at == device.time.now_s
-        written.append(after_a_restart(device).asked_at)
-    assert written == [NOW, NOW, NOW + 600, NOW + 600, NOW + 1200]
-    device.time.now_s += 5
-    device.sync.offers[OWN] = TransportError("timed out")
-    step(device)
-    assert (after_a_restart(device).reachable, after_a_restart(device).asked_at) == (False, NOW + 1205)
-    device.time.now_s += 5
-    step(device)
-    assert after_a_restart(device).asked_at == NOW + 1205
-    device.updates.close()
-    assert after_a_restart(device).asked_at == NOW + 1210
-
-
-def test_a_command_without_a_daemon_writes_down_when_it_has_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = Settings(device_id="dev", state_dir=tmp_path / "state", control_socket=tmp_path / "c.sock")
-    monkeypatch.setattr(operation, "end_in_order", lambda: None)  # its handlers would be the tests'
-    for moment in (NOW, NOW + 5):
-        device = make_device(tmp_path, RUNNING)
-        device.sync.offers[OWN], device.time.now_s = ONE, moment
-        found = Operations(settings, device.store, cast(Any, device.lifecycles), device.updates)
-        monkeypatch.setattr(operations, "without_daemon", lambda _, found=found: (found, {}))
-        operation.operate(settings, "pull", name="assistant")
-        assert after_a_restart(device).asked_at == moment
 
 
 def test_a_check_is_written_down_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
