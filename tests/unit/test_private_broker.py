@@ -12,8 +12,9 @@ import pytest
 from tests.support.processes import alive, clean_environment, wait_until
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 from edge_agent.cli.command import end_in_order
 from edge_agent.private_broker import child_process
 end_in_order()
