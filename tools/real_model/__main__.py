@@ -22,7 +22,6 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -89,7 +88,6 @@ def main() -> None:
     limits = {"launches": given.launches, "threads": given.threads, "limit_s": given.limit_s}
     found = report.measure(hf, sides, out / "quality.json", **limits)
     print(table(found))
-    print(json.dumps(found), file=sys.stderr)
 
 
 def add_limits(parser: argparse.ArgumentParser, *, limit_s: float) -> None:
