@@ -15,21 +15,31 @@ import edge_agent
 from edge_agent.cli.command import Group, Invocation
 
 COMMANDS = (
-    *("run", "serve", "probe", "chat", "status", "metrics", "models"),
-    *("publish", "doctor", "fleet", "bench", "demo"),
+    "bench",
+    "chat",
+    "demo",
+    "doctor",
+    "fleet",
+    "metrics",
+    "models",
+    "probe",
+    "publish",
+    "run",
+    "serve",
+    "status",
 )
+"""In the order of the help."""
 
 
 class _Commands(Group):
     """Imports the file of a command when that command is asked for: the daemon has no use for those of a fleet."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        for name in (
-            (cmd_name,) if cmd_name in COMMANDS else COMMANDS
-        ):  # click compares a misspelt one with all
+        # click compares a misspelt one with all
+        for name in (cmd_name,) if cmd_name in COMMANDS else COMMANDS:
             if name not in self.commands:
                 self.add_command(getattr(importlib.import_module(f"edge_agent.cli.{name}"), name))
         return self.commands.get(cmd_name)

@@ -14,7 +14,6 @@ Source: docs/security.md; landlock.py and seccomp.py name theirs; prctl(2), setr
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -27,6 +26,7 @@ from pathlib import Path
 
 from edge_agent import environment
 from edge_agent.host import landlock, memory, seccomp
+from edge_agent.host.process_option import set_process_option
 from edge_agent.host.seccomp import Calls, Network
 
 OOM_SCORE = 500
@@ -112,9 +112,10 @@ def confine(confinement: Confinement) -> Walls:
     if len(list(Path("/proc/self/task").iterdir())) != 1:
         raise RuntimeError("a process with several threads cannot be confined")
     _volunteer_when_memory_is_short()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))) != 0:
-        raise OSError(ctypes.get_errno(), "new privileges cannot be given up")
+    try:
+        set_process_option(_PR_SET_NO_NEW_PRIVS, 1)
+    except OSError as error:
+        raise OSError(error.errno, "new privileges cannot be given up") from error
     stand: list[str] = []
     missing: dict[str, str] = {}
     for wall in Wall:
@@ -194,9 +195,7 @@ def hide_memory() -> None:
     Raises:
         OSError: the kernel refuses.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_DUMPABLE, *map(ctypes.c_ulong, (0, 0, 0, 0))) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    set_process_option(_PR_SET_DUMPABLE, 0)
 
 
 def _guard_system_calls(confinement: Confinement) -> None:

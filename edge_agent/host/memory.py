@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -9,6 +10,7 @@ import threading
 from pathlib import Path
 
 from edge_agent.host import cgroup
+from edge_agent.host.process_option import set_process_option
 
 _NOT_KNOWN = 1 << 62
 _STATUS_BYTES = 1 << 14
@@ -76,7 +78,8 @@ def end_huge_pages() -> None:
     it for weights, not for the keys and values of a prompt. A kernel that does not know this gives them as before.
     Source: prctl(2) PR_SET_THP_DISABLE.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, 0, 0, 0)))
+    with contextlib.suppress(OSError):
+        set_process_option(_PR_SET_THP_DISABLE, 1)
 
 
 class ProcessMemory:

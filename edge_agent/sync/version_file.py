@@ -97,9 +97,8 @@ def import_version(job: SyncJob, descriptor: int, emit: Emit = lambda event: Non
         ContentError: the file, or the package in it, breaks a rule; nothing of it gets into the cache.
         StoreError: the file cannot be read, or the cache cannot take it.
     """
-    from edge_agent.sync.bring import (
-        bring,
-    )  # the daemon exports and looks into files, and never brings one in
+    # Not above: the daemon exports and looks into files, and never brings one in.
+    from edge_agent.sync.bring import bring
 
     with _opened(descriptor) as stream:
         package = read_package(stream)

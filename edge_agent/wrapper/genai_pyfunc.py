@@ -30,7 +30,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -671,13 +671,18 @@ class _Engine:
         return og.Generator(self._model, generator_params)
 
     def slices(self, tokens: Sequence[int]) -> Iterator[list[int]]:
-        """What is to be prefilled, in parts as large as those who are answered meanwhile bear."""
+        """What is to be prefilled, in parts as large as those who are answered in that moment bear.
 
-        def size() -> int:
+        A last part of fewer than `LEAST_TOKENS` joins the one before it.
+        """
+        start = 0
+        while start < len(tokens):
             answers = len(self.answering) if len(tokens) > LONG_TOKENS else 0
-            return min(SLICE_TOKENS, BESIDE_TOKENS * answers) or SLICE_TOKENS
-
-        return _slices(tokens, size)
+            end = start + (min(SLICE_TOKENS, BESIDE_TOKENS * answers) or SLICE_TOKENS)
+            if len(tokens) - end < LEAST_TOKENS:
+                end = len(tokens)
+            yield list(tokens[start:end])
+            start = end
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of a whole answer."""
@@ -821,21 +826,6 @@ def _common(one: Sequence[Any], other: Sequence[Any]) -> Iterator[Any]:
     """What two sequences begin with alike."""
     pairs = zip(one, other, strict=False)
     return (item for item, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _slices(tokens: Sequence[int], size: Callable[[], int]) -> Iterator[list[int]]:
-    """A prompt in parts; a last part of fewer than `LEAST_TOKENS` joins the one before it.
-
-    Args:
-        size: of the next part, asked when its turn has come.
-    """
-    start = 0
-    while start < len(tokens):
-        end = start + size()
-        if len(tokens) - end < LEAST_TOKENS:
-            end = len(tokens)
-        yield list(tokens[start:end])
-        start = end
 
 
 def _kv_token_bytes(decoder: Mapping[str, Any]) -> int:

@@ -37,7 +37,7 @@ from tests.machine.console import MachineError, Reply
 from tests.machine.device import PAYLOAD, Device, settings
 from tests.machine.kernel_log import KernelLog, names
 from tests.machine.place import Place
-from tests.machine.rig import ACTIVITY_OVER, Loss, marks
+from tests.machine.rig import ACTIVITY_OVER, COMPLAINTS, Loss, marks
 from tests.machine.schedule import Activity, Pace
 from tests.machine.served import ServedDisk
 from tests.support.processes import wait_until
@@ -208,7 +208,7 @@ class ContainerRig:
         self._place.copy(self._place.image.disk)
         device = self.boot(scratch, ())
         device.install(self._place.bundle)
-        device.write("/etc/edge-agent/config.toml", settings(1883, host=self.host))
+        device.configure(settings(1883, host=self.host))
         device.run("systemctl restart edge-agent", timeout_s=600)
         device.run(f"edge-agent models import {PAYLOAD}/{models.file(1)}", timeout_s=600)
         self.switch_off()
@@ -220,11 +220,11 @@ class ContainerRig:
         for name, file, more in (("root", self._place.disk, arguments), ("scratch", scratch, ())):
             disk = ServedDisk(file, self._folder / f"{name}.socket", log, more)
             self._disks.append(BlockDevice(disk, self._folder / f"{name}.disk", log))
-        device = self._disks[0].path
-        if "--lies" in arguments:
+        device, lies = self._disks[0].path, "--lies" in arguments
+        if lies:
             _repair(device)
         subprocess.run(["mount", "-t", "ext4", "-o", self._options, device, self._root], check=True)
-        if self._was_cut and "--lies" not in arguments and not self._recovered():
+        if self._was_cut and not lies and not self._recovered():
             raise MachineError("this was no power cut: the file system had been unmounted")
         self._container = Container(self._root, self._payload, self._place.work / "console.log")
         self._container.wait_booted()
@@ -257,8 +257,7 @@ class ContainerRig:
         return Loss(disk_bytes=lost, kernel_bytes=unwritten, over=over)
 
     def complaints(self) -> list[str]:
-        signs = ("EXT4-fs error", "EXT4-fs warning", "I/O error")
-        return [line for line in self._lines() if any(sign in line for sign in signs)]
+        return [line for line in self._lines() if any(sign in line for sign in COMPLAINTS)]
 
     def switch_off(self) -> None:
         self._on.switch_off()

@@ -20,6 +20,7 @@ NAME = "press-7"
 CURRENT = "/opt/edge-agent/current"
 STATE = "/var/lib/edge-agent"
 PAYLOAD = "/root/payload"
+_CONFIG = "/etc/edge-agent/config.toml"
 QUESTIONS = (
     "What is the capital of Spain?",
     "What is the capital of France?",
@@ -98,6 +99,13 @@ class Device:
         self.run(
             f"echo {encoded} | base64 -d > {path}.new && sync {path}.new && mv {path}.new {path} && sync"
         )
+
+    def configure(self, content: str) -> bool:
+        """Gives the agent these settings. True where it had others, and has to be restarted."""
+        if self.run(f"cat {_CONFIG}", check=False).text == content.rstrip("\n"):
+            return False
+        self.write(_CONFIG, content)
+        return True
 
     def network(self, state: str) -> None:
         """`up` or `down`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.machine.device import Device, Slot
 from tests.machine.machine import HOST, Hardware, Machine
 from tests.machine.place import Place
-from tests.machine.rig import ACTIVITY_OVER, Loss, marks
+from tests.machine.rig import ACTIVITY_OVER, COMPLAINTS, Loss, marks
 from tests.machine.schedule import Activity, Pace
 from tests.machine.served import ServedDisk
 
@@ -79,8 +79,8 @@ class EmulatedRig:
         return Loss(disk_bytes=lost, kernel_bytes=None, over=over)
 
     def complaints(self) -> list[str]:
-        said = self._slot.device.run("dmesg | grep -E 'EXT4-fs (error|warning)|I/O error'", check=False).text
-        return said.splitlines()
+        signs = "|".join(COMPLAINTS)
+        return self._slot.device.run(f"dmesg | grep -E {signs!r}", check=False).text.splitlines()
 
     def switch_off(self) -> None:
         self._slot.switch_off()

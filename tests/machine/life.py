@@ -110,7 +110,7 @@ class Life:
 
     def connect(self) -> str:
         device = self._slot.device
-        device.write("/etc/edge-agent/config.toml", settings(self._broker.port))
+        device.configure(settings(self._broker.port))
         device.run("systemctl restart edge-agent", timeout_s=600)
         device.wait(lambda: bool(self._outside.status()), 600, "a status", device.journal)
         return "connected to a broker outside of the machine"
@@ -150,7 +150,7 @@ class Life:
         device = self._slot.device
         device.run("systemctl stop edge-agent", timeout_s=600)
         # The disk is an earlier run's, whose broker had another port.
-        device.write("/etc/edge-agent/config.toml", settings(self._broker.port))
+        device.configure(settings(self._broker.port))
         device.write("/root/tokens.py", Path(tokens.__file__).read_text())
         found, instructions = self._translated()
         agreed = agreement(found, self._expected)

@@ -283,11 +283,9 @@ class PowerCuts:
 
     def _set_up(self, device: Device) -> None:
         """The broker and the registry of this run, where the disk is from another one."""
-        if device.run("cat /etc/edge-agent/config.toml", check=False).text == self._settings.rstrip("\n"):
-            return
-        device.write("/etc/edge-agent/config.toml", self._settings)
-        device.write(_INSIDE, Path(inside.__file__).read_text())
-        device.run("systemctl restart edge-agent", check=False, timeout_s=600)
+        if device.configure(self._settings):
+            device.write(_INSIDE, Path(inside.__file__).read_text())
+            device.run("systemctl restart edge-agent", check=False, timeout_s=600)
 
 
 def steps(lines: Iterable[str]) -> Iterator[Moment]:

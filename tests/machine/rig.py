@@ -17,6 +17,8 @@ from tests.machine.schedule import Pace
 
 ACTIVITY_OVER = "/run/activity.over"
 """Where the machine says, in memory, with which exit code the activity has ended."""
+COMPLAINTS = ("EXT4-fs error", "EXT4-fs warning", "I/O error")
+"""What the kernel says of a file system that is damaged, or of a disk that fails."""
 _KEPT, _LOST = b"kept", b"lost"
 
 

@@ -172,9 +172,7 @@ class Worn:
         stick = f"file={self._place.payload()},readonly=on"
         self._outside.forget()
         self._slot.start(Machine(hardware, self._place.image, drive, self._place.work, more=[stick]))
-        device = self._slot.device
-        if device.run("cat /etc/edge-agent/config.toml").text != self._settings.rstrip("\n"):
-            device.write("/etc/edge-agent/config.toml", self._settings)
+        if self._slot.device.configure(self._settings):
             self._restart()
 
     @contextlib.contextmanager
