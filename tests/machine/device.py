@@ -108,7 +108,8 @@ class Device:
         return True
 
     def network(self, state: str) -> None:
-        """`up` or `down`."""
+        """`up` or `down`. On a slow host, udev still loads the driver when systemd says that all is running."""
+        self.run("udevadm settle --timeout=600", timeout_s=660)
         self.run(f"ip link set dev $(ls /sys/class/net | grep -v lo) {state}")
 
     # --- What it says ---------------------------------------------------------------------------------
