@@ -19,6 +19,7 @@ from edge_agent.cache.state import CacheState, ModelState
 from edge_agent.cache.store import Store
 from edge_agent.cache.verify import check_file
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
+from edge_agent.package import manifest as manifests
 from edge_agent.package.manifest import MANIFEST_NAME, Manifest, ManifestFile
 from edge_agent.serving.standing import VersionStates
 from tests.support.committed import commit, fault, make_record
@@ -238,6 +239,19 @@ def test_a_number_of_a_record_that_is_none_is_damage_and_no_crash(
         return  # a time that a clock can show
     with pytest.raises(StoreError, match="damaged"):
         records.parse(swapped)
+
+
+@pytest.mark.parametrize(
+    "path", ["\N{CJK UNIFIED IDEOGRAPH-4E2D}" * 80, f"{'a' * 250}/{'b' * 250}"], ids=["not ASCII", "long"]
+)
+def test_the_record_of_the_largest_package_is_read_back(store: Store, path: str) -> None:
+    """As JSON in ASCII it is longer than `manifest.json` may be. What cannot be read back is fetched at each poll."""
+    files = (ManifestFile(path=f"{number}/{path}", size_bytes=1, sha256="0" * 64) for number in range(2_000))
+    record = make_record(manifests.make("phi", files), 1)
+    (store.versions_root / "assistant").mkdir()
+    with store.lock():
+        store.rewrite(record)
+    assert store.versions() == [record]
 
 
 def test_a_damaged_record_is_passed_over_and_its_tree_is_kept(store: Store) -> None:
