@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,6 +254,23 @@ def test_the_record_of_the_largest_package_is_read_back(store: Store, path: str)
     with store.lock():
         store.rewrite(record)
     assert store.versions() == [record]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_of_the_cache(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread of the updates logs one; of the operating system's it would die, and the daemon with it."""
+    commit(store, 1)
+    names = Path.iterdir
+
+    def failing(folder: Path) -> Iterator[Path]:
+        if folder.name == "assistant":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+        return names(folder)
+
+    monkeypatch.setattr(Path, "iterdir", failing)
+    with pytest.raises(StoreError, match="Input/output error"):
+        fsck.look_over(store)
 
 
 def test_a_damaged_record_is_passed_over_and_its_tree_is_kept(store: Store) -> None:
