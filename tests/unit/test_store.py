@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.cache import eviction, fsck
+from edge_agent.cache import durable, eviction, fsck
 from edge_agent.cache import record as records
 from edge_agent.cache import state as states
 from edge_agent.cache.locks import Lock
@@ -316,6 +316,23 @@ def test_a_damaged_state_is_rebuilt_from_what_is_committed(store: Store, damage:
     assert store.state() == state
     assert len(list(store.damaged_root.iterdir())) == 1
     assert low in store.versions()
+
+
+def test_a_damaged_state_that_cannot_be_replaced_is_not_taken_for_a_new_device(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = commit(store, 1)
+    (store.root / "state.json").write_bytes(b"{")
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "write_file", full)
+        with pytest.raises(StoreError):
+            store.state()
+    assert store.state().model("assistant").active == record.key
+    assert store.state().rebuilt
 
 
 def serve(states: VersionStates, record: VersionRecord) -> None:
