@@ -60,11 +60,16 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes | None:
 
 
 def children(folder: Path) -> list[Path]:
-    """The entries of a folder, sorted by name; none if there is no such folder."""
-    try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    """The entries of a folder, sorted by name; none if there is no such folder.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    with store_errors("read", folder):
+        try:
+            return sorted(folder.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
 
 def folders_below(tree: Path) -> Iterable[Path]:

@@ -119,7 +119,7 @@ def parse(data: bytes) -> VersionRecord:
         record = VersionRecord(
             name=document["name"],
             version=whole(document["version"], least=1),
-            manifest=manifests.parse(json.dumps(document["manifest"]).encode()),
+            manifest=manifests.of_document(document["manifest"]),
             attached=tuple(_attached(fields) for fields in document["attached"]),
             registry_uri=str(document["registry_uri"]),
             source=str(document["source"]),

@@ -53,7 +53,10 @@ class StateFile:
         """
         with disk.store_errors("set aside", self._path):
             durable.make_folder(self._damaged_root)
-            durable.rename(self._path, self._damaged_root / f"state-{time.time_ns()}.json")
+            aside = self._damaged_root / f"state-{time.time_ns()}.json"
+            # A file keeps its name until the new one takes it: a missing one would be an empty state.
+            move = durable.link if self._path.is_file() else durable.rename
+            move(self._path, aside)
             durable.sync_folder(self._damaged_root)
         state = states.rebuild(records, reason=reason)
         self.write(state)

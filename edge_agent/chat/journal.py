@@ -130,7 +130,8 @@ class Journal:
                 queue_depth=queue_depth,
                 retry_after_ms=retry_after_ms,
             )
-            return Acceptance(row=_insert(db, arrival, moment), new=True, state=State.QUEUED)
+            self._file.newest_row = _insert(db, arrival, moment)
+            return Acceptance(row=self._file.newest_row, new=True, state=State.QUEUED)
 
     def claim(self, model: str) -> Prompt | None:
         """The oldest waiting prompt of the client whose turn it is, its attempt committed; None when none waits for

@@ -68,6 +68,8 @@ class JournalFile:
     Attributes:
         trouble: why nothing can be committed or accepted, None when all is well. Ends with a durable write, and with
             nothing else: on a read-only disk, every transaction that changes nothing still succeeds.
+        newest_row: the number of the newest prompt. A file that replaces a lost one goes on after it: what runs, or is
+            on its way to the broker, is known by its number, and must not be taken for a prompt that came since.
     """
 
     def __init__(self, path: Path, *, now_s: Callable[[], float] = time.monotonic) -> None:
@@ -95,6 +97,7 @@ class JournalFile:
                 self._db = _open_or_salvage(path)
         except (sqlite3.Error, OSError) as error:
             raise _cannot_open(path, error) from error
+        self.newest_row = _newest_row(self._db)
         self.keep_reserve()
 
     def close(self) -> None:
@@ -190,6 +193,7 @@ class JournalFile:
             self._db.close()
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._db = _open_or_salvage(self.path)
+            _go_on_after(self._db, self.newest_row)
         except (sqlite3.Error, OSError) as error:
             raise _cannot_open(self.path, error) from error
         self._damaged = False
@@ -270,6 +274,19 @@ def _make_tables(db: sqlite3.Connection) -> None:
     for name in _ADDED.keys() - _columns(db):
         db.execute(f"ALTER TABLE prompts ADD COLUMN {name} {_ADDED[name]}")
     db.executescript(_INDEXES)
+
+
+def _newest_row(db: sqlite3.Connection) -> int:
+    """The number of the newest prompt that this file has had. Source: SQLite, *AUTOINCREMENT*."""
+    found = db.execute("SELECT seq FROM sqlite_sequence WHERE name='prompts'").fetchone()
+    return found["seq"] if found and isinstance(found["seq"], int) else 0
+
+
+def _go_on_after(db: sqlite3.Connection, row: int) -> None:
+    """Gives no prompt this number, or a lower one, that has none yet."""
+    if _newest_row(db) < row:
+        db.execute("DELETE FROM sqlite_sequence WHERE name='prompts'")
+        db.execute("INSERT INTO sqlite_sequence(name, seq) VALUES('prompts', ?)", (row,))
 
 
 def _open(path: Path) -> sqlite3.Connection:

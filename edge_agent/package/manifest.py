@@ -110,6 +110,15 @@ def parse(data: bytes) -> Manifest:
         document = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"manifest.json is not JSON ({type(error).__name__})") from error
+    return of_document(document)
+
+
+def of_document(document: object) -> Manifest:
+    """The manifest that a JSON document is, however long it is written: the bounds on its files hold.
+
+    Raises:
+        ManifestError: unknown or missing fields, or a rule is broken.
+    """
     fields = _object(document, "manifest.json", {"format", "name", "files"})
     if fields["format"] != 1:
         raise ManifestError(f"manifest.json has format {fields['format']!r}; this agent reads format 1")

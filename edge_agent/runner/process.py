@@ -163,41 +163,53 @@ class RunnerProcess:
         self.model = model
         self.suspects: frozenset[str] = frozenset()
         self._open: dict[str, _Open] = {}
-        ours, theirs = socket.socketpair()
-        self._socket, self._reader = ours, FrameReader(ours, limit_bytes=MAX_REPLY_BYTES)
-        # A second object for the same socket, because a sender must not wait for the reader's timeout.
-        self._sender = ours.dup()
-        self._sender.setblocking(False)
         self._send_lock = threading.Lock()  # never held while somebody waits
         self._unsent = bytearray()
-        self._turn = _turn_memory()
-        self._scratch = make_scratch()
-        numbers = (theirs.fileno(), self._turn)
-        scratch = [str(self._scratch)] if self._scratch else []
-        command = [sys.executable, "-m", "edge_agent.runner.child", *map(str, numbers), *scratch]
-        if self._scratch:
-            environment = {**environment, "HOME": str(self._scratch), "TMPDIR": str(self._scratch)}
-        try:
-            with theirs:
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    cwd="/",
-                    pass_fds=numbers,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            ours.close()
-            self._sender.close()
-            os.close(self._turn)
-            remove_scratch(self._scratch)
-            raise RunnerError(f"no process can be started for model {model}: {error}") from error
+        with contextlib.ExitStack() as undoing:
+            try:
+                self._begin(environment, undoing)
+            except (OSError, RuntimeError) as error:  # no descriptors, no memory, no thread
+                raise RunnerError(f"no process can be started for model {model}: {error}") from error
+            undoing.pop_all()
+
+    def _begin(self, environment: dict[str, str], undoing: contextlib.ExitStack) -> None:
+        """Starts the child.
+
+        Args:
+            undoing: ends what is there already, if the rest is not to be had.
+        """
+        ours, theirs = socket.socketpair()
+        undoing.enter_context(ours)
+        with theirs:
+            self._socket, self._reader = ours, FrameReader(ours, limit_bytes=MAX_REPLY_BYTES)
+            # A second object for the same socket, because a sender must not wait for the reader's timeout.
+            self._sender = undoing.enter_context(ours.dup())
+            self._sender.setblocking(False)
+            self._turn = _turn_memory()
+            undoing.callback(os.close, self._turn)
+            self._scratch = make_scratch()
+            undoing.callback(remove_scratch, self._scratch)
+            numbers = (theirs.fileno(), self._turn)
+            scratch = [str(self._scratch)] if self._scratch else []
+            if self._scratch:
+                environment = {**environment, "HOME": str(self._scratch), "TMPDIR": str(self._scratch)}
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "edge_agent.runner.child", *map(str, numbers), *scratch],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd="/",
+                pass_fds=numbers,
+                start_new_session=True,
+            )
         assert self._process.stdout is not None
-        self._output = OutputTail(self._process.stdout, name=f"runner-output-{model}")
+        undoing.callback(self._process.stdout.close)
+        undoing.callback(self._process.wait)
+        undoing.callback(self._process.kill)
         self._memory = memory.ProcessMemory(self.pid)  # while it can still be seen
+        undoing.callback(self._memory.close)
+        self._output = OutputTail(self._process.stdout, name=f"runner-output-{self.model}")
 
     @property
     def pid(self) -> int:

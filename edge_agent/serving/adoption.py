@@ -94,40 +94,60 @@ class Adoption:
     ) -> None:
         """See `ModelLifecycle.adopt`."""
         with self._operating:
-            record = self._states.record(key)
-            instead = fallback_reason(record, instead or self._states.state.instead)
-            if self._states.state.active == key and self._seat.serving is not Serving.FAILED:
-                if instead != self._states.state.instead:
-                    self._states.change(lambda state: replace(state, instead=instead))
-                self._states.settle(record)
-                self._states.note_served()
-                return
-            if not force:
-                self._states.state.refuse_quarantined(key)
-            attainable_bytes = self._loading.budget.attainable_bytes()
-            if not (force or asked_for):
-                self._refuse_unmet(key, attainable_bytes)
-            self._states.begin(record, Step.GATE, lambda state: state.trying(key))
-            if self._states.state.candidate_tries > verdicts.MAX_TRIES and not force:
-                error = GateFailed(f"it was tried {verdicts.MAX_TRIES} times and never came through the gate")
-                self._note_refusal(record, error)
-                raise error
-            log.info("candidate starts model=%s version=%s", self._name, key)
-            try:
-                self._try(record, instead, attainable_bytes, before_exchange)
-            except (SyncStopped, KeyboardInterrupt, SystemExit):
-                self._note_stop(record, goes_on=not (force or record.fallback))
-                raise
-            self._states.note_served()
+            if not force:  # somebody may have pinned another one while this waited
+                key = self._states.state.pinned or key
+            self._adopt(
+                key, force=force, asked_for=asked_for, instead=instead, before_exchange=before_exchange
+            )
+
+    def activate(self, key: str) -> None:
+        """See `ModelLifecycle.activate`."""
+        with self._operating:
+            self._adopt(key, force=True)
+            self._states.pin(key)
 
     def go_back(self) -> str:
         """See `ModelLifecycle.go_back`."""
         key = self._states.state.previous
         if key is None:
             raise StoreError(f"model {self._name} has no previous version to go back to")
-        self.adopt(key, force=True, asked_for=False, instead="")
-        self._states.pin(key)
+        self.activate(key)
         return key
+
+    def _adopt(
+        self,
+        key: str,
+        *,
+        force: bool,
+        asked_for: bool = False,
+        instead: str = "",
+        before_exchange: Callable[[], None] = lambda: None,
+    ) -> None:
+        record = self._states.record(key)
+        instead = fallback_reason(record, instead or self._states.state.instead)
+        if self._states.state.active == key and self._seat.serving is not Serving.FAILED:
+            if instead != self._states.state.instead:
+                self._states.change(lambda state: replace(state, instead=instead))
+            self._states.settle(record)
+            self._states.note_served()
+            return
+        if not force:
+            self._states.state.refuse_quarantined(key)
+        attainable_bytes = self._loading.budget.attainable_bytes()
+        if not (force or asked_for):
+            self._refuse_unmet(key, attainable_bytes)
+        self._states.begin(record, Step.GATE, lambda state: state.trying(key))
+        if self._states.state.candidate_tries > verdicts.MAX_TRIES and not force:
+            error = GateFailed(f"it was tried {verdicts.MAX_TRIES} times and never came through the gate")
+            self._note_refusal(record, error)
+            raise error
+        log.info("candidate starts model=%s version=%s", self._name, key)
+        try:
+            self._try(record, instead, attainable_bytes, before_exchange)
+        except (SyncStopped, KeyboardInterrupt, SystemExit):
+            self._note_stop(record, goes_on=not (force or record.fallback))
+            raise
+        self._states.note_served()
 
     def reload(self) -> None:
         """Stops the runner between two prompts. The next prompt loads the files that are there then."""

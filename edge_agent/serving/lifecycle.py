@@ -177,10 +177,10 @@ class ModelLifecycle:
         instead: str = "",
         before_exchange: Callable[[], None] = lambda: None,
     ) -> None:
-        """Makes a committed version the active one, if it passes the gate.
+        """Makes a committed version the active one, if it passes the gate; or the one that is pinned by then.
 
         Args:
-            force: an operator wants it: quarantine does not prevent it.
+            force: an operator wants it: neither quarantine nor a pin prevents it.
             asked_for: an operator wants to know: it is tried even if this host lacked something the last time.
             instead: why a version of the fallback is wanted, if it is one.
             before_exchange: asked once the gate is passed, where another version answers meanwhile; it may raise.
@@ -200,6 +200,11 @@ class ModelLifecycle:
     def put_off(self, key: str | None) -> None:
         """A version may not take over yet; None: there is none any more. It is kept for the time when it may."""
         self._states.adjust(lambda state: state.waiting_for(key))
+
+    def activate(self, key: str) -> None:
+        """An operator's choice: a committed version becomes the active one, whatever is held against it, and is pinned.
+        No other change comes between the two. Raises where it does not pass the gate."""
+        self._adoption.activate(key)
 
     def go_back(self) -> str:
         """An operator's rollback: the previous version becomes active again, and is pinned. Gives its key. Raises where

@@ -47,6 +47,7 @@ MAX_CONNECTIONS = 96
 MAX_OF_ONE_USER = 40
 """The OpenAI interface is one user, and each prompt of it a connection: the usual queue has room for 32."""
 _SEAT_AGAIN_MS = 1000
+_TAKE_AGAIN_S = 1.0
 _UNKNOWN_OPERATION = "unknown operation "
 """How daemons of all releases begin to say it."""
 SOCKET_MODE = 0o660
@@ -180,13 +181,14 @@ class ControlServer:
                 connection, _ = self._listener.accept()
             except BlockingIOError:
                 continue
-            except OSError:
-                if self._closing.is_set():
-                    return
-                raise
+            except OSError as error:  # no descriptors, no memory: it waits in the listener's queue
+                if not self._closing.is_set():
+                    log.warning("control connection not taken code=internal reason=%r", str(error))
+                    self._closing.wait(_TAKE_AGAIN_S)
+                continue
             connection.settimeout(_SEND_TIMEOUT_S)
             _, user = _peer_of(connection)
-            if not self._seats.take(user):
+            if not (self._seats.take(user) and self._begin(connection, user)):
                 full = QueueFull(
                     "too many control connections",
                     remedy="end some of the other commands",
@@ -195,10 +197,18 @@ class ControlServer:
                 log.info("control request refused code=%s user=%d", full.code, user)
                 with connection, contextlib.suppress(ClientGone):
                     Call(connection, {}).fail(full)
-                continue
-            threading.Thread(
-                target=self._serve, args=(connection, user), name="control-connection", daemon=True
-            ).start()
+
+    def _begin(self, connection: socket.socket, user: int) -> bool:
+        """Starts a connection's thread. False where this host has none left; the user has no seat then."""
+        thread = threading.Thread(
+            target=self._serve, args=(connection, user), name="control-connection", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            self._seats.leave(user)
+            return False
+        return True
 
     def close(self) -> None:
         """Ends `run` and removes the socket."""

@@ -80,8 +80,7 @@ class ControlPrompts:
 
     def answered(self, row: int) -> None:
         if not self._tell(row, _ANSWERED):
-            with contextlib.suppress(JournalUnavailable):  # then it stays in the outbox until it is too old
-                self._journal.deliveries.delivered(row)  # nobody waits; a repeat of the request gets it
+            self._note_delivered(row)  # nobody waits; a repeat of the request gets it
 
     def probe(self, call: Call, intake: Intake) -> None:
         """Runs a command's prompt, `text` or `messages`: `delta` events, then `done` with the answer document.
@@ -195,7 +194,11 @@ class ControlPrompts:
             raise
         finally:
             if self._leave(waiter, row):
-                self._journal.deliveries.delivered(row)
+                self._note_delivered(row)
+
+    def _note_delivered(self, row: int) -> None:
+        with contextlib.suppress(JournalUnavailable):  # then it stays in the outbox until it is too old
+            self._journal.deliveries.delivered(row)
 
     def _leave(self, waiter: _Waiter, row: int) -> bool:
         """True when nobody waits for this prompt any more."""

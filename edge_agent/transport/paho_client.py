@@ -43,10 +43,11 @@ log = logging.getLogger(__name__)
 
 
 class Client(paho.Client):
-    """paho, except for a message whose properties it cannot read: that one is acked and passed over.
+    """paho, except for a message whose properties or whose topic it cannot read: that one is acked and passed over.
 
-    paho itself ends the connection over it, and the broker delivers the message again, for ever. It takes U+FEFF
-    for malformed, which MQTT 5.0 §1.5.4 allows and brokers pass on.
+    paho itself ends the connection over properties, and the broker delivers the message again, for ever. It takes
+    U+FEFF for malformed, which MQTT 5.0 §1.5.4 allows and brokers pass on. A topic that is not UTF-8, which some
+    brokers pass on as well, it lets whoever looks at it find out.
 
     Attributes:
         on_unreadable: told the error.
@@ -89,6 +90,15 @@ class Client(paho.Client):
             mid = int.from_bytes(packet[topic_end : topic_end + 2], "big")
             self.on_unreadable(error)
             return self.ack(mid, (self._in_packet["command"] & 0x06) >> 1)
+
+    def _handle_on_message(self, message: paho.MQTTMessage) -> None:
+        try:
+            message.topic  # noqa: B018 - it is decoded here
+        except UnicodeDecodeError as error:
+            self.on_unreadable(error)
+            self.ack(message.mid, message.qos)
+        else:
+            super()._handle_on_message(message)
 
 
 def disable_nagle(_client: paho.Client, _userdata: object, sock: socket.socket) -> None:

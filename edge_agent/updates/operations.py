@@ -120,8 +120,7 @@ class Operations:
     def activate(self, name: str, version: int) -> dict[str, Any]:
         """Makes a cached version active through the gate, and pins it."""
         lifecycle, record = self._lifecycle(name), self._version(name, version)
-        lifecycle.adopt(record.key, force=True)
-        lifecycle.pin(record.key)
+        lifecycle.activate(record.key)
         return self._described(lifecycle)
 
     def rollback(self, name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -231,6 +232,44 @@ def test_idle_connections_of_a_user_lock_out_nobody_else(
             60,
             "the seats to be free again",
         )
+
+
+def test_a_host_without_another_thread_refuses_a_client_and_ends_nothing(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def failing(thread: threading.Thread) -> None:
+        if thread.name == "control-connection":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with serving(short_dir / "c.sock"):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", failing)
+            for _ in range(control.MAX_OF_ONE_USER + 1):
+                assert [event["code"] for event in control.call(short_dir / "c.sock", "say")] == [
+                    "queue_full"
+                ]
+        assert [event["event"] for event in control.call(short_dir / "c.sock", "say")] == ["done"]
+
+
+def test_a_host_without_another_descriptor_takes_a_client_later(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_TAKE_AGAIN_S", 0.01)
+    refusals = iter([OSError(errno.EMFILE, os.strerror(errno.EMFILE))] * 3)
+    accept = socket.socket.accept
+
+    def failing(listener: socket.socket) -> Any:
+        for refusal in refusals:
+            raise refusal
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", failing)
+    with serving(short_dir / "c.sock"):
+        assert [event["event"] for event in control.call(short_dir / "c.sock", "say")] == ["done"]
+    assert list(refusals) == []
 
 
 def test_the_kernel_says_who_connected() -> None:

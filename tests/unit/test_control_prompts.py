@@ -17,7 +17,7 @@ from edge_agent.chat.intake import Intake
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Prompt, Source, State
-from edge_agent.errors import BadRequest, IdReused, PromptError
+from edge_agent.errors import BadRequest, IdReused, JournalUnavailable, PromptError
 from edge_agent.transport.control import Call, ClientGone
 from edge_agent.transport.control_prompts import MAX_KEY_CHARACTERS, ControlPrompts
 from tests.support.processes import wait_until
@@ -160,6 +160,21 @@ def test_a_chat_is_accepted_streamed_and_done(device: Device) -> None:
     assert (done["event"], done["version"], done["flavor"]) == ("done", "3", "onnx")
     assert done["answer"]["choices"][0]["message"]["content"] == "Hi."
     assert device.state(prompt) is State.DELIVERED
+
+
+def test_an_answer_that_cannot_be_noted_as_delivered_is_no_error(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = device.chat()
+    prompt = device.claim()
+
+    def fail(row: int) -> None:
+        raise JournalUnavailable("the disk is full")
+
+    monkeypatch.setattr(device.journal.deliveries, "delivered", fail)
+    device.answer(prompt)
+    assert kinds(client.events()) == ["accepted", "done"]
+    assert client.error is None
 
 
 def test_a_probe_is_another_client_and_gets_text(device: Device) -> None:

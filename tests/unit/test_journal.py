@@ -646,3 +646,27 @@ def test_a_journal_that_cannot_commit_says_so_and_recovers(journal: Journal) -> 
     other.close()
     accept(journal, arrival())
     assert journal.trouble is None
+
+
+@pytest.mark.parametrize("lost", ["the newest rows", "the file"])
+def test_a_prompt_never_has_the_number_of_one_that_is_lost(journal: Journal, lost: str) -> None:
+    """What runs, or is on its way to the broker, is known by its number only."""
+    accept(journal, arrival(1))
+    accept(journal, arrival(2))
+    claimed = [journal.claim("assistant"), journal.claim("assistant")]
+    running = claimed[-1]
+    assert running is not None
+    if lost == "the file":
+        for part in journal.path.parent.glob("journal.db*"):
+            part.unlink()
+    else:
+        with journal._file.transaction() as db:
+            db.execute("DELETE FROM prompts WHERE row=?", (running.row,))
+            db.execute("DELETE FROM sqlite_sequence")
+        journal._file._damaged = True
+    journal.mend()
+    row = accept(journal, arrival(3))
+    while (other := journal.claim("assistant")) is not None:
+        newest = other
+    assert newest.row == row > running.row
+    assert not journal.answer(running.row, ANSWER, moment=START, attempt=running.attempts)

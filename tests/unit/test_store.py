@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from edge_agent.cache import eviction, fsck
+from edge_agent.cache import durable, eviction, fsck
 from edge_agent.cache import record as records
 from edge_agent.cache import state as states
 from edge_agent.cache.locks import Lock
@@ -19,6 +21,7 @@ from edge_agent.cache.state import CacheState, ModelState
 from edge_agent.cache.store import Store
 from edge_agent.cache.verify import check_file
 from edge_agent.errors import CacheBusy, StoreError, VerificationError
+from edge_agent.package import manifest as manifests
 from edge_agent.package.manifest import MANIFEST_NAME, Manifest, ManifestFile
 from edge_agent.serving.standing import VersionStates
 from tests.support.committed import commit, fault, make_record
@@ -240,6 +243,36 @@ def test_a_number_of_a_record_that_is_none_is_damage_and_no_crash(
         records.parse(swapped)
 
 
+@pytest.mark.parametrize(
+    "path", ["\N{CJK UNIFIED IDEOGRAPH-4E2D}" * 80, f"{'a' * 250}/{'b' * 250}"], ids=["not ASCII", "long"]
+)
+def test_the_record_of_the_largest_package_is_read_back(store: Store, path: str) -> None:
+    """As JSON in ASCII it is longer than `manifest.json` may be. What cannot be read back is fetched at each poll."""
+    files = (ManifestFile(path=f"{number}/{path}", size_bytes=1, sha256="0" * 64) for number in range(2_000))
+    record = make_record(manifests.make("phi", files), 1)
+    (store.versions_root / "assistant").mkdir()
+    with store.lock():
+        store.rewrite(record)
+    assert store.versions() == [record]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_of_the_cache(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread of the updates logs one; of the operating system's it would die, and the daemon with it."""
+    commit(store, 1)
+    names = Path.iterdir
+
+    def failing(folder: Path) -> Iterator[Path]:
+        if folder.name == "assistant":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+        return names(folder)
+
+    monkeypatch.setattr(Path, "iterdir", failing)
+    with pytest.raises(StoreError, match="Input/output error"):
+        fsck.look_over(store)
+
+
 def test_a_damaged_record_is_passed_over_and_its_tree_is_kept(store: Store) -> None:
     record = commit(store, 1)
     store.record_file(record).write_bytes(b"{")
@@ -283,6 +316,23 @@ def test_a_damaged_state_is_rebuilt_from_what_is_committed(store: Store, damage:
     assert store.state() == state
     assert len(list(store.damaged_root.iterdir())) == 1
     assert low in store.versions()
+
+
+def test_a_damaged_state_that_cannot_be_replaced_is_not_taken_for_a_new_device(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = commit(store, 1)
+    (store.root / "state.json").write_bytes(b"{")
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "write_file", full)
+        with pytest.raises(StoreError):
+            store.state()
+    assert store.state().model("assistant").active == record.key
+    assert store.state().rebuilt
 
 
 def serve(states: VersionStates, record: VersionRecord) -> None:

@@ -6,12 +6,13 @@ import contextlib
 import gc
 import socket
 import ssl
+import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import pytest
 
@@ -20,6 +21,7 @@ from edge_agent.chat.journal import Journal
 from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.topics import Topics
 from edge_agent.transport.connection import TURN_S, Connection
+from edge_agent.transport.inbound import Handler, Inbound
 from edge_agent.transport.mqtt import REST_S, MqttTransport
 from tests.support.certificates import Authority
 from tests.support.processes import wait_until
@@ -46,14 +48,57 @@ def tls_server(context: ssl.SSLContext) -> Iterator[int]:
         thread.join(5)
 
 
-def transport_to(port: int, journal: Journal, **settings: Any) -> MqttTransport:
+def packet(first: int, body: bytes) -> bytes:
+    assert len(body) < 128, "its length would take more than one byte"
+    return bytes([first, len(body)]) + body
+
+
+def length_of(stream: IO[bytes]) -> int:
+    """Source: MQTT 5.0 §1.5.5 (Variable Byte Integer)."""
+    length = shift = 0
+    while (byte := stream.read(1)[0]) & 0x80:
+        length |= (byte & 0x7F) << shift
+        shift += 7
+    return length | byte << shift
+
+
+@contextlib.contextmanager
+def broker_that_sends(topic: bytes, mids: range) -> Iterator[list[int]]:
+    """Accepts each client, and publishes to this topic with QoS 1: its port, and then the mids that were acked."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            client, _ = listener.accept()
+            with client, client.makefile("rb") as stream:
+                while first := stream.read(1):
+                    body = stream.read(length_of(stream))
+                    if first[0] == 0x10:  # CONNECT
+                        client.sendall(packet(0x20, bytes(3)))
+                        for mid in mids:
+                            named = struct.pack("!H", len(topic)) + topic
+                            client.sendall(packet(0x32, named + struct.pack("!H", mid) + b"\0" + b"Hello"))
+                    elif first[0] == 0x40:  # PUBACK
+                        acked.append(struct.unpack("!H", body[:2])[0])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        acked = [listener.getsockname()[1]]
+        thread = threading.Thread(target=serve, name="broker", daemon=True)
+        thread.start()
+        yield acked
+        listener.close()
+        thread.join(5)
+
+
+def transport_to(
+    port: int, journal: Journal, *, handlers: Mapping[str, Handler] | None = None, **settings: Any
+) -> MqttTransport:
     return MqttTransport(
         MqttSettings(host="127.0.0.1", port=port, **settings),
         topics=Topics(prefix="edge", device_id="dev", reply_prefixes=("replies/",)),
         journal=journal,
         max_payload_bytes=1024,
         password=lambda: None,
-        handlers={},
+        handlers=handlers or {},
         will=lambda: b"{}",
     )
 
@@ -62,9 +107,11 @@ def transport_to(port: int, journal: Journal, **settings: Any) -> MqttTransport:
 def running(transport: MqttTransport) -> Iterator[None]:
     thread = threading.Thread(target=transport.run, name="mqtt")
     thread.start()
-    yield
-    transport.close()
-    thread.join(15)
+    try:
+        yield
+    finally:
+        transport.close()
+        thread.join(15)
     assert not thread.is_alive()
 
 
@@ -122,3 +169,20 @@ def test_a_broker_that_cannot_prove_who_it_is_leaves_no_socket_behind(
         gc.collect()
     assert "CERTIFICATE_VERIFY_FAILED" in transport.problem
     assert [str(warning.message) for warning in caught if "SSLSocket" in str(warning.message)] == []
+
+
+def test_messages_whose_topic_is_no_text_are_acked_and_end_nothing(journal: Journal) -> None:
+    """EMQX passes them on as it is installed. Sixteen without an ack would be the last that the device hears."""
+    heard: list[Inbound] = []
+
+    def hear(message: Inbound) -> None:
+        heard.append(message)
+
+    mids = range(1, 18)
+    with broker_that_sends(b"edge/v1/dev/req/chat/\xff", mids) as acked:
+        transport = transport_to(acked.pop(), journal, handlers={"edge/v1/dev/req/chat/+": hear})
+        with running(transport):
+            wait_until(lambda: len(acked) == len(mids), 10, "their acks")
+            assert transport.connected
+    assert (acked, heard) == (list(mids), [])
+    assert transport.counters["unreadable"] == len(mids)

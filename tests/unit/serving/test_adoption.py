@@ -542,6 +542,24 @@ def test_a_rollback_by_hand_makes_the_previous_version_active_and_pins_it(life: 
     assert life.store.state().model("assistant").pinned == life.key(1)
 
 
+@pytest.mark.parametrize("pinned", [None, 1])
+def test_a_poll_that_waited_for_an_operator_does_not_undo_what_he_chose(
+    life: Life, host: ScriptedHost, pinned: int | None
+) -> None:
+    life.serve(1)
+    life.lifecycle.pin(life.key(pinned) if pinned else None)
+    life.commit(2)
+    host.script(2, Script(load_waits=True))
+    operator = InBackground(lambda: life.lifecycle.activate(life.key(2)))
+    host.wait_for("load 2")
+    poll = InBackground(lambda: life.adopt(1))  # what it found before
+    host.let_load(2)
+    operator.result()
+    poll.result()
+    assert (life.active, life.ask()) == (2, 2)
+    assert life.store.state().model("assistant").pinned == life.key(2)
+
+
 def test_a_rollback_by_hand_that_does_not_pass_changes_nothing(life: Life) -> None:
     with pytest.raises(StoreError, match="no previous version"):
         life.lifecycle.go_back()
