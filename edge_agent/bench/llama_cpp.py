@@ -1,11 +1,11 @@
-"""The peer as a process: `python -m edge_agent.bench.llama_cpp GGUF THREADS CONTEXT`, JSON lines in and out.
+"""The peer as a process: `python -m edge_agent.bench.llama_cpp GGUF THREADS CONTEXT SLOTS`, one JSON line out.
 
-llama.cpp's own server, from the wheel `xllamacpp`, asked in its process: what HTTP costs is not counted. It reads every
-prompt anew, as the bare library does. It has no walls: that server listens on a loopback port, whether or not anybody
-asks there. It answers nobody without a key, which is made here and thrown away.
+llama.cpp's own server, from the wheel `xllamacpp`, asked over HTTP on its loopback port. Who asks is in the benchmark's
+process, as the client of MQTT is, so that this one has llama.cpp's memory and nothing of a client's. It has no walls,
+as that server has none. It answers nobody without a key, which is made here and thrown away.
 
-    {"do": "generate", "text": …, "max_tokens": 64}    → timings, see `edge_agent.bench.timing`
-    {"error": …}                                       where the file cannot be loaded, or a prompt not be answered
+    {"load_ms": …, "address": "http://127.0.0.1:…", "api_key": …}     once it listens; it ends with its input
+    {"error": …}                                                      where the file cannot be loaded
 """
 
 from __future__ import annotations
@@ -14,74 +14,49 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
-class LlamaCpp:
-    """One loaded GGUF file.
+def start(gguf: str, *, threads: int, context_tokens: int, slots: int, api_key: str) -> Any:
+    """Loads the file, and returns the server, which listens as long as it exists.
+
+    Args:
+        context_tokens: of each slot. llama.cpp divides what it is given among them.
+        slots: how many prompts it answers at once.
 
     Raises:
-        RuntimeError: llama.cpp does not take it.
+        RuntimeError: llama.cpp does not take the file.
     """
+    import xllamacpp  # type: ignore[import-not-found]
 
-    def __init__(self, gguf: str, *, threads: int, context_tokens: int) -> None:
-        import xllamacpp  # type: ignore[import-not-found]
-
-        settings = xllamacpp.CommonParams()
-        settings.model.path = gguf
-        settings.n_ctx = context_tokens
-        settings.n_parallel = 1
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-        settings.cache_ram_mib = 0
-        settings.api_keys = [secrets.token_hex()]
-        settings.verbosity = -1
-        self._server = xllamacpp.Server(settings)
-
-    def generate(self, text: str, max_tokens: int) -> dict[str, Any]:
-        """Answers greedily and returns the timings."""
-        question = {
-            "messages": [{"role": "user", "content": text}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "cache_prompt": False,
-        }
-        started, first, last = time.perf_counter(), 0.0, {}
-
-        def take(chunk: dict[str, Any]) -> bool:
-            nonlocal first, last
-            if any(choice["delta"].get("content") for choice in chunk.get("choices", ())):
-                first = first or time.perf_counter()
-            last = chunk
-            return False  # do not stop
-
-        self._server.handle_chat_completions(question, take)
-        ended = time.perf_counter()
-        if "usage" not in last:
-            raise RuntimeError(f"llama.cpp answered {json.dumps(last)[:300]}")
-        return {
-            "prompt_tokens": last["usage"]["prompt_tokens"],
-            "completion_tokens": last["usage"]["completion_tokens"],
-            "first_token_ms": ((first or ended) - started) * 1000,
-            "total_ms": (ended - started) * 1000,
-        }
+    settings = xllamacpp.CommonParams()
+    settings.model.path = gguf
+    settings.n_ctx = context_tokens * slots
+    settings.n_parallel = slots
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+    settings.cache_ram_mib = 0
+    settings.api_keys = [api_key]
+    settings.verbosity = -1
+    return xllamacpp.Server(settings)
 
 
-def serve(gguf: str, threads: int, context_tokens: int, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """Loads the file, and answers requests one after the other until the input ends."""
-    began = time.perf_counter()
+def serve(
+    gguf: str, threads: int, context_tokens: int, slots: int, lines: Iterable[str]
+) -> Iterator[dict[str, Any]]:
+    """Runs the server until the input ends."""
+    began, api_key = time.perf_counter(), secrets.token_hex()
     try:
-        loaded = LlamaCpp(gguf, threads=threads, context_tokens=context_tokens)
-        yield {"load_ms": (time.perf_counter() - began) * 1000}
-        for line in lines:
-            request = json.loads(line)
-            yield loaded.generate(request["text"], request["max_tokens"])
+        server = start(gguf, threads=threads, context_tokens=context_tokens, slots=slots, api_key=api_key)
     except (RuntimeError, OSError, ImportError) as error:
         yield {"error": " ".join(str(error).split())[:300]}
+        return
+    load_ms = (time.perf_counter() - began) * 1000
+    yield {"load_ms": load_ms, "address": server.listening_address, "api_key": api_key}
+    for _ in lines:
+        pass
 
 
 if __name__ == "__main__":
-    for answer in serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.stdin):
+    for answer in serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.stdin):
         print(json.dumps(answer), flush=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from edge_agent.bench import over_http
+from edge_agent.bench.peers import LlamaCppSide
 from edge_agent.bench.sides import ANSWER_TIMEOUT_S, LineSide, MqttSide, Side
 from edge_agent.bench.timing import Timing
 from edge_agent.host import memory
@@ -18,6 +19,8 @@ LENGTHS = (32, 256, 1024)
 ROUNDS = {32: 5, 256: 2, 1024: 1}
 """Prompts of each length in one launch."""
 AT_ONCE = (1, 2, 4, 8)
+PEER_AT_ONCE = 4
+"""One of `AT_ONCE`: a peer gets the same prompts."""
 NEWCOMERS = 3
 OVER_HTTP = 10
 PREFIX_TOKENS = 1000
@@ -49,6 +52,11 @@ class Prompts:
             prefix=bare.prompt(PREFIX_TOKENS) if has_room else None,
         )
 
+    def at_once(self, count: int) -> Sequence[str]:
+        """Those that are sent together, so many of them."""
+        begin = sum(AT_ONCE[: AT_ONCE.index(count)])
+        return self.short[begin : begin + count]
+
 
 @dataclass(kw_only=True)
 class Measured:
@@ -76,6 +84,19 @@ class Together:
     gateway_bytes: list[int] = field(default_factory=list)
 
 
+@dataclass(kw_only=True)
+class PeerTogether:
+    """Measurements of a peer that answers several prompts at once.
+
+    Attributes:
+        equal: for each answer, whether it is the text that the same server gives to the same prompt alone.
+    """
+
+    tokens_per_s: list[float] = field(default_factory=list)
+    first_token_ms: list[float] = field(default_factory=list)
+    equal: list[bool] = field(default_factory=list)
+
+
 def measure(side: Side, prompts: Prompts, new_tokens: int, measured: Measured) -> None:
     """Measures first token and decode at each length, and the side's memory.
 
@@ -92,9 +113,9 @@ def measure(side: Side, prompts: Prompts, new_tokens: int, measured: Measured) -
 
 def measure_together(side: MqttSide, prompts: Prompts, new_tokens: int, together: Together) -> None:
     """Measures prompts at once, prompts one after the other, a newcomer, and a question after a known prefix."""
-    fresh = iter(prompts.short)
+    fresh = iter(prompts.short[sum(AT_ONCE) :])
     for count in AT_ONCE:
-        _at_once(side, [next(fresh) for _ in range(count)], new_tokens, together)
+        _at_once(side, prompts.at_once(count), new_tokens, together)
     started = time.perf_counter()
     answers = [side.ask(next(fresh), new_tokens) for _ in range(4)]
     together.in_turn_tokens_per_s.append(_rate(answers, started))
@@ -107,6 +128,20 @@ def measure_together(side: MqttSide, prompts: Prompts, new_tokens: int, together
     if over_http.installed():
         _over_http(side, [next(fresh) for _ in range(2 * OVER_HTTP)], new_tokens, together)
     together.daemon_bytes.append(memory.resident_bytes(side.daemon_pid))
+
+
+def measure_peer_together(
+    side: LlamaCppSide, prompts: Prompts, new_tokens: int, together: PeerTogether
+) -> None:
+    """Measures the prompts at once that the agent is sent at once. They come one after the other first, which warms
+    up every slot, and shows what the answers are alone."""
+    texts = prompts.at_once(PEER_AT_ONCE)
+    alone = [side.answer(text, new_tokens).text for text in texts]
+    started = time.perf_counter()
+    answers = side.answer_at_once(texts, new_tokens)
+    together.tokens_per_s.append(_rate([answer.timing for answer in answers], started))
+    together.first_token_ms.extend(answer.timing.first_token_ms for answer in answers)
+    together.equal.extend(answer.text == text for answer, text in zip(answers, alone, strict=True))
 
 
 def _over_http(side: MqttSide, texts: Sequence[str], new_tokens: int, together: Together) -> None:

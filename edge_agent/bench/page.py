@@ -40,6 +40,9 @@ def page(result: Mapping[str, Any]) -> Iterator[str | terminal.Rows]:
     if "at_once" in result:
         yield ""
         yield _at_once(result)
+    if against:
+        yield ""
+        yield from _peer_at_once(against)
     yield ""
     yield _memory(result)
     yield ""
@@ -78,6 +81,13 @@ def _sides(result: Mapping[str, Any]) -> terminal.Rows:
 def _at_once(result: Mapping[str, Any]) -> terminal.Rows:
     rows = [(count, *(_number(value) for value in row.values())) for count, row in result["at_once"].items()]
     return terminal.Rows(("AT ONCE", "TOKENS/S", "FIRST TOKEN P50 MS", "P95 MS"), rows)
+
+
+def _peer_at_once(against: Mapping[str, Any]) -> Iterator[str]:
+    equal = against["equal_answers"]
+    for count, row in against["at_once"].items():
+        yield f"{against['peer']}, {count} at once: {row['tokens_per_s']:.1f} tokens/s"
+    yield f"equal answers: {equal['equal']} of {equal['of']}, at once and one after the other"
 
 
 def _memory(result: Mapping[str, Any]) -> terminal.Rows:

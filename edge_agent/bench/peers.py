@@ -1,20 +1,64 @@
-"""llama.cpp as a peer of the benchmark: whether it is here, and whether what it shall run is a model of its."""
+"""llama.cpp as a peer of the benchmark: whether it is here and can run the file, and the side that runs it."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from edge_agent.bench.line_child import BenchError
+from edge_agent.bench.http_client import Answer, HttpClient
+from edge_agent.bench.line_child import BenchError, LineChild
+from edge_agent.bench.sides import ANSWER_TIMEOUT_S, LOAD_TIMEOUT_S, Subject
+from edge_agent.bench.timing import Timing
 
 LIBRARY = "xllamacpp"
 _IMPORT_S = 120.0
 _MAX_REASON = 300
+
+
+class LlamaCppSide:
+    """llama.cpp's server in a process of its own, asked over HTTP.
+
+    Attributes:
+        load_ms: until it listens, without the start of the process.
+        pid: its process.
+    """
+
+    def __init__(self, child: LineChild) -> None:
+        ready = child.read(timeout_s=LOAD_TIMEOUT_S)
+        port = urlsplit(ready["address"]).port or 0
+        self._client = HttpClient("llama.cpp", port, api_key=ready["api_key"], timeout_s=ANSWER_TIMEOUT_S)
+        self.load_ms = float(ready["load_ms"])
+        self.pid = child.pid
+
+    def ask(self, text: str, max_tokens: int) -> Timing:
+        return self.answer(text, max_tokens).timing
+
+    def answer(self, text: str, max_tokens: int) -> Answer:
+        return self._client.ask(text, max_tokens)
+
+    def answer_at_once(self, texts: Sequence[str], max_tokens: int) -> list[Answer]:
+        """It has as many slots, or lets some of them wait."""
+        return self._client.ask_at_once(texts, max_tokens)
+
+
+@contextlib.contextmanager
+def llama_cpp(subject: Subject, gguf: Path, *, slots: int = 1) -> Iterator[LlamaCppSide]:
+    """llama.cpp with a model of its own.
+
+    Args:
+        slots: how many prompts it answers at once. Each has keys and values for the whole context.
+    """
+    arguments = (str(gguf), str(subject.threads), str(subject.context_tokens), str(slots))
+    module = "edge_agent.bench.llama_cpp"
+    with LineChild(module, *arguments, environment=subject.environment, walls=False) as child:
+        yield LlamaCppSide(child)
 
 
 def check(gguf: Path, environment: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from edge_agent.bench.measurements import Measured, Together, percentile
+from edge_agent.bench.measurements import PEER_AT_ONCE, Measured, PeerTogether, Together, percentile
 from edge_agent.bench.timing import summary
 from edge_agent.documents import page
 
@@ -64,6 +64,7 @@ def document(
     roofline: Mapping[str, float],
     notes: Sequence[str],
     against: Mapping[str, str] | None = None,
+    of_peer: PeerTogether | None = None,
 ) -> dict[str, Any]:
     """The whole document, with medians instead of single values.
 
@@ -71,6 +72,7 @@ def document(
         head: the model, the host and the options.
         roofline: `bandwidth_bytes_per_s` and `model_bytes`.
         against: the peer whose side is measured, too; None without one.
+        of_peer: its answers at once; None without a peer.
     """
     lengths = {
         name: {str(length): summary(timings) for length, timings in measured.timings.items()}
@@ -88,7 +90,7 @@ def document(
     result: dict[str, Any] = {
         **head,
         "headline": _headline(lengths, MQTT if MQTT in lengths else RUNNER, limit),
-        "against": {**against, **_first_and_rate(lengths[LLAMA_CPP])} if against else None,
+        "against": _against(against, lengths, of_peer) if against and of_peer else None,
         "sides": lengths,
         "load_ms": {name: round(median(m.load_ms), 1) for name, m in sides.items() if any(m.load_ms)},
         "memory": memory,
@@ -106,6 +108,16 @@ def document(
     result["ratios"] = [{**asdict(ratio), "reached": ratio.reached} for ratio in _ratios(result)]
     result["notes"] = [*notes, *([f"{_QUALITY}: {page('models.md')}"] if against else [])]
     return result
+
+
+def _against(against: Mapping[str, str], lengths: Mapping[str, Any], of_peer: PeerTogether) -> dict[str, Any]:
+    """The peer. Its answers at once are worth comparing while they are those that it gives alone."""
+    return {
+        **against,
+        **_first_and_rate(lengths[LLAMA_CPP]),
+        "at_once": {str(PEER_AT_ONCE): _at_once(of_peer.tokens_per_s, of_peer.first_token_ms)},
+        "equal_answers": {"equal": sum(of_peer.equal), "of": len(of_peer.equal)},
+    }
 
 
 def _headline(lengths: Mapping[str, Any], side: str, limit_tokens_per_s: float) -> dict[str, Any]:
@@ -132,11 +144,7 @@ def _first_and_rate(side: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _together(together: Together) -> dict[str, Any]:
     at_once = {
-        str(count): {
-            "tokens_per_s": round(median(rates), 2),
-            "first_token_ms_p50": round(median(together.first_token_ms[count]), 2),
-            "first_token_ms_p95": round(percentile(together.first_token_ms[count], 0.95), 2),
-        }
+        str(count): _at_once(rates, together.first_token_ms[count])
         for count, rates in together.tokens_per_s.items()
     }
     result: dict[str, Any] = {
@@ -160,6 +168,14 @@ def _together(together: Together) -> dict[str, Any]:
             "http_first_token_ms": round(median(together.http_ms), 2),
         }
     return result
+
+
+def _at_once(tokens_per_s: Sequence[float], first_token_ms: Sequence[float]) -> dict[str, float]:
+    return {
+        "tokens_per_s": round(median(tokens_per_s), 2),
+        "first_token_ms_p50": round(median(first_token_ms), 2),
+        "first_token_ms_p95": round(percentile(first_token_ms, 0.95), 2),
+    }
 
 
 def _ratios(result: Mapping[str, Any]) -> list[Ratio]:
@@ -219,6 +235,14 @@ def _against_llama_cpp(result: Mapping[str, Any]) -> Iterator[Ratio | None]:
             sides[MQTT][long]["first_token_ms"],
             sides[LLAMA_CPP][long]["first_token_ms"],
         )
+    at_once = str(PEER_AT_ONCE)
+    yield _divided(
+        "four prompts at once, over MQTT / llama.cpp",
+        "tokens/s",
+        ">= 1.5",
+        result["at_once"][at_once]["tokens_per_s"],
+        result["against"]["at_once"][at_once]["tokens_per_s"],
+    )
     yield _divided(
         "memory, runner / llama.cpp",
         "MB",

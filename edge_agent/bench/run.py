@@ -1,7 +1,8 @@
 """`edge-agent bench`: how fast the active model runs on this device, and what each layer of the agent costs.
 
     check trust and digests, as before each load → the bare library makes the prompts
-    → for each launch measure: bare, bare with its own threads, pyfunc, runner, MQTT, and a peer → medians → ratios
+    → for each launch measure: bare, bare with its own threads, pyfunc, runner, MQTT, and a peer, with one slot and
+    with four → medians → ratios
 
 Each side is loaded alone and in new processes, so memory for one copy of the model is enough, and drifts of the
 host affect all sides alike. The benchmark does not touch the running daemon or its cache: the MQTT side runs a
@@ -18,7 +19,16 @@ from typing import Any
 import edge_agent
 from edge_agent.bench import peers, report, sides
 from edge_agent.bench.line_child import BenchError, LineChild
-from edge_agent.bench.measurements import Measured, Prompts, Together, measure, measure_together
+from edge_agent.bench.measurements import (
+    PEER_AT_ONCE,
+    Measured,
+    PeerTogether,
+    Prompts,
+    Together,
+    measure,
+    measure_peer_together,
+    measure_together,
+)
 from edge_agent.bench.sides import MqttSide, Side, Subject
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
@@ -71,7 +81,9 @@ def run_bench(
         say("digests")
         check_files(folder, record)
         subject = _subject(settings, store, record, folder)
-        measured, together, notes = _measure(subject, peer, launches=launches, tokens=tokens, say=say)
+        measured, together, of_peer, notes = _measure(
+            subject, peer, launches=launches, tokens=tokens, say=say
+        )
         say("memory bandwidth")
         roofline = {"bandwidth_bytes_per_s": _bandwidth(subject), "model_bytes": _bytes_a_token(subject)}
     head = {
@@ -86,29 +98,22 @@ def run_bench(
         "tokens": tokens,
     }
     against = peers.described(peer) if peer else None
-    return report.document(head, measured, together, roofline, notes, against)
+    return report.document(head, measured, together, roofline, notes, against, of_peer)
 
 
 def _measure(
     subject: Subject, peer: Path | None, *, launches: int, tokens: int, say: Callable[[str], None]
-) -> tuple[dict[str, Measured], Together | None, list[str]]:
+) -> tuple[dict[str, Measured], Together | None, PeerTogether | None, list[str]]:
     say("prompts")
     with sides.bare(subject, subject.threads) as side:
         prompts = Prompts.made_by(side, context_tokens=subject.context_tokens, new_tokens=tokens)
-    starts: dict[str, Callable[[], AbstractContextManager[Side]]] = {
-        report.BARE: lambda: sides.bare(subject, subject.threads),
-        report.BARE_DEFAULT: lambda: sides.bare(subject, 0),
-        report.PYFUNC: lambda: sides.pyfunc(subject),
-        report.RUNNER: lambda: sides.runner(subject),
-        report.MQTT: lambda: sides.mqtt(subject),
-    }
-    if peer is not None:
-        starts[report.LLAMA_CPP] = lambda: sides.llama_cpp(subject, peer)
+    starts = _starts(subject, peer)
     measured = {name: Measured() for name in starts}
-    together, notes = Together(), list[str]()
+    together, of_peer, notes = Together(), PeerTogether(), list[str]()
     for launch in range(launches):
+        turn = f"launch {launch + 1} of {launches}"
         for name in list(starts):
-            say(f"launch {launch + 1} of {launches}: {report.SIDE_NAMES[name]}")
+            say(f"{turn}: {report.SIDE_NAMES[name]}")
             try:
                 with starts[name]() as side_now:
                     measure(side_now, prompts, tokens, measured[name])
@@ -117,9 +122,27 @@ def _measure(
             except BrokerMissing as error:
                 del starts[name], measured[name]
                 notes.append(f"the agent over MQTT was not measured: {error}")
+        if peer is not None:
+            say(f"{turn}: {report.SIDE_NAMES[report.LLAMA_CPP]}, {PEER_AT_ONCE} at once")
+            with peers.llama_cpp(subject, peer, slots=PEER_AT_ONCE) as with_slots:
+                measure_peer_together(with_slots, prompts, tokens, of_peer)
     if report.MQTT in measured and not together.http_ms:
         notes.append("the OpenAI interface was not measured: the extra `http` is not installed")
-    return measured, together if report.MQTT in measured else None, notes
+    return measured, together if report.MQTT in measured else None, of_peer if peer else None, notes
+
+
+def _starts(subject: Subject, peer: Path | None) -> dict[str, Callable[[], AbstractContextManager[Side]]]:
+    """Each side by its name, in the order of a launch."""
+    starts: dict[str, Callable[[], AbstractContextManager[Side]]] = {
+        report.BARE: lambda: sides.bare(subject, subject.threads),
+        report.BARE_DEFAULT: lambda: sides.bare(subject, 0),
+        report.PYFUNC: lambda: sides.pyfunc(subject),
+        report.RUNNER: lambda: sides.runner(subject),
+        report.MQTT: lambda: sides.mqtt(subject),
+    }
+    if peer is not None:
+        starts[report.LLAMA_CPP] = lambda: peers.llama_cpp(subject, peer)
+    return starts
 
 
 def _active(settings: Settings, store: Store, model: str | None) -> VersionRecord:

@@ -1,4 +1,4 @@
-"""The sides of the benchmark: bare library, MLflow pyfunc, a runner, the whole agent over MQTT; llama.cpp as a peer.
+"""The sides of the benchmark: bare library, MLflow pyfunc, a runner, the whole agent over MQTT.
 
 Each is a context manager that loads the model for its block. Only one is open at a time, so memory for one copy of
 the model is enough.
@@ -165,15 +165,6 @@ def bare(subject: Subject, threads: int) -> Iterator[LineSide]:
     """onnxruntime-genai alone; with 0 threads the library chooses the number."""
     arguments = (str(subject.onnx), str(threads))
     with LineChild("edge_agent.bench.bare", *arguments, environment=subject.environment) as child:
-        yield LineSide(child)
-
-
-@contextlib.contextmanager
-def llama_cpp(subject: Subject, gguf: Path) -> Iterator[LineSide]:
-    """llama.cpp with a model of its own."""
-    arguments = (str(gguf), str(subject.threads), str(subject.context_tokens))
-    module = "edge_agent.bench.llama_cpp"
-    with LineChild(module, *arguments, environment=subject.environment, walls=False) as child:
         yield LineSide(child)
 
 

@@ -29,7 +29,8 @@ from edge_agent.owner import acting_as_owner_of
     "--against",
     type=(click.Choice(["llama.cpp"]), click.Path(path_type=Path)),
     metavar="llama.cpp GGUF",
-    help="Also measure llama.cpp with this file, with the same threads and prompts. Needs the package xllamacpp.",
+    help="Also measure llama.cpp's server over HTTP with this file, with the same threads and prompts. Needs the "
+    "package xllamacpp.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj

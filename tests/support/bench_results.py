@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edge_agent.bench.measurements import Measured, Together
+from edge_agent.bench.measurements import Measured, PeerTogether, Together
 from edge_agent.bench.report import BARE, BARE_DEFAULT, LLAMA_CPP, MQTT, RUNNER, document
 from edge_agent.bench.timing import Timing
 
@@ -36,6 +36,12 @@ def together() -> Together:
     )  # fmt: skip
 
 
+def peer_together() -> PeerTogether:
+    return PeerTogether(
+        tokens_per_s=[10.0, 15.0, 60.0], first_token_ms=[1.0, 2.0], equal=[True, True, False, True]
+    )
+
+
 def whole(*, first_ms: float = 400, decode_ms: float = 1000, peer: bool = False) -> dict[str, Any]:
     """A document: 100 tokens/s of memory, and an agent that decodes 10 tokens in so many milliseconds."""
     sides = {
@@ -49,4 +55,4 @@ def whole(*, first_ms: float = 400, decode_ms: float = 1000, peer: bool = False)
     head = {"model": "m", "version": 1, "threads": 2, "host": "h", "launches": 3, "tokens": 11}
     roofline = {"bandwidth_bytes_per_s": 1e9, "model_bytes": 10_000_000}
     against = {"peer": "llama.cpp", "file": "m.gguf", "library": "xllamacpp 1"} if peer else None
-    return document(head, sides, together(), roofline, [], against)
+    return document(head, sides, together(), roofline, [], against, peer_together() if peer else None)

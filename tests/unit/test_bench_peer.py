@@ -1,14 +1,14 @@
-"""llama.cpp as a peer of the benchmark: how its library is used, and what is said where it is not here."""
+"""llama.cpp as a peer of the benchmark: how its server is asked, and what is said where it is not here."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,85 +16,135 @@ from click.testing import CliRunner
 
 from edge_agent.bench import llama_cpp, peers
 from edge_agent.bench import run as bench_module
-from edge_agent.bench.line_child import BenchError, LineChild
+from edge_agent.bench.http_client import HttpClient
+from edge_agent.bench.line_child import BenchError
+from edge_agent.bench.measurements import PeerTogether, Prompts, measure_peer_together
 from edge_agent.cli import main
+from tests.support import scripted_llama_cpp
 
-PIECES: tuple[dict[str, Any], ...] = (
-    {"role": "assistant", "content": None},
-    {"content": "Once"},
-    {"content": " upon"},
-    {},
-)
-USAGE = {"choices": [], "usage": {"prompt_tokens": 30, "completion_tokens": 2}}
-
-
-class ScriptedServer:
-    """The wheel's server: it notes what it is asked, and streams what OpenAI's interface streams."""
-
-    def __init__(self, settings: Any) -> None:
-        if not settings.model.path.endswith("good.gguf"):
-            raise RuntimeError("Failed to init server,\nplease check")
-        self.settings, self.asked = settings, list[dict[str, Any]]()
-
-    def handle_chat_completions(self, question: dict[str, Any], take: Callable[[Any], bool]) -> None:
-        self.asked.append(question)
-        if question["messages"][0]["content"] == "too long":
-            take({"error": {"code": 400, "message": "exceeds the context"}})
-            return
-        for piece in PIECES:
-            assert take({"choices": [{"delta": piece}]}) is False
-        take(USAGE)
+PACKAGE = Path(__file__).parents[2]
+CONTEXT_TOKENS = 512
 
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("xllamacpp")
-
-    def settings() -> SimpleNamespace:
-        parts = ("model", "cpuparams", "cpuparams_batch")
-        return SimpleNamespace(**{part: SimpleNamespace() for part in parts})
-
-    module.CommonParams, module.Server = settings, ScriptedServer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "xllamacpp", module)
+    monkeypatch.setitem(sys.modules, "xllamacpp", scripted_llama_cpp)
 
 
-def question(text: str) -> str:
-    return json.dumps({"do": "generate", "text": text, "max_tokens": 8})
+@pytest.fixture
+def server() -> Iterator[scripted_llama_cpp.Server]:
+    settings = scripted_llama_cpp.CommonParams()
+    settings.model.path, settings.n_parallel, settings.api_keys = "/a/good.gguf", 1, ["secret"]
+    server = scripted_llama_cpp.Server(settings)
+    yield server
+    server.close()
 
 
-@pytest.mark.usefixtures("library")
-def test_it_is_asked_as_the_bare_library_is() -> None:
-    peer = llama_cpp.LlamaCpp("/a/good.gguf", threads=3, context_tokens=512)
-    timing = peer.generate("Tell me.", 8)
-    assert (timing["prompt_tokens"], timing["completion_tokens"]) == (30, 2)
-    assert 0 < timing["first_token_ms"] <= timing["total_ms"]
-    server: ScriptedServer = peer._server
-    settings = server.settings
-    assert (settings.cpuparams.n_threads, settings.cpuparams_batch.n_threads, settings.n_ctx) == (3, 3, 512)
+def client(
+    server: scripted_llama_cpp.Server, *, api_key: str = "secret", timeout_s: float = 60
+) -> HttpClient:
+    port = int(server.listening_address.rpartition(":")[2])
+    return HttpClient("llama.cpp", port, api_key=api_key, timeout_s=timeout_s)
+
+
+def test_it_is_asked_as_the_bare_library_is(server: scripted_llama_cpp.Server) -> None:
+    answer = client(server).ask("Tell me.", 8)
+    assert answer.text == "Once upon"
+    assert (answer.timing.prompt_tokens, answer.timing.completion_tokens) == (30, 2)
+    assert 0 < answer.timing.first_token_ms <= answer.timing.total_ms
     (asked,) = server.asked
     assert (asked["temperature"], asked["max_tokens"], asked["cache_prompt"]) == (0, 8, False)
 
 
+def test_the_first_token_is_the_first_text(server: scripted_llama_cpp.Server) -> None:
+    """Neither what comes before it nor what comes after."""
+    timer = threading.Timer(0.3, server.stalled.set)
+    timer.start()
+    timing = client(server).ask("stalls", 8).timing
+    timer.join()
+    assert timing.total_ms - timing.first_token_ms > 100
+
+
+@pytest.mark.parametrize(
+    ("text", "api_key", "said"),
+    [
+        ("too long", "secret", "refuses a prompt: .*exceeds the available context size"),
+        ("fails", "secret", "refuses a prompt: .*Compute error"),
+        ("breaks off", "secret", "broke an answer off"),
+        ("Tell me.", "guessed", "refuses a prompt: .*Invalid API Key"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_a_line(
+    server: scripted_llama_cpp.Server, text: str, api_key: str, said: str
+) -> None:
+    with pytest.raises(BenchError, match=f"^llama.cpp {said}"):
+        client(server, api_key=api_key).ask(text, 8)
+
+
+def test_a_server_that_stands_still_or_is_gone_ends_the_benchmark(server: scripted_llama_cpp.Server) -> None:
+    with pytest.raises(BenchError, match=r"^llama.cpp did not answer: timed out$"):
+        client(server, timeout_s=0.2).ask("stalls", 8)
+    server.close()
+    with pytest.raises(BenchError, match="refused"):
+        client(server).ask("Tell me.", 8)
+
+
+def test_an_answer_that_fails_does_not_wait_for_those_beside_it(server: scripted_llama_cpp.Server) -> None:
+    with pytest.raises(BenchError, match="exceeds the available context size"):
+        client(server).ask_at_once(["too long", "stalls"], 8)
+    assert not server.stalled.is_set()
+
+
 @pytest.mark.usefixtures("library")
-def test_what_fails_is_said_in_a_line() -> None:
-    answers = list(llama_cpp.serve("/a/bad.gguf", 1, 512, iter([])))
-    assert answers == [{"error": "Failed to init server, please check"}]
-    loaded, fine, failed = llama_cpp.serve(
-        "/a/good.gguf", 1, 512, iter(map(question, ("a", "too long", "b")))
+@pytest.mark.parametrize("slots", [1, 4])
+def test_each_slot_has_the_whole_context(slots: int) -> None:
+    server = llama_cpp.start(
+        "/a/good.gguf", threads=3, context_tokens=CONTEXT_TOKENS, slots=slots, api_key="secret"
     )
-    assert (list(loaded), fine["completion_tokens"]) == (["load_ms"], 2)
-    assert "exceeds the context" in failed["error"]
+    server.close()
+    given = server.settings
+    assert (given.cpuparams.n_threads, given.cpuparams_batch.n_threads) == (3, 3)
+    assert (given.n_parallel, given.n_ctx) == (slots, slots * CONTEXT_TOKENS)
+    assert given.api_keys == ["secret"], "it answers nobody else"
 
 
-def test_a_child_that_reports_an_error_ends_the_benchmark(tmp_path: Path) -> None:
-    """The library is not here: the process says so itself."""
-    environment = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    arguments = (str(tmp_path), "1", "64")
+@pytest.mark.usefixtures("library")
+def test_a_file_that_cannot_be_loaded_is_said_in_a_line() -> None:
+    answers = list(llama_cpp.serve("/a/bad.gguf", 1, CONTEXT_TOKENS, 1, []))
+    assert answers == [{"error": "Failed to init server, please check"}]
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Any:
+    """For a process that finds the scripted server where it looks for the library."""
+    (tmp_path / "xllamacpp.py").write_text("from tests.support.scripted_llama_cpp import *\n")
+    environment = {"PYTHONPATH": f"{tmp_path}:{PACKAGE}"}
+    return SimpleNamespace(threads=1, context_tokens=CONTEXT_TOKENS, environment=environment)
+
+
+def test_four_at_once_are_the_prompts_of_the_agent_and_beside_what_they_are_alone(subject: Any) -> None:
+    texts = [f"question {number}" for number in range(15)]
+    texts[5] += " wavers"
+    prompts = Prompts(by_length={}, short=texts, prefix=None)
+    assert prompts.at_once(4) == texts[3:7], "behind one, and two at once"
+    found = PeerTogether()
+    with peers.llama_cpp(subject, Path("/a/good.gguf"), slots=4) as side:
+        assert side.load_ms > 0
+        measure_peer_together(side, prompts, 8, found)
+    assert found.equal == [True, True, False, True]
+    assert len(found.first_token_ms) == 4
+    assert found.tokens_per_s[0] > 0
+
+
+def test_a_process_that_reports_an_error_ends_the_benchmark(tmp_path: Path, subject: Any) -> None:
     with (
-        LineChild("edge_agent.bench.llama_cpp", *arguments, environment=environment, walls=False) as child,
-        pytest.raises(BenchError, match="xllamacpp"),
+        pytest.raises(BenchError, match="Failed to init server, please check"),
+        peers.llama_cpp(subject, tmp_path / "bad.gguf"),
     ):
-        child.read(timeout_s=60)
+        pass
+    subject.environment = {"PYTHONPATH": str(PACKAGE)}  # the library is not there
+    with pytest.raises(BenchError, match="xllamacpp"), peers.llama_cpp(subject, tmp_path / "good.gguf"):
+        pass
 
 
 def bench(folder: Path, file: Path) -> Any:

@@ -145,6 +145,10 @@ def test_a_peer_stands_beside_the_agent() -> None:
     ratios = {ratio["name"]: (ratio["value"], ratio["reached"]) for ratio in result["ratios"]}
     assert ratios["decode, over MQTT / llama.cpp"] == (2.0, True)
     assert ratios["first token at 1,024, over MQTT / llama.cpp"] == (0.8, False)
+    assert ratios["four prompts at once, over MQTT / llama.cpp"] == (2.0, True)
+    assert result["against"]["equal_answers"] == {"equal": 3, "of": 4}
+    assert "llama.cpp, 4 at once: 15.0 tokens/s" in shown(result)
+    assert "equal answers: 3 of 4, at once and one after the other" in shown(result)
     assert ratios["memory, runner / llama.cpp"] == (1.1, False)
     assert ratios["load, runner / llama.cpp"] == (1.0, True)
     assert "docs/models.md" in result["notes"][-1], "speed counts at equal quality only"
