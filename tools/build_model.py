@@ -89,17 +89,31 @@ def main() -> None:
     given = parser.parse_args()
     if given.calibrate and not given.small:
         parser.error("--calibrate is for --small: int8 needs no text")
+    out = given.out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        parser.error(f"{given.out} is there already")
     texts = [file.read_text("utf-8") for file in given.calibrate]
-    config = json.loads((given.hf / "config.json").read_text("utf-8"))
-    given.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
-        build(given.hf, given.out.absolute(), arguments(config, small=given.small))
-        if texts:
-            from tools.calibrated import improve  # with torch
-
-            improve(given.out, given.hf, texts)
+        _make(given.hf, out, small=given.small, texts=texts)
     except (ChildProcessError, ValueError) as error:
         raise SystemExit(str(error)) from error
+
+
+def _make(hf: Path, out: Path, *, small: bool, texts: Sequence[str]) -> None:
+    """The whole folder or none: what failed, or was built and not calibrated, is never at `out`."""
+    config = json.loads((hf / "config.json").read_text("utf-8"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as unfinished:
+        made = Path(unfinished) / out.name
+        if not texts:
+            build(hf, made, arguments(config, small=small))
+        else:
+            from tools import calibrated  # with torch
+
+            windows = calibrated.windows(hf, texts)  # before the builder's minutes
+            build(hf, made, arguments(config, small=small))
+            calibrated.improve(made, hf, windows)
+        made.rename(out)
 
 
 if __name__ == "__main__":

@@ -55,30 +55,29 @@ class Rounded:
         return ((self.codes - self.zeros[..., None]) * self.scales[..., None]).flatten(1)
 
 
-def improve(folder: Path, hf: Path, texts: Sequence[str]) -> None:
+def improve(folder: Path, hf: Path, windows: Sequence[Sequence[int]]) -> None:
     """Rewrites the folder's int4 matrices, but for those that the builder joins (qkv_proj) and the head.
 
     Args:
         folder: made by the model builder from `hf`, with zero points (`k_quant`).
-        texts: what the model is to be good at; the windows are spread over all of it.
+        windows: tokens of what the model is to be good at, see `windows`.
 
     Raises:
-        ValueError: the texts are too short, or the model has no such matrices, or others than the folder.
+        ValueError: the model has no such matrices, or others than the folder.
     """
     import onnx
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     file = folder / "model.onnx"
     graph = onnx.load(file)
     nodes = [(node, _module(node.name)) for node in _int4(graph)]
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
-    tokens = AutoTokenizer.from_pretrained(hf)("\n\n".join(texts))["input_ids"]
     modules = dict(model.model.named_modules())
     if not nodes or (unknown := [name for _, name in nodes if name not in modules]):
         raise ValueError(f"of {hf} this cannot be calibrated: {unknown[0] if nodes else 'nothing is int4'}")
     tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
     with torch.inference_mode():
-        moments = second_moments(model.model, {name: modules[name] for _, name in nodes}, windows(tokens))
+        moments = second_moments(model.model, {name: modules[name] for _, name in nodes}, windows)
         for node, name in nodes:
             block_size = next(each.i for each in node.attribute if each.name == "block_size")
             found = rounded(modules[name].weight, moments[name], block_size=block_size)
@@ -90,8 +89,19 @@ def improve(folder: Path, hf: Path, texts: Sequence[str]) -> None:
     onnx.save(graph, file, save_as_external_data=True, location=data.name)
 
 
-def windows(tokens: Sequence[int]) -> list[list[int]]:
-    """At most `WINDOWS` of them, spread over all tokens.
+def windows(hf: Path, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of the texts, in windows that are spread over all of them.
+
+    Raises:
+        ValueError: the texts are too short.
+    """
+    from transformers import AutoTokenizer
+
+    return spread(AutoTokenizer.from_pretrained(hf)("\n\n".join(texts))["input_ids"])
+
+
+def spread(tokens: Sequence[int]) -> list[list[int]]:
+    """At most `WINDOWS` windows.
 
     Raises:
         ValueError: there are fewer tokens than one window has.

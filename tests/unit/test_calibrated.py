@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tools import calibrated
-from tools.calibrated import Rounded, rounded, second_moments, stored, windows
+from tools.calibrated import Rounded, rounded, second_moments, spread, stored
 
 BLOCK = 16
 
@@ -87,7 +87,7 @@ def test_windows_are_spread_over_the_whole_text_and_a_short_one_is_refused(
 ) -> None:
     monkeypatch.setattr(calibrated, "WINDOW_TOKENS", 3)
     monkeypatch.setattr(calibrated, "WINDOWS", 2)
-    assert windows(range(20)) == [[0, 1, 2], [10, 11, 12]]
-    assert windows(range(5)) == [[0, 1, 2]]
+    assert spread(range(20)) == [[0, 1, 2], [10, 11, 12]]
+    assert spread(range(5)) == [[0, 1, 2]]
     with pytest.raises(ValueError, match="2 tokens, and 3"):
-        windows(range(2))
+        spread(range(2))
