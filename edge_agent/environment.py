@@ -26,7 +26,7 @@ REGISTRY_CREDENTIALS = (
 CREDENTIALS = ("mqtt-password", "mqtt-key", "registry-key", *REGISTRY_CREDENTIALS)
 """All credentials in the daemon's unit."""
 
-_MAX_CREDENTIAL_BYTES = 65_536
+_MAX_CREDENTIAL_BYTES = 65_535  # what MQTT has room for
 _FIRST_PASSED, _MAX_PASSED = 3, 16
 
 
@@ -86,8 +86,21 @@ def read_credential(path: Path) -> str:
         if len(data) > _MAX_CREDENTIAL_BYTES:
             raise SettingsError(f"credential {path} has more than {_MAX_CREDENTIAL_BYTES} bytes")
         return data.decode("utf-8").rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"credential {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise SettingsError(f"credential {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:  # its message quotes a byte of the secret
+        raise SettingsError(f"credential {path} is not UTF-8") from None
+
+
+def unreadable(*files: str) -> str:
+    """The first of these files that cannot be opened, and why, which OpenSSL does not say; empty for none."""
+    for file in files:
+        try:
+            with open(file, "rb"):
+                pass
+        except OSError as error:
+            return f"{file}: {error.strerror}"
+    return ""
 
 
 def inherited_environment(*names: str, prefixes: tuple[str, ...] = ()) -> dict[str, str]:

@@ -317,8 +317,10 @@ def _common_name(file: str) -> str:
     try:
         with Path(file).open("rb") as opened:
             certificate = x509.load_pem_x509_certificate(opened.read(_MAX_CERTIFICATE_BYTES))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"mqtt.cert_file: {file} cannot be read: {error}") from error
+    except OSError as error:
+        raise SettingsError(f"mqtt.cert_file: {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"mqtt.cert_file: {file} has no certificate in PEM") from error
     names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(names[0].value) if names else ""
 

@@ -30,8 +30,10 @@ def read_list(path: Path) -> tuple[str, ...]:
         with path.open("rb") as file:
             data = file.read(_MAX_LIST_BYTES + 1)
         text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EdgeAgentError(f"the list of devices {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise EdgeAgentError(f"the list of devices {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise EdgeAgentError(f"the list of devices {path} is not UTF-8 (byte {error.start})") from error
     if len(data) > _MAX_LIST_BYTES:
         raise EdgeAgentError(f"the list of devices {path} has more than {_MAX_LIST_BYTES} bytes")
     ids: dict[str, None] = {}

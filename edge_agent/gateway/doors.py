@@ -139,8 +139,9 @@ def _tls(http: HttpSettings) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(http.cert_file, http.key_file, password=lambda: "")
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"http.cert_file, http.key_file: cannot be loaded: {error}") from error
+    except OSError as error:
+        reason = environment.unreadable(http.cert_file, http.key_file) or error
+        raise SettingsError(f"http.cert_file, http.key_file: cannot be loaded: {reason}") from error
     return context
 
 

@@ -216,9 +216,11 @@ def _golden_entry(entry: object, what: str) -> dict[str, Any]:
 
 def _read_json(file: Path) -> Any:
     try:
-        if file.stat().st_size > MAX_GOLDEN_BYTES:
+        with file.open("rb") as opened:
+            data = opened.read(MAX_GOLDEN_BYTES + 1)
+        if len(data) > MAX_GOLDEN_BYTES:
             raise PublishError(f"{file} has more than {MAX_GOLDEN_BYTES} bytes")
-        return json.loads(file.read_bytes())
+        return json.loads(data)
     except OSError as error:
         raise PublishError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -230,7 +230,8 @@ def _host_name() -> str:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(_MAX_CONFIG_BYTES + 1)
         if len(data) > _MAX_CONFIG_BYTES:
             raise SettingsError(f"{path} has more than {_MAX_CONFIG_BYTES} bytes")
         return tomllib.loads(data.decode("utf-8"))

@@ -11,6 +11,7 @@ import ssl
 from dataclasses import dataclass
 from typing import Protocol
 
+from edge_agent import environment
 from edge_agent.errors import SettingsError
 
 
@@ -51,16 +52,17 @@ class TlsFiles:
         Raises:
             SettingsError: a file cannot be loaded; its key is named.
         """
-        key = f"{section}ca_file"
+        key, files = f"{section}ca_file", [self.ca_file]
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             if self.ca_file:
                 context.load_verify_locations(cafile=self.ca_file)
-            key = f"{section}cert_file, {section}key_file"
+            key, files = f"{section}cert_file, {section}key_file", [self.cert_file, self.key_file]
             if self.cert_file:
                 context.load_cert_chain(self.cert_file, self.key_file, password=lambda: "")
-        except (OSError, ssl.SSLError) as error:
-            raise SettingsError(f"{key}: cannot be loaded: {error}") from error
+        except OSError as error:
+            reason = environment.unreadable(*files) or error
+            raise SettingsError(f"{key}: cannot be loaded: {reason}") from error
 
     def for_stores(self, public: str) -> ssl.SSLContext | None:
         """What vouches for places that the registry leads to: its own authorities and the public ones.

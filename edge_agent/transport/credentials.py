@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+from edge_agent import environment
 from edge_agent.errors import SettingsError
 from edge_agent.settings.mqtt import MqttSettings
 
@@ -26,15 +27,15 @@ def read_password(settings: MqttSettings, credential: Path | None) -> str | None
     """The broker's password: `mqtt.password_file`, else the systemd credential `mqtt-password`.
 
     Raises:
-        SettingsError: the file cannot be read.
+        SettingsError: the file cannot be read, is no text, or is far too long.
     """
     path = Path(settings.password_file) if settings.password_file else credential
     if path is None:
         return None
     try:
-        return path.read_text(encoding="utf-8").rstrip("\r\n")[:65_535]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"mqtt.password_file: {path} cannot be read: {error}") from error
+        return environment.read_credential(path)
+    except SettingsError as error:
+        raise SettingsError(f"mqtt.password_file: {error.message}") from error
 
 
 def tls_context(settings: MqttSettings) -> ssl.SSLContext | None:
@@ -46,13 +47,14 @@ def tls_context(settings: MqttSettings) -> ssl.SSLContext | None:
     """
     if not settings.ca_file:
         return None
-    key = "mqtt.ca_file"
+    key, files = "mqtt.ca_file", [settings.ca_file]
     try:
         context = ssl.create_default_context(cafile=settings.ca_file)
         context.sslsocket_class = _ClosingSocket
         if settings.cert_file:
-            key = "mqtt.cert_file, mqtt.key_file"
+            key, files = "mqtt.cert_file, mqtt.key_file", [settings.cert_file, settings.key_file]
             context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: "")
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"{key}: cannot be loaded: {error}") from error
+    except OSError as error:
+        reason = environment.unreadable(*files) or error
+        raise SettingsError(f"{key}: cannot be loaded: {reason}") from error
     return context

@@ -194,3 +194,11 @@ def test_a_list_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(EdgeAgentError, match=r"devices\.txt"):
         read_list(file)
+
+
+def test_a_list_that_is_not_there_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(EdgeAgentError) as caught:
+        read_list(tmp_path / "devices.txt")
+    assert str(caught.value) == (
+        f"the list of devices {tmp_path / 'devices.txt'} cannot be read: No such file or directory"
+    )

@@ -129,7 +129,7 @@ def test_a_settings_file_that_may_not_be_looked_at_is_no_missing_one(
     nowhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denying(nowhere, monkeypatch)
-    monkeypatch.setattr(Path, "read_bytes", lambda self: self.stat() and b"")
+    monkeypatch.setattr(Path, "open", lambda self, mode: self.stat())
     for command in ("run", "status", "models list", "fleet status"):
         result = invoke(*command.split())
         assert result.exit_code == 78

@@ -1,5 +1,7 @@
 """Settings: defaults, the order of sources, errors that name their key, and a page that lists them all."""
 
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +9,16 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from edge_agent import environment, settings
-from edge_agent.errors import SettingsError
+from edge_agent.errors import PublishError, SettingsError
+from edge_agent.publishing import source
 from edge_agent.runner import process as runner_process
 from edge_agent.settings import Settings
 from edge_agent.settings.model import ModelSettings, SandboxSettings
+from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.settings.registry import RegistrySettings
 from edge_agent.sync import process as sync_process
+from edge_agent.sync.tls import TlsFiles
+from edge_agent.transport.credentials import read_password, tls_context
 from tests.support.processes import to_toml
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
@@ -277,3 +283,71 @@ def test_the_registrys_credentials_come_from_systemd_and_reach_the_sync_process_
     (tmp_path / "mlflow-tracking-token").write_bytes(b"\xff")
     with pytest.raises(SettingsError, match="mlflow-tracking-token"):
         environment.registry_credentials()
+
+
+# --- Files that the settings name -----------------------------------------------------------------------
+
+
+def endless(folder: Path) -> Path:
+    """A file without an end. Whoever reads more of it than this process has memory for gets a MemoryError."""
+    file = folder / "endless"
+    file.symlink_to("/dev/zero")
+    return file
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + (256 << 20), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_no_more_of_a_file_is_read_than_it_may_have(tmp_path: Path) -> None:
+    file = endless(tmp_path)
+    with pytest.raises(SettingsError, match=r"endless has more than 1048576 bytes"):
+        settings.load(file)
+    with pytest.raises(SettingsError, match=r"mqtt\.password_file: .*endless has more than 65535 bytes"):
+        read_password(MqttSettings(password_file=str(file)), None)
+    with pytest.raises(PublishError, match=r"endless has more than 1048576 bytes"):
+        source.read_golden(file)
+
+
+def test_a_password_is_never_cut(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("x" * 65_535)
+    assert read_password(MqttSettings(password_file=str(file)), None) == "x" * 65_535
+    file.write_text("x" * 65_536)
+    with pytest.raises(SettingsError, match="has more than 65535 bytes"):
+        read_password(MqttSettings(password_file=str(file)), None)
+
+
+def test_a_secret_that_is_no_text_is_not_quoted(tmp_path: Path) -> None:
+    (tmp_path / "password").write_bytes(b"\xfe\xff")
+    with pytest.raises(SettingsError) as caught:
+        read_password(MqttSettings(password_file=str(tmp_path / "password")), None)
+    assert str(caught.value) == f"mqtt.password_file: credential {tmp_path / 'password'} is not UTF-8"
+
+
+def test_a_file_that_is_missing_is_named_once_and_without_a_number(tmp_path: Path) -> None:
+    there, gone = tmp_path / "there.pem", tmp_path / "gone.pem"
+    there.write_text("")
+    mqtt = MqttSettings(ca_file=str(gone), cert_file=str(there), key_file=str(gone))
+    pair = TlsFiles(cert_file=str(there), key_file=str(gone))
+    for look, said in (
+        (
+            lambda: read_password(MqttSettings(password_file=str(gone)), None),
+            "mqtt.password_file: credential {}",
+        ),
+        (lambda: tls_context(mqtt), "mqtt.ca_file: cannot be loaded: {}"),
+        (pair.check, "registry.cert_file, registry.key_file: cannot be loaded: {}"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            look()
+        message = str(caught.value)
+        assert message.startswith(said.format(gone))
+        assert message.count(str(gone)) == 1
+        assert message.endswith("No such file or directory")
+        assert "Errno" not in message

@@ -69,7 +69,7 @@ class Source:
             self._stream.seek(offset)
             found = self._stream.readinto(data.data)
         except OSError as error:
-            raise PublishError(f"{self._path} cannot be read: {error}") from error
+            raise PublishError(f"{self._path} cannot be read: {error.strerror}") from error
         if found != size:
             raise self._changed()
         return data
@@ -153,13 +153,13 @@ def opened(path: Path) -> Iterator[GgufFile]:
     try:
         stream = path.open("rb")
     except OSError as error:
-        raise PublishError(f"{path} cannot be read: {error}") from error
+        raise PublishError(f"{path} cannot be read: {error.strerror}") from error
     with stream:
         source = Source(path, stream)
         try:
             file = _Header(stream, source).read(path)
         except OSError as error:
-            raise PublishError(f"{path} cannot be read: {error}") from error
+            raise PublishError(f"{path} cannot be read: {error.strerror}") from error
         except _Damaged as error:
             raise PublishError(f"{path} is not a GGUF file that can be read: {error}") from error
         yield file
