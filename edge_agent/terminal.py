@@ -8,6 +8,7 @@ rich is imported only when a table or a progress bar is drawn; `edge-agent run` 
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,15 +35,41 @@ _IN_A_PIPE = 10_000
 """Columns: who searches for a text in what a command prints finds it in one line."""
 
 
+class StdoutFailed(Exception):
+    """Standard output takes nothing more, as a file on a full disk."""
+
+
 def echo(text: str = "", *, err: bool = False, stream: TextIO | None = None) -> None:
     """Prints a text and a line feed, on stdout, stderr or `stream`, without control characters. JSON stays the same
     document."""
-    print(printable.text(text), file=stream or (sys.stderr if err else sys.stdout), flush=True)
+    if stream or err:
+        print(printable.text(text), file=stream or sys.stderr, flush=True)
+        return
+    with _to_stdout():
+        print(printable.text(text), flush=True)
 
 
 def echo_answer(text: str) -> None:
     """Prints a piece of a model's answer as it comes: unchanged, but on a terminal, which would obey it."""
-    print(printable.text(text) if sys.stdout.isatty() else text, end="", flush=True)
+    with _to_stdout():
+        print(printable.text(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+@contextmanager
+def _to_stdout() -> Iterator[None]:
+    """
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+        StdoutFailed: it cannot be written for another reason.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is left in the buffer would fail once more when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        raise StdoutFailed(f"standard output cannot be written: {error.strerror}") from error
 
 
 def human_bytes(count: float) -> str:
@@ -176,12 +203,13 @@ def print_page(page: Sequence[str | Rows]) -> None:
     """Prints lines and tables, one below the other, on stdout."""
     console = _console()
     drawn = _drawn(page, console.width)
-    if sys.stdout.isatty():
-        console.print(drawn)
-        return
-    with console.capture() as captured:
-        console.print(drawn)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()), flush=True)
+    with _to_stdout():
+        if sys.stdout.isatty():
+            console.print(drawn)
+            return
+        with console.capture() as captured:
+            console.print(drawn)
+        print("\n".join(line.rstrip() for line in captured.get().splitlines()), flush=True)
 
 
 @contextmanager
@@ -337,9 +365,10 @@ class Paint:
 
 def echo_painted(lines: Iterable[str]) -> None:
     """Prints lines on stdout that are without control characters already (`wrapped`), but for `Paint`."""
-    for line in lines:
-        print(line)
-    sys.stdout.flush()
+    with _to_stdout():
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
 
 
 def columns() -> int | None:

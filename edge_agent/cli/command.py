@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not running, 4 no model ready, 5
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -97,6 +98,16 @@ def end_in_order() -> None:
             signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
+class FiniteRange(click.FloatRange):
+    """As click's, which takes `nan` for a number in any range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
 def paint() -> terminal.Paint:
     """Colours on a terminal only, and never against NO_COLOR (https://no-color.org)."""
     return terminal.Paint(colours=sys.stdout.isatty() and not environment.wants_no_colour())
@@ -113,6 +124,9 @@ class Command(click.Command):
         except TimeoutError:
             terminal.echo("edge-agent: timed out", err=True)
             sys.exit(TIMED_OUT)
+        except terminal.StdoutFailed as error:
+            terminal.echo(f"edge-agent: {error}", err=True)
+            sys.exit(FAILED)
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:

@@ -16,7 +16,7 @@ import click
 from edge_agent import printable, terminal
 from edge_agent.cli.command import Command, Invocation
 from edge_agent.cli.operation import through_daemon
-from edge_agent.errors import DaemonNotRunning, EdgeAgentError
+from edge_agent.errors import DaemonNotRunning, UnknownModel
 from edge_agent.owner import acting_as_owner_of
 from edge_agent.settings import Settings
 from edge_agent.terminal import Rows
@@ -72,7 +72,7 @@ def models_show(invocation: Invocation, name: str, as_json: bool) -> None:
     """
     models = {model["name"]: model for model in _inventory(invocation.settings())}
     if name not in models:
-        raise EdgeAgentError(f"no model is called {name!r} here", remedy="see `edge-agent models list`")
+        raise UnknownModel(f"no model is called {name!r} here; there are: {', '.join(models) or 'none'}")
     model = models[name]
     if as_json:
         terminal.echo(json.dumps(model))

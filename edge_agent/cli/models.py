@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -203,6 +204,8 @@ def models_import(
     with _file_errors("read", file):
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise EdgeAgentError(f"{file} is not a regular file", remedy="name a version file")
         document = operate(
             settings, "import", name=name, file=descriptor, allow_older=allow_older, doing="importing"
         )
@@ -258,7 +261,8 @@ def _show_operation(document: Mapping[str, Any], as_json: bool) -> None:
         terminal.echo(f"{terminal.human_bytes(document['bytes_freed'])} freed")
     else:
         pinned = f", pinned to {document['pinned']}" if document.get("pinned") else ""
-        terminal.echo(f"{document['name']}: version {document['version']} is active{pinned}")
+        version = "no version" if document["version"] is None else f"version {document['version']}"
+        terminal.echo(f"{document['name']}: {version} is active{pinned}")
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import click
 
 from edge_agent import terminal
 from edge_agent.chat import messages
-from edge_agent.cli.command import Command, Invocation
+from edge_agent.chat.fields import MAX_DEADLINE_MS
+from edge_agent.cli.command import Command, FiniteRange, Invocation
 from edge_agent.errors import EdgeAgentError
 from edge_agent.owner import acting_as_owner_of
 
@@ -20,7 +21,11 @@ from edge_agent.owner import acting_as_owner_of
 @click.argument("words", nargs=-1, metavar="TEXT")
 @click.option("--model", metavar="NAME", help="A [models.NAME] from the settings; default: the first one.")
 @click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(min=0.001), metavar="S", help="Seconds to wait."
+    "--timeout",
+    "timeout_s",
+    type=FiniteRange(0.001, MAX_DEADLINE_MS / 1000),
+    metavar="S",
+    help="Seconds to wait.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.option("--direct", is_flag=True, help="Load the model here, without a daemon.")

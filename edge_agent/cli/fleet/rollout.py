@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_agent import terminal
-from edge_agent.cli.command import FAILED, Command, Group, Invocation
+from edge_agent.cli.command import FAILED, Command, FiniteRange, Group, Invocation
 from edge_agent.cli.fleet import options, rollout_page
 from edge_agent.errors import BrokerUnreachable
 from edge_agent.fleet.broker import FleetBroker
@@ -118,7 +118,7 @@ class _Shares(click.ParamType[tuple[float, ...]]):
 )
 @click.option(
     "--min-speed",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.8,
     show_default=True,
     metavar="RATIO",

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edge_agent import terminal
-from edge_agent.cli.command import Command, Invocation
+from edge_agent.cli.command import Command, FiniteRange, Invocation
 from edge_agent.cli.fleet import options
 from edge_agent.fleet import survey
 from edge_agent.fleet.broker import Outgoing
@@ -19,7 +19,7 @@ from edge_agent.updates.choice import MAX_WITHIN_S
 @click.option(
     "--within",
     "within_s",
-    type=click.FloatRange(0, MAX_WITHIN_S),
+    type=FiniteRange(0, MAX_WITHIN_S),
     metavar="S",
     help="In the course of so many seconds; by default at once.",
 )
