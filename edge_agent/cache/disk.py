@@ -15,6 +15,8 @@ from pathlib import Path
 from edge_agent.errors import CacheFull, StoreError, disk_remedy
 
 _NO_LINKS = "the file system must have hard links; see `edge-agent doctor`"
+PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+"""What a host lacks for a moment. Who meets one of these knows nothing of the file."""
 _REMEDIES = {
     errno.ENOSPC: "free some space, or lower cache.quota_bytes",
     errno.EPERM: _NO_LINKS,
@@ -37,6 +39,11 @@ def store_error(action: str, path: Path, error: OSError) -> StoreError:
     remedy = _REMEDIES.get(error.errno or 0) or disk_remedy(error)
     kind = CacheFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
     return kind(f"cannot {action} {path}: {error.strerror}", remedy=remedy)
+
+
+def passes(error: StoreError) -> bool:
+    """Whether it is one of `PASSING`."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in PASSING
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes | None:

@@ -279,6 +279,8 @@ class Store:
         try:
             return self._state_file.read()
         except StoreError as error:
+            if disk.passes(error):  # a new state would have no pins and no quarantine
+                raise
             return self._state_file.rebuild(self.versions(), reason=error.message)
 
     def change_state(self, name: str, change: Callable[[ModelState], ModelState]) -> ModelState:

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from edge_agent.cache import disk
 from edge_agent.cache.record import VersionRecord
-from edge_agent.errors import VerificationError
+from edge_agent.errors import StoreError, VerificationError
 from edge_agent.package.manifest import ManifestFile
 
 _CHUNK_BYTES = 1 << 20
@@ -44,11 +45,12 @@ def check_file(
 
     Raises:
         VerificationError: they are not those of `file`; the path inside the package is named.
+        StoreError: this host lacked something for a moment; nothing is known of the file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise VerificationError(f"{file.path!r} cannot be read: {error.strerror}") from error
+        raise _unread(path, file, error) from error
     with os.fdopen(descriptor, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size != file.size_bytes:
@@ -61,9 +63,15 @@ def check_file(
                 go_on()
                 digest.update(chunk)
         except OSError as error:
-            raise VerificationError(f"{file.path!r} cannot be read: {error.strerror}") from error
+            raise _unread(path, file, error) from error
     if digest.hexdigest() != file.sha256:
         raise VerificationError(f"sha256 of {file.path!r} is not the one in its manifest")
+
+
+def _unread(path: Path, file: ManifestFile, error: OSError) -> VerificationError | StoreError:
+    if error.errno in disk.PASSING:
+        return disk.store_error("read", path, error)
+    return VerificationError(f"{file.path!r} cannot be read: {error.strerror}")
 
 
 def damage_of(path: Path, file: ManifestFile) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.cache import durable, eviction, fsck
+from edge_agent.cache import disk, durable, eviction, fsck
 from edge_agent.cache import record as records
 from edge_agent.cache import state as states
 from edge_agent.cache.locks import Lock
@@ -333,6 +333,27 @@ def test_a_damaged_state_that_cannot_be_replaced_is_not_taken_for_a_new_device(
             store.state()
     assert store.state().model("assistant").active == record.key
     assert store.state().rebuilt
+
+
+@pytest.mark.parametrize("number", sorted(disk.PASSING))
+def test_a_host_that_lacks_something_for_a_moment_finds_nothing_damaged(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    record = commit(store, 1)
+    store.change_state("assistant", lambda state: replace(state.switched(record.key), pinned=record.key))
+    file = record.files[0]
+
+    def refuse(path: object, flags: int, *_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(StoreError, match="cannot read"):
+            store.state_locked()
+        with pytest.raises(StoreError, match="cannot read"):
+            check_file(store.blob(file.sha256), file)
+    assert (store.state().model("assistant").pinned, store.state().rebuilt) == (record.key, "")
+    check_file(store.blob(file.sha256), file)
 
 
 def serve(states: VersionStates, record: VersionRecord) -> None:
