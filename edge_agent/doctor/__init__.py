@@ -11,6 +11,7 @@ name as the client id (docs/broker.md), that would end the daemon's session.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -28,7 +29,7 @@ from edge_agent.doctor import (
     service,
     walls,
 )
-from edge_agent.doctor.finding import Finding, fail, failed, ok, warn
+from edge_agent.doctor.finding import Finding, fail, failed, ok, unfinished, warn
 from edge_agent.documents import page
 from edge_agent.errors import EdgeAgentError, SettingsError
 from edge_agent.settings import Settings
@@ -110,6 +111,8 @@ def _run(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]
             f"cannot be checked: {error}",
             "run doctor as root, or as a member of the group edge-agent",
         )
+    except subprocess.TimeoutExpired as error:
+        yield unfinished(name, error.timeout)
     except Exception as error:  # noqa: BLE001 - whatever is broken on this device, the other checks run
         places = " ".join(logs.describe(error).split())
         yield fail(name, f"the check itself failed: {places}", "report this, with a support archive")

@@ -53,3 +53,12 @@ def fail(check: str, message: str, remedy: str, *, code: str = "") -> Finding:
 def failed(check: str, error: EdgeAgentError, remedy: str) -> Finding:
     """An error of this project as a finding; its own remedy goes first."""
     return fail(check, error.message, error.remedy or remedy, code=error.code)
+
+
+def unfinished(check: str, limit_s: float) -> Finding:
+    """A check that was given up. It says nothing of what was looked at: a device may be slow, or have much to do."""
+    return warn(
+        check,
+        f"not seen within {limit_s:.0f} s: this device is slow, or busy",
+        "run doctor again when it has less to do",
+    )

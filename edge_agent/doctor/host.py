@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from edge_agent.doctor.finding import Finding, fail, ok, warn
+from edge_agent.doctor.finding import Finding, fail, ok, unfinished, warn
 from edge_agent.package.needs import TRANSFORMERS
 from edge_agent.runner import capability
 from edge_agent.runner.process import child_environment
@@ -87,20 +87,28 @@ def check_libraries(settings: Settings) -> Iterator[Finding]:
             cwd="/",
             env={**child_environment(settings.state_dir), "PYTHONDONTWRITEBYTECODE": "1"},
         )
-        problem = "" if result.returncode == 0 else (result.stderr.strip().splitlines() or ["no message"])[-1]
     except subprocess.TimeoutExpired:
-        problem = f"they did not load within {_LIBRARY_TIMEOUT_S:.0f} s"
-    if problem:
-        transformers = next(flavor for flavor in capability.flavors() if flavor.library == TRANSFORMERS)
-        line = f"the inference libraries do not load: {problem[:300]}"
-        if transformers.problem:
-            yield fail("host.libraries", line, "install the agent again")
-        else:
-            has = f"transformers {transformers.version} is installed, so models of that flavor run"
-            yield warn("host.libraries", f"{line}; {has}", "install onnxruntime-genai for ONNX models")
+        yield unfinished("host.libraries", _LIBRARY_TIMEOUT_S)
     else:
+        yield _loaded(result)
+    yield from _extras(settings)
+
+
+def _loaded(result: subprocess.CompletedProcess[str]) -> Finding:
+    if result.returncode == 0:
         names = ("onnxruntime-genai", "mlflow-skinny", "paho-mqtt")
-        yield ok("host.libraries", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
+        return ok("host.libraries", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
+    problem = (result.stderr.strip().splitlines() or ["no message"])[-1]
+    line = f"the inference libraries do not load: {problem[:300]}"
+    transformers = next(flavor for flavor in capability.flavors() if flavor.library == TRANSFORMERS)
+    if transformers.problem:
+        return fail("host.libraries", line, "install the agent again")
+    has = f"transformers {transformers.version} is installed, so models of that flavor run"
+    return warn("host.libraries", f"{line}; {has}", "install onnxruntime-genai for ONNX models")
+
+
+def _extras(settings: Settings) -> Iterator[Finding]:
+    """What the settings need and is not installed."""
     wanted = []
     if settings.trust.public_keys:
         wanted.append(("model_signing", "trust.public_keys", "signing"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from rich.cells import cell_len
 from edge_agent import terminal
 from edge_agent.cli.command import paint
 from edge_agent.cli.doctor import page
-from edge_agent.doctor import host, service
+from edge_agent.doctor import diagnose, host, service
 from edge_agent.doctor.finding import Finding, Level, fail, ok, warn
 from edge_agent.settings import Settings
 
@@ -119,6 +120,29 @@ def test_colours_are_for_terminals_that_want_them(
     assert paint()("ok", "green") != "ok", "an empty one says nothing"
     monkeypatch.setenv(*variable)
     assert paint()("ok", "green") == "ok"
+
+
+# --- A device that is too slow for a check's time limit ------------------------------------------------
+
+
+def expire(command: list[str], **given: Any) -> None:
+    raise subprocess.TimeoutExpired(command, given["timeout"])
+
+
+def test_libraries_that_load_slowly_are_not_said_to_be_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", expire)
+    (found,) = host.check_libraries(settings("a", "http://b"))
+    assert (found.check, found.level) == ("host.libraries", Level.WARN)
+    assert "within 60 s" in found.message and "again" in found.remedy
+
+
+def test_every_check_that_runs_out_of_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", expire)
+    found = {
+        each.check: each.level
+        for each in diagnose(lambda: settings("127.0.0.1", "http://[::1]:9"), config=None)
+    }
+    assert [found[check] for check in ("host.libraries", "host.walls")] == [Level.WARN] * 2
 
 
 # --- Nothing is found twice ----------------------------------------------------------------------------
