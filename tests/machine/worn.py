@@ -27,6 +27,9 @@ from tests.support.mosquitto import running_broker
 SLOW_BYTES_PER_S = 2_000_000
 CARD_LATENCY_S = 0.05
 LITTLE_MB = 512
+_HOG_MB = LITTLE_MB + 200
+_STORM_MB = 200
+"""In swap, before a storm is one."""
 _ANSWER_S = 900.0
 _READY_S = 1800.0
 
@@ -151,12 +154,20 @@ class Worn:
     def swap_storm(self) -> str:
         device = self._slot.device
         device.run("fallocate -l 1G /var/swap && chmod 600 /var/swap && mkswap /var/swap && swapon /var/swap")
-        hog = f"b = bytearray({LITTLE_MB + 200} << 20)\nwhile True: b[::4096] = bytes(len(b[::4096]))"
+        # Each round writes to every page of more memory than there is.
+        hog = f"b = bytearray({_HOG_MB} << 20)\nwhile True:\n for at in range(0, len(b), 4096): b[at] ^= 1"
         device.run(f"setsid python3 -c '{hog}' >/dev/null 2>&1 </dev/null & echo $! >/run/hog")
+        device.wait(lambda: self._swapped_mb() >= _STORM_MB, _ANSWER_S, "a storm", self._memory)
+        before = self._swapped_mb(ever=True)
         outcome = self._outcome()
-        storm = self._memory()
-        device.run("kill -9 $(cat /run/hog); true", timeout_s=900)
-        return f"in it: {outcome}, {storm}; afterwards: {self._answers()}"
+        moved = self._swapped_mb(ever=True) - before
+        expect(moved > 0, "nothing was swapped")
+        expect(device.run("kill -0 $(cat /run/hog)", check=False).code == 0, "the storm ended by itself")
+        device.run("kill -9 $(cat /run/hog)", timeout_s=900)
+        return (
+            f"in it, with {moved} MB written to swap and read from it meanwhile: {outcome}; "
+            f"afterwards: {self._answers()}"
+        )
 
     def slow_disk(self) -> str:
         with self._served("--rate", str(SLOW_BYTES_PER_S)):
@@ -204,6 +215,18 @@ class Worn:
         """The answer's text, or the reason for none."""
         (said,) = self._outside.ask(QUESTIONS[:1])
         return said
+
+    def _swapped_mb(self, *, ever: bool = False) -> int:
+        """What is in swap; or what was written to it and read from it since the boot."""
+        if ever:
+            pages = self._slot.device.run(
+                "grep -E '^pswp(in|out) ' /proc/vmstat", timeout_s=_ANSWER_S
+            ).text.split()
+            return sum(map(int, pages[1::2])) * 4096 >> 20
+        said = self._slot.device.run(
+            "grep -E '^Swap(Total|Free)' /proc/meminfo", timeout_s=_ANSWER_S
+        ).text.split()
+        return (int(said[1]) - int(said[4])) >> 10
 
     def _memory(self) -> str:
         said = self._slot.device.run("grep -E '^(MemAvailable|SwapFree)' /proc/meminfo").text
