@@ -10,6 +10,7 @@ only importer of sqlite3.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
@@ -117,6 +118,8 @@ class JournalFile:
                 self._db.execute("BEGIN IMMEDIATE")
                 changes = self._db.total_changes
                 yield self._db
+                if durable and self._db.total_changes > changes:
+                    self._refuse_read_only()
                 self._db.execute("COMMIT")
             except (sqlite3.Error, OSError) as error:
                 self._roll_back()
@@ -213,6 +216,13 @@ class JournalFile:
         except OSError as error:
             return error
         return None
+
+    def _refuse_read_only(self) -> None:
+        """For a file system that became read-only under an open file: it may still take writes, into memory, and ext4
+        answers an fsync then and does nothing. Source: Linux 6.1, ext4_sync_file."""
+        refusal = self._refusal()
+        if refusal is not None and refusal.errno == errno.EROFS:
+            raise refusal
 
     def _try_to_write(self) -> None:
         """Ends the trouble if the disk takes a write again."""

@@ -91,6 +91,20 @@ def test_the_reason_is_the_file_systems_and_not_sqlites(disk: Disk, monkeypatch:
     assert str(disk.file.trouble).startswith("Read-only file system; mount it read-write")
 
 
+def test_nothing_is_taken_where_a_read_only_disk_still_answers_writes_and_flushes(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_only = OSError(errno.EROFS, os.strerror(errno.EROFS), "reserve")
+    with monkeypatch.context() as patched:
+        patched.setattr(disk.file, "_refusal", lambda: read_only)
+        with pytest.raises(JournalUnavailable, match="read-write"), disk.file.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta(key, value) VALUES('a', 'b')")
+        with disk.file.transaction() as db:
+            assert db.execute("SELECT * FROM meta WHERE key='a'").fetchone() is None
+        assert disk.file.trouble
+    assert disk.mend() is None
+
+
 def test_a_disk_that_does_not_even_say_what_is_there_is_trouble_and_no_end(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
