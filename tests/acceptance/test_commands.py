@@ -56,7 +56,7 @@ def test_probe_says_how_far_a_model_is_that_is_still_being_fetched(
         wait_until(lambda: device.status()["models"][0]["progress"], 60, "the fetch")
         probe = device.cli("probe", JAPAN, "--json")
     assert (probe.returncode, probe.stdout) == (4, "")
-    said = r"model 'assistant' is not here yet: fetching, \d+ % of [\d.]+ [kM]B(, \d+ (s|min) left)?\n"
+    said = r"model 'assistant' is not here yet: fetching, \d+ % of [\d.]+ [kM]B(, [\d sminh]+ left)?\n"
     assert re.search(said, probe.stderr), probe.stderr
 
 
