@@ -29,4 +29,8 @@ def run(invocation: Invocation) -> None:
             "edge-agent: no model is configured: add a [models.NAME] table with its uri to the settings",
             err=True,
         )
-    sys.exit(daemon.run(settings))
+    try:
+        code = daemon.run(settings)
+    finally:
+        logs.let_go()
+    sys.exit(code)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +77,23 @@ def test_a_recursion_without_end_fits_into_the_log() -> None:
     seen = stderr_of("recur()", "text")
     assert "RecursionError" in seen
     assert len(seen.splitlines()) < 40
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_log_that_cannot_be_written_does_not_change_the_exit_code(stream: str, tmp_path: Path) -> None:
+    program = f"""
+import resource, sys
+from edge_agent import logs
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+print("held back", end="", file=sys.{stream})
+logs.let_go() if sys.argv[1:] else None
+"""
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with (tmp_path / "log").open("ab") as file:
+        codes = [
+            subprocess.run(
+                [sys.executable, "-c", program, *go], stdout=file, stderr=file, env=buffered, check=False
+            ).returncode
+            for go in ((), ("go",))
+        ]
+    assert codes == [120, 0]
