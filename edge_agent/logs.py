@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import re
 import sys
 import threading
@@ -62,18 +61,6 @@ def configure(log_format: Literal["text", "json"], *, journal: bool) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     sys.excepthook = _log_end_of_process
     threading.excepthook = _log_end_of_thread
-
-
-def let_go() -> None:
-    """Gives up what stdout and stderr hold and cannot write, once nothing more will be logged.
-
-    Python would try once more at its end, and exit with 120 over it. Source: Python, *sys.exit*.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
 
 
 def describe(error: BaseException) -> str:

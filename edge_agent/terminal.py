@@ -67,9 +67,25 @@ def _to_stdout() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # What is left in the buffer would fail once more when the process ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        discard(sys.stdout)
         raise StdoutFailed(f"standard output cannot be written: {error.strerror}") from error
+
+
+def discard(stream: TextIO) -> None:
+    """Gives up what a stream holds and cannot write, and all that comes.
+
+    Python would try once more at its end, and exit with 120 over it. Source: Python, *sys.exit*.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
+
+
+def let_go() -> None:
+    """Writes out stdout and stderr before a process ends, or gives up what they cannot write."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            discard(stream)
 
 
 def human_bytes(count: float) -> str:

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not running, 4 no model ready, 5
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -130,7 +129,7 @@ class Command(click.Command):
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            terminal.discard(sys.stdout)
             sys.exit(FAILED)
 
 

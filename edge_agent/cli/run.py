@@ -32,5 +32,5 @@ def run(invocation: Invocation) -> None:
     try:
         code = daemon.run(settings)
     finally:
-        logs.let_go()
+        terminal.let_go()
     sys.exit(code)

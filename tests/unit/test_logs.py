@@ -83,10 +83,10 @@ def test_a_recursion_without_end_fits_into_the_log() -> None:
 def test_a_log_that_cannot_be_written_does_not_change_the_exit_code(stream: str, tmp_path: Path) -> None:
     program = f"""
 import resource, sys
-from edge_agent import logs
+from edge_agent import terminal
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 print("held back", end="", file=sys.{stream})
-logs.let_go() if sys.argv[1:] else None
+terminal.let_go() if sys.argv[1:] else None
 """
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     with (tmp_path / "log").open("ab") as file:
