@@ -42,6 +42,8 @@ PACKET_OVERHEAD_BYTES = 128
 _CONNECT_TIMEOUT_S = 10.0
 TURN_S = 1.0
 _CONNACK_S = 15.0
+SUBACK_S = 60.0
+"""A broker that has not answered the subscriptions after this does not know of them: the device would be deaf."""
 _TAKEN_OVER = 0x8E
 _NO_MESSAGES_FAULT = (0x00, 0x89, 0x8B, 0x8D, _TAKEN_OVER, 0x98, 0x9C, 0x9D, 0x9F, 0xA0)
 """Reasons of a DISCONNECT that no message can be the cause of: the broker is busy, stops, moves, heard nothing."""
@@ -101,6 +103,7 @@ class Connection:
         in_flight: by mid.
         ack_after: mid of a refusal → mid of the message that it refuses.
         chunked: answer topics of chunks, which are never acked → when the last one was sent.
+        subscribing_s: monotonic time of subscriptions that the broker has not answered; None once it has.
     """
 
     client: Client
@@ -121,6 +124,7 @@ class Connection:
     in_flight: dict[int, Sent] = field(default_factory=dict)
     ack_after: dict[int, int] = field(default_factory=dict)
     chunked: dict[str, float] = field(default_factory=dict)
+    subscribing_s: float | None = None
 
     def turn(
         self, wake: socket.socket, send_due: Callable[[Connection], None], *, timeout_s: float = TURN_S
@@ -140,9 +144,12 @@ class Connection:
         except Exception as error:  # noqa: BLE001 - paho raises on malformed packets; the connection is at fault
             log.warning("mqtt connection failed code=broker_unreachable error=%r", error)
             self.ended = f"protocol error: {error!r}"
-        if not self.connected and time.monotonic() - self.started_s > _CONNACK_S:
+        now_s = time.monotonic()
+        if not self.connected and now_s - self.started_s > _CONNACK_S:
             self.silent = True
             self.ended = self.ended or "no CONNACK"
+        if self.subscribing_s is not None and now_s - self.subscribing_s > SUBACK_S:
+            self.ended = self.ended or "no SUBACK"
 
     def subscribe(self, topics: Iterable[str], *, retained: str) -> None:
         """Subscribes with QoS 1.
@@ -150,6 +157,7 @@ class Connection:
         Args:
             retained: the one topic whose retained message is wanted.
         """
+        self.subscribing_s = time.monotonic()
         if self.version5:
             # Retain Handling 2: a request that somebody retained is not sent on every connect.
             never = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
@@ -249,7 +257,9 @@ class Connection:
         client.on_publish = guarded(
             lambda _c, _u, mid, code, _properties: events.on_published(self, mid, code)
         )
-        client.on_subscribe = guarded(lambda _c, _u, _mid, codes, _properties: events.on_subscribed(codes))
+        client.on_subscribe = guarded(
+            lambda _c, _u, _mid, codes, _properties: self._on_subscribe(events, codes)
+        )
         client.on_unreadable = events.on_unreadable
 
     def _on_connect(self, events: Events, flags: Any, code: ReasonCode, properties: Any) -> None:
@@ -261,6 +271,10 @@ class Connection:
         self.max_packet_bytes = getattr(properties, "MaximumPacketSize", self.max_packet_bytes)
         self.max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT))
         events.on_accepted(self, session_present=flags.session_present)
+
+    def _on_subscribe(self, events: Events, codes: list[ReasonCode]) -> None:
+        self.subscribing_s = None
+        events.on_subscribed(codes)
 
     def _on_disconnect(self, code: ReasonCode) -> None:
         self.taken_over = code.value == _TAKEN_OVER
@@ -302,6 +316,7 @@ class Dialling:
             manual_ack=True,
             clean_session=None if version5 else False,
         )
+        client.max_packet_bytes = self.max_packet_bytes
         connection = Connection(client=client, version5=version5, started_s=time.monotonic())
         connection.attach(events)
         if self.tls is not None:

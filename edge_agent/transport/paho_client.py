@@ -1,4 +1,5 @@
-"""paho's client as this project uses it: no message ends a connection, and no callback ends a thread in silence.
+"""paho's client as this project uses it: no message ends a connection or fills the memory, and no callback ends a
+thread in silence.
 
 Owns the import of `paho.mqtt.client`. Where somebody else has installed dnspython (the signatures' libraries do), paho
 imports that, too, for SRV records, which nobody asks for here: 3 MB of the daemon, and a quarter of a second.
@@ -15,7 +16,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.enums import MessageType, MQTTErrorCode
+
+_READ_BYTES = 1 << 16
+_HEAD_BYTES = 1 << 17
+"""Of a message that is too large these are kept: its topic, and the number under which it is acked, are in them."""
 
 
 @contextlib.contextmanager
@@ -42,18 +47,26 @@ __all__ = ["Client", "disable_nagle", "guarded", "paho"]
 log = logging.getLogger(__name__)
 
 
+class PacketTooLarge(ValueError):
+    """A message that nobody here would take."""
+
+
 class Client(paho.Client):
-    """paho, except for a message whose properties or whose topic it cannot read: that one is acked and passed over.
+    """paho, except for a message that is too large, or whose properties or topic it cannot read: that one is acked and
+    passed over.
 
     paho itself ends the connection over properties, and the broker delivers the message again, for ever. It takes
     U+FEFF for malformed, which MQTT 5.0 §1.5.4 allows and brokers pass on. A topic that is not UTF-8, which some
-    brokers pass on as well, it lets whoever looks at it find out.
+    brokers pass on as well, it lets whoever looks at it find out. And it collects a message of any size in memory: a
+    broker of MQTT 5 is told what it may send, one of MQTT 3.1.1 brings 256 MB, and again after each crash over it.
 
     Attributes:
         on_unreadable: told the error.
+        max_packet_bytes: of a message, with its topic and properties.
     """
 
     on_unreadable: Callable[[Exception], None]
+    max_packet_bytes: int = 268_435_455
 
     def turn(self, timeout_s: float, wake: socket.socket | None = None) -> bool:
         """Waits for the connection, or for `wake`, and then reads and writes what there is. False if it is lost.
@@ -81,15 +94,36 @@ class Client(paho.Client):
         self.loop_misc()
         return True
 
+    def _sock_recv(self, bufsize: int) -> bytes:
+        data = super()._sock_recv(min(bufsize, _READ_BYTES))
+        if self._too_large:
+            del self._in_packet["packet"][_HEAD_BYTES:]  # the rest is read only to find the next packet
+        return data
+
+    def _packet_handle(self) -> MQTTErrorCode:
+        if not self._too_large:
+            return super()._packet_handle()
+        if self._in_packet["command"] & 0xF0 != MessageType.PUBLISH:
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
+        size = self._in_packet["remaining_length"]
+        return self._pass_over(PacketTooLarge(f"{size} bytes, {self.max_packet_bytes} are possible"))
+
+    @property
+    def _too_large(self) -> bool:
+        return bool(self._in_packet["remaining_length"] > self.max_packet_bytes)
+
     def _handle_publish(self) -> MQTTErrorCode:
         try:
             return super()._handle_publish()
         except Exception as error:  # noqa: BLE001 - only decoding is unguarded, and it raises whatever it likes
-            packet = self._in_packet["packet"]
-            topic_end = 2 + int.from_bytes(packet[:2], "big")
-            mid = int.from_bytes(packet[topic_end : topic_end + 2], "big")
-            self.on_unreadable(error)
-            return self.ack(mid, (self._in_packet["command"] & 0x06) >> 1)
+            return self._pass_over(error)
+
+    def _pass_over(self, error: Exception) -> MQTTErrorCode:
+        packet = self._in_packet["packet"]
+        topic_end = 2 + int.from_bytes(packet[:2], "big")
+        mid = int.from_bytes(packet[topic_end : topic_end + 2], "big")
+        self.on_unreadable(error)
+        return self.ack(mid, (self._in_packet["command"] & 0x06) >> 1)
 
     def _handle_on_message(self, message: paho.MQTTMessage) -> None:
         try:

@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import threading
+import tracemalloc
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from edge_agent.chat.clock import Moment
 from edge_agent.chat.journal import Journal
 from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.topics import Topics
-from edge_agent.transport.connection import TURN_S, Connection
+from edge_agent.transport.connection import SUBACK_S, TURN_S, Connection
 from edge_agent.transport.inbound import Handler, Inbound
 from edge_agent.transport.mqtt import REST_S, MqttTransport
 from tests.support.certificates import Authority
@@ -48,9 +49,21 @@ def tls_server(context: ssl.SSLContext) -> Iterator[int]:
         thread.join(5)
 
 
-def packet(first: int, body: bytes) -> bytes:
-    assert len(body) < 128, "its length would take more than one byte"
-    return bytes([first, len(body)]) + body
+def packet(first: int, body: bytes, more: int = 0) -> bytes:
+    """One of MQTT, but for so many bytes at its end, which come later.
+
+    Source: MQTT 5.0 §1.5.5 (Variable Byte Integer).
+    """
+    length, left = bytearray(), len(body) + more
+    while left > 127:
+        length.append(left & 0x7F | 0x80)
+        left >>= 7
+    return bytes([first, *length, left]) + body
+
+
+def publish(topic: bytes, mid: int, body: bytes, *, version5: bool = True, more: int = 0) -> bytes:
+    named = struct.pack("!H", len(topic)) + topic + struct.pack("!H", mid)
+    return packet(0x32, named + b"\0" * version5 + body, more)
 
 
 def length_of(stream: IO[bytes]) -> int:
@@ -63,8 +76,8 @@ def length_of(stream: IO[bytes]) -> int:
 
 
 @contextlib.contextmanager
-def broker_that_sends(topic: bytes, mids: range) -> Iterator[list[int]]:
-    """Accepts each client, and publishes to this topic with QoS 1: its port, and then the mids that were acked."""
+def broker_that_sends(*pieces: bytes, version5: bool = True) -> Iterator[list[int]]:
+    """Accepts one client, and sends it this: its port, and then the mids that were acked."""
 
     def serve() -> None:
         with contextlib.suppress(OSError):
@@ -73,10 +86,9 @@ def broker_that_sends(topic: bytes, mids: range) -> Iterator[list[int]]:
                 while first := stream.read(1):
                     body = stream.read(length_of(stream))
                     if first[0] == 0x10:  # CONNECT
-                        client.sendall(packet(0x20, bytes(3)))
-                        for mid in mids:
-                            named = struct.pack("!H", len(topic)) + topic
-                            client.sendall(packet(0x32, named + struct.pack("!H", mid) + b"\0" + b"Hello"))
+                        client.sendall(packet(0x20, bytes(3 if version5 else 2)))
+                        for piece in pieces:
+                            client.sendall(piece)
                     elif first[0] == 0x40:  # PUBACK
                         acked.append(struct.unpack("!H", body[:2])[0])
 
@@ -179,10 +191,70 @@ def test_messages_whose_topic_is_no_text_are_acked_and_end_nothing(journal: Jour
         heard.append(message)
 
     mids = range(1, 18)
-    with broker_that_sends(b"edge/v1/dev/req/chat/\xff", mids) as acked:
+    messages = [publish(b"edge/v1/dev/req/chat/\xff", mid, b"Hello") for mid in mids]
+    with broker_that_sends(*messages) as acked:
         transport = transport_to(acked.pop(), journal, handlers={"edge/v1/dev/req/chat/+": hear})
         with running(transport):
             wait_until(lambda: len(acked) == len(mids), 10, "their acks")
             assert transport.connected
     assert (acked, heard) == (list(mids), [])
     assert transport.counters["unreadable"] == len(mids)
+
+
+@pytest.mark.parametrize("version5", [True, False])
+def test_a_message_of_any_size_ends_nothing_and_fills_no_memory(journal: Journal, version5: bool) -> None:
+    """A broker of MQTT 3.1.1 knows no limit of its clients, and delivers again what ended one."""
+    heard: list[bytes] = []
+
+    def hear(message: Inbound) -> None:
+        heard.append(message.payload)
+
+    pieces = 1000
+    piece = bytes(1 << 15)
+    topic = b"edge/v1/dev/req/chat"
+    huge = publish(topic, 1, b"", version5=version5, more=pieces * len(piece))
+    small = publish(topic, 2, b"Hello", version5=version5)
+    with broker_that_sends(huge, *[piece] * pieces, small, version5=version5) as acked:
+        transport = transport_to(
+            acked.pop(),
+            journal,
+            handlers={topic.decode(): hear},
+            protocol="5" if version5 else "3.1.1",
+        )
+        tracemalloc.start()
+        try:
+            with running(transport):
+                wait_until(lambda: len(acked) == 2, 30, "their acks")
+                assert transport.connected
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert (acked, heard) == ([1, 2], [b"Hello"])
+    assert transport.counters["unreadable"] == 1
+    assert peak_bytes < 100 * len(piece)
+
+
+def test_a_packet_of_another_kind_that_is_too_large_ends_the_connection(journal: Journal) -> None:
+    """There is nothing to ack in it."""
+    suback = packet(0x90, struct.pack("!H", 1), 2 << 20)
+    with broker_that_sends(suback, bytes(2 << 20)) as acked:
+        transport = transport_to(acked.pop(), journal, handlers={"edge/v1/dev/req/chat": lambda _: None})
+        with running(transport):
+            wait_until(lambda: transport.problem, 10, "its end")
+    assert transport.counters["unreadable"] == 0
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_broker_that_does_not_answer_the_subscriptions_is_left(journal: Journal, answered: bool) -> None:
+    client = SimpleNamespace(turn=lambda *_: True, subscribe=lambda _: None, want_write=lambda: False)
+    connection = Connection(client=cast(Any, client), version5=True, started_s=0.0, connected=True)
+    transport = transport_to(1, journal)
+    connection.subscribe(["edge/v1/dev/req/chat"], retained="")
+    if answered:
+        connection._on_subscribe(transport, [])
+    else:
+        assert connection.subscribing_s is not None
+        connection.subscribing_s -= SUBACK_S
+    transport._turn(connection)
+    transport.close()
+    assert connection.ended == ("" if answered else "no SUBACK")
