@@ -55,6 +55,16 @@ def echo_answer(text: str) -> None:
         print(printable.text(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
+def check_stdout() -> None:
+    """Writes out what stdout still holds.
+
+    Raises:
+        BrokenPipeError, StdoutFailed: it cannot be written.
+    """
+    with _to_stdout():
+        sys.stdout.flush()
+
+
 @contextmanager
 def _to_stdout() -> Iterator[None]:
     """

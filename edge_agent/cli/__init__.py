@@ -7,12 +7,15 @@ codes are in `command.py`. Heavy modules are imported by the commands that need 
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 import edge_agent
-from edge_agent.cli.command import Group, Invocation
+from edge_agent import terminal
+from edge_agent.cli.command import FAILED, Group, Invocation
 
 COMMANDS = (
     "bench",
@@ -43,6 +46,23 @@ class _Commands(Group):
             if name not in self.commands:
                 self.add_command(getattr(importlib.import_module(f"edge_agent.cli.{name}"), name))
         return self.commands.get(cmd_name)
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """As click, where what cannot be written ends no process with a traceback, or with 120."""
+        try:
+            return self._main(*args, **extra)
+        except terminal.StdoutFailed as error:
+            terminal.echo(f"edge-agent: {error}", err=True)
+            sys.exit(FAILED)
+        finally:
+            terminal.let_go()
+
+    def _main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            return super().main(*args, **extra)
+        except OSError:  # click prints, too: help, version
+            terminal.check_stdout()
+            raise
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

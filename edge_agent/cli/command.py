@@ -123,9 +123,6 @@ class Command(click.Command):
         except TimeoutError:
             terminal.echo("edge-agent: timed out", err=True)
             sys.exit(TIMED_OUT)
-        except terminal.StdoutFailed as error:
-            terminal.echo(f"edge-agent: {error}", err=True)
-            sys.exit(FAILED)
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:

@@ -29,8 +29,4 @@ def run(invocation: Invocation) -> None:
             "edge-agent: no model is configured: add a [models.NAME] table with its uri to the settings",
             err=True,
         )
-    try:
-        code = daemon.run(settings)
-    finally:
-        terminal.let_go()
-    sys.exit(code)
+    sys.exit(daemon.run(settings))

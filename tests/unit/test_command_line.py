@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,6 +97,36 @@ def test_a_full_disk_is_said_in_one_sentence(
             write()
         full.flush()  # as at the end of the process
     assert str(caught.value) == "standard output cannot be written: No space left on device"
+
+
+_HOLDS_A_LINE = """
+import sys
+from edge_agent.cli import main
+
+@main.command()
+def hold():
+    sys.stderr.write("a line")
+
+sys.stderr = open("/dev/full", "w")
+main(["hold"])
+"""
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_on_a_full_disk_is_said_in_one_sentence(option: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "edge_agent", option]
+        ended = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    said = "edge-agent: standard output cannot be written: No space left on device\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
+
+
+def test_a_log_that_cannot_be_written_changes_no_exit_code() -> None:
+    """The gateway's, as the daemon's: what stderr holds to the end is given up."""
+    ended = subprocess.run([sys.executable, "-c", _HOLDS_A_LINE], timeout=60, check=False)
+    assert ended.returncode == 0
 
 
 def test_a_reader_that_has_gone_is_no_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
