@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+from edge_agent import named_file
 from edge_agent.errors import SettingsError
 
 SERVICE_CREDENTIALS = Path("/run/credentials/edge-agent.service")
@@ -81,11 +82,7 @@ def read_credential(path: Path) -> str:
         SettingsError: the file cannot be read, is not text, or is far too long.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_CREDENTIAL_BYTES + 1)
-        if len(data) > _MAX_CREDENTIAL_BYTES:
-            raise SettingsError(f"credential {path} has more than {_MAX_CREDENTIAL_BYTES} bytes")
-        return data.decode("utf-8").rstrip("\r\n")
+        return named_file.read(path, _MAX_CREDENTIAL_BYTES).decode("utf-8").rstrip("\r\n")
     except OSError as error:
         raise SettingsError(f"credential {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError:  # its message quotes a byte of the secret

@@ -168,8 +168,10 @@ def _without_settings(ctx: click.Context) -> str:
     return settings_module.missing_settings(invocation.config) if invocation else ""
 
 
-def _fail(error: EdgeAgentError, note: str) -> NoReturn:
-    """Further lines of a message are indented: no quoted text looks like a line of ours. In the journal the code is
+def tell(error: EdgeAgentError, note: str = "") -> None:
+    """Prints an error on stderr, with what to do.
+
+    Further lines of a message are indented: no quoted text looks like a line of ours. In the journal the code is
     one of them, for rules that match it.
 
     Args:
@@ -180,4 +182,8 @@ def _fail(error: EdgeAgentError, note: str) -> NoReturn:
     for text, begin in ((error.message, "edge-agent: "), (error.remedy, more), (note, more), (code, more)):
         if text:
             terminal.echo(begin + text.replace("\n", "\n" + " " * 12), err=True)
+
+
+def _fail(error: EdgeAgentError, note: str) -> NoReturn:
+    tell(error, note)
     sys.exit(_EXIT_CODES.get(error.code, FAILED))

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from edge_agent import terminal
-from edge_agent.cli.command import NOT_RUNNING, Command, Invocation, said_by_daemon
+from edge_agent.cli.command import NOT_RUNNING, Command, Invocation, said_by_daemon, tell
 from edge_agent.errors import DaemonNotRunning, EdgeAgentError
 from edge_agent.metrics import exposition
 
@@ -42,7 +42,7 @@ def metrics(invocation: Invocation, as_json: bool, textfile: Path | None) -> Non
     except DaemonNotRunning as error:
         if as_json:
             raise
-        terminal.echo(f"edge-agent: {error.message}", err=True)
+        tell(error)
         document, code = {}, NOT_RUNNING
     if as_json:
         terminal.echo(json.dumps(document, ensure_ascii=False))

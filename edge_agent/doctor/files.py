@@ -27,7 +27,9 @@ from edge_agent.settings import SYSTEM_CONFIG, Settings
 _TIMEOUT_S = 20.0
 _HIDDEN = tuple(Path(folder) for folder in ("/home", "/root", "/run/user", "/tmp", "/var/tmp"))
 """The unit's ProtectHome= and PrivateTmp= hide these from the daemon."""
-_SECRET = frozenset(("mqtt.password_file", "mqtt.key_file", "registry.key_file"))
+_SECRET = frozenset(
+    ("mqtt.password_file", "mqtt.key_file", "registry.key_file", "http.token_file", "http.key_file")
+)
 _ASK = """
 import json, os, sys
 uid, gid, groups, wanted = json.load(sys.stdin)
@@ -47,7 +49,7 @@ def check(settings: Settings, config: Path | None, unit: Mapping[str, str]) -> I
     """
     if config not in (None, SYSTEM_CONFIG):
         unit = {}  # the service uses another settings file
-    named = named_files(settings)
+    named = {**named_files(settings), **_gateway_files(settings)}
     for key, path in named.items():
         yield from _check_file(key, path, secret=key in _SECRET)
     yield from _check_credentials()
@@ -65,7 +67,7 @@ def check(settings: Settings, config: Path | None, unit: Mapping[str, str]) -> I
 
 
 def named_files(settings: Settings) -> dict[str, Path]:
-    """The configured files by key; keys without a value are left out."""
+    """The configured files that the daemon reads, by key; keys without a value are left out."""
     mqtt = settings.mqtt
     files = {
         "mqtt.password_file": mqtt.password_file,
@@ -79,6 +81,21 @@ def named_files(settings: Settings) -> dict[str, Path]:
         **{f"trust.public_keys[{number}]": file for number, file in enumerate(settings.trust.public_keys)},
     }
     return {key: Path(file) for key, file in files.items() if file}
+
+
+def _gateway_files(settings: Settings) -> dict[str, Path]:
+    """Those that the OpenAI interface reads, a service and a user of its own. Its credentials are seen by it alone."""
+    http = settings.http
+    files = {
+        "http.token_file": http.token_file,
+        "http.cert_file": http.cert_file,
+        "http.key_file": http.key_file,
+    }
+    return {
+        key: Path(file)
+        for key, file in files.items()
+        if file and not Path(file).is_relative_to(SERVICE_CREDENTIALS.parent)
+    }
 
 
 def with_stored_credentials(settings: Settings) -> Settings:

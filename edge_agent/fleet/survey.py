@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from edge_agent import named_file
 from edge_agent.errors import EdgeAgentError
 from edge_agent.fleet.broker import QUIET_S, FleetBroker
 from edge_agent.fleet.devices import MAX_DEVICES, Fleet
@@ -27,15 +28,11 @@ def read_list(path: Path) -> tuple[str, ...]:
         EdgeAgentError: the file cannot be read, has a line that is no id, or none that is one.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_LIST_BYTES + 1)
-        text = data.decode("utf-8-sig")
+        text = named_file.read(path, _MAX_LIST_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise EdgeAgentError(f"the list of devices {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise EdgeAgentError(f"the list of devices {path} is not UTF-8 (byte {error.start})") from error
-    if len(data) > _MAX_LIST_BYTES:
-        raise EdgeAgentError(f"the list of devices {path} has more than {_MAX_LIST_BYTES} bytes")
     ids: dict[str, None] = {}
     for number, line in enumerate(text.splitlines(), 1):
         device_id = line.strip()

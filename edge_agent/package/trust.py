@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
+from edge_agent import named_file
 from edge_agent.errors import PolicyError, SettingsError, VerificationError
 from edge_agent.package import genai_files, mlmodel, requirements, transformers_options
 from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
@@ -51,6 +52,7 @@ _WEIGHT_SUFFIXES = frozenset((".onnx", ".data", ".safetensors", ".gguf"))
 _PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 _PROGRAM_STARTS = (b"\x7fELF", b"MZ\x90\x00", b"\xca\xfe\xba\xbe", b"\xcf\xfa\xed\xfe", b"#!")
 _MAX_SIGNATURE_BYTES = 4 << 20
+_MAX_KEY_BYTES = 1 << 20
 
 
 class Rule(StrEnum):
@@ -247,7 +249,7 @@ def _hint(key: str) -> str:
     try:
         from cryptography.hazmat.primitives import serialization
 
-        public = serialization.load_pem_public_key(Path(key).read_bytes())
+        public = serialization.load_pem_public_key(named_file.read(Path(key), _MAX_KEY_BYTES))
     except (ImportError, OSError, ValueError):
         return ""  # check_signature says what is wrong with it
     pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -297,7 +299,7 @@ def _rule(
 
 def _fingerprint(key: str) -> str:
     try:
-        return hashlib.sha256(Path(key).read_bytes()).hexdigest()
+        return hashlib.sha256(named_file.read(Path(key), _MAX_KEY_BYTES)).hexdigest()
     except OSError as error:
         raise SettingsError(f"trust.public_keys: {key} cannot be read: {error.strerror}") from error
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_agent import named_file
 from edge_agent.errors import PublishError
 from edge_agent.package import transformers_options
 from edge_agent.publishing import cleaning, kinds
@@ -175,9 +176,7 @@ def _weights(folder: Path, names: set[str]) -> list[str]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise PublishError(f"{path} has more than {_MAX_JSON_BYTES} bytes")
-        document = json.loads(path.read_bytes())
+        document = json.loads(named_file.read(path, _MAX_JSON_BYTES))
     except OSError as error:
         raise PublishError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

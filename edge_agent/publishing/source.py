@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edge_agent import printable
+from edge_agent import named_file, printable
 from edge_agent.errors import ContentError, PublishError
 from edge_agent.package import genai_files, genai_options
 from edge_agent.package import manifest as manifests
@@ -216,11 +216,7 @@ def _golden_entry(entry: object, what: str) -> dict[str, Any]:
 
 def _read_json(file: Path) -> Any:
     try:
-        with file.open("rb") as opened:
-            data = opened.read(MAX_GOLDEN_BYTES + 1)
-        if len(data) > MAX_GOLDEN_BYTES:
-            raise PublishError(f"{file} has more than {MAX_GOLDEN_BYTES} bytes")
-        return json.loads(data)
+        return json.loads(named_file.read(file, MAX_GOLDEN_BYTES))
     except OSError as error:
         raise PublishError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

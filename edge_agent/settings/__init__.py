@@ -17,7 +17,7 @@ from typing import Any, Literal
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from edge_agent import environment
+from edge_agent import environment, named_file
 from edge_agent.documents import page
 from edge_agent.errors import SettingsError
 from edge_agent.package.reference import MODEL_NAME
@@ -230,11 +230,7 @@ def _host_name() -> str:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_CONFIG_BYTES + 1)
-        if len(data) > _MAX_CONFIG_BYTES:
-            raise SettingsError(f"{path} has more than {_MAX_CONFIG_BYTES} bytes")
-        return tomllib.loads(data.decode("utf-8"))
+        return tomllib.loads(named_file.read(path, _MAX_CONFIG_BYTES).decode("utf-8"))
     except OSError as error:
         denied = isinstance(error, PermissionError)
         raise SettingsError(

@@ -215,7 +215,8 @@ class ControlServer:
         self._closing.set()
         self._wake.set()
         self._listener.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that has turned read-only the next daemon replaces it
+            self._path.unlink(missing_ok=True)
 
     def _serve(self, connection: socket.socket, user: int) -> None:
         files: list[int] = []

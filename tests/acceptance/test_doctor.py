@@ -21,6 +21,7 @@ from edge_agent.doctor import certificates as certificates_check
 from edge_agent.doctor import files as files_check
 from edge_agent.doctor import models as models_check
 from edge_agent.doctor.finding import Finding, Level
+from edge_agent.environment import SERVICE_CREDENTIALS
 from edge_agent.settings import Settings
 from tests.support.certificates import HOUR, Authority
 from tests.support.doctor import doctor
@@ -154,7 +155,16 @@ def test_files_that_are_missing_empty_or_open_to_everybody_are_found_out(
     short_dir.chmod(0o755)
     password = short_dir / "mqtt-password"
     settings = settings_of(
-        short_dir, {"mqtt": {"password_file": str(password)}, "trust": {"public_keys": ["/none.pem"]}}
+        short_dir,
+        {
+            "mqtt": {"password_file": str(password)},
+            "trust": {"public_keys": ["/none.pem"]},
+            "http": {
+                "token_file": "/none.token",
+                "cert_file": "/none.crt",
+                "key_file": f"{SERVICE_CREDENTIALS.parent}/http/http-key",
+            },
+        },
     )
 
     def found() -> str:
@@ -162,6 +172,9 @@ def test_files_that_are_missing_empty_or_open_to_everybody_are_found_out(
 
     assert f"{password} (mqtt.password_file): No such file" in found()
     assert "/none.pem (trust.public_keys[0]): No such file" in found()
+    assert "/none.token (http.token_file): No such file" in found()
+    assert "/none.crt (http.cert_file): No such file" in found()
+    assert "http.key_file" not in found()  # nobody but its service sees a credential
     password.write_text("\n")
     password.chmod(0o644)
     assert f"{password} (mqtt.password_file): every user can read it" in found()

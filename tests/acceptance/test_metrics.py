@@ -179,4 +179,5 @@ def test_the_command_writes_them_for_node_exporter_also_with_the_daemon_down(
     device.stop()
     down = device.cli("metrics", "--textfile", str(file))
     assert (down.returncode, "no daemon answers" in down.stderr) == (3, True)
+    assert "start it with" in down.stderr
     assert file.read_text().splitlines()[-1] == "edge_agent_up 0.0"

@@ -59,7 +59,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "host",
         "metrics",
         "wrapper environment topics errors logs terminal sd_notify",
-        "printable documents",
+        "printable documents named_file",
     )
 )
 """From the top down: a room imports what stands below it. Rooms in one line do not know each other."""

@@ -9,7 +9,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from edge_agent import environment, settings
-from edge_agent.errors import PublishError, SettingsError
+from edge_agent.errors import EdgeAgentError, PublishError, SettingsError
+from edge_agent.fleet.survey import read_list
+from edge_agent.package import trust
+from edge_agent.package.trust import Rule, TrustDecision
 from edge_agent.publishing import source
 from edge_agent.runner import process as runner_process
 from edge_agent.settings import Settings
@@ -307,12 +310,17 @@ def little_memory() -> Iterator[None]:
 @pytest.mark.usefixtures("little_memory")
 def test_no_more_of_a_file_is_read_than_it_may_have(tmp_path: Path) -> None:
     file = endless(tmp_path)
-    with pytest.raises(SettingsError, match=r"endless has more than 1048576 bytes"):
+    with pytest.raises(SettingsError, match=r"endless cannot be read: it has more than 1048576 bytes"):
         settings.load(file)
-    with pytest.raises(SettingsError, match=r"mqtt\.password_file: .*endless has more than 65535 bytes"):
+    with pytest.raises(SettingsError, match=r"mqtt\.password_file: .*endless cannot be read: it has more"):
         read_password(MqttSettings(password_file=str(file)), None)
-    with pytest.raises(PublishError, match=r"endless has more than 1048576 bytes"):
+    with pytest.raises(PublishError, match=r"endless cannot be read: it has more than 1048576 bytes"):
         source.read_golden(file)
+    with pytest.raises(EdgeAgentError, match=r"endless cannot be read: it has more than \d+ bytes"):
+        read_list(file)
+    decision = TrustDecision(rule=Rule.NO_CODE, signed_by="", unsigned_code=False, reason="")
+    with pytest.raises(SettingsError, match=r"endless cannot be read: it has more than 1048576 bytes"):
+        trust.still_holds(decision, public_keys=[str(file)])
 
 
 def test_a_password_is_never_cut(tmp_path: Path) -> None:
