@@ -121,4 +121,6 @@ def _question(text: str, max_tokens: int) -> dict[str, Any]:
 
 
 def _text(chunk: dict[str, Any]) -> str:
-    return "".join(choice["delta"].get("content") or "" for choice in chunk.get("choices", ()))
+    """What the model wrote, its thoughts too: llama.cpp's server has a field of its own for them."""
+    deltas = [choice["delta"] for choice in chunk.get("choices", ())]
+    return "".join(delta.get(field) or "" for delta in deltas for field in ("reasoning_content", "content"))

@@ -62,6 +62,8 @@ class Server:
             self._together.wait(WAIT_S)
         yield _chunk([{"role": "assistant", "content": None}])
         yield ":\n\n"
+        if text == "thinks":
+            yield _chunk([{"reasoning_content": "Hm. "}])
         yield _chunk([{"content": "Once"}])
         if text == "breaks off":
             return

@@ -56,6 +56,11 @@ def test_it_is_asked_as_the_bare_library_is(server: scripted_llama_cpp.Server) -
     assert (asked["temperature"], asked["max_tokens"], asked["cache_prompt"]) == (0, 8, False)
 
 
+def test_thoughts_are_text_too(server: scripted_llama_cpp.Server) -> None:
+    """A model that thinks has begun with them, and its tokens are counted."""
+    assert client(server).ask("thinks", 8).text == "Hm. Once upon"
+
+
 def test_the_first_token_is_the_first_text(server: scripted_llama_cpp.Server) -> None:
     """Neither what comes before it nor what comes after."""
     timer = threading.Timer(0.3, server.stalled.set)
