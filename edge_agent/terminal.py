@@ -43,7 +43,12 @@ def echo(text: str = "", *, err: bool = False, stream: TextIO | None = None) -> 
     """Prints a text and a line feed, on stdout, stderr or `stream`, without control characters. JSON stays the same
     document."""
     if stream or err:
-        print(printable.text(text), file=stream or sys.stderr, flush=True)
+        try:
+            print(printable.text(text), file=stream or sys.stderr, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # what goes to stderr is no result: it changes no exit code
+            discard(stream or sys.stderr)
         return
     with _to_stdout():
         print(printable.text(text), flush=True)
@@ -87,6 +92,13 @@ def discard(stream: TextIO) -> None:
     Python would try once more at its end, and exit with 120 over it. Source: Python, *sys.exit*.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
+
+
+def replace_closed() -> None:
+    """Gives a process that was started without stdin, stdout or stderr (`2>&-`) an empty one: Python has None there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - to the end of the process
 
 
 def let_go() -> None:

@@ -48,7 +48,9 @@ class _Commands(Group):
         return self.commands.get(cmd_name)
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """As click, where what cannot be written ends no process with a traceback, or with 120."""
+        """As click's, but output that cannot be written ends in one sentence and exit code 1, never in a traceback or
+        120."""
+        terminal.replace_closed()
         try:
             return self._main(*args, **extra)
         except terminal.StdoutFailed as error:

@@ -49,8 +49,8 @@ def check(settings: Settings, config: Path | None, unit: Mapping[str, str]) -> I
     """
     if config not in (None, SYSTEM_CONFIG):
         unit = {}  # the service uses another settings file
-    named = {**named_files(settings), **_gateway_files(settings)}
-    for key, path in named.items():
+    named = named_files(settings)
+    for key, path in {**named, **_gateway_files(settings)}.items():
         yield from _check_file(key, path, secret=key in _SECRET)
     yield from _check_credentials()
     if unit.get("LoadState") == "loaded":
@@ -84,7 +84,8 @@ def named_files(settings: Settings) -> dict[str, Path]:
 
 
 def _gateway_files(settings: Settings) -> dict[str, Path]:
-    """Those that the OpenAI interface reads, a service and a user of its own. Its credentials are seen by it alone."""
+    """The files that the OpenAI interface reads. It is a separate service with its own user, and only it can see its
+    credentials."""
     http = settings.http
     files = {
         "http.token_file": http.token_file,

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from edge_agent.cache import fsck
 from edge_agent.cache.attempt import Fault
 from edge_agent.cache.record import VersionRecord
-from edge_agent.cache.state import ModelState
 from edge_agent.cache.store import Store
-from edge_agent.errors import EdgeAgentError, RunnerCrashed, StoreError, VerificationError
+from edge_agent.errors import EdgeAgentError, RunnerCrashed, VerificationError
 from edge_agent.serving import verdicts
 from edge_agent.serving.seat import Seat, Serving
 from edge_agent.serving.standing import VersionStates, fallback_reason
@@ -73,11 +72,6 @@ class Rollback:
         try:
             if isinstance(error, VerificationError):
                 self._set_damage_aside(record)
-        except EdgeAgentError as trouble:
-            log.error(
-                "damage not set aside code=%s model=%s reason=%r", trouble.code, self._name, str(trouble)
-            )
-        try:
             if verdict.step_back:
                 stepped_back = self._step_back(record, Fault.of(error), quarantine=verdict.quarantine)
         except EdgeAgentError as trouble:
@@ -113,15 +107,11 @@ class Rollback:
             return False
         to, because = successor.key, fault.reason
         held_against, instead = fault if quarantine else None, fallback_reason(successor, because)
-
-        def step(current: ModelState) -> ModelState:
-            return current.stepped_back(held_against, to=to, instead=instead)
-
-        try:
-            self._states.fail(record, fault.code, step)
-        except StoreError as error:  # a dying disk takes no writes, and may still have what can answer
-            log.error("step back not written code=%s model=%s reason=%r", error.code, self._name, str(error))
-            self._states.change_unwritten(step)
+        self._states.fail(
+            record,
+            fault.code,
+            lambda current: current.stepped_back(held_against, to=to, instead=instead),
+        )
         log.warning(
             "rolled back code=%s model=%s from=%s to=%s reason=%r",
             fault.code, self._name, record.key, to, because,

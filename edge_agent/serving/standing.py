@@ -22,7 +22,7 @@ class VersionStates:
     """A copy in memory of what the disk says, so that status and every prompt need not read it.
 
     Only its model's lifecycle changes it, and each change is on disk before it is seen here; but for the steps of an
-    attempt that nobody needs after a restart, and for what a disk that takes no writes has to be told later.
+    attempt that nobody needs after a restart.
 
     Args:
         now: seconds since 1970.
@@ -40,7 +40,6 @@ class VersionStates:
         self._name = name
         self._now = now
         self._changing = threading.Lock()
-        self._unwritten: list[Callable[[ModelState], ModelState]] = []
         self._remember(_left_behind(store.state().model(name)))
 
     def begin(
@@ -120,24 +119,11 @@ class VersionStates:
 
     def change(self, change: Callable[[ModelState], ModelState]) -> None:
         """Writes a change with one rename, then remembers it."""
-
-        def with_earlier(state: ModelState) -> ModelState:
-            for earlier in self._unwritten:
-                state = earlier(state)
-            return change(state.noting(attempt))
-
         with self._changing:
             before, attempt = self.state.quarantined, self.state.attempt
-            self._remember(self._store.change_state(self._name, with_earlier))
-            self._unwritten.clear()
+            self._remember(self._store.change_state(self._name, lambda state: change(state.noting(attempt))))
         for key in self.state.quarantined.keys() - before.keys():
             self._note_served(key, served=False)
-
-    def change_unwritten(self, change: Callable[[ModelState], ModelState]) -> None:
-        """Remembers a change that the disk did not take; it is written with the next one that it takes."""
-        with self._changing:
-            self._remember(change(self.state))
-            self._unwritten.append(change)
 
     def adjust(self, change: Callable[[ModelState], ModelState]) -> None:
         """As `change`, for what comes again and again and is mostly known already: then nothing is written."""

@@ -35,6 +35,8 @@ OnMessage = Callable[[str, bytes, bool], None]
 """Called with topic, body, and whether the broker had retained it."""
 
 _TURN_S = 0.2
+_MAX_PACKET_BYTES = 4 << 20
+"""Well above what anybody here publishes, so that a device's document that is too long is seen, and said."""
 _NO_SUBSCRIBERS = 0x10
 _UNSUPPORTED_PROTOCOL = (0x84, 0x01)
 
@@ -242,6 +244,7 @@ def _try(
         clean_session=None if version5 else clean,
     )
     client.connect_timeout = STEP_TIMEOUT_S
+    client.max_packet_bytes = _MAX_PACKET_BYTES
     if (context := tls_context(settings)) is not None:
         client.tls_set_context(context)
     if settings.username:
@@ -253,6 +256,7 @@ def _try(
         if version5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = session_expiry_s
+            properties.MaximumPacketSize = _MAX_PACKET_BYTES
             client.connect(
                 settings.host, settings.port, settings.keepalive_s, clean_start=clean, properties=properties
             )

@@ -43,7 +43,7 @@ _CONNECT_TIMEOUT_S = 10.0
 TURN_S = 1.0
 _CONNACK_S = 15.0
 SUBACK_S = 60.0
-"""A broker that has not answered the subscriptions after this does not know of them: the device would be deaf."""
+"""A broker that has not acknowledged the subscriptions by then has probably lost them, and would bring nothing."""
 _TAKEN_OVER = 0x8E
 _NO_MESSAGES_FAULT = (0x00, 0x89, 0x8B, 0x8D, _TAKEN_OVER, 0x98, 0x9C, 0x9D, 0x9F, 0xA0)
 """Reasons of a DISCONNECT that no message can be the cause of: the broker is busy, stops, moves, heard nothing."""
@@ -148,8 +148,9 @@ class Connection:
         if not self.connected and now_s - self.started_s > _CONNACK_S:
             self.silent = True
             self.ended = self.ended or "no CONNACK"
-        if self.subscribing_s is not None and now_s - self.subscribing_s > SUBACK_S:
-            self.ended = self.ended or "no SUBACK"
+        since_s = self.subscribing_s
+        if since_s is not None and now_s - since_s > SUBACK_S and not self.client.reading:
+            self.ended = self.ended or "the broker does not acknowledge the subscriptions"
 
     def subscribe(self, topics: Iterable[str], *, retained: str) -> None:
         """Subscribes with QoS 1.

@@ -34,6 +34,7 @@ from edge_agent.transport.echo import Echo
 from edge_agent.transport.inbound import Handler
 from edge_agent.transport.namesake import Namesake
 from edge_agent.transport.outbox import Outbox, Refusal
+from edge_agent.transport.paho_client import PacketTooLarge
 from edge_agent.transport.protocol_choice import Attempt, ProtocolChoice
 from edge_agent.transport.reconnect import Ending, Reconnect
 from edge_agent.transport.subscriptions import Subscriptions
@@ -356,7 +357,9 @@ class MqttTransport:
 
     def on_unreadable(self, error: Exception) -> None:
         self.counters["unreadable"] += 1
-        log.warning("message unreadable code=message_unreadable error=%s", type(error).__name__)
+        # Others quote what the message says.
+        reason = str(error) if isinstance(error, PacketTooLarge) else type(error).__name__
+        log.warning("message unreadable code=message_unreadable reason=%r", reason)
 
 
 def _close(*ends: socket.socket) -> None:

@@ -1,5 +1,5 @@
-"""paho's client as this project uses it: no message ends a connection or fills the memory, and no callback ends a
-thread in silence.
+"""paho's client as this project uses it: no message ends a connection or fills the memory, no slow line looks like a
+dead one, and no callback ends a thread in silence.
 
 Owns the import of `paho.mqtt.client`. Where somebody else has installed dnspython (the signatures' libraries do), paho
 imports that, too, for SRV records, which nobody asks for here: 3 MB of the daemon, and a quarter of a second.
@@ -13,6 +13,7 @@ import select
 import socket
 import ssl
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from paho.mqtt.enums import MessageType, MQTTErrorCode
 
 _READ_BYTES = 1 << 16
 _HEAD_BYTES = 1 << 17
-"""Of a message that is too large these are kept: its topic, and the number under which it is acked, are in them."""
+"""Of a message that is too large these are kept: its topic and its packet identifier are in them."""
 
 
 @contextlib.contextmanager
@@ -94,8 +95,15 @@ class Client(paho.Client):
         self.loop_misc()
         return True
 
+    @property
+    def reading(self) -> bool:
+        """A packet has come in part."""
+        return bool(self._in_packet["command"])
+
     def _sock_recv(self, bufsize: int) -> bytes:
         data = super()._sock_recv(min(bufsize, _READ_BYTES))
+        if data and self._ping_t:  # the answer to a ping stands behind what is being read
+            self._ping_t = time.monotonic()
         if self._too_large:
             del self._in_packet["packet"][_HEAD_BYTES:]  # the rest is read only to find the next packet
         return data
@@ -106,7 +114,7 @@ class Client(paho.Client):
         if self._in_packet["command"] & 0xF0 != MessageType.PUBLISH:
             return MQTTErrorCode.MQTT_ERR_PROTOCOL
         size = self._in_packet["remaining_length"]
-        return self._pass_over(PacketTooLarge(f"{size} bytes, {self.max_packet_bytes} are possible"))
+        return self._pass_over(PacketTooLarge(f"{size} bytes, at most {self.max_packet_bytes} are allowed"))
 
     @property
     def _too_large(self) -> bool:

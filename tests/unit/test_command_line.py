@@ -112,6 +112,12 @@ main(["hold"])
 """
 
 
+@pytest.mark.parametrize("stderr", ["&-", "/dev/full"])
+def test_no_exit_code_depends_on_stderr(config: Path, stderr: str) -> None:
+    command = f"exec '{sys.executable}' -m edge_agent --config '{config}' status >/dev/null 2>{stderr}"
+    assert subprocess.run(["sh", "-c", command], timeout=60, check=False).returncode == 3
+
+
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_on_a_full_disk_is_said_in_one_sentence(option: str) -> None:
     with Path("/dev/full").open("w") as full:

@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 import tracemalloc
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import IO, Any, cast
 
 import pytest
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.journal import Journal
@@ -24,6 +26,7 @@ from edge_agent.topics import Topics
 from edge_agent.transport.connection import SUBACK_S, TURN_S, Connection
 from edge_agent.transport.inbound import Handler, Inbound
 from edge_agent.transport.mqtt import REST_S, MqttTransport
+from edge_agent.transport.paho_client import Client
 from tests.support.certificates import Authority
 from tests.support.processes import wait_until
 
@@ -246,7 +249,9 @@ def test_a_packet_of_another_kind_that_is_too_large_ends_the_connection(journal:
 
 @pytest.mark.parametrize("answered", [True, False])
 def test_a_broker_that_does_not_answer_the_subscriptions_is_left(journal: Journal, answered: bool) -> None:
-    client = SimpleNamespace(turn=lambda *_: True, subscribe=lambda _: None, want_write=lambda: False)
+    client = SimpleNamespace(
+        turn=lambda *_: True, subscribe=lambda _: None, want_write=lambda: False, reading=False
+    )
     connection = Connection(client=cast(Any, client), version5=True, started_s=0.0, connected=True)
     transport = transport_to(1, journal)
     connection.subscribe(["edge/v1/dev/req/chat"], retained="")
@@ -257,4 +262,25 @@ def test_a_broker_that_does_not_answer_the_subscriptions_is_left(journal: Journa
         connection.subscribing_s -= SUBACK_S
     transport._turn(connection)
     transport.close()
-    assert connection.ended == ("" if answered else "no SUBACK")
+    assert connection.ended == ("" if answered else "the broker does not acknowledge the subscriptions")
+
+
+def test_a_message_that_takes_longer_than_the_keepalive_ends_nothing() -> None:
+    """The answer to a ping stands behind it, and so does a SUBACK."""
+    ours, theirs = socket.socketpair()
+    client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv311, manual_ack=True)
+    with ours, theirs:
+        client._sock = ours
+        ours.setblocking(False)
+        connection = Connection(client=client, version5=False, started_s=0.0, connected=True)
+        connection.attach(cast(Any, SimpleNamespace(on_message=None, on_unreadable=None)))
+        connection.subscribing_s = time.monotonic() - 2 * SUBACK_S
+        theirs.sendall(publish(b"edge/v1/dev/req/chat", 1, b"the beginning", version5=False, more=10_000))
+        for _ in range(3):
+            client._ping_t = time.monotonic() - 2 * client.keepalive
+            theirs.sendall(b"and more")
+            connection.turn(theirs, lambda _: None, timeout_s=1)
+            assert connection.ended == ""
+        client._ping_t = time.monotonic() - 2 * client.keepalive
+        connection.turn(theirs, lambda _: None, timeout_s=0)
+        assert connection.ended, "nothing more came"

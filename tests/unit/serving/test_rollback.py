@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import pytest
 
-from edge_agent.errors import CannotRun, LoadFailed, MemoryShort, StoreError
+from edge_agent.errors import CannotRun, LoadFailed, MemoryShort
 from edge_agent.package import trust
 from edge_agent.package.trust import TrustDecision
 from edge_agent.serving.seat import Serving
@@ -131,28 +129,6 @@ def test_damaged_bytes_at_boot_are_set_aside_and_the_previous_version_answers(li
     assert not life.store.has_blob(weights), "the next sync fetches it"
     assert [file for file in life.records[2].files if not life.store.has_blob(file)] == [weights]
     assert life.ask() == 1
-
-
-def test_damaged_bytes_on_a_disk_that_takes_no_writes_give_way_all_the_same(
-    life: Life, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a memory card ends: it gives back wrong bytes, and its file system turns read-only."""
-    life.serve(1, 2)
-    life.restart()
-    damage(life, 2)
-    before = life.store.state().model("assistant")
-
-    def refuse() -> NoReturn:
-        raise StoreError("lock cannot be opened: Read-only file system")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(life.store, "lock", refuse)
-        assert life.ask() is None
-        assert life.ask() == 1
-        assert life.lifecycle.reason == ""
-    assert life.store.state().model("assistant") == before, "nothing was written"
-    life.lifecycle.pin(life.key(1))
-    assert (life.active, life.previous) == (1, 2), "it is written with the next change"
 
 
 def test_damaged_bytes_of_the_only_version_fail_at_once(life: Life) -> None:
