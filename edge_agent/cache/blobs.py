@@ -58,7 +58,7 @@ def drop_unlinked(blob: Path) -> int:
     """Removes a blob that no version links. Returns the number of bytes freed."""
     try:
         status = blob.lstat()
-    except FileNotFoundError:
+    except OSError:  # it is not there, or the disk cannot even describe it: then it stays
         return 0
     if status.st_nlink > 1:
         return 0

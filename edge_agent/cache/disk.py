@@ -17,6 +17,8 @@ from edge_agent.errors import CacheFull, StoreError, disk_remedy
 _NO_LINKS = "the file system must have hard links; see `edge-agent doctor`"
 PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
 """What a host lacks for a moment. Who meets one of these knows nothing of the file."""
+DAMAGE = frozenset((errno.EIO, errno.EBADMSG, errno.EUCLEAN))
+"""What a disk answers that cannot give a file or its inode back; with the last two, a checksum was wrong."""
 _REMEDIES = {
     errno.ENOSPC: "free some space, or lower cache.quota_bytes",
     errno.EPERM: _NO_LINKS,
@@ -81,7 +83,12 @@ def children(folder: Path) -> list[Path]:
 
 def folders_below(tree: Path) -> Iterable[Path]:
     """Every folder inside a tree; links are not followed."""
-    return (path for path in tree.rglob("*") if path.is_dir() and not path.is_symlink())
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    # Without a look at the files themselves: one that the disk cannot even describe is no folder.
+    return (Path(inner) for inner, _, _ in os.walk(tree, onerror=refuse) if Path(inner) != tree)
 
 
 def tree_bytes(*roots: Path) -> int:

@@ -106,9 +106,9 @@ def set_aside(store: Store, damaged: Iterable[Damage]) -> list[str]:
 def set_aside_blob(store: Store, digest: str) -> bool:
     """Moves one blob to `damaged/`, if it is there. The caller has the store's lock."""
     blob = store.blob(digest)
-    if not blob.exists():
-        return False
     with store_errors("set aside", blob):
+        if not blob.exists():
+            return False
         durable.make_folder(store.damaged_root)
         durable.rename(blob, store.damaged_root / digest)
         durable.sync_folder(store.damaged_root)
@@ -186,10 +186,10 @@ def prune(
     Returns:
         Bytes that became free.
     """
-    mend_links(store)
     before = store.used_bytes()
     now = time.time() if now is None else now
     with store_errors("prune", store.root):
+        mend_links(store)
         for path in children(store.root):
             if path.suffix == durable.TEMPORARY_SUFFIX:
                 durable.unlink(path)
@@ -227,7 +227,9 @@ def _check(
             if reason:
                 damaged.append(_damage(record, file.path, file.sha256, reason))
         expected = {file.path for file in record.files}
-        for stray in sorted(_files(folder) - expected):
+        with store_errors("check", folder):
+            found = _files(folder)
+        for stray in sorted(found - expected):
             checked += 1
             damaged.append(_damage(record, stray, "", "is not in the manifest"))
     return Verification(checked=checked, damaged=tuple(damaged))

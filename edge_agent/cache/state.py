@@ -13,8 +13,8 @@ from typing import Any
 
 from edge_agent.cache.attempt import MAX_FAULT, Attempt, Fault, Measured
 from edge_agent.cache.record import KEY, VersionRecord, whole
-from edge_agent.errors import Quarantined, StoreError
-from edge_agent.package.reference import MODEL_NAME
+from edge_agent.errors import Quarantined, SettingsError, StoreError
+from edge_agent.package.reference import MODEL_NAME, ModelRef
 
 MAX_QUARANTINED = 32
 """Quarantined versions of one model; the oldest entries are dropped first. Together with the lengths below, this keeps
@@ -280,9 +280,19 @@ def _model(fields: Any) -> ModelState:
         attempt=Attempt.parse(fields.get("attempt")),
         resolved=_resolved(fields.get("resolved")),
         pinned=_optional_key(fields["pinned"]),
-        desired=str(fields.get("desired", ""))[:_MAX_URI],
+        desired=_desired(fields.get("desired", "")),
         instead=str(fields.get("instead", ""))[:_MAX_REASON],
     )
+
+
+def _desired(uri: Any) -> str:
+    """What MQTT asked for; nothing where a damaged file has no reference there. It comes again with each connection."""
+    desired = str(uri)[:_MAX_URI]
+    try:
+        ModelRef.parse(desired)
+    except SettingsError:
+        return ""
+    return desired
 
 
 def _measured(fields: Any) -> dict[str, Measured]:

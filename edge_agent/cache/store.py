@@ -345,12 +345,15 @@ class Store:
 
 
 def _read_record(file: Path) -> VersionRecord | None:
-    data = disk.read_bounded(file, _MAX_RECORD_BYTES)
-    if data is None:
-        return None
+    """None where there is none, or one that cannot be read: then its version is none, and is fetched again."""
     try:
+        data = disk.read_bounded(file, _MAX_RECORD_BYTES)
+        if data is None:
+            return None
         record = records.parse(data)
     except StoreError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno not in disk.DAMAGE:
+            raise
         log.warning("record unreadable code=file_damaged file=%s reason=%r", file, str(error))
         return None
     if (record.name, record.key) != (file.parent.name, file.stem):

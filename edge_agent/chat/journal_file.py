@@ -190,6 +190,7 @@ class JournalFile:
             self._db.executescript("PRAGMA incremental_vacuum(256)")
 
     def _reopen(self, *, removed: bool) -> None:
+        self._damaged = True  # until it is open again: what follows may fail after it has made a new file
         if removed:
             log.warning("journal removed code=file_damaged path=%s: what it held is lost", self.path)
         try:

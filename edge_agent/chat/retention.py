@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.prompt import State
 from edge_agent.chat.rows import FINISHED
+from edge_agent.host.clock import SET_AFTER_S
 
 if TYPE_CHECKING:
     import sqlite3
@@ -32,6 +33,13 @@ def correct_times(db: sqlite3.Connection, moment: Moment) -> None:
         " AND abs(accepted_wall_s - accepted_boot_s - ?) > ?",
         (booted_s, moment.boot_id, booted_s, WALL_CLOCK_STEP_S),
     )
+    if moment.wall_s >= SET_AFTER_S:
+        # Of a boot that never learned the time nobody can tell how long ago it was: its answers are as of now.
+        db.execute(
+            "UPDATE prompts SET answered_boot_id=?, answered_boot_s=?, answered_wall_s=?"
+            " WHERE state IN (?, ?, ?) AND answered_boot_id != ? AND answered_wall_s < ?",
+            (moment.boot_id, moment.boot_s, moment.wall_s, *FINISHED, moment.boot_id, SET_AFTER_S),
+        )
     db.execute(
         "UPDATE prompts SET answered_boot_id=?, answered_boot_s=?, answered_wall_s=? WHERE state IN (?, ?, ?)"
         " AND (typeof(answered_boot_id), typeof(answered_boot_s), typeof(answered_wall_s))"

@@ -200,6 +200,8 @@ class Adoption:
                 self._note_no_active(Serving.ABSENT, f"version {record.version} failed: {error}")
             elif verdicts.caused_by_host(error):
                 self._note_unmet(record, error, attainable_bytes)
+            if verdicts.caused_by_damage(error):
+                self._rollback.set_damage_aside(record)
             self._note_refusal(record, error)
             raise
         finally:
@@ -328,7 +330,7 @@ class Adoption:
     def _note_refusal(self, record: VersionRecord, error: EdgeAgentError) -> None:
         """Writes down that a candidate failed, and why if that was its own doing."""
         fault = Fault.of(error)
-        if verdicts.caused_by_host(error):
+        if verdicts.caused_by_host(error) or verdicts.caused_by_damage(error):
             self._states.fail(record, fault.code, lambda state: state.given_up())
         elif verdicts.caused_by_candidate(error):
             self._states.fail(record, fault.code, lambda state: state.refused(record.key, fault))

@@ -29,7 +29,7 @@ from edge_agent.serving.loading import LoadedVersion, Loading, VersionLoader
 from edge_agent.serving.memory_budget import MemoryBudget
 from edge_agent.serving.rollback import Rollback
 from edge_agent.serving.runner import StartRunner
-from edge_agent.serving.seat import EmptySeat, Lease, Seat, Serving
+from edge_agent.serving.seat import DIED, EmptySeat, Lease, Seat, Serving
 from edge_agent.serving.standing import VersionStates
 from edge_agent.serving.threads import ThreadChoice
 from edge_agent.settings import Settings
@@ -62,10 +62,9 @@ class ModelLifecycle:
         self.name = name
         self._loading = loading
         self._states = states = VersionStates(store, name)
-        initially = Serving.ABSENT
-        if states.active is not None:
-            initially = Serving.LOADING if loading.settings.preload else Serving.IDLE
-        self._seat = seat = Seat(initially, clock=clock)
+        comes_back_as = Serving.LOADING if loading.settings.preload else Serving.IDLE
+        initially = Serving.ABSENT if states.active is None else comes_back_as
+        self._seat = seat = Seat(initially, comes_back_as=comes_back_as, clock=clock)
         self._loader = VersionLoader(
             self, loading=loading, store=store, start_runner=start_runner, clock=clock
         )
@@ -116,7 +115,9 @@ class ModelLifecycle:
             key = taken.dead.record.key
             log.warning("idle runner died model=%s version=%s code=runner_failed", self.name, key)
             taken.dead.runner.kill()
-        elif self._rollback.waiting:
+            self._seat.note(self._seat.comes_back_as, DIED, still=lambda: True)
+            self._rollback.on_idle_death()
+        if self._rollback.waiting:
             return None
         version = self._load_active()
         if version is None or self._seat.fill(version):

@@ -8,13 +8,14 @@ adoption; this one happens without an operator.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 from edge_agent.cache import fsck
 from edge_agent.cache.attempt import Fault
 from edge_agent.cache.record import VersionRecord
 from edge_agent.cache.store import Store
-from edge_agent.errors import EdgeAgentError, RunnerCrashed, VerificationError
+from edge_agent.errors import EdgeAgentError, RunnerCrashed
 from edge_agent.serving import verdicts
 from edge_agent.serving.seat import Seat, Serving
 from edge_agent.serving.standing import VersionStates, fallback_reason
@@ -40,17 +41,22 @@ class Rollback:
         self._states = states
         self._clock = clock
         self._failures = LoadFailures()
+        self._left: tuple[str, float] = "", -math.inf
+        """The version that gave way last, and when."""
         self._crashes = Crashes()
+        self._idle_deaths = LoadFailures()
+        self._idle_death_s = -math.inf
 
     @property
     def waiting(self) -> bool:
         """True while it is too early to load the active version again."""
-        return self._clock() < self._failures.retry_at_s
+        return self._clock() < max(self._failures.retry_at_s, self._idle_deaths.retry_at_s)
 
     def clear(self) -> None:
         """Another version is active: nothing counts against it yet."""
         self._failures.clear()
         self._crashes.clear()
+        self._idle_deaths.clear()
 
     def clear_load_failures(self) -> None:
         """The active version was loaded, or its files were repaired."""
@@ -68,17 +74,17 @@ class Rollback:
         )
         self._failures.add(self._clock())
         verdict = verdicts.on_load_failure(error, self._failures.count)
+        if verdicts.caused_by_damage(error):
+            self.set_damage_aside(record)
         stepped_back = False
         try:
-            if isinstance(error, VerificationError):
-                self._set_damage_aside(record)
             if verdict.step_back:
                 stepped_back = self._step_back(record, Fault.of(error), quarantine=verdict.quarantine)
         except EdgeAgentError as trouble:
             log.error("step back failed code=%s model=%s reason=%r", trouble.code, self._name, str(trouble))
         if not stepped_back:
             self._states.note_load(record, error.code)
-            serving = Serving.FAILED if verdict.final else Serving.LOADING
+            serving = Serving.FAILED if verdict.final else self._seat.comes_back_as
             self._seat.note(serving, reason, still=self._states.still_active(record))
 
     def on_crash(self, record: VersionRecord, suspects: frozenset[bytes]) -> None:
@@ -97,6 +103,16 @@ class Rollback:
         except EdgeAgentError as error:
             log.error("step back failed code=%s model=%s reason=%r", error.code, self._name, str(error))
 
+    def on_idle_death(self) -> None:
+        """The active version's runner ended while nobody used it. Once is nothing; one that ends again and again, as
+        where memory is short, is loaded with growing pauses."""
+        now_s = self._clock()
+        if now_s - self._idle_death_s > verdicts.CRASH_WINDOW_S:
+            self._idle_deaths.clear()
+        else:
+            self._idle_deaths.add(now_s)
+        self._idle_death_s = now_s
+
     def _step_back(self, record: VersionRecord, fault: Fault, *, quarantine: bool) -> bool:
         """Makes the previous version active, or one of the fallback, if there is one that may run.
 
@@ -105,6 +121,10 @@ class Rollback:
         successor = self._states.successor()
         if self._states.state.active != record.key or successor is None or successor.key == record.key:
             return False
+        left, at_s = self._left
+        if successor.key == left and self._clock() - at_s < verdicts.RETRY_LAST_S:
+            return False  # two that both fail would take turns without a pause
+        self._left = record.key, self._clock()
         to, because = successor.key, fault.reason
         held_against, instead = fault if quarantine else None, fallback_reason(successor, because)
         self._states.fail(
@@ -118,14 +138,18 @@ class Rollback:
         )  # fmt: skip
         self.clear()
         self._seat.note(
-            Serving.LOADING,
+            self._seat.comes_back_as,
             f"rolled back from version {record.version}: {because}",
             still=self._states.still_active(successor),
         )
         return True
 
-    def _set_damage_aside(self, record: VersionRecord) -> None:
-        """Moves damaged blobs away, so that the next sync fetches them, and nothing else."""
-        found = fsck.verify(self._store, [record])
-        with self._store.lock():
-            fsck.set_aside(self._store, found.damaged)
+    def set_damage_aside(self, record: VersionRecord) -> None:
+        """Moves damaged blobs away, so that the next sync fetches them, and nothing else. On a disk that does not let
+        go of them they stay."""
+        try:
+            found = fsck.verify(self._store, [record])
+            with self._store.lock():
+                fsck.set_aside(self._store, found.damaged)
+        except EdgeAgentError as error:
+            log.error("damage not set aside code=%s model=%s reason=%r", error.code, self._name, str(error))

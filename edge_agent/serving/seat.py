@@ -60,10 +60,15 @@ class EmptySeat:
     dead: LoadedVersion | None
 
 
+DIED = "the runner died and is started again"
+
+
 class Seat:
     """One model's. Any thread: all of them meet at its condition. Status reads its attributes without it.
 
     Args:
+        comes_back_as: what an empty seat is whose version may be loaded again: LOADING where somebody does so at once,
+            IDLE where the next prompt does.
         clock: monotonic seconds.
 
     Attributes:
@@ -75,8 +80,9 @@ class Seat:
         deaths: how often a seated version's runner ended by itself.
     """
 
-    def __init__(self, serving: Serving, *, clock: Callable[[], float]) -> None:
+    def __init__(self, serving: Serving, *, comes_back_as: Serving, clock: Callable[[], float]) -> None:
         self.serving = serving
+        self.comes_back_as = comes_back_as
         self.reason = ""
         self.loaded: LoadedVersion | None = None
         self.unload_requested = False
@@ -123,7 +129,7 @@ class Seat:
             if died:
                 self.loaded = None
                 self.deaths += 1
-                self.serving, self.reason = Serving.LOADING, "the runner died and is started again"
+                self.serving, self.reason = self.comes_back_as, DIED
             self._changed.notify_all()
             return died
 
@@ -167,7 +173,7 @@ class Seat:
         with self._changed:
             former, self.loaded = self.loaded, None
             if comes_back:
-                self.serving = Serving.LOADING
+                self.serving = self.comes_back_as
             return former
 
     def swap(self, version: LoadedVersion) -> LoadedVersion | None:

@@ -91,6 +91,11 @@ def caused_by_host(error: EdgeAgentError) -> bool:
     return isinstance(error, MemoryShort | CannotRun)
 
 
+def caused_by_damage(error: EdgeAgentError) -> bool:
+    """True when the disk did not give back what was verified. That says nothing about the version either."""
+    return isinstance(error, VerificationError)
+
+
 def caused_by_candidate(error: EdgeAgentError) -> bool:
     """True for what a candidate did itself. A kill, a full disk or a busy lock may have another cause: then the
     candidate is tried again, a bounded number of times."""

@@ -110,8 +110,12 @@ class Outbox:
         self._chunks.append((prompt.answer_topic, prompt.correlation, encode(document)))
 
     def reply(self, refusal: Refusal) -> None:
-        """Adds an answer that the journal does not know, and that nobody waits for at the broker."""
-        self._refusals.append(refusal)
+        """Adds an answer that the journal does not know, and that nobody waits for at the broker. What finds no room is
+        dropped: its question was acked, so nothing holds back whoever asks."""
+        if len(self._refusals) >= MAX_REFUSALS:
+            self._counters["refusals_dropped"] += 1
+        else:
+            self._refusals.append(refusal)
 
     def set_retained(self, topic: str, document: bytes) -> None:
         """A retained document; published now and after each connect."""

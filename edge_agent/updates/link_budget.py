@@ -9,14 +9,12 @@ Decision: docs/adr/0015-the-lines-budget.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
+from edge_agent.host.clock import SET_AFTER_S
 from edge_agent.host.daily_windows import DailyWindows, WallClock, zone_of
 from edge_agent.settings.link import LinkSettings
 from edge_agent.sync.protocol import NO_BOUNDS, LinkJob
 
-SET_AFTER_S = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
-"""A clock that shows less is not set: this agent is younger."""
 _LEAST_AHEAD_BYTES, _MOST_AHEAD_BYTES = 64 << 10, 16 << 20
 _SET_BACK_S = 300.0
 """A clock that is set back by more than this ends a fetch: whether the window is open is asked anew."""

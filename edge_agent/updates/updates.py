@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 SPREAD_S = 60.0
 """A fleet that waits for the same minute comes in the course of this."""
 _WAIT_S = 1.0
+_NOTE_AGAIN_S = 60.0
 
 
 class Updates:
@@ -114,6 +115,7 @@ class Updates:
         self._closing = threading.Event()
         self._changed = threading.Event()  # what MQTT asks for: the running poll is for something else
         self._desired: Mapping[str, str] | None = None
+        self._note_at_s = 0.0
         most_s = min(SPREAD_S, settings.registry.poll_interval_s)
         alarm = partial(Alarm, self.link.is_over, clock, spread_s=lambda: jitter(0.0, most_s))
         self._alarms = {name: alarm() for name in lifecycles}
@@ -143,7 +145,7 @@ class Updates:
         for name, alarm in self._alarms.items():
             if alarm.rings(self._checks[name].waiting):
                 self._due.set()
-        self._note_desired()
+        self._note_desired(now_s)
         first, self._begun = not self._begun, True
         if first:
             served = all(life.runs_its_own for life in self._lifecycles.values())
@@ -295,7 +297,10 @@ class Updates:
         """Whether a poll ends now: for an operator, or for what MQTT asks for instead."""
         return self._closing.is_set() or self._turn.wanted or self._changed.is_set()
 
-    def _note_desired(self) -> None:
+    def _note_desired(self, now_s: float) -> None:
+        """Writes down what MQTT asks for. What the disk does not take is tried again, though not at each step."""
+        if now_s < self._note_at_s and not (self._changed.is_set() or self._due.is_set()):
+            return
         self._changed.clear()
         desired, self._desired = self._desired, None
         try:
@@ -303,7 +308,8 @@ class Updates:
                 self._lifecycles[name].set_desired(uri)
         except EdgeAgentError as error:
             log.warning("desired state not written down code=%s reason=%r", error.code, str(error))
-            self._desired = self._desired or desired  # the next poll tries again
+            self._desired = self._desired or desired
+            self._note_at_s = now_s + _NOTE_AGAIN_S
 
     def _poll(self, name: str, *, asks: bool) -> bool:
         """One model's part of a step. A pinned model asks nobody.
@@ -316,8 +322,8 @@ class Updates:
         """
         lifecycle = self._lifecycles[name]
         try:
-            if lifecycle.state.pinned:
-                lifecycle.adopt(lifecycle.state.pinned)
+            if pinned := lifecycle.state.pinned:
+                lifecycle.adopt(pinned)
                 self.problems[name] = ""
                 return False
             try:

@@ -60,7 +60,8 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
         its = [row for row in rows if activity in (None, row.cut.activity)]
         if not its:
             continue
-        kernel = _spread([(row.loss.kernel_bytes or 0) / 1024 for row in its])
+        seen = [row.loss.kernel_bytes for row in its if row.loss.kernel_bytes is not None]
+        kernel = _spread([count / 1024 for count in seen]) if seen else "-"
         disk = _spread([row.loss.disk_bytes / 1024 for row in its])
         ready = _spread([row.ready_s for row in its])
         yield (

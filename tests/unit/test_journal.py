@@ -225,6 +225,19 @@ def test_an_answer_given_before_the_clock_was_right_is_not_old_after_a_reboot(jo
     assert journal.deliveries.pending() == 1
 
 
+def test_an_answer_of_a_boot_that_never_learned_the_time_is_not_old_after_a_reboot(journal: Journal) -> None:
+    """Nobody can tell how old it is: it is kept for as long as one that was given now."""
+    wrong = replace(START, wall_s=0.0)
+    journal.answer(accept(journal, arrival(), moment=wrong), ANSWER, moment=wrong)
+    rebooted = Moment(boot_id="boot-2", boot_s=1.0, wall_s=2_000_000_100.0)
+    journal = reopened(journal, rebooted)
+    journal.prune(moment=rebooted, ttl_s=86_400)
+    journal.prune(moment=later(86_300, rebooted), ttl_s=86_400)
+    assert journal.deliveries.pending() == 1
+    journal.prune(moment=later(86_500, rebooted), ttl_s=86_400)
+    assert journal.deliveries.pending() == 0
+
+
 def test_a_look_at_old_answers_writes_nothing_that_has_not_changed(journal: Journal) -> None:
     for number in range(5):
         journal.answer(accept(journal, arrival(number)), ANSWER, moment=START)

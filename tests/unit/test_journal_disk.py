@@ -6,9 +6,11 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from edge_agent.chat import journal_file
 from edge_agent.chat.journal_file import JournalFile
 from edge_agent.errors import JournalUnavailable
 
@@ -48,6 +50,28 @@ def test_a_disk_that_refuses_is_noticed_without_a_prompt_and_so_is_its_end(disk:
     assert "directory" in str(disk.mend())
     disk.recover()
     assert disk.mend() is None
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), OSError(errno.EMFILE, "")])
+def test_a_journal_that_was_removed_and_cannot_be_made_anew_is_made_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    file = JournalFile(tmp_path / "journal.db")
+
+    def fail(path: Path) -> NoReturn:
+        path.touch()  # as an open does that goes on to fail
+        raise error
+
+    (tmp_path / "journal.db").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_file, "_open_or_salvage", fail)
+        for _ in range(3):
+            with pytest.raises(JournalUnavailable):
+                file.mend()
+    file.mend()
+    with file.transaction() as db:
+        db.execute("SELECT count(*) FROM prompts")
+    file.close()
 
 
 @pytest.mark.parametrize("durable", [True, False])

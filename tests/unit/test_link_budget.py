@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_agent.host.clock import SET_AFTER_S
 from edge_agent.settings.link import LinkSettings
 from edge_agent.sync.protocol import NO_BOUNDS
 from edge_agent.updates import link_budget
-from edge_agent.updates.link_budget import SET_AFTER_S, Held, LinkPlan, activation_held, bounds, held
+from edge_agent.updates.link_budget import Held, LinkPlan, activation_held, bounds, held
 
 ZONES = ["UTC", "Europe/Berlin", "America/New_York", "Africa/Cairo", "Australia/Lord_Howe", "Pacific/Apia"]
 START = datetime(2026, 1, 1, tzinfo=UTC).timestamp() + 86_400

@@ -13,7 +13,7 @@ import pytest
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Outgoing, State
 from edge_agent.errors import JournalUnavailable
-from edge_agent.transport.outbox import Refusal
+from edge_agent.transport.outbox import MAX_REFUSALS, Refusal
 from edge_agent.transport.retries import RETRY_WAITS_S, UNHEARD_WAITS_S
 from edge_agent.transport.suspicion import LAST_WAIT_S, REFUSALS_LOST
 from tests.support.scripted_broker import HANGS_UP, NOBODY_LISTENS, NOT_AUTHORIZED, SAYS_NOTHING, TAKES, Room
@@ -74,6 +74,18 @@ def test_a_reply_that_nobody_asks_for_again_outlives_a_connection_and_a_refusal_
     room.connect()
     room.turn()
     assert room.log == ["replies/plan"], "once"
+
+
+def test_replies_to_whoever_asks_faster_than_the_broker_takes_them_are_bounded(room: Room) -> None:
+    """Their questions were acked: nothing else holds anybody back."""
+    answer = Answer(payload=b"{}", properties={})
+    for number in range(MAX_REFUSALS + 10):
+        topic = f"replies/{number}"
+        room.outbox.reply(Refusal(topic=topic, correlation=None, form=Form.JSON, answer=answer, lasting=True))
+    assert room.counters["refusals_dropped"] == 10
+    for _ in range(MAX_REFUSALS):
+        room.turn()
+    assert room.log == [f"replies/{number}" for number in range(MAX_REFUSALS)]
 
 
 def test_the_tries_are_counted_over_restarts(strict: Room) -> None:

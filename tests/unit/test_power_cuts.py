@@ -198,6 +198,12 @@ def test_a_summary_has_a_line_for_each_activity_and_one_for_all() -> None:
     ]
 
 
+def test_what_nobody_could_look_at_is_no_zero_in_the_summary() -> None:
+    unseen = Loss(disk_bytes=0, kernel_bytes=None, over=None)
+    lines = list(summary([row(Activity.UPDATE, loss=unseen), row(Activity.IMPORT)]))
+    assert [line.split()[3] for line in lines[1:]] == ["-", "300,", "300,"]
+
+
 @contextlib.contextmanager
 def parent(*command: str) -> Iterator[int]:
     """A process with one child."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -354,6 +356,80 @@ def test_a_host_that_lacks_something_for_a_moment_finds_nothing_damaged(
             check_file(store.blob(file.sha256), file)
     assert (store.state().model("assistant").pinned, store.state().rebuilt) == (record.key, "")
     check_file(store.blob(file.sha256), file)
+
+
+@pytest.mark.parametrize("number", sorted(disk.DAMAGE))
+def test_a_record_that_the_disk_cannot_give_back_costs_its_own_version_only(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    bad, good = commit(store, 1), commit(store, 2, weights=b"2" * 10_000)
+    store.change_state("assistant", lambda state: state.switched(bad.key))
+    opened = os.open
+
+    def refuse(path: Path, flags: int, mode: int = 0o777, **options: Any) -> int:
+        if path == store.record_file(bad):
+            raise OSError(number, os.strerror(number))
+        return opened(path, flags, mode, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert store.versions() == [good]
+    states = VersionStates(store, "assistant")
+    assert (states.active, states.state.active) == (None, bad.key)
+    assert fsck.look_over(store) == ()
+    assert store.folder(bad).is_dir(), "until it is fetched again"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
+def test_a_record_that_may_not_be_read_is_an_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    commit(store, 1)
+
+    def refuse(*_: object, **options: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StoreError, match="cannot read"):
+        store.versions()
+
+
+@pytest.mark.parametrize("number", sorted(disk.DAMAGE))
+def test_an_inode_that_the_disk_cannot_give_back_stops_no_check(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Blob and link are one inode: whoever looks at either gets the error."""
+    bad, good = commit(store, 1), commit(store, 2, weights=b"2" * 10_000)
+    (file,) = [file for file in bad.files if file.path == WEIGHTS]
+    places = {str(store.blob(file.sha256)), str(store.folder(bad) / WEIGHTS)}
+
+    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if str(path) in places:
+                raise OSError(number, os.strerror(number), str(path))
+            return function(path, *arguments, **options)
+
+        return call
+
+    for name in ("stat", "lstat", "open", "rename", "unlink"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
+    with store.lock():
+        store.settle()
+        fsck.prune(store)
+        (damage,) = fsck.verify(store).damaged
+        assert (damage.key, damage.path) == (bad.key, WEIGHTS)
+        with pytest.raises(StoreError, match="cannot set aside"):
+            fsck.set_aside(store, [damage])
+    assert fsck.verify(store, [good]).damaged == ()
+
+
+@pytest.mark.parametrize("uri", ["models:/phi@", "models:/ph\u0000i@prod", "phi", 7])
+def test_a_desired_state_that_is_none_is_forgotten(store: Store, uri: object) -> None:
+    """One bit of it flipped would otherwise end the daemon as wrong settings do: for good."""
+    store.change_state("assistant", lambda state: replace(state, desired="models:/phi@prod"))
+    file = store.root / "state.json"
+    file.write_text(file.read_text().replace('"models:/phi@prod"', json.dumps(uri)))
+    assert store.state().model("assistant").desired == ""
+    assert not store.state().rebuilt
 
 
 def serve(states: VersionStates, record: VersionRecord) -> None:

@@ -317,6 +317,21 @@ def test_a_desired_state_that_cannot_be_written_down_is_tried_again(device: Upda
     assert (device.lifecycle.state.desired, device.sync.refs) == (OTHER, [OWN, OTHER])
 
 
+def test_a_disk_that_takes_no_desired_state_is_tried_once_a_minute(
+    device: UpdatingDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It comes with each connection, and there is a step each second."""
+    device.lifecycle.unwritable = StoreError("no space")
+    device.updates.desire({"assistant": OTHER})
+    for second in range(180):
+        device.updates.step(second)
+    assert sum("not written down" in record.getMessage() for record in caplog.records) == 3
+    device.lifecycle.unwritable = None
+    for second in range(180, 241):
+        device.updates.step(second)
+    assert device.lifecycle.state.desired == OTHER
+
+
 def test_what_is_desired_while_the_former_cannot_be_written_down_counts(device: UpdatingDevice) -> None:
     device.lifecycle.unwritable = StoreError("no space")
     device.lifecycle.amid = lambda uri: device.updates.desire({"assistant": OTHER})

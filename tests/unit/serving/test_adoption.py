@@ -300,6 +300,22 @@ def test_a_damaged_candidate_is_not_loaded_and_not_quarantined(life: Life) -> No
     assert (life.active, life.quarantined, life.host.running()) == (1, {}, [1])
 
 
+@pytest.mark.parametrize("served", [True, False])
+def test_a_damaged_candidate_is_fetched_again_however_often_it_was_tried(life: Life, served: bool) -> None:
+    """Size and link of the damaged file are right: a check of the registry finds it here, and whole."""
+    if served:
+        life.serve(1)
+    life.commit(2)
+    damaged = life.store.folder(life.records[2]) / WEIGHTS
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    weights = next(file for file in life.records[2].files if file.path == WEIGHTS)
+    for _ in range(MAX_TRIES + 2):
+        assert isinstance(refusal(life, 2), VerificationError)
+        assert not life.store.has_blob(weights), "so the next sync fetches it"
+    assert life.quarantined == {}
+
+
 def test_code_that_trust_no_longer_allows_starts_no_runner(life: Life) -> None:
     unsigned = TrustDecision(
         rule=trust.Rule.UNSIGNED_CODE_ALLOWED, signed_by="", unsigned_code=True, reason="allow_unsigned_code"

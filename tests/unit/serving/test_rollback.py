@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pytest
 
-from edge_agent.errors import CannotRun, LoadFailed, MemoryShort
+from edge_agent.cache import fsck
+from edge_agent.cache.store import Store
+from edge_agent.errors import CannotRun, LoadFailed, MemoryShort, StoreError
 from edge_agent.package import trust
 from edge_agent.package.trust import TrustDecision
 from edge_agent.serving.seat import Serving
@@ -298,15 +302,67 @@ def test_the_only_version_goes_on_after_any_number_of_crashes(life: Life) -> Non
 
 
 def test_a_runner_that_died_while_nobody_used_it_is_replaced_at_once_and_counts_for_nothing(
-    life: Life,
+    life: Life, host: ScriptedHost
 ) -> None:
     life.serve(1, 2)
     for _ in range(4):
         life.newest_runner(2).crash()
         assert life.lifecycle.wanted_now()
         assert life.ask() == 2
+        host.now_s += CRASH_WINDOW_S + 1
     assert (life.active, life.quarantined) == (2, {})
     assert life.lifecycle.runner_deaths == 4
+
+
+def test_a_runner_that_dies_again_and_again_while_nobody_uses_it_is_replaced_with_pauses(
+    life: Life, host: ScriptedHost
+) -> None:
+    """As where the kernel takes its memory back: each load hashes all weights, and ends in the same."""
+    life.serve(1)
+    for _ in range(600):
+        if life.ask():
+            life.newest_runner(1).crash()
+        host.now_s += 1
+    assert life.ask() is None
+    assert 10 < life.lifecycle.runner_deaths < 30
+    assert (life.lifecycle.serving, life.quarantined) == (Serving.LOADING, {})
+
+
+def test_two_versions_whose_damage_stays_take_no_turns_without_a_pause(
+    life: Life, host: ScriptedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a bad inode, which cannot be renamed either."""
+
+    def refuse(store: Store, damaged: object) -> NoReturn:
+        raise StoreError("cannot set aside a blob: Structure needs cleaning")
+
+    monkeypatch.setattr(fsck, "set_aside", refuse)
+    life.serve(1, 2)
+    life.restart()
+    damage(life, 1)
+    damage(life, 2)
+    actives = []
+    for _ in range(30):
+        assert life.ask() is None
+        actives.append(life.active)
+        host.now_s += 1.0
+    assert actives == [1] * 30, "2 gave way to 1, which has nothing to give way to"
+    assert (life.lifecycle.serving, life.quarantined) == (Serving.FAILED, {})
+
+
+def test_damage_that_cannot_be_set_aside_gives_way_all_the_same(
+    life: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(store: Store, damaged: object) -> NoReturn:
+        raise StoreError("cannot set aside a blob: Structure needs cleaning")
+
+    monkeypatch.setattr(fsck, "set_aside", refuse)
+    life.serve(1, 2)
+    life.restart()
+    damage(life, 2)
+    assert life.ask() is None
+    assert (life.active, life.previous, life.quarantined) == (1, 2, {})
+    assert life.ask() == 1
 
 
 def test_a_runner_that_died_is_replaced_when_all_its_prompts_were_given_back(life: Life) -> None:

@@ -56,6 +56,23 @@ def test_a_runner_is_not_idle_while_a_prompt_runs(new_life: NewLife, host: Scrip
     assert host.running() == [1]
 
 
+def test_a_model_that_is_loaded_on_demand_rests_after_its_runner_died(
+    new_life: NewLife, host: ScriptedHost
+) -> None:
+    """Nobody loads it before the next prompt: it would be "starting" until then, and unfit for a balancer."""
+    life = new_life(preload=False)
+    life.serve(1)
+    life.crash("a prompt")
+    assert (life.lifecycle.serving, life.lifecycle.settled(), life.lifecycle.available) == (
+        Serving.IDLE,
+        True,
+        True,
+    )
+    assert life.ask() == 1
+    life.lifecycle.reload()
+    assert (life.lifecycle.serving, life.ask()) == (Serving.IDLE, 1)
+
+
 def test_without_a_limit_nothing_is_idle(life: Life, host: ScriptedHost) -> None:
     life.serve(1)
     host.now_s += 1e9
