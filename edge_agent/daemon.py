@@ -60,9 +60,9 @@ from edge_agent.updates.updates import Updates
 
 log = logging.getLogger(__name__)
 
-STEP_S, REST_S = 0.2, 1.0
+STEP_S, REST_S = 0.2, 3.0
 """From one step to the next, while something goes on, and while nothing does. A prompt that comes ends a rest, so that
-its deadline is not missed by one."""
+its deadline is not missed by one, and so does a check of the registry, so that its steps are seen."""
 PRUNE_INTERVAL_S = 60.0
 SLOW_START_S = 10.0
 """Whoever loads longer than this says so to the broker. Others call nobody before they are ready."""
@@ -106,6 +106,7 @@ class Daemon:
             self._store,
             self._lifecycles,
             unattended=environment.is_a_service(),
+            on_turn=self._end_rest,
             measurements=self._measurements,
         )
         self._plans = Plans(
@@ -206,7 +207,7 @@ class Daemon:
             if now_s >= self._prune_at_s:
                 self._prune_at_s = now_s + PRUNE_INTERVAL_S
                 self._journal.prune(moment=clock.now(), ttl_s=self._settings.mqtt.answer_ttl_s)
-        return self._publisher.step(now_s)
+        return self._publisher.step(now_s) or self._updates.works
 
     # --- Start, watch, stop ----------------------------------------------------------------------------
 

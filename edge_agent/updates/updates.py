@@ -57,6 +57,7 @@ class Updates:
 
     Args:
         lifecycles: by configured name.
+        on_turn: called when `works` has changed.
         unattended: one of many devices, maybe, that have started in this moment, and nobody watches: see `polls.py`.
         clock: seconds since 1970.
         jitter: a number between two, drawn for each interval.
@@ -67,6 +68,7 @@ class Updates:
 
     Attributes:
         heard: when the registry was asked last and what it was, and which versions wait.
+        works: the thread asks the registry, or takes up what is here.
         problems: by model, why its last check brought nothing, empty when it was fine.
         link: when the line may be used, and when a version may take over.
     """
@@ -77,6 +79,7 @@ class Updates:
         store: Store,
         lifecycles: Mapping[str, Lifecycle],
         *,
+        on_turn: Callable[[], None] = lambda: None,
         unattended: bool = False,
         run_sync: RunSync = run_sync,
         clock: Callable[[], float] = time.time,
@@ -84,6 +87,7 @@ class Updates:
         measurements: Measurements | None = None,
     ) -> None:
         self.problems: dict[str, str] = {}
+        self.works = False
         self._registry = settings.registry
         TlsFiles.of(settings.registry).check()
         TlsFiles(ca_file=settings.cache.mirror_ca_file).check(section="cache.mirror_")
@@ -106,6 +110,7 @@ class Updates:
             )
             for name, lifecycle in lifecycles.items()
         }
+        self._on_turn = on_turn
         self._clock = clock
         self._polls = Polls(
             settings.registry.poll_interval_s, place=place_of(settings.device_id), jitter=jitter
@@ -156,7 +161,15 @@ class Updates:
             return
         if asks:
             self._due.clear()
-        failures = [self._poll(name, asks=asks) for name in self._lifecycles if not self._closing.is_set()]
+        self.works = True
+        self._on_turn()
+        try:
+            failures = [
+                self._poll(name, asks=asks) for name in self._lifecycles if not self._closing.is_set()
+            ]
+        finally:
+            self.works = False
+            self._on_turn()
         if asks:
             self._polls.ended(failed=any(failures))
 

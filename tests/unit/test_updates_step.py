@@ -56,6 +56,17 @@ def test_the_interval_begins_with_the_step_after_a_check_and_is_jittered(device:
     assert len(device.sync.jobs) == 2
 
 
+def test_whoever_watches_is_told_of_a_check_when_it_begins_and_when_it_has_ended(
+    device: UpdatingDevice,
+) -> None:
+    seen: list[bool] = []
+    device.updates._on_turn = lambda: seen.append(device.updates.works)
+    device.sync.amid = lambda ref: seen.append(device.updates.works)
+    device.updates.step(0)
+    device.updates.step(1)
+    assert seen == [True, True, False]
+
+
 def test_a_check_that_is_asked_for_does_not_wait_for_the_interval(device: UpdatingDevice) -> None:
     device.updates.step(0)
     device.updates.step(1)
