@@ -47,9 +47,9 @@ Examples:
 TEXT
 }
 
-say() { printf 'install.sh: %s\n' "$*"; }
+say() { printf 'install.sh: %s\n' "$*" || true; } # the terminal may have gone
 die() {
-    printf 'install.sh: %s\n' "$@" >&2
+    printf 'install.sh: %s\n' "$@" >&2 || true
     exit 1
 }
 
@@ -372,7 +372,10 @@ write_settings() {
 # switch_to FOLDER: makes a complete version the current one. If the service does not start with it, the old version
 # is restored.
 switch_to() {
-    local target=$1 old='' disabled=no
+    local target=$1 old='' disabled=no http
+    # Who has switched must see whether it starts: a line that drops meanwhile ends nothing.
+    trap '' HUP INT TERM PIPE
+    http=$(unit_files is-enabled edge-agent-http.socket 2>/dev/null || true)
     if [[ -L $base/current ]]; then old=$(readlink -- "$base/current"); fi
     say_what_stops "$target"
     if operator_disabled; then disabled=yes; fi
@@ -408,6 +411,8 @@ switch_to() {
     say "restoring version $old"
     point_to "$old"
     write_units "$base/$old"
+    # The version that did not start may be one that knows no such unit, and was rid of it.
+    [[ $http != enabled ]] || systemctl --quiet enable --now edge-agent-http.socket || true
     if systemctl restart edge-agent.service; then
         die "version ${target##*/} did not start, see above; version $old is running again"
     fi

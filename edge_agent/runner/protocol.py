@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
@@ -347,12 +348,15 @@ class FrameReader:
             EOFError: the other side has closed.
             RunnerError: bytes that are no frame.
         """
+        until_s = time.monotonic() + (timeout_s or 0.0)
         while True:
             line = self._lines.line()
             if line is not None:
                 return decode(line)
             try:
-                self._connection.settimeout(timeout_s)
+                # For all of it, not for each piece: the other side may send a byte now and then.
+                left_s = None if timeout_s is None else max(0.0, until_s - time.monotonic())
+                self._connection.settimeout(left_s)
                 data = self._connection.recv(1 << 16)
             except (TimeoutError, BlockingIOError):
                 return None

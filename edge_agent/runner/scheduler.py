@@ -168,21 +168,23 @@ class Scheduler:
         room = self._limit - len(self._lanes)
         if room <= 0:
             return
-        coming = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-        self._announce([request.id for request in coming])
-        try:
-            with bounds.panics_caught():
-                lanes = self._model.start(
-                    [request.document for request in coming], [request.owner for request in coming]
-                )
-        except Exception as error:  # noqa: BLE001 - model code may raise anything
-            for request in coming:
+        started: list[_Running] = []
+        for _ in range(min(room, len(self._waiting))):
+            request = self._waiting.popleft()
+            # One by one: reading a prompt may end the process, which is no fault of those that came with it.
+            self._announce([request.id])
+            try:
+                with bounds.panics_caught():
+                    lanes = self._model.start([request.document], [request.owner])
+            except Exception as error:  # noqa: BLE001 - model code may raise anything
                 self._refuse(request, refusal_of(error, [request.id]))
-            self._may_start = True
-            return
-        started = [_Running(lane=lane, request=request) for lane, request in zip(lanes, coming, strict=False)]
+                self._may_start = True
+                continue
+            if not lanes:
+                self._waiting.appendleft(request)
+                break
+            started.append(_Running(lane=lanes[0], request=request))
         self._lanes.extendleft(reversed(started))
-        self._waiting.extendleft(reversed(coming[len(lanes) :]))
 
     def _refuse_stopped(self, timeout_s: float) -> bool:
         if not self._model.stopped(timeout_s):

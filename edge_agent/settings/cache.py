@@ -35,7 +35,8 @@ class CacheSettings(Section):
     def _plain_mirrors(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
             if not _MIRROR.fullmatch(url) or not url.isascii() or "/../" in f"{url}/":
+                shown = re.sub(r"[^/]*@", "", url.partition("?")[0])  # what it leaves out may be a password
                 raise ValueError(
-                    f"{url[:200]!r} must be http(s)://HOST/… or file:///…, without user, query and '..'"
+                    f"{shown[:200]!r} must be http(s)://HOST/… or file:///…, without user, query and '..'"
                 )
         return tuple(dict.fromkeys(url.rstrip("/") + "/" for url in urls))

@@ -44,6 +44,8 @@ TURN_S = 1.0
 _CONNACK_S = 15.0
 SUBACK_S = 60.0
 """A broker that has not acknowledged the subscriptions by then has probably lost them, and would bring nothing."""
+PUBACK_S = 300.0
+"""A broker that has not acknowledged a message by then never will: each of them holds a place of its window."""
 _TAKEN_OVER = 0x8E
 _NO_MESSAGES_FAULT = (0x00, 0x89, 0x8B, 0x8D, _TAKEN_OVER, 0x98, 0x9C, 0x9D, 0x9F, 0xA0)
 """Reasons of a DISCONNECT that no message can be the cause of: the broker is busy, stops, moves, heard nothing."""
@@ -103,6 +105,7 @@ class Connection:
         in_flight: by mid.
         ack_after: mid of a refusal → mid of the message that it refuses.
         chunked: answer topics of chunks, which are never acked → when the last one was sent.
+        unacked: mid of what was published with QoS 1 → monotonic time.
         subscribing_s: monotonic time of subscriptions that the broker has not answered; None once it has.
     """
 
@@ -124,6 +127,7 @@ class Connection:
     in_flight: dict[int, Sent] = field(default_factory=dict)
     ack_after: dict[int, int] = field(default_factory=dict)
     chunked: dict[str, float] = field(default_factory=dict)
+    unacked: dict[int, float] = field(default_factory=dict)
     subscribing_s: float | None = None
 
     def turn(
@@ -148,9 +152,12 @@ class Connection:
         if not self.connected and now_s - self.started_s > _CONNACK_S:
             self.silent = True
             self.ended = self.ended or "no CONNACK"
-        since_s = self.subscribing_s
-        if since_s is not None and now_s - since_s > SUBACK_S and not self.client.reading:
-            self.ended = self.ended or "the broker does not acknowledge the subscriptions"
+        if not self.client.reading and self.writable:  # else the line is slow, and its answer on the way
+            since_s = self.subscribing_s
+            if since_s is not None and now_s - since_s > SUBACK_S:
+                self.ended = self.ended or "the broker does not acknowledge the subscriptions"
+            if self.unacked and now_s - min(self.unacked.values()) > PUBACK_S:
+                self.ended = self.ended or "the broker does not acknowledge what it is sent"
 
     def subscribe(self, topics: Iterable[str], *, retained: str) -> None:
         """Subscribes with QoS 1.
@@ -192,7 +199,10 @@ class Connection:
                 properties.UserProperty = list(user_properties.items())
             if correlation is not None:
                 properties.CorrelationData = correlation
-        return self.client.publish(topic, payload, qos=qos, retain=retain, properties=properties).mid
+        mid = self.client.publish(topic, payload, qos=qos, retain=retain, properties=properties).mid
+        if qos:
+            self.unacked[mid] = time.monotonic()
+        return mid
 
     def ack(self, mid: int) -> None:
         """Acks a message of QoS 1."""
@@ -256,7 +266,7 @@ class Connection:
         client.on_disconnect = guarded(lambda _c, _u, _flags, code, _properties: self._on_disconnect(code))
         client.on_message = guarded(lambda _c, _u, message: events.on_message(self, message))
         client.on_publish = guarded(
-            lambda _c, _u, mid, code, _properties: events.on_published(self, mid, code)
+            lambda _c, _u, mid, code, _properties: self._on_publish(events, mid, code)
         )
         client.on_subscribe = guarded(
             lambda _c, _u, _mid, codes, _properties: self._on_subscribe(events, codes)
@@ -276,6 +286,10 @@ class Connection:
     def _on_subscribe(self, events: Events, codes: list[ReasonCode]) -> None:
         self.subscribing_s = None
         events.on_subscribed(codes)
+
+    def _on_publish(self, events: Events, mid: int, code: ReasonCode) -> None:
+        self.unacked.pop(mid, None)
+        events.on_published(self, mid, code)
 
     def _on_disconnect(self, code: ReasonCode) -> None:
         self.taken_over = code.value == _TAKEN_OVER

@@ -15,6 +15,7 @@ import json
 import logging
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,15 +25,17 @@ from edge_agent.chat import clock, messages
 from edge_agent.chat.fairness import HTTP, LOCAL
 from edge_agent.chat.intake import Intake, make_id
 from edge_agent.chat.journal import Journal
-from edge_agent.chat.prompt import Acceptance, Prompt, Source
+from edge_agent.chat.prompt import Acceptance, Prompt, Source, State
 from edge_agent.chat.surfaces import Surface
-from edge_agent.errors import BadRequest, Cancelled, IdReused, JournalUnavailable
+from edge_agent.errors import BadRequest, Cancelled, IdReused, JournalUnavailable, ModelFailed
 from edge_agent.transport.control import Call, ClientGone
 
 log = logging.getLogger(__name__)
 
 MAX_KEY_CHARACTERS = 255
 _LOOK_S = 0.25
+_LOST_S = 5.0
+"""So often whoever waits looks whether the journal still has the prompt."""
 _ANSWERED = None
 _Event = Mapping[str, Any] | None
 
@@ -100,7 +103,7 @@ class ControlPrompts:
         request = messages.parse(body, limit_bytes=self._max_payload_bytes)
         waiter, row = self._accept(intake, _Asked(request=request, body=body, client=LOCAL))
         with self._waiting(intake, waiter, row, keep=False):
-            self._stream(call, waiter)
+            self._stream(call, waiter, row)
             self._finish(call, row)
 
     def chat(self, call: Call, intake: Intake) -> None:
@@ -129,7 +132,7 @@ class ControlPrompts:
                     stream=asked.request.stream,
                     include_usage=asked.request.include_usage,
                 )
-            self._stream(call, waiter)
+            self._stream(call, waiter, row)
             self._finish(call, row)
 
     def _asked(self, fields: Mapping[str, Any]) -> _Asked:
@@ -209,12 +212,17 @@ class ControlPrompts:
                 del self._waiters[row]
             return not waiters
 
-    def _stream(self, call: Call, waiter: _Waiter) -> None:
+    def _stream(self, call: Call, waiter: _Waiter, row: int) -> None:
+        looked_s = time.monotonic()
         while True:
             try:
                 delta = waiter.events.get(timeout=_LOOK_S)
             except queue.Empty:
                 call.check()
+                if time.monotonic() - looked_s > _LOST_S:
+                    looked_s = time.monotonic()
+                    if self._is_over(row):
+                        return
                 continue
             if delta is _ANSWERED:
                 return
@@ -223,10 +231,18 @@ class ControlPrompts:
 
     def _finish(self, call: Call, row: int) -> None:
         outgoing = self._journal.deliveries.of(row)
-        if outgoing is not None:
-            answer, properties = json.loads(outgoing.answer.payload), outgoing.answer.properties
-            flavor = self._flavor_of(properties["model"]) if "model" in properties else None
-            call.send("done", answer=answer, version=properties.get("version"), flavor=flavor)
+        if outgoing is None:
+            raise ModelFailed("what was noted of this prompt is lost with the journal")
+        answer, properties = json.loads(outgoing.answer.payload), outgoing.answer.properties
+        flavor = self._flavor_of(properties["model"]) if "model" in properties else None
+        call.send("done", answer=answer, version=properties.get("version"), flavor=flavor)
+
+    def _is_over(self, row: int) -> bool:
+        """Whether nobody will say that it is answered: its row is gone, or was answered in the journal alone."""
+        with contextlib.suppress(JournalUnavailable):
+            prompt = self._journal.prompt(row)
+            return prompt is None or prompt.state not in (State.QUEUED, State.RUNNING)
+        return False
 
     def _tell(self, row: int, event: _Event) -> bool:
         """False where nobody waits for this prompt."""

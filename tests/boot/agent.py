@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Agent:
         change: Callable[[Path], None] | None = None,
         fails: bool = False,
         lacks: str = "",
+        through: Sequence[str] = (),
     ) -> list[str]:
         """Unpacks a bundle inside, and has its signature checked and it installed: by the script that is installed, if
         one is, else by its own.
@@ -52,6 +53,7 @@ class Agent:
         Args:
             change: what is done to the unpacked bundle first.
             lacks: what the kernel lacks that install.sh sees, as in old_kernel.py.
+            through: a command that runs the one behind it.
 
         Returns:
             the lines that it said.
@@ -63,7 +65,7 @@ class Agent:
         installed = (self._in.root / "opt/edge-agent/current").is_symlink()
         script = f"{CURRENT if installed else f'/{BUNDLE}'}/install.sh"
         arguments = (script, "install", "--from", f"/{BUNDLE}", "--verify-key", f"/{_KEY}")
-        result = self._in.run(*self._old(lacks), *arguments, check=False, timeout_s=600)
+        result = self._in.run(*through, *self._old(lacks), *arguments, check=False, timeout_s=600)
         expect((result.returncode != 0) == fails, result.stdout + result.stderr)
         return (result.stdout + result.stderr).strip().splitlines()
 

@@ -11,6 +11,18 @@ from pathlib import Path
 from tests.boot.agent import CURRENT, Agent, expect
 from tests.boot.container import Container
 
+_HANGS_UP = """
+import os, pty, sys
+pid, terminal = pty.fork()
+if not pid:
+    os.execv(sys.argv[1], sys.argv[1:])
+said = b""
+while b"starting the service" not in said:
+    said += os.read(terminal, 4096)
+os.close(terminal)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
 
 class Upgrades:
     """The steps, in their order; `bundle` is installed before and after.
@@ -33,6 +45,7 @@ class Upgrades:
             ("changed bundles", self.changed_bundles),
             ("upgrade while prompts run", self.upgrade),
             ("upgrade that does not start", self.broken_upgrade),
+            ("the same, and the line drops", self.dropped_upgrade),
             ("going back", self.go_back),
         ]
 
@@ -71,6 +84,15 @@ class Upgrades:
         self._agent.wait_ready()
         self._agent.probe()
         return f"{said[-1]}; answers again"
+
+    def dropped_upgrade(self) -> str:
+        """The terminal goes while the script waits for the service: SIGHUP, and nobody to write to."""
+        before = self._agent.current()
+        self._agent.install(self._broken, fails=True, through=("python3", "-c", _HANGS_UP))
+        expect(self._agent.current() == before, f"current is {self._agent.current()}")
+        self._agent.wait_ready()
+        self._agent.probe()
+        return f"{before} is current again; answers"
 
     def go_back(self) -> str:
         before = self._agent.current()

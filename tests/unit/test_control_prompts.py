@@ -17,7 +17,8 @@ from edge_agent.chat.intake import Intake
 from edge_agent.chat.journal import Journal
 from edge_agent.chat.messages import Form
 from edge_agent.chat.prompt import Answer, Prompt, Source, State
-from edge_agent.errors import BadRequest, IdReused, JournalUnavailable, PromptError
+from edge_agent.errors import BadRequest, IdReused, JournalUnavailable, ModelFailed, PromptError
+from edge_agent.transport import control_prompts
 from edge_agent.transport.control import Call, ClientGone
 from edge_agent.transport.control_prompts import MAX_KEY_CHARACTERS, ControlPrompts
 from tests.support.processes import wait_until
@@ -137,6 +138,29 @@ def device(tmp_path: Path) -> Iterator[Device]:
 
 def kinds(events: list[dict[str, Any]]) -> list[str]:
     return [event["event"] for event in events]
+
+
+def test_whoever_waits_for_a_prompt_that_the_journal_lost_is_told_so(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would hold its place for an hour, and the gateway has 36 of them."""
+    monkeypatch.setattr(control_prompts, "_LOST_S", 0.0)
+    client = device.chat()
+    prompt = device.claim()
+    device.journal._file._db.execute("DELETE FROM prompts WHERE row=?", (prompt.row,))
+    assert kinds(client.events()) == ["accepted"]
+    assert isinstance(client.error, ModelFailed)
+
+
+def test_an_answer_that_nobody_told_of_is_found_in_the_journal(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a row that turned out damaged."""
+    monkeypatch.setattr(control_prompts, "_LOST_S", 0.0)
+    monkeypatch.setattr(device.prompts, "answered", lambda row: None)
+    client = device.chat()
+    device.answer(device.claim())
+    assert kinds(client.events()) == ["accepted", "done"]
 
 
 def test_a_chat_is_accepted_streamed_and_done(device: Device) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -145,6 +147,30 @@ def test_a_line_without_end_is_refused_at_the_bound() -> None:
         theirs.sendall(b"x" * 2000)
         with pytest.raises(RunnerError, match="1000 bytes"):
             FrameReader(ours, limit_bytes=1000).read(1)
+
+
+def test_a_frame_that_never_ends_takes_no_longer_than_one_that_never_comes() -> None:
+    """Each byte of it would otherwise give it the whole time once more."""
+    ours, theirs = socket.socketpair()
+    stopped = threading.Event()
+
+    def drip() -> None:
+        for _ in range(600):
+            if stopped.wait(0.05):
+                return
+            theirs.sendall(b" ")
+
+    with ours, theirs:
+        thread = threading.Thread(target=drip)
+        thread.start()
+        began = time.monotonic()
+        try:
+            assert FrameReader(ours, limit_bytes=1000).read(0.2) is None
+            took_s = time.monotonic() - began
+        finally:
+            stopped.set()
+            thread.join()
+    assert took_s < 25, "all of it takes 30 s"
 
 
 def test_a_closed_connection_is_the_end() -> None:

@@ -114,6 +114,24 @@ def test_prompts_take_turns_and_each_gets_its_own_text() -> None:
     assert bench.scheduler.idle
 
 
+def test_who_comes_with_a_prompt_that_ends_the_process_is_no_suspect() -> None:
+    """Reading a prompt may do that already."""
+    model = Script()
+    bench = Bench(model)
+    suspects: dict[str, list[str]] = {}
+    start = model.start
+
+    def watched(documents: Sequence[dict[str, Any]], owners: Sequence[str]) -> list[Lane]:
+        suspects.update((document["text"], bench.turns[-1]) for document in documents)
+        return start(documents, owners)
+
+    model.start = watched  # type: ignore[method-assign]
+    bench.add("a", "b", "c")
+    bench.run()
+    assert suspects == {"aaa": ["a"], "bbb": ["b"], "ccc": ["c"]}
+    assert [bench.text(name) for name in "abc"] == ["aaa", "bbb", "ccc"]
+
+
 def test_a_text_that_is_too_long_for_a_frame_comes_in_several() -> None:
     class Whole(Script):
         @staticmethod
@@ -324,7 +342,7 @@ def test_whose_turn_it_is_is_said_before_the_model_is_asked() -> None:
     bench.add("a", text="!")
     bench.add("b")
     bench.run(1)
-    assert bench.turns[0] == ["a", "b"], "a start may kill as well"
+    assert bench.turns[:2] == [["a"], ["b"]], "a start may kill as well"
     bench.run()
     assert ["a"] in bench.turns
 

@@ -323,6 +323,17 @@ def test_no_more_of_a_file_is_read_than_it_may_have(tmp_path: Path) -> None:
         trust.still_holds(decision, public_keys=[str(file)])
 
 
+@pytest.mark.parametrize(
+    "url", ["https://fleet:s3cret@mirror.test/models/", "https://mirror.test/models/?token=s3cret"]
+)
+def test_a_mirrors_password_is_not_quoted(tmp_path: Path, url: str) -> None:
+    with pytest.raises(
+        SettingsError, match=r"cache\.mirrors: 'https://mirror\.test/models/' must be"
+    ) as caught:
+        load(tmp_path, cache={"mirrors": [url]})
+    assert "s3cret" not in str(caught.value)
+
+
 def test_a_password_is_never_cut(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("x" * 65_535)

@@ -18,12 +18,14 @@ from typing import IO, Any, cast
 
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_agent.chat.clock import Moment
 from edge_agent.chat.journal import Journal
 from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.topics import Topics
-from edge_agent.transport.connection import SUBACK_S, TURN_S, Connection
+from edge_agent.transport.connection import PUBACK_S, SUBACK_S, TURN_S, Connection
 from edge_agent.transport.inbound import Handler, Inbound
 from edge_agent.transport.mqtt import REST_S, MqttTransport
 from edge_agent.transport.paho_client import Client
@@ -158,7 +160,7 @@ def test_a_goodbye_does_not_rest_where_the_broker_says_nothing(journal: Journal)
         return True
 
     client = SimpleNamespace(
-        turn=turn, publish=lambda *_, **__: SimpleNamespace(mid=1), want_write=lambda: False
+        turn=turn, publish=lambda *_, **__: SimpleNamespace(mid=1), want_write=lambda: False, reading=False
     )
     connection = Connection(client=cast(Any, client), version5=True, started_s=0.0, connected=True)
     transport = transport_to(1, journal)
@@ -263,6 +265,28 @@ def test_a_broker_that_does_not_answer_the_subscriptions_is_left(journal: Journa
     transport._turn(connection)
     transport.close()
     assert connection.ended == ("" if answered else "the broker does not acknowledge the subscriptions")
+
+
+@pytest.mark.parametrize("acked", [True, False])
+def test_a_broker_that_does_not_acknowledge_what_it_is_sent_is_left(journal: Journal, acked: bool) -> None:
+    """Each message keeps a place of the window of sixteen: nothing would be sent any more, and pings are answered."""
+    client = SimpleNamespace(
+        turn=lambda *_: True,
+        publish=lambda *_, **__: SimpleNamespace(mid=7),
+        want_write=lambda: False,
+        reading=False,
+    )
+    connection = Connection(client=cast(Any, client), version5=True, started_s=0.0, connected=True)
+    transport = transport_to(1, journal)
+    connection.publish("edge/v1/dev/status", b"{}", qos=0)
+    assert connection.unacked == {}, "nobody acknowledges that"
+    assert connection.publish("edge/v1/dev/status", b"{}", qos=1) == 7
+    connection.unacked[7] -= PUBACK_S
+    if acked:
+        connection._on_publish(transport, 7, ReasonCode(PacketTypes.PUBACK))
+    transport._turn(connection)
+    transport.close()
+    assert connection.ended == ("" if acked else "the broker does not acknowledge what it is sent")
 
 
 def test_a_message_that_takes_longer_than_the_keepalive_ends_nothing() -> None:
