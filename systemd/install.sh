@@ -373,8 +373,9 @@ write_settings() {
 # is restored.
 switch_to() {
     local target=$1 old='' disabled=no http
-    # Who has switched must see whether it starts: a line that drops meanwhile ends nothing.
-    trap '' HUP INT TERM PIPE
+    # Who has switched must see whether it starts: a line that drops meanwhile ends nothing, and Ctrl-C ends the wait.
+    trap '' HUP PIPE
+    trap 'say "interrupted"' INT TERM
     http=$(unit_files is-enabled edge-agent-http.socket 2>/dev/null || true)
     if [[ -L $base/current ]]; then old=$(readlink -- "$base/current"); fi
     say_what_stops "$target"

@@ -200,9 +200,9 @@ class Adoption:
                 self._note_no_active(Serving.ABSENT, f"version {record.version} failed: {error}")
             elif verdicts.caused_by_host(error):
                 self._note_unmet(record, error, attainable_bytes)
-            if verdicts.caused_by_damage(error):
-                self._rollback.set_damage_aside(record)
-            self._note_refusal(record, error)
+            self._seat.open()
+            is_fetched = verdicts.caused_by_damage(error) and self._rollback.set_damage_aside(record)
+            self._note_refusal(record, error, says_nothing=is_fetched or verdicts.caused_by_host(error))
             raise
         finally:
             self._seat.open()
@@ -327,10 +327,16 @@ class Adoption:
         self._states.change(lambda state: state.interrupted(key) if goes_on else state.given_up())
         log.info("trial stopped code=%s model=%s version=%s", SyncStopped.code, self._name, key)
 
-    def _note_refusal(self, record: VersionRecord, error: EdgeAgentError) -> None:
-        """Writes down that a candidate failed, and why if that was its own doing."""
+    def _note_refusal(
+        self, record: VersionRecord, error: EdgeAgentError, *, says_nothing: bool = False
+    ) -> None:
+        """Writes down that a candidate failed, and why if that was its own doing.
+
+        Args:
+            says_nothing: of the candidate: the host lacked something, or the damaged files are fetched again.
+        """
         fault = Fault.of(error)
-        if verdicts.caused_by_host(error) or verdicts.caused_by_damage(error):
+        if says_nothing:
             self._states.fail(record, fault.code, lambda state: state.given_up())
         elif verdicts.caused_by_candidate(error):
             self._states.fail(record, fault.code, lambda state: state.refused(record.key, fault))

@@ -105,7 +105,10 @@ class Rollback:
 
     def on_idle_death(self) -> None:
         """The active version's runner ended while nobody used it. Once is nothing; one that ends again and again, as
-        where memory is short, is loaded with growing pauses."""
+        where memory is short, is loaded with growing pauses: without `preload` the next prompt loads it, and nothing
+        goes round."""
+        if self._seat.comes_back_as is Serving.IDLE:
+            return
         now_s = self._clock()
         if now_s - self._idle_death_s > verdicts.CRASH_WINDOW_S:
             self._idle_deaths.clear()
@@ -144,12 +147,14 @@ class Rollback:
         )
         return True
 
-    def set_damage_aside(self, record: VersionRecord) -> None:
-        """Moves damaged blobs away, so that the next sync fetches them, and nothing else. On a disk that does not let
-        go of them they stay."""
+    def set_damage_aside(self, record: VersionRecord) -> bool:
+        """Moves damaged blobs away, so that the next sync fetches them, and nothing else. False on a disk that does not
+        let go of them: they stay."""
         try:
             found = fsck.verify(self._store, [record])
             with self._store.lock():
                 fsck.set_aside(self._store, found.damaged)
         except EdgeAgentError as error:
             log.error("damage not set aside code=%s model=%s reason=%r", error.code, self._name, str(error))
+            return False
+        return True

@@ -173,7 +173,7 @@ class Seat:
         with self._changed:
             former, self.loaded = self.loaded, None
             if comes_back:
-                self.serving = self.comes_back_as
+                self.serving = Serving.LOADING
             return former
 
     def swap(self, version: LoadedVersion) -> LoadedVersion | None:
@@ -190,6 +190,8 @@ class Seat:
     def open(self) -> None:
         """Lets prompts in again."""
         with self._changed:
+            if self._drained and self.loaded is None and self.serving is Serving.LOADING:
+                self.serving = self.comes_back_as
             self._drained = False
             self._changed.notify_all()
 

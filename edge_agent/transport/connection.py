@@ -44,8 +44,9 @@ TURN_S = 1.0
 _CONNACK_S = 15.0
 SUBACK_S = 60.0
 """A broker that has not acknowledged the subscriptions by then has probably lost them, and would bring nothing."""
-PUBACK_S = 300.0
-"""A broker that has not acknowledged a message by then never will: each of them holds a place of its window."""
+PUBACK_S, LAST_PUBACK_S = 300.0, 3600.0
+"""A broker that has not acknowledged a message by then never will. Where such messages fill its window nothing is sent
+any more; where they do not, only their own places and answers wait for the next connection."""
 _TAKEN_OVER = 0x8E
 _NO_MESSAGES_FAULT = (0x00, 0x89, 0x8B, 0x8D, _TAKEN_OVER, 0x98, 0x9C, 0x9D, 0x9F, 0xA0)
 """Reasons of a DISCONNECT that no message can be the cause of: the broker is busy, stops, moves, heard nothing."""
@@ -156,7 +157,8 @@ class Connection:
             since_s = self.subscribing_s
             if since_s is not None and now_s - since_s > SUBACK_S:
                 self.ended = self.ended or "the broker does not acknowledge the subscriptions"
-            if self.unacked and now_s - min(self.unacked.values()) > PUBACK_S:
+            patience_s = LAST_PUBACK_S if len(self.unacked) < self.max_in_flight else PUBACK_S
+            if self.unacked and now_s - min(self.unacked.values()) > patience_s:
                 self.ended = self.ended or "the broker does not acknowledge what it is sent"
 
     def subscribe(self, topics: Iterable[str], *, retained: str) -> None:

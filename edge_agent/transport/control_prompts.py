@@ -213,16 +213,17 @@ class ControlPrompts:
             return not waiters
 
     def _stream(self, call: Call, waiter: _Waiter, row: int) -> None:
-        looked_s = time.monotonic()
+        looked_s, over = time.monotonic(), False
         while True:
             try:
                 delta = waiter.events.get(timeout=_LOOK_S)
             except queue.Empty:
+                if over:  # the last pieces of an answer come before it is noted: they were here
+                    return
                 call.check()
                 if time.monotonic() - looked_s > _LOST_S:
                     looked_s = time.monotonic()
-                    if self._is_over(row):
-                        return
+                    over = self._is_over(row)
                 continue
             if delta is _ANSWERED:
                 return

@@ -25,7 +25,7 @@ from edge_agent.chat.clock import Moment
 from edge_agent.chat.journal import Journal
 from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.topics import Topics
-from edge_agent.transport.connection import PUBACK_S, SUBACK_S, TURN_S, Connection
+from edge_agent.transport.connection import LAST_PUBACK_S, PUBACK_S, SUBACK_S, TURN_S, Connection
 from edge_agent.transport.inbound import Handler, Inbound
 from edge_agent.transport.mqtt import REST_S, MqttTransport
 from edge_agent.transport.paho_client import Client
@@ -267,8 +267,18 @@ def test_a_broker_that_does_not_answer_the_subscriptions_is_left(journal: Journa
     assert connection.ended == ("" if answered else "the broker does not acknowledge the subscriptions")
 
 
-@pytest.mark.parametrize("acked", [True, False])
-def test_a_broker_that_does_not_acknowledge_what_it_is_sent_is_left(journal: Journal, acked: bool) -> None:
+@pytest.mark.parametrize(
+    ("acked", "window", "waited_s", "left"),
+    [
+        (True, 1, PUBACK_S, False),
+        (False, 1, PUBACK_S, True),
+        (False, 16, PUBACK_S, False),
+        (False, 16, LAST_PUBACK_S, True),
+    ],
+)
+def test_a_broker_that_does_not_acknowledge_what_it_is_sent_is_left(
+    journal: Journal, acked: bool, window: int, waited_s: float, left: bool
+) -> None:
     """Each message keeps a place of the window of sixteen: nothing would be sent any more, and pings are answered."""
     client = SimpleNamespace(
         turn=lambda *_: True,
@@ -281,12 +291,13 @@ def test_a_broker_that_does_not_acknowledge_what_it_is_sent_is_left(journal: Jou
     connection.publish("edge/v1/dev/status", b"{}", qos=0)
     assert connection.unacked == {}, "nobody acknowledges that"
     assert connection.publish("edge/v1/dev/status", b"{}", qos=1) == 7
-    connection.unacked[7] -= PUBACK_S
+    connection.max_in_flight = window
+    connection.unacked[7] -= waited_s
     if acked:
         connection._on_publish(transport, 7, ReasonCode(PacketTypes.PUBACK))
     transport._turn(connection)
     transport.close()
-    assert connection.ended == ("" if acked else "the broker does not acknowledge what it is sent")
+    assert connection.ended == ("the broker does not acknowledge what it is sent" if left else "")
 
 
 def test_a_message_that_takes_longer_than_the_keepalive_ends_nothing() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+from edge_agent.cache import fsck
 from edge_agent.cache.marks import mark_of
 from edge_agent.cache.state import MAX_QUARANTINED, ModelState
+from edge_agent.cache.store import Store
 from edge_agent.errors import (
     ActivationHeld,
     CannotRun,
@@ -314,6 +316,26 @@ def test_a_damaged_candidate_is_fetched_again_however_often_it_was_tried(life: L
         assert isinstance(refusal(life, 2), VerificationError)
         assert not life.store.has_blob(weights), "so the next sync fetches it"
     assert life.quarantined == {}
+
+
+def test_a_damaged_candidate_that_stays_damaged_is_not_tried_for_ever(
+    life: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a bad inode: each try may stop the active version, and hashes everything."""
+
+    def refuse(store: Store, damaged: object) -> NoReturn:
+        raise StoreError("cannot set aside a blob: Structure needs cleaning")
+
+    monkeypatch.setattr(fsck, "set_aside", refuse)
+    life.serve(1)
+    life.commit(2)
+    damaged = life.store.folder(life.records[2]) / WEIGHTS
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    for _ in range(MAX_TRIES):
+        assert isinstance(refusal(life, 2), VerificationError)
+    assert isinstance(refusal(life, 2), GateFailed)
+    assert list(life.quarantined) == [2]
 
 
 def test_code_that_trust_no_longer_allows_starts_no_runner(life: Life) -> None:

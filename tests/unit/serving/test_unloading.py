@@ -71,6 +71,10 @@ def test_a_model_that_is_loaded_on_demand_rests_after_its_runner_died(
     assert life.ask() == 1
     life.lifecycle.reload()
     assert (life.lifecycle.serving, life.ask()) == (Serving.IDLE, 1)
+    for _ in range(9):  # nothing goes round: each prompt loads it at once
+        life.newest_runner(1).crash()
+        host.now_s += 300.0
+        assert life.ask() == 1
 
 
 def test_without_a_limit_nothing_is_idle(life: Life, host: ScriptedHost) -> None:
