@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,26 +125,22 @@ class WrapperModel(Model):
             self._wrapper.share("" if refusal else system)
         return refusal
 
-    def start(self, documents: Sequence[dict[str, Any]], owners: Sequence[str]) -> list[Lane]:
+    def start(self, document: dict[str, Any], owner: str) -> Lane | None:
         """See `Model.start`."""
         # The wrapper checks every field itself: MLflow's schema would only cost a prompt some milliseconds.
-        lanes: list[Lane] = []
-        # One by one: 0.1.0's wrapper makes a batch of several, which changes answers.
-        for document, owner in zip(documents, owners, strict=True):
-            try:
-                # It reads the prompt; the lane computes later.
-                with bounds.panics_caught(), bounds.computing():
-                    opened = self._open(document, owner)
-            except Exception as error:  # noqa: BLE001 - model code may raise anything; the others go on
-                lanes.append(Lane(_failing(error), lambda: None))
-                continue
-            if not opened:
-                break
-            lanes.append(Lane(_steps(opened[0]), opened[0].close))
-        return lanes
+        try:
+            # It reads the prompt; the lane computes later.
+            with bounds.panics_caught(), bounds.computing():
+                opened = self._open(document, owner)
+        except Exception as error:  # noqa: BLE001 - model code may raise anything; the others go on
+            return Lane(_failing(error), lambda: None)
+        return Lane(_steps(opened[0]), opened[0].close) if opened else None
 
     def _open(self, document: dict[str, Any], owner: str) -> list[Any]:
-        """The wrapper's lane for a document; none where memory is short."""
+        """The wrapper's lane for a document; none where memory is short.
+
+        One document each time: 0.1.0's wrapper makes a batch of several, which changes answers.
+        """
         if not self._knows_tools:
             refuse_tools(
                 document, "this package was published with a release that knows none: publish it again"

@@ -93,18 +93,18 @@ class Model(ABC):
         Closing the iterator stops the generation.
         """
 
-    def start(self, documents: Sequence[dict[str, Any]], owners: Sequence[str]) -> list[Lane]:
-        """Begins to answer documents, from the first on, as many as there is memory for now.
+    def start(self, document: dict[str, Any], owner: str) -> Lane | None:
+        """Begins to answer a document.
 
         Args:
-            owners: whose each document is. A model that keeps what it has run shows none of it to another owner, but
-                for what `warm_up` was given.
+            owner: whose it is. A model that keeps what it has run shows none of it to another owner, but for what
+                `warm_up` was given.
 
         Returns:
-            A lane for each, to be stepped by one thread and closed; where none is open, at least one.
+            Its lane, to be stepped by one thread and closed; None where memory is short now, and another lane is open.
         """
-        items = self.stream(documents[0])
-        return [Lane(([item] for item in items), items.close)]
+        items = self.stream(document)
+        return Lane(([item] for item in items), items.close)
 
     def stopped(self, timeout_s: float) -> bool:
         """True when nothing is computed any longer for prompts whose lanes are closed. Waits for it, up to

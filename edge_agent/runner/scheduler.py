@@ -3,7 +3,7 @@
 Owns the lanes (a prompt that the model answers, each with a generator of its own) and the prompts that wait for
 memory. Knows nothing of tokens. Why it is this policy: docs/adr/0006.
 
-    add → waits → model.start: lanes → step, step, … → Delta …, Called …, Done | Refused
+    add → waits → model.start: a lane → step, step, … → Delta …, Called …, Done | Refused
 
 - The first text of an answer goes at once. While nobody else has a turn, later text waits for `TEXT_INTERVAL_S`: each
   frame wakes the daemon on a processor that the model computes on, and a client gets no more chunks than that.
@@ -175,15 +175,15 @@ class Scheduler:
             self._announce([request.id])
             try:
                 with bounds.panics_caught():
-                    lanes = self._model.start([request.document], [request.owner])
+                    lane = self._model.start(request.document, request.owner)
             except Exception as error:  # noqa: BLE001 - model code may raise anything
                 self._refuse(request, refusal_of(error, [request.id]))
                 self._may_start = True
                 continue
-            if not lanes:
+            if lane is None:
                 self._waiting.appendleft(request)
                 break
-            started.append(_Running(lane=lanes[0], request=request))
+            started.append(_Running(lane=lane, request=request))
         self._lanes.extendleft(reversed(started))
 
     def _refuse_stopped(self, timeout_s: float) -> bool:

@@ -17,7 +17,7 @@ from edge_agent.errors import BadRequest, PromptError, PromptTooLong
 from edge_agent.host.confinement import Walls
 from edge_agent.runner import bounds, child, libraries, loader
 from edge_agent.runner.loader import WrapperModel
-from edge_agent.runner.model import TOO_LONG, End, Model
+from edge_agent.runner.model import TOO_LONG, End, Lane, Model
 from edge_agent.runner.protocol import (
     MAX_REPLY_BYTES,
     Checked,
@@ -289,6 +289,12 @@ class RefusingWrapper:
         """Nothing is open."""
 
 
+def started(model: WrapperModel, document: dict[str, Any], owner: str = "") -> Lane:
+    lane = model.start(document, owner)
+    assert lane is not None
+    return lane
+
+
 @pytest.mark.parametrize("way", ["stream", "start"])
 @pytest.mark.parametrize(
     ("code", "said", "kind", "message"),
@@ -311,7 +317,7 @@ def test_a_refusal_of_any_wrapper_comes_without_the_template(
     )
     document = {"messages": [{"role": "user", "content": "Hi"}]}
     with pytest.raises(kind) as caught:
-        next(model.stream(document) if way == "stream" else model.start([document], [""])[0])
+        next(model.stream(document) if way == "stream" else started(model, document))
     assert caught.value.message == message
 
 
@@ -360,7 +366,7 @@ RESULT = {"role": "tool", "tool_call_id": "c1", "content": "done"}
 def test_a_wrapper_that_knows_no_tools_is_never_asked_for_them(document: dict[str, Any], where: str) -> None:
     wrapper = BoundWrapper()
     model = WrapperModel(wrapper, flavor="scripted", signature="chat", golden=None)
-    for start in (lambda: next(model.start([document], [""])[0]), lambda: next(model.stream(document))):
+    for start in (lambda: next(started(model, document)), lambda: next(model.stream(document))):
         with pytest.raises(BadRequest) as caught:
             start()
         assert caught.value.message == (
@@ -374,7 +380,9 @@ def test_a_prompt_that_cannot_be_read_leaves_those_beside_it_alone() -> None:
     wrapper = BoundWrapper()
     model = WrapperModel(wrapper, flavor="scripted", signature="chat", golden=None)
     plain = {"messages": [SAYS]}
-    before, odd, behind = model.start([plain, {**plain, "tools": [{}]}, plain], ["a", "a", "a"])
+    before, odd, behind = (
+        started(model, document, "a") for document in (plain, {**plain, "tools": [{}]}, plain)
+    )
     with pytest.raises(BadRequest, match="tools: "):
         next(odd)
     for lane in (before, behind):

@@ -38,11 +38,12 @@ class Script(Model):
     def stream(self, document: dict[str, Any]) -> Any:
         raise NotImplementedError
 
-    def start(self, documents: Sequence[dict[str, Any]], owners: Sequence[str]) -> list[Lane]:
-        taken = list(documents[: self.memory - self.open])
-        self.open += len(taken)
-        self.starts.append([document["text"] for document in taken])
-        return [self._lane(document) for document in taken]
+    def start(self, document: dict[str, Any], owner: str) -> Lane | None:
+        if self.open >= self.memory:
+            return None
+        self.open += 1
+        self.starts.append([document["text"]])
+        return self._lane(document)
 
     def stopped(self, timeout_s: float) -> bool:
         return not self.still_computes
@@ -121,9 +122,9 @@ def test_who_comes_with_a_prompt_that_ends_the_process_is_no_suspect() -> None:
     suspects: dict[str, list[str]] = {}
     start = model.start
 
-    def watched(documents: Sequence[dict[str, Any]], owners: Sequence[str]) -> list[Lane]:
-        suspects.update((document["text"], bench.turns[-1]) for document in documents)
-        return start(documents, owners)
+    def watched(document: dict[str, Any], owner: str) -> Lane | None:
+        suspects[document["text"]] = bench.turns[-1]
+        return start(document, owner)
 
     model.start = watched  # type: ignore[method-assign]
     bench.add("a", "b", "c")
@@ -355,7 +356,7 @@ def test_a_start_that_fails_costs_the_prompts_in_it_and_no_others(
     bench = Bench(model)
     start = model.start
 
-    def failing(documents: Any, owners: Any) -> Any:
+    def failing(document: Any, owner: Any) -> Any:
         monkeypatch.setattr(model, "start", start)
         raise error("int too large")
 
