@@ -195,12 +195,11 @@ class Adoption:
         except EdgeAgentError as error:
             if self._seat.closed:
                 raise AgentStopping from error
+            self._seat.open()
             if self._states.active is None:
-                self._seat.open()
                 self._note_no_active(Serving.ABSENT, f"version {record.version} failed: {error}")
             elif verdicts.caused_by_host(error):
                 self._note_unmet(record, error, attainable_bytes)
-            self._seat.open()
             is_fetched = verdicts.caused_by_damage(error) and self._rollback.set_damage_aside(record)
             self._note_refusal(record, error, says_nothing=is_fetched or verdicts.caused_by_host(error))
             raise

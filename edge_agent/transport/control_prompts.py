@@ -25,7 +25,8 @@ from edge_agent.chat import clock, messages
 from edge_agent.chat.fairness import HTTP, LOCAL
 from edge_agent.chat.intake import Intake, make_id
 from edge_agent.chat.journal import Journal
-from edge_agent.chat.prompt import Acceptance, Prompt, Source, State
+from edge_agent.chat.prompt import Acceptance, Prompt, Source
+from edge_agent.chat.rows import FINISHED
 from edge_agent.chat.surfaces import Surface
 from edge_agent.errors import BadRequest, Cancelled, IdReused, JournalUnavailable, ModelFailed
 from edge_agent.transport.control import Call, ClientGone
@@ -242,7 +243,7 @@ class ControlPrompts:
         """Whether nobody will say that it is answered: its row is gone, or was answered in the journal alone."""
         with contextlib.suppress(JournalUnavailable):
             prompt = self._journal.prompt(row)
-            return prompt is None or prompt.state not in (State.QUEUED, State.RUNNING)
+            return prompt is None or prompt.state in FINISHED
         return False
 
     def _tell(self, row: int, event: _Event) -> bool:

@@ -6,10 +6,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+from edge_agent.cache import fsck
+from edge_agent.cache.store import Store
+from edge_agent.errors import StoreError
+from tests.support.packages import WEIGHTS
 from tests.support.scripted_runner import Life, ScriptedHost
 
 NewLife = Callable[..., Life]
@@ -48,3 +52,19 @@ def new_life(tmp_path: Path, host: ScriptedHost) -> Iterator[NewLife]:
 @pytest.fixture
 def life(new_life: NewLife) -> Life:
     return new_life()
+
+
+@pytest.fixture
+def stuck_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No blob can be set aside: as with a bad inode, which cannot be renamed either."""
+
+    def refuse(store: Store, damaged: object) -> NoReturn:
+        raise StoreError("cannot set aside a blob: Structure needs cleaning")
+
+    monkeypatch.setattr(fsck, "set_aside", refuse)
+
+
+def damage(life: Life, version: int) -> None:
+    weights = life.store.folder(life.records[version]) / WEIGHTS
+    weights.chmod(0o644)
+    weights.write_bytes(b"x" * weights.stat().st_size)

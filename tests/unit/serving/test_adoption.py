@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
-from edge_agent.cache import fsck
 from edge_agent.cache.marks import mark_of
 from edge_agent.cache.state import MAX_QUARANTINED, ModelState
-from edge_agent.cache.store import Store
 from edge_agent.errors import (
     ActivationHeld,
     CannotRun,
@@ -32,7 +30,7 @@ from tests.support.committed import fault
 from tests.support.packages import WEIGHTS
 from tests.support.processes import wait_until
 from tests.support.scripted_runner import RESIDENT_BYTES, InBackground, Life, Script, ScriptedHost
-from tests.unit.serving.conftest import NewLife
+from tests.unit.serving.conftest import NewLife, damage
 
 ROOM_FOR_ONE = RESIDENT_BYTES * 3 // 2
 
@@ -294,9 +292,7 @@ def test_an_operator_may_try_a_candidate_once_more_than_allowed(life: Life) -> N
 def test_a_damaged_candidate_is_not_loaded_and_not_quarantined(life: Life) -> None:
     life.serve(1)
     life.commit(2)
-    weights = life.store.folder(life.records[2]) / WEIGHTS
-    weights.chmod(0o644)
-    weights.write_bytes(b"x" * weights.stat().st_size)
+    damage(life, 2)
     assert isinstance(refusal(life, 2), VerificationError)
     assert "load 2" not in life.host.events
     assert (life.active, life.quarantined, life.host.running()) == (1, {}, [1])
@@ -308,9 +304,7 @@ def test_a_damaged_candidate_is_fetched_again_however_often_it_was_tried(life: L
     if served:
         life.serve(1)
     life.commit(2)
-    damaged = life.store.folder(life.records[2]) / WEIGHTS
-    damaged.chmod(0o644)
-    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    damage(life, 2)
     weights = next(file for file in life.records[2].files if file.path == WEIGHTS)
     for _ in range(MAX_TRIES + 2):
         assert isinstance(refusal(life, 2), VerificationError)
@@ -318,20 +312,12 @@ def test_a_damaged_candidate_is_fetched_again_however_often_it_was_tried(life: L
     assert life.quarantined == {}
 
 
-def test_a_damaged_candidate_that_stays_damaged_is_not_tried_for_ever(
-    life: Life, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a bad inode: each try may stop the active version, and hashes everything."""
-
-    def refuse(store: Store, damaged: object) -> NoReturn:
-        raise StoreError("cannot set aside a blob: Structure needs cleaning")
-
-    monkeypatch.setattr(fsck, "set_aside", refuse)
+@pytest.mark.usefixtures("stuck_damage")
+def test_a_damaged_candidate_that_stays_damaged_is_not_tried_for_ever(life: Life) -> None:
+    """Each try may stop the active version, and hashes everything."""
     life.serve(1)
     life.commit(2)
-    damaged = life.store.folder(life.records[2]) / WEIGHTS
-    damaged.chmod(0o644)
-    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    damage(life, 2)
     for _ in range(MAX_TRIES):
         assert isinstance(refusal(life, 2), VerificationError)
     assert isinstance(refusal(life, 2), GateFailed)

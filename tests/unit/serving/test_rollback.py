@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import pytest
 
-from edge_agent.cache import fsck
-from edge_agent.cache.store import Store
-from edge_agent.errors import CannotRun, LoadFailed, MemoryShort, StoreError
+from edge_agent.errors import CannotRun, LoadFailed, MemoryShort
 from edge_agent.package import trust
 from edge_agent.package.trust import TrustDecision
 from edge_agent.serving.seat import Serving
 from edge_agent.serving.verdicts import CRASH_WINDOW_S, GateFailed
 from tests.support.packages import WEIGHTS
 from tests.support.scripted_runner import Life, Script, ScriptedHost
-from tests.unit.serving.conftest import NewLife
+from tests.unit.serving.conftest import NewLife, damage
 
 
 def boot(life: Life, *, failing: int, script: Script) -> None:
@@ -23,12 +19,6 @@ def boot(life: Life, *, failing: int, script: Script) -> None:
     life.host.script(failing, script)
     life.restart()
     life.host.events.clear()
-
-
-def damage(life: Life, version: int) -> None:
-    weights = life.store.folder(life.records[version]) / WEIGHTS
-    weights.chmod(0o644)
-    weights.write_bytes(b"x" * weights.stat().st_size)
 
 
 BAD_GRAPH = Script(load_error=LoadFailed("bad graph"))
@@ -328,15 +318,10 @@ def test_a_runner_that_dies_again_and_again_while_nobody_uses_it_is_replaced_wit
     assert (life.lifecycle.serving, life.quarantined) == (Serving.LOADING, {})
 
 
+@pytest.mark.usefixtures("stuck_damage")
 def test_two_versions_whose_damage_stays_take_no_turns_without_a_pause(
-    life: Life, host: ScriptedHost, monkeypatch: pytest.MonkeyPatch
+    life: Life, host: ScriptedHost
 ) -> None:
-    """As with a bad inode, which cannot be renamed either."""
-
-    def refuse(store: Store, damaged: object) -> NoReturn:
-        raise StoreError("cannot set aside a blob: Structure needs cleaning")
-
-    monkeypatch.setattr(fsck, "set_aside", refuse)
     life.serve(1, 2)
     life.restart()
     damage(life, 1)
@@ -350,13 +335,8 @@ def test_two_versions_whose_damage_stays_take_no_turns_without_a_pause(
     assert (life.lifecycle.serving, life.quarantined) == (Serving.FAILED, {})
 
 
-def test_damage_that_cannot_be_set_aside_gives_way_all_the_same(
-    life: Life, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(store: Store, damaged: object) -> NoReturn:
-        raise StoreError("cannot set aside a blob: Structure needs cleaning")
-
-    monkeypatch.setattr(fsck, "set_aside", refuse)
+@pytest.mark.usefixtures("stuck_damage")
+def test_damage_that_cannot_be_set_aside_gives_way_all_the_same(life: Life) -> None:
     life.serve(1, 2)
     life.restart()
     damage(life, 2)
