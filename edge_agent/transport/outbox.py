@@ -183,20 +183,11 @@ class Outbox:
             if self._fits(connection, topic, self._retained[topic]):
                 mid = connection.publish(topic, self._retained[topic], qos=1, retain=True)
                 connection.in_flight[mid] = Sent()
-        while self._refusals and connection.may_publish and self._is_tried(connection):
-            refusal = self._refusals.popleft()
-            if self._suspicion.of(refusal.topic) >= REFUSALS_LOST:
-                self._counters["refusals_dropped"] += 1
-                if refusal.refused_mid is not None:
-                    connection.ack(refusal.refused_mid)
-            elif self._fits(connection, refusal.topic, refusal.answer.payload):
-                self._send_refusal(connection, refusal)
-            elif refusal.refused_mid is not None:
-                connection.ack(refusal.refused_mid)
+        self._send_refusals(connection)
         while self._chunks and connection.writable:
             answer_topic, correlation, payload = self._chunks.popleft()
             topic = self._topics.stream(answer_topic)
-            if not self._suspicion.of(answer_topic) and self._fits(connection, topic, payload):
+            if not self._suspicion.has(answer_topic) and self._fits(connection, topic, payload):
                 connection.publish(topic, payload, qos=0, form=Form.JSON, correlation=correlation)
                 connection.chunked[answer_topic] = self._now().boot_s
         if self._metrics is not None and connection.writable:
@@ -230,8 +221,8 @@ class Outbox:
         dropped = self._refusals[at]
         del self._refusals[at]
         self._counters["refusals_dropped"] += 1
-        if dropped.refused_mid is not None and connection is not None:
-            connection.ack(dropped.refused_mid)
+        if connection is not None:
+            _ack_refused(connection, dropped)
 
     def _fits(self, connection: Connection, topic: str, payload: bytes) -> bool:
         """False for what the broker would end the connection over. It is left out, and counted."""
@@ -240,11 +231,29 @@ class Outbox:
         self._counters["too_large_dropped"] += 1
         return False
 
+    def _send_refusals(self, connection: Connection) -> None:
+        """In the order in which they came, but for those that may end the connection: they go alone."""
+        for _ in range(len(self._refusals)):  # others may add to it meanwhile
+            if not (connection.may_publish and self._is_tried(connection)):
+                return
+            refusal = self._refusals.popleft()
+            if self._suspicion.caused(refusal.topic) >= REFUSALS_LOST:
+                self._counters["refusals_dropped"] += 1
+                _ack_refused(connection, refusal)
+            elif not self._fits(connection, refusal.topic, refusal.answer.payload):
+                _ack_refused(connection, refusal)
+            elif self._suspicion.has(refusal.topic) and not self._may_try_suspect(connection):
+                self._refusals.append(refusal)
+            else:
+                self._send_refusal(connection, refusal)
+
     def _send_refusal(self, connection: Connection, refusal: Refusal) -> None:
         mid = _publish(
             connection, refusal.topic, refusal.answer, form=refusal.form, correlation=refusal.correlation
         )
-        connection.in_flight[mid] = Sent(topic=refusal.topic, at_s=self._now().boot_s)
+        connection.in_flight[mid] = Sent(
+            topic=refusal.topic, from_behind=self._suspicion.has(refusal.topic), at_s=self._now().boot_s
+        )
         if refusal.refused_mid is not None:
             connection.ack_after[mid] = refusal.refused_mid
 
@@ -273,7 +282,7 @@ class Outbox:
             outgoing = self._journal.deliveries.unsent(self._new.popleft())
             if outgoing is None or outgoing.row in _rows_in_flight(connection):
                 continue
-            if self._suspicion.of(outgoing.topic):
+            if self._suspicion.has(outgoing.topic):
                 self._journal.deliveries.suspect([outgoing.topic], moment=self._now())
                 continue
             self._send_row(connection, outgoing)
@@ -297,7 +306,7 @@ class Outbox:
     def _send_postponed(self, connection: Connection, now_s: float) -> None:
         """Answers that were refused or unheard, or may have ended a connection. The latter go alone."""
         active = self._suspicion.active
-        if active and (connection.answers() or not self._suspicion.may_try(now_s)):
+        if active and not self._may_try_suspect(connection):
             return
         due = self._journal.deliveries.due(
             Source.MQTT,
@@ -320,6 +329,10 @@ class Outbox:
         if any(now_s - sent.at_s < _PATIENCE_S for sent in connection.answers()):
             return False
         return self._is_tried(connection)
+
+    def _may_try_suspect(self, connection: Connection) -> bool:
+        """True if what may end the connection can go now, alone."""
+        return not connection.answers() and self._suspicion.may_try(self._now().boot_s)
 
     def _is_tried(self, connection: Connection) -> bool:
         """False while an end of this connection would tell nothing of an answer."""
@@ -350,6 +363,12 @@ class Outbox:
             connection, outgoing.topic, answer, form=outgoing.form, correlation=outgoing.correlation
         )
         connection.in_flight[mid] = sent
+
+
+def _ack_refused(connection: Connection, refusal: Refusal) -> None:
+    """Lets go of the message of a refusal that does not go: the broker would give it again for ever."""
+    if refusal.refused_mid is not None:
+        connection.ack(refusal.refused_mid)
 
 
 def _publish(

@@ -11,8 +11,8 @@ until something for that topic gets its PUBACK.
 - What is suspected goes behind everything else, alone, and after each end that it causes there is a longer wait before
   the next suspect: thousands of them cost the others a reconnection now and then.
 
-A broker that was merely away costs nobody anything: an end counts against an answer only if the answer was alone under
-way on a connection that had worked, and several of them have to come together.
+A broker or a line that was merely away costs nobody anything: an end counts against an answer or a refusal only if it
+was alone under way on a connection that had worked, and several of them have to come together.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ TRUST_AFTER, TRUST_S = 16, 600.0
 and the last such end was so many seconds ago."""
 MAX_TOPICS = 1024
 FIRST_WAIT_S, LAST_WAIT_S = 2.0, 60.0
-REFUSALS_LOST = 2
-"""A refusal whose topic was under way at this many ends is not sent: its message would come again for ever."""
+REFUSALS_LOST = 5
+"""A refusal whose topic was alone under way at this many ends is not sent: its message would come again for ever. An
+answer has as many tries."""
 
 
 class Suspicion:
@@ -46,8 +47,12 @@ class Suspicion:
         self._wait_s = 0.0
         self._next_s = 0.0
 
-    def of(self, topic: str) -> int:
-        """At how many ends something for this topic was under way, since the last PUBACK for it."""
+    def has(self, topic: str) -> bool:
+        """True if something for this topic was under way at an end, since the last PUBACK for it."""
+        return topic in self._ends
+
+    def caused(self, topic: str) -> int:
+        """How many ends since that PUBACK had nothing but this topic under way."""
         return self._ends.get(topic, 0)
 
     def may_try(self, now_s: float) -> bool:
@@ -63,7 +68,7 @@ class Suspicion:
         """The broker has ended the connection with messages for these topics under way.
 
         Args:
-            lone: the topic of the only answer among them; empty if there was none, or several.
+            lone: the topic of the only answer or refusal among them; empty if there was none, or several.
 
         Returns:
             Those of them that are suspected. If that is `lone` alone, it was the cause.
@@ -72,11 +77,12 @@ class Suspicion:
         if not suspected:
             return suspected
         self.careful, self._taken, self._ended_s = True, 0, now_s
+        is_cause = suspected == {lone}
         for topic in suspected:
-            self._ends[topic] = self._ends.pop(topic, 0) + 1
+            self._ends[topic] = self._ends.pop(topic, 0) + is_cause
             self._known.pop(topic, None)
         _bound(self._ends)
-        if suspected == {lone}:  # else the next connections find out which it was
+        if is_cause:  # else the next connections find out which it was
             self._wait_s = min(LAST_WAIT_S, max(FIRST_WAIT_S, self._wait_s * 2))
             self._next_s = now_s + self._wait_s
         return suspected

@@ -209,16 +209,53 @@ def test_a_refusal_that_ends_connections_is_not_sent_for_ever(room: Room) -> Non
     """Its message is not acked, so it comes again with each connection."""
     room.rule = forbids(HANGS_UP)  # type: ignore[assignment]
     room.turn()
-    for _ in range(REFUSALS_LOST):
+    begun_s = room.now_s
+    while not room.client.acked:
+        assert room.now_s < begun_s + LONG_S
+        ends = room.ends
         room.refuse("replies/bad/1", 7)
-        room.turn()
-        room.turn()
+        while room.ends == ends and not room.client.acked:
+            room.turn(1.0)
+    assert room.client.acked == [7]
     assert room.ends == REFUSALS_LOST
+    assert room.log == ["replies/bad/1"] * REFUSALS_LOST
+    assert room.counters["refusals_dropped"] == 1
+
+
+def test_a_refusal_reaches_its_client_though_the_line_broke_beneath_it_again_and_again(room: Room) -> None:
+    """With other answers under way, before the broker had acked anything, and now and then alone."""
+    for number in range(20):
+        room.rule = lambda topic: SAYS_NOTHING if "good" in topic else TAKES
+        room.turn(60.0)
+        if number % 2:
+            room.answer("replies/good/2")
+        room.refuse("replies/good/1", 7)
+        room.turn()
+        room.hang_up()
+        if number % REFUSALS_LOST:
+            continue
+        room.rule = lambda topic: TAKES
+        room.refuse("replies/good/1", 7)
+        room.pass_by(LAST_WAIT_S + 10)
+        assert room.client.acked == [7]
+    assert room.counters["refusals_dropped"] == 0
+
+
+def test_refusals_that_may_end_the_connection_go_alone_and_hold_up_no_other(room: Room) -> None:
+    room.rule = forbids(HANGS_UP)  # type: ignore[assignment]
+    room.turn()
     room.refuse("replies/bad/1", 7)
     room.turn()
-    assert room.ends == REFUSALS_LOST
-    assert room.client.acked == [7]
-    assert room.counters["refusals_dropped"] == 1
+    assert room.ends == 1
+    room.refuse("replies/bad/1", 7)
+    room.refuse("replies/bad/1", 8)
+    room.refuse("replies/good/1", 9)
+    room.turn()
+    room.turn()
+    assert room.client.acked == [9]
+    room.rule = lambda topic: TAKES
+    room.pass_by(5)
+    assert room.client.acked == [9, 7, 8]
 
 
 def test_chunks_that_end_connections_are_left_out(room: Room) -> None:
