@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from edge_agent import named_file
-from edge_agent.errors import SettingsError
+from edge_agent.errors import SettingsError, settings_error
 
 SERVICE_CREDENTIALS = Path("/run/credentials/edge-agent.service")
 CREDENTIAL_STORE = Path("/etc/credstore")
@@ -84,7 +84,7 @@ def read_credential(path: Path) -> str:
     try:
         return named_file.read(path, _MAX_CREDENTIAL_BYTES).decode("utf-8").rstrip("\r\n")
     except OSError as error:
-        raise SettingsError(f"credential {path} cannot be read: {error.strerror}") from error
+        raise settings_error(f"credential {path} cannot be read: {error.strerror}", error) from error
     except UnicodeDecodeError:  # its message quotes a byte of the secret
         raise SettingsError(f"credential {path} is not UTF-8") from None
 

@@ -51,7 +51,7 @@ _DISK_REMEDIES = {
 
 
 def disk_remedy(error: OSError) -> str:
-    """What to do about a refusal of the file system under `state_dir`; empty if nothing is known."""
+    """What to do about a refusal of the file system, under `state_dir` as a rule; empty if nothing is known."""
     return _DISK_REMEDIES.get(error.errno or 0, "")
 
 
@@ -92,6 +92,34 @@ class SettingsError(EdgeAgentError):
     """A setting is missing, unknown or out of range. The message names the key."""
 
     code = "settings_invalid"
+
+
+class SettingsUnreadable(SettingsError):
+    """A file of the settings cannot be read at the moment, though nothing says that it will stay so. A service that
+    ends over it is started again."""
+
+    code = "settings_unreadable"
+
+
+_PASSES = frozenset(
+    (
+        errno.EIO,
+        errno.ENFILE,
+        errno.EMFILE,
+        errno.ENOMEM,
+        errno.EINTR,
+        errno.EAGAIN,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+    )
+)
+
+
+def settings_error(message: str, error: OSError, *, remedy: str = "") -> SettingsError:
+    """The error of a file that the settings are in, or name: wrong settings, or a host that fails for the moment."""
+    if error.errno in _PASSES:
+        return SettingsUnreadable(message, remedy=disk_remedy(error))
+    return SettingsError(message, remedy=remedy)
 
 
 # --- Prompts: the table of the MQTT contract -----------------------------------------------------------

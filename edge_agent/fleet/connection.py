@@ -22,7 +22,7 @@ from pathlib import Path
 from paho.mqtt.client import topic_matches_sub
 
 from edge_agent.documents import page
-from edge_agent.errors import BrokerRefused, BrokerUnreachable, SettingsError
+from edge_agent.errors import BrokerRefused, BrokerUnreachable, SettingsError, settings_error
 from edge_agent.fleet.broker import LIMIT_S, QUIET_S, FleetBroker, Message, Outgoing, Watch
 from edge_agent.fleet.devices import MAX_DEVICES
 from edge_agent.fleet.fields import MAX_DOCUMENT_BYTES
@@ -318,7 +318,7 @@ def _common_name(file: str) -> str:
         with Path(file).open("rb") as opened:
             certificate = x509.load_pem_x509_certificate(opened.read(_MAX_CERTIFICATE_BYTES))
     except OSError as error:
-        raise SettingsError(f"mqtt.cert_file: {file} cannot be read: {error.strerror}") from error
+        raise settings_error(f"mqtt.cert_file: {file} cannot be read: {error.strerror}", error) from error
     except ValueError as error:
         raise SettingsError(f"mqtt.cert_file: {file} has no certificate in PEM") from error
     names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)

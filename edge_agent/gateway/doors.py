@@ -16,7 +16,7 @@ from pathlib import Path
 
 from edge_agent import environment
 from edge_agent.documents import page
-from edge_agent.errors import SettingsError
+from edge_agent.errors import SettingsError, settings_error
 from edge_agent.gateway.refusals import CannotListen
 from edge_agent.settings import Settings
 from edge_agent.settings.http import Address, HttpSettings
@@ -141,7 +141,7 @@ def _tls(http: HttpSettings) -> ssl.SSLContext | None:
         context.load_cert_chain(http.cert_file, http.key_file, password=lambda: "")
     except OSError as error:
         reason = environment.unreadable(http.cert_file, http.key_file) or error
-        raise SettingsError(f"http.cert_file, http.key_file: cannot be loaded: {reason}") from error
+        raise settings_error(f"http.cert_file, http.key_file: cannot be loaded: {reason}", error) from error
     return context
 
 

@@ -26,7 +26,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 from edge_agent import named_file
-from edge_agent.errors import PolicyError, SettingsError, VerificationError
+from edge_agent.errors import PolicyError, SettingsError, VerificationError, settings_error
 from edge_agent.package import genai_files, mlmodel, requirements, transformers_options
 from edge_agent.package.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from edge_agent.package.mlmodel import CODE_LOADER, TRANSFORMERS_LOADER, MLmodel
@@ -301,7 +301,7 @@ def _fingerprint(key: str) -> str:
     try:
         return hashlib.sha256(named_file.read(Path(key), _MAX_KEY_BYTES)).hexdigest()
     except OSError as error:
-        raise SettingsError(f"trust.public_keys: {key} cannot be read: {error.strerror}") from error
+        raise settings_error(f"trust.public_keys: {key} cannot be read: {error.strerror}", error) from error
 
 
 def is_shipped(path: Path) -> bool:

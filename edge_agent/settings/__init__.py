@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from edge_agent import environment, named_file
 from edge_agent.documents import page
-from edge_agent.errors import SettingsError
+from edge_agent.errors import SettingsError, settings_error
 from edge_agent.package.reference import MODEL_NAME
 from edge_agent.settings.cache import CacheSettings
 from edge_agent.settings.home_assistant import HomeAssistantSettings
@@ -233,8 +233,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(named_file.read(path, _MAX_CONFIG_BYTES).decode("utf-8"))
     except OSError as error:
         denied = isinstance(error, PermissionError)
-        raise SettingsError(
+        raise settings_error(
             f"settings file {path} cannot be read: {error.strerror}",
+            error,
             remedy="use sudo, or let this user read it" if denied else "",
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edge_agent import environment
-from edge_agent.errors import SettingsError
+from edge_agent.errors import settings_error
 
 
 class RegistryFiles(Protocol):
@@ -62,7 +62,7 @@ class TlsFiles:
                 context.load_cert_chain(self.cert_file, self.key_file, password=lambda: "")
         except OSError as error:
             reason = environment.unreadable(*files) or error
-            raise SettingsError(f"{key}: cannot be loaded: {reason}") from error
+            raise settings_error(f"{key}: cannot be loaded: {reason}", error) from error
 
     def for_stores(self, public: str) -> ssl.SSLContext | None:
         """What vouches for places that the registry leads to: its own authorities and the public ones.

@@ -6,7 +6,7 @@ import ssl
 from pathlib import Path
 
 from edge_agent import environment
-from edge_agent.errors import SettingsError
+from edge_agent.errors import SettingsError, settings_error
 from edge_agent.settings.mqtt import MqttSettings
 
 
@@ -56,5 +56,5 @@ def tls_context(settings: MqttSettings) -> ssl.SSLContext | None:
             context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: "")
     except OSError as error:
         reason = environment.unreadable(*files) or error
-        raise SettingsError(f"{key}: cannot be loaded: {reason}") from error
+        raise settings_error(f"{key}: cannot be loaded: {reason}", error) from error
     return context

@@ -51,6 +51,8 @@ ROUND_TOKENS = 256  # a kept generator takes memory in such steps, so that the n
 COMMON_TOKENS = 16  # a shorter beginning of a chat is not worth another owner's generator
 KV_ELEMENT_BYTES = 4  # the model builder's int4 models for the CPU keep keys and values in float32
 DEFAULT_MAX_TOKENS = 256
+PIECE_CHARACTERS = 4096  # the tokenizer's time grows with the square of a word's length
+PIECE_EXTRA_TOKENS = 16  # a text has at most so many fewer than its pieces, for each of them
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 MAX_RESPONSE_FORMAT_CHARACTERS = 32_768
 MAX_ITEMS = 10_000  # minItems and maxItems of a schema together: its grammar has a rule for each item
@@ -578,7 +580,9 @@ class _Engine:
             session_options = {"intra_op_num_threads": int(options.threads)}
             config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
         self._tokenizer = og.Tokenizer(config)
-        self.prompts = _Prompts(self._tokenizer, files)
+        context_tokens = int(described["context_length"])
+        self.context_tokens = min(context_tokens, options.context_tokens or context_tokens)
+        self.prompts = _Prompts(self._tokenizer, files, context_tokens=self.context_tokens)
         # genai_config.json may name another end than the tokenizer, and the model was trained on the tokenizer's.
         configured = _ids(described.get("eos_token_id"))
         self.eos = files.end_ids | configured | _ids(self._tokenizer.eos_token_ids)
@@ -588,8 +592,6 @@ class _Engine:
             config.overlay(json.dumps({"model": {"eos_token_id": end}}))
         self._model = og.Model(config)
         self._vocabulary = int(described["vocab_size"])
-        context_tokens = int(described["context_length"])
-        self.context_tokens = min(context_tokens, options.context_tokens or context_tokens)
         kv_tokens = options.kv_bytes // _kv_token_bytes(described["decoder"])
         self.sessions = _Sessions(max(self.context_tokens, kv_tokens))
         self.answering: set[_Lane] = set()
@@ -841,12 +843,16 @@ class _Prompts:
     messages do not contain) is put behind the first character of each one; then the parts between markers are encoded
     separately, so that no part contains a whole special token. The model reads the characters as they were sent, and
     the template reads everything else as it was sent. A raw prompt is encoded unchanged.
+
+    Args:
+        context_tokens: a longer text is refused before it is encoded as a whole, which could take minutes.
     """
 
     MARKERS: ClassVar = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # noncharacters of Unicode: they mean nothing
 
-    def __init__(self, tokenizer: Any, files: TokenizerFiles) -> None:
+    def __init__(self, tokenizer: Any, files: TokenizerFiles, *, context_tokens: int = 1 << 20) -> None:
         self._tokenizer = tokenizer
+        self._context_tokens = context_tokens
         self._prefix = files.prefix
         self._template = _as_hugging_face_reads(files.template)
         frames = self._frames()
@@ -865,7 +871,7 @@ class _Prompts:
         """[tokens] ids of the messages in the model's own chat template, ready for the assistant's turn.
 
         Raises:
-            RequestError: the template refuses them.
+            RequestError: the template refuses them, or they are too long.
         """
         functions = tools.functions if tools else ()
         marker = self._marker(messages, functions)
@@ -873,6 +879,7 @@ class _Prompts:
         shown = [self._inert(function, marker) for function in functions]
         own = self.calls.own
         rendered = self._render(safe, shown) if own else self._render(self.calls.as_text(safe, shown))
+        self._check_length(rendered.replace(marker, ""))
         first, *others = rendered.split(marker)
         tokens = self._encode(first)
         for part in others:
@@ -883,7 +890,11 @@ class _Prompts:
         """[tokens] ids of a prompt that contains its own control tokens.
 
         It begins with what Hugging Face's tokenizer puts there, once: a prompt that brings it gets no second one.
+
+        Raises:
+            RequestError: it is empty, or too long.
         """
+        self._check_length(prompt)
         tokens = self._not_empty(self._encode(prompt), "prompt")
         return tokens if tokens[: len(self._prefix)] == self._prefix else self._prefix + tokens
 
@@ -992,6 +1003,23 @@ class _Prompts:
             missing = "Empty chat template" in str(error)
             raise RequestError("bad_request", NO_TEMPLATE if missing else TEMPLATE_REFUSES) from None
         return str(text)
+
+    def _check_length(self, text: str) -> None:
+        """
+        Raises:
+            RequestError: the text certainly has more tokens than the context, going by its pieces.
+        """
+        if len(text) <= PIECE_CHARACTERS:
+            return
+        least_tokens = 0
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            tokens = len(self._encode(text[start : start + PIECE_CHARACTERS]))
+            least_tokens += max(0, tokens - PIECE_EXTRA_TOKENS)
+            if least_tokens > self._context_tokens:
+                raise RequestError(
+                    "prompt_too_long",
+                    f"{least_tokens} or more of the prompt are more than the context of {self._context_tokens} tokens",
+                )
 
     def _continuation(self, part: str) -> list[int]:
         """Ids of a text that continues another one: some tokenizers put a space before the first word of a text."""

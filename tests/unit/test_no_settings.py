@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import socket
+import ssl
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from edge_agent import settings
+from edge_agent import environment, named_file, settings
 from edge_agent.cli import main
 from edge_agent.errors import EdgeAgentError, SettingsError
+from edge_agent.package import trust
 from edge_agent.settings import SYSTEM_CONTROL_SOCKET
+from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.transport import control
+from edge_agent.transport.credentials import tls_context
 from tests.support.processes import clean_environment
 
 
@@ -178,3 +184,48 @@ def test_a_socket_that_may_not_be_looked_at_is_asked_and_says_so(
     with pytest.raises(EdgeAgentError, match="permission denied on control socket"):
         list(control.call(settings.find_control_socket(loaded), "status"))
     assert connected == [str(system)] or connected == [str(loaded.control_socket)]
+
+
+# --- A host that fails for the moment -------------------------------------------------------------------
+
+
+def by_authority(file: Path) -> None:
+    tls_context(MqttSettings(ca_file=str(file)))
+
+
+def by_key(file: Path) -> None:
+    trust._fingerprint(str(file))
+
+
+FAILING = [(errno.EIO, 1), (errno.ENFILE, 1), (errno.EACCES, 78), (errno.ENOENT, 78)]
+
+
+@pytest.mark.parametrize(("number", "exit_code"), FAILING)
+def test_a_service_whose_settings_cannot_be_read_for_the_moment_is_started_again(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch, number: int, exit_code: int
+) -> None:
+    """systemd starts nothing again that ended with 78, and a disk or a table of files recovers."""
+    nowhere.parent.mkdir()
+    nowhere.touch()
+
+    def failing(path: Path, limit_bytes: int) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(named_file, "read", failing)
+    result = invoke("run")
+    assert (result.exit_code, os.strerror(number) in result.stderr) == (exit_code, True)
+
+
+@pytest.mark.parametrize(("number", "exit_code"), FAILING)
+@pytest.mark.parametrize("read", [by_authority, by_key, environment.read_credential])
+def test_so_is_one_with_such_a_file_that_its_settings_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, exit_code: int, read: Callable[[Path], Any]
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    for owner, name in ((named_file, "read"), (ssl, "create_default_context"), (Path, "open")):
+        monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(SettingsError) as caught:
+        read(tmp_path / "file")
+    assert (caught.value.code == "settings_invalid") == (exit_code == 78)

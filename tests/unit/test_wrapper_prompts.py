@@ -12,6 +12,7 @@ import pytest
 
 from edge_agent.wrapper.genai_pyfunc import (
     NO_TEMPLATE,
+    PIECE_CHARACTERS,
     TEMPLATE_REFUSES,
     RequestError,
     TokenizerFiles,
@@ -336,3 +337,40 @@ def test_a_template_of_any_form_is_read_in_one_pass(template: str) -> None:
     read = _as_hugging_face_reads(template)
     assert read is not None
     assert len(read) < 100 * len(template)
+
+
+# --- Length -----------------------------------------------------------------------------------------------
+
+
+class SlowTokenizer(ReadableTokenizer):
+    """Its time grows with the square of a text's length.
+
+    Attributes:
+        encoded: the length of each text that was encoded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[int] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.encoded.append(len(text))
+        return super().encode(text)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_what_is_too_long_is_refused_before_it_is_encoded_as_a_whole(tmp_path: Path, raw: bool) -> None:
+    tokenizer = SlowTokenizer()
+    prompts = _Prompts(tokenizer, files_in(tmp_path), context_tokens=10_000)
+    tokenizer.encoded.clear()
+    with pytest.raises(RequestError, match="more than the context of 10000 tokens") as caught:
+        prompts.raw("a" * 100_000) if raw else encoded(prompts, "a" * 100_000)
+    assert caught.value.code == "prompt_too_long"
+    assert tokenizer.encoded == [PIECE_CHARACTERS] * 3
+
+
+def test_what_may_fit_is_encoded_as_a_whole(tmp_path: Path) -> None:
+    prompts = _Prompts(ReadableTokenizer(first_space=True), files_in(tmp_path), context_tokens=10_000)
+    assert len(prompts.raw("a" * 9_999)) == 10_000
+    content = "<|end|>" * 1_400
+    assert encoded(prompts, content) == f" {content}[<|end|>]", "no marker counts"
