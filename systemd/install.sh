@@ -4,7 +4,7 @@
 #
 # Each version is a virtual environment in /opt/edge-agent/VERSION. It is created and tested before one rename
 # switches the link /opt/edge-agent/current to it. If something fails before that, the running version stays as it
-# is; if the service does not start afterwards, the old version is restored.
+# is; if the service does not start afterwards, the old version is restored, by the next boot if the power goes meanwhile.
 #
 # Root may be in anybody's folder: nothing is run, imported or read from there but what the command line names. With -p,
 # bash takes no code from the environment either.
@@ -22,11 +22,14 @@ usage() {
 usage: ./install.sh [install] [--from DIR] [--verify-key FILE] [--no-start] [--root DIR]
        ./install.sh use VERSION [--no-start]
        ./install.sh list
+       ./install.sh settle
        ./install.sh uninstall [--purge]
 
   install       install the version in this bundle, newer or older than the current one, and start it (as root)
   use VERSION   switch to another installed version; the current one and the previous one are kept
   list          list the installed versions
+  settle        end a switch that was cut: wait for the version that nobody has seen start, or restore the one before it.
+                The unit edge-agent-settle does this at boot
   uninstall     remove program, units and links; models, prompts and settings stay
   --purge       remove these and the user edge-agent, too
   --from DIR    install the bundle in DIR instead of the one beside this script
@@ -56,7 +59,7 @@ die() {
 main() {
     local command=install purge=no start=yes root='' wanted='' from='' key=''
     case ${1:-} in
-        install | list | uninstall) command=$1 && shift ;;
+        install | list | settle | uninstall) command=$1 && shift ;;
         use)
             command=use wanted=${2:-}
             [[ $wanted =~ ^[0-9][A-Za-z0-9.+-]*$ ]] || die "use needs a version; see ./install.sh list"
@@ -108,6 +111,7 @@ main() {
     case $command in
         install) install_bundle ;;
         use) use_version "$wanted" ;;
+        settle) settle ;;
         uninstall) uninstall ;;
     esac
 }
@@ -115,7 +119,7 @@ main() {
 # What is where below the root.
 set_places() {
     base=$root/opt/edge-agent
-    units=(edge-agent.service edge-agent-http.socket edge-agent-http.service)
+    units=(edge-agent.service edge-agent-http.socket edge-agent-http.service edge-agent-settle.service)
 }
 
 # One script at a time changes what is installed.
@@ -369,17 +373,20 @@ write_settings() {
 
 # --- The switch -------------------------------------------------------------------------------------------
 
-# switch_to FOLDER: makes a complete version the current one. If the service does not start with it, the old version
-# is restored.
+# switch_to FOLDER: makes a complete version the current one. If the service does not start with it, the version that
+# last did is restored.
 switch_to() {
-    local target=$1 old='' disabled=no http
+    local target=$1 old='' proven disabled=no http
     # Who has switched must see whether it starts: a line that drops meanwhile ends nothing, and Ctrl-C ends the wait.
     trap '' HUP PIPE
     trap 'say "interrupted"' INT TERM
-    http=$(unit_files is-enabled edge-agent-http.socket 2>/dev/null || true)
+    http=$(http_interface)
     if [[ -L $base/current ]]; then old=$(readlink -- "$base/current"); fi
+    proven=$(last_proven)
+    proven=${proven:-$old}
     say_what_stops "$target"
     if operator_disabled; then disabled=yes; fi
+    begin_trial
     point_to "${target##*/}"
     write_units "$target"
     if [[ $disabled == no ]]; then
@@ -390,7 +397,10 @@ switch_to() {
     else
         say "the service is disabled, and stays so"
     fi
-    if [[ -n $root ]]; then return; fi
+    if [[ -n $root ]]; then
+        rm -f -- "$base/.trial"
+        return
+    fi
     if [[ ! -L /usr/bin/edge-agent ]]; then # the Debian package's
         mkdir -p /usr/local/bin
         ln -sfn -- "$base/current/bin/edge-agent" /usr/local/bin/edge-agent
@@ -401,25 +411,85 @@ switch_to() {
         return
     fi
     say "starting the service"
-    if systemctl restart edge-agent.service; then
+    end_trial restart
+}
+
+# last_proven: prints the version that was last seen to start, if the current one was not yet.
+last_proven() {
+    if [[ -s $base/.trial ]]; then cat -- "$base/.trial"; fi
+}
+
+# begin_trial: from here on, a power cut leaves the mark, and the unit that ends the trial at boot. They come before the
+# switch.
+begin_trial() {
+    local unit=edge-agent-settle.service
+    if [[ -z $proven ]]; then return; fi
+    if [[ -f $target/share/edge-agent/$unit ]]; then
+        mkdir -p -- "$root/etc/systemd/system"
+        put "$target/share/edge-agent/$unit" "$root/etc/systemd/system/$unit"
+        unit_files --quiet enable "$unit"
+    fi
+    printf '%s\n' "$proven" >"$base/.trial"
+    [[ -n $root ]] || sync
+}
+
+# end_trial start|restart: of the version $target; $proven is restored if it does not start, and $http with it.
+end_trial() {
+    if systemctl "$1" edge-agent.service; then
+        rm -f -- "$base/.trial"
         systemctl --quiet try-restart edge-agent-http.service 2>/dev/null || true # it may be at work, with the old version
         return
     fi
+    [[ $(systemctl is-system-running 2>/dev/null || true) != stopping ]] ||
+        die "the system goes down: the next boot tells whether version ${target##*/} starts"
     show_trouble
-    if [[ -z $old || $old == "${target##*/}" || ! -s $base/$old/.complete ]]; then
+    if [[ -z $proven || $proven == "${target##*/}" || ! -s $base/$proven/.complete ]]; then
+        rm -f -- "$base/.trial"
         die "the service does not start, see above; correct this, then: systemctl restart edge-agent"
     fi
-    say "restoring version $old"
-    point_to "$old"
-    write_units "$base/$old"
+    say "restoring version $proven"
+    point_to "$proven"
+    write_units "$base/$proven"
+    rm -f -- "$base/.trial"
     # The version that did not start may be one that knows no such unit, and was rid of it.
     [[ $http != enabled ]] || systemctl --quiet enable --now edge-agent-http.socket || true
     if systemctl restart edge-agent.service; then
-        die "version ${target##*/} did not start, see above; version $old is running again"
+        die "version ${target##*/} did not start, see above; version $proven is running again"
     fi
     show_trouble
-    die "neither version ${target##*/} nor version $old, which is current again, starts: see above" \
+    die "neither version ${target##*/} nor version $proven, which is current again, starts: see above" \
         "correct this, then: systemctl restart edge-agent"
+}
+
+# settle: ends the trial of the current version. One whose service an operator has disabled goes on being on trial.
+settle() {
+    local target proven old='' http
+    systemd_runs || die "no systemd runs here"
+    proven=$(last_proven)
+    if [[ -z $proven ]]; then
+        say "no version is on trial"
+        return
+    fi
+    target=$base/$(readlink -- "$base/current")
+    write_units "$target" # the switch, or the way back, may have been cut just before that
+    if [[ $target == "$base/$proven" ]]; then
+        rm -f -- "$base/.trial"
+        say "version $proven is the current one still, or again"
+        return
+    fi
+    if operator_disabled; then
+        say "the service is disabled, and stays so: version ${target##*/} is still on trial"
+        return
+    fi
+    http=$(http_interface)
+    say "waiting for version ${target##*/}, which nobody has seen start yet"
+    end_trial start
+    say "version ${target##*/} has started"
+}
+
+# http_interface: prints whether the OpenAI interface is enabled, in systemd's words.
+http_interface() {
+    unit_files is-enabled edge-agent-http.socket 2>/dev/null || true
 }
 
 # Whether the service is disabled, and not because its first installation, or an uninstallation, was cut half way: from
@@ -476,8 +546,10 @@ write_units() {
 }
 
 remove_unit() {
+    local now=--now
+    if [[ $1 == edge-agent-settle.service ]]; then now=''; fi # it may be what runs this
     if systemd_runs; then
-        systemctl --quiet disable --now "$1" 2>/dev/null || true
+        systemctl --quiet disable $now "$1" 2>/dev/null || true
     else
         unit_files --quiet disable "$1" 2>/dev/null || true
     fi
@@ -503,15 +575,17 @@ list() {
     done
 }
 
-# Keeps the current, the previous and the running version; with --no-start the running one may be a third.
+# Keeps the current, the previous and the running version, and the one that last started; with --no-start they may be four.
 remove_old_versions() {
-    local folder name current previous='' running
+    local folder name current previous='' running proven
     current=$(readlink -- "$base/current")
     if [[ -f $base/.previous ]]; then previous=$(<"$base/.previous"); fi
     running=$(running_version)
+    proven=$(last_proven)
     for folder in "$base"/*/; do
         name=$(basename -- "$folder")
-        if [[ -L ${folder%/} || $name == "$current" || $name == "$previous" || $name == "$running" ]]; then continue; fi
+        if [[ -L ${folder%/} ]]; then continue; fi
+        case $name in "$current" | "$previous" | "$running" | "$proven") continue ;; esac
         [[ -f $folder/pyvenv.cfg ]] || continue
         say "removing $name"
         rm -f -- "$folder/.complete" # first: a half-removed folder must not count as a version

@@ -74,9 +74,13 @@ class Container:
 
     def reboot(self) -> None:
         """An orderly reboot. systemd-nspawn ends and asks for it, as it would ask a service manager."""
+        self.run("systemctl", "--no-block", "reboot", check=False)  # its bus may be gone before it answers
+        self.wait_reboot()
+
+    def wait_reboot(self) -> None:
+        """Boots again what something inside has ended, in order or as a power cut does."""
         if self._process is None:
             raise BootTestError("the container was not booted")
-        self.run("systemctl", "--no-block", "reboot", check=False)  # its bus may be gone before it answers
         status = self._process.wait(_BOOT_TIMEOUT_S)
         if status != _REBOOT_STATUS:
             raise BootTestError(f"systemd-nspawn ended with {status}:\n{self.console_tail()}")

@@ -341,6 +341,7 @@ class Device:
             "etc/systemd/system/edge-agent.service",
             "etc/systemd/system/edge-agent-http.service",
             "etc/systemd/system/edge-agent-http.socket",
+            "etc/systemd/system/edge-agent-settle.service",
         )
         left = [place for place in places if (self._in.root / place).exists()]
         user = self._in.run("id", "edge-agent", check=False).returncode == 0

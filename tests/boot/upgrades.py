@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.boot.agent import CURRENT, Agent, expect
-from tests.boot.container import Container
+from tests.boot.container import Container, wait_until
 
 _HANGS_UP = """
 import os, pty, sys
@@ -22,6 +22,17 @@ while b"starting the service" not in said:
 os.close(terminal)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
+
+_POWER_GOES = """
+import os, subprocess, sys
+script = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, bufsize=0)
+said = b""
+while b"starting the service" not in said:
+    said += os.read(script.stdout.fileno(), 4096)
+os.execvp("systemctl", ["systemctl", "--force", "--force", "reboot"])
+"""
+_SLOW_START = r"[Service]\nExecStartPre=/bin/sleep 120\n"
+"""Until the power goes: what is in /run goes with it."""
 
 
 class Upgrades:
@@ -46,7 +57,9 @@ class Upgrades:
             ("upgrade while prompts run", self.upgrade),
             ("upgrade that does not start", self.broken_upgrade),
             ("the same, and the line drops", self.dropped_upgrade),
+            ("the same, and the power goes", self.cut_upgrade),
             ("going back", self.go_back),
+            ("going forth, and the power goes", self.cut_start),
         ]
 
     def changed_bundles(self) -> str:
@@ -101,6 +114,48 @@ class Upgrades:
         self._agent.wait_ready()
         self._agent.probe()
         return f"{before} → {self._agent.current()}, answers again"
+
+    def cut_upgrade(self) -> str:
+        """Nobody is there any more who would go back, but the unit that the next boot starts."""
+        before = self._agent.current()
+        self._start_slowly()
+        self._agent.install(self._broken, fails=True, through=("python3", "-c", _POWER_GOES))
+        expect(self._trial() == before, f"on trial after {self._trial()!r}")
+        self._in.wait_reboot()
+        wait_until(lambda: self._trial() == "", 180, "the end of the trial")
+        expect(self._agent.current() == before, f"current is {self._agent.current()}")
+        said = self._in.run("journalctl", "--boot", "--unit=edge-agent-settle", "--output=cat").stdout
+        expect(f"version {before} is running again" in said, said)
+        self._agent.wait_ready()
+        self._agent.probe()
+        self._in.run("systemctl", "reset-failed", "edge-agent-settle")
+        return f"{before} is current again; answers"
+
+    def cut_start(self) -> str:
+        """The version was as good as the one before it: it stays."""
+        before, wanted = self._agent.current(), version_of(self._newer)
+        self._start_slowly()
+        use = (f"{CURRENT}/install.sh", "use", wanted)
+        self._in.run("python3", "-c", _POWER_GOES, *use, check=False)
+        expect(self._trial() == before, f"on trial after {self._trial()!r}")
+        self._in.wait_reboot()
+        wait_until(lambda: self._trial() == "", 180, "the end of the trial")
+        expect(self._agent.current() == wanted, f"current is {self._agent.current()}")
+        self._agent.wait_ready()
+        self._agent.probe()
+        self._in.run(f"{CURRENT}/install.sh", "use", before)
+        self._agent.wait_ready()
+        return f"{wanted} is current, and has started; {before} again"
+
+    def _start_slowly(self) -> None:
+        folder = "/run/systemd/system/edge-agent.service.d"
+        self._in.run("sh", "-c", f"mkdir -p {folder} && printf '{_SLOW_START}' >{folder}/slow.conf")
+        self._in.run("systemctl", "daemon-reload")
+
+    def _trial(self) -> str:
+        """The version to go back to; empty if none is on trial."""
+        mark = self._in.root / "opt/edge-agent/.trial"
+        return mark.read_text().strip() if mark.exists() else ""
 
 
 def version_of(bundle: Path) -> str:

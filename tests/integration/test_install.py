@@ -24,7 +24,12 @@ sys.path.insert(0, str(ROOT / ".ci"))
 
 import bundle  # noqa: E402
 
-UNITS = {"edge-agent.service", "edge-agent-http.socket", "edge-agent-http.service"}
+UNITS = {
+    "edge-agent.service",
+    "edge-agent-http.socket",
+    "edge-agent-http.service",
+    "edge-agent-settle.service",
+}
 
 
 @pytest.fixture
@@ -308,9 +313,20 @@ def test_an_install_that_is_cut_at_any_step_leaves_a_whole_version_and_goes_on_t
         assert unit.read_text() in units
         assert set(listed(host)) <= {"1.0.0", "1.1.0"}
         assert ("1.1.0" in listed(host)) == (pattern != "*share/edge-agent/*")
+        assert host.on_trial() == ("" if program == "install" and "share" in pattern else "1.0.0")
+        if host.on_trial():
+            assert host.enabled("edge-agent-settle.service") == "enabled", "the next boot goes on here"
     assert host.install(second) == "edge-agent, version 1.1.0"
     assert unit.read_text() == units[1]
-    assert host.versions() == ["1.0.0", "1.1.0"]
+    assert (host.versions(), host.on_trial()) == (["1.0.0", "1.1.0"], "")
+
+
+def test_what_never_started_does_not_become_what_is_gone_back_to(host: Host) -> None:
+    host.install(host.bundle("1.0.0"))
+    for version in ("1.1.0", "1.2.0"):
+        cut_install(host, host.bundle(version), "systemctl", r"*\ enable\ edge-agent.service*")
+        assert (host.version(), host.on_trial()) == (f"edge-agent, version {version}", "1.0.0")
+    assert host.versions() == ["1.0.0", "1.1.0", "1.2.0"]
 
 
 def test_only_an_operator_disables_the_service_for_good_and_no_cut_does(host: Host) -> None:

@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parents[2] / "systemd"
 UNIT = FOLDER / "edge-agent.service"
 HTTP = FOLDER / "edge-agent-http.service"
 SOCKET = FOLDER / "edge-agent-http.socket"
+SETTLE = FOLDER / "edge-agent-settle.service"
 
 _EXPOSURE_LIMIT = 1.3
 
@@ -38,11 +39,16 @@ def systemd_analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
 
-@pytest.mark.parametrize("unit", [UNIT, HTTP, SOCKET], ids=lambda unit: unit.name)
+@pytest.mark.parametrize("unit", [UNIT, HTTP, SOCKET, SETTLE], ids=lambda unit: unit.name)
 def test_systemd_accepts_every_line(tmp_path: Path, unit: Path) -> None:
-    program = service()["ExecStart"].split()[0]
-    for path in (UNIT, HTTP, SOCKET):  # verify wants the program to be there, and the units that one names
-        (tmp_path / path.name).write_text(path.read_text().replace(program, sys.executable))
+    for path in (
+        UNIT,
+        HTTP,
+        SOCKET,
+        SETTLE,
+    ):  # verify wants the program to be there, and the units that one names
+        program = re.compile(r"^ExecStart=\S+", re.M)
+        (tmp_path / path.name).write_text(program.sub(f"ExecStart={sys.executable}", path.read_text()))
     result = systemd_analyze("verify", tmp_path / unit.name)
     complaints = [line for line in result.stderr.splitlines() if unit.name in line]
     assert (result.returncode, complaints) == (0, []), result.stderr

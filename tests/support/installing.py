@@ -99,7 +99,7 @@ class Host:
             [os.path.relpath(script, cwd) if cwd else str(script), *arguments],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             check=False,
             env=clean_environment({"PATH": self.path, **(variables or {})}),
             user=user,
@@ -143,12 +143,17 @@ class Host:
     def units(self) -> set[str]:
         return {path.name for path in (self.root / "etc/systemd/system").iterdir() if path.is_file()}
 
-    def enabled(self) -> str:
-        return self.systemctl("is-enabled")
+    def on_trial(self) -> str:
+        """The version that a switch which was cut goes back to; empty if none was."""
+        mark = self.base / ".trial"
+        return mark.read_text().strip() if mark.exists() else ""
 
-    def systemctl(self, command: str) -> str:
-        """What the real one says of the service, or does with its links, below the root."""
-        words = ["systemctl", f"--root={self.root}", command, "edge-agent.service"]
+    def enabled(self, unit: str = "edge-agent.service") -> str:
+        return self.systemctl("is-enabled", unit)
+
+    def systemctl(self, command: str, unit: str = "edge-agent.service") -> str:
+        """What the real one says of a unit, or does with its links, below the root."""
+        words = ["systemctl", f"--root={self.root}", command, unit]
         return subprocess.run(
             words,
             capture_output=True,
