@@ -95,13 +95,16 @@ class ConsoleConnection:
         with self._reading(filters) as reader:
             began_s = reader.heard_s = time.monotonic()
 
-            def left_s() -> float:
-                now_s = time.monotonic()
-                return min(reader.heard_s + quiet_s, began_s + limit_s) - now_s
-
             connection = self._need()
-            while left_s() > 0:
-                connection.until(lambda: left_s() <= 0, left_s())
+
+            def is_over() -> bool:
+                """What lies unread has come, however long this process could not look."""
+                now_s = time.monotonic()
+                is_quiet = now_s >= reader.heard_s + quiet_s and not connection.has_unread
+                return is_quiet or now_s >= began_s + limit_s
+
+            while not is_over():
+                connection.until(is_over, limit_s)
                 if connection.ended:
                     raise self._lost(connection)
             return {topic: message.body for topic, message in reader.waiting.items()}

@@ -120,6 +120,11 @@ class CommandConnection:
         """Publishes with QoS 1. Gives the mid by which `published` will have the answer."""
         return self._client.publish(topic, body, qos=1, retain=retain).mid
 
+    @property
+    def has_unread(self) -> bool:
+        """Something has come that `until` has not read yet."""
+        return self._client.has_unread
+
     def until(self, done: Callable[[], bool], limit_s: float = STEP_TIMEOUT_S) -> bool:
         """Reads and writes until `done`, the end of the connection, or the time limit. True if it is done."""
         deadline_s = time.monotonic() + limit_s

@@ -78,7 +78,7 @@ class Client(paho.Client):
         sock = self.socket()
         if sock is None:
             return False
-        pending = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
+        pending = _is_pending(sock)
         reading = [sock] if wake is None else [sock, wake]
         writing = [sock] if self.want_write() else []
         try:
@@ -94,6 +94,15 @@ class Client(paho.Client):
             self.loop_write()
         self.loop_misc()
         return True
+
+    @property
+    def has_unread(self) -> bool:
+        """Bytes, or the end of the connection, are there to be read."""
+        sock = self.socket()
+        try:
+            return sock is not None and (_is_pending(sock) or bool(select.select([sock], [], [], 0)[0]))
+        except (OSError, ValueError):
+            return False
 
     @property
     def reading(self) -> bool:
@@ -159,3 +168,8 @@ def guarded(callback: Callable[..., None]) -> Callable[..., None]:
             log.exception("mqtt callback failed code=internal")
 
     return call
+
+
+def _is_pending(sock: object) -> bool:
+    """TLS has bytes that no select tells of."""
+    return isinstance(sock, ssl.SSLSocket) and sock.pending() > 0

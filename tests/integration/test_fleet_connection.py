@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.errors import BrokerRefused, BrokerUnreachable
-from edge_agent.fleet.broker import FleetBroker, Outgoing
+from edge_agent.fleet.broker import FleetBroker, Message, Outgoing, Watch
 from edge_agent.fleet.connection import connected
 from edge_agent.settings.mqtt import MqttSettings
 from tests.support.certificates import Authority
@@ -49,6 +49,16 @@ def settings(broker: Broker, protocol: str = "auto") -> MqttSettings:
     return MqttSettings.model_validate({"host": broker.host, "port": broker.port, "protocol": protocol})
 
 
+def next_of(watch: Watch, topic: str, seen: list[str] | None = None) -> Message:
+    """The next message of a topic; those of others, which a broker may bring late, go into `seen`."""
+    while message := watch.next(60):
+        if message.topic == topic:
+            return message
+        if seen is not None:
+            seen.append(message.topic)
+    raise AssertionError(f"nothing came for {topic}")
+
+
 def test_what_is_retained_is_collected_by_wildcard_and_by_name(own: Broker, protocol: str) -> None:
     with connected(settings(own, protocol)) as console:
         assert console.collect(FILTERS, quiet_s=0.2) == {**device("a"), **device("b")}
@@ -59,7 +69,7 @@ def test_what_is_retained_is_collected_by_wildcard_and_by_name(own: Broker, prot
 
 def test_a_collection_ends_though_it_never_gets_quiet(own: Broker) -> None:
     with connected(settings(own)) as console:
-        assert len(console.collect(FILTERS, quiet_s=3_600, limit_s=0.5)) == 4
+        assert len(console.collect(FILTERS, quiet_s=3_600, limit_s=3)) == 4
 
 
 def test_what_is_published_has_arrived(own: Broker, protocol: str) -> None:
@@ -80,20 +90,18 @@ def test_a_watch_has_each_topics_newest_message(own: Broker) -> None:
         for number in range(50):
             client.publish(TOPICS.of("a").status, f"{number}")
         client.publish(TOPICS.of("b").status, "last")
-        wait_until(
-            lambda: (each := watch.next(0.1)) is not None and each.body == b"last", 30, "the last message"
-        )
+        console.publish("t/behind", b"x")  # its PUBACK comes behind all of these, and is waited for
+        newest = [watch.next(0), watch.next(0)]
+        assert [each.body for each in newest if each] == [b"49", b"last"]
         assert watch.next(0) is None, "older ones of a are gone"
 
 
 def test_a_watch_and_a_collection_share_a_filter(own: Broker) -> None:
     with connected(settings(own)) as console, client_of(own) as client, console.watch(FILTERS) as watch:
         console.collect(FILTERS, quiet_s=0.2)
-        while watch.next(0.2):
-            pass
         client.publish(TOPICS.of("c").status, "now")
-        message = watch.next(30)
-        assert message is not None and (message.body, message.retained) == (b"now", False)
+        message = next_of(watch, TOPICS.of("c").status)
+        assert (message.body, message.retained) == (b"now", False)
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
@@ -119,12 +127,11 @@ def test_a_watch_outlives_the_broker(tmp_path: Path, protocol: str) -> None:
 
 def test_a_message_that_paho_cannot_read_ends_no_console(own: Broker) -> None:
     with connected(settings(own)) as console, client_of(own) as client, console.watch(FILTERS) as watch:
-        while watch.next(0.2):
-            pass
-        client.publish(TOPICS.of("a").status, "odd", UserProperty=("\N{ZERO WIDTH NO-BREAK SPACE}", "x"))
-        client.publish(TOPICS.of("b").status, "even")
-        message = watch.next(30)
-        assert message is not None and message.body == b"even"
+        client.publish(TOPICS.of("c").status, "odd", UserProperty=("\N{ZERO WIDTH NO-BREAK SPACE}", "x"))
+        client.publish(TOPICS.of("d").status, "even")
+        seen: list[str] = []
+        assert next_of(watch, TOPICS.of("d").status, seen).body == b"even"
+        assert TOPICS.of("c").status not in seen
 
 
 def test_a_broker_that_is_not_there_is_named() -> None:
@@ -212,13 +219,13 @@ def test_a_short_command_beside_a_watch_of_the_same_identity_harms_neither(
     documented: tuple[Broker, Authority], protocol: str
 ) -> None:
     """This broker ends the watch's connection for the command's."""
-    topic = TOPICS.rollout("beside")
+    topic, body = TOPICS.rollout(f"beside-{protocol[0]}"), protocol.encode()
     with connected(identity(documented, "console", protocol)) as watching, watching.watch([topic]) as watch:
         with connected(identity(documented, "console", protocol)) as short:
-            short.publish(topic, b"said", retain=True)
-            assert short.collect([topic], quiet_s=0.2) == {topic: b"said"}
+            short.publish(topic, body, retain=True)
+            assert short.collect([topic], quiet_s=0.2) == {topic: body}
         message = watch.next(60)
-        assert message is not None and message.body == b"said"
+        assert message is not None and message.body == body
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
