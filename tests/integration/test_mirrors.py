@@ -87,7 +87,7 @@ def test_the_confined_process_reads_a_stick(site: Site, tmp_path: Path) -> None:
     site.fill(tmp_path / "a stick" / "blobs")
     job = site.device.job(uri=site.line.uri)
     url = f"{(tmp_path / 'a stick' / 'blobs').as_uri()}/"
-    result = process.run_sync(replace(job, cache=replace(job.cache, mirrors=(url,))), timeout_s=60)
+    result = process.run_sync(replace(job, cache=replace(job.cache, mirrors=(url,))), timeout_s=300)
     assert (site.line.body_bytes, result.bytes_mirrored) == (0, result.bytes_fetched)
 
 
@@ -158,7 +158,8 @@ def test_a_mirror_without_ranges_costs_no_byte_that_is_here(site: Site, mirror: 
 def test_a_bad_mirror_costs_the_registry_one_version(
     site: Site, mirror: BlobServer, manners: Manners, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "WINDOW_S", 0.5)
+    if manners.pause_s:  # else an answer that is late by as much is a fault of its own
+        monkeypatch.setattr(places, "WINDOW_S", 0.5)
     if manners.flips >= 0:  # of this file only, for the others are shorter
         for blob in (mirror.folder / "sha256").iterdir():
             if blob.name != SHA256:

@@ -255,7 +255,7 @@ def test_a_store_that_stalls_is_left_in_time(
         store.server.closing.wait(30)
 
     store.server.answers["/object"] = stall
-    package = package_of(client_of(registry, timeout_s=1), tmp_path)
+    package = package_of(client_of(registry, timeout_s=5), tmp_path)
     with (
         package.open("weights") as stream,
         pytest.raises(TransportError, match=r"artifact store .* broke off"),

@@ -165,7 +165,7 @@ def test_a_registry_that_is_not_there_is_an_error_within_seconds(sample_model: P
     started_s = time.monotonic()
     with pytest.raises(PublishError, match="check that the server is running"):
         publish(package, registry_uri=f"http://127.0.0.1:{free_port()}", name="lost", alias="prod")
-    assert time.monotonic() - started_s < 30
+    assert time.monotonic() - started_s < 120
 
 
 def test_an_upload_that_fails_leaves_the_alias_where_it_was(sample_model: Path, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_wrong_address_is_an_error_before_anything_is_read(
             registry_uri=uri.format(nobody=free_port(), somebody=mlflow_server.port),
         )
     assert said in str(caught.value)
-    assert time.monotonic() - started_s < 30
+    assert time.monotonic() - started_s < 120
 
 
 @pytest.mark.usefixtures("no_build")

@@ -146,7 +146,7 @@ def test_the_sync_process_and_doctor_get_the_files(
         ref="models:/phi@prod",
     )
     with pytest.raises(UnknownReference):
-        run_sync(job, timeout_s=60)
+        run_sync(job, timeout_s=300)
     registry.version("phi", source="mlflow-artifacts:/x")
     found = {
         finding.check: finding for finding in registry_check.check(settings_of(registry, files, tmp_path))

@@ -64,7 +64,7 @@ def ends(runner: RunnerProcess, count: int) -> dict[str, Done | Refused]:
             found[frame.id] = frame
         return len(found) == count
 
-    wait_until(more, 60, f"{count} ends")
+    wait_until(more, 300, f"{count} ends")
     return found
 
 
@@ -92,8 +92,8 @@ def test_prompts_that_need_more_memory_than_there_is_wait_and_are_all_answered(
     runner: RunnerProcess,
 ) -> None:
     for name in ("a", "b"):  # each one needs nearly all of one context's keys and values
-        runner.start(name, document(max_tokens=1500, temperature=1.0, seed=1), timeout_s=60)
-    runner.start("c", document(), timeout_s=60)
+        runner.start(name, document(max_tokens=1500, temperature=1.0, seed=1), timeout_s=300)
+    runner.start("c", document(), timeout_s=300)
     runner.start("late", long(), timeout_s=0.001)  # shorter than any answer that has the memory
     found = ends(runner, 4)
     assert {name: type(frame) for name, frame in found.items()} == {
@@ -128,15 +128,17 @@ def test_a_loaded_runner_takes_no_more_huge_pages(runner: RunnerProcess) -> None
 
 
 def test_a_runner_that_waits_for_its_reader_stops_in_order(
-    runner: RunnerProcess, caplog: pytest.LogCaptureFixture
+    runner: RunnerProcess, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(process, "STOP_GRACE_S", 120.0)
     for number in range(4):
         runner.start(f"p{number}", long(), timeout_s=60)
     child, used_s = psutil.Process(runner.pid), [-1.0]
 
     def stands_still() -> bool:
+        """For two dozen looks: one alone may find it between two turns on the CPU."""
         used_s.append(child.cpu_times().user)
-        return child.status() == psutil.STATUS_SLEEPING and used_s[-1] == used_s[-2] > 0
+        return child.status() == psutil.STATUS_SLEEPING and len(set(used_s[-24:])) == 1
 
     wait_until(stands_still, 60, "the runner to wait for its reader")
     runner.stop()

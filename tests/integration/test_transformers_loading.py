@@ -32,9 +32,9 @@ sys.addaudithook(hook)
 from pathlib import Path
 from edge_agent.runner import bounds, loader, prompts
 bounds.limit_memory(4 << 30)
-prompts.TEMPLATE_TIMEOUT_S = 1.0
 results = {}
 for folder in map(Path, sys.argv[1:]):
+    prompts.TEMPLATE_TIMEOUT_S = 1.0 if folder.name == "a-template-without-end" else 60.0
     try:
         with bounds.panics_caught():
             model = loader.load(folder, context_tokens=64, max_tokens=8, threads=1)

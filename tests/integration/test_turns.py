@@ -123,21 +123,34 @@ def polling(device: Device) -> Iterator[Device]:
     ended()
 
 
-def test_an_update_and_a_verify_that_found_damage_never_wait_for_each_other(device: Device) -> None:
+def test_an_update_and_a_verify_that_found_damage_never_wait_for_each_other(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device.registry.close()  # what verify cannot fetch again, the import brings
     (weights,) = (file for file in device.record.files if file.path == WEIGHTS)
     device.store.blob(weights.sha256).unlink()
-    verify: list[Callable[[], Any]] = []
+    has_looked, import_has_turn = threading.Event(), threading.Event()
+    repair = device.updates.repair
+
+    def repair_later(*arguments: Any, **options: Any) -> Any:
+        """Verify knows of the damage, and asks for its turn when the import has it."""
+        has_looked.set()
+        assert import_has_turn.wait(_LIMIT_S)
+        return repair(*arguments, **options)
+
+    monkeypatch.setattr(device.updates, "repair", repair_later)
+    verify = device.in_background(lambda: device.do("verify"))
+    assert has_looked.wait(_LIMIT_S)
 
     def amid(event: Mapping[str, Any]) -> None:
         """The import has its turn, and goes on when verify waits for it, whatever verify has taken already."""
-        if not verify:
-            verify.append(device.in_background(lambda: device.do("verify")))
+        if not import_has_turn.is_set():
+            import_has_turn.set()
             wait_until(lambda: device.events or device.lifecycle.serving is Serving.LOADING, _LIMIT_S)
 
     imported = device.in_background(lambda: device.do("import", amid))
     assert imported()["state"] == "active"
-    document = verify[0]()
+    document = verify()
     assert device.events == [{"event": "waiting", "for": "`models import`"}]
     assert (document["damaged"], len(document["repaired"])) == ([], 1)
 

@@ -111,6 +111,7 @@ def test_a_program_runs_what_the_model_calls_and_asks_again(client: Client) -> N
     asked = chat(PARIS, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, stream=True)
     correlation = client.send({**asked, "max_tokens": MAX_TOKENS})
     answer = client.answer(correlation)
+    assert answer.status == 200, answer.json
     (choice,) = answer.json["choices"]
     assert choice["finish_reason"] == "tool_calls"
     (call,) = choice["message"]["tool_calls"]

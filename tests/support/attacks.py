@@ -318,7 +318,7 @@ def change_the_number_of_a_file(scene: Scene) -> None:
 @attack(Wall.DESCRIPTORS)
 def use_an_open_file_of_the_daemon(scene: Scene) -> None:
     wanted = scene.journal.stat()
-    for number in range(resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
+    for number in range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20)):
         with suppress(OSError):
             if os.path.samestat(os.fstat(number), wanted):
                 os.pread(number, 10, 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.support.processes import Child, free_port, is_healthy, wait_until
 
-_START_TIMEOUT_S = 120
+_START_TIMEOUT_S = 600
 _ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
