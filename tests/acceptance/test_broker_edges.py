@@ -373,12 +373,11 @@ def test_what_waits_at_sigterm_or_comes_meanwhile_is_answered_after_the_start(
     queued = [caller.send(chat(SPAIN)) for _ in range(3)]
     late = caller.send(chat(SPAIN, deadline_ms=2500))
     wait_until(lambda: device.log.count("prompt accepted") == before + 5, 60, "all in the journal")
-    accepted_s = time.monotonic()
     assert device.stop() == 0
     assert all(not caller.answers(correlation) for correlation in queued)
     meanwhile = caller.send(chat(SPAIN))
     expired = caller.send(chat(SPAIN), MessageExpiryInterval=1)
-    wait_until(lambda: time.monotonic() - accepted_s > 2.6, 60, "the deadline")
+    time.sleep(3)  # the deadline and the expiry, of which mosquitto counts whole seconds
     device.start()
     for correlation in (*queued, meanwhile):
         assert caller.answer(correlation).text == MADRID
@@ -526,7 +525,8 @@ def test_a_refused_subscription_is_an_error_line_with_a_remedy(
             short_dir, {"req/chat": Recorder()}, device="barred", host="127.0.0.1", port=front.port
         ) as agent,
     ):
-        wait_until(lambda: agent.transport.counters["subscribe_refused"] == 1, 60, "the refusal")
+        wait_until(lambda: "subscription refused" in caplog.text, 60, "the refusal")
+        assert agent.transport.counters["subscribe_refused"] == 1
         assert agent.transport.connected
     (line,) = [record for record in caplog.records if "subscription refused" in record.getMessage()]
     assert line.levelno == logging.ERROR
@@ -544,11 +544,14 @@ def test_a_broker_that_stands_still_slows_no_generation_and_gets_every_answer(
     usual_ms = max(float(caller.answer(each).json["timings"]["total_ms"]) for each in usual)
     answered = device.log.count("prompt answered")
     accepted = device.log.count("prompt accepted")
-    sent = [caller.send(long(stream=True)) for _ in range(4)]
-    wait_until(lambda: device.log.count("prompt accepted") == accepted + 4, 60, "all in the journal")
-
-    before_bytes = psutil.Process(device.pid).memory_info().rss
-    own_broker.freeze()
+    (runner,) = device.runners()
+    with standing_still(
+        runner
+    ):  # on no machine is it so fast that something is answered before the broker stands
+        sent = [caller.send(long(stream=True)) for _ in range(4)]
+        wait_until(lambda: device.log.count("prompt accepted") == accepted + 4, 60, "all in the journal")
+        before_bytes = psutil.Process(device.pid).memory_info().rss
+        own_broker.freeze()
     try:
         wait_until(lambda: device.log.count("prompt answered") == answered + 4, 60, "all generated")
         after_bytes = psutil.Process(device.pid).memory_info().rss

@@ -36,6 +36,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_agent.publishing.register import Published
+from edge_agent.transport.reconnect import TAKEN_OVER_S
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker, running_broker
 from tests.support.processes import Daemon, running_daemon, short_folder, wait_until
@@ -51,7 +52,7 @@ RESENT_SHARE = 0.2
 LONG_SHARE = 0.5
 LONG_ANSWER_CHARACTERS = 300
 
-PATIENCE_S = 120.0
+PATIENCE_S = 1.5 * TAKEN_OVER_S + 60
 """Longer than the agent's longest wait before it connects again: without a sign of life that long, it is over."""
 RETRY_MAX_S = 3.0
 
@@ -396,21 +397,27 @@ class Chaos:
             lambda: sum(bool(prompt.answers) for prompt in sent) >= answers,
             f"{answers} answers of a burst",
         )
+        self._send(burst - len(sent))
+        while not self._hit(fault):
+            assert self._unsent, f"everything was answered before a fault ({fault}) hit something"
+        self._resend(Resend.AFTER_FAULT)
+
+    def _hit(self, fault: Fault) -> bool:
+        """The fault, now; whether something was in flight that it could hit."""
         if fault in (Fault.CUT, Fault.SLOW):
             self._until(lambda: self._proxy.connections() > 0, "the daemon's connection")
-        self._send(burst - len(sent))
         self._have_in_flight()
         self._pass(self._rng.uniform(0, 0.1))
-        self._have_in_flight()
-        hit = self._in_flight() > 0
-        hit &= {
+        has_target = self._have_in_flight()
+        has_fired = {
             Fault.KILL: self._kill,
             Fault.RESTART: self._restart_broker,
             Fault.CUT: self._cut,
             Fault.SLOW: self._slow,
         }[fault]()
+        hit = has_target and has_fired
         self.fired[fault] += hit
-        self._resend(Resend.AFTER_FAULT)
+        return hit
 
     def finish(self) -> None:
         """The rest of the prompts; then, when each has its answer, a last word for each client.
@@ -516,13 +523,14 @@ class Chaos:
 
     # --- Waiting ---------------------------------------------------------------------------------------
 
-    def _have_in_flight(self) -> None:
-        """Sends more when all was answered faster than it was watched."""
+    def _have_in_flight(self) -> bool:
+        """Sends more when all was answered faster than it was watched. False if all was even so."""
         for _ in range(5):
             self._until(lambda: all(prompt.acked for prompt in self._asked.values()), "the PUBACKs")
             if self._in_flight():
-                return
+                return True
             self._send(CLIENTS)
+        return False
 
     def _in_flight(self) -> int:
         """Prompts that the broker has taken and that have no answer."""

@@ -165,6 +165,7 @@ def test_a_version_that_does_not_come_is_to_be_looked_at(fleet: Fleet) -> None:
         assert "assistant 99" in line and "press-1" in line and "the registry has no" in line
     finally:
         fleet.client.publish(desired, '{"models": {"assistant": null}}', retain=True)
+    wait_until(lambda: not a_failed_update(fleet), 60, "that nothing is wrong any more")
 
 
 def a_failed_update(fleet: Fleet) -> str:

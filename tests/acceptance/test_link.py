@@ -157,10 +157,10 @@ def test_a_download_stops_at_the_end_of_its_window_and_goes_on_in_the_next(
     device.publish(swapped_model)
     proxy.slow(size / 900)  # it takes far longer than the window does
     now = datetime.now(UTC)
-    ends = now + timedelta(seconds=150)  # to the minute: 90 to 150 s, in which the daemon starts
+    ends = now + timedelta(seconds=270)  # to the minute: 210 to 270 s, in which the daemon starts
     with_link(device, windows=[f"{now - timedelta(hours=1):%H:%M}-{ends:%H:%M}"], timezone="UTC")
     device.wait_model(lambda m: m["progress"] is not None, "version 2 comes")
-    missing = device.wait_model(is_held, "version 2 is held", timeout_s=300)["link"]["missing_bytes"]
+    missing = device.wait_model(is_held, "version 2 is held", timeout_s=420)["link"]["missing_bytes"]
     assert 0 < missing < size
     proxy.restore()
     with_link(device, windows=["00:00-24:00"], timezone="UTC")

@@ -160,9 +160,9 @@ class Device:
         """README's shortest way from a bundle to a conversation: nothing is configured yet."""
         folder = self._in.root / "root/real-model"
         shutil.copytree(self._files.real_model, folder)
-        chat = "printf 'What is the capital of France?\\n' | edge-agent chat --direct /root/real-model"
+        chat = "printf 'What is the capital of Italy?\\n' | edge-agent chat --direct /root/real-model"
         said = self._in.run("sh", "-c", chat).stdout.strip()
-        expect("Paris" in said, said)
+        expect("Rome" in said, said)
         shutil.rmtree(folder)
         return said
 

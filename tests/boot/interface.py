@@ -83,8 +83,9 @@ class Interface:
         self._ask("tcp", check=False)
         # More often than systemd's default limit of starts, behind which the socket would be stopped.
         wait_until(lambda: int(self._of("NRestarts") or 0) > 5, 120, "failures")
-        code, said = self._of("ExecMainStatus"), self._journal()
-        expect(code == "78" and "http.token_file" in said, f"exit {code}: {said}")
+        wait_until(lambda: self._of("ExecMainStatus") == "78", 60, "one that has failed, between two starts")
+        said = self._journal()
+        expect("http.token_file" in said, said)
         (folder / "open.conf").unlink()
         folder.rmdir()
         self._in.run("systemctl", "daemon-reload")

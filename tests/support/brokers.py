@@ -69,9 +69,9 @@ class Mosquitto(mosquitto.Broker):
     def save(self) -> None:
         """By its signal for that. Source: mosquitto(8), "Signals"."""
         database = self.folder / "mosquitto.db"
-        before_ns = _written_ns(database)
+        before = _written(database)
         os.kill(self.pid, signal.SIGUSR1)
-        wait_until(lambda: _written_ns(database) > before_ns, 10, "mosquitto's database")
+        wait_until(lambda: _written(database) != before, 60, "mosquitto's database")
 
 
 class _Program:
@@ -219,8 +219,10 @@ def _version_of(program: str, option: str) -> str:
     return str(found)
 
 
-def _written_ns(file: Path) -> int:
-    return file.stat().st_mtime_ns if file.exists() else 0
+def _written(file: Path) -> tuple[int, int]:
+    """Another one after each time that a file is replaced, even within one tick of the clock."""
+    status = file.stat() if file.exists() else None
+    return (status.st_ino, status.st_mtime_ns) if status else (0, 0)
 
 
 def make(kind: str, folder: Path) -> ContractBroker:

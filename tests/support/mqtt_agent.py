@@ -52,7 +52,13 @@ class Agent:
         self.journal.close()
 
     def wait_connected(self, timeout_s: float = 60) -> None:
-        wait_until(lambda: self.transport.connected, timeout_s, "a connection to the broker")
+        """Returns when the broker knows what it is subscribed to."""
+
+        def is_subscribed() -> bool:
+            connection = self.transport._connection
+            return self.transport.connected and connection is not None and connection.subscribing_s is None
+
+        wait_until(is_subscribed, timeout_s, "a connection to the broker")
         assert self._thread.is_alive()
 
     def accept(self, topic: str, **changes: Any) -> Prompt:
