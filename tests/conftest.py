@@ -36,7 +36,7 @@ SAMPLE_MODEL = ROOT / "edge_agent" / "demo" / "sample_model"
 LEFT_PROCESSES_GRACE_S = 20.0
 _PR_SET_CHILD_SUBREAPER = 36
 
-_ran = 0
+_ran = _failed = 0
 _not_run: list[str] = []
 _left_over: list[str] = []
 
@@ -82,8 +82,9 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    global _ran
+    global _ran, _failed
     _ran += report.when == "call"
+    _failed += report.failed
     if report.skipped or hasattr(report, "wasxfail"):
         _not_run.append(report.nodeid)
 
@@ -115,9 +116,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Tells `./build.sh attack` how much was tried."""
+    """Tells `./build.sh attack` how much was tried, and what of it had failed where it was ended."""
     if counts := os.environ.get("PYTEST_ATTACK_COUNTS"):
-        Path(counts).write_text(json.dumps({"tests": _ran, "inputs": generated_messages.tried}))
+        numbers = {"tests": _ran, "inputs": generated_messages.tried, "failed": _failed}
+        Path(counts).write_text(json.dumps(numbers))
 
 
 def _end_left_processes() -> list[str]:

@@ -4,7 +4,7 @@ Each step does to all of them what an operator, or a bad day, does; waits until 
 prints the requests that the registry got meanwhile, the most of them in one second, and the time that it took. A
 step fails, and the exit code is 1, where a device has not arrived in time, or the registry gets more than `MOST_PER_S`
 in a second. The daemons start as services do, as those of a fleet would. Called by `./build.sh fleet-test`: ten
-minutes, and ten more for the rollouts (`rollouts.py`), which are all that `--rollouts` does.
+minutes, and twelve more for the rollouts (`rollouts.py`), which are all that `--rollouts` does.
 """
 
 from __future__ import annotations

@@ -22,12 +22,13 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from edge_agent.publishing import publish_folder
-from tests.support.client import chat, connected
+from edge_agent.serving.verdicts import MAX_CRASHES
+from tests.support.client import Client, chat, connected
 from tests.support.fleet_operator import MODEL, Operator
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.packages import publish_broken
-from tests.support.processes import Daemon, wait_until
+from tests.support.processes import Child, Daemon, wait_until
 from tests.support.sample_device import SAMPLE
 from tests.support.versions import expect_lisbon
 
@@ -35,6 +36,7 @@ AWAY_S = 20.0
 SHARES = (5, 25, 100)
 HOW = ("--waves", "5%,25%,100%", "--min-speed", "0", "--soak")
 _LIMIT_S = 600
+_CRASHES_TRIED = 12
 LONG = {"max_tokens": 1_900, "response_format": {"type": "regex", "regex": "(0|1){1850}"}}
 """An answer of a second or two."""
 
@@ -131,10 +133,13 @@ class Rollouts:
         self._halts_and_is_aborted(published.version, before, wave=1, says="gate_failed")
 
     def _crash(self) -> None:
-        """A device of the second wave takes the version, and its runner dies of three prompts."""
+        """A device of the second wave takes the version, and its runner dies of three prompts.
+
+        All of them while that wave is watched: so long, even on a slow machine. The first wave is watched as long.
+        """
         before, version = self._alias(), self._publish()
         victim = self._ordered(version)[1]
-        with self._operator.running(MODEL, str(version), *HOW, "60s") as console:
+        with self._operator.running(MODEL, str(version), *HOW, "180s") as console:
             wait_until(lambda: self._runs(victim) == version, _LIMIT_S, f"version {version} on {victim}")
             self._crash_runner(victim)
             if console.process.wait(_LIMIT_S) != 1:
@@ -144,7 +149,7 @@ class Rollouts:
     def _killed_console(self) -> None:
         version = self._publish()
         with self._operator.running(MODEL, str(version), *HOW, "10s") as console:
-            self._operator.wait_for(state="soaking", wave=2)
+            _wait_for_soaking(console, wave=2)
             console.kill()
         self._expect(self._operator.rollout("resume", MODEL, timeout_s=_LIMIT_S), 0)
         self._all_run(version)
@@ -152,11 +157,11 @@ class Rollouts:
     def _bad_day(self) -> None:
         version = self._publish()
         with self._operator.running(MODEL, str(version), *HOW, "20s") as console:
-            self._operator.wait_for(state="soaking", wave=1)
+            _wait_for_soaking(console, wave=1)
             self._broker.kill()
             time.sleep(AWAY_S)
             self._broker.start()
-            self._operator.wait_for(state="soaking", wave=3)
+            _wait_for_soaking(console, wave=3)
             self._server.kill()
             wait_until(lambda: "the alias has not moved yet" in console.log_text(), _LIMIT_S, "the end")
             time.sleep(AWAY_S)
@@ -182,14 +187,19 @@ class Rollouts:
         self._all_run(before)
 
     def _crash_runner(self, name: str) -> None:
+        """An answer may end before its runner is killed; that one is no prompt that the runner died of."""
+        died_of = 0
         with connected(self._broker, device=name) as client:
-            for number in range(3):
+            for number in range(_CRASHES_TRIED):
                 correlation = client.send(chat(f"Count to {number}.", stream=True, **LONG))
-                wait_until(partial(client.chunks, correlation), 120, "a beginning")
+                wait_until(partial(_has_begun, client, correlation), 120, "a beginning")
                 for runner in self._daemons[name].runners():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(runner.pid, signal.SIGSEGV)
-                client.answer(correlation)
+                died_of += client.answer(correlation).status == 500
+                if died_of == MAX_CRASHES:
+                    return
+        raise Wrong(f"the runner of {name} died of {died_of} prompts out of {_CRASHES_TRIED}")
 
     def _publish(self) -> int:
         """One more good version, under no alias."""
@@ -233,3 +243,15 @@ class Rollouts:
             raise Wrong(
                 f"{done.args[5:]} ended with {done.returncode}: {done.stdout[-2_000:]}{done.stderr[-500:]}"
             )
+
+
+def _wait_for_soaking(console: Child, *, wave: int) -> None:
+    """A console says each change in its log; who asks for the state from time to time may miss one."""
+    said = f"soaking, wave {wave} of {len(SHARES)} "
+    wait_until(lambda: said in console.log_text() or not console.running, _LIMIT_S, said)
+    if said not in console.log_text():
+        raise Wrong(f"the console ended before {said}: {console.log_text()[-2_000:]}")
+
+
+def _has_begun(client: Client, correlation: bytes) -> bool:
+    return bool(client.chunks(correlation) or client.answers(correlation))

@@ -20,9 +20,11 @@ from typing import Any
 from edge_agent import settings as settings_module
 from edge_agent.errors import EdgeAgentError
 from edge_agent.gateway.app import make_app
-from edge_agent.gateway.doors import open_doors
+from edge_agent.gateway.doors import Door, open_doors
 from edge_agent.gateway.guard import Guard
+from edge_agent.gateway.refusals import CannotListen
 from edge_agent.gateway.server import Server
+from edge_agent.settings import Settings
 from edge_agent.transport.control import Call, ClientGone, ControlServer
 from tests.support.processes import Child, accepts, free_port, serving, short_folder, to_toml, wait_until
 
@@ -256,14 +258,10 @@ class ServedHere(Interface):
     def __init__(
         self, control_socket: Path, folder: Path, *, idle_s: float | None = None, **http: Any
     ) -> None:
-        config = gateway_settings(control_socket, folder, **http)
-        file = folder / "http.toml"
-        file.write_text(to_toml(config))
-        self.settings = settings_module.load(file)
+        self.settings, doors = _opened(control_socket, folder, **http)
         address = self.settings.http.address
         assert address is not None
-        super().__init__(port=address.port, socket_path=Path(config["http"]["socket"]))
-        doors = open_doors(self.settings)
+        super().__init__(port=address.port, socket_path=Path(self.settings.http.socket))
         app = make_app(self.settings)
         self.server = Server(
             [(door, Guard(app, hosts=door.hosts, token=door.token)) for door in doors], idle_s=idle_s
@@ -279,6 +277,22 @@ class ServedHere(Interface):
     def wait_end(self) -> None:
         self._thread.join(60)
         assert not self._thread.is_alive()
+
+
+def _opened(control_socket: Path, folder: Path, **http: Any) -> tuple[Settings, list[Door]]:
+    """The settings of a gateway, and its listening sockets."""
+
+    def load() -> Settings:
+        file = folder / "http.toml"
+        file.write_text(to_toml(gateway_settings(control_socket, folder, **http)))
+        return settings_module.load(file)
+
+    settings = load()
+    try:
+        return settings, open_doors(settings)
+    except CannotListen:  # somebody else has taken the port meanwhile
+        settings = load()
+        return settings, open_doors(settings)
 
 
 @contextlib.contextmanager

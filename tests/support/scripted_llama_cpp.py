@@ -33,14 +33,16 @@ class Server:
 
     Attributes:
         asked: the bodies of all requests.
-        stalled: set by a test that lets the answer to "stalls" go on.
+        stalling: set once the answer to "stalls" has begun and waits.
+        stalled: set by a test that lets it go on.
+        gave_up: nobody did, and it went on by itself.
     """
 
     def __init__(self, settings: Any) -> None:
         if not settings.model.path.endswith("good.gguf"):
             raise RuntimeError("Failed to init server,\nplease check")
         self.settings, self.asked = settings, list[dict[str, Any]]()
-        self.stalled = threading.Event()
+        self.stalling, self.stalled, self.gave_up = threading.Event(), threading.Event(), False
         self._seen, self._together = Counter[str](), threading.Barrier(settings.n_parallel)
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
@@ -68,7 +70,8 @@ class Server:
         if text == "breaks off":
             return
         if text == "stalls":
-            self.stalled.wait(WAIT_S)
+            self.stalling.set()
+            self.gave_up = not self.stalled.wait(WAIT_S)
         if text == "fails":
             yield 'data: {"error":{"code":500,"message":"Compute error."}}\n\n'
             return

@@ -1,7 +1,7 @@
 """A command in a terminal of its own, with a person who types and reads.
 
 `Terminal` is a pseudo-terminal: all that a command has printed, in its order. `Screen` is what somebody sees: a real
-terminal (tmux) of some width and height, which obeys what is printed.
+terminal (tmux) of some width and height, which obeys what is printed. `on_a_terminal` is for code of this process.
 
     with Screen([*EDGE_AGENT, "status", "--watch"], columns=80) as screen:
         screen.wait_for("assistant")
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -215,6 +215,26 @@ class Screen:
         )
         assert done.returncode == 0, (arguments, done.stderr)
         return done.stdout
+
+
+_END = "the end of what is shown"
+
+
+@contextlib.contextmanager
+def on_a_terminal() -> Iterator[list[str]]:
+    """stdout and stderr of this process are one in the block; gives what was shown on it, after its end."""
+    shown: list[str] = []
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as screen:
+        with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+            yield shown
+        screen.write(_END)
+        screen.flush()
+        said = ""
+        while not said.endswith(_END):  # a terminal hands on what it has so far
+            said += os.read(ours, 100_000).decode()
+        shown.append(said.removesuffix(_END))  # before the other end closes, which would discard it
+    os.close(ours)
 
 
 def _lines(text: str) -> list[str]:

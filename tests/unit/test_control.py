@@ -213,6 +213,7 @@ def test_idle_connections_of_a_user_lock_out_nobody_else(
     short_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caller = {"user": 1000}
+    monkeypatch.setattr(control, "_REQUEST_TIMEOUT_S", 600.0)
     monkeypatch.setattr(control, "_peer_of", lambda connection: (1, caller["user"]))
     with serving(short_dir / "c.sock"), contextlib.ExitStack() as idle:
         for _ in range(control.MAX_OF_ONE_USER):

@@ -16,6 +16,7 @@ from edge_agent.errors import ModelFailed, PromptTooLong, RunnerError
 from edge_agent.runner.protocol import Refused
 from edge_agent.topics import ANONYMOUS
 from tests.support.dispatching import MODEL, Desk
+from tests.support.processes import wait_until
 
 
 @pytest.fixture
@@ -571,9 +572,12 @@ def test_draining_waits_for_what_runs(desk: Desk) -> None:
     (name,) = desk.start("r1")
     drain = threading.Thread(target=desk.dispatcher.drain, args=(3600.0,), daemon=True)
     drain.start()
+    wait_until(desk.dispatcher._stopping.is_set, 60, "the drain to begin")
+    drain.join(0.1)
+    assert drain.is_alive()
     desk.runner.finish(name, "in time")
     desk.dispatcher.step()
-    drain.join(10)
+    drain.join(60)
     assert not drain.is_alive()
     assert desk.text(1) == "in time"
     assert desk.runner.cancelled == []

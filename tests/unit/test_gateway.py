@@ -24,6 +24,7 @@ from edge_agent.errors import (
     UnknownModel,
 )
 from edge_agent.gateway import app, connection, handshakes, server
+from edge_agent.transport import control
 from edge_agent.transport.control import Call
 from tests.support import gateway
 from tests.support.certificates import Authority
@@ -365,8 +366,8 @@ def test_a_request_that_does_not_come_ends_its_connection(
         for _ in range(requests_before):
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
-        monkeypatch.setattr(connection, "REQUEST_S", 0.0)
         client.sendall(sent)
+        monkeypatch.setattr(connection, "REQUEST_S", 0.0)
         assert ended(client)
 
 
@@ -406,7 +407,9 @@ def test_a_client_that_leaves_hangs_up_on_the_daemon(served: ServedHere, daemon:
 def test_a_client_that_reads_nothing_is_ended_and_its_prompt_with_it(
     served: ServedHere, daemon: ScriptedDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither the daemon nor the kernel would end it in this time."""
     monkeypatch.setattr(connection, "STALL_S", 0.2)
+    monkeypatch.setattr(control, "_SEND_TIMEOUT_S", 600.0)
 
     def flood(call: Call) -> None:
         accept(call)
@@ -419,10 +422,21 @@ def test_a_client_that_reads_nothing_is_ended_and_its_prompt_with_it(
         client.connect(("127.0.0.1", served.port))
         body = json.dumps({**CHAT, "stream": True}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        accepted = wait_until(lambda: accepted_from(client, served), 60, "the connection")
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 600_000)
         client.sendall(head.encode() + body)
         assert daemon.gone.get(timeout=60)
         daemon.script = gateway.answer
         assert served.chat().status == 200, "others are served"
+
+
+def accepted_from(client: socket.socket, served: ServedHere) -> Any:
+    """The other end of its connection; None before there is one."""
+    here = client.getsockname()
+    for each in list(served.server.server_state.connections):
+        if each.transport.get_extra_info("peername") == here:
+            return each.transport.get_extra_info("socket")
+    return None
 
 
 def test_more_requests_than_places_are_refused_at_once(
@@ -453,7 +467,10 @@ def test_no_piece_of_an_answer_waits_for_the_clients_acknowledgement(served: Ser
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
 
 
-def test_connections_that_idle_give_way_to_new_ones(served: ServedHere) -> None:
+def test_connections_that_idle_give_way_to_new_ones(
+    served: ServedHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "REQUEST_S", 600.0)
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(served.raw()) for _ in range(connection.MAX_CONNECTIONS)]
         assert [served.request("GET", "/healthz").status for _ in range(3)] == [200] * 3
@@ -493,10 +510,15 @@ def test_a_client_cannot_say_who_it_is_through_a_proxys_headers(
     assert "server" not in response.headers
 
 
-def test_it_ends_when_nobody_comes(short_dir: Path) -> None:
-    served = ServedHere(short_dir / "c.sock", short_dir, idle_s=0.3)
+def test_it_ends_when_nobody_comes(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "REQUEST_S", 600.0)
+    served = ServedHere(short_dir / "c.sock", short_dir)
+    connections = served.server.server_state.connections
     assert served.request("GET", "/healthz").status == 503
+    wait_until(lambda: not connections, 60, "the end of that one")
     with served.raw():
+        wait_until(lambda: connections, 60, "the connection")
+        served.server._idle_s = 0.3  # from the start, a slow machine could end it before anybody comes
         busy = served.server._busy_s
         wait_until(lambda: served.server._busy_s > busy + 0.5, 60, "a connection that counts")
         assert not served.server.should_exit

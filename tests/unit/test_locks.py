@@ -86,7 +86,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
         assert here.recv() is True
         assert not lock.try_exclusive()
         process.kill()
-        process.join(10)
+        process.join(60)
         assert lock.try_exclusive()
 
 

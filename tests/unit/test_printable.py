@@ -7,8 +7,6 @@ import contextlib
 import json
 import logging
 import math
-import os
-import pty
 import sys
 import threading
 import unicodedata
@@ -50,6 +48,7 @@ from edge_agent.updates.choice import Wanted
 from edge_agent.updates.waiting import Waiting
 from tests.support.committed import commit, fault
 from tests.support.processes import to_toml
+from tests.support.terminal import on_a_terminal
 
 pytestmark = pytest.mark.attack
 
@@ -209,8 +208,9 @@ def test_a_models_answer_is_escaped_on_a_terminal_and_nowhere_else(
     answer = f"Madrid {WINDOW_TITLE}\x9b2J\n"
     terminal.echo_answer(answer)
     assert capsys.readouterr().out == answer
-    shown = on_a_terminal(lambda: terminal.echo_answer(answer))
-    assert shown.splitlines() == ["Madrid \\u001b]0;owned\\u0007\\u009b2J"]
+    with on_a_terminal() as shown:
+        terminal.echo_answer(answer)
+    assert shown[0].splitlines() == ["Madrid \\u001b]0;owned\\u0007\\u009b2J"]
 
 
 def test_a_further_line_of_a_message_does_not_look_like_one_of_ours(
@@ -299,15 +299,6 @@ def kept_logging() -> Iterator[None]:
     finally:
         root.handlers[:], root.level = handlers, level
         sys.excepthook, threading.excepthook = hooks
-
-
-def on_a_terminal(show: Callable[[], None]) -> str:
-    ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w") as screen, contextlib.redirect_stdout(screen):
-        show()
-        shown = os.read(ours, 10_000)  # before the other end closes, which would discard it
-    os.close(ours)
-    return shown.decode()
 
 
 def config_in(folder: Path) -> Path:

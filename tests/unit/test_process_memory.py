@@ -48,7 +48,8 @@ def test_the_next_process_takes_the_place_of_the_one_before(process: subprocess.
     before = open_files()
     for _ in range(3):
         memory.note(os.getpid(), 7_000_000)
-    assert (memory.resident_bytes(), open_files()) == (7_000_000, before)
+    assert memory.resident_bytes() == 7_000_000
+    assert open_files() <= before  # one of another test may be closed meanwhile
 
 
 @pytest.mark.parametrize("said", [0, -1, True, 1 << 80, 1e9, "5000000", [5], None])

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
-import pty
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
 from edge_agent.cli.progress_line import PlainLines, progress_line, said
+from tests.support.terminal import on_a_terminal
 
 MB = 1_000_000
 
@@ -48,26 +45,6 @@ def test_without_a_terminal_each_step_is_a_line_and_a_long_one_has_several() -> 
         "hashing\\u001b[2K 150.0 of 150.0 MB",
         "registering",
     ]
-
-
-_END = "the end of what is shown"
-
-
-@contextlib.contextmanager
-def on_a_terminal() -> Iterator[list[str]]:
-    """stdout and stderr are one; gives what was shown on it."""
-    shown: list[str] = []
-    ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w") as screen:
-        with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
-            yield shown
-        screen.write(_END)
-        screen.flush()
-        said = ""
-        while not said.endswith(_END):  # a terminal hands on what it has so far
-            said += os.read(ours, 100_000).decode()
-        shown.append(said.removesuffix(_END))  # before the other end closes, which would discard it
-    os.close(ours)
 
 
 def test_on_a_terminal_the_line_is_replaced_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:

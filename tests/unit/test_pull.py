@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge_agent.cli import main
+from edge_agent import terminal
+from edge_agent.cli import main, waiting
 from edge_agent.transport.control import Call, ControlServer
 from tests.support.scripted_status import attempt, document, model
 
@@ -66,17 +67,31 @@ def test_a_pull_says_what_becomes_of_a_version_after_its_bytes(config: Path) -> 
     assert result.stderr == "assistant version 7: trying, golden prompt 3 of 8\n", "once"
 
 
-def test_a_daemon_that_says_how_far_it_is_is_not_asked(short_dir: Path) -> None:
+def test_a_daemon_that_says_how_far_it_is_is_not_asked(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A fetch may take hours, and the whole status makes the daemon look at its disk."""
     asked: list[Call] = []
-    ticks = threading.Event()
+    looks: list[Callable[[], str]] = []
+    seen: list[str] = []
+
+    @contextmanager
+    def told_while_silent(look: Callable[[], str], *_: object, **__: object) -> Iterator[None]:
+        looks.append(look)
+        yield
+
+    @contextmanager
+    def progress_bar() -> Iterator[Callable[..., None]]:
+        yield lambda *_: seen.append(looks[0]())  # as the thread would that looks, after each word
 
     def pull(call: Call) -> None:
-        for done in range(15):
-            ticks.wait(0.1)
-            call.send("progress", progress={"event": "progress", "bytes": done, "total_bytes": 15})
+        for done in range(3):
+            call.send("progress", progress={"event": "progress", "bytes": done, "total_bytes": 3})
         call.send("done", result=[PULLED])
 
+    monkeypatch.setattr(waiting, "SILENT_S", 3600.0)
+    monkeypatch.setattr(waiting, "told_while_silent", told_while_silent)
+    monkeypatch.setattr(terminal, "progress_bar", progress_bar)
     with served(short_dir, pull, asked.append) as config:
         result = CliRunner().invoke(main, ["--config", str(config), "models", "pull", "assistant"])
-    assert (result.exit_code, asked) == (0, [])
+    assert (result.exit_code, asked, seen) == (0, [], [""] * 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,11 @@ def test_a_manager_that_does_not_read_does_not_stop_the_daemon(manager: socket.s
         with pytest.raises(BlockingIOError):
             while True:
                 filler.sendto(b"x", manager.getsockname())
-        Notifier(manager.getsockname()).status("bounded")
+        notifier = Notifier(manager.getsockname())
+        telling = threading.Thread(target=notifier.status, args=("bounded",), daemon=True)
+        telling.start()
+        telling.join(60)
+        assert not telling.is_alive()
 
 
 @pytest.mark.parametrize(

@@ -50,14 +50,17 @@ def test_the_contexts_of_one_version_are_bounded(learned: Learned) -> None:
     assert set(learned.of("d1", "host").peaks) == set(range(5, MAX_PEAKS + 5))
 
 
-def test_several_that_write_at_once_lose_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_several_that_write_at_once_lose_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So it is in a daemon: each model has one, the memory budget another."""
+    monkeypatch.setattr("edge_agent.serving.learned._LOCK_WAIT_S", 600.0)
     file = tmp_path / "models" / "learned.json"
     begin = threading.Barrier(3)
 
     def write(number: int) -> None:
         own = Learned(file)
-        begin.wait(10)
+        begin.wait(60)
         for count in range(1, 11):
             own.note_peak(f"d{number}-{count}", "host", context_tokens=1, peak_bytes=count)
             own.note_peak("shared", "host", context_tokens=number + 1, peak_bytes=count)

@@ -19,6 +19,7 @@ from edge_agent.serving.footprint import LEAST_CONTEXT_TOKENS, RUNNER_BYTES, Foo
 from edge_agent.serving.learned import Learned
 from edge_agent.serving.memory_budget import LIMIT_EXTRA_BYTES, LIMIT_FACTOR, MemoryBudget
 from tests.support.packages import GENAI_CONFIG
+from tests.support.processes import wait_until
 
 MIB = 1 << 20
 CONFIG = {
@@ -218,7 +219,13 @@ def test_a_load_waits_for_a_busy_model_to_give_up_its_memory(tmp_path: Path, fol
 
 def test_a_load_waits_for_another_one_that_is_admitted(tmp_path: Path, folder: Path) -> None:
     first, second = Model("first"), Model("second")
-    shared = budget(tmp_path, limit=NEED)
+    asking: list[threading.Thread] = []
+
+    def free() -> int:
+        asking.append(threading.current_thread())
+        return 1 << 40
+
+    shared = budget(tmp_path, limit=NEED, free=free)
     shared.join(first)
     shared.join(second)
     order: list[str] = []
@@ -230,8 +237,11 @@ def test_a_load_waits_for_another_one_that_is_admitted(tmp_path: Path, folder: P
     with shared.admit(first, version(), folder, CONTEXT):
         loader = threading.Thread(target=load_second)
         loader.start()
+        # One that is admitted at once asks three times.
+        wait_until(lambda: order or asking.count(loader) > 5, 60, "the second to ask again and again")
+        assert order == []
         order.append("first")
-    loader.join(20)
+    loader.join(60)
     assert order == ["first", f"second with {CONTEXT}"]
 
 

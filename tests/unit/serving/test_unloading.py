@@ -195,7 +195,7 @@ def test_closing_ends_a_load_that_a_prompt_waits_for(life: Life, host: ScriptedH
 def test_a_waiting_thread_hears_of_a_version_that_came(life: Life) -> None:
     life.commit(1)
     life.adopt(1)
-    waiting = InBackground(lambda: life.lifecycle.wait_for_change(60.0))
+    waiting = InBackground(lambda: life.lifecycle.wait_for_change(3600.0))
 
     def heard() -> bool:
         life.lifecycle.give_up_memory()
