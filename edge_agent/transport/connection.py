@@ -228,11 +228,13 @@ class Connection:
         """What is in flight of answers and refusals."""
         return [sent for sent in self.in_flight.values() if sent.topic]
 
-    def suspects(self, now_s: float) -> list[Sent]:
-        """The answers and refusals over which the broker may have hung up: those that it had got just before."""
-        if not self.hung_up or not self.worked:
-            return []
+    def recent(self, now_s: float) -> list[Sent]:
+        """What of them the broker has got so lately that it may yet hang up over it."""
         return [sent for sent in self.answers() if now_s - sent.at_s < _SOON_S]
+
+    def suspects(self, now_s: float) -> list[Sent]:
+        """The answers and refusals over which the broker may have hung up."""
+        return self.recent(now_s) if self.hung_up and self.worked else []
 
     def disconnect(self) -> None:
         """An orderly DISCONNECT: it keeps the will unsent and the session alive."""

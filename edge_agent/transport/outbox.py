@@ -26,7 +26,7 @@ from edge_agent.errors import AnswerTooLarge, JournalUnavailable
 from edge_agent.topics import Topics, can_be_published
 from edge_agent.transport.connection import PACKET_OVERHEAD_BYTES, Connection, Sent
 from edge_agent.transport.retries import Retries
-from edge_agent.transport.suspicion import REFUSALS_LOST, Suspicion
+from edge_agent.transport.suspicion import Suspicion
 
 if TYPE_CHECKING:
     from paho.mqtt.reasoncodes import ReasonCode
@@ -233,19 +233,22 @@ class Outbox:
 
     def _send_refusals(self, connection: Connection) -> None:
         """In the order in which they came, but for those that may end the connection: they go alone."""
+        now_s = self._now().boot_s
+        held: list[Refusal] = []
         for _ in range(len(self._refusals)):  # others may add to it meanwhile
-            if not (connection.may_publish and self._is_tried(connection)):
-                return
+            if not (self._has_room(connection, now_s) and self._is_tried(connection)):
+                break
             refusal = self._refusals.popleft()
-            if self._suspicion.caused(refusal.topic) >= REFUSALS_LOST:
+            if self._suspicion.gives_up(refusal.topic, now_s):
                 self._counters["refusals_dropped"] += 1
                 _ack_refused(connection, refusal)
             elif not self._fits(connection, refusal.topic, refusal.answer.payload):
                 _ack_refused(connection, refusal)
-            elif self._suspicion.has(refusal.topic) and not self._may_try_suspect(connection):
-                self._refusals.append(refusal)
+            elif self._suspicion.has(refusal.topic) and not self._may_try_suspect(connection, now_s):
+                held.append(refusal)
             else:
                 self._send_refusal(connection, refusal)
+        self._refusals.extendleft(reversed(held))
 
     def _send_refusal(self, connection: Connection, refusal: Refusal) -> None:
         mid = _publish(
@@ -306,7 +309,7 @@ class Outbox:
     def _send_postponed(self, connection: Connection, now_s: float) -> None:
         """Answers that were refused or unheard, or may have ended a connection. The latter go alone."""
         active = self._suspicion.active
-        if active and not self._may_try_suspect(connection):
+        if active and not self._may_try_suspect(connection, now_s):
             return
         due = self._journal.deliveries.due(
             Source.MQTT,
@@ -321,18 +324,19 @@ class Outbox:
 
     def _has_room(self, connection: Connection, now_s: float) -> bool:
         """True if an answer can go now. After a connection that was ended over one of them, they go one at a time,
-        once the connection works; but nobody waits long for a PUBACK that does not come."""
+        once the connection works, and none goes beside a suspect; but nobody waits long for a PUBACK that does not
+        come."""
         if not connection.may_publish:
             return False
-        if not self._suspicion.careful:
-            return True
-        if any(now_s - sent.at_s < _PATIENCE_S for sent in connection.answers()):
+        careful = self._suspicion.careful
+        alone = (sent for sent in connection.answers() if careful or self._suspicion.has(sent.topic))
+        if any(now_s - sent.at_s < _PATIENCE_S for sent in alone):
             return False
-        return self._is_tried(connection)
+        return not careful or self._is_tried(connection)
 
-    def _may_try_suspect(self, connection: Connection) -> bool:
+    def _may_try_suspect(self, connection: Connection, now_s: float) -> bool:
         """True if what may end the connection can go now, alone."""
-        return not connection.answers() and self._suspicion.may_try(self._now().boot_s)
+        return not connection.recent(now_s) and self._suspicion.may_try(now_s)
 
     def _is_tried(self, connection: Connection) -> bool:
         """False while an end of this connection would tell nothing of an answer."""

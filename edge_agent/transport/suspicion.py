@@ -27,8 +27,9 @@ and the last such end was so many seconds ago."""
 MAX_TOPICS = 1024
 FIRST_WAIT_S, LAST_WAIT_S = 2.0, 60.0
 REFUSALS_LOST = 5
-"""A refusal whose topic was alone under way at this many ends is not sent: its message would come again for ever. An
-answer has as many tries."""
+"""A refusal is not sent if its topic was alone under way at this many ends, or if it is a suspect and this many ends in
+a row had one suspect alone under way: its message would come again for ever, and 16 of them would end all delivery.
+An answer has as many tries."""
 
 
 class Suspicion:
@@ -42,6 +43,7 @@ class Suspicion:
         self.careful = False
         self._ends: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._known: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._in_a_row = 0
         self._taken = 0
         self._ended_s = 0.0
         self._wait_s = 0.0
@@ -51,9 +53,10 @@ class Suspicion:
         """True if something for this topic was under way at an end, since the last PUBACK for it."""
         return topic in self._ends
 
-    def caused(self, topic: str) -> int:
-        """How many ends since that PUBACK had nothing but this topic under way."""
-        return self._ends.get(topic, 0)
+    def gives_up(self, topic: str, now_s: float) -> bool:
+        """True if no refusal for this topic is to be sent any more."""
+        in_a_row = self._in_a_row if now_s - self._ended_s < TRUST_S else 0
+        return self.has(topic) and max(self._ends[topic], in_a_row) >= REFUSALS_LOST
 
     def may_try(self, now_s: float) -> bool:
         """True if it is time for the next suspect, or for the next answer of a backlog while `careful`."""
@@ -83,6 +86,7 @@ class Suspicion:
             self._known.pop(topic, None)
         _bound(self._ends)
         if is_cause:  # else the next connections find out which it was
+            self._in_a_row += 1
             self._wait_s = min(LAST_WAIT_S, max(FIRST_WAIT_S, self._wait_s * 2))
             self._next_s = now_s + self._wait_s
         return suspected
@@ -103,6 +107,7 @@ class Suspicion:
         _bound(self._known)
         if from_behind:
             self._wait_s = self._next_s = 0.0
+            self._in_a_row = 0
             self._taken += 1
             if self._taken >= TRUST_AFTER:
                 self.careful = False

@@ -232,7 +232,7 @@ def test_a_refusal_reaches_its_client_though_the_line_broke_beneath_it_again_and
         room.refuse("replies/good/1", 7)
         room.turn()
         room.hang_up()
-        if number % REFUSALS_LOST:
+        if number % (REFUSALS_LOST - 1):
             continue
         room.rule = lambda topic: TAKES
         room.refuse("replies/good/1", 7)
@@ -256,6 +256,62 @@ def test_refusals_that_may_end_the_connection_go_alone_and_hold_up_no_other(room
     room.rule = lambda topic: TAKES
     room.pass_by(5)
     assert room.client.acked == [9, 7, 8]
+
+
+def test_a_refusal_that_ends_connections_takes_no_other_with_it(room: Room) -> None:
+    """Both come again with each connection, in the same moment."""
+    room.rule = forbids(HANGS_UP)  # type: ignore[assignment]
+    room.answer("replies/good/1")
+    room.turn()
+    acked: set[int] = set()
+    begun_s, ends = room.now_s, -1
+    while acked != {7, 8}:
+        assert room.now_s < begun_s + LONG_S
+        if room.ends != ends:
+            ends = room.ends
+            for mid, topic in ((7, "replies/bad/1"), (8, "replies/good/1")):
+                if mid not in acked:
+                    room.refuse(topic, mid)
+        room.turn(0.5)
+        acked |= set(room.client.acked)
+    assert room.ends <= REFUSALS_LOST + 1
+    assert room.counters["refusals_dropped"] == 1
+
+
+def test_refusals_for_many_topics_that_end_connections_hold_up_delivery_for_a_minute_at_most(
+    room: Room,
+) -> None:
+    """Un-acked messages up to the Receive Maximum: until then the broker sends no other."""
+    room.rule = forbids(HANGS_UP)  # type: ignore[assignment]
+    room.turn()
+    waiting, acked = set(range(16)), set[int]()
+    begun_s, ends = room.now_s, -1
+    while waiting - acked:
+        assert room.now_s < begun_s + 60
+        if room.ends != ends:
+            ends = room.ends
+            for mid in sorted(waiting - acked):
+                room.refuse(f"replies/bad/{mid}", mid)
+        room.turn(0.5)
+        acked |= set(room.client.acked)
+    assert room.ends <= REFUSALS_LOST + 1
+
+
+def test_a_refusal_that_may_end_the_connection_does_not_wait_for_a_puback_that_does_not_come(
+    room: Room,
+) -> None:
+    room.rule = lambda topic: SAYS_NOTHING if "mute" in topic else TAKES
+    room.turn()
+    room.refuse("replies/good/1", 7)
+    room.rule = lambda topic: HANGS_UP if "good" in topic else TAKES
+    room.turn()
+    assert room.ends == 1
+    room.rule = lambda topic: SAYS_NOTHING if "mute" in topic else TAKES
+    room.answer("replies/mute")
+    room.turn(3)
+    room.refuse("replies/good/1", 7)
+    room.pass_by(20)
+    assert room.client.acked == [7]
 
 
 def test_chunks_that_end_connections_are_left_out(room: Room) -> None:
