@@ -117,7 +117,8 @@ _PASSES = frozenset(
 
 def settings_error(message: str, error: OSError, *, remedy: str = "") -> SettingsError:
     """The error of a file that the settings are in, or name: wrong settings, or a host that fails for the moment."""
-    if error.errno in _PASSES:
+    of_openssl = hasattr(error, "library")  # its numbers are other ones: 116 is a key of another certificate
+    if error.errno in _PASSES and not of_openssl:
         return SettingsUnreadable(message, remedy=disk_remedy(error))
     return SettingsError(message, remedy=remedy)
 

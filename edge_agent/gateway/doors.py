@@ -119,7 +119,7 @@ def _token(http: HttpSettings) -> str:
     try:
         token = environment.read_credential(path)
     except SettingsError as error:
-        raise SettingsError(f"http.token_file: {error.message}") from error
+        raise type(error)(f"http.token_file: {error.message}", remedy=error.remedy) from error
     if (
         len(token) < MIN_TOKEN_CHARACTERS
         or not token.isascii()

@@ -35,7 +35,7 @@ def read_password(settings: MqttSettings, credential: Path | None) -> str | None
     try:
         return environment.read_credential(path)
     except SettingsError as error:
-        raise SettingsError(f"mqtt.password_file: {error.message}") from error
+        raise type(error)(f"mqtt.password_file: {error.message}", remedy=error.remedy) from error
 
 
 def tls_context(settings: MqttSettings) -> ssl.SSLContext | None:

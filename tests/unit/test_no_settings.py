@@ -24,7 +24,8 @@ from edge_agent.package import trust
 from edge_agent.settings import SYSTEM_CONTROL_SOCKET
 from edge_agent.settings.mqtt import MqttSettings
 from edge_agent.transport import control
-from edge_agent.transport.credentials import tls_context
+from edge_agent.transport.credentials import read_password, tls_context
+from tests.support.certificates import Authority
 from tests.support.processes import clean_environment
 
 
@@ -193,6 +194,10 @@ def by_authority(file: Path) -> None:
     tls_context(MqttSettings(ca_file=str(file)))
 
 
+def by_password(file: Path) -> None:
+    read_password(MqttSettings(password_file=str(file)), None)
+
+
 def by_key(file: Path) -> None:
     trust._fingerprint(str(file))
 
@@ -217,7 +222,7 @@ def test_a_service_whose_settings_cannot_be_read_for_the_moment_is_started_again
 
 
 @pytest.mark.parametrize(("number", "exit_code"), FAILING)
-@pytest.mark.parametrize("read", [by_authority, by_key, environment.read_credential])
+@pytest.mark.parametrize("read", [by_authority, by_key, by_password, environment.read_credential])
 def test_so_is_one_with_such_a_file_that_its_settings_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, exit_code: int, read: Callable[[Path], Any]
 ) -> None:
@@ -229,3 +234,17 @@ def test_so_is_one_with_such_a_file_that_its_settings_name(
     with pytest.raises(SettingsError) as caught:
         read(tmp_path / "file")
     assert (caught.value.code == "settings_invalid") == (exit_code == 78)
+
+
+def test_a_key_of_another_certificate_is_a_wrong_setting(tmp_path: Path) -> None:
+    """OpenSSL's number of it is ESTALE's."""
+    authority = Authority(tmp_path, "one")
+    one, other = authority.client("one"), authority.client("other")
+    settings = MqttSettings(
+        ca_file=str(authority.file), cert_file=str(one.certificate), key_file=str(other.key)
+    )
+    with pytest.raises(SettingsError) as caught:
+        tls_context(settings)
+    assert isinstance(caught.value.__cause__, ssl.SSLError)
+    assert caught.value.__cause__.errno == errno.ESTALE
+    assert caught.value.code == "settings_invalid"
