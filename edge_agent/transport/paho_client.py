@@ -97,10 +97,11 @@ class Client(paho.Client):
 
     @property
     def has_unread(self) -> bool:
-        """Bytes, or the end of the connection, are there to be read."""
+        """Bytes, or the end of the connection, are there to be read, or a packet has come in part."""
         sock = self.socket()
         try:
-            return sock is not None and (_is_pending(sock) or bool(select.select([sock], [], [], 0)[0]))
+            has_bytes = sock is not None and (_is_pending(sock) or bool(select.select([sock], [], [], 0)[0]))
+            return has_bytes or (sock is not None and self.reading)
         except (OSError, ValueError):
             return False
 
