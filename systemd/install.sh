@@ -119,14 +119,18 @@ main() {
 # What is where below the root.
 set_places() {
     base=$root/opt/edge-agent
-    units=(edge-agent.service edge-agent-http.socket edge-agent-http.service edge-agent-settle.service)
+    units=(edge-agent.service edge-agent-http.socket edge-agent-http.service)
+    settler=edge-agent-settle.service
 }
 
 # One script at a time changes what is installed.
 lock() {
     mkdir -p -- "$base"
     exec 9>"$base/.lock"
-    flock -w 60 9 || die "another install.sh is running"
+    if ! flock -n 9; then # at boot, one may wait for a version that loads its models
+        say "waiting for another install.sh"
+        flock -w 900 9 || die "another install.sh is running"
+    fi
     [[ $base/.lock -ef /dev/fd/9 ]] || die "another install.sh has just uninstalled edge-agent: run this one again"
 }
 
@@ -291,7 +295,7 @@ works() {
 # make_version PYTHON FOLDER: creates and tests a virtual environment with everything in it. It removes the folder if a
 # step fails.
 make_version() {
-    local python=$1 target=$2 version log free_kb
+    local python=$1 target=$2 version log free_kb file
     version=$(python_version "$python")
     free_kb=$(space_kb)
     [[ $free_kb -ge 700000 ]] || die "$base has $((free_kb / 1000)) MB of free space; 700 MB are needed"
@@ -311,7 +315,9 @@ make_version() {
     # bring, and they are a quarter of all bytecode.
     "$target/bin/python" -I -m compileall -q -j 0 -x '/site-packages/.*/tests/' "$target/lib" >"$log" 2>&1 || true
     mkdir -p -- "$target/share/edge-agent"
-    install -m 0644 -- "${units[@]/#/$here/}" "$here/edge-agent.sysusers.conf" "$target/share/edge-agent/"
+    for file in "${units[@]}" "$settler" edge-agent.sysusers.conf; do # an older bundle may lack one
+        if [[ -f $here/$file ]]; then install -m 0644 -- "$here/$file" "$target/share/edge-agent/"; fi
+    done
     install -m 0755 -- "$here/install.sh" "$target/install.sh"
     say "testing it"
     works "$target" >"$log" || failed "the program or one of its libraries does not load on this host"
@@ -376,14 +382,14 @@ write_settings() {
 # switch_to FOLDER: makes a complete version the current one. If the service does not start with it, the version that
 # last did is restored.
 switch_to() {
-    local target=$1 old='' proven disabled=no http
+    local target=$1 old='' proven disabled=no http changed
     # Who has switched must see whether it starts: a line that drops meanwhile ends nothing, and Ctrl-C ends the wait.
     trap '' HUP PIPE
     trap 'say "interrupted"' INT TERM
     http=$(http_interface)
     if [[ -L $base/current ]]; then old=$(readlink -- "$base/current"); fi
     proven=$(last_proven)
-    proven=${proven:-$old}
+    if [[ ! -s $base/$proven/.complete ]] || has_started "$old"; then proven=$old; fi
     say_what_stops "$target"
     if operator_disabled; then disabled=yes; fi
     begin_trial
@@ -419,18 +425,31 @@ last_proven() {
     if [[ -s $base/.trial ]]; then cat -- "$base/.trial"; fi
 }
 
+# has_started VERSION: whether the service runs with it, and is ready.
+has_started() {
+    [[ -n $1 && $(running_version) == "$1" ]] && systemctl --quiet is-active edge-agent.service
+}
+
 # begin_trial: from here on, a power cut leaves the mark, and the unit that ends the trial at boot. They come before the
-# switch.
+# switch. The version of the trial may know nothing of them: then they are those of the script that runs.
 begin_trial() {
-    local unit=edge-agent-settle.service
+    local from unit=''
     if [[ -z $proven ]]; then return; fi
-    if [[ -f $target/share/edge-agent/$unit ]]; then
+    for from in "$here" "$(dirname -- "$(readlink -f -- "$script")")"; do
+        for unit in "$from/$settler" "$from/share/edge-agent/$settler"; do # a bundle, or an installed version
+            if [[ -f $unit ]]; then break 2; fi
+        done
+    done
+    if [[ -f $unit ]]; then
         mkdir -p -- "$root/etc/systemd/system"
-        put "$target/share/edge-agent/$unit" "$root/etc/systemd/system/$unit"
-        unit_files --quiet enable "$unit"
+        put "$unit" "$root/etc/systemd/system/$settler"
+        put "$from/install.sh" "$base/.settle"
+        chmod 0755 -- "$base/.settle"
+        unit_files --quiet enable "$settler"
     fi
-    printf '%s\n' "$proven" >"$base/.trial"
+    printf '%s\n' "$proven" >"$base/.trial.new"
     [[ -n $root ]] || sync
+    mv -T -- "$base/.trial.new" "$base/.trial"
 }
 
 # end_trial start|restart: of the version $target; $proven is restored if it does not start, and $http with it.
@@ -463,7 +482,7 @@ end_trial() {
 
 # settle: ends the trial of the current version. One whose service an operator has disabled goes on being on trial.
 settle() {
-    local target proven old='' http
+    local target proven old='' http running action=start changed=no
     systemd_runs || die "no systemd runs here"
     proven=$(last_proven)
     if [[ -z $proven ]]; then
@@ -471,19 +490,16 @@ settle() {
         return
     fi
     target=$base/$(readlink -- "$base/current")
-    write_units "$target" # the switch, or the way back, may have been cut just before that
-    if [[ $target == "$base/$proven" ]]; then
-        rm -f -- "$base/.trial"
-        say "version $proven is the current one still, or again"
-        return
-    fi
     if operator_disabled; then
         say "the service is disabled, and stays so: version ${target##*/} is still on trial"
         return
     fi
     http=$(http_interface)
+    write_units "$target" # the switch, or the way back, may have been cut just before that
+    running=$(running_version)
+    if [[ $changed == yes || ( -n $running && $running != "${target##*/}" ) ]]; then action=restart; fi
     say "waiting for version ${target##*/}, which nobody has seen start yet"
-    end_trial start
+    end_trial "$action"
     say "version ${target##*/} has started"
 }
 
@@ -530,14 +546,16 @@ point_to() {
     if [[ -n ${old:-} && $old != "$1" ]]; then printf '%s\n' "$old" >"$base/.previous"; fi
 }
 
-# write_units FOLDER: those of a version; one that it does not know yet is removed.
+# write_units FOLDER: those of a version; one that it does not know yet is removed. Sets changed if one has changed.
 write_units() {
     local name unit
     mkdir -p -- "$root/etc/systemd/system"
     for name in "${units[@]}"; do
         unit=$root/etc/systemd/system/$name
         if [[ -f $1/share/edge-agent/$name ]]; then
-            cmp -s -- "$1/share/edge-agent/$name" "$unit" || put "$1/share/edge-agent/$name" "$unit"
+            if cmp -s -- "$1/share/edge-agent/$name" "$unit"; then continue; fi
+            put "$1/share/edge-agent/$name" "$unit"
+            changed=yes
         elif [[ -e $unit ]]; then
             remove_unit "$name"
         fi
@@ -546,10 +564,8 @@ write_units() {
 }
 
 remove_unit() {
-    local now=--now
-    if [[ $1 == edge-agent-settle.service ]]; then now=''; fi # it may be what runs this
     if systemd_runs; then
-        systemctl --quiet disable $now "$1" 2>/dev/null || true
+        systemctl --quiet disable --now "$1" 2>/dev/null || true
     else
         unit_files --quiet disable "$1" 2>/dev/null || true
     fi
@@ -612,10 +628,11 @@ uninstall() {
     fi
     : >"$base/.enable" || true # a full disk can be emptied
     flush
-    for name in "${units[@]}"; do remove_unit "$name"; done
+    rm -f -- "$base/.trial" # nothing comes back
+    for name in "$settler" "${units[@]}"; do remove_unit "$name"; done
     if systemd_runs; then
         systemctl daemon-reload
-        systemctl reset-failed "${units[@]}" 2>/dev/null || true
+        systemctl reset-failed "$settler" "${units[@]}" 2>/dev/null || true
     fi
     rm -f -- "$base"/*/.complete # first: leftovers of a power cut must not count as versions
     rm -rf -- "$base"

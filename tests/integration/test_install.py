@@ -24,12 +24,9 @@ sys.path.insert(0, str(ROOT / ".ci"))
 
 import bundle  # noqa: E402
 
-UNITS = {
-    "edge-agent.service",
-    "edge-agent-http.socket",
-    "edge-agent-http.service",
-    "edge-agent-settle.service",
-}
+UNITS = {"edge-agent.service", "edge-agent-http.socket", "edge-agent-http.service"}
+SETTLE = "edge-agent-settle.service"
+"""It stays from the first switch on, and does nothing while no switch was cut."""
 
 
 @pytest.fixture
@@ -277,9 +274,13 @@ def test_a_script_without_its_bundle_says_where_it_belongs(host: Host) -> None:
 def cut_install(
     host: Host, folder: Path, program: str, pattern: str, before: str = ":", command: str = "install"
 ) -> None:
+    """
+    Args:
+        command: with its arguments.
+    """
     fired = host.cut_at(program, pattern, before)
     result = subprocess.run(
-        [str(folder / "install.sh"), command, "--root", str(host.root)],
+        [str(folder / "install.sh"), *command.split(), "--root", str(host.root)],
         capture_output=True,
         timeout=120,
         check=False,
@@ -315,7 +316,7 @@ def test_an_install_that_is_cut_at_any_step_leaves_a_whole_version_and_goes_on_t
         assert ("1.1.0" in listed(host)) == (pattern != "*share/edge-agent/*")
         assert host.on_trial() == ("" if program == "install" and "share" in pattern else "1.0.0")
         if host.on_trial():
-            assert host.enabled("edge-agent-settle.service") == "enabled", "the next boot goes on here"
+            assert host.enabled(SETTLE) == "enabled", "the next boot goes on here"
     assert host.install(second) == "edge-agent, version 1.1.0"
     assert unit.read_text() == units[1]
     assert (host.versions(), host.on_trial()) == (["1.0.0", "1.1.0"], "")
@@ -327,6 +328,20 @@ def test_what_never_started_does_not_become_what_is_gone_back_to(host: Host) -> 
         cut_install(host, host.bundle(version), "systemctl", r"*\ enable\ edge-agent.service*")
         assert (host.version(), host.on_trial()) == (f"edge-agent, version {version}", "1.0.0")
     assert host.versions() == ["1.0.0", "1.1.0", "1.2.0"]
+
+
+def test_a_way_back_to_a_version_that_knows_no_trial_is_ended_by_the_script_that_went_it(host: Host) -> None:
+    host.install(host.bundle("1.0.0"))
+    host.install(host.bundle("1.1.0"))
+    (host.base / "1.0.0" / "share" / "edge-agent" / SETTLE).unlink()
+    (host.base / "1.0.0" / "install.sh").write_text("exit 2\n")
+    cut_install(
+        host, host.base / "current", "systemctl", r"*\ enable\ edge-agent.service*", command="use 1.0.0"
+    )
+    assert (host.version(), host.on_trial()) == ("edge-agent, version 1.0.0", "1.1.0")
+    assert (host.base / ".settle").read_bytes() == (ROOT / "systemd" / "install.sh").read_bytes()
+    assert os.access(host.base / ".settle", os.X_OK)
+    assert SETTLE in host.units() and host.enabled(SETTLE) == "enabled"
 
 
 def test_only_an_operator_disables_the_service_for_good_and_no_cut_does(host: Host) -> None:
@@ -357,9 +372,10 @@ def test_a_version_that_does_not_know_a_unit_yet_runs_without_it(host: Host) -> 
     host.install(host.bundle("1.1.0"))
     for name in UNITS - {"edge-agent.service"}:
         (host.base / "1.0.0" / "share" / "edge-agent" / name).unlink()
+    (host.base / "1.0.0" / "share" / "edge-agent" / SETTLE).unlink()
     for version, units in (("1.0.0", {"edge-agent.service"}), ("1.1.0", UNITS)):
         assert host.run(host.base / "current", "use", version, "--root", str(host.root)).returncode == 0
-        assert host.units() == units
+        assert host.units() == units | {SETTLE}
 
 
 def test_a_version_that_is_removed_by_half_is_none_any_more(host: Host) -> None:
