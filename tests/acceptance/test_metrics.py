@@ -157,8 +157,18 @@ def test_status_messages_are_numbered_one_after_the_other(device: Daemon, listen
         topic = f"{listener.root}/status"
         return [each for each in listener.messages if each.topic == topic and "seq" in each.json]
 
-    wait_until(lambda: len(of_status()) >= 3, 60, "more than the first status")  # a runner has died meanwhile
+    def troubled() -> bool:
+        codes = [trouble["code"] for trouble in of_status()[-1].json["troubles"]]
+        return "desired_invalid" in codes
+
+    wait_until(of_status, 60, "the first status")
+    desired = f"{listener.root}/model/desired"
+    listener.publish(desired, b"nothing that a device understands")
+    wait_until(troubled, 60, "the trouble")
+    listener.publish(desired, b"")
+    wait_until(lambda: not troubled(), 60, "its end")
     numbers = [each.json["seq"] for each in of_status()]
+    assert len(numbers) >= 3
     assert numbers == sorted(set(numbers))
     assert numbers[-1] < 30, "looks at the status, five a second, do not count"
 

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.look
 SPAIN, MADRID = "What is the capital of Spain?", "The capital of Spain is Madrid."
 CAPITALS = ("Spain", "Nepal", "France", "Norway", "Italy", "Egypt")
 MOST_PICTURE_BYTES = 150_000
-SLOW_BYTES_PER_S = 40_000
+SLOW_BYTES_PER_S = 20_000
 TOKEN = "0123456789abcdef0123456789abcdef"
 HOSTILE = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
 
@@ -408,7 +408,7 @@ def test_a_page_in_a_hidden_tab_lets_the_interface_end(
 ) -> None:
     monkeypatch.setattr(server_module, "KEEP_ALIVE_S", 1)
     with short_folder() as folder:
-        here = ServedHere(scripted.path, folder, idle_s=5)
+        here = ServedHere(scripted.path, folder, idle_s=20)
         try:
             browser.open(f"http://127.0.0.1:{here.port}/")
             browser.wait(

@@ -131,12 +131,15 @@ def _persist(connect: Callable[[], T]) -> T:
 
 
 @contextmanager
-def stage(agent: Daemon) -> Iterator[tuple[ContractBroker, Daemon]]:
+def stage(agent: Daemon, plan: Plan) -> Iterator[tuple[ContractBroker, Daemon]]:
+    """A broker and a device that takes all prompts of the plan, even at once: a refusal would count as an answer."""
+    limits = {"queue_depth": plan.prompts, "deadline_s": LIMIT_S + PATIENCE_S}
     with short_folder() as folder:
         broker = make("mosquitto", folder)
         broker.start()
         try:
-            with running_device(agent, settings_for(broker, "", device="passed")) as daemon:
+            settings = settings_for(broker, "", device="passed", limits=limits)
+            with running_device(agent, settings) as daemon:
                 yield broker, daemon
         finally:
             broker.stop()
@@ -169,7 +172,7 @@ def test_clients_without_a_session_that_come_and_go_get_one_answer_to_each_promp
 ) -> None:
     begun_s = time.monotonic()
     with (
-        stage(agent) as (broker, daemon),
+        stage(agent, plan) as (broker, daemon),
         concurrent.futures.ThreadPoolExecutor(plan.clients) as threads,
     ):
         passers = [

@@ -15,7 +15,14 @@ from tests.support.doctor import contents, doctor
 from tests.support.http_faults import FaultyProxy, faulty_proxy
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
-from tests.support.processes import Commands, Daemon, free_port, running_daemon, short_folder
+from tests.support.processes import (
+    Commands,
+    Daemon,
+    free_port,
+    running_daemon,
+    short_folder,
+    wait_until,
+)
 from tests.support.sample_device import settings_for, wait_for_state
 
 RIGHT, WRONG = "planted-right-token", "planted-wrong-token"
@@ -48,6 +55,7 @@ def test_the_token_of_the_service_opens_the_registry_and_is_seen_nowhere(
             token.write_text(f"{WRONG}\n")
             seen.append(check_refused(daemon))
             assert guarded.refused >= 4, "each of them was turned away"
+            wait_until(lambda: not daemon.status()["registry"]["asking"], 60, "the daemon's own checks")
             token.write_text(f"{RIGHT}\n")
             before, commands = guarded.refused, Commands(daemon)
             with commands:

@@ -156,7 +156,8 @@ def walk_into_quarantine(device: FollowingDevice, sample_model: Path, folder: Pa
         for m in client.messages
         if m.topic == f"{client.root}/model/reported"
     ]
-    assert (2, "gate", None) in steps, "it was seen on its way"
+    # Which step the device was at when it looked depends on its speed.
+    assert [each for each in steps if each and (each[0], each[2]) == (2, None)], "it was seen on its way"
     status = client.wait(
         lambda m: m.topic == f"{client.root}/status" and b'"quarantined"' in m.payload, timeout_s=60
     ).json

@@ -13,7 +13,8 @@ import pytest
 from mlflow import MlflowClient
 
 from edge_agent.publishing import publish_folder
-from tests.support.client import Client, connected
+from edge_agent.topics import FleetTopics
+from tests.support.client import Client, Message, connected
 from tests.support.fleet_operator import MODEL, Operator
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
@@ -117,6 +118,7 @@ def test_a_bad_version_is_halted_and_brought_back_and_a_good_one_reaches_all(dev
     aborted = operator.rollout("abort", MODEL)
     assert aborted.returncode == 0, aborted
     assert operator.status()["state"] == "aborted"
+    wait_until(lambda: len(devices.desired(first)) >= 2, 60, "what the onlooker is told")
     assert devices.desired(first) == [{"version": BAD}, None]
     assert all(devices.desired(name) == [] for name in devices.daemons if name != first)
     assert (set(devices.versions().values()), devices.alias()) == ({1}, 1)
@@ -125,7 +127,11 @@ def test_a_bad_version_is_halted_and_brought_back_and_a_good_one_reaches_all(dev
     assert done.returncode == 0, done
     assert json.loads(done.stdout).items() >= {"state": "done", "taken": 3, "failed": 0}.items()
     assert (set(devices.versions().values()), devices.alias()) == ({GOOD}, GOOD)
-    assert all(devices.desired(name)[-1] is None for name in devices.daemons)
+    wait_until(
+        lambda: all(devices.desired(name)[-1:] == [None] for name in devices.daemons),
+        60,
+        "what the onlooker is told",
+    )
 
 
 @pytest.mark.long
@@ -154,8 +160,17 @@ def test_a_rollout_is_paused_left_and_aborted_from_other_consoles(devices: Devic
 @pytest.mark.long
 def test_a_console_that_is_killed_is_continued_from_another(devices: Devices) -> None:
     operator, version = devices.operator, devices.another()
+    topic = FleetTopics(prefix=PREFIX).rollout(MODEL)
+
+    def soaks(message: Message) -> bool:
+        if message.topic != topic:
+            return False
+        state = message.json
+        return (state["plan"]["version"], state["wave"], state["state"]) == (version, 0, "soaking")
+
+    devices.client.subscribe(topic)
     with operator.running(MODEL, str(version), *WAVES[:2], "--soak", "5s", "--min-speed", "0") as console:
-        operator.wait_for(state="soaking", wave=1)
+        devices.client.wait(soaks, timeout_s=240)  # to ask a command would take much of the five seconds
         console.kill()
     done = operator.rollout("resume", MODEL)
     assert done.returncode == 0, done

@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.support import unforeseen
 from tests.support.client import Client, chat, connected
 from tests.support.doctor import contents
+from tests.support.in_the_middle import stopped_in_the_middle
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
 from tests.support.processes import (
@@ -19,7 +20,6 @@ from tests.support.processes import (
     running_daemon,
     short_folder,
     standing_still,
-    wait_until,
 )
 from tests.support.sample_device import settings_for, wait_for_state
 
@@ -120,8 +120,7 @@ def use(daemon: Daemon, client: Client, commands: Commands) -> None:
             f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=cancelled
         )
         assert client.answer(cancelled).status == 499
-    crashed = client.send(chat(words, stream=True, **LONG))
-    wait_until(lambda: client.chunks(crashed), 60, "a chunk")
+    runner, (crashed,) = stopped_in_the_middle(client, daemon, chat(words, stream=True, **LONG))
     runner.kill()
     assert client.answer(crashed).status == 500
     with commands:

@@ -81,10 +81,17 @@ def command(daemon: Daemon, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def stop_candidate(device: FollowingDevice, known: set[int]) -> None:
-    """Stops the daemon while a candidate is being loaded: its runner stands still."""
+def stop_candidate(device: FollowingDevice, known: set[int], *, active: int) -> None:
+    """Stops the daemon while a candidate is being loaded: its runner stands still.
+
+    Args:
+        known: the runners from before it was asked for.
+        active: the version that answers meanwhile.
+    """
     runner = newest_runner(device.daemon, known)
     runner.suspend()
+    model = device.model()
+    assert (model["version"], model["attempt"]["step"]) == (active, "gate"), "it is a candidate still"
     with stopped_quietly(device.daemon):
         assert device.daemon.stop() == 0
     assert not alive(runner.pid)
@@ -92,6 +99,12 @@ def stop_candidate(device: FollowingDevice, known: set[int]) -> None:
 
 def runners(daemon: Daemon) -> set[int]:
     return {runner.pid for runner in daemon.runners()}
+
+
+def runners_of_active(device: FollowingDevice) -> set[int]:
+    """Once the active version answers."""
+    device.wait_model(lambda m: m["state"] == "ready", "the active version")
+    return runners(device.daemon)
 
 
 def runners_of(pid: int) -> list[psutil.Process]:
@@ -110,7 +123,7 @@ def test_a_stop_during_a_load_is_no_failure_of_the_candidate(
     known = runners(device.daemon)
     device.publish(swapped_model)
     device.sync()
-    stop_candidate(device, known)
+    stop_candidate(device, known, active=1)
     assert state_of(device.daemon) == CLEAN
     device.daemon.start()
     device.wait_model(lambda m: m["version"] == 2 and m["state"] == "ready", "version 2, of the next start")
@@ -138,8 +151,9 @@ def test_stops_at_every_other_step_are_failures_of_nobody(
         proxy.restore()
 
         daemon.start()
+        known = runners_of_active(device)
         with command(daemon, "models", "pull", "assistant") as pull:
-            stop_candidate(device, runners(daemon))
+            stop_candidate(device, known, active=1)
             assert_stopped(pull)
         assert state_of(daemon) == CLEAN
 
@@ -148,8 +162,9 @@ def test_stops_at_every_other_step_are_failures_of_nobody(
             lambda m: m["version"] == 2 and m["state"] == "ready", "version 2, of the next start"
         )
         device.do("export", "assistant", "1", str(short_dir / "1.tar"))
+        known = runners_of_active(device)
         with command(daemon, "models", "import", str(short_dir / "1.tar")) as taken:
-            stop_candidate(device, runners(daemon))
+            stop_candidate(device, known, active=2)
             assert_stopped(taken)
         assert state_of(daemon) == {**CLEAN, "active": "2"}
 

@@ -15,10 +15,11 @@ from edge_agent.publishing import publish_folder
 from tests.support.client import Client, chat, connected
 from tests.support.elsewhere import ask_elsewhere, run_elsewhere
 from tests.support.host import python_without
+from tests.support.in_the_middle import in_the_middle
 from tests.support.keys import KeyPair, make_keys
 from tests.support.mlflow_server import Server
 from tests.support.mosquitto import Broker
-from tests.support.processes import Daemon, running_daemon, wait_until
+from tests.support.processes import Daemon, running_daemon, standing_still, wait_until
 from tests.support.sample_device import settings_for, wait_for_state
 
 ROOT = Path(__file__).parents[2]
@@ -186,19 +187,20 @@ def test_a_cancel_stops_the_generation_and_the_next_prompt_is_answered(
     client: Client, device: Daemon
 ) -> None:
     (runner,) = device.runners()
-    correlation = client.send(chat("1 " * 500, temperature=0, stream=True, max_tokens=1500))
-    client.wait(lambda m: m.topic.endswith("/stream") and m.correlation == correlation)
-    client.publish(
-        f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=correlation
-    )
-    assert client.answer(correlation).status == 499
+    request = chat("1 " * 500, temperature=0, stream=True, max_tokens=1500)
+    with in_the_middle(client, device, request) as (correlation,):
+        client.publish(
+            f"{client.root}/ctl/cancel", b"", ResponseTopic=client.replies, CorrelationData=correlation
+        )
+        assert client.answer(correlation).status == 499
     assert client.ask(chat(SPAIN, temperature=0)).text == MADRID
     assert [child.pid for child in device.runners()] == [runner.pid], "no process had to be killed for it"
 
 
 def test_a_deadline_ends_a_long_answer(client: Client, device: Daemon) -> None:
     (runner,) = device.runners()
-    answer = client.ask(chat("1 " * 500, temperature=0, max_tokens=1500, deadline_ms=300))
+    with standing_still(runner):  # no model is quicker than the deadline
+        answer = client.ask(chat("1 " * 500, temperature=0, max_tokens=1500, deadline_ms=2000))
     assert answer.status == 408
     assert client.ask(chat(SPAIN, temperature=0)).text == MADRID
     assert [child.pid for child in device.runners()] == [runner.pid]

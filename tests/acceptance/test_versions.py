@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.client import Message, chat
+from tests.support.in_the_middle import stopped_in_the_middle
 from tests.support.processes import wait_until
 from tests.support.sample_device import wait_for_state
 from tests.support.versions import KATHMANDU, MADRID, FollowingDevice, asking, check_switched_once, golden
@@ -54,7 +55,7 @@ def test_versions_are_removed_when_nothing_needs_them(
     device.publish(swapped_model)
     device.do("pull", "assistant")
     assert device.do("rm", "assistant", "2", code=1)
-    assert device.do("rm", "assistant", "1")["bytes_freed"] >= 0
+    assert device.do("rm", "assistant", "1")["bytes_freed"] > 0
     assert [version["version"] for version in device.do("list")] == [2]
     device.publish(sample_model, options={"max_length": 300})
     device.do("pull", "assistant")
@@ -103,7 +104,7 @@ def test_a_desired_state_is_obeyed_reported_and_given_back(
 def test_the_progress_of_a_fetch_is_reported_and_its_end(
     follow: Callable[..., FollowingDevice], swapped_model: Path
 ) -> None:
-    device = follow(cache={"max_bytes_per_s": 300_000})
+    device = follow(cache={"max_bytes_per_s": 50_000})  # half a minute, and several looks take place in it
     reported = f"{device.client.root}/model/reported"
     device.client.subscribe(reported)
     device.publish(swapped_model)
@@ -117,10 +118,10 @@ def test_the_progress_of_a_fetch_is_reported_and_its_end(
     assert 0 < progress(came)["bytes"] <= progress(came)["total_bytes"] < 2_000_000
     assert 0 < progress(came)["bytes_per_s"] < 1_000_000
     printed = device.daemon.cli("status").stdout
-    assert "fetching" in printed or device.model()["version"] == 2
+    assert "fetching" in printed
     device.client.wait(
         lambda m: m.topic == reported and m.json["models"]["assistant"]["version"] == 2 and not progress(m),
-        timeout_s=60,
+        timeout_s=180,
     )
 
 
@@ -134,9 +135,7 @@ def test_several_poisonous_prompts_roll_back_and_one_does_not(
     def crash(seed: int) -> None:
         long = chat("Count", max_tokens=1950, stream=True, seed=seed)
         long["response_format"] = {"type": "regex", "regex": "(0|1){1900}"}
-        correlation = device.client.send(long)
-        device.client.wait(lambda m: m.topic.endswith("/stream") and m.correlation == correlation)
-        (runner,) = device.daemon.runners()
+        runner, (correlation,) = stopped_in_the_middle(device.client, device.daemon, long)
         runner.kill()
         assert device.client.answer(correlation).status == 500
 

@@ -18,7 +18,7 @@ from tests.support.processes import Child, accepts, free_port, wait_until
 
 TOOLS = Path(__file__).parents[2] / ".tools" / "bin"
 
-_START_TIMEOUT_S = 15
+_START_TIMEOUT_S = 60
 
 
 def tool(name: str) -> str:

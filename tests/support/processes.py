@@ -358,10 +358,12 @@ class Daemon:
 
     def runners(self) -> list[psutil.Process]:
         """The processes that have a model loaded, or are loading one."""
-        children = psutil.Process(self.pid).children(recursive=True)
-        return [
-            child for child in children if alive(child.pid) and "edge_agent.runner.child" in child.cmdline()
-        ]
+        found = []
+        for child in psutil.Process(self.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+                if alive(child.pid) and "edge_agent.runner.child" in child.cmdline():
+                    found.append(child)
+        return found
 
     def _command(self, *arguments: str) -> list[str]:
         return [self.python, "-m", "edge_agent", "--config", str(self.config_file), *arguments]
@@ -395,9 +397,11 @@ class Commands:
 
     def _look(self) -> None:
         while not self._ended.wait(0.01):
-            for process in [self._daemon, *self._daemon.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    self.seen.add(" ".join(process.cmdline()))
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = self._daemon.children(recursive=True)
+                for process in [self._daemon, *children]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        self.seen.add(" ".join(process.cmdline()))
 
 
 @contextlib.contextmanager
