@@ -144,7 +144,8 @@ def test_a_signed_bundle_is_installed_from_a_copy_by_the_script_that_is_there(ho
     arguments = ("--from", second.name, "--verify-key", "release.pub", "--root", str(host.root))
     result = host.run(installed, *arguments, cwd=host.folder)
     assert (result.returncode, host.version()) == (0, "edge-agent, version 1.1.0"), result.stderr
-    assert sorted(path.name for path in host.base.glob(".*")) == [".lock", ".previous"], "no copy is left"
+    left = sorted(path.name for path in host.base.glob(".*"))
+    assert left == [".lock", ".previous", ".settle"], "no copy is left"
 
 
 def forge(host: Host, made: Path) -> None:
