@@ -32,7 +32,6 @@ FILES = {
     "edge-agent.service": ROOT / "systemd" / "edge-agent.service",
     "edge-agent-http.service": ROOT / "systemd" / "edge-agent-http.service",
     "edge-agent-http.socket": ROOT / "systemd" / "edge-agent-http.socket",
-    "edge-agent-settle.service": ROOT / "systemd" / "edge-agent-settle.service",
     "edge-agent.sysusers.conf": ROOT / "systemd" / "edge-agent.sysusers.conf",
     "config.toml": ROOT / "systemd" / "config.toml",
     "LICENSE": ROOT / "LICENSE",

@@ -315,7 +315,7 @@ make_version() {
     # bring, and they are a quarter of all bytecode.
     "$target/bin/python" -I -m compileall -q -j 0 -x '/site-packages/.*/tests/' "$target/lib" >"$log" 2>&1 || true
     mkdir -p -- "$target/share/edge-agent"
-    for file in "${units[@]}" "$settler" edge-agent.sysusers.conf; do # an older bundle may lack one
+    for file in "${units[@]}" edge-agent.sysusers.conf; do # an older bundle may lack one
         if [[ -f $here/$file ]]; then install -m 0644 -- "$here/$file" "$target/share/edge-agent/"; fi
     done
     install -m 0755 -- "$here/install.sh" "$target/install.sh"
@@ -333,11 +333,11 @@ flush() {
     [[ -n $root ]] || sync -f -- "$base" 2>/dev/null || sync
 }
 
-# put SOURCE TARGET: replaces a file with one rename, so that a power cut leaves either the old or the new file.
+# put SOURCE TARGET [MODE]: replaces a file with one rename, so that a power cut leaves either the old or the new file.
 put() {
     local new
     new=$(dirname -- "$2")/.${2##*/}.new
-    install -m 0644 -- "$1" "$new"
+    install -m "${3:-0644}" -- "$1" "$new"
     [[ -n $root ]] || sync -- "$new" 2>/dev/null || sync
     mv -T -- "$new" "$2"
 }
@@ -386,7 +386,7 @@ switch_to() {
     # Who has switched must see whether it starts: a line that drops meanwhile ends nothing, and Ctrl-C ends the wait.
     trap '' HUP PIPE
     trap 'say "interrupted"' INT TERM
-    http=$(http_interface)
+    http=$(unit_files is-enabled edge-agent-http.socket 2>/dev/null || true)
     if [[ -L $base/current ]]; then old=$(readlink -- "$base/current"); fi
     proven=$(last_proven)
     if [[ ! -s $base/$proven/.complete ]] || has_started "$old"; then proven=$old; fi
@@ -422,7 +422,7 @@ switch_to() {
 
 # last_proven: prints the version that was last seen to start, if the current one was not yet.
 last_proven() {
-    if [[ -s $base/.trial ]]; then cat -- "$base/.trial"; fi
+    if [[ -s $base/.trial ]]; then head -n 1 -- "$base/.trial"; fi
 }
 
 # has_started VERSION: whether the service runs with it, and is ready.
@@ -430,26 +430,38 @@ has_started() {
     [[ -n $1 && $(running_version) == "$1" ]] && systemctl --quiet is-active edge-agent.service
 }
 
-# begin_trial: from here on, a power cut leaves the mark, and the unit that ends the trial at boot. They come before the
-# switch. The version of the trial may know nothing of them: then they are those of the script that runs.
+# begin_trial: from here on, a power cut leaves the mark, and a unit and a script that end the trial at boot. They come before
+# the switch, and belong to no version: the one on trial may know nothing of them.
 begin_trial() {
-    local from unit=''
+    local from=$here/install.sh
     if [[ -z $proven ]]; then return; fi
-    for from in "$here" "$(dirname -- "$(readlink -f -- "$script")")"; do
-        for unit in "$from/$settler" "$from/share/edge-agent/$settler"; do # a bundle, or an installed version
-            if [[ -f $unit ]]; then break 2; fi
-        done
-    done
-    if [[ -f $unit ]]; then
-        mkdir -p -- "$root/etc/systemd/system"
-        put "$unit" "$root/etc/systemd/system/$settler"
-        put "$from/install.sh" "$base/.settle"
-        chmod 0755 -- "$base/.settle"
-        unit_files --quiet enable "$settler"
-    fi
-    printf '%s\n' "$proven" >"$base/.trial.new"
+    grep -qs '^settle()' -- "$from" || from=$script # the bundle of an older version
+    put "$from" "$base/.settle" 0755
+    mkdir -p -- "$root/etc/systemd/system"
+    put <(settle_unit) "$root/etc/systemd/system/$settler"
+    unit_files --quiet enable "$settler"
+    printf '%s\n' "$proven" "$http" >"$base/.trial.new"
     [[ -n $root ]] || sync
     mv -T -- "$base/.trial.new" "$base/.trial"
+}
+
+settle_unit() {
+    cat <<'TEXT'
+[Unit]
+Description=Ends a change of edge-agent's version that was cut before the new one had started
+# A change leaves this mark only where the power went, or where it was told not to start anything.
+ConditionPathExists=/opt/edge-agent/.trial
+RequiresMountsFor=/opt/edge-agent
+After=edge-agent.service
+
+[Service]
+# Not oneshot: the rest of the boot does not wait for models that load.
+Type=exec
+ExecStart=/opt/edge-agent/.settle settle
+
+[Install]
+WantedBy=multi-user.target
+TEXT
 }
 
 # end_trial start|restart: of the version $target; $proven is restored if it does not start, and $http with it.
@@ -469,9 +481,9 @@ end_trial() {
     say "restoring version $proven"
     point_to "$proven"
     write_units "$base/$proven"
-    rm -f -- "$base/.trial"
     # The version that did not start may be one that knows no such unit, and was rid of it.
     [[ $http != enabled ]] || systemctl --quiet enable --now edge-agent-http.socket || true
+    rm -f -- "$base/.trial"
     if systemctl restart edge-agent.service; then
         die "version ${target##*/} did not start, see above; version $proven is running again"
     fi
@@ -494,18 +506,13 @@ settle() {
         say "the service is disabled, and stays so: version ${target##*/} is still on trial"
         return
     fi
-    http=$(http_interface)
+    http=$(sed -n 2p -- "$base/.trial") # as it was before the switch
     write_units "$target" # the switch, or the way back, may have been cut just before that
     running=$(running_version)
     if [[ $changed == yes || ( -n $running && $running != "${target##*/}" ) ]]; then action=restart; fi
     say "waiting for version ${target##*/}, which nobody has seen start yet"
     end_trial "$action"
     say "version ${target##*/} has started"
-}
-
-# http_interface: prints whether the OpenAI interface is enabled, in systemd's words.
-http_interface() {
-    unit_files is-enabled edge-agent-http.socket 2>/dev/null || true
 }
 
 # Whether the service is disabled, and not because its first installation, or an uninstallation, was cut half way: from

@@ -26,7 +26,7 @@ from edge_agent.errors import AnswerTooLarge, JournalUnavailable
 from edge_agent.topics import Topics, can_be_published
 from edge_agent.transport.connection import PACKET_OVERHEAD_BYTES, Connection, Sent
 from edge_agent.transport.retries import Retries
-from edge_agent.transport.suspicion import Suspicion
+from edge_agent.transport.suspicion import REFUSALS_LOST, Suspicion
 
 if TYPE_CHECKING:
     from paho.mqtt.reasoncodes import ReasonCode
@@ -183,11 +183,20 @@ class Outbox:
             if self._fits(connection, topic, self._retained[topic]):
                 mid = connection.publish(topic, self._retained[topic], qos=1, retain=True)
                 connection.in_flight[mid] = Sent()
-        self._send_refusals(connection)
+        while self._refusals and connection.may_publish and self._is_tried(connection):
+            refusal = self._refusals.popleft()
+            if self._suspicion.of(refusal.topic) >= REFUSALS_LOST:
+                self._counters["refusals_dropped"] += 1
+                if refusal.refused_mid is not None:
+                    connection.ack(refusal.refused_mid)
+            elif self._fits(connection, refusal.topic, refusal.answer.payload):
+                self._send_refusal(connection, refusal)
+            elif refusal.refused_mid is not None:
+                connection.ack(refusal.refused_mid)
         while self._chunks and connection.writable:
             answer_topic, correlation, payload = self._chunks.popleft()
             topic = self._topics.stream(answer_topic)
-            if not self._suspicion.has(answer_topic) and self._fits(connection, topic, payload):
+            if not self._suspicion.of(answer_topic) and self._fits(connection, topic, payload):
                 connection.publish(topic, payload, qos=0, form=Form.JSON, correlation=correlation)
                 connection.chunked[answer_topic] = self._now().boot_s
         if self._metrics is not None and connection.writable:
@@ -221,8 +230,8 @@ class Outbox:
         dropped = self._refusals[at]
         del self._refusals[at]
         self._counters["refusals_dropped"] += 1
-        if connection is not None:
-            _ack_refused(connection, dropped)
+        if dropped.refused_mid is not None and connection is not None:
+            connection.ack(dropped.refused_mid)
 
     def _fits(self, connection: Connection, topic: str, payload: bytes) -> bool:
         """False for what the broker would end the connection over. It is left out, and counted."""
@@ -231,32 +240,11 @@ class Outbox:
         self._counters["too_large_dropped"] += 1
         return False
 
-    def _send_refusals(self, connection: Connection) -> None:
-        """In the order in which they came, but for those that may end the connection: they go alone."""
-        now_s = self._now().boot_s
-        held: list[Refusal] = []
-        for _ in range(len(self._refusals)):  # others may add to it meanwhile
-            if not (self._has_room(connection, now_s) and self._is_tried(connection)):
-                break
-            refusal = self._refusals.popleft()
-            if self._suspicion.gives_up(refusal.topic, now_s):
-                self._counters["refusals_dropped"] += 1
-                _ack_refused(connection, refusal)
-            elif not self._fits(connection, refusal.topic, refusal.answer.payload):
-                _ack_refused(connection, refusal)
-            elif self._suspicion.has(refusal.topic) and not self._may_try_suspect(connection, now_s):
-                held.append(refusal)
-            else:
-                self._send_refusal(connection, refusal)
-        self._refusals.extendleft(reversed(held))
-
     def _send_refusal(self, connection: Connection, refusal: Refusal) -> None:
         mid = _publish(
             connection, refusal.topic, refusal.answer, form=refusal.form, correlation=refusal.correlation
         )
-        connection.in_flight[mid] = Sent(
-            topic=refusal.topic, from_behind=self._suspicion.has(refusal.topic), at_s=self._now().boot_s
-        )
+        connection.in_flight[mid] = Sent(topic=refusal.topic, at_s=self._now().boot_s)
         if refusal.refused_mid is not None:
             connection.ack_after[mid] = refusal.refused_mid
 
@@ -285,7 +273,7 @@ class Outbox:
             outgoing = self._journal.deliveries.unsent(self._new.popleft())
             if outgoing is None or outgoing.row in _rows_in_flight(connection):
                 continue
-            if self._suspicion.has(outgoing.topic):
+            if self._suspicion.of(outgoing.topic):
                 self._journal.deliveries.suspect([outgoing.topic], moment=self._now())
                 continue
             self._send_row(connection, outgoing)
@@ -309,7 +297,7 @@ class Outbox:
     def _send_postponed(self, connection: Connection, now_s: float) -> None:
         """Answers that were refused or unheard, or may have ended a connection. The latter go alone."""
         active = self._suspicion.active
-        if active and not self._may_try_suspect(connection, now_s):
+        if active and (connection.recent(now_s) or not self._suspicion.may_try(now_s)):
             return
         due = self._journal.deliveries.due(
             Source.MQTT,
@@ -324,19 +312,14 @@ class Outbox:
 
     def _has_room(self, connection: Connection, now_s: float) -> bool:
         """True if an answer can go now. After a connection that was ended over one of them, they go one at a time,
-        once the connection works, and none goes beside a suspect; but nobody waits long for a PUBACK that does not
-        come."""
+        once the connection works; but nobody waits long for a PUBACK that does not come."""
         if not connection.may_publish:
             return False
-        careful = self._suspicion.careful
-        alone = (sent for sent in connection.answers() if careful or self._suspicion.has(sent.topic))
-        if any(now_s - sent.at_s < _PATIENCE_S for sent in alone):
+        if not self._suspicion.careful:
+            return True
+        if any(now_s - sent.at_s < _PATIENCE_S for sent in connection.answers()):
             return False
-        return not careful or self._is_tried(connection)
-
-    def _may_try_suspect(self, connection: Connection, now_s: float) -> bool:
-        """True if what may end the connection can go now, alone."""
-        return not connection.recent(now_s) and self._suspicion.may_try(now_s)
+        return self._is_tried(connection)
 
     def _is_tried(self, connection: Connection) -> bool:
         """False while an end of this connection would tell nothing of an answer."""
@@ -367,12 +350,6 @@ class Outbox:
             connection, outgoing.topic, answer, form=outgoing.form, correlation=outgoing.correlation
         )
         connection.in_flight[mid] = sent
-
-
-def _ack_refused(connection: Connection, refusal: Refusal) -> None:
-    """Lets go of the message of a refusal that does not go: the broker would give it again for ever."""
-    if refusal.refused_mid is not None:
-        connection.ack(refusal.refused_mid)
 
 
 def _publish(

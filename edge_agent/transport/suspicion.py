@@ -11,8 +11,8 @@ until something for that topic gets its PUBACK.
 - What is suspected goes behind everything else, alone, and after each end that it causes there is a longer wait before
   the next suspect: thousands of them cost the others a reconnection now and then.
 
-A broker or a line that was merely away costs nobody anything: an end counts against an answer or a refusal only if it
-was alone under way on a connection that had worked, and several of them have to come together.
+A broker that was merely away costs nobody anything: an end counts against an answer only if the answer was alone under
+way on a connection that had worked, and several of them have to come together.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ and the last such end was so many seconds ago."""
 MAX_TOPICS = 1024
 FIRST_WAIT_S, LAST_WAIT_S = 2.0, 60.0
 REFUSALS_LOST = 5
-"""A refusal is not sent if its topic was alone under way at this many ends, or if it is a suspect and this many ends in
-a row had one suspect alone under way: its message would come again for ever, and 16 of them would end all delivery.
-An answer has as many tries."""
+"""A refusal whose topic was under way at this many ends, with no PUBACK for it in between, is not sent: its message
+would come again for ever. Fewer may be a line's that breaks: the client would never hear that it was refused."""
 
 
 class Suspicion:
@@ -43,20 +42,14 @@ class Suspicion:
         self.careful = False
         self._ends: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._known: collections.OrderedDict[str, None] = collections.OrderedDict()
-        self._in_a_row = 0
         self._taken = 0
         self._ended_s = 0.0
         self._wait_s = 0.0
         self._next_s = 0.0
 
-    def has(self, topic: str) -> bool:
-        """True if something for this topic was under way at an end, since the last PUBACK for it."""
-        return topic in self._ends
-
-    def gives_up(self, topic: str, now_s: float) -> bool:
-        """True if no refusal for this topic is to be sent any more."""
-        in_a_row = self._in_a_row if now_s - self._ended_s < TRUST_S else 0
-        return self.has(topic) and max(self._ends[topic], in_a_row) >= REFUSALS_LOST
+    def of(self, topic: str) -> int:
+        """At how many ends something for this topic was under way, since the last PUBACK for it."""
+        return self._ends.get(topic, 0)
 
     def may_try(self, now_s: float) -> bool:
         """True if it is time for the next suspect, or for the next answer of a backlog while `careful`."""
@@ -71,7 +64,7 @@ class Suspicion:
         """The broker has ended the connection with messages for these topics under way.
 
         Args:
-            lone: the topic of the only answer or refusal among them; empty if there was none, or several.
+            lone: the topic of the only answer among them; empty if there was none, or several.
 
         Returns:
             Those of them that are suspected. If that is `lone` alone, it was the cause.
@@ -80,13 +73,11 @@ class Suspicion:
         if not suspected:
             return suspected
         self.careful, self._taken, self._ended_s = True, 0, now_s
-        is_cause = suspected == {lone}
         for topic in suspected:
-            self._ends[topic] = self._ends.pop(topic, 0) + is_cause
+            self._ends[topic] = self._ends.pop(topic, 0) + 1
             self._known.pop(topic, None)
         _bound(self._ends)
-        if is_cause:  # else the next connections find out which it was
-            self._in_a_row += 1
+        if suspected == {lone}:  # else the next connections find out which it was
             self._wait_s = min(LAST_WAIT_S, max(FIRST_WAIT_S, self._wait_s * 2))
             self._next_s = now_s + self._wait_s
         return suspected
@@ -107,7 +98,6 @@ class Suspicion:
         _bound(self._known)
         if from_behind:
             self._wait_s = self._next_s = 0.0
-            self._in_a_row = 0
             self._taken += 1
             if self._taken >= TRUST_AFTER:
                 self.careful = False

@@ -155,7 +155,7 @@ class Upgrades:
     def _trial(self) -> str:
         """The version to go back to; empty if none is on trial."""
         mark = self._in.root / "opt/edge-agent/.trial"
-        return mark.read_text().strip() if mark.exists() else ""
+        return mark.read_text().splitlines()[0] if mark.exists() else ""
 
 
 def version_of(bundle: Path) -> str:

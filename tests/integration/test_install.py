@@ -334,7 +334,6 @@ def test_what_never_started_does_not_become_what_is_gone_back_to(host: Host) -> 
 def test_a_way_back_to_a_version_that_knows_no_trial_is_ended_by_the_script_that_went_it(host: Host) -> None:
     host.install(host.bundle("1.0.0"))
     host.install(host.bundle("1.1.0"))
-    (host.base / "1.0.0" / "share" / "edge-agent" / SETTLE).unlink()
     (host.base / "1.0.0" / "install.sh").write_text("exit 2\n")
     cut_install(
         host, host.base / "current", "systemctl", r"*\ enable\ edge-agent.service*", command="use 1.0.0"
@@ -373,7 +372,6 @@ def test_a_version_that_does_not_know_a_unit_yet_runs_without_it(host: Host) -> 
     host.install(host.bundle("1.1.0"))
     for name in UNITS - {"edge-agent.service"}:
         (host.base / "1.0.0" / "share" / "edge-agent" / name).unlink()
-    (host.base / "1.0.0" / "share" / "edge-agent" / SETTLE).unlink()
     for version, units in (("1.0.0", {"edge-agent.service"}), ("1.1.0", UNITS)):
         assert host.run(host.base / "current", "use", version, "--root", str(host.root)).returncode == 0
         assert host.units() == units | {SETTLE}

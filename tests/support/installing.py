@@ -146,7 +146,7 @@ class Host:
     def on_trial(self) -> str:
         """The version that a switch which was cut goes back to; empty if none was."""
         mark = self.base / ".trial"
-        return mark.read_text().strip() if mark.exists() else ""
+        return mark.read_text().splitlines()[0] if mark.exists() else ""
 
     def enabled(self, unit: str = "edge-agent.service") -> str:
         return self.systemctl("is-enabled", unit)

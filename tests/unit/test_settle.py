@@ -56,7 +56,7 @@ class Device:
             (self.base / name / ".complete").write_text("digest\n")
             (share / "edge-agent.service").write_text(f"# of {name}\n")
         (self.base / "current").symlink_to(NEW)
-        (self.base / ".trial").write_text(f"{OLD}\n")
+        (self.base / ".trial").write_text(f"{OLD}\ndisabled\n")
         self.unit = folder / "etc" / "systemd" / "system" / "edge-agent.service"
         self.unit.parent.mkdir(parents=True)
         self.unit.write_text(f"# of {NEW}\n")
@@ -99,10 +99,13 @@ class Device:
         return (self.base / ".trial").exists()
 
     @property
+    def calls(self) -> list[str]:
+        return (self._said / "calls").read_text().splitlines()
+
+    @property
     def started(self) -> list[str]:
         """How systemctl was asked to start it."""
-        calls = (self._said / "calls").read_text().splitlines()
-        return [call.split()[0] for call in calls if call.endswith("start edge-agent.service")]
+        return [call.split()[0] for call in self.calls if call.endswith("start edge-agent.service")]
 
 
 @pytest.fixture
@@ -123,6 +126,15 @@ def test_one_that_does_not_start_gives_way_to_the_one_that_did(device: Device) -
     assert (result.returncode, f"version {OLD} is running again" in result.stderr) == (1, True)
     assert (device.current, device.on_trial, device.started) == (OLD, False, ["start", "restart"])
     assert device.unit.read_text() == f"# of {OLD}\n"
+
+
+def test_so_does_its_openai_interface_that_the_new_one_did_not_know(device: Device) -> None:
+    device.starts = [OLD]
+    (device.base / ".trial").write_text(f"{OLD}\nenabled\n")
+    (device.base / OLD / "share" / "edge-agent" / "edge-agent-http.socket").write_text("# of the old one\n")
+    assert device.settle().returncode == 1
+    assert (device.unit.parent / "edge-agent-http.socket").exists()
+    assert "--quiet enable --now edge-agent-http.socket" in device.calls
 
 
 def test_a_system_that_goes_down_says_nothing_of_the_version(device: Device) -> None:
