@@ -49,6 +49,11 @@ def has_right_bytes(device: Device) -> bool:
     return whole and not fsck.verify(device.store).damaged
 
 
+def timeout_of(plan: Plan) -> float:
+    """Seconds. It holds for every question of a sync, and only what stalls has to wait for it."""
+    return 3 if plan.fault in (HttpFault.STALL, HttpFault.TRICKLE) else 60
+
+
 @pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "plain"])
 @pytest.mark.parametrize(
     "plan",
@@ -67,11 +72,6 @@ def has_right_bytes(device: Device) -> bool:
     ],
     ids=lambda plan: f"{plan.fault}-{plan.after_bytes}",
 )
-def timeout_of(plan: Plan) -> float:
-    """Seconds. It holds for every question of a sync, and only what stalls has to wait for it."""
-    return 3 if plan.fault in (HttpFault.STALL, HttpFault.TRICKLE) else 60
-
-
 def test_a_registry_that_recovers_brings_the_right_bytes(
     device: Device, proxy: FaultyProxy, plan: Plan, manifest: bool
 ) -> None:
