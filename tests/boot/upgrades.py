@@ -124,8 +124,10 @@ class Upgrades:
         self._in.wait_reboot()
         wait_until(lambda: self._trial() == "", 180, "the end of the trial")
         expect(self._agent.current() == before, f"current is {self._agent.current()}")
-        said = self._in.run("journalctl", "--boot", "--unit=edge-agent-settle", "--output=cat").stdout
-        expect(f"version {before} is running again" in said, said)
+        journal = ("journalctl", "--boot", "--unit=edge-agent-settle", "--output=cat")
+        wait_until(
+            lambda: f"version {before} is running again" in self._in.run(*journal).stdout, 180, "the way back"
+        )
         self._agent.wait_ready()
         self._agent.probe()
         self._in.run("systemctl", "reset-failed", "edge-agent-settle")
