@@ -315,8 +315,9 @@ make_version() {
     # bring, and they are a quarter of all bytecode.
     "$target/bin/python" -I -m compileall -q -j 0 -x '/site-packages/.*/tests/' "$target/lib" >"$log" 2>&1 || true
     mkdir -p -- "$target/share/edge-agent"
-    for file in "${units[@]}" edge-agent.sysusers.conf; do # an older bundle may lack one
-        if [[ -f $here/$file ]]; then install -m 0644 -- "$here/$file" "$target/share/edge-agent/"; fi
+    for file in "${units[@]}" edge-agent.sysusers.conf; do
+        if [[ $file == edge-agent-http.* && ! -f $here/$file ]]; then continue; fi # the bundle of an older version
+        install -m 0644 -- "$here/$file" "$target/share/edge-agent/"
     done
     install -m 0755 -- "$here/install.sh" "$target/install.sh"
     say "testing it"
@@ -494,7 +495,7 @@ end_trial() {
 
 # settle: ends the trial of the current version. One whose service an operator has disabled goes on being on trial.
 settle() {
-    local target proven old='' http running action=start changed=no
+    local target proven http running action=start changed=no
     systemd_runs || die "no systemd runs here"
     proven=$(last_proven)
     if [[ -z $proven ]]; then

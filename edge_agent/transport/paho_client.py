@@ -99,9 +99,10 @@ class Client(paho.Client):
     def has_unread(self) -> bool:
         """Bytes, or the end of the connection, are there to be read, or a packet has come in part."""
         sock = self.socket()
+        if sock is None:
+            return False
         try:
-            has_bytes = sock is not None and (_is_pending(sock) or bool(select.select([sock], [], [], 0)[0]))
-            return has_bytes or (sock is not None and self.reading)
+            return self.reading or _is_pending(sock) or bool(select.select([sock], [], [], 0)[0])
         except (OSError, ValueError):
             return False
 
