@@ -6,9 +6,8 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from tests.support.processes import Child, free_port, is_healthy, wait_until
+from tests.support.processes import Child, free_port, is_healthy, started, wait_until
 
 _START_TIMEOUT_S = 600
 _ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -103,26 +102,10 @@ def running_mlflow_server(
     workers: int = 1,
 ) -> Iterator[Server]:
     """A started server whose files are in `folder`. The first start makes the database: 10 to 20 s."""
-    server = _started(folder, destination=destination, backend=backend, env=env, workers=workers)
+    server = started(
+        lambda: Server(folder, destination=destination, backend=backend, env=env, workers=workers)
+    )
     try:
         yield server
     finally:
         server.stop()
-
-
-def _started(folder: Path, **options: Any) -> Server:
-    """Another process may take a free port in the seconds until the server does: three tries."""
-    for attempt in range(3):
-        server = Server(folder, **options)
-        try:
-            server.start()
-        except AssertionError:
-            server.kill()
-            if attempt == 2 or "ddress already in use" not in server.log_text():
-                raise
-        except BaseException:
-            server.kill()
-            raise
-        else:
-            return server
-    raise AssertionError("unreachable")

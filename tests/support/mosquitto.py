@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support import namespaces
-from tests.support.processes import Child, accepts, free_port, wait_until
+from tests.support.processes import Child, accepts, free_port, started, wait_until
 
 TOOLS = Path(__file__).parents[2] / ".tools" / "bin"
 
@@ -139,23 +139,11 @@ def running_broker(
 def _start(
     folder: Path, extra: str, anonymous: bool, persistence: bool, port: int | None, *, offline: bool
 ) -> Broker:
-    """Another process may take a free port before mosquitto does: three tries."""
-    for attempt in range(3):
+    def make() -> Broker:
         number = port or free_port()
-        config = _config(folder, extra, anonymous, persistence, number)
-        broker = Broker(folder, config, number, offline=offline)
-        try:
-            broker.start()
-        except AssertionError:
-            broker.kill()
-            if port or attempt == 2 or "Address already in use" not in broker.log_text():
-                raise
-        except BaseException:
-            broker.kill()
-            raise
-        else:
-            return broker
-    raise AssertionError("unreachable")
+        return Broker(folder, _config(folder, extra, anonymous, persistence, number), number, offline=offline)
+
+    return started(make, tries=1 if port else 3)
 
 
 def _config(folder: Path, extra: str, anonymous: bool, persistence: bool, port: int) -> str:

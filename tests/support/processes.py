@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
@@ -44,6 +44,36 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+class _Server(Protocol):
+    def start(self) -> None:
+        """Raises AssertionError if it does not come up."""
+
+    def kill(self) -> None: ...
+
+    def log_text(self) -> str: ...
+
+
+_AnyServer = TypeVar("_AnyServer", bound=_Server)
+
+
+def started(make: Callable[[], _AnyServer], *, tries: int = 3) -> _AnyServer:
+    """A server that has started. Another process may take its port before it does: then the next one is made."""
+    for left in reversed(range(tries)):
+        server = make()
+        try:
+            server.start()
+        except AssertionError:
+            server.kill()
+            if not left or "ddress already in use" not in server.log_text():
+                raise
+        except BaseException:
+            server.kill()
+            raise
+        else:
+            return server
+    raise AssertionError("unreachable")
 
 
 def wait_until(condition: Callable[[], T], timeout_s: float = 60.0, what: str = "the condition") -> T:
